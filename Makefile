@@ -1,0 +1,50 @@
+# Run `make` for the list of targets.
+# Everything runs in .venv, which the first target that needs it makes with the versions in constraints.txt.
+
+PYTHON ?= python3
+BIN := $(CURDIR)/.venv/bin
+PIP_INSTALL := "$(BIN)/python" -m pip install -q -c constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-gpu lint benchmark clean
+
+help: ## list the targets
+	@echo 'Usage: make TARGET [PYTHON=python3.11]    (Python >= 3.11; the first run installs into .venv)'
+	@echo
+	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  \1|\2/p' Makefile | awk -F'|' '{ printf "%-12s %s\n", $$1, $$2 }'
+
+demo: .venv/.installed ## embed real cells and draw them; MODEL=<id or folder> and SIZE=<size> are optional
+	"$(BIN)/python" examples/demo.py $(if $(MODEL),--model "$(MODEL)") $(if $(SIZE),--size "$(SIZE)")
+
+test: export HF_HUB_OFFLINE = 1
+test: lint ## all that a change must pass on a CPU: lint, the tests that need no GPU, the wheel
+	"$(BIN)/python" -m pytest -m "not gpu"
+	"$(BIN)/python" tests/check_wheel.py
+
+test-gpu: export HF_HUB_OFFLINE = 1
+test-gpu: .venv/.installed ## the tests that need a CUDA device
+	"$(BIN)/python" -m pytest -m gpu
+
+lint: .venv/.installed ## ruff (rules and format) and mypy
+	"$(BIN)/python" -m ruff check .
+	"$(BIN)/python" -m ruff format --check .
+	"$(BIN)/python" -m mypy tahoex1_hf
+
+benchmark: .venv/.installed ## measure speed and memory, write the results
+	"$(BIN)/python" -m benchmarks
+
+clean: ## remove .venv, caches and build output
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	find . -name .git -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamp is written last. An install that was cut short leaves .incomplete, and the next one starts afresh.
+# torch goes in first, by itself, so that the pin and the pip configuration alone decide which build it is.
+.venv/.installed: setup.cfg pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo 'tahoex1_hf needs Python >= 3.11, and "$(PYTHON)" is not that. Name one: make PYTHON=python3.11' >&2; exit 1; }
+	@rm -f $@
+	fresh=; if test -e .venv/.incomplete; then fresh=--clear; fi; \
+	  mkdir -p .venv && touch .venv/.incomplete && $(PYTHON) -m venv $$fresh .venv && touch .venv/.incomplete
+	$(PIP_INSTALL) setuptools torch
+	$(PIP_INSTALL) --no-build-isolation -e '.[data,train,demo,dev]'
+	@rm .venv/.incomplete && touch $@

@@ -1,0 +1,45 @@
+"""Shared fixtures, and which tests are skipped where."""
+
+import os
+
+# Read by huggingface_hub and tokenizers when they are first imported, so set before any test imports them.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+REPO_ROOT = Path(__file__).resolve().parents[1]
+GOLDEN = REPO_ROOT / "tests" / "golden"
+SHARED_DATA = Path(os.environ.get("TAHOEX1_SHARED_DATA", REPO_ROOT.parent / "shared" / "data"))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("hub") and os.environ["HF_HUB_OFFLINE"].upper() in {"1", "ON", "YES", "TRUE"}:
+        pytest.skip("downloads from the Hugging Face Hub; run with HF_HUB_OFFLINE=0")
+    if item.get_closest_marker("gpu"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA device, and torch.cuda.is_available() is false")
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """The folder of recorded reference results."""
+    return GOLDEN
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Callable[[str], Path]:
+    """Finds a file of real data outside the repository: ``shared_data("tahoe/vocab.json")``."""
+
+    def find(name: str) -> Path:
+        path = SHARED_DATA / name
+        if not path.exists():
+            pytest.skip(f"real data not here: {path} (name another folder with TAHOEX1_SHARED_DATA)")
+        return path
+
+    return find
