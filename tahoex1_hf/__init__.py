@@ -1,0 +1,47 @@
+"""Tahoe-x1 single-cell foundation models in the Hugging Face ecosystem.
+
+Importing the package registers the model type `tahoe_x1` with transformers' Auto classes.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForPreTraining,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
+
+from tahoex1_hf.configuration_tahoe_x1 import TahoeX1Config
+from tahoex1_hf.modeling_tahoe_x1 import TahoeX1ForPreTraining, TahoeX1ForSequenceClassification, TahoeX1Model
+from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
+
+if TYPE_CHECKING:
+    from tahoex1_hf.embedding import embed_anndata
+
+__version__ = "0.1.0"
+
+AutoConfig.register(TahoeX1Config.model_type, TahoeX1Config, exist_ok=True)
+AutoModel.register(TahoeX1Config, TahoeX1Model, exist_ok=True)
+AutoModelForPreTraining.register(TahoeX1Config, TahoeX1ForPreTraining, exist_ok=True)
+AutoModelForSequenceClassification.register(TahoeX1Config, TahoeX1ForSequenceClassification, exist_ok=True)
+AutoTokenizer.register(TahoeX1Config, tokenizer_class=TahoeX1Tokenizer, exist_ok=True)
+
+__all__ = [
+    "TahoeX1Config",
+    "TahoeX1ForPreTraining",
+    "TahoeX1ForSequenceClassification",
+    "TahoeX1Model",
+    "TahoeX1Tokenizer",
+    "embed_anndata",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # Loaded on first use: importing the model must not import what only embedding AnnData needs.
+    if name == "embed_anndata":
+        from tahoex1_hf.embedding import embed_anndata
+
+        return embed_anndata
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

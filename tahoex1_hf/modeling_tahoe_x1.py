@@ -1,0 +1,642 @@
+# Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
+"""Tahoe-x1: a bidirectional transformer over the expressed genes of single cells.
+
+A cell is a set of (gene, expression) tokens behind a `<cls>` token; there is no positional encoding. Decisions that
+hold for the whole file:
+
+- Padding is never a key, on any attention backend, so a cell's result does not depend on its batch.
+- Without `attention_mask`, padding is recognised by `config.pad_token_id`.
+- What stands in `expression_values` at padded or targeted positions is never read.
+- Cells may be packed back to back into one row, told apart by `cu_seq_lens_q`; the result equals the padded one.
+
+This file travels to the Hugging Face Hub beside the weights: it imports only torch, transformers and its config.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.integrations.sdpa_attention import repeat_kv
+from transformers.masking_utils import and_masks, create_bidirectional_mask, packed_sequence_mask_function
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import ModelOutput, SequenceClassifierOutput
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils.generic import is_flash_attention_requested
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_tahoe_x1 import TahoeX1Config
+
+# What a forward may be given beyond its own arguments; anything else is a misspelt name.
+_FORWARD_KWARGS = frozenset(TransformersKwargs.__annotations__) | {"inputs_embeds", "return_dict", "use_cache"}
+
+
+@dataclass
+class TahoeX1ModelOutput(ModelOutput):
+    """Output of `TahoeX1Model`. `cells` equals `batch` unless several cells are packed into a row."""
+
+    last_hidden_state: torch.Tensor | None = None  # (batch, length, hidden_size): contextual embeddings
+    pooler_output: torch.Tensor | None = None  # (cells, hidden_size): cell embeddings, not normalised
+    hidden_states: tuple[torch.Tensor, ...] | None = None  # the first layer's input, then every layer's output
+    attentions: tuple[torch.Tensor, ...] | None = None  # (batch, heads, length, length) a layer; eager only
+    gene_embeddings: torch.Tensor | None = None  # (batch, length, hidden_size): the genes without context
+
+
+@dataclass
+class TahoeX1ForPreTrainingOutput(ModelOutput):
+    """Output of `TahoeX1ForPreTraining`; the losses, of shape (), are there when labels are given."""
+
+    loss: torch.Tensor | None = None  # mean of the two parts below
+    expression_loss: torch.Tensor | None = None  # mean squared error of expression_predictions at the targets
+    cell_expression_loss: torch.Tensor | None = None  # and of cell_expression_predictions
+    expression_predictions: torch.Tensor | None = None  # (batch, length): from each token's embedding
+    cell_expression_predictions: torch.Tensor | None = None  # (batch, length): from cell embedding and gene
+    pooler_output: torch.Tensor | None = None  # (cells, hidden_size): cell embeddings, not normalised
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+
+
+@dataclass(frozen=True)
+class CellLayout:
+    """Which cell each token belongs to. Padded rows hold one cell each (`token_cells` is None), a packed row all."""
+
+    num_cells: int
+    token_cells: torch.Tensor | None = None  # (1, length) int64: cell of each token
+    first_tokens: torch.Tensor | None = None  # (num_cells,) int64: index of each <cls> in the flattened batch
+
+    @classmethod
+    def packed(cls, cu_seq_lens: torch.Tensor, shape: torch.Size) -> "CellLayout":
+        """One row of cells back to back; `cu_seq_lens` `(cells + 1,)` are their boundaries, from 0 to the length."""
+        if shape[0] != 1:
+            raise ValueError(f"cu_seq_lens_q packs all cells into one row, but input_ids has {shape[0]} rows.")
+        boundaries = cu_seq_lens.long()
+        positions = torch.arange(shape[1], device=boundaries.device)
+        token_cells = torch.searchsorted(boundaries[1:].contiguous(), positions, right=True)
+        return cls(boundaries.shape[0] - 1, token_cells.unsqueeze(0), boundaries[:-1])
+
+    def per_token(self, cell_vectors: torch.Tensor) -> torch.Tensor:
+        """Give each token its cell's vector: `(cells, width)` to `(batch, length or 1, width)`."""
+        if self.token_cells is None:
+            return cell_vectors.unsqueeze(1)
+        return cell_vectors[self.token_cells.to(cell_vectors.device)]
+
+    def mean(self, hidden_states: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
+        """Mean over each cell's valid tokens, in float32: `(batch, length, width)` to `(cells, width)`."""
+        values = hidden_states.flatten(0, 1).float()
+        cells = self.token_cells
+        if cells is None:
+            cells = torch.arange(self.num_cells, device=values.device).unsqueeze(1).expand(hidden_states.shape[:2])
+        cells = cells.flatten().to(values.device)
+        weights = values.new_ones(len(values), 1) if valid is None else valid.flatten().unsqueeze(1).to(values)
+        sums = values.new_zeros(self.num_cells, values.shape[1]).index_add(0, cells, values * weights)
+        counts = values.new_zeros(self.num_cells, 1).index_add(0, cells, weights)
+        return (sums / counts.clamp(min=1)).to(hidden_states.dtype)
+
+
+def observed_or_self(observed: torch.Tensor) -> Callable:
+    """Mask rule of the 70M and 1.3B models' training: a token sees the observed tokens and itself.
+
+    Args:
+        observed (`torch.BoolTensor` of shape `(batch, length)`): where the expression is given, not to be predicted.
+    """
+
+    def inner_mask(batch_idx: Any, head_idx: Any, q_idx: Any, kv_idx: Any) -> Any:
+        return observed[batch_idx, kv_idx] | (q_idx == kv_idx)
+
+    return inner_mask
+
+
+def check_shape(input_ids: torch.Tensor, **tensors: torch.Tensor | None) -> None:
+    """Raise ValueError for the first of `tensors` that is not shaped like `input_ids`."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.shape != input_ids.shape:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, input_ids has {tuple(input_ids.shape)}.")
+
+
+def masked_mse(
+    predictions: torch.Tensor, labels: torch.Tensor, target_mask: torch.Tensor, num_targets: torch.Tensor | float
+) -> torch.Tensor:
+    """Squared error summed over the targets in float32, divided by `num_targets`. All inputs `(batch, length)`."""
+    predictions = predictions.float()
+    # Both sides are zeroed before the difference: a label that is no target may be anything, NaN included.
+    zero = predictions.new_zeros(())
+    difference = torch.where(target_mask, predictions, zero) - torch.where(target_mask, labels.float(), zero)
+    return difference.square().sum() / num_targets
+
+
+def eager_attention_forward(
+    module: "TahoeX1Attention",
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention in plain torch; the only backend that returns its weights. `(B, H, S, D)` to `(B, S, H, D)`."""
+    key = repeat_kv(key, module.num_key_value_groups)
+    value = repeat_kv(value, module.num_key_value_groups)
+    attn_weights = torch.matmul(query, key.transpose(2, 3)) * scaling
+    if attention_mask is not None:
+        attn_weights = attn_weights + attention_mask
+    attn_weights = nn.functional.softmax(attn_weights, dim=-1, dtype=torch.float32).to(query.dtype)
+    attn_weights = nn.functional.dropout(attn_weights, p=dropout, training=module.training)
+    return torch.matmul(attn_weights, value).transpose(1, 2).contiguous(), attn_weights
+
+
+class TahoeX1GeneEncoder(nn.Module):
+    """Gene id to its context-free embedding: `(batch, length)` to `(batch, length, hidden_size)`."""
+
+    def __init__(self, config: TahoeX1Config):
+        super().__init__()
+        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
+        self.norm = nn.LayerNorm(config.hidden_size) if config.gene_encoder_norm else nn.Identity()
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.embedding(input_ids))
+
+
+class TahoeX1ExpressionEncoder(nn.Module):
+    """Expression value to a vector: `(batch, length)` to `(batch, length, hidden_size)`."""
+
+    def __init__(self, config: TahoeX1Config):
+        super().__init__()
+        self.max_value = config.expression_max_value
+        self.linear1 = nn.Linear(1, config.hidden_size)
+        self.act_fn = ACT2FN[config.expression_encoder_act]
+        self.linear2 = nn.Linear(config.hidden_size, config.hidden_size)
+        self.norm = nn.LayerNorm(config.hidden_size) if config.expression_encoder_norm else nn.Identity()
+        self.dropout = nn.Dropout(config.expression_encoder_dropout)
+
+    def forward(self, expression_values: torch.Tensor) -> torch.Tensor:
+        values = expression_values.clamp(max=self.max_value).unsqueeze(-1)
+        # Autocast would round the values themselves (log1p has no whole numbers) to bfloat16's three digits.
+        with torch.autocast(values.device.type, enabled=False):
+            hidden_states = self.linear1(values.to(self.linear1.weight.dtype))
+        return self.dropout(self.norm(self.linear2(self.act_fn(hidden_states))))
+
+
+class TahoeX1DrugEncoder(nn.Module):
+    """Drug id to a vector, from a table that starts as Morgan fingerprints: `(cells,)` to `(cells, hidden_size)`."""
+
+    def __init__(self, config: TahoeX1Config):
+        super().__init__()
+        self.embedding = nn.Embedding(config.num_drugs, config.drug_fingerprint_size, padding_idx=0)
+        self.linear1 = nn.Linear(config.drug_fingerprint_size, config.hidden_size)
+        self.act_fn = ACT2FN[config.drug_encoder_act]
+        self.linear2 = nn.Linear(config.hidden_size, config.hidden_size)
+        self.norm = nn.LayerNorm(config.hidden_size)
+
+    def forward(self, drug_ids: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.linear2(self.act_fn(self.linear1(self.embedding(drug_ids)))))
+
+
+class TahoeX1Embeddings(nn.Module):
+    """Token embeddings: gene, plus expression (or the flag of a target), or the drug in place of both."""
+
+    def __init__(self, config: TahoeX1Config):
+        super().__init__()
+        self.drug_token_id = config.drug_token_id
+        self.gene_encoder = TahoeX1GeneEncoder(config)
+        self.expression_encoder = TahoeX1ExpressionEncoder(config)
+        # Row 1 marks a target. Row 0 is never read; the original's checkpoints hold it.
+        self.flag_embedding = nn.Embedding(2, config.hidden_size)
+        self.drug_encoder = TahoeX1DrugEncoder(config) if config.num_drugs else None
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        expression_values: torch.Tensor,
+        target_mask: torch.Tensor | None,
+        drug_ids: torch.Tensor | None,
+        layout: CellLayout,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        gene_embeddings = self.gene_encoder(input_ids)
+        value_embeddings = self.expression_encoder(expression_values)
+        if target_mask is not None:
+            flag = self.flag_embedding(input_ids.new_ones(()))
+            value_embeddings = torch.where(
+                target_mask.unsqueeze(-1), flag.to(value_embeddings.dtype), value_embeddings
+            )
+        hidden_states = gene_embeddings + value_embeddings
+        if self.drug_encoder is not None:
+            if drug_ids is None:  # a drug token without a drug is the unknown drug, row 0
+                drug_ids = input_ids.new_zeros(layout.num_cells)
+            drugs = layout.per_token(self.drug_encoder(drug_ids)).to(hidden_states.dtype)
+            is_drug = input_ids.eq(self.drug_token_id).unsqueeze(-1)
+            hidden_states = torch.where(is_drug, drugs, hidden_states)
+        return hidden_states, gene_embeddings
+
+
+class TahoeX1MLP(nn.Module):
+    """Feed-forward block, gated with `use_glu`."""
+
+    def __init__(self, config: TahoeX1Config):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size) if config.use_glu else None
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        up = self.up_proj(hidden_states)
+        if self.gate_proj is None:
+            return self.down_proj(self.act_fn(up))
+        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * up)
+
+
+class TahoeX1Attention(nn.Module):
+    """Bidirectional multi-head attention with separate query, key and value projections."""
+
+    def __init__(self, config: TahoeX1Config, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = self.head_dim**-0.5
+        self.is_causal = False
+        kv_size = config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.k_proj = nn.Linear(config.hidden_size, kv_size)
+        self.v_proj = nn.Linear(config.hidden_size, kv_size)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        query_mask: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        input_shape = hidden_states.shape[:-1]
+        head_shape = (*input_shape, -1, self.head_dim)
+        query = self.q_proj(hidden_states).view(head_shape).transpose(1, 2)
+        key = self.k_proj(hidden_states).view(head_shape).transpose(1, 2)
+        value = self.v_proj(hidden_states).view(head_shape).transpose(1, 2)
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        attn_output, attn_weights = attention_interface(
+            self, query, key, value, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs
+        )
+        attn_output = attn_output.reshape(*input_shape, -1).contiguous()
+        if query_mask is not None:
+            attn_output = attn_output * query_mask.unsqueeze(-1).to(attn_output.device, attn_output.dtype)
+        return self.o_proj(attn_output), attn_weights
+
+
+class TahoeX1Layer(GradientCheckpointingLayer):
+    """One transformer layer, normalised before (`"pre"`) or after (`"post"`) each block."""
+
+    def __init__(self, config: TahoeX1Config, layer_idx: int):
+        super().__init__()
+        self.pre_norm = config.norm_position == "pre"
+        self.self_attn = TahoeX1Attention(config, layer_idx)
+        self.mlp = TahoeX1MLP(config)
+        self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        query_mask: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        if self.pre_norm:
+            attn_output, _ = self.self_attn(self.attention_norm(hidden_states), attention_mask, query_mask, **kwargs)
+            hidden_states = hidden_states + attn_output
+            return hidden_states + self.mlp(self.mlp_norm(hidden_states))
+        attn_output, _ = self.self_attn(hidden_states, attention_mask, query_mask, **kwargs)
+        hidden_states = self.attention_norm(hidden_states + attn_output)
+        return self.mlp_norm(hidden_states + self.mlp(hidden_states))
+
+
+class TahoeX1PreTrainedModel(PreTrainedModel):
+    """What transformers is told about every Tahoe-x1 model."""
+
+    config: TahoeX1Config
+    base_model_prefix = "tahoe"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["TahoeX1Embeddings", "TahoeX1Layer"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_record_outputs = {"hidden_states": TahoeX1Layer, "attentions": TahoeX1Attention}
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """The original's initialisation: normal, std `sqrt(2 / fan_in)`; the attention output also `/ sqrt(2 layers)`.
+
+        Source: `init_config_defaults` of tahoe_x1/model/blocks.py (kaiming_normal_, fan_in, relu, residual division).
+        """
+        if isinstance(module, nn.Linear):
+            init.normal_(module.weight, std=(2.0 / module.in_features) ** 0.5)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            init.normal_(module.weight, std=(2.0 / module.embedding_dim) ** 0.5)
+        elif isinstance(module, nn.LayerNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, TahoeX1Attention):
+            fan_in, num_residuals = self.config.hidden_size, 2 * self.config.num_hidden_layers
+            init.normal_(module.o_proj.weight, std=(2.0 / fan_in / num_residuals) ** 0.5)
+        elif isinstance(module, TahoeX1DrugEncoder):
+            init.zeros_(module.embedding.weight)  # until fingerprints are loaded
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the gene embedding table."""
+        return self.base_model.get_submodule("embeddings.gene_encoder.embedding")
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the gene embedding table."""
+        self.base_model.set_submodule("embeddings.gene_encoder.embedding", value)
+
+
+class TahoeX1Model(TahoeX1PreTrainedModel):
+    """The Tahoe-x1 transformer without a decoder: contextual gene embeddings and cell embeddings."""
+
+    def __init__(self, config: TahoeX1Config):
+        super().__init__(config)
+        self.embeddings = TahoeX1Embeddings(config)
+        self.layers = nn.ModuleList([TahoeX1Layer(config, i) for i in range(config.num_hidden_layers)])
+        pre_norm = config.norm_position == "pre"
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if pre_norm else nn.Identity()
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        expression_values: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        target_mask: torch.Tensor | None = None,
+        drug_ids: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> TahoeX1ModelOutput:
+        """Embed cells.
+
+        Args:
+            input_ids: `(batch, length)` int64, token ids of the genes behind `<cls>`.
+            expression_values: `(batch, length)` float, encoded expression of the genes.
+            attention_mask: `(batch, length)`, nonzero at tokens, zero at padding; by default where
+                `input_ids` is not `config.pad_token_id`.
+            target_mask: `(batch, length)` bool, tokens whose expression is hidden from the model and to be predicted.
+            drug_ids: `(cells,)` int64, drug of each cell, 0 for none; read where a `<drug>` token stands.
+            **kwargs: `output_hidden_states`, `output_attentions`; and, for cells packed into one row without padding,
+                `cu_seq_lens_q` `(cells + 1,)` int32, their boundaries from 0 to the length (flash attention also
+                wants `cu_seq_lens_k`, `max_length_q` and `max_length_k`).
+
+        Raises:
+            ValueError: for an argument that does not exist, shapes that do not agree, or a combination that the
+                attention backend cannot compute.
+        """
+        unknown = sorted(set(kwargs) - _FORWARD_KWARGS)
+        if unknown:
+            raise ValueError(f"TahoeX1Model.forward has no argument {', '.join(unknown)}.")
+        if kwargs.pop("inputs_embeds", None) is not None:
+            raise ValueError("inputs_embeds is not supported: pass input_ids and expression_values.")
+        same_shape = {
+            "expression_values": expression_values,
+            "attention_mask": attention_mask,
+            "target_mask": target_mask,
+        }
+        for name, tensor in same_shape.items():
+            if tensor is not None and tensor.shape != input_ids.shape:
+                raise ValueError(f"{name} has shape {tuple(tensor.shape)}, input_ids has {tuple(input_ids.shape)}.")
+        if target_mask is not None and target_mask.dtype != torch.bool:
+            raise ValueError(f"target_mask must be bool, got {target_mask.dtype}: use target_mask.bool().")
+        layout, valid = self._cell_layout(input_ids, attention_mask, drug_ids, kwargs)
+
+        unread = torch.zeros_like(input_ids, dtype=torch.bool) if target_mask is None else target_mask
+        if valid is not None and self.config.cell_pooling != "mean_with_padding":
+            unread = unread | ~valid
+        hidden_states, gene_embeddings = self.embeddings(
+            input_ids, expression_values.masked_fill(unread, 0.0), target_mask, drug_ids, layout
+        )
+        mask = self._attention_mask(hidden_states, valid, target_mask, layout)
+        # The original's mean over padding takes the attention output there as zero, as flash attention leaves it.
+        query_mask = valid if self.config.cell_pooling == "mean_with_padding" else None
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, mask, query_mask, **kwargs)
+        hidden_states = self.norm(hidden_states)
+        return TahoeX1ModelOutput(
+            last_hidden_state=hidden_states,
+            pooler_output=self._pool(hidden_states, valid, layout),
+            gene_embeddings=gene_embeddings,
+        )
+
+    def _cell_layout(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        drug_ids: torch.Tensor | None,
+        kwargs: dict[str, Any],
+    ) -> tuple[CellLayout, torch.Tensor | None]:
+        """Return the layout of the cells, and where tokens are: `(batch, length)` bool, or None for everywhere."""
+        cu_seq_lens = kwargs.get("cu_seq_lens_q")
+        if cu_seq_lens is not None:
+            if attention_mask is not None:
+                raise ValueError("attention_mask does not go with cu_seq_lens_q: a packed row has no padding.")
+            if self.config.cell_pooling == "mean_with_padding":
+                raise ValueError(
+                    'cell_pooling="mean_with_padding" counts padding, which packed rows lack: set '
+                    'config.cell_pooling = "mean", or pass padded rows.'
+                )
+            layout, valid = CellLayout.packed(cu_seq_lens, input_ids.shape), None
+        else:
+            layout, valid = CellLayout(input_ids.shape[0]), None
+            if attention_mask is not None:
+                valid = attention_mask.bool()
+            elif self.config.pad_token_id is not None:
+                valid = input_ids != self.config.pad_token_id
+        if drug_ids is not None and self.config.num_drugs == 0:
+            raise ValueError("drug_ids was given, but this model has no drug encoder (config.num_drugs is 0).")
+        if drug_ids is not None and drug_ids.shape != (layout.num_cells,):
+            raise ValueError(f"drug_ids has shape {tuple(drug_ids.shape)}, expected ({layout.num_cells},).")
+        return layout, valid
+
+    def _attention_mask(
+        self,
+        hidden_states: torch.Tensor,
+        valid: torch.Tensor | None,
+        target_mask: torch.Tensor | None,
+        layout: CellLayout,
+    ) -> Any:
+        """Return the mask in the form that the configured attention backend reads."""
+        rules = []
+        is_flash = is_flash_attention_requested(self.config)
+        if self.config.attention_mask_style == "observed_or_self" and target_mask is not None:
+            if is_flash:
+                raise ValueError(
+                    'attention_mask_style="observed_or_self" with target_mask cannot run on flash attention, which '
+                    'would attend to the targets. Load the model with attn_implementation="sdpa" (or '
+                    '"flex_attention", "eager"), or leave target_mask out when nothing is to be predicted.'
+                )
+            rules.append(observed_or_self(~target_mask))
+        if layout.token_cells is not None and not is_flash:  # flash attention reads cu_seq_lens itself
+            rules.append(packed_sequence_mask_function(layout.token_cells))
+        return create_bidirectional_mask(
+            config=self.config,
+            inputs_embeds=hidden_states,
+            attention_mask=valid,
+            and_mask_function=and_masks(*rules) if rules else None,
+        )
+
+    def _pool(self, hidden_states: torch.Tensor, valid: torch.Tensor | None, layout: CellLayout) -> torch.Tensor:
+        if self.config.cell_pooling == "cls":
+            if layout.first_tokens is None:
+                return hidden_states[:, 0]
+            return hidden_states.flatten(0, 1)[layout.first_tokens.to(hidden_states.device)]
+        return layout.mean(hidden_states, valid if self.config.cell_pooling == "mean" else None)
+
+
+class TahoeX1ExpressionDecoder(nn.Module):
+    """Contextual embedding to expression: `(batch, length, hidden_size)` to `(batch, length)`."""
+
+    def __init__(self, config: TahoeX1Config):
+        super().__init__()
+        self.layers = nn.ModuleList(
+            [nn.Linear(config.hidden_size, config.hidden_size) for _ in range(config.expression_decoder_layers)]
+        )
+        self.act_fn = ACT2FN[config.expression_decoder_act]
+        self.output = nn.Linear(config.hidden_size, 1)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            hidden_states = self.act_fn(layer(hidden_states))
+        return self.output(hidden_states).squeeze(-1)
+
+
+class TahoeX1CellDecoder(nn.Module):
+    """Expression of a gene from the cell embedding alone: `query(gene) · project(cell)`.
+
+    The original projects each gene's query instead of the cell; the product is the same with the matrix transposed,
+    at 1/length of the work.
+    """
+
+    def __init__(self, config: TahoeX1Config):
+        super().__init__()
+        self.gene_query = nn.Linear(config.hidden_size, config.hidden_size)
+        self.act_fn = ACT2FN[config.cell_decoder_act]
+        self.cell_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.scaling = config.hidden_size**-0.5 if config.cell_decoder_scaled else 1.0
+
+    def forward(
+        self, cell_embeddings: torch.Tensor, gene_embeddings: torch.Tensor, layout: CellLayout
+    ) -> torch.Tensor:
+        queries = self.act_fn(self.gene_query(gene_embeddings))
+        cells = layout.per_token(self.cell_proj(cell_embeddings))
+        if layout.token_cells is None:
+            return torch.matmul(queries, cells.transpose(1, 2)).squeeze(-1) * self.scaling
+        return (queries * cells).sum(-1) * self.scaling
+
+
+class TahoeX1ForPreTraining(TahoeX1PreTrainedModel):
+    """Tahoe-x1 with its two decoders, for masked-expression modelling."""
+
+    def __init__(self, config: TahoeX1Config):
+        super().__init__(config)
+        self.tahoe = TahoeX1Model(config)
+        self.expression_decoder = TahoeX1ExpressionDecoder(config)
+        self.cell_decoder = TahoeX1CellDecoder(config)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        expression_values: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        target_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        drug_ids: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> TahoeX1ForPreTrainingOutput:
+        """Predict the hidden expression of the targets.
+
+        The other arguments, and errors, are those of `TahoeX1Model.forward`.
+
+        Args:
+            labels: `(batch, length)` float, expression at the targets; what stands elsewhere is not read. The loss is
+                the mean of the two decoders' mean squared errors over the targets that are not padding, and 0 when
+                there is none.
+            num_items_in_batch: number of targets over which the loss is averaged, where it is not those of this call:
+                with gradient accumulation, those of all micro-batches.
+        """
+        if labels is not None and target_mask is None:
+            raise ValueError("labels was given without target_mask, which says where they are to be predicted.")
+        check_shape(input_ids, labels=labels)
+        outputs = self.tahoe(input_ids, expression_values, attention_mask, target_mask, drug_ids, **kwargs)
+        layout, valid = self.tahoe._cell_layout(input_ids, attention_mask, drug_ids, kwargs)
+        result = TahoeX1ForPreTrainingOutput(
+            expression_predictions=self.expression_decoder(outputs.last_hidden_state),
+            cell_expression_predictions=self.cell_decoder(outputs.pooler_output, outputs.gene_embeddings, layout),
+            pooler_output=outputs.pooler_output,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+        if labels is not None and target_mask is not None:
+            if self.config.scale_targets:
+                labels = 2 * (labels.float() - 1) / (self.config.num_bins - 2) - 1
+            targets = target_mask if valid is None else target_mask & valid
+            num_targets = targets.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+            expression_loss = masked_mse(result.expression_predictions, labels, targets, num_targets)
+            cell_expression_loss = masked_mse(result.cell_expression_predictions, labels, targets, num_targets)
+            result.loss = (expression_loss + cell_expression_loss) / 2
+            result.expression_loss, result.cell_expression_loss = expression_loss, cell_expression_loss
+        return result
+
+
+class TahoeX1ForSequenceClassification(TahoeX1PreTrainedModel):
+    """Tahoe-x1 with a linear head on the cell embedding: classification or regression of cells."""
+
+    def __init__(self, config: TahoeX1Config):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.tahoe = TahoeX1Model(config)
+        self.dropout = nn.Dropout(config.classifier_dropout)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        expression_values: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        target_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        drug_ids: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> SequenceClassifierOutput:
+        """Classify cells.
+
+        The other arguments, and errors, are those of `TahoeX1Model.forward`.
+
+        Args:
+            labels: `(cells,)` int64 class ids, or float values for `config.problem_type` "regression"
+                (`(cells, num_labels)` floats for "multi_label_classification").
+        """
+        outputs = self.tahoe(input_ids, expression_values, attention_mask, target_mask, drug_ids, **kwargs)
+        logits = self.classifier(self.dropout(outputs.pooler_output))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
+        return SequenceClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+__all__ = ["TahoeX1ForPreTraining", "TahoeX1ForSequenceClassification", "TahoeX1Model", "TahoeX1PreTrainedModel"]
