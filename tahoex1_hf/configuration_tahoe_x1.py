@@ -184,7 +184,8 @@ class TahoeX1Config(PreTrainedConfig):
                 f"hidden_size ({self.hidden_size}) must be a multiple of num_attention_heads "
                 f"({self.num_attention_heads})."
             )
-        if self.num_key_value_heads < 1 or self.num_attention_heads % self.num_key_value_heads:
+        num_key_value_heads = self.num_key_value_heads if self.num_key_value_heads is not None else 1
+        if num_key_value_heads < 1 or self.num_attention_heads % num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of num_key_value_heads "
                 f"({self.num_key_value_heads})."

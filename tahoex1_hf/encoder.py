@@ -1,0 +1,166 @@
+"""Running a model over tokenized cells: device, precision, and batches of cells of similar length."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch.nn.functional import normalize
+
+from tahoex1_hf.configuration_tahoe_x1 import TahoeX1Config
+from tahoex1_hf.modeling_tahoe_x1 import TahoeX1PreTrainedModel
+from tahoex1_hf.tokenization_tahoe_x1 import EncodedCells, TahoeX1Tokenizer
+
+logger = logging.getLogger(__name__)
+
+DtypeName = Literal["auto", "float32", "bfloat16"]
+
+# Tokens per batch, padding included: enough to fill the device, small enough for its memory at every released size.
+_DEFAULT_BATCH_TOKENS = {"cuda": 65536, "cpu": 8192}
+
+
+def choose_device(device: str | torch.device | None = None) -> torch.device:
+    """Return the device asked for, or the fastest there is: CUDA, then Apple's GPU, then the CPU."""
+    if device is not None:
+        return torch.device(device)
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def choose_dtype(dtype: DtypeName, device: torch.device) -> torch.dtype:
+    """Return the precision asked for; `auto` is bfloat16 where the hardware multiplies it faster, else float32."""
+    if dtype not in ("auto", "float32", "bfloat16"):
+        raise ValueError(f'dtype must be "auto", "float32" or "bfloat16", got {dtype!r}.')
+    if dtype != "auto":
+        return getattr(torch, dtype)
+    if device.type == "cuda":
+        fast = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        # Without these instructions bfloat16 is emulated, hundreds of times slower than float32.
+        capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+        fast = device.type == "cpu" and any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return torch.bfloat16 if fast else torch.float32
+
+
+def length_sorted_batches(lengths: np.ndarray, batch_tokens: int) -> Iterator[np.ndarray]:
+    """Group cells of similar length, the longest first, so that little is padded.
+
+    Args:
+        lengths: `(cells,)` tokens per cell.
+        batch_tokens: most tokens of a batch, padding included; a longer cell makes a batch of its own.
+
+    Yields:
+        Row numbers of the cells of one batch.
+    """
+    order = np.argsort(-lengths, kind="stable")
+    start = 0
+    while start < len(order):
+        # The first cell is the longest, and sets the padded length.
+        size = max(1, batch_tokens // max(1, int(lengths[order[start]])))
+        yield order[start : start + size]
+        start += size
+
+
+class GeneMeans:
+    """Running means of contextual gene embeddings over cells, by token: memory is genes x width whatever the cells."""
+
+    def __init__(self, token_ids: np.ndarray, vocab_size: int, width: int, device: torch.device):
+        self.token_ids = np.unique(token_ids[token_ids >= 0])
+        slots = torch.full((vocab_size,), -1, dtype=torch.long)
+        slots[torch.from_numpy(self.token_ids)] = torch.arange(len(self.token_ids))
+        self._slots = slots.to(device)
+        # In float64 the sums do not depend on the order of the cells; Apple's GPU has none.
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        self._sums = torch.zeros(len(self.token_ids), width, dtype=dtype, device=device)
+        self._counts = torch.zeros(len(self.token_ids), dtype=torch.long, device=device)
+
+    def add(self, input_ids: torch.Tensor, hidden_states: torch.Tensor) -> None:
+        """Add a batch: `(batch, length)` tokens and their `(batch, length, width)` embeddings; others are left out."""
+        slots = self._slots[input_ids.flatten()]
+        known = slots >= 0
+        slots = slots[known]
+        self._sums.index_add_(0, slots, hidden_states.flatten(0, 1)[known].to(self._sums.dtype))
+        self._counts.index_add_(0, slots, torch.ones_like(slots))
+
+    def means(self, token_ids: np.ndarray) -> np.ndarray:
+        """Return `(genes, width)` float32 means; NaN where a gene is unknown (-1) or expressed in no cell."""
+        means = (self._sums / self._counts.unsqueeze(1)).float().cpu().numpy()  # 0 / 0 is NaN
+        slots = self._slots.cpu().numpy()[token_ids]
+        return np.where(((token_ids >= 0) & (slots >= 0))[:, None], means[slots], np.float32(np.nan))
+
+
+class CellEncoder:
+    """A model made ready to embed tokenized cells.
+
+    Args:
+        model: any Tahoe-x1 model; its decoders, if any, are not run. It is moved to the device and set to eval mode.
+        tokenizer: the tokenizer of the cells, for what stands in the padding.
+        batch_tokens: most tokens of a batch; by default fit for the device.
+        device: by default the fastest there is.
+        dtype: float32 weights stay as they are; with bfloat16 they are multiplied under autocast.
+    """
+
+    def __init__(
+        self,
+        model: TahoeX1PreTrainedModel,
+        tokenizer: TahoeX1Tokenizer,
+        *,
+        batch_tokens: int | None = None,
+        device: str | torch.device | None = None,
+        dtype: DtypeName = "auto",
+    ):
+        if batch_tokens is not None and batch_tokens < 1:
+            raise ValueError(f"batch_tokens must be at least 1, got {batch_tokens}.")
+        if len(tokenizer) != model.config.vocab_size:
+            raise ValueError(
+                f"The tokenizer has {len(tokenizer)} tokens and the model {model.config.vocab_size}: they belong to "
+                "different checkpoints. Load both from the same place."
+            )
+        if model.config.cell_pooling == "mean_with_padding":
+            logger.warning(
+                'cell_pooling="mean_with_padding" makes an embedding depend on the cells it shares a batch with, as '
+                'in the original; set model.config.cell_pooling = "mean" for embeddings that do not.'
+            )
+        self.device = choose_device(device)
+        self.dtype = choose_dtype(dtype, self.device)
+        self.config: TahoeX1Config = model.config
+        self.model = model.base_model.to(self.device).eval()
+        self.tokenizer = tokenizer
+        self.batch_tokens = batch_tokens or _DEFAULT_BATCH_TOKENS.get(self.device.type, 16384)
+
+    @property
+    def width(self) -> int:
+        """Width of the embeddings."""
+        return self.config.hidden_size
+
+    def _precision(self) -> AbstractContextManager[Any]:
+        if self.dtype == torch.float32 or self.model.dtype == self.dtype:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+    @torch.inference_mode()
+    def embed(self, cells: EncodedCells, gene_means: GeneMeans | None = None) -> np.ndarray:
+        """Embed cells; their order, and which share a batch, change nothing.
+
+        Args:
+            cells: tokenized cells.
+            gene_means: running means to which the cells' gene embeddings are added.
+
+        Returns:
+            `(cells, width)` float32, each row of length 1.
+        """
+        embeddings = np.empty((cells.num_cells, self.width), dtype=np.float32)
+        with self._precision():
+            for rows in length_sorted_batches(cells.lengths, self.batch_tokens):
+                batch = cells.padded(
+                    rows, pad_token_id=self.tokenizer.pad_token_id, pad_value=self.tokenizer.pad_value
+                )
+                batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
+                outputs = self.model(**batch)
+                embeddings[rows] = normalize(outputs.pooler_output.float(), dim=1).cpu().numpy()
+                if gene_means is not None:
+                    gene_means.add(batch["input_ids"], outputs.last_hidden_state)
+        return embeddings
