@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from tahoex1_hf.encoder import CellEncoder, DtypeName, GeneMeans
 from tahoex1_hf.modeling_tahoe_x1 import TahoeX1PreTrainedModel
-from tahoex1_hf.tokenization_tahoe_x1 import GeneMatch, TahoeX1Tokenizer
+from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -206,4 +206,4 @@ def model_revision(name_or_path: str) -> str:
     return parts[parts.index("snapshots") + 1] if "snapshots" in parts[:-1] else ""
 
 
-__all__ = ["EmbeddingRun", "GeneMatch", "embed_anndata", "model_revision", "provenance_key"]
+__all__ = ["EmbeddingRun", "embed_anndata", "model_revision", "provenance_key"]

@@ -10,8 +10,9 @@ import torch
 from torch.nn.functional import normalize
 
 from tahoex1_hf.configuration_tahoe_x1 import TahoeX1Config
+from tahoex1_hf.encoding_tahoe_x1 import EncodedCells
 from tahoex1_hf.modeling_tahoe_x1 import TahoeX1PreTrainedModel
-from tahoex1_hf.tokenization_tahoe_x1 import EncodedCells, TahoeX1Tokenizer
+from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
 
 logger = logging.getLogger(__name__)
 

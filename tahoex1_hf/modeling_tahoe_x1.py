@@ -453,6 +453,12 @@ class TahoeX1Model(TahoeX1PreTrainedModel):
                     'cell_pooling="mean_with_padding" counts padding, which packed rows lack: set '
                     'config.cell_pooling = "mean", or pass padded rows.'
                 )
+            if is_flash_attention_requested(self.config):
+                missing = {"cu_seq_lens_k", "max_length_q", "max_length_k"} - {
+                    k for k, v in kwargs.items() if v is not None
+                }
+                if missing:  # transformers would then attend across the whole row
+                    raise ValueError(f"Flash attention on packed rows needs {', '.join(sorted(missing))} too.")
             layout, valid = CellLayout.packed(cu_seq_lens, input_ids.shape), None
         else:
             layout, valid = CellLayout(input_ids.shape[0]), None

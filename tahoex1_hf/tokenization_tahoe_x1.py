@@ -1,7 +1,8 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
 """Cell tokenizer of the Tahoe-x1 models: count matrices in, gene tokens with expression values out.
 
-This file travels to the Hugging Face Hub beside the weights: it imports only numpy, torch and transformers.
+This file travels to the Hugging Face Hub beside the weights: it imports only numpy, torch, transformers and
+`encoding_tahoe_x1.py`.
 
 - A token is a gene (Ensembl id without version). A cell is `<cls>`, optionally `<drug>`, then its expressed known
   genes in column order; the order means nothing to the model, which has no positional encoding.
@@ -16,13 +17,29 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
-import torch
 from transformers import BatchEncoding, PreTrainedTokenizer
 from transformers.utils import logging
+
+from .encoding_tahoe_x1 import (
+    EncodedCells,
+    GeneMatch,
+    GeneRows,
+    as_batch,
+    as_counts,
+    bin_expression,
+    concatenate_cells,
+    count_hint,
+    count_problem,
+    kept_genes,
+    log_normalize,
+    matrix_rows,
+    merge_repeats,
+    pad_features,
+    to_csr,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -47,346 +64,6 @@ _ORIGINAL_NAMES = {
 }
 
 
-def bin_expression(values: np.ndarray, offsets: np.ndarray, num_bins: int = 51, right: bool = False) -> np.ndarray:
-    """Replace each expression value by the number of its cell's quantile bin.
-
-    The formula is upstream Tahoe-x1's: the `num_bins - 1` edges of a cell are `torch.quantile` of its non-zero values
-    at `linspace(0, 1, num_bins - 1)` in float32, linearly interpolated; the bin is the number of edges below the
-    value, plus one, or with `right` the number of edges not above it. Results agree with upstream's bit for bit.
-
-    Args:
-        values: `(total,)` expression values of all cells, one cell after the other; any unit, converted to float32.
-        offsets: `(cells + 1,)` cell `i` is `values[offsets[i]:offsets[i + 1]]`; cells may be empty.
-        num_bins: number of bins including the one for zeros, at least 2.
-        right: count edges equal to the value as below it (upstream's `right_binning`).
-
-    Returns:
-        `(total,)` float32 bins, `1..num_bins - 1` for values above zero; zeros take no part in the edges and get 0, or
-        1 where `right` is False.
-
-    Raises:
-        ValueError: for `num_bins` below 2, for offsets that do not partition `values`, and for NaN.
-    """
-    if num_bins < 2:
-        raise ValueError(f"num_bins={num_bins}: quantile bins need at least 2.")
-    values = np.asarray(values, dtype=np.float32) + np.float32(0)  # a copy in which -0.0 has become 0.0
-    lengths = _checked_lengths(offsets, len(values))
-    if not len(values):
-        return values
-    if np.isnan(values).any():
-        raise ValueError("values holds NaN, which belongs to no bin: remove or replace the missing values first.")
-    codes, table_values, table_cells, table_counts = _distinct_values(values, lengths)
-    table_counts[table_values == 0] = 0
-    edges = _quantile_edges(table_values, table_cells, table_counts, len(lengths), num_bins - 1)
-    edge_cells = np.repeat(np.arange(len(lengths)), num_bins - 1)
-    bins = np.searchsorted(
-        _sort_keys(edge_cells, edges), _sort_keys(table_cells, table_values), side="right" if right else "left"
-    )
-    bins -= table_cells * (num_bins - 1)  # the edges of the cells before
-    bins[table_values == 0] = 0
-    return (bins + (not right)).astype(np.float32)[codes]
-
-
-def log_normalize(values: np.ndarray, offsets: np.ndarray, target_sum: float = 10000.0) -> np.ndarray:
-    """Scale every cell to the same sum and take `log1p`: upstream Tahoe-x1's `log1p(x / (sum + 1e-9) * target_sum)`.
-
-    Args:
-        values: `(total,)` non-negative counts of all cells, one cell after the other.
-        offsets: `(cells + 1,)` cell `i` is `values[offsets[i]:offsets[i + 1]]`; cells may be empty.
-        target_sum: the sum of every cell before the logarithm.
-
-    Returns:
-        `(total,)` float32; computed in float64, so it does not depend on the order of the genes.
-
-    Raises:
-        ValueError: for offsets that do not partition `values`.
-    """
-    lengths = _checked_lengths(offsets, len(values))
-    cells = np.repeat(np.arange(len(lengths)), lengths)
-    wide = np.asarray(values, dtype=np.float64)
-    sums = np.bincount(cells, weights=wide, minlength=len(lengths))
-    return np.log1p(wide / (sums[cells] + 1e-9) * target_sum).astype(np.float32)
-
-
-def _checked_lengths(offsets: np.ndarray, total: int) -> np.ndarray:
-    lengths = np.diff(np.asarray(offsets, dtype=np.int64))
-    if len(offsets) < 1 or offsets[0] != 0 or offsets[-1] != total or (lengths < 0).any():
-        raise ValueError(f"offsets must rise from 0 to the number of values ({total}).")
-    return lengths
-
-
-def _distinct_values(values: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Each cell's values in rising order, as a table: row of every value, then per row the value, its cell and count.
-
-    A cell has a few dozen distinct counts among thousands of genes, and all further work is done per row.
-    """
-    cells = np.repeat(np.arange(len(lengths)), lengths)
-    # Small integers, the usual case: a histogram finds the distinct values without sorting. (Rows may have count 0.)
-    if values.min() >= 0 and values.max() < 2**24 and (values == np.floor(values)).all():
-        counts = values.astype(np.int64)
-        sizes = np.zeros(len(lengths), dtype=np.int64)
-        filled = lengths > 0
-        sizes[filled] = np.maximum.reduceat(counts, (np.cumsum(lengths) - lengths)[filled]) + 1
-        if sizes.sum() <= 4 * len(values) + 1024:
-            starts = np.cumsum(sizes) - sizes
-            codes = starts[cells] + counts
-            table_cells = np.repeat(np.arange(len(lengths)), sizes)
-            table_values = (np.arange(sizes.sum()) - starts[table_cells]).astype(np.float32)
-            return codes, table_values, table_cells, np.bincount(codes, minlength=len(table_cells))
-    order = np.argsort(_sort_keys(cells, values))
-    codes = np.empty_like(order)
-    codes[order] = np.arange(len(order))
-    return codes, values[order], cells[order], np.ones(len(order), dtype=np.int64)
-
-
-def _sort_keys(cells: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """int64 keys that sort by cell, then by float32 value: the bits of a float32 rise with its magnitude."""
-    bits = values.view(np.int32).astype(np.int64)
-    return (cells.astype(np.int64) << 32) + np.where(bits < 0, -(bits & 0x7FFFFFFF), bits)
-
-
-def _quantile_edges(
-    table_values: np.ndarray, table_cells: np.ndarray, table_counts: np.ndarray, num_cells: int, num_edges: int
-) -> np.ndarray:
-    """`(num_cells * num_edges,)` float32 quantiles of every cell, with the roundings of `torch.quantile`.
-
-    torch computes rank = q * (n - 1) in float32 and interpolates its neighbours with `lerp`. The same `lerp` runs
-    here, since its fused multiply-add cannot be had from numpy.
-    """
-    cell_counts = np.bincount(table_cells, weights=table_counts, minlength=num_cells).astype(np.int64)
-    last = torch.from_numpy(np.maximum(cell_counts - 1, 0)).to(torch.float32)
-    ranks = torch.linspace(0, 1, num_edges, dtype=torch.float32)[None, :] * last[:, None]
-    below, above = ranks.floor().long(), ranks.ceil().long()
-    starts = (np.cumsum(cell_counts) - cell_counts)[:, None]
-    upto = np.cumsum(table_counts)
-
-    def value_at(rank: torch.Tensor) -> torch.Tensor:
-        # A cell without non-zero values has no such row; what it gets here is never used.
-        rows = np.searchsorted(upto, (rank.numpy() + starts).ravel(), side="right")
-        return torch.from_numpy(table_values[np.minimum(rows, len(table_values) - 1)])
-
-    return torch.lerp(value_at(below), value_at(above), (ranks - below).ravel()).numpy()
-
-
-@dataclass(frozen=True, eq=False)
-class GeneMatch:
-    """Which column of a matrix is which token.
-
-    Attributes:
-        token_ids: `(num_genes,)` int64 vocabulary ids, -1 where the gene is unknown.
-        num_genes: columns looked up.
-        num_matched: distinct tokens found.
-        num_unknown: columns without a token; they are left out of every cell.
-        num_duplicates: columns whose counts are added to an earlier column of the same token.
-        unknown_examples: up to five names without a token.
-    """
-
-    token_ids: np.ndarray
-    num_genes: int
-    num_matched: int
-    num_unknown: int
-    num_duplicates: int
-    unknown_examples: tuple[str, ...]
-
-
-@dataclass
-class EncodedCells:
-    """Tokenized cells without padding; cell `i` is `[offsets[i]:offsets[i + 1]]` of the flat arrays.
-
-    Attributes:
-        input_ids: `(total,)` int64 token ids, special tokens included.
-        expression_values: `(total,)` float32 bins, log1p values or counts; `pad_value` at special tokens.
-        offsets: `(num_cells + 1,)` int64.
-        drug_ids: `(num_cells,)` int64, 0 for no drug; None where no drugs were given.
-        cell_numbers: `(num_cells,)` int64 number of every cell in its data set.
-        empty_cells: rows (0 to num_cells - 1) of the cells in which no known gene is expressed.
-    """
-
-    input_ids: np.ndarray
-    expression_values: np.ndarray
-    offsets: np.ndarray
-    drug_ids: np.ndarray | None
-    cell_numbers: np.ndarray
-    empty_cells: np.ndarray
-
-    @property
-    def num_cells(self) -> int:
-        """Number of cells."""
-        return len(self.offsets) - 1
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """`(num_cells,)` int64 tokens per cell, special tokens included."""
-        return np.diff(self.offsets)
-
-    def padded(
-        self,
-        rows: Sequence[int] | np.ndarray | None = None,
-        *,
-        pad_token_id: int,
-        pad_value: float,
-        pad_to_multiple_of: int | None = None,
-    ) -> dict[str, torch.Tensor]:
-        """Pad cells on the right to the longest of them.
-
-        Args:
-            rows: which cells, in which order; None takes all.
-            pad_token_id: id put into the padding.
-            pad_value: expression value put into the padding.
-            pad_to_multiple_of: round the padded length up to a multiple of this.
-
-        Returns:
-            `input_ids`, `attention_mask` (int64) and `expression_values` (float32), each `(cells, length)`; `drug_ids`
-            `(cells,)` where the cells have them.
-        """
-        chosen = np.arange(self.num_cells) if rows is None else np.asarray(rows, dtype=np.int64)
-        fills = {
-            "input_ids": (self.input_ids, pad_token_id),
-            "expression_values": (self.expression_values, np.float32(pad_value)),
-            "attention_mask": (np.ones(len(self.input_ids), dtype=np.int64), 0),
-        }
-        length = _padded_length(self.lengths[chosen], pad_to_multiple_of)
-        batch = _pad_ragged(fills, self.offsets, chosen, length)
-        if self.drug_ids is not None:
-            batch["drug_ids"] = torch.from_numpy(self.drug_ids[chosen])
-        return batch
-
-
-def _padded_length(lengths: np.ndarray, multiple: int | None) -> int:
-    longest = int(lengths.max(initial=0))
-    if multiple is None:
-        return longest
-    if multiple < 1:
-        raise ValueError(f"pad_to_multiple_of={multiple}: pass a positive number or None.")
-    return -(-longest // multiple) * multiple
-
-
-def _pad_ragged(
-    fills: Mapping[str, tuple[np.ndarray, Any]], offsets: np.ndarray, rows: np.ndarray, length: int
-) -> dict[str, torch.Tensor]:
-    """Gather `{name: (flat array, fill)}` into `(rows, length)` tensors with one index for all."""
-    steps = np.arange(length)
-    inside = steps[None, :] < np.diff(offsets)[rows][:, None]
-    index = (offsets[:-1][rows][:, None] + steps[None, :])[inside]
-    batch = {}
-    for name, (flat, fill) in fills.items():
-        padded = np.full(inside.shape, fill, dtype=flat.dtype)
-        padded[inside] = flat[index]
-        batch[name] = torch.from_numpy(padded)
-    return batch
-
-
-def _as_batch(batch: Mapping[str, torch.Tensor], return_tensors: str | None) -> BatchEncoding:
-    if return_tensors not in (None, "pt", "np"):
-        raise ValueError(f'return_tensors={return_tensors!r}: pass "pt", "np" or None.')
-    if return_tensors == "pt":
-        return BatchEncoding(dict(batch))
-    arrays = {name: tensor.numpy() for name, tensor in batch.items()}
-    return BatchEncoding(arrays if return_tensors else {name: array.tolist() for name, array in arrays.items()})
-
-
-class _Rows(NamedTuple):
-    """Expressed known genes of some cells: token ids, float32 counts, offsets of the cells."""
-
-    tokens: np.ndarray
-    counts: np.ndarray
-    offsets: np.ndarray
-
-    def cells(self) -> np.ndarray:
-        return np.repeat(np.arange(len(self.offsets) - 1), np.diff(self.offsets))
-
-    def select(self, keep: np.ndarray) -> "_Rows":
-        return _Rows(self.tokens[keep], self.counts[keep], _cut_offsets(self.offsets, keep))
-
-
-def _cut_offsets(offsets: np.ndarray, keep: np.ndarray) -> np.ndarray:
-    return np.concatenate([[0], np.cumsum(keep)])[offsets]
-
-
-def _as_counts(values: Any) -> np.ndarray:
-    array = np.asarray(values)
-    if array.dtype.kind not in "biuf":
-        raise TypeError(f"counts have dtype {array.dtype}: pass integers, booleans or real numbers.")
-    return array.astype(np.float32, copy=False)
-
-
-def _matrix_rows(matrix: Any, genes: GeneMatch) -> tuple[_Rows, bool]:
-    """Known, stored, non-zero entries of a cells x genes matrix in column order, and whether genes may repeat."""
-    if getattr(matrix, "ndim", 2) != 2 or matrix.shape[1] != genes.num_genes:
-        raise ValueError(
-            f"counts has shape {tuple(matrix.shape)}, but {genes.num_genes} gene ids were matched: pass rows of cells "
-            "whose columns are those genes (one cell: counts.reshape(1, -1))."
-        )
-    if hasattr(matrix, "tocsr"):
-        matrix = _to_csr(matrix)
-        columns, counts = matrix.indices, _as_counts(matrix.data)
-        offsets = np.asarray(matrix.indptr, dtype=np.int64)
-    else:
-        dense = np.asarray(matrix)
-        cells, columns = np.nonzero(dense)
-        counts = _as_counts(dense[cells, columns])
-        offsets = np.searchsorted(cells, np.arange(len(dense) + 1))
-    keep = (genes.token_ids[columns] >= 0) & (counts != 0)
-    columns, counts, offsets = columns[keep], counts[keep], _cut_offsets(offsets, keep)
-    if genes.num_duplicates:  # every column stands where the first one with its token does
-        _, first, inverse = np.unique(genes.token_ids, return_index=True, return_inverse=True)
-        columns = first[inverse][columns]
-    places = np.repeat(np.arange(len(offsets) - 1) * genes.num_genes, np.diff(offsets)) + columns
-    if (places[1:] > places[:-1]).all():
-        return _Rows(genes.token_ids[columns], counts, offsets), False
-    order = np.argsort(places, kind="stable")  # unsorted, stored twice or merged: put a copy in order
-    return _Rows(genes.token_ids[columns[order]], counts[order], offsets), True
-
-
-def _merge_repeats(rows: _Rows) -> _Rows:
-    """Add up the counts of a gene that stands several times in a cell, at its first place."""
-    cells = rows.cells()
-    keys = cells * (rows.tokens.max(initial=0) + 1) + rows.tokens
-    _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
-    if len(first) == len(keys):
-        return rows
-    order = np.argsort(first)
-    sums = np.bincount(inverse, weights=rows.counts)[order].astype(np.float32)
-    places = first[order]
-    return _Rows(rows.tokens[places], sums, np.searchsorted(cells[places], np.arange(len(rows.offsets))))
-
-
-def _mix64(numbers: np.ndarray) -> np.ndarray:
-    """Scramble uint64 numbers (finaliser of SplitMix64; Steele, Lea and Flood 2014, doi:10.1145/2660193.2660195)."""
-    numbers = numbers + np.uint64(0x9E3779B97F4A7C15)
-    numbers = (numbers ^ (numbers >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    numbers = (numbers ^ (numbers >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return numbers ^ (numbers >> np.uint64(31))
-
-
-def _looks_like_counts(matrix: Any) -> bool:
-    few = matrix[:5]
-    values = np.asarray(few.data if hasattr(few, "tocsr") else few)
-    if values.size == 0 or values.dtype.kind not in "biuf":
-        return False
-    return bool(values.min() >= 0 and values.max() > 0 and (values == np.rint(values)).all())
-
-
-def _count_hint(adata: Any, layer: str | None) -> str:
-    """Where an AnnData keeps non-negative integers, as advice; five rows of each matrix are looked at."""
-    if adata is None:
-        return " Pass the raw counts."
-    places = [f'layer="{name}"' for name in adata.layers if name != layer and _looks_like_counts(adata.layers[name])]
-    if layer is not None and adata.X is not None and _looks_like_counts(adata.X):
-        places.append("adata.X (leave out layer=)")
-    if adata.raw is not None and _looks_like_counts(adata.raw.X):
-        places.append("adata.raw (pass adata.raw.to_adata())")
-    if not places:
-        return " Pass the raw counts; this AnnData has no layer and no .raw with non-negative integers."
-    return f" Raw counts seem to be in {' and in '.join(places)}: pass that."
-
-
-def _to_csr(matrix: Any) -> Any:
-    if getattr(matrix, "format", "csr") == "csc":
-        logger.warning("The matrix is CSC (by gene) and is converted to CSR (by cell): convert it once to save time.")
-    return matrix.tocsr()
-
-
 def _report_empty(encoded: EncodedCells) -> None:
     if len(encoded.empty_cells):
         numbers = encoded.cell_numbers[encoded.empty_cells[:5]].tolist()
@@ -394,19 +71,6 @@ def _report_empty(encoded: EncodedCells) -> None:
             f"{len(encoded.empty_cells)} of {encoded.num_cells} cells express no gene of the vocabulary and consist "
             f"of special tokens only (the first: {numbers})."
         )
-
-
-def _concatenate(parts: Sequence[EncodedCells]) -> EncodedCells:
-    cells = np.cumsum([0, *(part.num_cells for part in parts)])
-    drug_ids = [part.drug_ids for part in parts if part.drug_ids is not None]
-    return EncodedCells(
-        input_ids=np.concatenate([part.input_ids for part in parts]),
-        expression_values=np.concatenate([part.expression_values for part in parts]),
-        offsets=np.concatenate([[0], np.cumsum(np.concatenate([part.lengths for part in parts]))]),
-        drug_ids=np.concatenate(drug_ids) if drug_ids else None,
-        cell_numbers=np.concatenate([part.cell_numbers for part in parts]),
-        empty_cells=np.concatenate([part.empty_cells + n for part, n in zip(parts, cells[:-1], strict=True)]),
-    )
 
 
 def _similar(name: Any, choices: Iterable[str]) -> str:
@@ -683,16 +347,16 @@ class TahoeX1Tokenizer(PreTrainedTokenizer):
         Raises:
             ValueError: for counts that are negative, NaN or infinite, for a wrong shape, and for unknown drugs.
         """
-        rows, repeats = _matrix_rows(counts, genes)
+        rows, repeats = matrix_rows(counts, genes)
         encoded = self._encode_rows(
-            rows, repeats, drugs, first_cell, seed, logger.warning_once, lambda: _count_hint(source, None)
+            rows, repeats, drugs, first_cell, seed, logger.warning_once, lambda: count_hint(source, None)
         )
         _report_empty(encoded)
         return encoded
 
     def _encode_rows(
         self,
-        rows: _Rows,
+        rows: GeneRows,
         repeats: bool,
         drugs: Any,
         first_cell: int,
@@ -703,16 +367,21 @@ class TahoeX1Tokenizer(PreTrainedTokenizer):
         for name, number in (("first_cell", first_cell), ("seed", seed)):
             if not 0 <= number < 2**63:
                 raise ValueError(f"{name}={number}: pass a non-negative integer.")
-        self._check_counts(rows, first_cell, warn, advice)
+        error, warning = count_problem(rows, first_cell, self._id_to_token)
+        if error is not None:
+            raise ValueError(error + advice())
+        if warning is not None and self.value_encoding != "raw":
+            warn(warning + advice())
         if repeats:
-            rows = _merge_repeats(rows)
+            rows = merge_repeats(rows)
         num_cells = len(rows.offsets) - 1
         numbers = first_cell + np.arange(num_cells, dtype=np.int64)
         drug_ids = None if drugs is None else self._drug_ids(drugs, num_cells)
         raw_first = self.first_gene_raw and drug_ids is None
         values = self._encode_values(rows, raw_first)
         special = 1 if drug_ids is None else 2
-        keep = self._kept_genes(rows, numbers, seed, special, raw_first)
+        room = None if self.context_length is None else self.context_length - special
+        keep = None if room is None else kept_genes(rows, numbers, seed, room, self.overflow, keep_first=raw_first)
         if keep is not None:
             values, rows = values[keep], rows.select(keep)
         offsets = rows.offsets + special * np.arange(num_cells + 1)
@@ -725,7 +394,7 @@ class TahoeX1Tokenizer(PreTrainedTokenizer):
         empty = np.flatnonzero(np.diff(rows.offsets) == 0)
         return EncodedCells(input_ids, expression_values, offsets, drug_ids, numbers, empty)
 
-    def _encode_values(self, rows: _Rows, raw_first: bool) -> np.ndarray:
+    def _encode_values(self, rows: GeneRows, raw_first: bool) -> np.ndarray:
         if self.value_encoding == "raw":
             return rows.counts
         if raw_first:
@@ -737,32 +406,6 @@ class TahoeX1Tokenizer(PreTrainedTokenizer):
         if self.value_encoding == "log1p":
             return log_normalize(rows.counts, rows.offsets, self.target_sum)
         return bin_expression(rows.counts, rows.offsets, self.num_bins, self.right_binning)
-
-    def _kept_genes(
-        self, rows: _Rows, numbers: np.ndarray, seed: int, special: int, raw_first: bool
-    ) -> np.ndarray | None:
-        """Mask of the genes that fit into the context, in their order; None if all do."""
-        lengths = np.diff(rows.offsets)
-        if self.context_length is None or not (lengths > self.context_length - special).any():
-            return None
-        room = self.context_length - special
-        cells = rows.cells()
-        rank = np.arange(len(cells)) - rows.offsets[cells]
-        if self.overflow == "first":
-            return rank < room
-        if self.overflow == "top":  # highest count first, then storage order
-            falling = np.uint64(2**32 - 1) - rows.counts.view(np.uint32)  # the bits of a float32 rise with it
-            scores = (falling << np.uint64(32)) + rank.astype(np.uint64)
-        else:  # a number of its own per (seed, cell number, gene); the smallest ones stay
-            streams = _mix64(_mix64(np.array([seed], dtype=np.uint64)) + numbers.astype(np.uint64))
-            scores = _mix64(streams[cells] + rows.tokens.astype(np.uint64))
-        if raw_first:  # upstream keeps this gene whatever happens
-            scores[rank == 0] = 0
-        keep = np.ones(len(cells), dtype=bool)
-        for cell in np.flatnonzero(lengths > room):
-            start, stop = rows.offsets[cell], rows.offsets[cell + 1]
-            keep[start + np.argpartition(scores[start:stop], room)[room:]] = False
-        return keep
 
     def _drug_ids(self, drugs: str | Sequence[str | None], num_cells: int) -> np.ndarray:
         if self.drug_to_id is None:
@@ -782,30 +425,6 @@ class TahoeX1Tokenizer(PreTrainedTokenizer):
                 "tokenizer.drug_to_id, or pass None for no drug."
             )
         return np.array([0 if name == "" else self.drug_to_id[name] for name in names], dtype=np.int64)
-
-    def _check_counts(
-        self, rows: _Rows, first_cell: int, warn: Callable[[str], None], advice: Callable[[], str]
-    ) -> None:
-        counts = rows.counts
-        if not len(counts):
-            return
-        if not (counts.min() >= 0 and counts.max() < np.inf):  # false for NaN too
-            place = int(np.flatnonzero(~(np.isfinite(counts) & (counts >= 0)))[0])
-            value, gene = counts[place], self._id_to_token[int(rows.tokens[place])]
-            cell = first_cell + int(np.searchsorted(rows.offsets, place, side="right")) - 1
-            where = f"counts: cell {cell}, gene {gene} has the value {value}"
-            if value < 0 and value > -np.inf:
-                raise ValueError(f"{where}: negative values look scaled (z-scores), not counted.{advice()}")
-            raise ValueError(f"{where}: NaN and infinite values cannot be encoded; remove or replace them.{advice()}")
-        if self.value_encoding == "raw" or (counts == np.rint(counts)).all():
-            return
-        with np.errstate(over="ignore"):
-            sums = np.bincount(rows.cells(), weights=np.expm1(counts.astype(np.float64)))
-        sums = sums[sums > 0]
-        looks = "."
-        if counts.max() < 15 or (len(sums) > 1 and sums.std() < 0.05 * sums.mean()):
-            looks = " and look log-normalised."
-        warn(f"counts: the values are not integers{looks} The models were trained on raw counts.{advice()}")
 
     # Calling the tokenizer ------------------------------------------------------------------------
 
@@ -862,7 +481,7 @@ class TahoeX1Tokenizer(PreTrainedTokenizer):
                 raise ValueError("gene_ids= is missing: pass the Ensembl id of every column of the matrix.")
             genes = self.match_genes(gene_ids, gene_symbols=gene_symbols)
         pieces = self._pieces(cells, genes, gene_symbols)
-        encoded = self._encode_pieces(pieces, drugs, first_cell, seed, lambda: _count_hint(source, layer))
+        encoded = self._encode_pieces(pieces, drugs, first_cell, seed, lambda: count_hint(source, layer))
         return self._to_batch(encoded, padding, pad_to_multiple_of, return_tensors)
 
     def read_anndata(
@@ -926,23 +545,23 @@ class TahoeX1Tokenizer(PreTrainedTokenizer):
 
     def _pieces(
         self, cells: Any, genes: GeneMatch | None, symbols: Mapping[str, str] | None
-    ) -> Iterator[tuple[_Rows, bool]]:
+    ) -> Iterator[tuple[GeneRows, bool]]:
         if genes is None:
             yield self._ragged_rows(cells, symbols), True
             return
         if getattr(cells, "format", "csr") != "csr":  # there, a row is scattered all over the matrix
-            cells = _to_csr(cells.to_memory() if hasattr(cells, "to_memory") else cells)
+            cells = to_csr(cells.to_memory() if hasattr(cells, "to_memory") else cells)
         step = max(1, _CHUNK_ELEMENTS // genes.num_genes)
         for start in range(0, max(1, cells.shape[0]), step):
-            yield _matrix_rows(cells[start : start + step], genes)
+            yield matrix_rows(cells[start : start + step], genes)
 
-    def _ragged_rows(self, cells: Any, symbols: Mapping[str, str] | None) -> _Rows:
+    def _ragged_rows(self, cells: Any, symbols: Mapping[str, str] | None) -> GeneRows:
         if not isinstance(cells, (list, tuple)) or any(
             not isinstance(cell, (list, tuple)) or len(cell) != 2 for cell in cells
         ):
             self._refuse_text()
         names = [np.asarray(genes) for genes, _ in cells]
-        counts = [_as_counts(values) for _, values in cells]
+        counts = [as_counts(values) for _, values in cells]
         for number, (genes, values) in enumerate(zip(names, counts, strict=True)):
             if genes.ndim != 1 or genes.shape != values.shape:
                 raise ValueError(
@@ -954,7 +573,7 @@ class TahoeX1Tokenizer(PreTrainedTokenizer):
         lookup = dict(zip(texts, match, strict=True))
         tokens = np.concatenate([np.zeros(0, dtype=np.int64), *(self._cell_tokens(genes, lookup) for genes in names)])
         offsets = np.concatenate([[0], np.cumsum([len(genes) for genes in names], dtype=np.int64)])
-        rows = _Rows(tokens, np.concatenate([np.zeros(0, dtype=np.float32), *counts]), offsets)
+        rows = GeneRows(tokens, np.concatenate([np.zeros(0, dtype=np.float32), *counts]), offsets)
         return rows.select((rows.tokens >= 0) & (rows.counts != 0))
 
     def _cell_tokens(self, genes: np.ndarray, lookup: Mapping[str, int]) -> np.ndarray:
@@ -974,7 +593,7 @@ class TahoeX1Tokenizer(PreTrainedTokenizer):
 
     def _encode_pieces(
         self,
-        pieces: Iterable[tuple[_Rows, bool]],
+        pieces: Iterable[tuple[GeneRows, bool]],
         drugs: Any,
         first_cell: int,
         seed: int,
@@ -998,7 +617,7 @@ class TahoeX1Tokenizer(PreTrainedTokenizer):
             done += num_cells
         if not one_drug and len(drugs) != done:
             raise ValueError(f"drugs has {len(drugs)} entries for {done} cells: pass one per cell, or one string.")
-        encoded = parts[0] if len(parts) == 1 else _concatenate(parts)
+        encoded = parts[0] if len(parts) == 1 else concatenate_cells(parts)
         _report_empty(encoded)
         return encoded
 
@@ -1027,7 +646,7 @@ class TahoeX1Tokenizer(PreTrainedTokenizer):
             raise ValueError(f"return_tensors={return_tensors!r} with cells of different lengths: pass padding=True.")
         pad_id = self._token_to_id[str(self.pad_token)]
         batch = encoded.padded(pad_token_id=pad_id, pad_value=self.pad_value, pad_to_multiple_of=multiple)
-        return _as_batch(batch, return_tensors)
+        return as_batch(batch, return_tensors)
 
     def pad(  # type: ignore[override]
         self,
@@ -1058,27 +677,6 @@ class TahoeX1Tokenizer(PreTrainedTokenizer):
                 f'padding={padding!r}, max_length={max_length}: pass True or "longest" alone, or "max_length" '
                 "together with max_length=."
             )
-        if isinstance(encoded_inputs, Mapping):
-            columns = dict(encoded_inputs)
-        else:
-            columns = {name: [cell[name] for cell in encoded_inputs] for name in encoded_inputs[0]}
-        missing = [name for name in self.model_input_names[:2] if name not in columns]
-        if missing:
-            raise ValueError(f"encoded_inputs lacks {missing}: pass what the tokenizer returned for each cell.")
-        lengths = np.array([len(ids) for ids in columns["input_ids"]], dtype=np.int64)
-        length = _padded_length(lengths if max_length is None else np.array([max_length]), pad_to_multiple_of)
-        if lengths.max(initial=0) > length:
-            raise ValueError(f"max_length={max_length} is shorter than a cell of {lengths.max()} tokens.")
-        columns.setdefault("attention_mask", [np.ones(n) for n in lengths])
-        offsets = np.concatenate([[0], np.cumsum(lengths)])
-        fills = {
-            name: (np.concatenate([np.asarray(row, dtype=dtype) for row in columns.pop(name)]), fill)
-            for name, dtype, fill in (
-                ("input_ids", np.int64, self._token_to_id[str(self.pad_token)]),
-                ("expression_values", np.float32, self.pad_value),
-                ("attention_mask", np.int64, 0),
-            )
-        }
-        batch = _pad_ragged(fills, offsets, np.arange(len(lengths)), length)
-        batch.update({name: torch.as_tensor(np.asarray(column)) for name, column in columns.items()})
-        return _as_batch(batch, return_tensors)
+        fills = {"input_ids": self._token_to_id[str(self.pad_token)], "expression_values": self.pad_value}
+        batch = pad_features(encoded_inputs, fills, max_length, pad_to_multiple_of)
+        return as_batch(batch, return_tensors)

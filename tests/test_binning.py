@@ -1,0 +1,167 @@
+"""Quantile bins and log1p values against upstream's own output, bit for bit, and as properties."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tahoex1_hf.encoding_tahoe_x1 import (
+    _checked_lengths,
+    _distinct_values,
+    _quantile_edges,
+    bin_expression,
+    log_normalize,
+)
+
+GOLDEN = np.load(Path(__file__).parent / "golden" / "binning" / "binning.npz")
+CASES = sorted({name.split("/")[0] for name in GOLDEN})
+
+
+def join(rows):
+    """Rows as (values, offsets)."""
+    return np.concatenate(rows), np.cumsum([0, *(len(row) for row in rows)])
+
+
+def split(values, offsets):
+    return np.split(values, offsets[1:-1])
+
+
+def by_torch(row, num_bins, right):
+    """The definition, one cell at a time."""
+    row = torch.from_numpy(row)
+    edges = torch.quantile(row[row != 0], torch.linspace(0, 1, num_bins - 1))
+    return (torch.searchsorted(edges, row, side="right" if right else "left") + (not right)).float().numpy()
+
+
+def random_rows(seed, count):
+    """Cells of 1 to 3,000 values: small counts, large counts, uniform, log-normalised, and a few values repeated."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for i in range(count):
+        n = int(np.exp(rng.uniform(0, np.log(3000)))) if i % 2 else int(rng.integers(1, 3001))
+        kinds = (
+            rng.poisson(2, n) + 1,
+            rng.integers(1, 10**6, n),
+            rng.random(n) * 100 + 1e-6,
+            np.log1p((rng.poisson(1, n) + 1) * 1e4 / 3777),
+            rng.choice([0.1, 0.3, 0.7], n),
+        )
+        rows.append(kinds[i % len(kinds)].astype(np.float32))
+    return rows
+
+
+@pytest.mark.parametrize("right", [False, True])
+@pytest.mark.parametrize("num_bins", [51, 31, 7, 3, 2])
+@pytest.mark.parametrize("case", CASES)
+def test_bins_equal_upstream(case, num_bins, right):
+    row = GOLDEN[f"{case}/row"]
+    bins = bin_expression(row, np.array([0, len(row)]), num_bins, right)
+    assert bins.dtype == np.float32
+    np.testing.assert_array_equal(bins, GOLDEN[f"{case}/bins{num_bins}_right{int(right)}"])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_edges_equal_upstream(case):
+    row = GOLDEN[f"{case}/row"]
+    lengths = _checked_lengths(np.array([0, len(row)]), len(row))
+    _, values, cells, counts = _distinct_values(row, lengths)
+    counts[values == 0] = 0
+    edges = _quantile_edges(values, cells, counts, 1, 50)
+    np.testing.assert_array_equal(edges.view(np.int32), GOLDEN[f"{case}/quantiles51"].view(np.int32))
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if (GOLDEN[f"{case}/row"] >= 0).all()])
+def test_log1p_equals_upstream(case):
+    # upstream sums in float32; float64 sums differ by at most a rounding or two
+    row = GOLDEN[f"{case}/row"]
+    np.testing.assert_allclose(
+        log_normalize(row, np.array([0, len(row)])), GOLDEN[f"{case}/log10000"], rtol=3e-7, atol=1e-7
+    )
+
+
+@pytest.mark.parametrize("right", [False, True])
+def test_all_cases_in_one_batch_are_the_cases_alone(right):
+    # integer and fractional cells together take the sorting path, integer cells alone the histogram: same bits
+    rows = [GOLDEN[f"{case}/row"] for case in CASES]
+    values, offsets = join([*rows, np.zeros(0, np.float32)])
+    for case, bins in zip(CASES, split(bin_expression(values, offsets, 51, right), offsets), strict=False):
+        np.testing.assert_array_equal(bins, GOLDEN[f"{case}/bins51_right{int(right)}"], err_msg=case)
+
+
+@pytest.mark.parametrize(("num_bins", "right"), [(51, False), (51, True), (31, True), (7, False)])
+def test_bins_equal_torch_quantile_on_random_cells(num_bins, right):
+    rows = random_rows(num_bins + right, 300)
+    for start in range(0, len(rows), 100):
+        values, offsets = join(rows[start : start + 100])
+        wanted = [by_torch(row, num_bins, right) for row in rows[start : start + 100]]
+        np.testing.assert_array_equal(bin_expression(values, offsets, num_bins, right), np.concatenate(wanted))
+
+
+def test_histogram_and_sorting_agree():
+    rows = [row for i, row in enumerate(random_rows(5, 100)) if i % 5 == 0]  # small counts
+    values, offsets = join(rows)
+    # one far outlier makes a histogram too large, so that the others go through the sort
+    outlier = np.array([2.0**23], dtype=np.float32)
+    with_outlier = bin_expression(*join([outlier, *rows]))
+    np.testing.assert_array_equal(with_outlier[1:], bin_expression(values, offsets))
+
+
+def test_the_company_and_the_order_of_cells_do_not_matter():
+    rows = random_rows(1, 60)
+    values, offsets = join(rows)
+    bins = split(bin_expression(values, offsets), offsets)
+    order = np.random.default_rng(0).permutation(len(rows))
+    shuffled_values, shuffled_offsets = join([rows[i] for i in order])
+    shuffled = split(bin_expression(shuffled_values, shuffled_offsets), shuffled_offsets)
+    for place, i in enumerate(order):
+        np.testing.assert_array_equal(shuffled[place], bins[i])
+        np.testing.assert_array_equal(bin_expression(*join([rows[i]])), bins[i])
+
+
+def test_the_order_of_genes_does_not_matter():
+    row = random_rows(2, 3)[2]
+    order = np.random.default_rng(0).permutation(len(row))
+    np.testing.assert_array_equal(bin_expression(*join([row[order]])), bin_expression(*join([row]))[order])
+
+
+def test_zeros_and_cells_without_values():
+    rows = [np.zeros(0), np.array([0.0, -0.0]), np.array([0, 3, 0, 5]), np.zeros(0)]
+    values, offsets = join(rows)
+    np.testing.assert_array_equal(bin_expression(values, offsets, 51), [1, 1, 1, 1, 1, 50])
+    np.testing.assert_array_equal(bin_expression(values, offsets, 51, right=True), [0, 0, 0, 1, 0, 50])
+    assert bin_expression(np.zeros(0), np.zeros(3, np.int64)).shape == (0,)
+
+
+def test_bins_stay_in_range_and_rise_with_the_value():
+    values, offsets = join(random_rows(3, 50))
+    for row, bins in zip(split(values, offsets), split(bin_expression(values, offsets), offsets), strict=True):
+        assert bins.min() >= 1
+        assert bins.max() <= 50
+        assert (np.diff(bins[np.argsort(row, kind="stable")]) >= 0).all()
+
+
+@pytest.mark.parametrize("function", [bin_expression, log_normalize])
+def test_values_are_left_alone(function):
+    values = np.array([3, 0, 1, 2], dtype=np.float32)
+    values.setflags(write=False)
+    assert function(values, np.array([0, 2, 4])).dtype == np.float32
+
+
+@pytest.mark.parametrize("function", [bin_expression, log_normalize])
+@pytest.mark.parametrize("offsets", [[], [0, 2], [1, 3], [0, 3, 2, 3]])
+def test_offsets_must_partition_the_values(function, offsets):
+    with pytest.raises(ValueError, match=r"offsets must rise from 0 to the number of values \(3\)"):
+        function(np.ones(3, np.float32), np.array(offsets, dtype=np.int64))
+
+
+def test_refused_arguments():
+    with pytest.raises(ValueError, match="num_bins=1"):
+        bin_expression(np.ones(3), np.array([0, 3]), num_bins=1)
+    with pytest.raises(ValueError, match="NaN"):
+        bin_expression(np.array([1, np.nan]), np.array([0, 2]))
+
+
+def test_log1p_of_cells_without_values():
+    values, offsets = join([np.zeros(0), np.array([1.0, 3.0]), np.array([0.0])])
+    np.testing.assert_allclose(log_normalize(values, offsets, 4.0), np.log1p([1, 3, 0]), rtol=1e-6)

@@ -1,0 +1,206 @@
+"""Flash attention: its logic on a CPU, with a plain stand-in for the kernel, and the kernel itself on a GPU.
+
+The tests marked `gpu` have never been run: there was no CUDA device where they were written.
+"""
+
+import importlib.util
+from collections.abc import Iterator
+
+import pytest
+import torch
+import transformers.modeling_flash_attention_utils as flash_utils
+from helpers import SHAPES, gradients, largest_difference, make_batch, packed, tiny_config, tiny_model
+from transformers import PreTrainedModel
+
+from tahoex1_hf import TahoeX1Config
+
+CLOSE = 1e-5
+FLASH_SHAPES = ["plain", "drugs", "gqa_glu_post_mean"]  # the mask of the others is not flash attention's
+
+
+class PlainFlash:
+    """What the flash-attn package offers, one sequence after the other in plain torch; notes which entry was used."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+        repeats = q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
+        return torch.einsum("hqk,khd->qhd", (torch.einsum("qhd,khd->hqk", q, k) * scale).softmax(-1), v)
+
+    def flash_attn_func(self, q, k, v, dropout_p=0.0, softmax_scale=None, causal=False):
+        assert (dropout_p, causal) == (0.0, False)
+        self.calls.append("dense")
+        return torch.stack([self.attention(*cell, softmax_scale) for cell in zip(q, k, v, strict=True)])
+
+    def flash_attn_varlen_func(
+        self,
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        dropout_p=0.0,
+        softmax_scale=None,
+        causal=False,
+    ):
+        assert (dropout_p, causal) == (0.0, False)
+        assert cu_seqlens_q.dtype == torch.int32
+        assert torch.equal(cu_seqlens_q, cu_seqlens_k)
+        assert int(cu_seqlens_q.diff().max()) == max_seqlen_q == max_seqlen_k
+        assert int(cu_seqlens_q[-1]) == len(q)  # no padding is left
+        self.calls.append("varlen")
+        lengths = cu_seqlens_q.diff().tolist()
+        pieces = zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
+        return torch.cat([self.attention(*cell, softmax_scale) for cell in pieces])
+
+
+@pytest.fixture
+def flash(monkeypatch: pytest.MonkeyPatch) -> Iterator[PlainFlash]:
+    """transformers' own flash code (unpadding, packing, padding back), with another kernel at the bottom."""
+    kernel = PlainFlash()
+
+    def lazy_imports(*args, **kwargs):
+        functions = kernel.flash_attn_func, kernel.flash_attn_varlen_func, None
+        return (*functions, flash_utils._pad_input, flash_utils._unpad_input)
+
+    monkeypatch.setattr(flash_utils, "_lazy_imports", lazy_imports)
+    monkeypatch.setattr(flash_utils, "_loaded_implementation", None)
+    yield kernel
+    flash_utils._loaded_implementation = None
+
+
+def flash_model(config: TahoeX1Config) -> PreTrainedModel:
+    model = tiny_model(config)
+    model.config._attn_implementation = "flash_attention_2"  # past the check for a GPU
+    assert model.tahoe.layers[0].self_attn.config._attn_implementation == "flash_attention_2"
+    return model
+
+
+@pytest.mark.parametrize("shape", FLASH_SHAPES)
+def test_padded_equals_sdpa(flash: PlainFlash, shape: str) -> None:
+    config = tiny_config(**SHAPES[shape])
+    batch = make_batch(config)
+    valid = batch["attention_mask"].bool()
+    with torch.no_grad():
+        expected, ours = tiny_model(config)(**batch), flash_model(config)(**batch)
+    assert flash.calls == ["varlen"] * config.num_hidden_layers
+    assert largest_difference(ours.pooler_output, expected.pooler_output) < CLOSE
+    assert ours.loss.item() == pytest.approx(expected.loss.item(), rel=1e-6)
+    for name in ("expression_predictions", "cell_expression_predictions"):
+        assert largest_difference(ours[name][valid], expected[name][valid]) < CLOSE, name
+
+
+@pytest.mark.parametrize("shape", FLASH_SHAPES)
+def test_packed_equals_padded(flash: PlainFlash, shape: str) -> None:
+    config = tiny_config(**SHAPES[shape])
+    model, batch = flash_model(config), make_batch(config)
+    with torch.no_grad():
+        padded, ours = model(**batch), model(**packed(batch))
+    assert flash.calls == ["varlen"] * 2 * config.num_hidden_layers
+    assert largest_difference(ours.pooler_output, padded.pooler_output) < CLOSE
+    assert ours.loss.item() == pytest.approx(padded.loss.item(), rel=1e-6)
+    valid = batch["attention_mask"].bool()
+    assert largest_difference(ours.expression_predictions[0], padded.expression_predictions[valid]) < CLOSE
+
+
+def test_gradients_equal_those_of_sdpa(flash: PlainFlash) -> None:
+    config = tiny_config()
+    batch = make_batch(config)
+    expected = gradients(tiny_model(config), [batch])
+    for ours in (gradients(flash_model(config), [batch]), gradients(flash_model(config), [packed(batch)])):
+        for name, gradient in expected.items():
+            scale = max(gradient.abs().max().item(), 1e-2)
+            assert largest_difference(ours[name], gradient) / scale < 2e-5, name
+
+
+def test_nothing_is_padded(flash: PlainFlash) -> None:
+    config = tiny_config()
+    batch = make_batch(config, lengths=(10, 10))
+    with torch.no_grad():
+        expected, ours = tiny_model(config)(**batch), flash_model(config)(**batch)
+    assert set(flash.calls) == {"dense"}
+    assert largest_difference(ours.pooler_output, expected.pooler_output) < CLOSE
+
+
+def test_mean_with_padding_equals_sdpa(flash: PlainFlash) -> None:
+    config = tiny_config(cell_pooling="mean_with_padding")
+    batch = make_batch(config)
+    with torch.no_grad():
+        expected, ours = tiny_model(config)(**batch), flash_model(config)(**batch)
+    assert largest_difference(ours.pooler_output, expected.pooler_output) < CLOSE
+
+
+def test_the_restricted_mask_is_refused_only_with_targets(flash: PlainFlash) -> None:
+    config = tiny_config(attention_mask_style="observed_or_self")
+    model, batch = flash_model(config), make_batch(config)
+    for arguments in (batch, packed(batch)):
+        with pytest.raises(ValueError, match=r"observed_or_self.*flash.*sdpa"):
+            model(**arguments)
+    assert flash.calls == []
+    embedded = make_batch(config, targets=False)
+    with torch.no_grad():
+        expected, ours = tiny_model(config)(**embedded), model(**embedded)
+    assert largest_difference(ours.pooler_output, expected.pooler_output) < CLOSE
+
+
+@pytest.mark.parametrize("missing", ["cu_seq_lens_k", "max_length_q", "max_length_k"])
+def test_packed_rows_need_every_argument(flash: PlainFlash, missing: str) -> None:
+    # transformers would fall back to attention over the whole row, from cell to cell.
+    model, row = flash_model(tiny_config()), packed(make_batch(tiny_config()))
+    del row[missing]
+    with pytest.raises(ValueError, match=missing):
+        model(**row)
+    with torch.no_grad():
+        tiny_model(tiny_config())(**row)  # sdpa needs cu_seq_lens_q alone
+
+
+def gpu_model(config: TahoeX1Config, attention: str, dtype: torch.dtype) -> PreTrainedModel:
+    model = tiny_model(config).to("cuda", dtype)
+    model.set_attn_implementation(attention)
+    return model
+
+
+def on_gpu(arguments: dict) -> dict:
+    return {name: value.cuda() if isinstance(value, torch.Tensor) else value for name, value in arguments.items()}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(importlib.util.find_spec("flash_attn") is None, reason="flash-attn is not installed")
+@pytest.mark.parametrize("shape", FLASH_SHAPES)
+def test_kernel_equals_sdpa(shape: str) -> None:
+    config = tiny_config(**SHAPES[shape])
+    batch = on_gpu(make_batch(config))
+    row = on_gpu(packed(make_batch(config)))
+    with torch.no_grad():
+        expected = gpu_model(config, "sdpa", torch.bfloat16)(**batch)
+        model = gpu_model(config, "flash_attention_2", torch.bfloat16)
+        for ours in (model(**batch), model(**row)):
+            assert ours.loss.item() == pytest.approx(expected.loss.item(), rel=2e-2)
+            assert largest_difference(ours.pooler_output.float().cpu(), expected.pooler_output.float().cpu()) < 0.1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", SHAPES)
+def test_flex_backward_equals_sdpa(shape: str) -> None:
+    config = tiny_config(hidden_size=64, **SHAPES[shape])
+    batch = on_gpu(make_batch(config))
+    expected = gradients(gpu_model(config, "sdpa", torch.float32), [batch])
+    ours = gradients(gpu_model(config, "flex_attention", torch.float32), [batch])
+    for name, gradient in expected.items():
+        scale = max(gradient.abs().max().item(), 1e-2)
+        assert largest_difference(ours[name].cpu(), gradient.cpu()) / scale < 1e-2, name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", SHAPES)
+def test_gpu_equals_cpu(shape: str) -> None:
+    config = tiny_config(**SHAPES[shape])
+    batch = make_batch(config)
+    with torch.no_grad():
+        expected = tiny_model(config)(**batch)
+        ours = gpu_model(config, "sdpa", torch.float32)(**on_gpu(batch))
+    assert largest_difference(ours.pooler_output.cpu(), expected.pooler_output) < 1e-3

@@ -1,0 +1,288 @@
+"""The model as a transformers model: its arguments, outputs, files and initial weights; and PEFT on it."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import (
+    GOLDEN,
+    SHAPES,
+    largest_difference,
+    make_batch,
+    packed,
+    tiny_config,
+    tiny_model,
+    without_labels,
+)
+from transformers import AutoModel, AutoModelForPreTraining, AutoModelForSequenceClassification, PreTrainedModel
+
+from tahoex1_hf import TahoeX1ForPreTraining, TahoeX1ForSequenceClassification, TahoeX1Model
+
+CLOSE = 1e-5
+CLASSES = [TahoeX1Model, TahoeX1ForPreTraining, TahoeX1ForSequenceClassification]
+every_class = pytest.mark.parametrize("model_class", CLASSES)
+every_shape = pytest.mark.parametrize("shape", SHAPES)
+
+
+def same_weights(ours: PreTrainedModel, theirs: PreTrainedModel) -> bool:
+    ours, theirs = ours.state_dict(), theirs.state_dict()
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+# Arguments
+
+
+@every_class
+def test_an_unknown_argument_is_refused(model_class: type) -> None:
+    batch = make_batch(tiny_config(), targets=False)
+    for name in ("expression", "attn_mask", "token_type_ids"):
+        with pytest.raises(ValueError, match=f"no argument {name}"):
+            tiny_model(tiny_config(), model_class)(**batch, **{name: batch["input_ids"]})
+
+
+@every_class
+def test_inputs_embeds_is_refused(model_class: type) -> None:
+    batch = make_batch(tiny_config(), targets=False)
+    model = tiny_model(tiny_config(), model_class)
+    model(**batch, inputs_embeds=None)  # as PEFT passes it
+    with pytest.raises(ValueError, match="inputs_embeds is not supported"):
+        model(**batch, inputs_embeds=torch.zeros(4, 14, 32))
+
+
+@pytest.mark.parametrize("name", ["expression_values", "attention_mask", "target_mask", "labels"])
+def test_shapes_that_do_not_agree(name: str) -> None:
+    batch = make_batch(tiny_config())
+    with pytest.raises(ValueError, match=rf"{name} has shape \(4, 13\), input_ids has \(4, 14\)"):
+        tiny_model(tiny_config())(**batch | {name: batch[name][:, 1:]})
+
+
+def test_four_dimensional_masks_are_refused() -> None:
+    # transformers hands them to the backends as they are, which each backend reads differently.
+    batch = make_batch(tiny_config())
+    with pytest.raises(ValueError, match="attention_mask has shape"):
+        tiny_model(tiny_config())(**batch | {"attention_mask": torch.ones(4, 1, 14, 14, dtype=torch.bool)})
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"target_mask": None}, "labels was given without target_mask"),
+        ({"target_mask": torch.ones(4, 14)}, r"target_mask must be bool, got torch\.float32"),
+        ({"target_mask": torch.ones(4, 14, dtype=torch.long)}, r"target_mask must be bool, got torch\.int64"),
+        ({"drug_ids": torch.zeros(4, dtype=torch.long)}, "no drug encoder"),
+        ({"cu_seq_lens_q": torch.tensor([0, 14])}, "attention_mask does not go with cu_seq_lens_q"),
+        ({"attention_mask": None, "cu_seq_lens_q": torch.tensor([0, 14])}, "one row, but input_ids has 4 rows"),
+    ],
+)
+def test_arguments_that_do_not_go_together(change: dict[str, Any], match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        tiny_model(tiny_config())(**make_batch(tiny_config()) | change)
+
+
+@pytest.mark.parametrize("drug_ids", [torch.zeros(3), torch.zeros(4, 1), torch.zeros(())])
+def test_one_drug_per_cell(drug_ids: torch.Tensor) -> None:
+    config = tiny_config(**SHAPES["drugs"])
+    batch = make_batch(config) | {"drug_ids": drug_ids.long()}
+    for arguments in (batch, packed(batch)):
+        with pytest.raises(ValueError, match=r"drug_ids has shape .*, expected \(4,\)"):
+            tiny_model(config)(**arguments)
+
+
+def test_counting_padding_needs_padding() -> None:
+    config = tiny_config(cell_pooling="mean_with_padding")
+    with pytest.raises(ValueError, match=r'mean_with_padding.*set config\.cell_pooling = "mean"'):
+        tiny_model(config)(**packed(make_batch(config)))
+
+
+# Outputs
+
+
+@every_shape
+def test_what_comes_back(shape: str) -> None:
+    config = tiny_config(**SHAPES[shape])
+    model, batch = tiny_model(config), make_batch(config)
+    base = model.tahoe(**without_labels(batch))
+    assert list(base) == ["last_hidden_state", "pooler_output", "gene_embeddings"]
+    assert base.last_hidden_state.shape == base.gene_embeddings.shape == (4, 14, 32)
+    genes = model.get_input_embeddings()(batch["input_ids"])
+    assert torch.equal(base.gene_embeddings, model.tahoe.embeddings.gene_encoder.norm(genes))
+    outputs = model(**batch)
+    assert outputs.expression_predictions.shape == outputs.cell_expression_predictions.shape == (4, 14)
+    assert torch.equal(outputs.pooler_output, base.pooler_output)
+    as_tuple = model(**batch, return_dict=False)
+    assert isinstance(as_tuple, tuple)
+    assert torch.equal(as_tuple[0], outputs.loss)
+    labelless = model(**without_labels(batch))
+    assert labelless.loss is labelless.expression_loss is labelless.cell_expression_loss is None
+
+
+@every_class
+def test_hidden_states_and_attentions(model_class: type) -> None:
+    config = tiny_config(num_hidden_layers=3)
+    batch = make_batch(config, targets=False)
+    model = tiny_model(config, model_class, "eager")
+    assert model(**batch).hidden_states is None
+    outputs = model(**batch, output_hidden_states=True, output_attentions=True)
+    assert len(outputs.hidden_states) == 4
+    assert [attention.shape for attention in outputs.attentions] == [(4, 4, 14, 14)] * 3
+    base = model.base_model(**batch)
+    assert torch.equal(outputs.hidden_states[-1], base.last_hidden_state)
+    some = model.base_model(**batch, output_hidden_states=[0, 2]).hidden_states
+    kept = [state for state in some if state is not None]
+    assert len(kept) == 2
+    assert torch.equal(kept[0], outputs.hidden_states[0])
+    assert torch.equal(kept[1], outputs.hidden_states[2])
+    model.config.output_hidden_states = True
+    assert len(model(**batch).hidden_states) == 4
+
+
+# Files
+
+
+@every_class
+@every_shape
+def test_saved_is_loaded(model_class: type, shape: str, tmp_path: Path) -> None:
+    config = tiny_config(**SHAPES[shape], num_labels=3)
+    model, batch = tiny_model(config, model_class), make_batch(config, targets=False)
+    model.save_pretrained(tmp_path)
+    auto = {
+        TahoeX1Model: AutoModel,
+        TahoeX1ForPreTraining: AutoModelForPreTraining,
+        TahoeX1ForSequenceClassification: AutoModelForSequenceClassification,
+    }[model_class]
+    loaded, report = auto.from_pretrained(tmp_path, output_loading_info=True)
+    assert type(loaded) is model_class
+    assert not any(report.values()), report
+    assert not loaded.training
+    assert same_weights(loaded, model)
+    with torch.no_grad():
+        ours, expected = loaded(**batch), model(**batch)
+    assert all(torch.equal(ours[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("device_map", [{"": "cpu"}, "auto", "cpu"])
+def test_sharded_and_placed(device_map: Any, tmp_path: Path) -> None:
+    config = tiny_config(**SHAPES["drugs"])
+    model = tiny_model(config)
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 3
+    assert (tmp_path / "model.safetensors.index.json").is_file()
+    loaded, report = AutoModelForPreTraining.from_pretrained(tmp_path, device_map=device_map, output_loading_info=True)
+    assert not any(report.values()), report
+    assert same_weights(loaded, model)
+    batch = make_batch(config)
+    assert torch.equal(loaded(**batch).loss, model(**batch).loss)
+
+
+def test_bfloat16_files_stay_bfloat16(tmp_path: Path) -> None:
+    tiny_model(tiny_config()).to(torch.bfloat16).save_pretrained(tmp_path)
+    assert AutoModel.from_pretrained(tmp_path).dtype == torch.bfloat16
+    assert AutoModel.from_pretrained(tmp_path, dtype=torch.float32).dtype == torch.float32
+
+
+def test_a_head_on_a_saved_base_is_new_and_finite(tmp_path: Path) -> None:
+    base = tiny_model(tiny_config(), TahoeX1Model)
+    base.save_pretrained(tmp_path)
+    model, report = TahoeX1ForSequenceClassification.from_pretrained(tmp_path, num_labels=5, output_loading_info=True)
+    assert set(report["missing_keys"]) == {"classifier.weight", "classifier.bias"}
+    assert same_weights(model.tahoe, base)
+    assert model.classifier.weight.isfinite().all()
+    assert model.classifier.weight.std().item() == pytest.approx((2 / 32) ** 0.5, rel=0.3)
+    assert model.classifier.bias.abs().max() == 0
+
+
+# Initial weights
+
+
+@every_class
+@every_shape
+def test_initial_weights(model_class: type, shape: str) -> None:
+    config = tiny_config(**SHAPES[shape] | {"hidden_size": 64})
+    torch.manual_seed(0)
+    model = model_class(config)
+    for name, module in model.named_modules():
+        if name.endswith("drug_encoder.embedding"):
+            assert module.weight.abs().max() == 0  # until fingerprints are loaded
+        elif isinstance(module, torch.nn.LayerNorm):
+            assert torch.equal(module.weight, torch.ones_like(module.weight))
+        elif isinstance(module, torch.nn.Linear | torch.nn.Embedding):
+            fan_in = getattr(module, "in_features", None) or module.embedding_dim
+            std = (2 / fan_in) ** 0.5
+            if name.endswith("o_proj"):
+                std /= (2 * config.num_hidden_layers) ** 0.5
+            assert module.weight.std().item() == pytest.approx(
+                std, rel=0.35 if module.weight.numel() < 500 else 0.1
+            ), name
+        if getattr(module, "bias", None) is not None:
+            assert module.bias.abs().max() == 0, name
+
+
+@every_shape
+def test_no_weight_is_left_uninitialised(shape: str, tmp_path: Path) -> None:
+    # from_pretrained builds on the meta device: what neither the file nor _init_weights fills would be random memory.
+    config = tiny_config(**SHAPES[shape])
+    with torch.device("meta"):
+        model = TahoeX1ForPreTraining(config)
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+    assert list(model.buffers()) == []
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(torch.nan)
+            parameter._is_hf_initialized = False
+    for module in model.modules():
+        module._is_hf_initialized = False
+    model.init_weights()
+    assert [name for name, parameter in model.named_parameters() if not parameter.isfinite().all()] == []
+    from_config = AutoModelForPreTraining.from_config(config)
+    assert all(parameter.isfinite().all() for parameter in from_config.parameters())
+
+
+def test_gene_embedding_table() -> None:
+    for model_class in CLASSES:
+        model = tiny_model(tiny_config(), model_class)
+        table = model.get_input_embeddings()
+        assert table is model.base_model.embeddings.gene_encoder.embedding
+        replacement = torch.nn.Embedding(80, 32)
+        model.set_input_embeddings(replacement)
+        assert model.get_input_embeddings() is replacement
+        assert model.get_output_embeddings() is None
+
+
+# PEFT
+
+LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
+
+
+@pytest.mark.parametrize(("model_class", "task"), [(TahoeX1Model, "FEATURE_EXTRACTION"), (CLASSES[2], "SEQ_CLS")])
+def test_lora(model_class: type, task: str, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    config = tiny_config(num_labels=3)
+    batch = make_batch(config, targets=False)
+    modules_to_save = ["classifier"] if task == "SEQ_CLS" else None
+    lora = peft.LoraConfig(
+        task_type=task, r=4, target_modules=LORA_TARGETS, init_lora_weights=False, modules_to_save=modules_to_save
+    )
+    model = peft.get_peft_model(tiny_model(config, model_class), lora).eval()
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert all("lora_" in name or "classifier" in name for name in trained)
+    assert sum("lora_A" in name for name in trained) == len(LORA_TARGETS) * config.num_hidden_layers
+    if modules_to_save:
+        model(**batch, labels=torch.tensor([0, 1, 2, 0])).loss.backward()
+        torch.optim.SGD(model.parameters(), lr=0.1).step()
+    key = "logits" if task == "SEQ_CLS" else "pooler_output"
+    with torch.no_grad():
+        expected = model(**batch)[key]
+        assert largest_difference(expected, tiny_model(config, model_class)(**batch)[key]) > 1e-2
+        model.save_pretrained(tmp_path)
+        loaded = peft.PeftModel.from_pretrained(tiny_model(config, model_class), tmp_path).eval()
+        assert largest_difference(loaded(**batch)[key], expected) == 0
+        merged = loaded.merge_and_unload()
+        assert type(merged) is model_class
+        assert largest_difference(merged(**batch)[key], expected) < CLOSE
+
+
+def test_golden_checkpoints_are_not_transformers_folders() -> None:
+    with pytest.raises((OSError, ValueError)):
+        AutoModel.from_pretrained(GOLDEN / "a_70m_like" / "model")

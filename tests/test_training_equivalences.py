@@ -1,0 +1,228 @@
+"""Training gives the same gradients however it is arranged: checkpointed, accumulated, compiled, in bfloat16."""
+
+import shutil
+from typing import Any
+
+import pytest
+import torch
+from helpers import (
+    SHAPES,
+    gradients,
+    largest_difference,
+    largest_relative_difference,
+    make_batch,
+    packed,
+    rows,
+    tiny_config,
+    tiny_model,
+    without_labels,
+)
+from transformers import PreTrainedModel
+
+from tahoex1_hf import TahoeX1ForPreTraining, TahoeX1ForSequenceClassification, TahoeX1Model
+
+CLOSE = 1e-5
+CLOSE_GRADIENTS = 2e-5
+every_shape = pytest.mark.parametrize("shape", SHAPES)
+without_dropout = {"expression_encoder_dropout": 0.0}
+
+
+def test_the_loss_is_the_mean_over_the_targets() -> None:
+    config = tiny_config()
+    model, batch = tiny_model(config), make_batch(config)
+    outputs = model(**batch)
+    targets = batch["target_mask"]
+    expression = (outputs.expression_predictions - batch["labels"])[targets].square().mean()
+    cell_expression = (outputs.cell_expression_predictions - batch["labels"])[targets].square().mean()
+    assert outputs.expression_loss.item() == pytest.approx(expression.item(), rel=1e-6)
+    assert outputs.cell_expression_loss.item() == pytest.approx(cell_expression.item(), rel=1e-6)
+    assert outputs.loss.item() == pytest.approx((expression + cell_expression).item() / 2, rel=1e-6)
+    assert outputs.loss.shape == outputs.expression_loss.shape == ()
+
+
+def test_scaled_targets() -> None:
+    config = tiny_config(scale_targets=True, num_bins=51)
+    model, batch = tiny_model(config), make_batch(config)
+    outputs = model(**batch)
+    scaled = 2 * (batch["labels"] - 1) / 49 - 1  # bins 1 to 50 onto -1 to 1
+    expected = (outputs.expression_predictions - scaled)[batch["target_mask"]].square().mean()
+    assert outputs.expression_loss.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+@every_shape
+def test_no_targets_no_loss(shape: str) -> None:
+    config = tiny_config(**SHAPES[shape])
+    model, batch = tiny_model(config), make_batch(config)
+    batch["target_mask"] = torch.zeros_like(batch["target_mask"])
+    assert model(**batch).loss.item() == 0
+    assert all(torch.equal(g, torch.zeros_like(g)) for g in gradients(model, [batch]).values())
+
+
+def test_targets_in_the_padding_do_not_count() -> None:
+    config = tiny_config()
+    model, batch = tiny_model(config), make_batch(config)
+    changed = batch | {"target_mask": batch["target_mask"] | ~batch["attention_mask"].bool()}
+    assert torch.equal(model(**changed).loss, model(**batch).loss)
+
+
+@pytest.mark.parametrize("pack", [False, True])
+@every_shape
+def test_four_times_four_accumulated_is_sixteen(shape: str, pack: bool) -> None:
+    config = tiny_config(**SHAPES[shape])
+    lengths = (9, 14, 6, 12, 5, 30, 7, 21, 20, 4, 11, 16, 8, 13, 10, 18)  # so that the micro-batches weigh differently
+    model, batch = tiny_model(config), make_batch(config, lengths)
+    whole = gradients(model, [batch])
+    arrange = packed if pack else dict
+    micro: list[dict[str, Any]] = [arrange(rows(batch, slice(i, i + 4))) for i in range(0, 16, 4)]
+    for num_targets in (batch["target_mask"].sum(), int(batch["target_mask"].sum())):
+        accumulated = gradients(model, [b | {"num_items_in_batch": num_targets} for b in micro])
+        assert largest_relative_difference(accumulated, whole) < CLOSE_GRADIENTS
+    # The plain mean of each micro-batch would be something else.
+    assert largest_relative_difference(gradients(model, micro), whole) > 0.1
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@every_shape
+def test_gradient_checkpointing_changes_nothing(shape: str, use_reentrant: bool) -> None:
+    config = tiny_config(**SHAPES[shape], **without_dropout)
+    model, batch = tiny_model(config).train(), make_batch(config)
+    calls: list[int] = []
+    model.tahoe.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    expected = gradients(model, [batch])
+    assert len(calls) == 1
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    model.enable_input_require_grads()  # what reentrant checkpointing wants; harmless otherwise
+    assert model.is_gradient_checkpointing
+    checkpointed = gradients(model, [batch])
+    assert len(calls) == 3  # forward, and once more in backward
+    assert all(torch.equal(checkpointed[name], expected[name]) for name in expected)
+    packed_row = packed(batch)
+    assert largest_relative_difference(gradients(model, [packed_row]), expected) < CLOSE_GRADIENTS
+    assert len(calls) == 5
+
+
+def test_dropout_is_only_in_training_and_only_where_the_original_has_it() -> None:
+    config = tiny_config(expression_encoder_dropout=0.5)
+    model, batch = tiny_model(config), make_batch(config)
+    assert torch.equal(model(**batch).loss, model(**batch).loss)
+    model.train()
+    assert not torch.equal(model(**batch).loss, model(**batch).loss)
+    model.tahoe.embeddings.expression_encoder.dropout.p = 0.0
+    assert torch.equal(model(**batch).loss, model(**batch).loss)
+
+
+def test_every_parameter_gets_a_gradient() -> None:
+    config = tiny_config(**SHAPES["drugs"])
+    model = tiny_model(config)
+    model(**make_batch(config)).loss.backward()
+    assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
+    flag = model.tahoe.embeddings.flag_embedding.weight.grad
+    assert flag[0].abs().max() == 0  # row 0 is never read
+    assert flag[1].abs().max() > 0
+
+
+def test_training_learns() -> None:
+    config = tiny_config(hidden_size=64, **without_dropout)
+    model, batch = tiny_model(config).train(), make_batch(config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss = model(**batch).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.1 * losses[0]
+
+
+COMPILED = {
+    "base": (TahoeX1Model, lambda batch: without_labels(batch)),
+    "base packed": (TahoeX1Model, lambda batch: packed(without_labels(batch))),
+    "pretraining": (TahoeX1ForPreTraining, lambda batch: batch),
+    "pretraining packed": (TahoeX1ForPreTraining, packed),
+}
+
+
+def compare_compiled(shape: str, what: str, backend: str) -> None:
+    model_class, arrange = COMPILED[what]
+    config = tiny_config(**SHAPES[shape])
+    model: PreTrainedModel = tiny_model(config, model_class)
+    arguments = arrange(make_batch(config))
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    expected, ours = model(**arguments), compiled(**arguments)
+    assert largest_difference(ours.pooler_output, expected.pooler_output) < CLOSE
+    if ours.get("loss") is not None:
+        assert ours.loss.item() == pytest.approx(expected.loss.item(), rel=1e-5)
+        model.zero_grad()
+        expected.loss.backward()
+        gradient = model.tahoe.layers[0].self_attn.q_proj.weight.grad.clone()
+        model.zero_grad()
+        ours.loss.backward()
+        scale = gradient.abs().max().item()
+        assert largest_difference(model.tahoe.layers[0].self_attn.q_proj.weight.grad, gradient) / scale < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("shape", "what"), [("plain", "pretraining"), *(("drugs_observed_or_self_mean", what) for what in COMPILED)]
+)
+def test_compiled_in_one_graph(shape: str, what: str) -> None:
+    compare_compiled(shape, what, "aot_eager")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("c++") is None, reason="inductor needs a C++ compiler")
+def test_compiled_to_machine_code() -> None:
+    compare_compiled("plain", "pretraining", "inductor")
+
+
+@every_shape
+def test_bfloat16_autocast_is_close(shape: str) -> None:
+    config = tiny_config(**SHAPES[shape])
+    model, batch = tiny_model(config), make_batch(config)
+    expected = model(**batch)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours = model(**batch)
+    ours.loss.backward()
+    assert ours.loss.dtype == torch.float32
+    assert ours.loss.item() == pytest.approx(expected.loss.item(), rel=2e-2)
+    assert largest_difference(ours.pooler_output.float(), expected.pooler_output) < 0.15
+    assert all(p.grad.dtype == torch.float32 for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("pack", [False, True])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@every_shape
+def test_bfloat16_weights_run(shape: str, attention: str, pack: bool) -> None:
+    config = tiny_config(**SHAPES[shape])
+    batch = packed(make_batch(config)) if pack else make_batch(config)
+    expected = tiny_model(config, attention=attention)(**batch)
+    model = tiny_model(config, attention=attention).to(torch.bfloat16)
+    ours = model(**batch)
+    ours.loss.backward()
+    assert ours.pooler_output.dtype == ours.expression_predictions.dtype == torch.bfloat16
+    assert ours.loss.dtype == torch.float32
+    assert ours.loss.item() == pytest.approx(expected.loss.item(), rel=3e-2)
+    assert largest_difference(ours.pooler_output.float(), expected.pooler_output) < 0.2
+
+
+@pytest.mark.parametrize(
+    ("problem_type", "labels"),
+    [
+        ("single_label_classification", torch.tensor([0, 2, 1, 1])),
+        ("multi_label_classification", torch.tensor([[1.0, 0, 1], [0, 0, 0], [1, 1, 1], [0, 1, 0]])),
+        ("regression", torch.randn(4, 3)),
+    ],
+)
+def test_classifier_losses(problem_type: str, labels: torch.Tensor) -> None:
+    config = tiny_config(num_labels=3, problem_type=problem_type)
+    model, batch = tiny_model(config, TahoeX1ForSequenceClassification), make_batch(config, targets=False)
+    outputs = model(**batch, labels=labels)
+    expected = {
+        "single_label_classification": torch.nn.functional.cross_entropy,
+        "multi_label_classification": torch.nn.functional.binary_cross_entropy_with_logits,
+        "regression": torch.nn.functional.mse_loss,
+    }[problem_type](outputs.logits, labels)
+    assert outputs.loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    outputs.loss.backward()
+    assert model.tahoe.layers[0].self_attn.q_proj.weight.grad.abs().max() > 0
