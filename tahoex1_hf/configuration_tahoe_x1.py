@@ -35,6 +35,7 @@ _TRANSFORMERS_KEYS = frozenset(
         "quantization_config",
         "tie_last_hidden_states",
         "torch_dtype",
+        "use_cache",  # set by Trainer
     }
 )
 

@@ -181,12 +181,22 @@ class TahoeX1ExpressionEncoder(nn.Module):
         return self.dropout(self.norm(self.linear2(self.act_fn(hidden_states))))
 
 
+# The two classes below differ from torch's in nothing but their initial weights. transformers calls `_init_weights` of
+# custom models only on modules that hold parameters themselves, so a parent cannot do it for its children.
+class TahoeX1DrugTable(nn.Embedding):
+    """Fingerprints of the drugs."""
+
+
+class TahoeX1ResidualLinear(nn.Linear):
+    """Linear layer at the end of an attention block, whose output is added to the residual stream."""
+
+
 class TahoeX1DrugEncoder(nn.Module):
     """Drug id to a vector, from a table that starts as Morgan fingerprints: `(cells,)` to `(cells, hidden_size)`."""
 
     def __init__(self, config: TahoeX1Config):
         super().__init__()
-        self.embedding = nn.Embedding(config.num_drugs, config.drug_fingerprint_size, padding_idx=0)
+        self.embedding = TahoeX1DrugTable(config.num_drugs, config.drug_fingerprint_size, padding_idx=0)
         self.linear1 = nn.Linear(config.drug_fingerprint_size, config.hidden_size)
         self.act_fn = ACT2FN[config.drug_encoder_act]
         self.linear2 = nn.Linear(config.hidden_size, config.hidden_size)
@@ -265,7 +275,7 @@ class TahoeX1Attention(nn.Module):
         self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.k_proj = nn.Linear(config.hidden_size, kv_size)
         self.v_proj = nn.Linear(config.hidden_size, kv_size)
-        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.o_proj = TahoeX1ResidualLinear(config.hidden_size, config.hidden_size)
 
     def forward(
         self,
@@ -330,6 +340,8 @@ class TahoeX1PreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+    # A checkpoint of one head loads into another, or into the bare model, without a word about the heads left out.
+    _keys_to_ignore_on_load_unexpected = [r"^expression_decoder\.", r"^cell_decoder\.", r"^classifier\."]
     _can_record_outputs = {"hidden_states": TahoeX1Layer, "attentions": TahoeX1Attention}
 
     @torch.no_grad()
@@ -339,19 +351,17 @@ class TahoeX1PreTrainedModel(PreTrainedModel):
         Source: `init_config_defaults` of tahoe_x1/model/blocks.py (kaiming_normal_, fan_in, relu, residual division).
         """
         if isinstance(module, nn.Linear):
-            init.normal_(module.weight, std=(2.0 / module.in_features) ** 0.5)
+            residuals = 2 * self.config.num_hidden_layers if isinstance(module, TahoeX1ResidualLinear) else 1
+            init.normal_(module.weight, std=(2.0 / module.in_features / residuals) ** 0.5)
             if module.bias is not None:
                 init.zeros_(module.bias)
+        elif isinstance(module, TahoeX1DrugTable):
+            init.zeros_(module.weight)  # until fingerprints are loaded
         elif isinstance(module, nn.Embedding):
             init.normal_(module.weight, std=(2.0 / module.embedding_dim) ** 0.5)
         elif isinstance(module, nn.LayerNorm):
             init.ones_(module.weight)
             init.zeros_(module.bias)
-        elif isinstance(module, TahoeX1Attention):
-            fan_in, num_residuals = self.config.hidden_size, 2 * self.config.num_hidden_layers
-            init.normal_(module.o_proj.weight, std=(2.0 / fan_in / num_residuals) ** 0.5)
-        elif isinstance(module, TahoeX1DrugEncoder):
-            init.zeros_(module.embedding.weight)  # until fingerprints are loaded
 
     def get_input_embeddings(self) -> nn.Module:
         """Return the gene embedding table."""
@@ -406,14 +416,9 @@ class TahoeX1Model(TahoeX1PreTrainedModel):
             raise ValueError(f"TahoeX1Model.forward has no argument {', '.join(unknown)}.")
         if kwargs.pop("inputs_embeds", None) is not None:
             raise ValueError("inputs_embeds is not supported: pass input_ids and expression_values.")
-        same_shape = {
-            "expression_values": expression_values,
-            "attention_mask": attention_mask,
-            "target_mask": target_mask,
-        }
-        for name, tensor in same_shape.items():
-            if tensor is not None and tensor.shape != input_ids.shape:
-                raise ValueError(f"{name} has shape {tuple(tensor.shape)}, input_ids has {tuple(input_ids.shape)}.")
+        check_shape(
+            input_ids, expression_values=expression_values, attention_mask=attention_mask, target_mask=target_mask
+        )
         if target_mask is not None and target_mask.dtype != torch.bool:
             raise ValueError(f"target_mask must be bool, got {target_mask.dtype}: use target_mask.bool().")
         layout, valid = self._cell_layout(input_ids, attention_mask, drug_ids, kwargs)
@@ -586,23 +591,28 @@ class TahoeX1ForPreTraining(TahoeX1PreTrainedModel):
         check_shape(input_ids, labels=labels)
         outputs = self.tahoe(input_ids, expression_values, attention_mask, target_mask, drug_ids, **kwargs)
         layout, valid = self.tahoe._cell_layout(input_ids, attention_mask, drug_ids, kwargs)
-        result = TahoeX1ForPreTrainingOutput(
-            expression_predictions=self.expression_decoder(outputs.last_hidden_state),
-            cell_expression_predictions=self.cell_decoder(outputs.pooler_output, outputs.gene_embeddings, layout),
-            pooler_output=outputs.pooler_output,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+        expression_predictions = self.expression_decoder(outputs.last_hidden_state)
+        cell_expression_predictions = self.cell_decoder(outputs.pooler_output, outputs.gene_embeddings, layout)
+        loss = expression_loss = cell_expression_loss = None
         if labels is not None and target_mask is not None:
             if self.config.scale_targets:
                 labels = 2 * (labels.float() - 1) / (self.config.num_bins - 2) - 1
             targets = target_mask if valid is None else target_mask & valid
             num_targets = targets.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-            expression_loss = masked_mse(result.expression_predictions, labels, targets, num_targets)
-            cell_expression_loss = masked_mse(result.cell_expression_predictions, labels, targets, num_targets)
-            result.loss = (expression_loss + cell_expression_loss) / 2
-            result.expression_loss, result.cell_expression_loss = expression_loss, cell_expression_loss
-        return result
+            expression_loss = masked_mse(expression_predictions, labels, targets, num_targets)
+            cell_expression_loss = masked_mse(cell_expression_predictions, labels, targets, num_targets)
+            loss = (expression_loss + cell_expression_loss) / 2
+        # Built last: its order, which is that of the tuple for return_dict=False, is the order of assignment.
+        return TahoeX1ForPreTrainingOutput(
+            loss=loss,
+            expression_loss=expression_loss,
+            cell_expression_loss=cell_expression_loss,
+            expression_predictions=expression_predictions,
+            cell_expression_predictions=cell_expression_predictions,
+            pooler_output=outputs.pooler_output,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
 
 
 class TahoeX1ForSequenceClassification(TahoeX1PreTrainedModel):

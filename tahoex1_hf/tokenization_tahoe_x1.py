@@ -266,7 +266,7 @@ class TahoeX1Tokenizer(PreTrainedTokenizer):
             The token of every column. Columns with the same token count as one gene.
 
         Raises:
-            ValueError: if none, or less than one in a hundred, of the genes is known; the message says why.
+            ValueError: if less than one in a hundred of the genes is known, or most are symbols; the message says why.
         """
         return self._match_genes(gene_ids, gene_symbols)
 
@@ -280,7 +280,9 @@ class TahoeX1Tokenizer(PreTrainedTokenizer):
         known = token_ids[token_ids >= 0]
         matched = len(np.unique(known))
         unknown = [name for name, token in zip(names, token_ids, strict=True) if token < 0]
-        if 100 * len(known) < len(names) or not names:
+        # Some symbol columns hold Ensembl ids where a gene has no symbol: a few known names do not make them ids.
+        symbols_unread = symbols is None and 2 * sum(not name.startswith("ENS") for name in unknown) > len(names)
+        if 100 * len(known) < len(names) or symbols_unread or not names:
             raise ValueError(self._explain_no_match(names, unknown, symbols) + advice())
         if unknown:
             level = logging.WARNING if 2 * len(known) < len(names) else logging.INFO
@@ -312,7 +314,7 @@ class TahoeX1Tokenizer(PreTrainedTokenizer):
                 f"{start}: {unknown[:3]} are Ensembl ids of another species, and the vocabulary is human (like "
                 f"{vocabulary}). Map the genes to human orthologues first."
             )
-        if symbols is None and not any(name.startswith("ENS") for name in unknown):
+        if symbols is None and 2 * sum(not name.startswith("ENS") for name in unknown) > len(unknown):
             return (
                 f"{start}: {unknown[:3]} look like gene symbols, and the vocabulary has Ensembl ids (like "
                 f"{vocabulary}). Pass Ensembl ids, or gene_symbols= with a table symbol -> Ensembl id."

@@ -224,6 +224,13 @@ def test_symbols(tokenizer, ids):
         tokenizer.match_genes(["TP53", "GAPDH", "MYC"])
 
 
+def test_symbols_among_ensembl_ids(tokenizer, ids):
+    # Ensembl's own symbol columns hold the id where a gene has no symbol
+    with pytest.raises(ValueError, match=r"2 of 5 genes .*look like gene symbols"):
+        tokenizer.match_genes([*ids[:2], "TP53", "GAPDH", "MYC"])
+    assert tokenizer.match_genes([*ids[:3], "ERCC-00002", "GFP"]).num_matched == 3
+
+
 def test_symbols_in_an_anndata_name_the_right_column(tokenizer, adata, ids):
     adata.var["gene_id"] = [f"{name}.3" for name in ids]
     adata.var["chromosome"] = "chr1"
