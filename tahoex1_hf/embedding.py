@@ -88,8 +88,7 @@ class EmbeddingRun:
                     source=self.adata,
                 )
                 self.num_empty += len(cells.empty_cells)
-                yield start, self.encoder.embed(cells, self._gene_means)
-                bar.update(stop - start)
+                yield start, self.encoder.embed(cells, self._gene_means, on_batch=bar.update)
 
     def gene_embeddings(self) -> np.ndarray:
         """Return `(n_vars, width)` mean gene embeddings of the cells seen; NaN where a gene has none."""

@@ -1,7 +1,7 @@
 """Running a model over tokenized cells: device, precision, and batches of cells of similar length."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
@@ -143,12 +143,18 @@ class CellEncoder:
         return torch.autocast(self.device.type, dtype=self.dtype)
 
     @torch.inference_mode()
-    def embed(self, cells: EncodedCells, gene_means: GeneMeans | None = None) -> np.ndarray:
+    def embed(
+        self,
+        cells: EncodedCells,
+        gene_means: GeneMeans | None = None,
+        on_batch: Callable[[int], object] = lambda num_cells: None,
+    ) -> np.ndarray:
         """Embed cells; their order, and which share a batch, change nothing.
 
         Args:
             cells: tokenized cells.
             gene_means: running means to which the cells' gene embeddings are added.
+            on_batch: called after each batch with its number of cells.
 
         Returns:
             `(cells, width)` float32, each row of length 1.
@@ -164,4 +170,5 @@ class CellEncoder:
                 embeddings[rows] = normalize(outputs.pooler_output.float(), dim=1).cpu().numpy()
                 if gene_means is not None:
                     gene_means.add(batch["input_ids"], outputs.last_hidden_state)
+                on_batch(len(rows))
         return embeddings

@@ -211,9 +211,8 @@ def test_initial_weights(model_class: type, shape: str) -> None:
             std = (2 / fan_in) ** 0.5
             if name.endswith("o_proj"):
                 std /= (2 * config.num_hidden_layers) ** 0.5
-            assert module.weight.std().item() == pytest.approx(
-                std, rel=0.35 if module.weight.numel() < 500 else 0.1
-            ), name
+            few = module.weight.numel() < 500
+            assert module.weight.std().item() == pytest.approx(std, rel=0.35 if few else 0.1), name
         if getattr(module, "bias", None) is not None:
             assert module.bias.abs().max() == 0, name
 
