@@ -1,34 +1,50 @@
-"""Convert a checkpoint of the original program into a folder that AutoModel and AutoTokenizer load.
+"""Convert a checkpoint of the original program into a folder that AutoModel and AutoTokenizer load, or back.
 
-    python conversion/convert_checkpoint.py SRC DST
+    python conversion/convert_checkpoint.py SRC DST [--size 70m|1b|3b] [--dtype float32|bfloat16]
+    python conversion/convert_checkpoint.py CONVERTED DST --to-original
 
-SRC holds model_config.yml, collator_config.yml, vocab.json and model.safetensors (or best-model.pt); with a drug
-encoder, drug_to_id_pad.json too.
+SRC is a folder in the original's layout, a Composer *.pt (or sharded folder) with its settings beside it, the id of a
+Hub repository, or s3://bucket/prefix. What was read, written and compared is recorded in DST/conversion.json.
 """
 
 import logging
+from enum import Enum
 from pathlib import Path
+from typing import Annotated
 
+import torch
 import typer
 
-from tahoex1_hf import TahoeX1ForPreTraining
-from tahoex1_hf.original_checkpoints import convert_original_folder
+from tahoex1_hf.original_restoring import restore_original_folder
+from tahoex1_hf.original_sources import convert_checkpoint
 
 
-def main(source: Path, destination: Path) -> None:
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
+class Dtype(str, Enum):  # noqa: UP042 - typer wants a str
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+def main(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="folder, file, Hub repository or s3://bucket/prefix")],
+    destination: Annotated[Path, typer.Argument(metavar="DST", help="folder to make")],
+    size: Annotated[str | None, typer.Option(help="which of several sizes: 70m, 1b or 3b")] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="type of the weights; by default that of SRC")] = None,
+    revision: Annotated[str | None, typer.Option(help="branch, tag or commit of a Hub repository")] = None,
+    to_original: Annotated[bool, typer.Option("--to-original", help="SRC is a converted folder: go back")] = False,
+) -> None:
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    torch_dtype = None if dtype is None else getattr(torch, dtype.value)
     try:
-        convert_original_folder(source, destination)
-    except (OSError, ValueError) as error:
+        if to_original:
+            if size is not None or revision is not None:
+                raise ValueError("--size and --revision do not go with --to-original: name the converted folder.")
+            verification = restore_original_folder(source, destination, dtype=torch_dtype)
+        else:
+            verification = convert_checkpoint(source, destination, size=size, revision=revision, dtype=torch_dtype)
+    except (OSError, ValueError, ImportError) as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(1) from None
-    # Load what was written, as a user will: from_pretrained only warns of a tensor that does not fit.
-    model, report = TahoeX1ForPreTraining.from_pretrained(destination, output_loading_info=True)
-    problems = {kind: names for kind, names in report.items() if names}
-    if problems:
-        typer.echo(f"Error: {destination} does not load cleanly: {problems}", err=True)
-        raise typer.Exit(1)
-    typer.echo(f"{destination}: {model.num_parameters():,} parameters, {model.dtype}")
+    typer.echo(f"{destination}: {verification.summary()}")
 
 
 if __name__ == "__main__":

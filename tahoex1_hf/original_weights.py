@@ -1,0 +1,246 @@
+"""Reading the tensors of a checkpoint one at a time, from whatever file they are in, without running its code.
+
+Tensors of safetensors files and pickles are views of the mapped file; those of a sharded checkpoint are put together
+one by one. So no more than one tensor is ever held in memory.
+"""
+
+import io
+import json
+import pickle
+import re
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
+from pathlib import Path, PosixPath
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+
+SHARDED_METADATA = ".metadata"
+_SHARDED_PREFIX = "state.model."
+_TORCH_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+# What Composer stores beside the tensors (the clock, the state of numpy's random numbers): classes that hold data and
+# run nothing when they are made. Everything else but tensors and plain containers is refused.
+_HARMLESS: list[Any] = [
+    timedelta,
+    np.ndarray,
+    np.dtype,
+    type(np.dtype(np.uint32)),
+    type(np.dtype(np.float64)),
+    type(np.dtype(np.int64)),
+    np.zeros(0).__reduce__()[0],  # numpy's own constructor of an empty array, whose module has moved between versions
+]
+
+# All that the index of a sharded checkpoint is made of.
+_SHARDED_INDEX_CLASSES = {
+    ("torch.distributed.checkpoint.metadata", name)
+    for name in (
+        "_MEM_FORMAT_ENCODING",
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+    )
+} | {
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch.serialization", "_get_layout"),
+    ("torch", "Size"),
+}
+
+
+class TensorReader(Protocol):
+    """Tensors by name, each read when it is asked for."""
+
+    shapes: dict[str, torch.Size]
+    dtypes: dict[str, torch.dtype]
+    files: list[Path]
+
+    def read(self, name: str) -> torch.Tensor:
+        """Read one tensor."""
+
+
+def open_weights(path: Path) -> TensorReader:
+    """Open `*.safetensors`, its `*.index.json`, the folder of a sharded checkpoint, or a Composer pickle.
+
+    Raises:
+        ValueError: where the file is truncated or of another kind, or a pickle holds more than data.
+    """
+    if path.is_dir():
+        return _ShardedReader(path)
+    if path.name.endswith(".index.json"):
+        names = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
+        return _SafetensorsReader([path.parent / name for name in names])
+    return _SafetensorsReader([path]) if path.suffix == ".safetensors" else _PickleReader(path)
+
+
+class _SafetensorsReader:
+    """Tensors of one or more safetensors files."""
+
+    def __init__(self, files: Sequence[Path]):
+        self.files = list(files)
+        self.shapes: dict[str, torch.Size] = {}
+        self.dtypes: dict[str, torch.dtype] = {}
+        self._owners: dict[str, Any] = {}
+        for path in files:
+            try:
+                opened = safe_open(path, framework="pt")
+            except SafetensorError as error:
+                raise ValueError(
+                    f"{path} is truncated, or not a safetensors file ({error}): download it again."
+                ) from error
+            for name in opened.keys():
+                view = opened.get_slice(name)
+                self._owners[name] = opened
+                self.shapes[name] = torch.Size(view.get_shape())
+                self.dtypes[name] = _TORCH_DTYPES.get(view.get_dtype()) or opened.get_tensor(name).dtype
+
+    def read(self, name: str) -> torch.Tensor:
+        return self._owners[name].get_tensor(name)
+
+
+class _PickleReader:
+    """Tensors of a Composer pickle, `{"state": {"model": ...}}`; what else it holds stays on disk."""
+
+    def __init__(self, path: Path):
+        self.files = [path]
+        try:
+            with torch.serialization.safe_globals(_HARMLESS):
+                checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except pickle.UnpicklingError as error:
+            found = re.findall(r"GLOBAL ([\w.]+)", str(error))
+            named = f"it asks for {', '.join(dict.fromkeys(found))}" if found else _first_line(error)
+            raise ValueError(
+                f"{path} is not a checkpoint of tensors alone: {named}. Nothing of it was run. If you trust where it "
+                "comes from, save its tensors again: torch.save({'state': {'model': state_dict}}, path)."
+            ) from error
+        except (RuntimeError, OSError, EOFError) as error:
+            raise ValueError(
+                f"{path} could not be read as a checkpoint of tensors alone; it is truncated, or of an old format: "
+                f"{_first_line(error)}"
+            ) from error
+        try:
+            tensors = dict(checkpoint["state"]["model"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is not a Composer checkpoint: it has no ['state']['model'].") from error
+        others = [name for name, value in tensors.items() if not isinstance(value, torch.Tensor)]
+        if others:
+            raise ValueError(f"{path}: ['state']['model'] holds more than tensors: {', '.join(map(str, others))}.")
+        self._tensors: dict[str, torch.Tensor] = tensors
+        self.shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        self.dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
+
+    def read(self, name: str) -> torch.Tensor:
+        return self._tensors[name].detach()
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    """Unpickles the index of a sharded checkpoint, and nothing else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        if (module, name) == ("collections", "OrderedDict"):
+            return OrderedDict
+        if module.split(".")[0] == "pathlib" and name in ("PosixPath", "PurePosixPath"):
+            return PosixPath
+        if (module, name) not in _SHARDED_INDEX_CLASSES:
+            raise pickle.UnpicklingError(f"{module}.{name}")
+        return super().find_class(module, name)
+
+
+class _ShardedReader:
+    """Tensors of a checkpoint that FSDP wrote in pieces (torch.distributed.checkpoint)."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        index = folder / SHARDED_METADATA
+        try:
+            with index.open("rb") as file:
+                metadata = _IndexUnpickler(file).load()
+            tensors = {
+                name.removeprefix(_SHARDED_PREFIX): entry
+                for name, entry in metadata.state_dict_metadata.items()
+                if name.startswith(_SHARDED_PREFIX) and hasattr(entry, "chunks")
+            }
+            self._places = metadata.storage_data
+            self.shapes = {name: torch.Size(entry.size) for name, entry in tensors.items()}
+            self.dtypes = {name: entry.properties.dtype for name, entry in tensors.items()}
+        except pickle.UnpicklingError as error:
+            raise ValueError(
+                f"{index} is not the index of a sharded checkpoint: it asks for {error}. Nothing of it was run."
+            ) from error
+        except (AttributeError, EOFError, IndexError, TypeError, ValueError) as error:
+            raise ValueError(f"{index} is damaged, or not the index of a sharded checkpoint: {error}") from error
+        if not tensors:
+            raise ValueError(f"{index} lists no tensor of a model ({_SHARDED_PREFIX}*): is it a Composer checkpoint?")
+        self._tensors = tensors
+        names = {self._place(name, chunk).relative_path for name in tensors for chunk in tensors[name].chunks}
+        self.files = [index, *(self._file(name) for name in sorted(names))]
+
+    def read(self, name: str) -> torch.Tensor:
+        whole = torch.empty(self.shapes[name], dtype=self.dtypes[name])
+        covered = 0
+        for chunk in self._tensors[name].chunks:
+            piece = self._piece(self._place(name, chunk), name)
+            if piece.shape != torch.Size(chunk.sizes):
+                raise ValueError(f"{self._folder}: a piece of {name} has shape {list(piece.shape)}, not as indexed.")
+            where = tuple(slice(o, o + s) for o, s in zip(chunk.offsets, chunk.sizes, strict=True))
+            whole[where] = piece
+            covered += piece.numel()
+        if covered != whole.numel():
+            raise ValueError(f"{self._folder}: the pieces of {name} do not add up to its shape {list(whole.shape)}.")
+        return whole
+
+    def _place(self, name: str, chunk: Any) -> Any:
+        from torch.distributed.checkpoint.metadata import MetadataIndex
+
+        try:
+            return self._places[MetadataIndex(_SHARDED_PREFIX + name, chunk.offsets)]
+        except KeyError:
+            raise ValueError(f"{self._folder / SHARDED_METADATA} does not say where {name} is stored.") from None
+
+    def _file(self, name: str) -> Path:
+        if Path(name).name != name:
+            raise ValueError(f"{self._folder / SHARDED_METADATA} names a file outside its folder: {name}")
+        if not (self._folder / name).is_file():
+            raise FileNotFoundError(f"{self._folder / name} is missing from the sharded checkpoint.")
+        return self._folder / name
+
+    def _piece(self, place: Any, name: str) -> torch.Tensor:
+        if getattr(place, "transform_descriptors", None):
+            raise ValueError(f"{self._folder}: {name} is stored compressed, which this reader does not know.")
+        path = self._file(place.relative_path)
+        with path.open("rb") as file:
+            file.seek(place.offset)
+            content = io.BytesIO(file.read(place.length))
+        try:
+            return torch.load(content, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            raise ValueError(f"{path} is truncated or damaged at {name}: {_first_line(error)}") from error
+
+
+def tensors_of(reader: TensorReader) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor of a reader, one at a time."""
+    for name in reader.shapes:
+        yield name, reader.read(name)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
