@@ -14,7 +14,12 @@ from transformers import (
 )
 
 from tahoex1_hf.configuration_tahoe_x1 import TahoeX1Config
-from tahoex1_hf.modeling_tahoe_x1 import TahoeX1ForPreTraining, TahoeX1ForSequenceClassification, TahoeX1Model
+from tahoex1_hf.modeling_tahoe_x1 import (
+    TahoeX1ForPreTraining,
+    TahoeX1ForSequenceClassification,
+    TahoeX1Model,
+    TahoeX1PreTrainedModel,
+)
 from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
 
 if TYPE_CHECKING:
@@ -27,6 +32,17 @@ AutoModel.register(TahoeX1Config, TahoeX1Model, exist_ok=True)
 AutoModelForPreTraining.register(TahoeX1Config, TahoeX1ForPreTraining, exist_ok=True)
 AutoModelForSequenceClassification.register(TahoeX1Config, TahoeX1ForSequenceClassification, exist_ok=True)
 AutoTokenizer.register(TahoeX1Config, tokenizer_class=TahoeX1Tokenizer, exist_ok=True)
+
+
+def _locate_checkpoint(name: Any, marker: str, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    from tahoex1_hf.model_loading import locate_checkpoint
+
+    return locate_checkpoint(name, marker, options)
+
+
+# from_pretrained also reads what the original published; the files that travel to the Hub do without.
+TahoeX1PreTrainedModel._locate_checkpoint = staticmethod(_locate_checkpoint)
+TahoeX1Tokenizer._locate_checkpoint = staticmethod(_locate_checkpoint)
 
 __all__ = [
     "TahoeX1Config",

@@ -343,6 +343,15 @@ class TahoeX1PreTrainedModel(PreTrainedModel):
     # A checkpoint of one head loads into another, or into the bare model, without a word about the heads left out.
     _keys_to_ignore_on_load_unexpected = [r"^expression_decoder\.", r"^cell_decoder\.", r"^classifier\."]
     _can_record_outputs = {"hidden_states": TahoeX1Layer, "attentions": TahoeX1Attention}
+    _locate_checkpoint: Callable | None = None  # set by the package, for checkpoints in the original's layout
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; with the package installed, also from a checkpoint in the original's layout."""
+        name = pretrained_model_name_or_path
+        if cls._locate_checkpoint is not None:
+            name, kwargs = cls._locate_checkpoint(name, "config.json", kwargs)
+        return super().from_pretrained(name, *args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from tahoex1_hf.model_loading import _SAME_SIZE, _download
+from tahoex1_hf.model_loading import SAME_SIZE, download_snapshot
 from tahoex1_hf.original_checkpoints import (
     COLLATOR_CONFIG,
     DRUG_FINGERPRINTS,
@@ -82,11 +82,11 @@ def _fetch(source: str | Path, size: str | None, revision: str | None, download:
         return path, str(path.resolve())
     if name.count("/") != 1 or name.startswith((".", "~", "/")):
         raise FileNotFoundError(f"{name} is neither a folder or file, nor a Hub repository (owner/name), nor s3://.")
-    snapshot = _download(name, size, revision, {})
+    snapshot = download_snapshot(name, size, revision, {})
     configs = [p.relative_to(snapshot).as_posix() for p in snapshot.glob(f"**/{MODEL_CONFIG}")]
     folder = choose_size(configs, size, f"The Hub repository {name}")
     if size is None and folder:  # the only size there is; its weights were not asked for
-        snapshot = _download(name, folder, revision, {})
+        snapshot = download_snapshot(name, folder, revision, {})
     return snapshot / folder, f"https://huggingface.co/{name}/tree/{snapshot.name}/{folder}".rstrip("/")
 
 
@@ -107,7 +107,7 @@ def choose_size(configs: Iterable[str], size: str | None, source: str) -> str:
         return names[""] if "" in folders else next(iter(names.values()))
     if size is not None:
         wanted = size.removesuffix("-model")
-        for name in (wanted, _SAME_SIZE.get(wanted)):
+        for name in (wanted, SAME_SIZE.get(wanted)):
             if name in names:
                 return names[name]
     there = ", ".join(sorted(name for name in names if name))

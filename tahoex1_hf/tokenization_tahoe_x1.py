@@ -156,6 +156,7 @@ class TahoeX1Tokenizer(PreTrainedTokenizer):
 
     vocab_files_names = {"vocab_file": "vocab.json"}
     model_input_names = ["input_ids", "expression_values", "attention_mask"]
+    _locate_checkpoint: Callable | None = None  # set by the package, for checkpoints in the original's layout
 
     def __init__(
         self,
@@ -215,6 +216,14 @@ class TahoeX1Tokenizer(PreTrainedTokenizer):
             )
 
     # What transformers asks of a tokenizer --------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; with the package installed, also from a checkpoint in the original's layout."""
+        name = pretrained_model_name_or_path
+        if cls._locate_checkpoint is not None:
+            name, kwargs = cls._locate_checkpoint(name, "tokenizer_config.json", kwargs)
+        return super().from_pretrained(name, *args, **kwargs)
 
     @property
     def vocab_size(self) -> int:
