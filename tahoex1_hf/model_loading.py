@@ -179,6 +179,7 @@ def _hub_has(repo_id: str, filename: str, revision: str | None, hub: Mapping[str
 
 
 def download_snapshot(repo_id: str, size: str | None, revision: str | None, hub: Mapping[str, Any]) -> Path:
+    """Fetch what one size of a Hub repository needs, converted or in the original's layout, and nothing more."""
     sizes = [] if size is None else [size, size.removesuffix("-model")]
     sizes += [SAME_SIZE[name] for name in sizes if name in SAME_SIZE]
     folders = [""] if size is None else [f"{name}{suffix}/" for name in sizes for suffix in ("", "-model")]

@@ -340,8 +340,6 @@ class TahoeX1PreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    # A checkpoint of one head loads into another, or into the bare model, without a word about the heads left out.
-    _keys_to_ignore_on_load_unexpected = [r"^expression_decoder\.", r"^cell_decoder\.", r"^classifier\."]
     _can_record_outputs = {"hidden_states": TahoeX1Layer, "attentions": TahoeX1Attention}
     _locate_checkpoint: Callable | None = None  # set by the package, for checkpoints in the original's layout
 
@@ -383,6 +381,9 @@ class TahoeX1PreTrainedModel(PreTrainedModel):
 
 class TahoeX1Model(TahoeX1PreTrainedModel):
     """The Tahoe-x1 transformer without a decoder: contextual gene embeddings and cell embeddings."""
+
+    # Loading the checkpoint of a head is the usual case, and no reason for a report about what is left out.
+    _keys_to_ignore_on_load_unexpected = [r"^expression_decoder\.", r"^cell_decoder\.", r"^classifier\."]
 
     def __init__(self, config: TahoeX1Config):
         super().__init__(config)
@@ -626,6 +627,8 @@ class TahoeX1ForPreTraining(TahoeX1PreTrainedModel):
 
 class TahoeX1ForSequenceClassification(TahoeX1PreTrainedModel):
     """Tahoe-x1 with a linear head on the cell embedding: classification or regression of cells."""
+
+    _keys_to_ignore_on_load_unexpected = [r"^expression_decoder\.", r"^cell_decoder\."]
 
     def __init__(self, config: TahoeX1Config):
         super().__init__(config)
