@@ -106,17 +106,7 @@ def translate_model_config(
     cell_decoder = _Section("model_config.yml: mvc", section.require("mvc"))
     drug = _Section("model_config.yml: chemical_encoder", section.take("chemical_encoder"))
 
-    for part, key, allowed in (
-        (norm, "norm_type", ("low_precision_layernorm", "layernorm")),
-        (expression, "input_emb_style", ("continuous",)),
-        (decoder, "n_outputs", (1,)),
-        (cell_decoder, "arch_style", ("inner product",)),
-        (gene, "embeddings", ({},)),
-        (drug, "padding_idx", (0,)),
-    ):
-        part.require_value(key, allowed, allowed[0])
-    if drug.take("freeze", False):
-        logger.warning("The drug table was frozen in training (chemical_encoder.freeze); ours is trainable.")
+    _refuse_unsupported(norm, expression, decoder, cell_decoder, gene, drug)
     _check_vocabulary_size(section.require("vocab_size"), vocab)
 
     num_heads = section.require("n_heads")
@@ -194,6 +184,23 @@ def translate_collator_config(
     }
     section.finish(_COLLATOR_KEYS_WITHOUT_EFFECT)
     return arguments
+
+
+def _refuse_unsupported(
+    norm: _Section, expression: _Section, decoder: _Section, cell_decoder: _Section, gene: _Section, drug: _Section
+) -> None:
+    """Take the keys of which the original itself runs, or any checkpoint uses, only some values."""
+    for part, key, allowed in (
+        (norm, "norm_type", ("low_precision_layernorm", "layernorm")),
+        (expression, "input_emb_style", ("continuous",)),
+        (decoder, "n_outputs", (1,)),
+        (cell_decoder, "arch_style", ("inner product",)),
+        (gene, "embeddings", ({},)),
+        (drug, "padding_idx", (0,)),
+    ):
+        part.require_value(key, allowed, allowed[0])
+    if drug.take("freeze", False):
+        logger.warning("The drug table was frozen in training (chemical_encoder.freeze); ours is trainable.")
 
 
 def _pooling(section: _Section) -> Literal["cls", "mean_with_padding"]:
