@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 
 from tahoex1_hf.embedding import EmbeddingRun, provenance_key
+from tahoex1_hf.modeling_tahoe_x1 import TahoeX1PreTrainedModel
 from tahoex1_hf.reading import open_h5ad
+from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -160,8 +162,8 @@ def check_output(output: Path, gene_embeddings: bool) -> None:
 def embed_h5ad(
     source: str | Path,
     output: str | Path,
-    model: Any,
-    tokenizer: Any,
+    model: TahoeX1PreTrainedModel,
+    tokenizer: TahoeX1Tokenizer,
     *,
     key_added: str = "X_tahoe_x1",
     **options: Any,

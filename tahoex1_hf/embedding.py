@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Cells tokenized at a time: enough for batches of similar length, few enough for memory (10 MB at 1,000 genes a cell).
+# Cells tokenized at a time: enough for batches of similar length, few enough for memory (12 MB at 1,000 genes a cell).
 CHUNK_CELLS = 1024
 
 
@@ -60,6 +60,8 @@ class EmbeddingRun:
             on_disk = hasattr(self.matrix, "to_memory")
             self.matrix = (self.matrix.to_memory() if on_disk else self.matrix).tocsr()
         self.drugs = tokenizer.resolve_drugs(adata, drugs)
+        if self.drugs is not None and not isinstance(self.drugs, str) and len(self.drugs) != adata.n_obs:
+            raise ValueError(f"drugs has {len(self.drugs)} entries for {adata.n_obs} cells: pass one per cell.")
         self.encoder = CellEncoder(model, tokenizer, batch_tokens=batch_tokens, device=device, dtype=dtype)
         self.num_empty = 0
         self._model_name = model.name_or_path or ""

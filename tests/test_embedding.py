@@ -191,6 +191,9 @@ def test_errors_name_the_way_out(checkpoint) -> None:
     for option, value in {"batch_tokens": 0, "max_length": 2, "dtype": "float8"}.items():
         with pytest.raises(ValueError, match=option):
             embedded(adata, (model, tokenizer), **{option: value})
+    for count in (49, 51):
+        with pytest.raises(ValueError, match=f"drugs has {count} entries for 50 cells"):
+            embedded(golden_cells("b_3b_like_chem"), checkpoint("b_3b_like_chem"), drugs=[None] * count)
     with pytest.raises(ValueError, match="different checkpoints"):
         embedded(adata, (model, checkpoint("b_3b_like_chem")[1]))
     assert not adata.obsm
