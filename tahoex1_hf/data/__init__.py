@@ -1,0 +1,1 @@
+"""Training data: preparing a dataset from any source, and feeding it to a model."""

@@ -1,0 +1,250 @@
+# Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
+"""Configuration of `tahoex1 prepare`: typed, strict (an unknown key is an error), read from YAML.
+
+`examples/configs/data/` has a commented file for every kind of source.
+"""
+
+import ast
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+
+class Strict(BaseModel):
+    """Base of all parts of the configuration."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class JoinConfig(Strict):
+    """A table whose columns are added to the cells' metadata, one row per key."""
+
+    file: str
+    """CSV (`.csv`, `.csv.gz`, `.tsv`) or Parquet."""
+    on: str
+    """Column of the cells and of the table whose values must be equal."""
+    columns: list[str] = Field(min_length=1)
+    """Columns of the table to add. `metadata` names those to be written."""
+
+
+class CommonSourceConfig(Strict):
+    """What all kinds of sources have."""
+
+    metadata: dict[str, str] = {}
+    """Column of the dataset -> column of the source (of `obs`); `_index` is the name of the cell."""
+    constants: dict[str, str] = {}
+    """Column of the dataset -> the same value for all cells of this source."""
+    join: list[JoinConfig] = []
+    """Tables joined to the metadata, in this order."""
+    filter: str | None = None
+    """Cells to keep, an expression over columns of `obs`: `pass_filter == "full" and tissue in ["heart", "lung"]`."""
+    min_genes: int = Field(1, ge=0)
+    """Fewest expressed genes of the vocabulary that a cell must have."""
+    min_counts: float = Field(0, ge=0)
+    """Least sum of the counts of these genes."""
+    min_known_genes: float = Field(0.5, ge=0, le=1)
+    """Least fraction of a file's genes that must be in the vocabulary; a file with fewer is bad input."""
+    non_integer_counts: Literal["error", "keep"] = "error"
+    """What to make of a file whose values are not whole numbers (log-normalised ones, or estimates)."""
+    duplicate_barcodes: Literal["error", "drop", "keep"] = "error"
+    """What to make of a file in which the name of a cell stands twice; `drop` keeps the first."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        both = sorted(set(self.metadata) & set(self.constants))
+        if both:
+            raise ValueError(f"metadata and constants both name {both}: take one of them out.")
+        reserved = sorted({"genes", "counts"} & {*self.metadata, *self.constants})
+        if reserved:
+            raise ValueError(f"{reserved} cannot name metadata: the dataset has its genes and counts there.")
+        if self.filter is not None:
+            filter_columns(self.filter)
+        return self
+
+
+class _Files(CommonSourceConfig):
+    paths: list[str] = Field(min_length=1)
+    """Files, folders (searched for files of this kind at any depth) and globs (`**` too)."""
+    gene_id_column: str | None = None
+    """Column of `var` with Ensembl ids; by default `var_names`."""
+    gene_symbols: str | None = None
+    """CSV with gene symbol and Ensembl id, for files that name genes by symbol."""
+
+
+class AnnDataSource(_Files):
+    """`.h5ad` files and `.zarr` stores: CSR, CSC or dense, read in chunks of cells."""
+
+    kind: Literal["anndata"]
+    layer: str | None = None
+    """Layer with the counts; by default `X`. `raw` takes the counts, and the genes, of `raw`."""
+
+
+class TenXSource(_Files):
+    """Output of Cell Ranger: `.h5` files, and folders with `matrix.mtx`, `barcodes.tsv` and `features.tsv`."""
+
+    kind: Literal["10x"]
+
+
+class Tahoe100MSource(CommonSourceConfig):
+    """The Hub dataset `tahoebio/Tahoe-100M`, or Parquet or Arrow files with its columns."""
+
+    kind: Literal["tahoe-100m"]
+    paths: list[str] = Field(default=["hf://datasets/tahoebio/Tahoe-100M/data"], min_length=1)
+    """Files, folders and globs, local or remote (`hf://`, `s3://`); remote files are read piece by piece."""
+    gene_metadata: str = "hf://datasets/tahoebio/Tahoe-100M/metadata/gene_metadata.parquet"
+    """Its table of genes: `token_id`, `ensembl_id`."""
+
+
+class CensusSource(CommonSourceConfig):
+    """A SOMA experiment, such as one organism of the CELLxGENE census."""
+
+    kind: Literal["census"]
+    uri: str | None = None
+    """An experiment on disk or at `s3://`; leave it out to open the census by its version."""
+    census_version: str = "2025-01-30"
+    """Release of the census."""
+    organism: str = "homo_sapiens"
+    """Organism of the census."""
+    measurement: str = "RNA"
+    """Name of the measurement."""
+    layer: str = "raw"
+    """Name of its matrix of counts."""
+    value_filter: str | None = None
+    """Cells to read, in SOMA's language: `is_primary_data == True and suspension_type != "na"`."""
+    var_filter: str | None = None
+    """Genes to read, in SOMA's language: `n_measured_obs >= 10 and nnz >= 10`."""
+    gene_id_column: str = "feature_id"
+    """Column of `var` with Ensembl ids."""
+
+
+class MDSSource(CommonSourceConfig):
+    """The original's shards, written by mosaicml-streaming: `genes` and `expressions`, pickled."""
+
+    kind: Literal["mds"]
+    paths: list[str] = Field(min_length=1)
+    """Folders with an `index.json`, local or `s3://`; folders above them are searched."""
+    source_vocab: str
+    """The `vocab.json` whose ids the shards hold; they are translated by name."""
+
+
+SourceConfig = Annotated[
+    AnnDataSource | TenXSource | Tahoe100MSource | CensusSource | MDSSource, Field(discriminator="kind")
+]
+
+
+class ValidationSplit(Strict):
+    """Which cells are kept for validation."""
+
+    fraction: float = Field(0.01, ge=0, lt=1)
+    """Share of the cells, or of the values of `by`, drawn with the seed."""
+    by: str | None = None
+    """Metadata column whose values are held out whole (a cell line, a drug); by default single cells are drawn."""
+    values: list[str] | None = None
+    """These values of `by`, instead of a drawn share."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.values is not None and self.by is None:
+            raise ValueError("values needs by, the column that they are values of.")
+        if self.values is not None and "fraction" in self.model_fields_set:
+            raise ValueError("values and fraction exclude each other: values are held out whole.")
+        return self
+
+
+class PrepareConfig(Strict):
+    """All that decides what a prepared dataset holds, byte for byte."""
+
+    sources: list[SourceConfig] = Field(min_length=1)
+    """Where the cells come from."""
+    output: str
+    """Folder of the dataset; made where it does not exist."""
+    vocab: str
+    """The model's `vocab.json`."""
+    seed: int = Field(0, ge=0, lt=2**63)
+    """Seed of the shuffling and of the validation split."""
+    validation: ValidationSplit = ValidationSplit()
+    """The validation split."""
+    format: Literal["arrow", "parquet"] = "arrow"
+    """`arrow` trains fastest (memory-mapped); `parquet` is about half the size."""
+    shard_size_mb: float = Field(250, gt=0)
+    """Size of a shard, in MB of 10^6 bytes before compression."""
+    piece_cells: int = Field(16384, gt=0)
+    """Cells that a process takes at once: bounds its memory, and what an interruption costs."""
+    on_bad_file: Literal["stop", "skip"] = "stop"
+    """`skip` leaves bad files out whole and lists them, with the reason, in the manifest."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        by = self.validation.by
+        for number, source in enumerate(self.sources):
+            if by is not None and by not in source.metadata and by not in source.constants:
+                raise ValueError(f"validation.by={by!r} is neither in metadata nor in constants of sources[{number}].")
+        return self
+
+
+_FILTER_NODES = (
+    ast.Expression,
+    ast.BoolOp,
+    ast.And,
+    ast.Or,
+    ast.UnaryOp,
+    ast.Not,
+    ast.USub,
+    ast.Compare,
+    ast.cmpop,
+    ast.Name,
+    ast.Load,
+    ast.Constant,
+    ast.List,
+    ast.Tuple,
+)
+
+
+def filter_columns(expression: str) -> list[str]:
+    """The columns that a filter reads.
+
+    Raises:
+        ValueError: where it is no comparison of columns with values (calls, attributes and arithmetic are not taken).
+    """
+    try:
+        tree = ast.parse(expression, mode="eval")
+    except SyntaxError as error:
+        raise ValueError(f"filter={expression!r} is no expression: {error.msg}.") from None
+    for node in ast.walk(tree):
+        if not isinstance(node, _FILTER_NODES):
+            raise ValueError(
+                f"filter={expression!r} has a {type(node).__name__}: compare columns with values, joined by and, or "
+                'and not, for example pass_filter == "full" and n_genes > 500.'
+            )
+    return sorted({node.id for node in ast.walk(tree) if isinstance(node, ast.Name)})
+
+
+def parse_config(values: dict[str, Any], origin: str) -> PrepareConfig:
+    """Make a configuration of plain values.
+
+    Raises:
+        ValueError: naming `origin` and every key that is unknown, missing or of the wrong type.
+    """
+    try:
+        return PrepareConfig.model_validate(values)
+    except ValidationError as error:
+        lines = []
+        for problem in error.errors():
+            where = ".".join(str(part) for part in problem["loc"]) or "the configuration"
+            said = "unknown key" if problem["type"] == "extra_forbidden" else problem["msg"]
+            lines.append(f"  {where}: {said.removeprefix('Value error, ')}")
+        raise ValueError(f"{origin}:\n" + "\n".join(lines)) from None
+
+
+def read_config(path: str | Path, **changes: Any) -> PrepareConfig:
+    """Read a YAML file; `changes` that are not None replace its keys."""
+    with Path(path).open(encoding="utf-8") as file:
+        try:
+            values = yaml.safe_load(file)
+        except yaml.YAMLError as error:
+            raise ValueError(f"{path} is no YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold keys and values, as the files in examples/configs/data do.")
+    return parse_config({**values, **{key: value for key, value in changes.items() if value is not None}}, str(path))
