@@ -1,8 +1,6 @@
 """The command `tahoex1`."""
 
-import csv
 import logging
-import re
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -10,9 +8,6 @@ from typing import Annotated
 import typer
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-
-
-_ENSEMBL_ID = re.compile(r"ENS[A-Z]*G\d{11}")
 
 
 class Dtype(StrEnum):
@@ -63,6 +58,7 @@ def embed(
     # What the command needs is imported here, so that --help answers at once.
     from tahoex1_hf.embed_file import check_output, embed_h5ad
     from tahoex1_hf.model_loading import load_model_and_tokenizer
+    from tahoex1_hf.reading import read_gene_symbols
 
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
     try:
@@ -78,7 +74,7 @@ def embed(
             key_added=key_added,
             layer=layer,
             gene_id_column=gene_id_column,
-            gene_symbols=read_gene_symbols(gene_symbols) if gene_symbols else None,
+            gene_symbols=read_gene_symbols(gene_symbols),
             drugs=drugs,
             gene_embeddings=gene_embeddings,
             max_length=max_length,
@@ -91,22 +87,6 @@ def embed(
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(1) from None
     typer.echo(f"Wrote {output}")
-
-
-def read_gene_symbols(path: Path) -> dict[str, str]:
-    """Read a CSV whose first two columns are gene symbol and Ensembl id, in either order; a header is skipped."""
-    pairs = {}
-    with path.open(newline="", encoding="utf-8") as file:
-        for first, second, *_ in (row for row in csv.reader(file) if len(row) >= 2):
-            if _ENSEMBL_ID.match(second):
-                pairs[first] = second
-            elif _ENSEMBL_ID.match(first):
-                pairs[second] = first
-    if not pairs:
-        raise ValueError(
-            f"{path} has no line with a gene symbol and an Ensembl id (ENSG...) in its first two columns."
-        )
-    return pairs
 
 
 if __name__ == "__main__":

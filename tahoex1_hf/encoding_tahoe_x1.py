@@ -316,7 +316,7 @@ def merge_repeats(rows: GeneRows) -> GeneRows:
     return GeneRows(rows.tokens[places], sums, np.searchsorted(cells[places], np.arange(len(rows.offsets))))
 
 
-def _mix64(numbers: np.ndarray) -> np.ndarray:
+def mix64(numbers: np.ndarray) -> np.ndarray:
     """Scramble uint64 numbers (finaliser of SplitMix64; Steele, Lea and Flood 2014, doi:10.1145/2660193.2660195)."""
     numbers = numbers + np.uint64(0x9E3779B97F4A7C15)
     numbers = (numbers ^ (numbers >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -352,8 +352,8 @@ def kept_genes(
         falling = np.uint64(2**32 - 1) - rows.counts.view(np.uint32)  # the bits of a float32 rise with it
         scores = (falling << np.uint64(32)) + rank.astype(np.uint64)
     else:
-        streams = _mix64(_mix64(np.array([seed], dtype=np.uint64)) + numbers.astype(np.uint64))
-        scores = _mix64(streams[cells] + rows.tokens.astype(np.uint64))
+        streams = mix64(mix64(np.array([seed], dtype=np.uint64)) + numbers.astype(np.uint64))
+        scores = mix64(streams[cells] + rows.tokens.astype(np.uint64))
     if keep_first:
         scores[rank == 0] = 0
     keep = np.ones(len(cells), dtype=bool)

@@ -1,5 +1,7 @@
-"""Opening an .h5ad file whose counts stay on disk."""
+"""Opening an .h5ad file whose counts stay on disk, and reading a table of gene symbols."""
 
+import csv
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,6 +10,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from anndata import AnnData
     from h5py import Dataset, Group
+
+_ENSEMBL_ID = re.compile(r"ENS[A-Z]*G\d{11}")
 
 
 @contextmanager
@@ -45,3 +49,24 @@ def _on_disk(element: "Group | Dataset") -> object:
     from anndata.io import sparse_dataset
 
     return element if isinstance(element, h5py.Dataset) else sparse_dataset(element)
+
+
+def read_gene_symbols(path: str | Path | None) -> dict[str, str] | None:
+    """Read a CSV whose first two columns are gene symbol and Ensembl id, in either order; a header is skipped.
+
+    None gives None.
+    """
+    if path is None:
+        return None
+    pairs = {}
+    with Path(path).open(newline="", encoding="utf-8") as file:
+        for first, second, *_ in (row for row in csv.reader(file) if len(row) >= 2):
+            if _ENSEMBL_ID.match(second):
+                pairs[first] = second
+            elif _ENSEMBL_ID.match(first):
+                pairs[second] = first
+    if not pairs:
+        raise ValueError(
+            f"{path} has no line with a gene symbol and an Ensembl id (ENSG...) in its first two columns."
+        )
+    return pairs

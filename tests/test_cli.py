@@ -12,7 +12,8 @@ import pytest
 from conftest import GOLDEN
 from typer.testing import CliRunner, Result
 
-from tahoex1_hf.cli import app, read_gene_symbols
+from tahoex1_hf.cli import app
+from tahoex1_hf.reading import read_gene_symbols
 from tahoex1_hf.original_checkpoints import convert_original_folder
 
 CELLS, MODEL = GOLDEN / "a_70m_like" / "adata.h5ad", GOLDEN / "a_70m_like" / "model"

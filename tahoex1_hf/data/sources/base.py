@@ -112,6 +112,10 @@ class CellSource(ABC):
             BadInput: where the counts cannot be read, or a column is not there.
         """
 
+    def cell_names(self, path: str) -> np.ndarray | None:
+        """Names of all cells of a file, to look for duplicates; None where cells have no names of their own."""
+        return None
+
     def spool(self, path: str, piece_cells: int) -> None:
         """Sort a file that is stored by gene into pieces of `piece_cells` cells, once, for `read` to find."""
         raise NotImplementedError(f"{type(self).__name__} has no files that are stored by gene.")
