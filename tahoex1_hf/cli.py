@@ -7,6 +7,9 @@ from typing import Annotated
 
 import typer
 
+from tahoex1_hf.data_cli import build_vocab, drug_fingerprints_command
+from tahoex1_hf.prepare_cli import prepare
+
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -87,6 +90,11 @@ def embed(
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(1) from None
     typer.echo(f"Wrote {output}")
+
+
+app.command()(prepare)
+app.command("build-vocab")(build_vocab)
+app.command("drug-fingerprints")(drug_fingerprints_command)
 
 
 if __name__ == "__main__":

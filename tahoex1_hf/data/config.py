@@ -137,8 +137,8 @@ SourceConfig = Annotated[
 class ValidationSplit(Strict):
     """Which cells are kept for validation."""
 
-    fraction: float = Field(0.01, ge=0, lt=1)
-    """Share of the cells, or of the values of `by`, drawn with the seed."""
+    fraction: float | None = Field(None, ge=0, lt=1)
+    """Share of the cells, or of the values of `by`, drawn with the seed; 0.01 where neither this nor `values` is."""
     by: str | None = None
     """Metadata column whose values are held out whole (a cell line, a drug); by default single cells are drawn."""
     values: list[str] | None = None
@@ -148,9 +148,14 @@ class ValidationSplit(Strict):
     def _check(self) -> Self:
         if self.values is not None and self.by is None:
             raise ValueError("values needs by, the column that they are values of.")
-        if self.values is not None and "fraction" in self.model_fields_set:
+        if self.values is not None and self.fraction is not None:
             raise ValueError("values and fraction exclude each other: values are held out whole.")
         return self
+
+    @property
+    def share(self) -> float:
+        """The fraction, or its default."""
+        return 0.01 if self.fraction is None else self.fraction
 
 
 class PrepareConfig(Strict):

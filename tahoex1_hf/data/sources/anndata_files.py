@@ -35,11 +35,7 @@ class AnnDataFiles(CellSource):
 
     def list_files(self) -> list[str]:
         """The `.h5ad` files and `.zarr` stores, sorted."""
-
-        def wanted(path: Path) -> bool:
-            return (path.suffix == ".h5ad" and path.is_file()) or is_zarr_store(path)
-
-        return expand_paths(self.config.paths, wanted, ".h5ad files or .zarr stores")
+        return expand_paths(self.config.paths, is_anndata, ".h5ad files or .zarr stores")
 
     def inspect(self, path: str) -> FileReport:
         """Check shapes and genes; the counts are not read."""
@@ -122,6 +118,11 @@ class AnnDataFiles(CellSource):
 
     def _spooled(self, path: str) -> Path:
         return self.spool_folder / sha256(f"{path}\n{self.config.layer}".encode()).hexdigest()[:24]
+
+
+def is_anndata(path: Path) -> bool:
+    """Whether a path is an `.h5ad` file or a `.zarr` store."""
+    return (path.suffix == ".h5ad" and path.is_file()) or is_zarr_store(path)
 
 
 @contextmanager

@@ -45,11 +45,7 @@ class TenXFiles(CellSource):
 
     def list_files(self) -> list[str]:
         """The `.h5` files and the folders with a `matrix.mtx`, sorted."""
-
-        def wanted(path: Path) -> bool:
-            return (path.suffix == ".h5" and path.is_file()) or _part(path, "matrix.mtx") is not None
-
-        return expand_paths(self.config.paths, wanted, "10x .h5 files or folders with matrix.mtx")
+        return expand_paths(self.config.paths, is_ten_x, "10x .h5 files or folders with matrix.mtx")
 
     def inspect(self, path: str) -> FileReport:
         """Check shapes and genes; the counts are not read."""
@@ -131,6 +127,11 @@ class TenXFiles(CellSource):
 
     def _spooled(self, path: str) -> Path:
         return self.spool_folder / sha256(path.encode()).hexdigest()[:24]
+
+
+def is_ten_x(path: Path) -> bool:
+    """Whether a path is a 10x `.h5` file or a folder with a `matrix.mtx`."""
+    return (path.suffix == ".h5" and path.is_file()) or _part(path, "matrix.mtx") is not None
 
 
 @contextmanager

@@ -1,0 +1,111 @@
+# Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
+"""Metadata of cells: joined tables, filters, and the Arrow columns that are made of them."""
+
+from collections.abc import Iterable
+from functools import lru_cache
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+
+from tahoex1_hf.data.config import CommonSourceConfig, JoinConfig, filter_columns
+from tahoex1_hf.data.sources.base import BadInput
+
+# A column of strings with more distinct values than this (barcodes) is written as it is, not as a dictionary.
+MAX_CATEGORIES = 65536
+
+
+def source_columns(config: CommonSourceConfig) -> list[str]:
+    """The columns that a source itself must give: for the output, the filter and the joins."""
+    joined = {column for join in config.join for column in join.columns}
+    needed = [*config.metadata.values(), *(filter_columns(config.filter) if config.filter else ())]
+    needed += [join.on for join in config.join]
+    return [name for name in dict.fromkeys(needed) if name not in joined]
+
+
+def add_joined(metadata: pd.DataFrame, config: CommonSourceConfig) -> tuple[pd.DataFrame, int]:
+    """Add the columns of the joined tables; also returns for how many cells some table has no row."""
+    missed = np.zeros(len(metadata), dtype=bool)
+    for join in config.join:
+        table = _join_table(join.file, join.on, tuple(join.columns))
+        rows = table.index.get_indexer(metadata[join.on].astype(str))
+        missed |= rows < 0
+        for column in join.columns:
+            metadata[column] = table[column].take(rows.clip(min=0)).where(rows >= 0).array
+    return metadata, int(missed.sum())
+
+
+@lru_cache(maxsize=8)
+def _join_table(file: str, on: str, columns: tuple[str, ...]) -> pd.DataFrame:
+    table = pd.read_parquet(file) if file.endswith(".parquet") else pd.read_csv(file, sep=None, engine="python")
+    missing = [name for name in (on, *columns) if name not in table.columns]
+    if missing:
+        raise ValueError(f"join: {file} has no column {missing[0]!r}; there are {sorted(table.columns)}.")
+    table.index = pd.Index(table[on].astype(str))
+    repeated = table.index[table.index.duplicated()]
+    if len(repeated):
+        raise ValueError(f"join: {file} has several rows with {on}={repeated[0]!r}: one per key is needed.")
+    return table[list(columns)]
+
+
+def check_joins(joins: Iterable[JoinConfig]) -> None:
+    """Read the tables, so that what is wrong with them is found before the cells are read."""
+    for join in joins:
+        _join_table(join.file, join.on, tuple(join.columns))
+
+
+def filter_mask(metadata: pd.DataFrame, expression: str) -> np.ndarray:
+    """Which cells a filter keeps; a comparison with a missing value is false."""
+    try:
+        kept = metadata.eval(expression, engine="python")
+    except (TypeError, ValueError, KeyError) as error:
+        raise BadInput(f"filter={expression!r} does not fit its columns: {error}") from None
+    if getattr(kept, "dtype", None) is None or (kept.dtype.kind != "b" and str(kept.dtype) != "boolean"):
+        raise BadInput(f"filter={expression!r} does not give yes or no for each cell.")
+    return pd.Series(kept).fillna(False).to_numpy(dtype=bool)
+
+
+def output_columns(metadata: pd.DataFrame, config: CommonSourceConfig) -> pd.DataFrame:
+    """The columns of the dataset, under their names there."""
+    columns = {name: metadata[source].array for name, source in config.metadata.items()}
+    constants = {
+        name: pd.Categorical([value] * len(metadata), categories=[value]) for name, value in config.constants.items()
+    }
+    return pd.DataFrame({**columns, **constants}, index=metadata.index)
+
+
+def to_arrow(values: pd.Series) -> pa.Array:
+    """Numbers as int64 or float64, booleans, and all else as a dictionary of strings."""
+    dtype = values.dtype
+    if isinstance(dtype, pd.CategoricalDtype) or not pd.api.types.is_numeric_dtype(dtype):
+        texts = values.astype(object).where(values.notna(), None)
+        return pa.array([None if text is None else str(text) for text in texts], pa.string()).dictionary_encode()
+    if pd.api.types.is_bool_dtype(dtype):
+        return pa.array(values, pa.bool_(), from_pandas=True)
+    return pa.array(values, pa.int64() if pd.api.types.is_integer_dtype(dtype) else pa.float64(), from_pandas=True)
+
+
+def common_type(types: Iterable[pa.DataType]) -> pa.DataType:
+    """The type of a column that has these types in different pieces: the same, float64 for numbers, else strings."""
+    kinds = {kind for kind in types if not pa.types.is_null(kind)}
+    if len(kinds) <= 1:
+        return next(iter(kinds), pa.dictionary(pa.int32(), pa.string()))
+    return pa.float64() if kinds == {pa.int64(), pa.float64()} else pa.dictionary(pa.int32(), pa.string())
+
+
+def unified(arrays: list[pa.Array], kind: pa.DataType, categories: list[str] | None) -> pa.Array:
+    """Put the pieces of a column behind each other.
+
+    Args:
+        arrays: its pieces, of any of the types that `common_type` takes.
+        kind: the common type.
+        categories: all values of a dictionary, in order; None where it is written as plain strings.
+    """
+    if not pa.types.is_dictionary(kind):
+        return pa.concat_arrays([array.cast(kind) for array in arrays])
+    texts = [array.cast(pa.string()) for array in arrays]
+    if categories is None:
+        return pa.concat_arrays(texts)
+    values = pa.array(categories, pa.string())
+    codes = pa.concat_arrays([pa.compute.index_in(text, values) for text in texts])
+    return pa.DictionaryArray.from_arrays(codes, values)

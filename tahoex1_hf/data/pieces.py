@@ -1,0 +1,232 @@
+# Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
+"""First pass of preparing: a range of cells of one file becomes a piece, filtered, split and sorted by random key.
+
+The key of a cell is a hash of the seed, the number of its file and its number there. The second pass (`shards.py`)
+cuts the range of keys into shards, so the order of the dataset is a random permutation of all cells that depends on
+nothing but the seed and the inputs; a piece is an Arrow file in which every shard finds its cells side by side.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+
+from tahoex1_hf.data.columns import add_joined, filter_mask, output_columns, source_columns, to_arrow
+from tahoex1_hf.data.config import CommonSourceConfig, ValidationSplit
+from tahoex1_hf.data.sources.base import BadInput, CellChunk, CellSource
+from tahoex1_hf.encoding_tahoe_x1 import GeneRows, count_problem, mix64
+
+SPLITS = ("train", "validation")
+# Rules by which cells are dropped, in the order in which they are tried: a cell counts under the first that it meets.
+DROP_RULES = ("filter", "duplicate_barcode", "no_known_gene", "min_genes", "min_counts")
+_STATISTICS = b"tahoex1"
+
+
+@dataclass
+class PieceStatistics:
+    """What is known of a piece, for the manifest and the second pass.
+
+    Attributes:
+        cells_in: cells read.
+        dropped: cells left out, per rule.
+        cells: cells kept, per split.
+        genes: their expressed genes, per split.
+        counts: sum of all their counts.
+        unknown_counts: sum of the counts, of all cells read, of genes that are not in the vocabulary.
+        max_count: the largest count kept.
+        whole_numbers: whether all counts kept are integers.
+        join_misses: cells for which a joined table had no row.
+    """
+
+    cells_in: int = 0
+    dropped: dict[str, int] = field(default_factory=lambda: dict.fromkeys(DROP_RULES, 0))
+    cells: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
+    genes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
+    counts: float = 0.0
+    unknown_counts: float = 0.0
+    max_count: float = 0.0
+    whole_numbers: bool = True
+    join_misses: int = 0
+
+
+class PieceRange(NamedTuple):
+    """Cells `start` to `stop` of a file: its number in the whole list of files, and its path."""
+
+    file_number: int
+    path: str
+    start: int
+    stop: int
+
+
+def cell_keys(seed: int, file_number: int, numbers: np.ndarray) -> np.ndarray:
+    """uint64 random keys of cells of one file, by their numbers."""
+    stream = mix64(mix64(np.array([seed], dtype=np.uint64)) + np.uint64(file_number))
+    return mix64(stream + numbers.astype(np.uint64))
+
+
+def held_out(keys: np.ndarray, metadata: pd.DataFrame, split: ValidationSplit, seed: int) -> np.ndarray:
+    """Which cells are for validation: bool, one per cell."""
+    if split.by is None:
+        # Another hash, so that the validation cells are spread evenly over the keys.
+        return mix64(keys ^ np.uint64(0x7661_6C69_6461_7465)) < np.uint64(int(split.share * 2**64))
+    values = metadata[split.by].astype(str)
+    if split.values is not None:
+        return values.isin(split.values).to_numpy()
+    chosen = {value: _fraction(seed, value) < split.share for value in values.unique()}
+    return values.map(chosen).to_numpy(dtype=bool)
+
+
+def _fraction(seed: int, value: str) -> float:
+    digest = hashlib.sha256(f"{seed}\n{value}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
+
+
+def write_piece(
+    target: Path,
+    piece: PieceRange,
+    source: CellSource,
+    config: CommonSourceConfig,
+    split: ValidationSplit,
+    seed: int,
+    duplicates: np.ndarray,
+) -> None:
+    """Read, filter and sort the cells of a piece, and write it; the file appears whole or not at all.
+
+    Args:
+        target: the piece's Arrow file: a batch per split, with `key`, `genes`, `counts` and the metadata.
+        piece: which cells.
+        source: reads them.
+        config: the source's configuration.
+        split: the validation split.
+        seed: the dataset's seed.
+        duplicates: sorted numbers of the cells of the file that repeat the name of another.
+
+    Raises:
+        BadInput: where the cells cannot be used.
+    """
+    statistics = PieceStatistics()
+    parts: list[tuple[GeneRows, pd.DataFrame, np.ndarray]] = []
+    number = piece.start
+    for chunk in source.read(piece.path, piece.start, piece.stop, source_columns(config)):
+        numbers = np.arange(number, number + len(chunk.metadata))
+        parts.append(_kept(chunk, numbers, config, duplicates, statistics, source))
+        number += len(numbers)
+    if number != piece.stop:
+        raise BadInput(f"{number - piece.start} cells were read instead of {piece.stop - piece.start}.")
+    rows, metadata, numbers = _joined(parts)
+    del parts
+    keys = cell_keys(seed, piece.file_number, numbers)
+    validation = held_out(keys, metadata, split, seed)
+    narrow = statistics.whole_numbers and statistics.max_count < 2**16
+    # Made once for both splits: an Arrow file has one dictionary per column.
+    columns = {name: to_arrow(metadata[name]) for name in metadata.columns}
+    batches = []
+    for name, chosen in zip(SPLITS, (~validation, validation), strict=True):
+        order = np.flatnonzero(chosen)
+        order = order[np.argsort(keys[order], kind="stable")]
+        batch = _batch(rows, columns, keys, order, np.uint16 if narrow else np.float32)
+        statistics.cells[name] = len(order)
+        statistics.genes[name] = int(np.diff(rows.offsets)[order].sum())
+        batches.append(batch)
+    schema = batches[0].schema.with_metadata({_STATISTICS: json.dumps(asdict(statistics)).encode()})
+    partial = target.with_suffix(".partial")
+    with pa.ipc.new_file(str(partial), schema) as writer:
+        for batch in batches:
+            writer.write_batch(batch)
+    os.replace(partial, target)
+
+
+def _kept(
+    chunk: CellChunk,
+    numbers: np.ndarray,
+    config: CommonSourceConfig,
+    duplicates: np.ndarray,
+    statistics: PieceStatistics,
+    source: CellSource,
+) -> tuple[GeneRows, pd.DataFrame, np.ndarray]:
+    """The cells of a chunk that no rule drops."""
+    rows, metadata = chunk.rows, chunk.metadata
+    metadata, misses = add_joined(metadata, config)
+    lengths = np.diff(rows.offsets)
+    sums = np.bincount(rows.cells(), weights=rows.counts, minlength=len(lengths))
+    drops = {
+        "filter": np.zeros(len(lengths), dtype=bool) if not config.filter else ~filter_mask(metadata, config.filter),
+        "duplicate_barcode": np.isin(numbers, duplicates),
+        "no_known_gene": lengths == 0,
+        "min_genes": lengths < config.min_genes,
+        "min_counts": sums < config.min_counts,
+    }
+    keep = np.ones(len(lengths), dtype=bool)
+    for rule in DROP_RULES:
+        statistics.dropped[rule] += int((keep & drops[rule]).sum())
+        keep &= ~drops[rule]
+    statistics.cells_in += len(lengths)
+    statistics.unknown_counts += chunk.unknown_counts
+    statistics.join_misses += misses
+    kept = rows.select(np.repeat(keep, lengths)) if not keep.all() else rows
+    kept = GeneRows(kept.tokens, kept.counts, np.concatenate([[0], np.cumsum(lengths[keep])]))
+    _, doubt = count_problem(kept, int(numbers[0]) if len(numbers) else 0, {})
+    if doubt is not None:
+        statistics.whole_numbers = False
+        if config.non_integer_counts == "error":
+            raise BadInput(f"{doubt} Name the layer that holds counts, or set non_integer_counts: keep.")
+    statistics.counts += float(kept.counts.sum(dtype=np.float64))
+    statistics.max_count = max(statistics.max_count, float(kept.counts.max(initial=0)))
+    compact = GeneRows(kept.tokens.astype(_token_dtype(source)), kept.counts, kept.offsets)
+    return compact, output_columns(metadata[keep], config), numbers[keep]
+
+
+def _token_dtype(source: CellSource) -> type[np.unsignedinteger] | type[np.signedinteger]:
+    return np.uint16 if len(source.tokenizer) <= 2**16 else np.int32
+
+
+def _joined(parts: list[tuple[GeneRows, pd.DataFrame, np.ndarray]]) -> tuple[GeneRows, pd.DataFrame, np.ndarray]:
+    lengths = np.concatenate([np.diff(rows.offsets) for rows, _, _ in parts])
+    rows = GeneRows(
+        np.concatenate([rows.tokens for rows, _, _ in parts]),
+        np.concatenate([rows.counts for rows, _, _ in parts]),
+        np.concatenate([[0], np.cumsum(lengths)]),
+    )
+    metadata = pd.concat([metadata for _, metadata, _ in parts], ignore_index=True)
+    return rows, metadata, np.concatenate([numbers for _, _, numbers in parts])
+
+
+def _batch(
+    rows: GeneRows, columns: dict[str, pa.Array], keys: np.ndarray, order: np.ndarray, counts_dtype: type[np.generic]
+) -> pa.RecordBatch:
+    lengths = np.diff(rows.offsets)[order]
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    index = np.repeat(rows.offsets[order] - offsets[:-1], lengths) + np.arange(offsets[-1])
+    arrow_offsets = pa.array(offsets.astype(np.int32))
+    arrays = {
+        "key": pa.array(keys[order]),
+        "genes": pa.ListArray.from_arrays(arrow_offsets, pa.array(rows.tokens[index])),
+        "counts": pa.ListArray.from_arrays(arrow_offsets, pa.array(rows.counts[index].astype(counts_dtype))),
+    }
+    taken = {name: column.take(pa.array(order)) for name, column in columns.items()}
+    return pa.RecordBatch.from_pydict({**arrays, **taken})
+
+
+def read_statistics(path: Path) -> tuple[PieceStatistics, pa.Schema]:
+    """Statistics and schema of a piece, without its cells."""
+    with pa.memory_map(str(path)) as file, pa.ipc.open_file(file) as reader:
+        schema = reader.schema
+        return PieceStatistics(**json.loads(schema.metadata[_STATISTICS])), schema.remove_metadata()
+
+
+def read_split(path: Path, split: str) -> pa.RecordBatch:
+    """The cells of one split of a piece, memory-mapped."""
+    return pa.ipc.open_file(pa.memory_map(str(path))).get_batch(SPLITS.index(split))
+
+
+def piece_ranges(file_number: int, path: str, num_cells: int, piece_cells: int) -> Iterator[PieceRange]:
+    """Cut the cells of a file into pieces."""
+    for start in range(0, num_cells, piece_cells):
+        yield PieceRange(file_number, path, start, min(start + piece_cells, num_cells))

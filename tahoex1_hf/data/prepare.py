@@ -1,0 +1,444 @@
+# Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
+"""Preparing a training dataset: files are inspected, read in pieces (`pieces.py`), and gathered (`shards.py`).
+
+Everything on the way lies in `OUTPUT/.prepare` and appears there whole or not at all, so that a run that was stopped,
+however it was, goes on where it was; the folder is removed at the end. What is written depends on the configuration,
+the vocabulary and the files, and not on the number of processes.
+"""
+
+import json
+import logging
+import os
+import shutil
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+from filelock import FileLock, Timeout
+
+from tahoex1_hf.data.columns import MAX_CATEGORIES, check_joins, common_type
+from tahoex1_hf.data.config import PrepareConfig
+from tahoex1_hf.data.manifest import FileOutcome, build_manifest, write_card
+from tahoex1_hf.data.pieces import (
+    DROP_RULES,
+    SPLITS,
+    PieceRange,
+    piece_ranges,
+    read_split,
+    read_statistics,
+    write_piece,
+)
+from tahoex1_hf.data.shards import DatasetSchema, ShardRecord, file_sha256, load_record, save_record, write_shard
+from tahoex1_hf.data.sources.base import BadInput, CellSource, FileReport
+from tahoex1_hf.data.workers import run_tasks
+from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
+
+logger = logging.getLogger(__name__)
+
+WORK_FOLDER = ".prepare"
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every worker process must know."""
+
+    config_json: str
+    work: str
+
+    @property
+    def config(self) -> PrepareConfig:
+        """The configuration."""
+        return _parsed(self.config_json)
+
+
+@lru_cache(maxsize=4)
+def _parsed(config_json: str) -> PrepareConfig:
+    return PrepareConfig.model_validate_json(config_json)
+
+
+class InputFile(NamedTuple):
+    """A file of a source; its number counts over all sources."""
+
+    number: int
+    source: int
+    path: str
+
+
+class _InspectTask(NamedTuple):
+    job: Job
+    file: InputFile
+
+
+class _Inspected(NamedTuple):
+    report: FileReport | None
+    duplicates: np.ndarray
+    reason: str
+
+
+class _PieceTask(NamedTuple):
+    job: Job
+    file: InputFile
+    piece: PieceRange
+    duplicates: np.ndarray
+
+
+class _ShardTask(NamedTuple):
+    job: Job
+    split: str
+    number: int
+    num_shards: int
+    schema: DatasetSchema
+
+
+@lru_cache(maxsize=1)
+def _open_sources(job: Job) -> list[CellSource]:
+    """The sources, once per process."""
+    config = job.config
+    tokenizer = TahoeX1Tokenizer(config.vocab)
+    return [_open_source(source, tokenizer, Path(job.work) / "by_cell") for source in config.sources]
+
+
+def _open_source(config: Any, tokenizer: TahoeX1Tokenizer, spool: Path) -> CellSource:
+    # Each kind needs libraries that the others do not.
+    if config.kind == "anndata":
+        from tahoex1_hf.data.sources.anndata_files import AnnDataFiles
+
+        return AnnDataFiles(config, tokenizer, spool)
+    if config.kind == "10x":
+        from tahoex1_hf.data.sources.ten_x import TenXFiles
+
+        return TenXFiles(config, tokenizer, spool)
+    if config.kind == "tahoe-100m":
+        from tahoex1_hf.data.sources.tahoe_100m import Tahoe100MFiles
+
+        return Tahoe100MFiles(config, tokenizer, spool)
+    if config.kind == "census":
+        from tahoex1_hf.data.sources.census import CensusExperiment
+
+        return CensusExperiment(config, tokenizer, spool)
+    from tahoex1_hf.data.sources.mds import MDSFiles
+
+    return MDSFiles(config, tokenizer, spool)
+
+
+def prepare(config: PrepareConfig, num_proc: int = 1, overwrite: bool = False) -> dict[str, Any]:
+    """Write a training dataset, or go on with one that an earlier run left unfinished.
+
+    Args:
+        config: what it holds.
+        num_proc: processes; they change nothing but the time.
+        overwrite: begin anew where `config.output` holds another dataset, or the remains of another run.
+
+    Returns:
+        The manifest, which is also `OUTPUT/manifest.json`.
+
+    Raises:
+        ValueError: for input that cannot be used (see `on_bad_file`), and for an output folder with something else.
+        FileNotFoundError: for a path that does not exist.
+    """
+    if num_proc < 1:
+        raise ValueError(f"num_proc={num_proc}: pass at least 1.")
+    output = Path(config.output)
+    output.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(output / ".prepare.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(f"output={config.output!r}: another process is writing there.") from None
+    try:
+        return _prepare_locked(config, output, num_proc, overwrite)
+    finally:
+        (output / ".prepare.lock").unlink(missing_ok=True)
+        lock.release()
+
+
+def _prepare_locked(config: PrepareConfig, output: Path, num_proc: int, overwrite: bool) -> dict[str, Any]:
+    work = output / WORK_FOLDER
+    identity = _identity(config)
+    finished = _check_output(output, work, identity, overwrite)
+    if finished is not None:
+        logger.info("%s is complete: nothing to do (--overwrite makes it anew).", output)
+        return finished
+    for folder in (work / "pieces", work / "shards", output / "data"):
+        folder.mkdir(parents=True, exist_ok=True)
+    _write_json(work / "identity.json", identity)
+    job = Job(config.model_dump_json(), str(work))
+    for source in config.sources:
+        check_joins(source.join)
+    files = _list_files(job)
+    inspected = _inspect(job, files, num_proc)
+    outcomes = _read_pieces(job, files, inspected, num_proc)
+    pieces = [path for outcome in outcomes for path in outcome.pieces]
+    if not any(outcome.cells_kept for outcome in outcomes):
+        raise ValueError(f"no cell is left: {_why_none(outcomes)}. Look at the filters and the files.")
+    schema = _common_schema(config, pieces)
+    shards = _gather(job, output, pieces, outcomes, schema, num_proc)
+    manifest = build_manifest(config, identity, outcomes, schema, shards)
+    (output / "vocab.json").write_bytes(Path(config.vocab).read_bytes())
+    write_card(output / "README.md", manifest)
+    _write_json(output / MANIFEST, manifest)
+    shutil.rmtree(work)
+    return manifest
+
+
+def _identity(config: PrepareConfig) -> dict[str, Any]:
+    """What decides the content, apart from the files themselves."""
+    return {
+        "configuration": config.model_dump(mode="json", exclude={"output"}),
+        "vocab_sha256": file_sha256(Path(config.vocab)),
+    }
+
+
+def _check_output(output: Path, work: Path, identity: dict[str, Any], overwrite: bool) -> dict[str, Any] | None:
+    """The manifest if the folder holds this very dataset, None if there is something left to do."""
+    manifest_path, identity_path = output / MANIFEST, work / "identity.json"
+    found: dict[str, Any] = {}
+    if manifest_path.is_file():
+        found = json.loads(manifest_path.read_text())
+    elif identity_path.is_file():
+        found = json.loads(identity_path.read_text())
+    same = all(found.get(key) == value for key, value in identity.items())
+    if found and overwrite:
+        for name in (WORK_FOLDER, "data"):
+            shutil.rmtree(output / name, ignore_errors=True)
+        for name in (MANIFEST, "README.md", "vocab.json"):
+            (output / name).unlink(missing_ok=True)
+        return None
+    if same:
+        return found if manifest_path.is_file() and not work.exists() else None
+    if found:
+        before = found.get("configuration") or {}
+        different = [key for key, value in identity["configuration"].items() if before.get(key) != value]
+        raise ValueError(
+            f"output={str(output)!r} holds a dataset made with other settings ({', '.join(different) or 'vocab'}): "
+            "name another folder, or pass --overwrite."
+        )
+    strangers = [entry.name for entry in output.iterdir() if entry.name != ".prepare.lock"]
+    if strangers:
+        raise ValueError(f"output={str(output)!r} is not empty ({strangers[:3]}): name a new folder.")
+    return None
+
+
+def _list_files(job: Job) -> list[InputFile]:
+    paths = [(number, path) for number, source in enumerate(_open_sources(job)) for path in source.list_files()]
+    return [InputFile(n, source, path) for n, (source, path) in enumerate(paths)]
+
+
+# First: look at every file ------------------------------------------------------------------------
+
+
+def inspect_file(task: _InspectTask) -> _Inspected:
+    """Report on a file, or say why it is bad."""
+    source = _open_sources(task.job)[task.file.source]
+    nothing = np.zeros(0, dtype=np.int64)
+    try:
+        report = source.inspect(task.file.path)
+        rule = source.config.duplicate_barcodes
+        names = None if rule == "keep" else source.cell_names(task.file.path)
+        if names is None:
+            return _Inspected(report, nothing, "")
+        repeated = np.flatnonzero(pd.Index(names).duplicated())
+        if rule == "error" and len(repeated):
+            raise BadInput(
+                f"{len(repeated)} cells have the name of another, the first {names[repeated[0]]!r}. Set "
+                "duplicate_barcodes: drop (keeps the first of each) or keep."
+            )
+        return _Inspected(report, repeated, "")
+    except BadInput as error:
+        return _Inspected(None, nothing, str(error))
+
+
+def _inspect(job: Job, files: list[InputFile], num_proc: int) -> list[_Inspected]:
+    tasks = [_InspectTask(job, file) for file in files]
+    results = {task.file.number: seen for task, seen in run_tasks(inspect_file, tasks, num_proc, "inspecting files")}
+    inspected = [results[file.number] for file in files]
+    bad = [(file.path, seen.reason) for file, seen in zip(files, inspected, strict=True) if seen.report is None]
+    _stop_or_skip(job.config, bad)
+    reports = [None if seen.report is None else seen.report.to_dict() for seen in inspected]
+    plan = [{"path": file.path, "report": report} for file, report in zip(files, reports, strict=True)]
+    plan_path = Path(job.work) / "plan.json"
+    if plan_path.is_file():
+        before = json.loads(plan_path.read_text())
+        changed = [new["path"] for new, old in zip(plan, before, strict=False) if new != old]
+        if changed or len(before) != len(plan):
+            raise ValueError(
+                f"the input has changed since this dataset was begun ({(changed or ['another number of files'])[0]}): "
+                "restore it, or begin anew with --overwrite."
+            )
+    _write_json(plan_path, plan)
+    return inspected
+
+
+def _stop_or_skip(config: PrepareConfig, bad: list[tuple[str, str]]) -> None:
+    if bad and config.on_bad_file == "stop":
+        lines = "\n".join(f"  {path}: {reason}" for path, reason in bad)
+        raise ValueError(f"{len(bad)} files cannot be used (on_bad_file: skip leaves them out):\n{lines}")
+    for path, reason in bad:
+        logger.warning("%s is skipped: %s", path, reason)
+
+
+# Second: pieces -----------------------------------------------------------------------------------
+
+
+def spool_file(task: _InspectTask) -> str:
+    """Sort a file by cell; returns why it cannot be, or nothing."""
+    try:
+        _open_sources(task.job)[task.file.source].spool(task.file.path, task.job.config.piece_cells)
+    except BadInput as error:
+        return str(error)
+    return ""
+
+
+def make_piece(task: _PieceTask) -> str:
+    """Write a piece; returns why it cannot be read, or nothing."""
+    source = _open_sources(task.job)[task.file.source]
+    target = _piece_path(task.job, task.piece)
+    config = task.job.config
+    try:
+        write_piece(target, task.piece, source, source.config, config.validation, config.seed, task.duplicates)
+    except BadInput as error:
+        return str(error)
+    return ""
+
+
+def _piece_path(job: Job, piece: PieceRange) -> Path:
+    return Path(job.work) / "pieces" / f"{piece.file_number:06d}-{piece.start:012d}.arrow"
+
+
+def _read_pieces(job: Job, files: list[InputFile], inspected: list[_Inspected], num_proc: int) -> list[FileOutcome]:
+    config = job.config
+    bad = {file.number: seen.reason for file, seen in zip(files, inspected, strict=True) if seen.report is None}
+    by_gene = [file for file, seen in zip(files, inspected, strict=True) if seen.report and seen.report.by_gene]
+    spool_tasks = [_InspectTask(job, file) for file in by_gene]
+    for task, reason in run_tasks(spool_file, spool_tasks, num_proc, "sorting by cell") if spool_tasks else ():
+        _note_bad(config, bad, task.file, reason)
+    tasks, finished = [], 0
+    for file, seen in zip(files, inspected, strict=True):
+        if seen.report is None or file.number in bad:
+            continue
+        for piece in piece_ranges(file.number, file.path, seen.report.num_cells, config.piece_cells):
+            if _piece_path(job, piece).is_file():
+                finished += 1
+            else:
+                tasks.append(_PieceTask(job, file, piece, seen.duplicates))
+    for piece_task, reason in run_tasks(make_piece, tasks, num_proc, "reading cells", finished):
+        _note_bad(config, bad, piece_task.file, reason)
+    return [_outcome(job, file, seen, bad.get(file.number)) for file, seen in zip(files, inspected, strict=True)]
+
+
+def _note_bad(config: PrepareConfig, bad: dict[int, str], file: InputFile, reason: str) -> None:
+    if reason and file.number not in bad:
+        bad[file.number] = reason
+        _stop_or_skip(config, [(file.path, reason)])
+
+
+def _outcome(job: Job, file: InputFile, seen: _Inspected, reason: str | None) -> FileOutcome:
+    outcome = FileOutcome(file.source, file.path, seen.report, reason)
+    if reason is None and seen.report is not None:
+        for piece in piece_ranges(file.number, file.path, seen.report.num_cells, job.config.piece_cells):
+            path = _piece_path(job, piece)
+            outcome.add(str(path), read_statistics(path)[0])
+    return outcome
+
+
+def _why_none(outcomes: list[FileOutcome]) -> str:
+    total = {rule: sum(outcome.statistics.dropped[rule] for outcome in outcomes) for rule in DROP_RULES}
+    dropped = ", ".join(f"{rule} dropped {count}" for rule, count in total.items() if count)
+    return f"{sum(outcome.reason is not None for outcome in outcomes)} files were skipped; {dropped or 'none read'}"
+
+
+# Third: shards ------------------------------------------------------------------------------------
+
+
+def _common_schema(config: PrepareConfig, pieces: list[str]) -> DatasetSchema:
+    names = list(dict.fromkeys(name for source in config.sources for name in (*source.metadata, *source.constants)))
+    kinds: dict[str, list[pa.DataType]] = {name: [] for name in names}
+    values: dict[str, set[str] | None] = {name: set() for name in names}
+    narrow, genes = True, "uint16"
+    for path in pieces:
+        statistics, schema = read_statistics(Path(path))
+        if not statistics.cells_in - sum(statistics.dropped.values()):
+            continue  # a piece without cells has columns without a type
+        narrow &= pa.types.is_uint16(schema.field("counts").type.value_type)
+        genes = str(schema.field("genes").type.value_type)
+        for name in set(names) & set(schema.names):
+            kinds[name].append(schema.field(name).type)
+            if values[name] is not None:
+                values[name] = _with_values(values[name] or set(), Path(path), name)
+    columns = {name: common_type(kinds[name]) for name in names}
+    categories = {
+        name: sorted(found)
+        for name, found in values.items()
+        if found is not None and pa.types.is_dictionary(columns[name])
+    }
+    return DatasetSchema(genes, "uint16" if narrow else "float32", columns, categories)
+
+
+def _with_values(known: set[str], path: Path, name: str) -> set[str] | None:
+    """Add a piece's values of a column; None once there are too many for a dictionary."""
+    for split in SPLITS:
+        column = read_split(path, split).column(name)
+        texts = column.dictionary if pa.types.is_dictionary(column.type) else column.cast(pa.string()).unique()
+        known.update(text for text in texts.to_pylist() if text is not None)
+    return known if len(known) <= MAX_CATEGORIES else None
+
+
+@lru_cache(maxsize=1)
+def _pieces_of(job: Job) -> list[Path]:
+    """All pieces, once per process: there may be tens of thousands."""
+    return [Path(path) for path in json.loads((Path(job.work) / "pieces.json").read_text())]
+
+
+def make_shard(task: _ShardTask) -> ShardRecord:
+    """Write a shard, or find that it is there."""
+    config = task.job.config
+    output = Path(config.output)
+    name = f"{task.split}-{task.number:05d}-of-{task.num_shards:05d}.{config.format}"
+    record_path = Path(task.job.work) / "shards" / f"{name}.json"
+    record = load_record(record_path, output)
+    if record is None:
+        record = write_shard(
+            output / "data" / name,
+            _pieces_of(task.job),
+            task.split,
+            task.number,
+            task.num_shards,
+            task.schema,
+            config.format,
+        )
+        save_record(record_path, record)
+    return record
+
+
+def _gather(
+    job: Job, output: Path, pieces: list[str], outcomes: list[FileOutcome], schema: DatasetSchema, num_proc: int
+) -> dict[str, list[ShardRecord]]:
+    bytes_per_gene = np.dtype(schema.genes).itemsize + np.dtype(schema.counts).itemsize
+    _write_json(Path(job.work) / "pieces.json", pieces)
+    tasks = []
+    for split in SPLITS:
+        genes = sum(outcome.statistics.genes[split] for outcome in outcomes)
+        cells = sum(outcome.statistics.cells[split] for outcome in outcomes)
+        size = genes * bytes_per_gene + cells * (8 + 8 * len(schema.columns))
+        num_shards = max(1, round(size / (job.config.shard_size_mb * 1e6))) if cells else 0
+        num_shards = min(num_shards, cells)
+        tasks += [_ShardTask(job, split, n, num_shards, schema) for n in range(num_shards)]
+    records: dict[str, dict[int, ShardRecord]] = {split: {} for split in SPLITS}
+    for task, record in run_tasks(make_shard, tasks, num_proc, "writing shards"):
+        records[task.split][task.number] = record
+    kept = {Path(record.file).name for shards in records.values() for record in shards.values()}
+    for path in (output / "data").iterdir():  # of a run that was stopped before
+        if path.name not in kept:
+            path.unlink()
+    return {split: [shards[n] for n in sorted(shards)] for split, shards in records.items()}
+
+
+def _write_json(path: Path, value: Any) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(partial, path)

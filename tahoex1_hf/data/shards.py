@@ -1,0 +1,144 @@
+# Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
+"""Second pass of preparing: shards are gathered from the pieces, each a range of the cells' random keys."""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from tahoex1_hf.data.columns import unified
+from tahoex1_hf.data.pieces import read_split
+
+# Rows of a record batch (Arrow) or row group (Parquet): about 50 MB, what a reader without memory map holds.
+_BATCH_CELLS = 8192
+
+
+@dataclass(frozen=True)
+class DatasetSchema:
+    """Types of the columns of the dataset.
+
+    Attributes:
+        genes: numpy name of the type of gene ids: `uint16` or `int32`.
+        counts: `uint16` where every count of the dataset is a whole number below 65,536, else `float32`.
+        columns: metadata column -> Arrow type.
+        categories: metadata column -> its values in order, where it is written as a dictionary.
+    """
+
+    genes: str
+    counts: str
+    columns: dict[str, pa.DataType]
+    categories: dict[str, list[str]]
+
+    def arrow(self) -> pa.Schema:
+        """The schema of the shards."""
+        fields = [
+            pa.field("genes", pa.list_(_TYPES[self.genes])),
+            pa.field("counts", pa.list_(_TYPES[self.counts])),
+        ]
+        for name, kind in self.columns.items():
+            plain = pa.types.is_dictionary(kind) and name not in self.categories
+            fields.append(pa.field(name, pa.string() if plain else kind))
+        return pa.schema(fields)
+
+
+_TYPES = {"uint16": pa.uint16(), "int32": pa.int32(), "float32": pa.float32()}
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """A finished shard, as the manifest lists it."""
+
+    file: str
+    cells: int
+    genes: int
+    bytes: int
+    sha256: str
+
+
+def write_shard(
+    target: Path, pieces: Sequence[Path], split: str, number: int, num_shards: int, schema: DatasetSchema, format: str
+) -> ShardRecord:
+    """Gather a shard from the pieces and write it; the file appears whole or not at all.
+
+    Args:
+        target: the shard's file.
+        pieces: all pieces, in order.
+        split: `"train"` or `"validation"`.
+        number: which shard of the split, from 0.
+        num_shards: shards of the split.
+        schema: types of the columns.
+        format: `"arrow"` or `"parquet"`.
+    """
+    batches = [_key_range(read_split(path, split), number, num_shards) for path in pieces]
+    batches = [batch for batch in batches if batch.num_rows]
+    order = np.argsort(_joined_keys(batches), kind="stable")
+    names = ["genes", "counts", *schema.columns]
+    arrays: list[pa.Array] = []
+    for name in names:
+        parts = [batch.column(name) if name in batch.schema.names else pa.nulls(batch.num_rows) for batch in batches]
+        if name in ("genes", "counts"):
+            kind = pa.list_(_TYPES[schema.genes if name == "genes" else schema.counts])
+            column = pa.concat_arrays([part.cast(kind) for part in parts])
+        else:
+            column = unified(parts, schema.columns[name], schema.categories.get(name))
+        arrays.append(column.take(pa.array(order)))
+    table = pa.table(arrays, schema=schema.arrow())
+    partial = target.with_name(target.name + ".partial")
+    if format == "arrow":
+        with pa.ipc.new_file(str(partial), table.schema) as writer:
+            writer.write_table(table, max_chunksize=_BATCH_CELLS)
+    else:
+        import pyarrow.parquet as pq
+
+        dictionaries = list(schema.categories) or False
+        pq.write_table(table, partial, row_group_size=_BATCH_CELLS, compression="zstd", use_dictionary=dictionaries)
+    record = ShardRecord(
+        file=f"data/{target.name}",
+        cells=table.num_rows,
+        genes=len(table.column("genes").combine_chunks().flatten()),
+        bytes=partial.stat().st_size,
+        sha256=file_sha256(partial),
+    )
+    os.replace(partial, target)
+    return record
+
+
+def _key_range(batch: pa.RecordBatch, number: int, num_shards: int) -> pa.RecordBatch:
+    keys = batch.column("key").to_numpy()
+    # The first key of shard s is s * 2^64 / num_shards, rounded up.
+    first = np.searchsorted(keys, np.uint64(-(-number * 2**64 // num_shards)))
+    if number + 1 == num_shards:
+        return batch.slice(first)
+    last = np.searchsorted(keys, np.uint64(-(-(number + 1) * 2**64 // num_shards)))
+    return batch.slice(first, last - first)
+
+
+def _joined_keys(batches: list[pa.RecordBatch]) -> np.ndarray:
+    return np.concatenate([batch.column("key").to_numpy() for batch in batches])
+
+
+def file_sha256(path: Path) -> str:
+    """Digest of a file, read in blocks."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def save_record(path: Path, record: ShardRecord) -> None:
+    """Note that a shard is finished."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(asdict(record)))
+    os.replace(partial, path)
+
+
+def load_record(path: Path, folder: Path) -> ShardRecord | None:
+    """What `save_record` noted, if the shard is still there in that size."""
+    if not path.is_file():
+        return None
+    record = ShardRecord(**json.loads(path.read_text()))
+    shard = folder / record.file
+    return record if shard.is_file() and shard.stat().st_size == record.bytes else None

@@ -1,0 +1,88 @@
+# Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
+"""Running the tasks of a job in several processes, with a progress bar."""
+
+import logging
+import multiprocessing
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from typing import TypeVar
+
+from tqdm.auto import tqdm
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
+_PRELOAD = ["tahoex1_hf.data.prepare"]
+
+
+def run_tasks(
+    function: Callable[[Task], Result], tasks: Sequence[Task], num_proc: int, description: str, done: int = 0
+) -> Iterator[tuple[Task, Result]]:
+    """Call `function` on every task; results come as they are ready, in any order.
+
+    Args:
+        function: of a module, since other processes must find it.
+        tasks: what to call it with.
+        num_proc: processes; 1 runs here.
+        description: beside the progress bar.
+        done: tasks that were done before this run, for the progress bar.
+
+    Raises:
+        RuntimeError: where a process was ended from outside (out of memory).
+        Exception: what a task raises; tasks that have not started are then left undone.
+    """
+    with tqdm(total=len(tasks) + done, initial=done, desc=description, disable=None, file=sys.stderr) as bar:
+        if num_proc == 1 or len(tasks) <= 1:
+            for task in tasks:
+                result = function(task)
+                bar.update()
+                yield task, result
+            return
+        for pair in _in_processes(function, tasks, num_proc):
+            bar.update()
+            yield pair
+
+
+def _in_processes(
+    function: Callable[[Task], Result], tasks: Sequence[Task], num_proc: int
+) -> Iterator[tuple[Task, Result]]:
+    methods = multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
+    if context.get_start_method() == "forkserver":
+        context.set_forkserver_preload(_PRELOAD)  # torch is imported once, not by every process
+    waiting = iter(tasks)
+    pool = ProcessPoolExecutor(min(num_proc, len(tasks)), mp_context=context, initializer=_start_worker)
+    try:
+        running: dict[Future[Result], Task] = {}
+        exhausted = False
+        while running or not exhausted:
+            # A few tasks ahead only, so that an error or Ctrl-C does not wait for all of them.
+            while not exhausted and len(running) < 2 * num_proc:
+                try:
+                    task = next(waiting)
+                except StopIteration:
+                    exhausted = True
+                else:
+                    running[pool.submit(function, task)] = task
+            for future in wait(running, return_when=FIRST_COMPLETED).done if running else ():
+                task = running.pop(future)
+                yield task, future.result()
+    except BrokenProcessPool:
+        raise RuntimeError(
+            "a worker process was ended from outside, perhaps for want of memory. Run the same command again to go "
+            "on; fewer processes (--num-proc) or a smaller piece_cells need less memory."
+        ) from None
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _start_worker() -> None:
+    """Several processes share the cores: none of them needs threads of its own."""
+    import pyarrow as pa
+    import torch
+
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    pa.set_cpu_count(1)
+    torch.set_num_threads(1)
