@@ -230,6 +230,11 @@ class TahoeX1Tokenizer(PreTrainedTokenizer):
         """Number of tokens in the vocabulary file."""
         return len(self._token_to_id)
 
+    @property
+    def is_gene(self) -> np.ndarray:
+        """`(largest id + 1,)` bool, which ids are genes: neither special tokens nor fillers."""
+        return self._is_gene
+
     def get_vocab(self) -> dict[str, int]:
         """Token -> id, a copy."""
         return dict(self._token_to_id)

@@ -1,0 +1,257 @@
+# Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
+"""Counts of cells to batches for pretraining: values, sampling, targets, drugs, padding or packing."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from tahoex1_hf.data import kernels
+from tahoex1_hf.encoding_tahoe_x1 import padded_length
+
+if TYPE_CHECKING:
+    from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
+
+_ENCODINGS = {"bins": kernels.BINS, "log1p": kernels.LOG1P, "raw": kernels.RAW}
+
+
+@dataclass(frozen=True)
+class CountRows:
+    """Cells as views into flat arrays: genes and counts need not lie side by side, nor the cells in order.
+
+    Attributes:
+        genes: token ids of any integer type.
+        gene_starts: `(cells,)` int64, where each cell's genes start.
+        counts: counts above zero, uint16 or float32.
+        count_starts: `(cells,)` int64, where each cell's counts start.
+        lengths: `(cells,)` int64, genes of each cell.
+    """
+
+    genes: np.ndarray
+    gene_starts: np.ndarray
+    counts: np.ndarray
+    count_starts: np.ndarray
+    lengths: np.ndarray
+
+
+class CellCollator:
+    """Makes batches of training cells.
+
+    How counts become values (bins, log1p or raw), and what is done with cells longer than the context, are the
+    tokenizer's settings, so training and inference agree. A cell's values depend on its counts alone; its sample and
+    its targets on its counts and its stream of random numbers: not on the batch, the order, padding or packing.
+
+    Args:
+        tokenizer: of the model. Its `overflow` must be `"sample"` or `"first"`.
+        mlm_probability: share of a cell's genes that are to be predicted, rounded down; of several, one is drawn for
+            every cell; None for none. Every gene can be a target, special tokens never.
+        context_length: most tokens of a cell; by default the tokenizer's.
+        packed: put all cells of a batch behind each other in one row (`cu_seq_lens_q`), without padding.
+        unexpressed_padding: fill every cell up to the context with random genes that it does not express (value 0),
+            instead of padding. (Upstream's `unexp_padding` fills up to the longest cell of the batch, which makes a
+            cell depend on its batch.)
+        pad_to_multiple_of: round the padded length up to a multiple of this.
+        drug_token: begin cells with `<cls>`, `<drug>`; by default where the tokenizer has drugs.
+        mask_value: what stands in `expression_values` at targets; the model does not read it.
+
+    Raises:
+        ValueError: for settings that cannot be used, or not together.
+    """
+
+    def __init__(
+        self,
+        tokenizer: "TahoeX1Tokenizer",
+        *,
+        mlm_probability: float | Sequence[float] | None = 0.5,
+        context_length: int | None = None,
+        packed: bool = False,
+        unexpressed_padding: bool = False,
+        pad_to_multiple_of: int | None = None,
+        drug_token: bool | None = None,
+        mask_value: float = -1.0,
+    ) -> None:
+        probabilities = np.atleast_1d(np.asarray([] if mlm_probability is None else mlm_probability, dtype=np.float64))
+        if not all(0 < p <= 1 for p in probabilities) or (mlm_probability is not None and not len(probabilities)):
+            raise ValueError(f"mlm_probability={mlm_probability!r}: pass numbers above 0 and up to 1, or None.")
+        self.drug_token = tokenizer.drug_to_id is not None if drug_token is None else drug_token
+        if self.drug_token and tokenizer.drug_to_id is None:
+            raise ValueError("drug_token=True needs a tokenizer with drug_to_id: load that of a model with drugs.")
+        length = tokenizer.context_length if context_length is None else context_length
+        special = ["<cls>", "<drug>"] if self.drug_token else ["<cls>"]
+        if length is None or length <= len(special):
+            raise ValueError(f"context_length={length}: training needs a length above {len(special)}.")
+        if tokenizer.overflow not in ("sample", "first"):
+            raise ValueError(f"overflow={tokenizer.overflow!r} of the tokenizer: training samples or takes the first.")
+        if tokenizer.first_gene_raw:
+            raise ValueError("first_gene_raw of the tokenizer reproduces a fault of inference: training has none.")
+        if packed and (unexpressed_padding or pad_to_multiple_of):
+            raise ValueError("packed=True leaves no padding, so neither unexpressed_padding nor pad_to_multiple_of.")
+        self.tokenizer, self.context_length = tokenizer, length
+        self.packed, self.unexpressed_padding, self.pad_to_multiple_of = (
+            packed,
+            unexpressed_padding,
+            pad_to_multiple_of,
+        )
+        vocabulary = tokenizer.get_vocab()
+        ids = [vocabulary[str(tokenizer.cls_token)], *([vocabulary["<drug>"]] if self.drug_token else [])]
+        self._special_tokens = np.array(ids, dtype=np.int64)
+        self._pad_token = vocabulary[str(tokenizer.pad_token)]
+        self._num_tokens = max(vocabulary.values()) + 1
+        self._unexpressed = np.flatnonzero(tokenizer.is_gene) if unexpressed_padding else np.zeros(0, dtype=np.int64)
+        self._mask_probabilities = probabilities
+        self._mask_value = np.float32(mask_value)
+        self._quantiles = torch.linspace(0, 1, tokenizer.num_bins - 1, dtype=torch.float32).numpy()
+
+    @property
+    def room(self) -> int:
+        """Most genes of a cell."""
+        return self.context_length - len(self._special_tokens)
+
+    def lengths(self, num_genes: np.ndarray) -> np.ndarray:
+        """Tokens of cells with so many genes, before padding."""
+        if self.unexpressed_padding:
+            return np.full(len(num_genes), self.context_length, dtype=np.int64)
+        return np.minimum(num_genes, self.room) + len(self._special_tokens)
+
+    def collate(
+        self,
+        parts: Sequence[tuple[np.ndarray, CountRows]],
+        streams: np.ndarray,
+        drug_ids: np.ndarray | None = None,
+    ) -> dict[str, Any]:
+        """Make a batch.
+
+        Args:
+            parts: cells from one or more places: their rows in the batch, `(cells,)`, and the cells.
+            streams: `(batch,)` uint64, where the random numbers of each cell start.
+            drug_ids: `(batch,)` int64 ids of the drug table, 0 for none; needed with `drug_token`.
+
+        Returns:
+            `input_ids`, `expression_values` and, with targets, `target_mask` and `labels` (the targets' values, -100
+            elsewhere), each `(batch, length)`, with `attention_mask` (bool); `drug_ids` `(batch,)` with `drug_token`.
+            Packed: `(1, tokens)` each, with `cu_seq_lens_q`, `cu_seq_lens_k`, `max_length_q` and `max_length_k`
+            instead of the mask. The genes of a cell that was sampled are in no particular order.
+        """
+        num_cells = len(streams)
+        num_genes = np.zeros(num_cells, dtype=np.int64)
+        for rows, cells in parts:
+            num_genes[rows] = cells.lengths
+        lengths = self.lengths(num_genes)
+        if self.packed:
+            stops = np.cumsum(lengths)
+            starts, shape = stops - lengths, (1, int(lengths.sum()))
+        else:
+            width = padded_length(lengths, self.pad_to_multiple_of)
+            starts, shape = np.arange(num_cells) * width, (num_cells, width)
+            stops = starts + width
+        input_ids, values = np.empty(shape, dtype=np.int64), np.empty(shape, dtype=np.float32)
+        targets, labels = np.empty(shape, dtype=np.bool_), np.empty(shape, dtype=np.float32)
+        for rows, cells in parts:
+            self._encode(cells, streams[rows], starts[rows], stops[rows], input_ids, values, targets, labels)
+        if self.unexpressed_padding and len(self._unexpressed) < self.room:  # more room than genes
+            lengths = (input_ids != self._pad_token).sum(axis=1)
+        batch: dict[str, Any] = {"input_ids": input_ids, "expression_values": values}
+        if len(self._mask_probabilities):
+            batch |= {"target_mask": targets, "labels": labels}
+        if self.packed:
+            boundaries = np.concatenate([[0], stops]).astype(np.int32)
+            batch |= {"cu_seq_lens_q": boundaries, "cu_seq_lens_k": boundaries}
+        else:
+            batch["attention_mask"] = np.arange(shape[1]) < lengths[:, None]
+        if self.drug_token:
+            if drug_ids is None:
+                raise ValueError("drug_ids is missing: a collator with drug_token needs a drug, or 0, for each cell.")
+            batch["drug_ids"] = np.ascontiguousarray(drug_ids, dtype=np.int64)
+        tensors: dict[str, Any] = {name: torch.from_numpy(array) for name, array in batch.items()}
+        if self.packed:
+            longest = int(lengths.max(initial=0))
+            tensors |= {"max_length_q": longest, "max_length_k": longest}
+        return tensors
+
+    def _encode(
+        self, cells: CountRows, streams: np.ndarray, starts: np.ndarray, stops: np.ndarray, *out: np.ndarray
+    ) -> None:
+        tokenizer = self.tokenizer
+        kernels.encode_cells(
+            cells.genes,
+            cells.gene_starts,
+            cells.counts,
+            cells.count_starts,
+            cells.counts.dtype == np.uint16,
+            cells.lengths,
+            streams,
+            starts,
+            stops,
+            self._special_tokens,
+            self._pad_token,
+            np.float32(tokenizer.pad_value),
+            self._mask_value,
+            self.room,
+            tokenizer.overflow == "sample",
+            _ENCODINGS[tokenizer.value_encoding],
+            self._quantiles,
+            tokenizer.right_binning,
+            tokenizer.target_sum,
+            self._mask_probabilities,
+            self._unexpressed,
+            self._num_tokens,
+            *(array.reshape(-1) for array in out),
+        )
+
+    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Make a batch of rows of a prepared dataset, as `datasets` gives them: `genes`, `counts`, `drug`.
+
+        Random numbers come from torch's default generator, which data loaders seed for each worker. `CellBatches`
+        makes the same batches many times faster.
+
+        Raises:
+            ValueError: for rows without `genes` or `counts`, of different lengths, or with values that are no counts.
+        """
+        pairs = [self._checked(row, number) for number, row in enumerate(features)]
+        lengths = np.array([len(tokens) for tokens, _ in pairs], dtype=np.int64)
+        starts = np.cumsum(lengths) - lengths
+        genes = np.concatenate([np.zeros(0, dtype=np.int64), *(tokens for tokens, _ in pairs)])
+        counts = np.concatenate([np.zeros(0, dtype=np.float32), *(values for _, values in pairs)])
+        cells = CountRows(genes, starts, counts, starts, lengths)
+        streams = torch.randint(2**63 - 1, (len(lengths),)).numpy().astype(np.uint64)
+        drugs = None
+        if self.drug_token:
+            drugs = np.array([self.drug_id(row.get("drug")) for row in features], dtype=np.int64)
+        return self.collate([(np.arange(len(lengths)), cells)], streams, drugs)
+
+    def _checked(self, row: Mapping[str, Any], number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Genes and counts of a row, without stored zeros."""
+        missing = [name for name in ("genes", "counts") if name not in row]
+        if missing:
+            raise ValueError(
+                f"cell {number} has no {missing[0]!r}, only {sorted(row)}: pass rows of a prepared dataset."
+            )
+        genes, counts = np.asarray(row["genes"]), np.asarray(row["counts"], dtype=np.float32)
+        if genes.shape != counts.shape or genes.ndim != 1:
+            raise ValueError(f"cell {number} has genes of the shape {genes.shape} and counts of {counts.shape}.")
+        if not len(genes):
+            return genes.astype(np.int64), counts
+        if not (counts.min() >= 0 and counts.max() < np.inf):  # false for NaN too
+            raise ValueError(f"cell {number} has a count that is negative, NaN or infinite: pass raw counts.")
+        known = self.tokenizer.is_gene
+        if genes.dtype.kind not in "iu" or genes.min() < 0 or genes.max() >= len(known) or not known[genes].all():
+            raise ValueError(f"cell {number} has an id that is no gene's: leave <cls> out, it is put in here.")
+        return genes.astype(np.int64)[counts != 0], counts[counts != 0]
+
+    def drug_id(self, drug: str | None) -> int:
+        """Id of a drug, 0 for none.
+
+        Raises:
+            ValueError: for a drug that is not in the tokenizer's table.
+        """
+        if drug is None or drug == "":
+            return 0
+        table = self.tokenizer.drug_to_id or {}
+        if drug not in table:
+            raise ValueError(
+                f"drug {drug!r} is not in the tokenizer's table of {len(table)} drugs: correct the name, or leave the "
+                "drug of these cells empty."
+            )
+        return table[drug]

@@ -1,0 +1,295 @@
+# Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
+"""Finished training batches from prepared datasets, for any number of processes, with exact resume.
+
+The cells of an epoch have one order (`order.py`). It is cut into batches; process `r` of `n` takes batches r, r + n,
+r + 2n and so on, so that the n batches of a step, put together, are the same however many processes share them.
+Batches are made ahead by threads: the inner loop (`kernels.py`) runs without the GIL, and handing arrays between
+processes costs more than making them.
+"""
+
+import hashlib
+import json
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch.utils.data import IterableDataset, get_worker_info
+
+from tahoex1_hf.data.collator import CellCollator, CountRows
+from tahoex1_hf.data.order import CellOrder, Cells, MixedOrder
+from tahoex1_hf.data.shard_files import DatasetFolder
+
+
+class CellBatches(IterableDataset):
+    """Batches of training cells, to be iterated over as it is, or through a data loader with `batch_size=None`.
+
+    Args:
+        locations: folder or URL of a prepared dataset, or several.
+        collator: makes the batches.
+        batch_size: cells of a batch of one process.
+        split: `"train"` or `"validation"`.
+        seed: of order, samples and targets.
+        shuffle: False keeps the order on disk.
+        weights: share of each dataset in every batch, in any unit; without, the cells of all datasets are one pool,
+            and each is seen once per epoch.
+        epoch_cells: with `weights`: cells of an epoch; by default as many as the datasets have together.
+        window: cells that are shuffled together after the shards are.
+        rank: number of this process.
+        world_size: number of processes.
+        drop_last: leave out the last cells of an epoch that do not make a full batch for every process; else they
+            are divided among the processes, of which some may then have one batch less.
+        num_threads: threads that make batches ahead; 0 makes them when they are asked for.
+        prefetch: batches made ahead.
+        cache_folder: where remote shards are kept, by default `~/.cache/tahoex1_hf/data` or `TAHOEX1_DATA_CACHE`.
+        cache_bytes: most bytes kept there.
+        storage_options: for remote datasets, passed to fsspec.
+
+    Raises:
+        FileNotFoundError: where there is no prepared dataset.
+        ValueError: for settings that cannot be used, and for datasets whose vocabulary is not the tokenizer's.
+    """
+
+    def __init__(
+        self,
+        locations: str | Path | Sequence[str | Path],
+        collator: CellCollator,
+        *,
+        batch_size: int,
+        split: str = "train",
+        seed: int = 0,
+        shuffle: bool = True,
+        weights: Sequence[float] | None = None,
+        epoch_cells: int | None = None,
+        window: int = 32768,
+        rank: int = 0,
+        world_size: int = 1,
+        drop_last: bool = True,
+        num_threads: int = 2,
+        prefetch: int = 4,
+        cache_folder: str | Path | None = None,
+        cache_bytes: float = 20e9,
+        storage_options: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        if batch_size < 1 or num_threads < 0 or prefetch < 1:
+            raise ValueError(f"batch_size={batch_size}, num_threads={num_threads}, prefetch={prefetch}: too small.")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank={rank}, world_size={world_size}: rank must be from 0 to world_size - 1.")
+        if epoch_cells is not None and weights is None:
+            raise ValueError(f"epoch_cells={epoch_cells} needs weights: without, an epoch is every cell once.")
+        self.collator, self.batch_size, self.seed = collator, batch_size, seed
+        self.rank, self.world_size, self.drop_last = rank, world_size, drop_last
+        self.num_threads, self.prefetch = num_threads, prefetch
+        places = [locations] if isinstance(locations, (str, Path)) else list(locations)
+        self.folders = [
+            DatasetFolder(
+                place,
+                split,
+                max_open=8 + 4 * len(places),
+                cache_folder=cache_folder,
+                cache_bytes=cache_bytes / len(places),
+                drug_id=collator.drug_id if collator.drug_token else None,
+                storage_options=storage_options,
+            )
+            for place in places
+        ]
+        self._check_vocabulary()
+        if weights is None:
+            sizes = [size for folder in self.folders for size in folder.sizes]
+            self._owners = [(d, s) for d, folder in enumerate(self.folders) for s in range(len(folder.sizes))]
+            self._pool, self._mixture = CellOrder(sizes, seed, window, shuffle), None
+            self.num_cells = self._pool.num_cells
+        else:
+            # Each dataset has a seed of its own, or equal datasets would be seen in step.
+            orders = [CellOrder(f.sizes, seed + 7919 * d, window, shuffle) for d, f in enumerate(self.folders)]
+            self.num_cells = sum(order.num_cells for order in orders) if epoch_cells is None else epoch_cells
+            self._mixture = MixedOrder(orders, weights, self.num_cells, seed)
+        self.epoch = 0
+        self._start = self._next = 0  # steps of this process: where to begin, and how far it is
+        self._of_worker: tuple[int, int] | None = None  # of which data loader's worker the loaded state is
+        self._identity = self._describe(shuffle, weights, window)
+        if len(self) < 1:
+            raise ValueError(
+                f"batch_size={batch_size}: {self.num_cells} cells do not make a batch for each of {world_size} "
+                "processes; make it smaller, or set drop_last=False."
+            )
+
+    def _check_vocabulary(self) -> None:
+        tokens = json.dumps(sorted(self.collator.tokenizer.get_vocab().items()))
+        for folder in self.folders:
+            text = (
+                (Path(folder.location) / "vocab.json").read_bytes()
+                if folder.cache is None
+                else folder.cache.read("vocab.json")
+            )
+            if json.dumps(sorted(json.loads(text).items())) != tokens:
+                raise ValueError(
+                    f"{folder.location} was prepared with another vocabulary than the tokenizer's: ids would mean "
+                    "other genes. Prepare it with the vocab.json of the model."
+                )
+
+    def _describe(self, shuffle: bool, weights: Sequence[float] | None, window: int) -> dict[str, Any]:
+        """What decides the batches; a state is of use only where all of it is the same."""
+        shards = [shard["sha256"] for folder in self.folders for shard in folder.shards]
+        return {
+            "shards": hashlib.sha256("\n".join(shards).encode()).hexdigest(),
+            "seed": self.seed,
+            "shuffle": shuffle,
+            "weights": None if weights is None else list(weights),
+            "num_cells": self.num_cells,
+            "window": window,
+        }
+
+    # Where we are -----------------------------------------------------------------------------------
+
+    @property
+    def cells_per_step(self) -> int:
+        """Cells that all processes take together."""
+        return self.batch_size * self.world_size
+
+    def __len__(self) -> int:
+        """Batches of this process in an epoch."""
+        full, rest = divmod(self.num_cells, self.cells_per_step)
+        return full + (not self.drop_last and self._share(rest, self.rank)[0] < self._share(rest, self.rank)[1])
+
+    def _share(self, cells: int, rank: int) -> tuple[int, int]:
+        """A process's part of the last cells of an epoch, divided as evenly as can be."""
+        return cells * rank // self.world_size, cells * (rank + 1) // self.world_size
+
+    def set_epoch(self, epoch: int) -> None:
+        """Go to the beginning of an epoch, unless it is the present one."""
+        if epoch != self.epoch:
+            self.epoch, self._start, self._next, self._of_worker = epoch, 0, 0, None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the iteration is: the batch that comes next."""
+        worker = get_worker_info()
+        return {
+            "epoch": self.epoch,
+            "worker": [worker.id, worker.num_workers] if worker else None,
+            "cells": self._next * self.cells_per_step,
+            "identity": dict(self._identity),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state_dict` was taken, with any number of processes that shares a step's cells.
+
+        Raises:
+            ValueError: for a state of other data or settings, or in the midst of a step.
+        """
+        different = [key for key, value in self._identity.items() if state["identity"].get(key) != value]
+        if different:
+            raise ValueError(
+                f"the state is of other {', '.join(different)}: resume with the datasets and settings that it was "
+                "saved with."
+            )
+        step, rest = divmod(state["cells"], self.cells_per_step)
+        if rest:
+            raise ValueError(
+                f"{state['cells']} cells were seen, no multiple of batch_size * world_size = {self.cells_per_step}: "
+                "choose them so that a step has as many cells as before."
+            )
+        self.epoch, self._start, self._next = state["epoch"], step, step
+        self._of_worker = tuple(state["worker"]) if state["worker"] else None
+
+    # Batches ----------------------------------------------------------------------------------------
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """The rest of the epoch; in a data loader's worker every so many-th batch, so that the loader's order fits."""
+        worker = get_worker_info()
+        first, stride = (worker.id, worker.num_workers) if worker else (0, 1)
+        if self._of_worker is not None:  # the state was taken in this worker: it is where this worker goes on
+            if self._of_worker != (first, stride):
+                raise ValueError(
+                    f"the state is of worker {self._of_worker}, this is {(first, stride)} (number, workers): "
+                    "resume with the same num_workers."
+                )
+            first = 0
+        start = self._start + first
+        self._start, self._of_worker, self._next = 0, None, start
+        for step, batch in self._made_ahead(iter(range(start, len(self), stride))):
+            self._next = step + stride
+            yield batch
+        self.epoch, self._next = self.epoch + 1, 0
+
+    def _made_ahead(self, steps: Iterator[int]) -> Iterator[tuple[int, dict[str, Any]]]:
+        if not self.num_threads:
+            for step in steps:
+                yield step, self.batch(self.epoch, step)
+            return
+        epoch = self.epoch
+        waiting: deque[tuple[int, Future[dict[str, Any]]]] = deque()
+        with ThreadPoolExecutor(self.num_threads, thread_name_prefix="cell-batches") as pool:
+            try:
+                for step in steps:
+                    waiting.append((step, pool.submit(self.batch, epoch, step)))
+                    if len(waiting) > self.prefetch:
+                        step, future = waiting.popleft()
+                        yield step, future.result()
+                while waiting:
+                    step, future = waiting.popleft()
+                    yield step, future.result()
+            finally:
+                pool.shutdown(wait=True, cancel_futures=True)
+
+    def batch(self, epoch: int, step: int) -> dict[str, Any]:
+        """The batch of this process at a step of an epoch."""
+        start = step * self.cells_per_step
+        rest = min(self.num_cells - start, self.cells_per_step)
+        low, high = self._share(rest, self.rank)
+        parts, streams = self._cells(epoch, start + low, start + high)
+        self._look_ahead(epoch, start)
+        rows_of_parts: list[tuple[np.ndarray, CountRows]] = []
+        drug_ids = np.zeros(high - low, dtype=np.int64) if self.collator.drug_token else None
+        for rows, dataset, shard_number, shard_rows in parts:
+            shard = self.folders[dataset].shard(shard_number)
+            rows_of_parts.append((rows, shard.rows(shard_rows)))
+            if drug_ids is not None and shard.drug_ids is not None:
+                drug_ids[rows] = shard.drug_ids[shard_rows]
+        return self.collator.collate(rows_of_parts, streams, drug_ids)
+
+    def _cells(
+        self, epoch: int, start: int, stop: int
+    ) -> tuple[list[tuple[np.ndarray, int, int, np.ndarray]], np.ndarray]:
+        """Cells at positions of an epoch: per shard (rows in the batch, dataset, shard, rows of it), and streams."""
+        parts: list[tuple[np.ndarray, int, int, np.ndarray]] = []
+        if self._mixture is None:
+            cells = self._pool.cells(epoch, start, stop)
+            for rows, shard in _by_shard(cells):
+                dataset, number = self._owners[shard]
+                parts.append((rows, dataset, number, cells.rows[rows]))
+            return parts, cells.streams
+        streams = np.zeros(stop - start, dtype=np.uint64)
+        for dataset, (places, cells) in enumerate(self._mixture.cells(epoch, start, stop)):
+            streams[places] = cells.streams
+            for rows, shard in _by_shard(cells):
+                parts.append((places[rows], dataset, shard, cells.rows[rows]))
+        return parts, streams
+
+    def _look_ahead(self, epoch: int, position: int) -> None:
+        """Have the shards fetched that are needed now and next, where they are remote."""
+        if all(folder.cache is None for folder in self.folders):
+            return
+        wanted: list[list[int]] = [[] for _ in self.folders]
+        if self._mixture is None:
+            for shard in self._pool.shards_near(epoch, position, self._pool.window):
+                dataset, number = self._owners[shard]
+                wanted[dataset].append(number)
+        else:
+            for dataset, order in enumerate(self._mixture.orders):
+                place = int((epoch * self.num_cells + position) * self._mixture.quotas[dataset] / 8192)
+                wanted[dataset] = order.shards_near(*divmod(place, order.num_cells), order.window)
+        for folder, numbers in zip(self.folders, wanted, strict=True):
+            folder.prefetch(numbers)
+
+
+def _by_shard(cells: Cells) -> Iterator[tuple[np.ndarray, int]]:
+    """Rows of the cells of each shard."""
+    if len(cells.shards) and (cells.shards == cells.shards[0]).all():  # as in most batches
+        yield np.arange(len(cells.shards)), int(cells.shards[0])
+        return
+    for shard in np.unique(cells.shards):
+        yield np.flatnonzero(cells.shards == shard), int(shard)

@@ -1,0 +1,427 @@
+# Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
+"""The inner loop of training on cells: counts to masked, padded or packed model input, in one pass, without the GIL.
+
+What a cell becomes depends on its counts and on its stream of random numbers alone. Bins equal those of
+`encoding_tahoe_x1.bin_expression`, bit for bit. A cell has a few dozen distinct counts among thousands of genes, so
+the quantiles come from a histogram, and every gene looks its bin up.
+"""
+
+from typing import Any
+
+import numba
+import numpy as np
+from llvmlite import ir
+from numba.core import types
+from numba.extending import intrinsic
+
+BINS, LOG1P, RAW = 0, 1, 2
+NO_LABEL = -100.0
+"""Label of positions that are not to be predicted, as elsewhere in transformers."""
+
+_SMALL = 256  # counts below this are looked up; larger ones are few
+_GAMMA = np.uint64(0x9E3779B97F4A7C15)
+_MIX1 = np.uint64(0xBF58476D1CE4E5B9)
+_MIX2 = np.uint64(0x94D049BB133111EB)
+_LOW16 = np.uint64(0xFFFF)
+_27, _30, _31, _32 = (np.uint64(bits) for bits in (27, 30, 31, 32))
+
+
+@intrinsic
+def _fma(context: Any, a: Any, b: Any, c: Any) -> Any:
+    """Compute a * b + c with one rounding, float32: torch's `lerp` is made of it."""
+
+    def build(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+        return builder.fma(*arguments)
+
+    return types.float32(types.float32, types.float32, types.float32), build
+
+
+@intrinsic
+def _prefetch(context: Any, array: Any, index: Any) -> Any:
+    """Begin to load an element of an array into the cache."""
+
+    def build(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+        kind = signature.args[0]
+        data = context.make_array(kind)(context, builder, arguments[0]).data
+        address = builder.bitcast(builder.gep(data, [arguments[1]]), ir.IntType(8).as_pointer())
+        number = ir.IntType(32)
+        function = builder.module.declare_intrinsic(
+            "llvm.prefetch", [address.type], ir.FunctionType(ir.VoidType(), [address.type, number, number, number])
+        )
+        builder.call(function, [address, number(0), number(3), number(1)])  # to read, keep in cache, data
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp), build
+
+
+@numba.njit(nogil=True, cache=True, inline="always")
+def _mix(number: np.uint64) -> np.uint64:
+    """SplitMix64's finaliser (Steele, Lea and Flood 2014, doi:10.1145/2660193.2660195)."""
+    number = (number ^ (number >> _30)) * _MIX1
+    number = (number ^ (number >> _27)) * _MIX2
+    return number ^ (number >> _31)
+
+
+@numba.njit(nogil=True, cache=True, inline="always")
+def _below(state: np.uint64, total: int) -> int:
+    """A random number 0..total-1 (Lemire 2019, doi:10.1145/3230636, without rejection: biased by total / 2^32)."""
+    return np.int64(((_mix(state) >> _32) * np.uint64(total)) >> _32)
+
+
+@numba.njit(nogil=True, cache=True)
+def _choose(total: int, kept: int, targets: int, sample: bool, state: np.uint64, chosen: np.ndarray) -> np.uint64:
+    """Choose `kept` of `total` genes, and `targets` of these, all choices being equally likely.
+
+    16 random bits per gene first keep it, and make it a target, with about the right probability; genes drawn one by
+    one then make the numbers exact. Whatever the probabilities were, sets of the same size stay equally likely.
+
+    Args:
+        total: genes of the cell.
+        kept: genes to keep.
+        targets: of these, to be predicted.
+        sample: draw the genes that are kept; else they are the first.
+        state: of the random numbers.
+        chosen: `(total + 4,)`, written: twice the number of the gene, plus one for a target.
+
+    Returns:
+        The state after the draws.
+    """
+    considered = total if sample else kept
+    keep_below = np.uint64(2**16 if considered == kept else kept * 2**16 // total)
+    target_below = np.uint64(np.int64(keep_below) * targets // max(kept, 1))
+    first = state
+    place = np.uint64(0)  # unsigned, here and below: numba then leaves out the test for negative indices
+    for four in range((considered + 3) // 4):
+        state += _GAMMA
+        bits = _mix(state)
+        for lane in range(4):
+            number = (bits >> np.uint64(16 * lane)) & _LOW16
+            chosen[place] = np.int32(8 * four + 2 * lane) + np.int32(number < target_below)
+            place += np.uint64(number < keep_below)
+    count = np.int64(place)
+    while count and chosen[count - 1] >> 1 >= considered:  # lanes behind the last gene
+        count -= 1
+    while count > kept:
+        state += _GAMMA
+        count -= 1
+        chosen[_below(state, count + 1)] = chosen[count]
+    added = count
+    while count < kept:
+        state += _GAMMA
+        gene = _below(state, total)
+        number = (_mix(first + _GAMMA * np.uint64(gene // 4 + 1)) >> np.uint64(16 * (gene % 4))) & _LOW16
+        fresh = number >= keep_below
+        for i in range(added, count):
+            fresh &= chosen[i] >> 1 != gene
+        if fresh:
+            state += _GAMMA
+            chosen[count] = 2 * gene + np.int32(_below(state, kept) < targets)
+            count += 1
+    now = 0
+    for i in range(kept):
+        now += chosen[i] & 1
+    while now != targets:
+        state += _GAMMA
+        place = _below(state, kept)
+        if (chosen[place] & 1) == (now > targets):
+            chosen[place] ^= 1
+            now += 1 if now < targets else -1
+    return state
+
+
+@numba.njit(nogil=True, cache=True)
+def _distinct_counts(
+    counts: np.ndarray, start: int, length: int, histogram: np.ndarray, tail: np.ndarray, values: np.ndarray,
+    upto: np.ndarray,
+) -> int:  # fmt: skip
+    """Distinct whole counts in rising order, with how many genes have at most that count; returns their number."""
+    histogram[:] = 0
+    num_large = 0
+    even = length & ~3
+    # Four histograms: most counts are 1, and adding to one place again and again waits for the last time.
+    for i in range(0, even, 4):
+        for lane in range(4):
+            count = np.int64(counts[start + i + lane])
+            if count < _SMALL:
+                histogram[lane, count] += 1
+            else:
+                tail[num_large] = count
+                num_large += 1
+    for i in range(even, length):
+        count = np.int64(counts[start + i])
+        if count < _SMALL:
+            histogram[0, count] += 1
+        else:
+            tail[num_large] = count
+            num_large += 1
+    rows, total = 0, 0
+    for count in range(_SMALL):
+        here = histogram[0, count] + histogram[1, count] + histogram[2, count] + histogram[3, count]
+        if here:
+            total += here
+            values[rows], upto[rows] = count, total
+            rows += 1
+    if num_large:
+        tail[:num_large].sort()
+        for i in range(num_large):
+            total += 1
+            if rows and values[rows - 1] == tail[i]:
+                upto[rows - 1] = total
+            else:
+                values[rows], upto[rows] = tail[i], total
+                rows += 1
+    return rows
+
+
+@numba.njit(nogil=True, cache=True)
+def _sorted_values(counts: np.ndarray, start: int, length: int, values: np.ndarray, upto: np.ndarray) -> int:
+    """The same for values that are not whole: sorted, each its own row."""
+    for i in range(length):
+        values[i], upto[i] = counts[start + i], i + 1
+    values[:length].sort()
+    return length
+
+
+@numba.njit(nogil=True, cache=True)
+def _quantile_edges(
+    values: np.ndarray, upto: np.ndarray, length: int, quantiles: np.ndarray, edges: np.ndarray
+) -> None:
+    """`torch.quantile` of a cell's values: rank q * (n - 1) in float32, neighbours joined by torch's `lerp`."""
+    row = 0
+    last = np.float32(length - 1)
+    for i in range(len(quantiles)):
+        rank = quantiles[i] * last
+        below = np.int64(np.floor(rank))
+        while upto[row] <= below:
+            row += 1
+        low = high = values[row]
+        if np.int64(np.ceil(rank)) >= upto[row]:
+            high = values[row + 1]
+        weight = rank - np.float32(below)
+        step = high - low
+        edges[i] = _fma(weight, step, low) if weight < np.float32(0.5) else _fma(weight - np.float32(1), step, high)
+
+
+@numba.njit(nogil=True, cache=True)
+def _bin(value: np.float32, edges: np.ndarray, right: bool) -> np.float32:
+    """Edges below the value plus one, or with `right` edges not above it."""
+    low, high = 0, len(edges)
+    while low < high:
+        middle = (low + high) // 2
+        if edges[middle] < value or (right and edges[middle] == value):
+            low = middle + 1
+        else:
+            high = middle
+    return np.float32(low if right else low + 1)
+
+
+@numba.njit(nogil=True, cache=True)
+def _are_whole(counts: np.ndarray, start: int, length: int) -> bool:
+    whole = True
+    for i in range(length):
+        value = np.float64(counts[start + i])
+        whole &= value == np.floor(value) and value < 2**24
+    return whole
+
+
+@numba.njit(nogil=True, cache=True)
+def _value_rule(
+    counts: np.ndarray, start: int, length: int, whole_counts: bool, encoding: int, quantiles: np.ndarray,
+    right: bool, histogram: np.ndarray, tail: np.ndarray, values: np.ndarray, upto: np.ndarray, edges: np.ndarray,
+    table: np.ndarray,
+) -> tuple[bool, float]:  # fmt: skip
+    """How the counts of a cell become values: bin edges and a table of the bins of small counts, or their sum."""
+    whole, total = True, 0.0
+    if length and encoding == BINS:
+        whole = whole_counts or _are_whole(counts, start, length)
+        if whole:
+            rows = _distinct_counts(counts, start, length, histogram, tail, values, upto)
+        else:
+            rows = _sorted_values(counts, start, length, values, upto)
+        _quantile_edges(values, upto, length, quantiles, edges)
+        if whole:
+            for row in range(rows):
+                if values[row] >= _SMALL:
+                    break
+                table[np.int64(values[row])] = _bin(values[row], edges, right)
+    elif encoding == LOG1P:
+        for i in range(length):
+            total += np.float64(counts[start + i])
+    return whole, total
+
+
+@numba.njit(nogil=True, cache=True)
+def _fill_unexpressed(
+    tokens: np.ndarray, candidates: np.ndarray, seen: np.ndarray, state: np.uint64, input_ids: np.ndarray, place: int,
+    wanted: int,
+) -> None:  # fmt: skip
+    """Put `wanted` random genes other than `tokens` at `place`; `seen` is all False before and after."""
+    for token in tokens:
+        seen[token] = True
+    done = 0
+    while done < wanted:
+        state += _GAMMA
+        gene = candidates[_below(state, len(candidates))]
+        if not seen[gene]:
+            seen[gene] = True
+            input_ids[place + done] = gene
+            done += 1
+    for token in tokens:
+        seen[token] = False
+    for i in range(wanted):
+        seen[input_ids[place + i]] = False
+
+
+@numba.njit(nogil=True, cache=True)
+def _write_values(
+    tokens: np.ndarray, counts: np.ndarray, chosen: np.ndarray, whole: bool, encoding: int, table: np.ndarray,
+    edges: np.ndarray, right: bool, total: float, target_sum: float, input_ids: np.ndarray, values: np.ndarray,
+) -> None:  # fmt: skip
+    """Tokens and values of the chosen genes; those behind the cell's own are unexpressed and have their token."""
+    length = np.uint64(len(counts))
+    for i in range(len(chosen)):
+        gene = np.uint64(chosen[i] >> 1)
+        if gene >= length:
+            values[i] = 0
+            continue
+        input_ids[i] = tokens[gene]
+        count = counts[gene]
+        if encoding == BINS:
+            if whole and count < _SMALL:
+                values[i] = table[np.uint64(count)]
+            else:
+                values[i] = _bin(np.float32(count), edges, right)
+        elif encoding == LOG1P:
+            values[i] = np.log1p(np.float64(count) / (total + 1e-9) * target_sum)
+        else:
+            values[i] = count
+
+
+@numba.njit(nogil=True, cache=True)
+def _hide_targets(
+    chosen: np.ndarray, mask_value: np.float32, values: np.ndarray, target_mask: np.ndarray, labels: np.ndarray
+) -> None:
+    """Move the values of targets to the labels; without branches, so that it is vectorised."""
+    for i in range(len(values)):
+        target = (chosen[i] & 1) == 1
+        target_mask[i] = target
+        labels[i] = values[i] if target else np.float32(NO_LABEL)
+        values[i] = mask_value if target else values[i]
+
+
+@numba.njit(nogil=True, cache=True)
+def encode_cells(
+    genes: np.ndarray,
+    gene_starts: np.ndarray,
+    counts: np.ndarray,
+    count_starts: np.ndarray,
+    whole_counts: bool,
+    lengths: np.ndarray,
+    streams: np.ndarray,
+    starts: np.ndarray,
+    stops: np.ndarray,
+    special_tokens: np.ndarray,
+    pad_token: int,
+    pad_value: np.float32,
+    mask_value: np.float32,
+    room: int,
+    sample: bool,
+    encoding: int,
+    quantiles: np.ndarray,
+    right: bool,
+    target_sum: float,
+    mask_probabilities: np.ndarray,
+    unexpressed: np.ndarray,
+    num_tokens: int,
+    input_ids: np.ndarray,
+    expression_values: np.ndarray,
+    target_mask: np.ndarray,
+    labels: np.ndarray,
+) -> None:
+    """Encode cells into places of flat output arrays.
+
+    Args:
+        genes: token ids, of any integer type; those of cell `i` start at `gene_starts[i]`.
+        gene_starts: `(cells,)`.
+        counts: counts above zero, uint16 or float32; those of cell `i` start at `count_starts[i]`.
+        count_starts: `(cells,)`.
+        whole_counts: all counts are known to be integers.
+        lengths: `(cells,)` genes of each cell.
+        streams: `(cells,)` uint64, where each cell's random numbers start.
+        starts: `(cells,)` first place of each cell in the output.
+        stops: `(cells,)` place behind its last, padding included.
+        special_tokens: what each cell begins with (`<cls>`, `<drug>`).
+        pad_token: put behind the cell, up to its stop.
+        pad_value: expression value of special tokens and padding.
+        mask_value: expression value of targets.
+        room: most genes of a cell.
+        sample: draw the genes of cells that have more; else take the first.
+        encoding: `BINS`, `LOG1P` or `RAW`.
+        quantiles: `(num_bins - 1,)` float32, `torch.linspace(0, 1, num_bins - 1)`.
+        right: see `bin_expression`.
+        target_sum: sum of a cell before the logarithm.
+        mask_probabilities: share of the genes to predict, one drawn per cell; empty for no targets at all.
+        unexpressed: token ids of all genes, to fill up cells with genes that they do not express; empty for none.
+        num_tokens: above all token ids.
+        input_ids: int64, written.
+        expression_values: float32, written.
+        target_mask: bool, written.
+        labels: float32, written: the value at targets, `NO_LABEL` elsewhere.
+    """
+    longest = 1
+    for cell in range(len(lengths)):
+        longest = max(longest, lengths[cell], stops[cell] - starts[cell])
+    chosen = np.empty(longest + 4, np.int32)
+    tokens = np.empty(longest, genes.dtype)
+    histogram = np.empty((4, _SMALL), np.int32)
+    tail = np.empty(longest, np.float32)
+    values = np.empty(longest + _SMALL, np.float32)
+    upto = np.empty(longest + _SMALL, np.int64)
+    edges = np.empty(len(quantiles), np.float32)
+    table = np.zeros(_SMALL, np.float32)
+    seen = np.zeros(num_tokens if len(unexpressed) else 0, np.bool_)
+    for cell in range(len(lengths)):
+        if cell + 1 < len(lengths):  # cells lie anywhere in memory: have the next one loaded meanwhile
+            for i in range(0, lengths[cell + 1], 64 // genes.itemsize):
+                _prefetch(genes, gene_starts[cell + 1] + i)
+            for i in range(0, lengths[cell + 1], 64 // counts.itemsize):
+                _prefetch(counts, count_starts[cell + 1] + i)
+        length, first_gene, first_count = lengths[cell], gene_starts[cell], count_starts[cell]
+        start, stop, state = starts[cell], stops[cell], streams[cell]
+        place = start + len(special_tokens)
+        kept = min(length, room)
+        filled = 0
+        if len(unexpressed):
+            filled = max(min(stop - place - kept, len(unexpressed) - length), 0)
+        used = kept + filled
+        targets = 0
+        if len(mask_probabilities):
+            state += _GAMMA
+            targets = np.int64(mask_probabilities[_below(state, len(mask_probabilities))] * used)
+        whole, total = _value_rule(
+            counts, first_count, length, whole_counts, encoding, quantiles, right, histogram, tail, values, upto,
+            edges, table
+        )  # fmt: skip
+        for i in range(length):
+            tokens[i] = genes[first_gene + i]  # in order, so that memory is read ahead; the choice then hits the cache
+        # Where genes are filled in, all are kept, and the targets are chosen among the cell's and the others.
+        state = _choose(length + filled, used, targets, sample, state, chosen)
+        if filled:
+            _fill_unexpressed(tokens[:length], unexpressed, seen, state, input_ids, place + kept, filled)
+        _write_values(
+            tokens, counts[first_count : first_count + length], chosen[:used], whole, encoding, table, edges, right,
+            total, target_sum, input_ids[place : place + used], expression_values[place : place + used]
+        )  # fmt: skip
+        _hide_targets(
+            chosen, mask_value, expression_values[place : place + used], target_mask[place : place + used],
+            labels[place : place + used]
+        )  # fmt: skip
+        for i in range(len(special_tokens)):
+            input_ids[start + i] = special_tokens[i]
+        expression_values[start:place] = pad_value
+        input_ids[place + used : stop] = pad_token
+        expression_values[place + used : stop] = pad_value
+        target_mask[start:place] = False
+        target_mask[place + used : stop] = False
+        labels[start:place] = NO_LABEL
+        labels[place + used : stop] = NO_LABEL

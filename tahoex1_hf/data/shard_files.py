@@ -1,0 +1,308 @@
+# Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
+"""Shards of a prepared dataset as flat arrays: memory-mapped where they lie on disk, fetched where they are remote."""
+
+import json
+import logging
+import os
+import threading
+import uuid
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from tahoex1_hf.data.collator import CountRows
+
+logger = logging.getLogger(__name__)
+
+_DTYPES = {"uint16": np.uint16, "int32": np.int32, "float": np.float32}
+
+
+@dataclass(frozen=True, eq=False)
+class OpenShard:
+    """A shard's cells; row `i` is `genes[gene_starts[i] : gene_starts[i] + lengths[i]]`, and the same for counts.
+
+    Attributes:
+        cells: where every cell lies.
+        table: all columns, for metadata.
+        drug_ids: `(cells,)` int64, where drugs were asked for.
+    """
+
+    cells: CountRows
+    table: pa.Table
+    drug_ids: np.ndarray | None
+
+    def rows(self, rows: np.ndarray) -> CountRows:
+        """Some of the cells."""
+        all_cells = self.cells
+        return CountRows(
+            all_cells.genes,
+            all_cells.gene_starts[rows],
+            all_cells.counts,
+            all_cells.count_starts[rows],
+            all_cells.lengths[rows],
+        )
+
+
+def open_shard(path: Path, drug_id: Callable[[str | None], int] | None = None) -> OpenShard:
+    """Open a shard. Arrow files are mapped and nothing is copied; Parquet files are read whole.
+
+    Args:
+        path: the file.
+        drug_id: drug name -> id; None where no drugs are wanted.
+
+    Raises:
+        ValueError: where it is no shard of a prepared dataset.
+    """
+    if path.suffix == ".parquet":
+        import pyarrow.parquet as pq
+
+        whole, table = None, pq.read_table(path)
+    else:
+        whole = pa.memory_map(str(path)).read_buffer()
+        table = pa.ipc.open_file(whole).read_all()
+    genes, gene_starts, lengths = _flat(table, "genes", whole)
+    counts, count_starts, count_lengths = _flat(table, "counts", whole)
+    if not np.array_equal(lengths, count_lengths):
+        raise ValueError(f"{path}: cells have different numbers of genes and counts.")
+    drugs = None
+    if drug_id is not None:
+        if "drug" not in table.column_names:
+            raise ValueError(f"{path} has no column 'drug', only {table.column_names}: prepare it with drugs.")
+        drugs = _ids(table.column("drug"), drug_id)
+    return OpenShard(CountRows(genes, gene_starts, counts, count_starts, lengths), table, drugs)
+
+
+def _flat(table: pa.Table, name: str, whole: pa.Buffer | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Values of a list column as one array, and start and length of every row in it."""
+    if name not in table.column_names or not pa.types.is_list(table.schema.field(name).type):
+        raise ValueError(f"it has no list column {name!r}, but {table.schema.names}.")
+    column = table.column(name)
+    dtype = np.dtype(_DTYPES[str(column.type.value_type)])
+    if column.null_count:
+        raise ValueError(f"column {name!r} has missing rows.")
+    offsets = [np.asarray(chunk.offsets) for chunk in column.chunks]
+    bases = _bases(column.chunks, dtype, whole)
+    if bases is None:  # not in one mapping: put the chunks behind each other
+        values = np.concatenate([chunk.flatten().to_numpy(zero_copy_only=False) for chunk in column.chunks])
+        lengths = np.concatenate([np.diff(part) for part in offsets]).astype(np.int64)
+        return values, np.cumsum(lengths) - lengths, lengths
+    assert whole is not None
+    values = np.frombuffer(whole, dtype=dtype, count=whole.size // dtype.itemsize)
+    starts = np.concatenate([part[:-1] + base for part, base in zip(offsets, bases, strict=True)])
+    return values, starts.astype(np.int64), np.concatenate([np.diff(part) for part in offsets]).astype(np.int64)
+
+
+def _bases(chunks: list[pa.ListArray], dtype: np.dtype, whole: pa.Buffer | None) -> list[int] | None:
+    """Where the values of each chunk start in the mapped file, in elements; None if some do not lie there."""
+    if whole is None:
+        return None
+    bases = []
+    for chunk in chunks:
+        buffer = chunk.values.buffers()[1]
+        place = 0 if buffer is None else buffer.address - whole.address
+        if not 0 <= place <= whole.size or place % dtype.itemsize:
+            return None
+        bases.append(place // dtype.itemsize + chunk.values.offset)
+    return bases
+
+
+def _ids(column: pa.ChunkedArray, to_id: Callable[[str | None], int]) -> np.ndarray:
+    """Ids of a column of strings; only its distinct values are looked up."""
+    encoded = column.dictionary_encode() if not pa.types.is_dictionary(column.type) else column.unify_dictionaries()
+    parts = []
+    for chunk in encoded.chunks:
+        table = np.array([*(to_id(value) for value in chunk.dictionary.to_pylist()), to_id(None)], dtype=np.int64)
+        parts.append(table[chunk.indices.fill_null(len(chunk.dictionary)).to_numpy(zero_copy_only=False)])
+    return np.concatenate([np.zeros(0, dtype=np.int64), *parts])
+
+
+class DatasetFolder:
+    """A prepared dataset, local or remote, and its open shards.
+
+    Args:
+        location: folder, or a URL that fsspec knows (`hf://datasets/owner/name`, `s3://bucket/prefix`).
+        split: `"train"` or `"validation"`.
+        max_open: shards that stay open; the least recently used are closed.
+        cache_folder: where remote shards are kept.
+        cache_bytes: most bytes kept there, unless the shards in use are larger.
+        drug_id: see `open_shard`.
+        storage_options: for fsspec.
+
+    Raises:
+        FileNotFoundError: where there is no prepared dataset.
+        ValueError: where it has no such split.
+    """
+
+    def __init__(
+        self,
+        location: str | Path,
+        split: str,
+        *,
+        max_open: int = 16,
+        cache_folder: str | Path | None = None,
+        cache_bytes: float = 20e9,
+        drug_id: Callable[[str | None], int] | None = None,
+        storage_options: dict[str, Any] | None = None,
+    ) -> None:
+        self.location, self.split, self.drug_id, self.max_open = str(location), split, drug_id, max_open
+        self.cache: ShardCache | None = None
+        if "://" in self.location:
+            self.cache = ShardCache(self.location, cache_folder, cache_bytes, storage_options or {})
+        self.manifest = self._read_manifest()
+        splits = {name: part for name, part in self.manifest["splits"].items() if part["shards"]}
+        if split not in splits:
+            raise ValueError(f"split={split!r}: {self.location} has cells in {sorted(splits)}.")
+        self.shards: list[dict[str, Any]] = splits[split]["shards"]
+        self.sizes = [shard["cells"] for shard in self.shards]
+        self._open: OrderedDict[int, OpenShard] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def _read_manifest(self) -> dict[str, Any]:
+        try:
+            if self.cache is None:
+                text = (Path(self.location) / "manifest.json").read_bytes()
+            else:
+                text = self.cache.read("manifest.json")
+        except FileNotFoundError:
+            raise FileNotFoundError(
+                f"{self.location} is no prepared dataset: it has no manifest.json. Make one with tahoex1 prepare."
+            ) from None
+        manifest = json.loads(text)
+        if manifest.get("format") != "tahoex1-dataset" or manifest.get("format_version") != 1:
+            raise ValueError(f"{self.location}: its manifest.json is not that of a dataset this version can read.")
+        return manifest
+
+    def shard(self, number: int) -> OpenShard:
+        """An open shard; safe to call from several threads."""
+        with self._lock:
+            found = self._open.get(number)
+            if found is not None:
+                self._open.move_to_end(number)
+                return found
+        record = self.shards[number]
+        path = Path(self.location) / record["file"] if self.cache is None else self.cache.fetch(record)
+        try:
+            shard = open_shard(path, self.drug_id)
+        except (pa.ArrowInvalid, OSError, ValueError) as error:
+            raise ValueError(f"{path} cannot be read as a shard: {error}") from error
+        if len(shard.cells.lengths) != record["cells"]:
+            raise ValueError(
+                f"{path} has {len(shard.cells.lengths)} cells, not {record['cells']} as its manifest says."
+            )
+        with self._lock:
+            self._open[number] = shard
+            while len(self._open) > self.max_open:
+                self._open.popitem(last=False)
+        return shard
+
+    def prefetch(self, numbers: Iterable[int]) -> None:
+        """Begin to fetch remote shards that are needed soon."""
+        if self.cache is not None:
+            self.cache.prefetch([self.shards[number] for number in numbers])
+
+
+class ShardCache:
+    """Copies of remote shards in a local folder of bounded size, checked against the manifest's digests.
+
+    Several processes may share the folder.
+    """
+
+    def __init__(self, url: str, folder: str | Path | None, max_bytes: float, options: dict[str, Any]) -> None:
+        self.url = url.rstrip("/")
+        default = os.environ.get("TAHOEX1_DATA_CACHE") or Path.home() / ".cache" / "tahoex1_hf" / "data"
+        root = default if folder is None else folder
+        self.folder = Path(root) / sha256(self.url.encode()).hexdigest()[:16]
+        self.max_bytes, self.options = max_bytes, options
+        self._wanted: set[str] = set()
+        self._running: dict[str, Future[Path]] = {}
+        self._lock = threading.Lock()
+        self._pool: ThreadPoolExecutor | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Threads stay behind when a data loader's worker process gets a copy."""
+        return {**self.__dict__, "_running": {}, "_lock": None, "_pool": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.Lock())
+
+    def read(self, name: str) -> bytes:
+        """A small file, not kept."""
+        import fsspec
+
+        with fsspec.open(f"{self.url}/{name}", "rb", **self.options) as file:
+            return file.read()
+
+    def prefetch(self, records: list[dict[str, Any]]) -> None:
+        """Fetch these shards in the background, and take them for those in use from now on."""
+        with self._lock:
+            self._wanted = {self._path(record).name for record in records}
+        for record in records:
+            self._start(record)
+
+    def fetch(self, record: dict[str, Any]) -> Path:
+        """Path of a shard's copy; waits for it."""
+        while True:
+            path = self._start(record).result()
+            if path.is_file():  # another process may have made room meanwhile
+                os.utime(path)
+                return path
+            with self._lock:
+                self._running.pop(path.name, None)
+
+    def _start(self, record: dict[str, Any]) -> "Future[Path]":
+        path = self._path(record)
+        with self._lock:
+            running = self._running.get(path.name)
+            if running is not None and not (running.done() and (running.exception() or not path.is_file())):
+                return running
+            if self._pool is None:
+                self._pool = ThreadPoolExecutor(2, thread_name_prefix="fetch-shard")
+            future = self._running[path.name] = self._pool.submit(self._download, record, path)
+            return future
+
+    def _path(self, record: dict[str, Any]) -> Path:
+        return self.folder / f"{record['sha256'][:16]}-{Path(record['file']).name}"
+
+    def _download(self, record: dict[str, Any], path: Path) -> Path:
+        import fsspec
+
+        if path.is_file() and path.stat().st_size == record["bytes"]:
+            return path
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._make_room(record["bytes"])
+        partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+        digest = sha256()
+        try:
+            with (
+                fsspec.open(f"{self.url}/{record['file']}", "rb", **self.options) as remote,
+                partial.open("wb") as file,
+            ):
+                while block := remote.read(2**22):
+                    digest.update(block)
+                    file.write(block)
+            if digest.hexdigest() != record["sha256"]:
+                raise ValueError(f"{self.url}/{record['file']} does not have the checksum that its manifest names.")
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+        return path
+
+    def _make_room(self, size: int) -> None:
+        """Remove the least recently used copies that are not wanted now."""
+        with self._lock:
+            wanted = set(self._wanted)
+        files = [(path, path.stat()) for path in self.folder.iterdir() if path.name[0] != "."]
+        total = size + sum(state.st_size for _, state in files)
+        for path, state in sorted(files, key=lambda item: item[1].st_mtime_ns):
+            if total <= self.max_bytes:
+                break
+            if path.name not in wanted:
+                path.unlink(missing_ok=True)  # where it is mapped, it is there until it is closed
+                total -= state.st_size
