@@ -13,8 +13,8 @@ from conftest import GOLDEN
 from typer.testing import CliRunner, Result
 
 from tahoex1_hf.cli import app
-from tahoex1_hf.reading import read_gene_symbols
 from tahoex1_hf.original_checkpoints import convert_original_folder
+from tahoex1_hf.reading import read_gene_symbols
 
 CELLS, MODEL = GOLDEN / "a_70m_like" / "adata.h5ad", GOLDEN / "a_70m_like" / "model"
 EXPECTED = np.load(GOLDEN / "a_70m_like" / "emb_flash.npz")["cell_embs"]

@@ -108,7 +108,8 @@ class CellBatches(IterableDataset):
             self.num_cells = sum(order.num_cells for order in orders) if epoch_cells is None else epoch_cells
             self._mixture = MixedOrder(orders, weights, self.num_cells, seed)
         self.epoch = 0
-        self._start = self._next = 0  # steps of this process: where to begin, and how far it is
+        self._start = 0  # step at which the next iteration begins
+        self._next: int | None = None  # step that comes next in the iteration that has begun
         self._of_worker: tuple[int, int] | None = None  # of which data loader's worker the loaded state is
         self._identity = self._describe(shuffle, weights, window)
         if len(self) < 1:
@@ -162,15 +163,18 @@ class CellBatches(IterableDataset):
     def set_epoch(self, epoch: int) -> None:
         """Go to the beginning of an epoch, unless it is the present one."""
         if epoch != self.epoch:
-            self.epoch, self._start, self._next, self._of_worker = epoch, 0, 0, None
+            self.epoch, self._start, self._next, self._of_worker = epoch, 0, None, None
 
     def state_dict(self) -> dict[str, Any]:
         """Where the iteration is: the batch that comes next."""
         worker = get_worker_info()
+        step = self._next
+        if step is None:  # a worker begins as many steps later as its number says
+            step = self._start + (worker.id if worker and self._of_worker is None else 0)
         return {
             "epoch": self.epoch,
             "worker": [worker.id, worker.num_workers] if worker else None,
-            "cells": self._next * self.cells_per_step,
+            "cells": step * self.cells_per_step,
             "identity": dict(self._identity),
         }
 
@@ -192,7 +196,7 @@ class CellBatches(IterableDataset):
                 f"{state['cells']} cells were seen, no multiple of batch_size * world_size = {self.cells_per_step}: "
                 "choose them so that a step has as many cells as before."
             )
-        self.epoch, self._start, self._next = state["epoch"], step, step
+        self.epoch, self._start, self._next = state["epoch"], step, None
         self._of_worker = tuple(state["worker"]) if state["worker"] else None
 
     # Batches ----------------------------------------------------------------------------------------
@@ -213,7 +217,7 @@ class CellBatches(IterableDataset):
         for step, batch in self._made_ahead(iter(range(start, len(self), stride))):
             self._next = step + stride
             yield batch
-        self.epoch, self._next = self.epoch + 1, 0
+        self.epoch, self._next = self.epoch + 1, None
 
     def _made_ahead(self, steps: Iterator[int]) -> Iterator[tuple[int, dict[str, Any]]]:
         if not self.num_threads:

@@ -87,6 +87,8 @@ def _flat(table: pa.Table, name: str, whole: pa.Buffer | None) -> tuple[np.ndarr
     dtype = np.dtype(_DTYPES[str(column.type.value_type)])
     if column.null_count:
         raise ValueError(f"column {name!r} has missing rows.")
+    if not len(column):
+        return np.zeros(0, dtype=dtype), np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
     offsets = [np.asarray(chunk.offsets) for chunk in column.chunks]
     bases = _bases(column.chunks, dtype, whole)
     if bases is None:  # not in one mapping: put the chunks behind each other

@@ -1,0 +1,413 @@
+"""Batches for pretraining: values as the tokenizer's, samples and targets drawn fairly, nothing else involved."""
+
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from cells import write_vocab
+
+from tahoex1_hf import TahoeX1Tokenizer
+from tahoex1_hf.data.collator import CellCollator, CountRows
+from tahoex1_hf.data.kernels import NO_LABEL
+from tahoex1_hf.encoding_tahoe_x1 import bin_expression, log_normalize
+
+GENES = [f"ENSG{i:011d}" for i in range(3000)]
+SPECIAL = {"cls": 1, "drug": 3}
+
+
+@pytest.fixture(scope="module")
+def vocab(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_vocab(tmp_path_factory.mktemp("vocab"), GENES, drug_token=True)
+
+
+def tokenizer(vocab: Path, **settings: Any) -> TahoeX1Tokenizer:
+    return TahoeX1Tokenizer(str(vocab), **{"context_length": 64, **settings})
+
+
+def cells_of(lengths: list[int], seed: int = 0, dtype: Any = np.uint16, largest: int = 60) -> CountRows:
+    """Cells with distinct genes; geometric counts, as in real cells, with some large ones."""
+    rng = np.random.default_rng(seed)
+    genes = np.concatenate([np.zeros(0, int), *(4 + rng.choice(len(GENES), n, replace=False) for n in lengths)])
+    counts = np.minimum(rng.geometric(0.3, len(genes)), largest)
+    counts[rng.random(len(counts)) < 0.02] = 300 + rng.integers(5)
+    if dtype == np.float32:
+        counts = counts * 0.37
+    sizes = np.array(lengths, dtype=np.int64)
+    starts = np.cumsum(sizes) - sizes
+    return CountRows(genes.astype(np.uint16), starts, counts.astype(dtype), starts, sizes)
+
+
+def collate(collator: CellCollator, cells: CountRows, seed: int = 0, **kwargs: Any) -> dict[str, Any]:
+    number = len(cells.lengths)
+    streams = np.arange(seed * 10**6, seed * 10**6 + number, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    return collator.collate([(np.arange(number), cells)], streams, **kwargs)
+
+
+def as_dicts(batch: dict[str, Any], name: str, specials: int = 1) -> list[dict[int, float]]:
+    """Gene -> value of every cell of a padded batch."""
+    result = []
+    for row in range(len(batch["input_ids"])):
+        valid = batch["attention_mask"][row]
+        tokens, values = batch["input_ids"][row][valid][specials:], batch[name][row][valid][specials:]
+        result.append(dict(zip(tokens.tolist(), values.tolist(), strict=True)))
+    return result
+
+
+def parts_of(cells: CountRows, values: np.ndarray) -> list[dict[int, float]]:
+    return [
+        dict(zip(cells.genes[a : a + n].tolist(), values[a : a + n].tolist(), strict=True))
+        for a, n in zip(cells.gene_starts, cells.lengths, strict=True)
+    ]
+
+
+# Values -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.float32])
+@pytest.mark.parametrize("right", [False, True])
+@pytest.mark.parametrize("num_bins", [3, 7, 51])
+def test_bins_equal_the_tokenizers_bit_for_bit(vocab: Path, dtype: Any, right: bool, num_bins: int) -> None:
+    cells = cells_of([0, 1, 2, 3, 7, 40, 500, 2500, 1999], dtype=dtype)
+    settings = {"num_bins": num_bins, "right_binning": right, "context_length": 3000}
+    collator = CellCollator(tokenizer(vocab, **settings), mlm_probability=None)
+    offsets = np.append(cells.gene_starts, cells.lengths.sum())
+    expected = bin_expression(cells.counts, offsets, num_bins, right)
+    assert as_dicts(collate(collator, cells), "expression_values") == parts_of(cells, expected)
+
+
+def test_bins_equal_the_golden_recordings(vocab: Path, golden: Path) -> None:
+    recorded = np.load(golden / "binning" / "binning.npz")
+    checked = 0
+    for name in sorted({key.split("/")[0] for key in recorded}):
+        row = recorded[f"{name}/row"]
+        if not len(row) or not (np.isfinite(row).all() and row.min() > 0):
+            continue  # the collator's cells have no zeros, and negative or missing counts are refused before
+        starts, sizes = np.zeros(1, dtype=np.int64), np.array([len(row)])
+        cells = CountRows(np.arange(4, 4 + len(row), dtype=np.uint16), starts, row, starts, sizes)
+        for num_bins in (51, 31, 7, 3):
+            for right in (0, 1):
+                settings = {"num_bins": num_bins, "right_binning": bool(right), "context_length": 3000}
+                collator = CellCollator(tokenizer(vocab, **settings), mlm_probability=None)
+                values = collate(collator, cells)["expression_values"][0, 1:]
+                np.testing.assert_array_equal(values, recorded[f"{name}/bins{num_bins}_right{right}"], err_msg=name)
+                checked += 1
+    assert checked > 40
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.float32])
+def test_log1p_and_raw_values(vocab: Path, dtype: Any) -> None:
+    cells = cells_of([0, 3, 40, 1200], dtype=dtype)
+    offsets = np.append(cells.gene_starts, cells.lengths.sum())
+    for encoding, expected in {
+        "log1p": log_normalize(cells.counts, offsets, 5000.0),
+        "raw": cells.counts.astype(np.float32),
+    }.items():
+        settings = {"value_encoding": encoding, "target_sum": 5000.0, "context_length": 3000}
+        found = as_dicts(
+            collate(CellCollator(tokenizer(vocab, **settings), mlm_probability=None), cells), "expression_values"
+        )
+        for ours, theirs in zip(found, parts_of(cells, expected), strict=True):
+            assert ours.keys() == theirs.keys()
+            np.testing.assert_allclose(
+                list(ours.values()), list(theirs.values()), rtol=1e-7 if encoding == "raw" else 2e-7
+            )
+
+
+def test_bins_are_those_of_the_whole_cell_not_of_its_sample(vocab: Path) -> None:
+    cells = cells_of([700, 900])
+    offsets = np.append(cells.gene_starts, cells.lengths.sum())
+    whole = parts_of(cells, bin_expression(cells.counts, offsets))
+    sampled = as_dicts(collate(CellCollator(tokenizer(vocab), mlm_probability=None), cells), "expression_values")
+    for cell, expected in zip(sampled, whole, strict=True):
+        assert len(cell) == 63
+        assert cell.items() <= expected.items()
+
+
+def test_the_first_genes_are_kept_where_the_tokenizer_says_so(vocab: Path) -> None:
+    cells = cells_of([100, 20])
+    batch = collate(CellCollator(tokenizer(vocab, overflow="first"), mlm_probability=None), cells)
+    assert batch["input_ids"][0, 1:].tolist() == cells.genes[:63].tolist()
+    assert batch["input_ids"][1, 1:21].tolist() == cells.genes[100:120].tolist()
+
+
+def test_a_cell_that_fits_keeps_its_order(vocab: Path) -> None:
+    cells = cells_of([63])
+    batch = collate(CellCollator(tokenizer(vocab)), cells)
+    assert batch["input_ids"][0, 1:].tolist() == cells.genes.tolist()
+
+
+# Targets and samples ------------------------------------------------------------------------------
+
+
+def test_targets_are_hidden_and_labelled(vocab: Path) -> None:
+    cells = cells_of([40, 7, 1, 0, 500])
+    plain = as_dicts(collate(CellCollator(tokenizer(vocab), mlm_probability=None), cells), "expression_values")
+    offsets = np.append(cells.gene_starts, cells.lengths.sum())
+    whole = parts_of(cells, bin_expression(cells.counts, offsets))
+    batch = collate(CellCollator(tokenizer(vocab), mlm_probability=0.4), cells)
+    targets = batch["target_mask"]
+    assert targets.dtype == torch.bool
+    assert targets.sum(1).tolist() == [16, 2, 0, 0, 25]  # rounded down
+    assert (batch["labels"] != NO_LABEL).equal(targets)
+    assert (batch["expression_values"][targets] == -1).all()
+    assert not targets[:, 0].any()
+    assert not targets[~batch["attention_mask"]].any()
+    assert (batch["expression_values"][:, 0] == -2).all()
+    assert (batch["expression_values"][~batch["attention_mask"]] == -2).all()
+    assert (batch["input_ids"][~batch["attention_mask"]] == 0).all()
+    assert (batch["input_ids"][:, 0] == SPECIAL["cls"]).all()
+    merged = torch.where(targets, batch["labels"], batch["expression_values"])
+    for found, expected in zip(as_dicts({**batch, "merged": merged}, "merged"), whole, strict=True):
+        assert found.items() <= expected.items()
+    assert [len(cell) for cell in plain] == [40, 7, 1, 0, 63]
+
+
+def test_of_several_probabilities_one_is_drawn_per_cell(vocab: Path) -> None:
+    batch = collate(CellCollator(tokenizer(vocab), mlm_probability=[0.1, 0.5, 1.0]), cells_of([50] * 600))
+    numbers = Counter(batch["target_mask"].sum(1).tolist())
+    assert set(numbers) == {5, 25, 50}
+    assert min(numbers.values()) > 150  # of 200; six standard deviations are 69
+
+
+def chi_square(counts: np.ndarray, expected: float) -> float:
+    """Chi-square statistic, as standard deviations from its mean."""
+    statistic = ((counts - expected) ** 2 / expected).sum()
+    return float((statistic - (len(counts) - 1)) / np.sqrt(2 * (len(counts) - 1)))
+
+
+@pytest.mark.parametrize(("length", "kept"), [(90, 63), (64, 63), (1000, 63), (65, 63)])
+def test_every_gene_is_sampled_and_hidden_equally_often(vocab: Path, length: int, kept: int) -> None:
+    """Also pairs of neighbours, which share random bits: as often as if drawn apart."""
+    collator, repeats = CellCollator(tokenizer(vocab, value_encoding="raw"), mlm_probability=0.3), 4000
+    genes = np.arange(4, 4 + length, dtype=np.uint16)
+    zeros, sizes = np.zeros(repeats, dtype=np.int64), np.full(repeats, length)
+    cells = CountRows(genes, zeros, np.arange(1, 1 + length, dtype=np.uint16), zeros, sizes)
+    streams = np.random.default_rng(3).integers(0, 2**63, repeats).astype(np.uint64)
+    batch = collator.collate([(np.arange(repeats), cells)], streams)
+    kept_flags = np.zeros((repeats, length), dtype=bool)
+    target_flags = np.zeros((repeats, length), dtype=bool)
+    rows = np.repeat(np.arange(repeats), kept)
+    places = batch["input_ids"][:, 1:].numpy() - 4
+    kept_flags[rows, places.ravel()] = True
+    target_flags[rows, places.ravel()] = batch["target_mask"][:, 1:].numpy().ravel()
+    targets = int(0.3 * kept)
+    assert (kept_flags.sum(1) == kept).all()
+    assert (target_flags.sum(1) == targets).all()
+    # The flags of a repeat are not independent (their sum is fixed), which makes the statistic smaller, not larger.
+    assert chi_square(kept_flags.sum(0), repeats * kept / length) < 5
+    assert chi_square(target_flags.sum(0), repeats * targets / length) < 5
+    for distance in (1, 2, 3, 4):
+        pairs = (target_flags[:, :-distance] & target_flags[:, distance:]).sum()
+        expected = repeats * (length - distance) * targets * (targets - 1) / (length * (length - 1))
+        assert abs(pairs - expected) < 6 * np.sqrt(expected) + 1
+    # Targets are no property of being corrected in or out of the sample: first and last of the kept are like others.
+    shares = target_flags.sum(0) / np.maximum(kept_flags.sum(0), 1)
+    assert abs(shares.mean() - targets / kept) < 0.01
+
+
+def test_unexpressed_genes_fill_up_the_context(vocab: Path) -> None:
+    cells = cells_of([20, 63, 200, 0])
+    collator = CellCollator(tokenizer(vocab), unexpressed_padding=True, mlm_probability=0.5)
+    batch = collate(collator, cells)
+    assert batch["attention_mask"].all()
+    assert batch["target_mask"].sum(1).tolist() == [31] * 4
+    values = torch.where(batch["target_mask"], batch["labels"], batch["expression_values"])
+    for row, (start, length) in enumerate(zip(cells.gene_starts, cells.lengths, strict=True)):
+        own = set(cells.genes[start : start + length].tolist())
+        tokens, found = batch["input_ids"][row, 1:], values[row, 1:]
+        assert len(set(tokens.tolist())) == 63
+        for token, value in zip(tokens.tolist(), found.tolist(), strict=True):
+            assert (value > 0) == (token in own)
+            assert token >= 4
+    assert (values[0, 1:] > 0).sum() == 20
+    assert batch["target_mask"][0, 21:].any()  # unexpressed genes are targets too
+    again = collate(collator, cells_of([20]))
+    assert batch["input_ids"][0].equal(again["input_ids"][0])  # a cell does not depend on its batch
+
+
+def test_a_small_vocabulary_leaves_some_padding(tmp_path: Path) -> None:
+    few = TahoeX1Tokenizer(str(write_vocab(tmp_path, GENES[:30])), context_length=64)
+    starts, sizes = np.zeros(1, dtype=np.int64), np.array([10])
+    cells = CountRows(np.arange(3, 13, dtype=np.uint16), starts, np.ones(10, dtype=np.uint16), starts, sizes)
+    batch = collate(CellCollator(few, unexpressed_padding=True), cells)
+    assert batch["attention_mask"].sum() == 31
+    assert sorted(batch["input_ids"][0, 1:31].tolist()) == list(range(3, 33))
+
+
+# What a cell does not depend on -------------------------------------------------------------------
+
+
+def rows_of(batch: dict[str, Any]) -> list[tuple[list[float], ...]]:
+    names = ("input_ids", "expression_values", "target_mask", "labels")
+    masks = batch["attention_mask"]
+    return [tuple(batch[name][row][masks[row]].tolist() for name in names) for row in range(len(masks))]
+
+
+def test_a_cell_does_not_depend_on_batch_order_or_padding(vocab: Path) -> None:
+    cells = cells_of([10, 500, 63, 0, 900, 30])
+    streams = np.arange(6, dtype=np.uint64) + np.uint64(77)
+    for settings in ({}, {"pad_to_multiple_of": 50}):
+        collator = CellCollator(tokenizer(vocab), **settings)
+        whole = rows_of(collator.collate([(np.arange(6), cells)], streams))
+        order = np.array([4, 0, 3, 5, 1, 2])
+        turned = CountRows(
+            cells.genes, cells.gene_starts[order], cells.counts, cells.count_starts[order], cells.lengths[order]
+        )
+        assert rows_of(collator.collate([(np.arange(6), turned)], streams[order])) == [whole[i] for i in order]
+        for i in range(6):
+            one = CountRows(
+                cells.genes, cells.gene_starts[[i]], cells.counts, cells.count_starts[[i]], cells.lengths[[i]]
+            )
+            assert rows_of(collator.collate([(np.zeros(1, dtype=int), one)], streams[[i]])) == [whole[i]]
+    # in two parts, as cells of two shards come
+    parts = [(order[:2], order[:2]), (order[2:], order[2:])]
+    split = [
+        (rows, CountRows(cells.genes, cells.gene_starts[c], cells.counts, cells.count_starts[c], cells.lengths[c]))
+        for rows, c in parts
+    ]
+    assert rows_of(CellCollator(tokenizer(vocab)).collate(split, streams)) == whole
+
+
+def test_packed_and_padded_hold_the_same(vocab: Path) -> None:
+    cells = cells_of([10, 500, 63, 0, 30])
+    padded = rows_of(collate(CellCollator(tokenizer(vocab)), cells))
+    packed = collate(CellCollator(tokenizer(vocab), packed=True), cells)
+    bounds = packed["cu_seq_lens_q"].tolist()
+    assert "attention_mask" not in packed
+    assert packed["input_ids"].shape == (1, bounds[-1])
+    assert packed["cu_seq_lens_k"].tolist() == bounds
+    assert packed["max_length_q"] == packed["max_length_k"] == 64
+    names = ("input_ids", "expression_values", "target_mask", "labels")
+    for row, (start, stop) in enumerate(pairwise(bounds)):
+        assert tuple(packed[name][0, start:stop].tolist() for name in names) == padded[row]
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.float32])
+def test_the_input_is_not_changed(vocab: Path, dtype: Any) -> None:
+    cells = cells_of([10, 500, 63], dtype=dtype)
+    copies = [getattr(cells, name).copy() for name in ("genes", "counts", "lengths")]
+    for settings in ({}, {"unexpressed_padding": True}, {"packed": True}):
+        first = collate(CellCollator(tokenizer(vocab), **settings), cells)
+        again = collate(CellCollator(tokenizer(vocab), **settings), cells)
+        assert all(np.array_equal(first[name], again[name]) for name in first)
+    for name, copy in zip(("genes", "counts", "lengths"), copies, strict=True):
+        np.testing.assert_array_equal(getattr(cells, name), copy)
+
+
+def test_other_streams_give_other_samples_and_targets(vocab: Path) -> None:
+    cells, collator = cells_of([500, 40]), CellCollator(tokenizer(vocab))
+    first, second = collate(collator, cells, seed=1), collate(collator, cells, seed=2)
+    assert not first["input_ids"][0].equal(second["input_ids"][0])
+    assert not first["target_mask"][1].equal(second["target_mask"][1])
+
+
+# Drugs --------------------------------------------------------------------------------------------
+
+
+def test_the_drug_token_stands_second_and_takes_one_place(vocab: Path) -> None:
+    with_drugs = tokenizer(vocab, drug_to_id={"<pad>": 0, "aspirin": 1, "DMSO": 2})
+    collator = CellCollator(with_drugs)
+    cells = cells_of([500, 10, 0])
+    batch = collate(collator, cells, drug_ids=np.array([2, 0, 1]))
+    assert batch["drug_ids"].tolist() == [2, 0, 1]
+    assert (batch["input_ids"][:, :2] == torch.tensor([1, 3])).all()
+    assert (batch["expression_values"][:, :2] == -2).all()
+    assert not batch["target_mask"][:, :2].any()
+    assert batch["attention_mask"].sum(1).tolist() == [64, 12, 2]
+    assert batch["target_mask"].sum(1).tolist() == [31, 5, 0]
+    with pytest.raises(ValueError, match="drug_ids is missing"):
+        collate(collator, cells)
+    features = [{"genes": [9, 8], "counts": [1, 2], "drug": name} for name in ("DMSO", None, "")]
+    assert collator(features)["drug_ids"].tolist() == [2, 0, 0]
+    with pytest.raises(ValueError, match=r"drug 'water' is not in the tokenizer's table of 3"):
+        collator([{**features[0], "drug": "water"}])
+
+
+# Rows as datasets gives them ----------------------------------------------------------------------
+
+
+def test_rows_of_datasets_are_collated_with_torchs_random_numbers(vocab: Path) -> None:
+    cells = cells_of([500, 40])
+    features = [
+        {"genes": cells.genes[a : a + n].tolist(), "counts": cells.counts[a : a + n].tolist()}
+        for a, n in zip(cells.gene_starts, cells.lengths, strict=True)
+    ]
+    collator = CellCollator(tokenizer(vocab))
+    torch.manual_seed(5)
+    first = collator(features)
+    assert not collator(features)["input_ids"].equal(first["input_ids"])
+    torch.manual_seed(5)
+    again = collator(features)
+    assert all(first[name].equal(again[name]) for name in first)
+    offsets = np.append(cells.gene_starts, cells.lengths.sum())
+    values = torch.where(first["target_mask"], first["labels"], first["expression_values"])
+    whole = parts_of(cells, bin_expression(cells.counts, offsets))
+    for found, expected in zip(as_dicts({**first, "v": values}, "v"), whole, strict=True):
+        assert found.items() <= expected.items()
+
+
+def test_stored_zeros_and_empty_cells(vocab: Path) -> None:
+    batch = CellCollator(tokenizer(vocab), mlm_probability=None)(
+        [{"genes": [5, 6, 7], "counts": [3, 0, 2]}, {"genes": [], "counts": []}]
+    )
+    assert batch["input_ids"].tolist() == [[1, 5, 7], [1, 0, 0]]
+    assert batch["attention_mask"].tolist() == [[True] * 3, [True, False, False]]
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"genes": [5]}, r"has no 'counts', only \['genes'\]"),
+        ({"genes": [5, 6], "counts": [1]}, r"genes of the shape \(2,\)"),
+        ({"genes": [5], "counts": [-1]}, "negative, NaN or infinite"),
+        ({"genes": [5], "counts": [float("nan")]}, "negative, NaN or infinite"),
+        ({"genes": [1], "counts": [1]}, "no gene's: leave <cls> out"),
+        ({"genes": [10**6], "counts": [1]}, "no gene's"),
+        ({"genes": [-5], "counts": [1]}, "no gene's"),
+        ({"genes": ["ENSG"], "counts": [1]}, "no gene's|invalid"),
+    ],
+)
+def test_wrong_rows_are_refused(vocab: Path, row: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        CellCollator(tokenizer(vocab))([row])
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"mlm_probability": 1.5}, "mlm_probability=1.5"),
+        ({"mlm_probability": 0}, "mlm_probability=0"),
+        ({"mlm_probability": []}, "mlm_probability"),
+        ({"mlm_probability": [0.5, -1]}, "mlm_probability"),
+        ({"context_length": 1}, "context_length=1"),
+        ({"packed": True, "unexpressed_padding": True}, "packed=True"),
+        ({"packed": True, "pad_to_multiple_of": 8}, "packed=True"),
+        ({"drug_token": True}, "drug_to_id"),
+    ],
+)
+def test_settings_that_cannot_be_used(vocab: Path, settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        CellCollator(tokenizer(vocab), **settings)
+
+
+def test_tokenizers_that_cannot_train(vocab: Path) -> None:
+    for settings in ({"overflow": "top"}, {"first_gene_raw": True}, {"context_length": None}):
+        with pytest.raises(ValueError, match=next(iter(settings))):
+            CellCollator(tokenizer(vocab, **settings))
+
+
+def test_a_model_takes_the_batch(vocab: Path) -> None:
+    from helpers import tiny_config, tiny_model
+
+    cells = cells_of([10, 500, 63])
+    model = tiny_model(tiny_config(vocab_size=3004))
+    losses = [
+        model(**collate(CellCollator(tokenizer(vocab), **settings), cells)).loss.item()
+        for settings in ({}, {"packed": True}, {"pad_to_multiple_of": 100})
+    ]
+    assert np.isfinite(losses).all()
+    np.testing.assert_allclose(losses, losses[0], rtol=1e-5)
