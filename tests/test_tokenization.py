@@ -13,6 +13,7 @@ import yaml
 from transformers import AutoTokenizer, DataCollatorWithPadding
 
 from tahoex1_hf import TahoeX1Tokenizer
+from tahoex1_hf.data.collator import CellCollator
 from tahoex1_hf.encoding_tahoe_x1 import EncodedCells
 
 VARIANTS = ("a_70m_like", "b_3b_like_chem", "c_glu_post_gqa_avgpool", "d_attn_mask")
@@ -71,9 +72,10 @@ SETTINGS = {
 }
 
 
+@pytest.mark.parametrize("by", ["tokenizer", "training collator"])
 @pytest.mark.parametrize("kind", SETTINGS)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_collations_equal_upstream(golden, variant, kind):
+def test_collations_equal_upstream(golden, variant, kind, by):
     config = yaml.safe_load((golden / variant / "model" / "collator_config.yml").read_text())
     options = {"num_bins": config["num_bins"], "right_binning": config["right_binning"], **SETTINGS[kind]}
     if options.pop("flip", False):  # the file of c, whose config bins to the right, is binned to the left
@@ -84,7 +86,13 @@ def test_collations_equal_upstream(golden, variant, kind):
         names = json.loads((golden / variant / "examples_drugs.json").read_text())
         # upstream reads an unknown drug as no drug; here it is an error
         drugs = [name if name in tokenizer.drug_to_id else None for name in names]
-    batch = tokenizer(examples(golden, variant), drugs=drugs, padding=True, return_tensors="np")
+    if by == "tokenizer":
+        batch = tokenizer(examples(golden, variant), drugs=drugs, padding=True, return_tensors="np")
+    else:
+        rows = [{"genes": genes, "counts": counts} for genes, counts in examples(golden, variant)]
+        rows = rows if drugs is None else [{**row, "drug": drug} for row, drug in zip(rows, drugs, strict=True)]
+        batch = CellCollator(tokenizer, mlm_probability=None)(rows)
+        batch = {name: tensor.numpy() for name, tensor in batch.items()}
     wanted = np.load(golden / variant / f"collate_{kind}.npz")
     special = 1 if drugs is None else 2
     for i, (genes, _) in enumerate(examples(golden, variant)):

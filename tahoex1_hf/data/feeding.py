@@ -12,8 +12,9 @@ import json
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
@@ -22,6 +23,16 @@ from tahoex1_hf.data.collator import CellCollator, CountRows
 from tahoex1_hf.data.order import CellOrder, Cells, MixedOrder
 from tahoex1_hf.data.shard_files import DatasetFolder
 
+# Cells whose lengths are looked up at once, to fill batches up to a number of tokens.
+_LENGTHS_AHEAD = 4096
+
+
+class _Place(NamedTuple):
+    """Cells of an epoch that are done, and how many steps from there a data loader's worker leaves to the others."""
+
+    cells: int
+    skip: int | None = None
+
 
 class CellBatches(IterableDataset):
     """Batches of training cells, to be iterated over as it is, or through a data loader with `batch_size=None`.
@@ -29,7 +40,9 @@ class CellBatches(IterableDataset):
     Args:
         locations: folder or URL of a prepared dataset, or several.
         collator: makes the batches.
-        batch_size: cells of a batch of one process.
+        batch_size: cells of a batch of one process; or
+        batch_tokens: most tokens of a batch of one process, padding not counted as there is none: as many cells as
+            fit, one after the other, for a collator with `packed`. The number of batches is then not known before.
         split: `"train"` or `"validation"`.
         seed: of order, samples and targets.
         shuffle: False keeps the order on disk.
@@ -39,8 +52,8 @@ class CellBatches(IterableDataset):
         window: cells that are shuffled together after the shards are.
         rank: number of this process.
         world_size: number of processes.
-        drop_last: leave out the last cells of an epoch that do not make a full batch for every process; else they
-            are divided among the processes, of which some may then have one batch less.
+        drop_last: leave out the last cells of an epoch that do not make a (with `batch_size`: full) batch for every
+            process; else they are divided among the processes, of which some may then have one batch less.
         num_threads: threads that make batches ahead; 0 makes them when they are asked for.
         prefetch: batches made ahead.
         cache_folder: where remote shards are kept, by default `~/.cache/tahoex1_hf/data` or `TAHOEX1_DATA_CACHE`.
@@ -57,7 +70,8 @@ class CellBatches(IterableDataset):
         locations: str | Path | Sequence[str | Path],
         collator: CellCollator,
         *,
-        batch_size: int,
+        batch_size: int | None = None,
+        batch_tokens: int | None = None,
         split: str = "train",
         seed: int = 0,
         shuffle: bool = True,
@@ -74,13 +88,21 @@ class CellBatches(IterableDataset):
         storage_options: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        if batch_size < 1 or num_threads < 0 or prefetch < 1:
+        if (batch_size is None) == (batch_tokens is None):
+            raise ValueError(f"batch_size={batch_size}, batch_tokens={batch_tokens}: pass one of them.")
+        if batch_tokens is not None and (not collator.packed or batch_tokens < collator.context_length):
+            raise ValueError(
+                f"batch_tokens={batch_tokens} needs a collator with packed=True, and at least its context_length "
+                f"({collator.context_length}), the longest that a cell can be."
+            )
+        if (batch_size is not None and batch_size < 1) or num_threads < 0 or prefetch < 1:
             raise ValueError(f"batch_size={batch_size}, num_threads={num_threads}, prefetch={prefetch}: too small.")
         if not 0 <= rank < world_size:
             raise ValueError(f"rank={rank}, world_size={world_size}: rank must be from 0 to world_size - 1.")
         if epoch_cells is not None and weights is None:
             raise ValueError(f"epoch_cells={epoch_cells} needs weights: without, an epoch is every cell once.")
-        self.collator, self.batch_size, self.seed = collator, batch_size, seed
+        self.collator, self.seed = collator, seed
+        self.batch_size, self.batch_tokens = batch_size, batch_tokens
         self.rank, self.world_size, self.drop_last = rank, world_size, drop_last
         self.num_threads, self.prefetch = num_threads, prefetch
         places = [locations] if isinstance(locations, (str, Path)) else list(locations)
@@ -108,15 +130,17 @@ class CellBatches(IterableDataset):
             self.num_cells = sum(order.num_cells for order in orders) if epoch_cells is None else epoch_cells
             self._mixture = MixedOrder(orders, weights, self.num_cells, seed)
         self.epoch = 0
-        self._start = 0  # step at which the next iteration begins
-        self._next: int | None = None  # step that comes next in the iteration that has begun
-        self._of_worker: tuple[int, int] | None = None  # of which data loader's worker the loaded state is
+        self._start = _Place(0)  # where the next iteration begins
+        self._next: _Place | None = None  # what comes next in the iteration that has begun
         self._identity = self._describe(shuffle, weights, window)
-        if len(self) < 1:
-            raise ValueError(
-                f"batch_size={batch_size}: {self.num_cells} cells do not make a batch for each of {world_size} "
-                "processes; make it smaller, or set drop_last=False."
-            )
+        if batch_size is not None and not len(self):
+            raise self._too_few()
+
+    def _too_few(self) -> ValueError:
+        return ValueError(
+            f"batch_size={self.batch_size}, batch_tokens={self.batch_tokens}: {self.num_cells} cells do not make a "
+            f"batch for each of {self.world_size} processes; make it smaller, or set drop_last=False."
+        )
 
     def _check_vocabulary(self) -> None:
         tokens = json.dumps(sorted(self.collator.tokenizer.get_vocab().items()))
@@ -146,35 +170,39 @@ class CellBatches(IterableDataset):
 
     # Where we are -----------------------------------------------------------------------------------
 
-    @property
-    def cells_per_step(self) -> int:
-        """Cells that all processes take together."""
-        return self.batch_size * self.world_size
-
     def __len__(self) -> int:
-        """Batches of this process in an epoch."""
-        full, rest = divmod(self.num_cells, self.cells_per_step)
-        return full + (not self.drop_last and self._share(rest, self.rank)[0] < self._share(rest, self.rank)[1])
+        """Batches of this process in an epoch.
 
-    def _share(self, cells: int, rank: int) -> tuple[int, int]:
-        """A process's part of the last cells of an epoch, divided as evenly as can be."""
-        return cells * rank // self.world_size, cells * (rank + 1) // self.world_size
+        Raises:
+            TypeError: with `batch_tokens`, where that is known only when all cells have been seen.
+        """
+        if self.batch_size is None:
+            raise TypeError("the number of batches is not known with batch_tokens: train for a number of steps.")
+        full, rest = divmod(self.num_cells, self.batch_size * self.world_size)
+        low, high = self._share(rest)
+        return full + (not self.drop_last and low < high)
+
+    def _share(self, cells: int) -> tuple[int, int]:
+        """This process's part of the cells of a step, divided as evenly as can be."""
+        return cells * self.rank // self.world_size, cells * (self.rank + 1) // self.world_size
 
     def set_epoch(self, epoch: int) -> None:
         """Go to the beginning of an epoch, unless it is the present one."""
         if epoch != self.epoch:
-            self.epoch, self._start, self._next, self._of_worker = epoch, 0, None, None
+            self.epoch, self._start, self._next = epoch, _Place(0), None
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the iteration is: the batch that comes next."""
+        """Where the iteration is: how many cells of the epoch all processes have seen together."""
         worker = get_worker_info()
-        step = self._next
-        if step is None:  # a worker begins as many steps later as its number says
-            step = self._start + (worker.id if worker and self._of_worker is None else 0)
+        place = self._start if self._next is None else self._next
+        if worker and place.skip is None:  # a worker that has not begun
+            place = place._replace(skip=worker.id)
+        workers = worker.num_workers if worker else None
         return {
             "epoch": self.epoch,
-            "worker": [worker.id, worker.num_workers] if worker else None,
-            "cells": step * self.cells_per_step,
+            "cells": place.cells,
+            "skip": place.skip if worker else None,
+            "num_workers": workers,
             "identity": dict(self._identity),
         }
 
@@ -190,64 +218,104 @@ class CellBatches(IterableDataset):
                 f"the state is of other {', '.join(different)}: resume with the datasets and settings that it was "
                 "saved with."
             )
-        step, rest = divmod(state["cells"], self.cells_per_step)
-        if rest:
+        worker = get_worker_info()
+        if state["num_workers"] is not None and (worker is None or worker.num_workers != state["num_workers"]):
             raise ValueError(
-                f"{state['cells']} cells were seen, no multiple of batch_size * world_size = {self.cells_per_step}: "
-                "choose them so that a step has as many cells as before."
+                f"the state is of one of {state['num_workers']} workers of a data loader: resume with as many."
             )
-        self.epoch, self._start, self._next = state["epoch"], step, None
-        self._of_worker = tuple(state["worker"]) if state["worker"] else None
+        if self.batch_size is not None and state["cells"] % (self.batch_size * self.world_size):
+            raise ValueError(
+                f"{state['cells']} cells were seen, no multiple of batch_size * world_size = "
+                f"{self.batch_size * self.world_size}: choose them so that a step has as many cells as before."
+            )
+        self.epoch, self._start, self._next = state["epoch"], _Place(state["cells"], state["skip"]), None
 
     # Batches ----------------------------------------------------------------------------------------
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """The rest of the epoch; in a data loader's worker every so many-th batch, so that the loader's order fits."""
         worker = get_worker_info()
-        first, stride = (worker.id, worker.num_workers) if worker else (0, 1)
-        if self._of_worker is not None:  # the state was taken in this worker: it is where this worker goes on
-            if self._of_worker != (first, stride):
-                raise ValueError(
-                    f"the state is of worker {self._of_worker}, this is {(first, stride)} (number, workers): "
-                    "resume with the same num_workers."
-                )
-            first = 0
-        start = self._start + first
-        self._start, self._of_worker, self._next = 0, None, start
-        for step, batch in self._made_ahead(iter(range(start, len(self), stride))):
-            self._next = step + stride
+        own, stride = (worker.id, worker.num_workers) if worker else (0, 1)
+        place = self._start
+        skip = own if place.skip is None else place.skip
+        self._start, self._next = _Place(0), place._replace(skip=skip if worker else None)
+        steps = islice(self._steps(self.epoch, place.cells), skip, None, stride)
+        for after, batch in self._made_ahead(steps):
+            self._next = _Place(after, stride - 1 if worker else None)
             yield batch
         self.epoch, self._next = self.epoch + 1, None
 
-    def _made_ahead(self, steps: Iterator[int]) -> Iterator[tuple[int, dict[str, Any]]]:
-        if not self.num_threads:
-            for step in steps:
-                yield step, self.batch(self.epoch, step)
+    def _steps(self, epoch: int, position: int) -> Iterator[tuple[int, int, int]]:
+        """Steps from a position on: the position behind each, and this process's cells of it, from and to."""
+        if self.batch_size is None:
+            yield from self._token_steps(epoch, position)
             return
+        full = self.batch_size * self.world_size
+        while position < self.num_cells:
+            cells = min(full, self.num_cells - position)
+            low, high = self._share(cells)
+            if (cells < full and self.drop_last) or low == high:
+                return
+            yield position + cells, position + low, position + high
+            position += cells
+
+    def _token_steps(self, epoch: int, position: int) -> Iterator[tuple[int, int, int]]:
+        """The same with batches filled up to `batch_tokens`: where one ends depends on where it began alone."""
+        assert self.batch_tokens is not None
+        first = position
+        known, sums = position, np.zeros(1, dtype=np.int64)  # tokens of the cells from `known` on, added up
+        while position < self.num_cells:
+            cuts = [position]
+            while len(cuts) <= self.world_size and cuts[-1] < self.num_cells:
+                low = cuts[-1] - known
+                stop = int(np.searchsorted(sums, sums[low] + self.batch_tokens, side="right")) - 1
+                end = known + len(sums) - 1
+                if known + stop == end and end < self.num_cells:  # the batch may go on behind what is known
+                    more = self._lengths(epoch, end, min(end + _LENGTHS_AHEAD, self.num_cells))
+                    sums = np.concatenate([sums[low:], sums[-1] + np.cumsum(more)])
+                    known = cuts[-1]
+                    continue
+                cuts.append(known + stop)
+            if len(cuts) <= self.world_size and self.drop_last and position == first == 0:
+                raise self._too_few()
+            if len(cuts) <= self.world_size and (self.drop_last or len(cuts) <= self.rank + 1):
+                return
+            yield cuts[-1], cuts[self.rank], cuts[self.rank + 1]
+            position = cuts[-1]
+
+    def _lengths(self, epoch: int, start: int, stop: int) -> np.ndarray:
+        """Tokens of cells at positions of an epoch."""
+        num_genes = np.zeros(stop - start, dtype=np.int64)
+        for rows, dataset, shard, shard_rows in self._cells(epoch, start, stop)[0]:
+            num_genes[rows] = self.folders[dataset].shard(shard).cells.lengths[shard_rows]
+        return self.collator.lengths(num_genes)
+
+    def _made_ahead(self, steps: Iterator[tuple[int, int, int]]) -> Iterator[tuple[int, dict[str, Any]]]:
         epoch = self.epoch
+        if not self.num_threads:
+            for after, start, stop in steps:
+                yield after, self.batch(epoch, start, stop)
+            return
         waiting: deque[tuple[int, Future[dict[str, Any]]]] = deque()
         with ThreadPoolExecutor(self.num_threads, thread_name_prefix="cell-batches") as pool:
             try:
-                for step in steps:
-                    waiting.append((step, pool.submit(self.batch, epoch, step)))
+                for after, start, stop in steps:
+                    waiting.append((after, pool.submit(self.batch, epoch, start, stop)))
                     if len(waiting) > self.prefetch:
-                        step, future = waiting.popleft()
-                        yield step, future.result()
+                        done, future = waiting.popleft()
+                        yield done, future.result()
                 while waiting:
-                    step, future = waiting.popleft()
-                    yield step, future.result()
+                    done, future = waiting.popleft()
+                    yield done, future.result()
             finally:
                 pool.shutdown(wait=True, cancel_futures=True)
 
-    def batch(self, epoch: int, step: int) -> dict[str, Any]:
-        """The batch of this process at a step of an epoch."""
-        start = step * self.cells_per_step
-        rest = min(self.num_cells - start, self.cells_per_step)
-        low, high = self._share(rest, self.rank)
-        parts, streams = self._cells(epoch, start + low, start + high)
+    def batch(self, epoch: int, start: int, stop: int) -> dict[str, Any]:
+        """The batch of the cells at positions `start` to `stop` of an epoch."""
+        parts, streams = self._cells(epoch, start, stop)
         self._look_ahead(epoch, start)
         rows_of_parts: list[tuple[np.ndarray, CountRows]] = []
-        drug_ids = np.zeros(high - low, dtype=np.int64) if self.collator.drug_token else None
+        drug_ids = np.zeros(stop - start, dtype=np.int64) if self.collator.drug_token else None
         for rows, dataset, shard_number, shard_rows in parts:
             shard = self.folders[dataset].shard(shard_number)
             rows_of_parts.append((rows, shard.rows(shard_rows)))

@@ -7,7 +7,7 @@ resuming exact, and what lets every process take its own cells without asking th
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -69,6 +69,10 @@ class CellOrder:
         # A few windows are in use at a time: this batch's, and those of batches that are made ahead.
         self._shard_order = lru_cache(maxsize=4)(self._make_shard_order)
         self._cells_of = lru_cache(maxsize=8)(self._window_cells)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Caches stay behind when a data loader's worker process gets a copy."""
+        return CellOrder, (self.sizes.tolist(), self.seed, self.window, self.shuffle)
 
     def cells(self, epoch: int, start: int, stop: int) -> Cells:
         """Cells at positions `start` to `stop` of an epoch. Their streams depend on seed, epoch and cell alone."""
@@ -136,7 +140,12 @@ class MixedOrder:
         if (self.quotas == 0).any():
             raise ValueError(f"weights={list(weights)}: a share below 1 in {_MIX_BLOCK} cannot be mixed.")
         self.orders, self.num_cells, self.seed = list(orders), num_cells, seed
+        self.weights = list(weights)
         self._block = lru_cache(maxsize=8)(self._make_block)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """The same."""
+        return MixedOrder, (self.orders, self.weights, self.num_cells, self.seed)
 
     def cells(self, epoch: int, start: int, stop: int) -> list[tuple[np.ndarray, Cells]]:
         """Cells at positions `start` to `stop` of an epoch: per dataset, their rows among these and the cells."""

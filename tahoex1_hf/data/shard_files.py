@@ -166,6 +166,13 @@ class DatasetFolder:
         self._open: OrderedDict[int, OpenShard] = OrderedDict()
         self._lock = threading.Lock()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Open files stay behind when a data loader's worker process gets a copy."""
+        return {**self.__dict__, "_open": OrderedDict(), "_lock": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.Lock())
+
     def _read_manifest(self) -> dict[str, Any]:
         try:
             if self.cache is None:
