@@ -20,6 +20,7 @@ import pyarrow as pa
 
 from tahoex1_hf.data.columns import add_joined, filter_mask, output_columns, source_columns, to_arrow
 from tahoex1_hf.data.config import CommonSourceConfig, ValidationSplit
+from tahoex1_hf.data.ragged import gather_rows, row_sums
 from tahoex1_hf.data.sources.base import BadInput, CellChunk, CellSource
 from tahoex1_hf.encoding_tahoe_x1 import GeneRows, count_problem, mix64
 
@@ -155,7 +156,7 @@ def _kept(
     rows, metadata = chunk.rows, chunk.metadata
     metadata, misses = add_joined(metadata, config)
     lengths = np.diff(rows.offsets)
-    sums = np.bincount(rows.cells(), weights=rows.counts, minlength=len(lengths))
+    sums = row_sums(rows.counts, rows.offsets)
     drops = {
         "filter": np.zeros(len(lengths), dtype=bool) if not config.filter else ~filter_mask(metadata, config.filter),
         "duplicate_barcode": np.isin(numbers, duplicates),
@@ -179,7 +180,7 @@ def _kept(
             raise BadInput(f"{doubt} Name the layer that holds counts, or set non_integer_counts: keep.")
     statistics.counts += float(kept.counts.sum(dtype=np.float64))
     statistics.max_count = max(statistics.max_count, float(kept.counts.max(initial=0)))
-    compact = GeneRows(kept.tokens.astype(_token_dtype(source)), kept.counts, kept.offsets)
+    compact = GeneRows(kept.tokens.astype(_token_dtype(source), copy=False), kept.counts, kept.offsets)
     return compact, output_columns(metadata[keep], config), numbers[keep]
 
 
@@ -203,12 +204,15 @@ def _batch(
 ) -> pa.RecordBatch:
     lengths = np.diff(rows.offsets)[order]
     offsets = np.concatenate([[0], np.cumsum(lengths)])
-    index = np.repeat(rows.offsets[order] - offsets[:-1], lengths) + np.arange(offsets[-1])
+    genes = np.empty(offsets[-1], dtype=rows.tokens.dtype)
+    counts = np.empty(offsets[-1], dtype=counts_dtype)
+    gather_rows(rows.tokens, rows.offsets[order], lengths, genes)
+    gather_rows(rows.counts, rows.offsets[order], lengths, counts)
     arrow_offsets = pa.array(offsets.astype(np.int32))
     arrays = {
         "key": pa.array(keys[order]),
-        "genes": pa.ListArray.from_arrays(arrow_offsets, pa.array(rows.tokens[index])),
-        "counts": pa.ListArray.from_arrays(arrow_offsets, pa.array(rows.counts[index].astype(counts_dtype))),
+        "genes": pa.ListArray.from_arrays(arrow_offsets, pa.array(genes)),
+        "counts": pa.ListArray.from_arrays(arrow_offsets, pa.array(counts)),
     }
     taken = {name: column.take(pa.array(order)) for name, column in columns.items()}
     return pa.RecordBatch.from_pydict({**arrays, **taken})

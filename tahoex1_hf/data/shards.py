@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from tahoex1_hf.data.columns import unified
 from tahoex1_hf.data.pieces import read_split
+from tahoex1_hf.data.ragged import gather_rows
 
 # Rows of a record batch (Arrow) or row group (Parquet): about 50 MB, what a reader without memory map holds.
 _BATCH_CELLS = 8192
@@ -82,11 +83,10 @@ def write_shard(
     for name in names:
         parts = [batch.column(name) if name in batch.schema.names else pa.nulls(batch.num_rows) for batch in batches]
         if name in ("genes", "counts"):
-            kind = pa.list_(_TYPES[schema.genes if name == "genes" else schema.counts])
-            column = pa.concat_arrays([part.cast(kind) for part in parts])
+            arrays.append(_gathered(parts, order, np.dtype(schema.genes if name == "genes" else schema.counts)))
         else:
             column = unified(parts, schema.columns[name], schema.categories.get(name))
-        arrays.append(column.take(pa.array(order)))
+            arrays.append(column.take(pa.array(order)))
     table = pa.table(arrays, schema=schema.arrow())
     partial = target.with_name(target.name + ".partial")
     if format == "arrow":
@@ -106,6 +106,21 @@ def write_shard(
     )
     os.replace(partial, target)
     return record
+
+
+def _gathered(parts: list[pa.ListArray], order: np.ndarray, dtype: np.dtype) -> pa.ListArray:
+    """Rows of list arrays, put behind each other and then in order."""
+    lengths = np.concatenate([np.diff(np.asarray(part.offsets)) for part in parts]).astype(np.int64)
+    values = np.empty(lengths.sum(), dtype=dtype)
+    place = 0
+    for part in parts:
+        flat = part.flatten().to_numpy(zero_copy_only=False)  # of the rows of the slice alone
+        values[place : place + len(flat)] = flat
+        place += len(flat)
+    target = np.empty_like(values)
+    gather_rows(values, (np.cumsum(lengths) - lengths)[order], lengths[order], target)
+    offsets = np.concatenate([[0], np.cumsum(lengths[order])]).astype(np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(target))
 
 
 def _key_range(batch: pa.RecordBatch, number: int, num_shards: int) -> pa.RecordBatch:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tahoex1_hf.data.ragged import compact_csr
 from tahoex1_hf.encoding_tahoe_x1 import GeneMatch, GeneRows, count_problem, matrix_rows, merge_repeats
 
 if TYPE_CHECKING:
@@ -161,12 +162,30 @@ def chunk_of_matrix(
     Raises:
         BadInput: for negative, NaN and infinite values.
     """
+    if getattr(matrix, "format", None) == "csr" and not match.num_duplicates:
+        chunk = _chunk_of_csr(matrix, match, metadata, len(tokenizer))
+        if chunk is not None:
+            return chunk
     rows, repeats = matrix_rows(matrix, match)
     check_counts(rows, first_cell, tokenizer)
     values = matrix.data if hasattr(matrix, "tocsr") else np.asarray(matrix)
     total = float(np.asarray(values, dtype=np.float64).sum())
     unknown = 0.0 if not match.num_unknown else total - float(rows.counts.astype(np.float64).sum())
     return CellChunk(merge_repeats(rows) if repeats else rows, metadata, unknown)
+
+
+def _chunk_of_csr(matrix: Any, match: GeneMatch, metadata: "pd.DataFrame", num_tokens: int) -> CellChunk | None:
+    """The same, in one pass, for rows in column order with counts that are good; None for others."""
+    tokens = np.empty(matrix.nnz, dtype=np.uint16 if num_tokens <= 2**16 else np.int32)
+    counts = np.empty(matrix.nnz, dtype=np.float32)
+    offsets = np.empty(matrix.shape[0] + 1, dtype=np.int64)
+    values = matrix.data if matrix.data.dtype.kind in "iuf" else matrix.data.astype(np.float32)
+    in_order, unknown, good = compact_csr(
+        matrix.indptr, matrix.indices, values, match.token_ids, tokens, counts, offsets
+    )
+    if not (in_order and good):
+        return None
+    return CellChunk(GeneRows(tokens[: offsets[-1]], counts[: offsets[-1]], offsets), metadata, unknown)
 
 
 def check_counts(rows: GeneRows, first_cell: int, tokenizer: "TahoeX1Tokenizer") -> None:
