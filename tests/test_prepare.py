@@ -290,7 +290,7 @@ def test_metadata_is_renamed_joined_and_keeps_its_types(tmp_path: Path) -> None:
                 metadata={"name": "_index", "type": "cell_type", "drug": "drug", "dose": "dose", "n": "n_genes",
                           "ok": "passed", "plate": "plate"},
                 constants={"study": "test"},
-                join=[{"file": str(tmp_path / "samples.csv"), "on": "sample", "columns": ["drug", "dose"]}],
+                join=[{"file": str(tmp_path / "samples.csv"), "key": "sample", "columns": ["drug", "dose"]}],
             )
         ],
     )  # fmt: skip

@@ -209,7 +209,7 @@ def test_filters_are_comparisons_only(expression: str) -> None:
 def test_tables_to_join_are_checked_first(tmp_path: Path) -> None:
     make_cells(20).write_h5ad(tmp_path / "a.h5ad")
     table = tmp_path / "samples.csv"
-    join = {"file": str(table), "on": "sample", "columns": ["drug"]}
+    join = {"file": str(table), "key": "sample", "columns": ["drug"]}
     table.write_text("sample,drug\ns1,a\ns1,b\n")
     with pytest.raises(ValueError, match=r"several rows with sample='s1'"):
         run(tmp_path, [source(tmp_path / "a.h5ad", join=[join])])

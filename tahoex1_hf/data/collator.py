@@ -148,10 +148,11 @@ class CellCollator:
             stops = starts + width
         input_ids, values = np.empty(shape, dtype=np.int64), np.empty(shape, dtype=np.float32)
         targets, labels = np.empty(shape, dtype=np.bool_), np.empty(shape, dtype=np.float32)
+        attention = np.empty((0, 0) if self.packed else shape, dtype=np.bool_)
         for rows, cells in parts:
-            self._encode(cells, streams[rows], starts[rows], stops[rows], input_ids, values, targets, labels)
-        if self.unexpressed_padding and len(self._unexpressed) < self.room:  # more room than genes
-            lengths = (input_ids != self._pad_token).sum(axis=1)
+            self._encode(
+                cells, streams[rows], starts[rows], stops[rows], input_ids, values, targets, labels, attention
+            )
         batch: dict[str, Any] = {"input_ids": input_ids, "expression_values": values}
         if len(self._mask_probabilities):
             batch |= {"target_mask": targets, "labels": labels}
@@ -159,7 +160,7 @@ class CellCollator:
             boundaries = np.concatenate([[0], stops]).astype(np.int32)
             batch |= {"cu_seq_lens_q": boundaries, "cu_seq_lens_k": boundaries}
         else:
-            batch["attention_mask"] = np.arange(shape[1]) < lengths[:, None]
+            batch["attention_mask"] = attention
         if self.drug_token:
             if drug_ids is None:
                 raise ValueError("drug_ids is missing: a collator with drug_token needs a drug, or 0, for each cell.")

@@ -19,7 +19,7 @@ def source_columns(config: CommonSourceConfig) -> list[str]:
     """The columns that a source itself must give: for the output, the filter and the joins."""
     joined = {column for join in config.join for column in join.columns}
     needed = [*config.metadata.values(), *(filter_columns(config.filter) if config.filter else ())]
-    needed += [join.on for join in config.join]
+    needed += [join.key for join in config.join]
     return [name for name in dict.fromkeys(needed) if name not in joined]
 
 
@@ -27,8 +27,8 @@ def add_joined(metadata: pd.DataFrame, config: CommonSourceConfig) -> tuple[pd.D
     """Add the columns of the joined tables; also returns for how many cells some table has no row."""
     missed = np.zeros(len(metadata), dtype=bool)
     for join in config.join:
-        table = _join_table(join.file, join.on, tuple(join.columns))
-        rows = table.index.get_indexer(metadata[join.on].astype(str))
+        table = _join_table(join.file, join.key, tuple(join.columns))
+        rows = table.index.get_indexer(metadata[join.key].astype(str))
         missed |= rows < 0
         for column in join.columns:
             metadata[column] = table[column].take(rows.clip(min=0)).where(rows >= 0).array
@@ -36,22 +36,22 @@ def add_joined(metadata: pd.DataFrame, config: CommonSourceConfig) -> tuple[pd.D
 
 
 @lru_cache(maxsize=8)
-def _join_table(file: str, on: str, columns: tuple[str, ...]) -> pd.DataFrame:
+def _join_table(file: str, key: str, columns: tuple[str, ...]) -> pd.DataFrame:
     table = pd.read_parquet(file) if file.endswith(".parquet") else pd.read_csv(file, sep=None, engine="python")
-    missing = [name for name in (on, *columns) if name not in table.columns]
+    missing = [name for name in (key, *columns) if name not in table.columns]
     if missing:
         raise ValueError(f"join: {file} has no column {missing[0]!r}; there are {sorted(table.columns)}.")
-    table.index = pd.Index(table[on].astype(str))
+    table.index = pd.Index(table[key].astype(str))
     repeated = table.index[table.index.duplicated()]
     if len(repeated):
-        raise ValueError(f"join: {file} has several rows with {on}={repeated[0]!r}: one per key is needed.")
+        raise ValueError(f"join: {file} has several rows with {key}={repeated[0]!r}: one per key is needed.")
     return table[list(columns)]
 
 
 def check_joins(joins: Iterable[JoinConfig]) -> None:
     """Read the tables, so that what is wrong with them is found before the cells are read."""
     for join in joins:
-        _join_table(join.file, join.on, tuple(join.columns))
+        _join_table(join.file, join.key, tuple(join.columns))
 
 
 def filter_mask(metadata: pd.DataFrame, expression: str) -> np.ndarray:

@@ -23,7 +23,7 @@ class JoinConfig(Strict):
 
     file: str
     """CSV (`.csv`, `.csv.gz`, `.tsv`) or Parquet."""
-    on: str
+    key: str
     """Column of the cells and of the table whose values must be equal."""
     columns: list[str] = Field(min_length=1)
     """Columns of the table to add. `metadata` names those to be written."""

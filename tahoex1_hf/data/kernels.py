@@ -337,6 +337,7 @@ def encode_cells(
     expression_values: np.ndarray,
     target_mask: np.ndarray,
     labels: np.ndarray,
+    attention_mask: np.ndarray,
 ) -> None:
     """Encode cells into places of flat output arrays.
 
@@ -367,6 +368,7 @@ def encode_cells(
         expression_values: float32, written.
         target_mask: bool, written.
         labels: float32, written: the value at targets, `NO_LABEL` elsewhere.
+        attention_mask: bool, written: False at padding. Empty where there is none.
     """
     longest = 1
     for cell in range(len(lengths)):
@@ -425,3 +427,6 @@ def encode_cells(
         target_mask[place + used : stop] = False
         labels[start:place] = NO_LABEL
         labels[place + used : stop] = NO_LABEL
+        if len(attention_mask):
+            attention_mask[start : place + used] = True
+            attention_mask[place + used : stop] = False
