@@ -52,9 +52,12 @@ def prepare(
 
     A run that was stopped goes on where it was when the same command is given again.
     """
-    from tahoex1_hf.data.config import parse_config, read_config
-    from tahoex1_hf.data.prepare import prepare as prepare_dataset
-
+    try:
+        from tahoex1_hf.data.config import parse_config, read_config
+        from tahoex1_hf.data.prepare import prepare as prepare_dataset
+    except ImportError as error:
+        typer.echo(f"Error: {error.name} is missing: pip install 'tahoex1_hf[data]'.", err=True)
+        raise typer.Exit(1) from None
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
     simple = {"metadata": metadata, "gene_id_column": gene_id_column, "gene_symbols": gene_symbols, "layer": layer}
     validation = None if validation_fraction is None else {"fraction": validation_fraction}
@@ -78,7 +81,7 @@ def prepare(
             given = {key: value for key, value in common.items() if value is not None}
             parsed = parse_config({**given, "sources": simple_sources(inputs or [], **simple)}, "tahoex1 prepare")
         manifest = prepare_dataset(parsed, num_proc, overwrite)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (ImportError, OSError, ValueError, RuntimeError) as error:  # ImportError: names the extra
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
