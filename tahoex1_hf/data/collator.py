@@ -96,24 +96,27 @@ class CellCollator:
         )
         vocabulary = tokenizer.get_vocab()
         ids = [vocabulary[str(tokenizer.cls_token)], *([vocabulary["<drug>"]] if self.drug_token else [])]
-        self._special_tokens = np.array(ids, dtype=np.int64)
-        self._pad_token = vocabulary[str(tokenizer.pad_token)]
-        self._num_tokens = max(vocabulary.values()) + 1
-        self._unexpressed = np.flatnonzero(tokenizer.is_gene) if unexpressed_padding else np.zeros(0, dtype=np.int64)
-        self._mask_probabilities = probabilities
-        self._mask_value = np.float32(mask_value)
-        self._quantiles = torch.linspace(0, 1, tokenizer.num_bins - 1, dtype=torch.float32).numpy()
-
-    @property
-    def room(self) -> int:
-        """Most genes of a cell."""
-        return self.context_length - len(self._special_tokens)
+        self._settings = kernels.Settings(
+            special_tokens=np.array(ids, dtype=np.int64),
+            pad_token=vocabulary[str(tokenizer.pad_token)],
+            pad_value=np.float32(tokenizer.pad_value),
+            mask_value=np.float32(mask_value),
+            room=length - len(ids),
+            sample=tokenizer.overflow == "sample",
+            encoding=_ENCODINGS[tokenizer.value_encoding],
+            quantiles=torch.linspace(0, 1, tokenizer.num_bins - 1, dtype=torch.float32).numpy(),
+            right=tokenizer.right_binning,
+            target_sum=float(tokenizer.target_sum),
+            mask_probabilities=probabilities,
+            unexpressed=np.flatnonzero(tokenizer.is_gene) if unexpressed_padding else np.zeros(0, dtype=np.int64),
+            num_tokens=max(vocabulary.values()) + 1,
+        )
 
     def lengths(self, num_genes: np.ndarray) -> np.ndarray:
         """Tokens of cells with so many genes, before padding."""
         if self.unexpressed_padding:
             return np.full(len(num_genes), self.context_length, dtype=np.int64)
-        return np.minimum(num_genes, self.room) + len(self._special_tokens)
+        return np.minimum(num_genes, self._settings.room) + len(self._settings.special_tokens)
 
     def collate(
         self,
@@ -146,21 +149,36 @@ class CellCollator:
             width = padded_length(lengths, self.pad_to_multiple_of)
             starts, shape = np.arange(num_cells) * width, (num_cells, width)
             stops = starts + width
-        input_ids, values = np.empty(shape, dtype=np.int64), np.empty(shape, dtype=np.float32)
-        targets, labels = np.empty(shape, dtype=np.bool_), np.empty(shape, dtype=np.float32)
-        attention = np.empty((0, 0) if self.packed else shape, dtype=np.bool_)
+        arrays = kernels.Output(
+            input_ids=np.empty(shape, dtype=np.int64),
+            expression_values=np.empty(shape, dtype=np.float32),
+            target_mask=np.empty(shape, dtype=np.bool_),
+            labels=np.empty(shape, dtype=np.float32),
+            attention_mask=np.empty((0, 0) if self.packed else shape, dtype=np.bool_),
+        )
+        flat = kernels.Output(*(array.reshape(-1) for array in arrays))
         for rows, cells in parts:
-            self._encode(
-                cells, streams[rows], starts[rows], stops[rows], input_ids, values, targets, labels, attention
+            kernels.encode_cells(
+                cells.genes,
+                cells.gene_starts,
+                cells.counts,
+                cells.count_starts,
+                cells.counts.dtype == np.uint16,
+                cells.lengths,
+                streams[rows],
+                starts[rows],
+                stops[rows],
+                self._settings,
+                flat,
             )
-        batch: dict[str, Any] = {"input_ids": input_ids, "expression_values": values}
-        if len(self._mask_probabilities):
-            batch |= {"target_mask": targets, "labels": labels}
+        batch: dict[str, Any] = {"input_ids": arrays.input_ids, "expression_values": arrays.expression_values}
+        if len(self._settings.mask_probabilities):
+            batch |= {"target_mask": arrays.target_mask, "labels": arrays.labels}
         if self.packed:
             boundaries = np.concatenate([[0], stops]).astype(np.int32)
             batch |= {"cu_seq_lens_q": boundaries, "cu_seq_lens_k": boundaries}
         else:
-            batch["attention_mask"] = attention
+            batch["attention_mask"] = arrays.attention_mask
         if self.drug_token:
             if drug_ids is None:
                 raise ValueError("drug_ids is missing: a collator with drug_token needs a drug, or 0, for each cell.")
@@ -170,36 +188,6 @@ class CellCollator:
             longest = int(lengths.max(initial=0))
             tensors |= {"max_length_q": longest, "max_length_k": longest}
         return tensors
-
-    def _encode(
-        self, cells: CountRows, streams: np.ndarray, starts: np.ndarray, stops: np.ndarray, *out: np.ndarray
-    ) -> None:
-        tokenizer = self.tokenizer
-        kernels.encode_cells(
-            cells.genes,
-            cells.gene_starts,
-            cells.counts,
-            cells.count_starts,
-            cells.counts.dtype == np.uint16,
-            cells.lengths,
-            streams,
-            starts,
-            stops,
-            self._special_tokens,
-            self._pad_token,
-            np.float32(tokenizer.pad_value),
-            self._mask_value,
-            self.room,
-            tokenizer.overflow == "sample",
-            _ENCODINGS[tokenizer.value_encoding],
-            self._quantiles,
-            tokenizer.right_binning,
-            tokenizer.target_sum,
-            self._mask_probabilities,
-            self._unexpressed,
-            self._num_tokens,
-            *(array.reshape(-1) for array in out),
-        )
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Make a batch of rows of a prepared dataset, as `datasets` gives them: `genes`, `counts`, `drug`.

@@ -6,7 +6,7 @@ What a cell becomes depends on its counts and on its stream of random numbers al
 the quantiles come from a histogram, and every gene looks its bin up.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
@@ -24,6 +24,58 @@ _MIX1 = np.uint64(0xBF58476D1CE4E5B9)
 _MIX2 = np.uint64(0x94D049BB133111EB)
 _LOW16 = np.uint64(0xFFFF)
 _27, _30, _31, _32 = (np.uint64(bits) for bits in (27, 30, 31, 32))
+
+
+class Settings(NamedTuple):
+    """What all cells are encoded with.
+
+    Attributes:
+        special_tokens: int64, what each cell begins with (`<cls>`, `<drug>`).
+        pad_token: put behind the cell, up to its stop.
+        pad_value: float32, expression value of special tokens and padding.
+        mask_value: float32, expression value of targets.
+        room: most genes of a cell.
+        sample: draw the genes of cells that have more; else take the first.
+        encoding: `BINS`, `LOG1P` or `RAW`.
+        quantiles: `(num_bins - 1,)` float32, `torch.linspace(0, 1, num_bins - 1)`.
+        right: see `bin_expression`.
+        target_sum: sum of a cell before the logarithm.
+        mask_probabilities: float64, share of the genes to predict, one drawn per cell; empty for no targets at all.
+        unexpressed: int64 ids of all genes, to fill up cells with genes that they do not express; empty for none.
+        num_tokens: above all token ids.
+    """
+
+    special_tokens: np.ndarray
+    pad_token: int
+    pad_value: np.float32
+    mask_value: np.float32
+    room: int
+    sample: bool
+    encoding: int
+    quantiles: np.ndarray
+    right: bool
+    target_sum: float
+    mask_probabilities: np.ndarray
+    unexpressed: np.ndarray
+    num_tokens: int
+
+
+class Output(NamedTuple):
+    """Flat arrays that are written to, one element per token.
+
+    Attributes:
+        input_ids: int64.
+        expression_values: float32.
+        target_mask: bool.
+        labels: float32, the value at targets, `NO_LABEL` elsewhere.
+        attention_mask: bool, False at padding. Empty where there is none.
+    """
+
+    input_ids: np.ndarray
+    expression_values: np.ndarray
+    target_mask: np.ndarray
+    labels: np.ndarray
+    attention_mask: np.ndarray
 
 
 @intrinsic
@@ -226,25 +278,24 @@ def _are_whole(counts: np.ndarray, start: int, length: int) -> bool:
 
 @numba.njit(nogil=True, cache=True)
 def _value_rule(
-    counts: np.ndarray, start: int, length: int, whole_counts: bool, encoding: int, quantiles: np.ndarray,
-    right: bool, histogram: np.ndarray, tail: np.ndarray, values: np.ndarray, upto: np.ndarray, edges: np.ndarray,
-    table: np.ndarray,
+    counts: np.ndarray, start: int, length: int, whole_counts: bool, settings: Settings, histogram: np.ndarray,
+    tail: np.ndarray, values: np.ndarray, upto: np.ndarray, edges: np.ndarray, table: np.ndarray,
 ) -> tuple[bool, float]:  # fmt: skip
     """How the counts of a cell become values: bin edges and a table of the bins of small counts, or their sum."""
     whole, total = True, 0.0
-    if length and encoding == BINS:
+    if length and settings.encoding == BINS:
         whole = whole_counts or _are_whole(counts, start, length)
         if whole:
             rows = _distinct_counts(counts, start, length, histogram, tail, values, upto)
         else:
             rows = _sorted_values(counts, start, length, values, upto)
-        _quantile_edges(values, upto, length, quantiles, edges)
+        _quantile_edges(values, upto, length, settings.quantiles, edges)
         if whole:
             for row in range(rows):
                 if values[row] >= _SMALL:
                     break
-                table[np.int64(values[row])] = _bin(values[row], edges, right)
-    elif encoding == LOG1P:
+                table[np.int64(values[row])] = _bin(values[row], edges, settings.right)
+    elif settings.encoding == LOG1P:
         for i in range(length):
             total += np.float64(counts[start + i])
     return whole, total
@@ -252,30 +303,29 @@ def _value_rule(
 
 @numba.njit(nogil=True, cache=True)
 def _fill_unexpressed(
-    tokens: np.ndarray, candidates: np.ndarray, seen: np.ndarray, state: np.uint64, input_ids: np.ndarray, place: int,
-    wanted: int,
-) -> None:  # fmt: skip
-    """Put `wanted` random genes other than `tokens` at `place`; `seen` is all False before and after."""
+    tokens: np.ndarray, candidates: np.ndarray, seen: np.ndarray, state: np.uint64, target: np.ndarray
+) -> None:
+    """Fill `target` with random genes other than `tokens`; `seen` is all False before and after."""
     for token in tokens:
         seen[token] = True
     done = 0
-    while done < wanted:
+    while done < len(target):
         state += _GAMMA
         gene = candidates[_below(state, len(candidates))]
         if not seen[gene]:
             seen[gene] = True
-            input_ids[place + done] = gene
+            target[done] = gene
             done += 1
     for token in tokens:
         seen[token] = False
-    for i in range(wanted):
-        seen[input_ids[place + i]] = False
+    for gene in target:
+        seen[gene] = False
 
 
 @numba.njit(nogil=True, cache=True)
 def _write_values(
-    tokens: np.ndarray, counts: np.ndarray, chosen: np.ndarray, whole: bool, encoding: int, table: np.ndarray,
-    edges: np.ndarray, right: bool, total: float, target_sum: float, input_ids: np.ndarray, values: np.ndarray,
+    tokens: np.ndarray, counts: np.ndarray, chosen: np.ndarray, whole: bool, total: float, settings: Settings,
+    table: np.ndarray, edges: np.ndarray, input_ids: np.ndarray, values: np.ndarray,
 ) -> None:  # fmt: skip
     """Tokens and values of the chosen genes; those behind the cell's own are unexpressed and have their token."""
     length = np.uint64(len(counts))
@@ -286,13 +336,13 @@ def _write_values(
             continue
         input_ids[i] = tokens[gene]
         count = counts[gene]
-        if encoding == BINS:
+        if settings.encoding == BINS:
             if whole and count < _SMALL:
                 values[i] = table[np.uint64(count)]
             else:
-                values[i] = _bin(np.float32(count), edges, right)
-        elif encoding == LOG1P:
-            values[i] = np.log1p(np.float64(count) / (total + 1e-9) * target_sum)
+                values[i] = _bin(np.float32(count), edges, settings.right)
+        elif settings.encoding == LOG1P:
+            values[i] = np.log1p(np.float64(count) / (total + 1e-9) * settings.target_sum)
         else:
             values[i] = count
 
@@ -310,6 +360,23 @@ def _hide_targets(
 
 
 @numba.njit(nogil=True, cache=True)
+def _finish(settings: Settings, output: Output, start: int, place: int, end: int, stop: int) -> None:
+    """Special tokens before a cell's genes, which lie from `place` to `end`, and padding behind."""
+    for i in range(len(settings.special_tokens)):
+        output.input_ids[start + i] = settings.special_tokens[i]
+    output.input_ids[end:stop] = settings.pad_token
+    output.expression_values[start:place] = settings.pad_value
+    output.expression_values[end:stop] = settings.pad_value
+    output.target_mask[start:place] = False
+    output.target_mask[end:stop] = False
+    output.labels[start:place] = NO_LABEL
+    output.labels[end:stop] = NO_LABEL
+    if len(output.attention_mask):
+        output.attention_mask[start:end] = True
+        output.attention_mask[end:stop] = False
+
+
+@numba.njit(nogil=True, cache=True)
 def encode_cells(
     genes: np.ndarray,
     gene_starts: np.ndarray,
@@ -320,24 +387,8 @@ def encode_cells(
     streams: np.ndarray,
     starts: np.ndarray,
     stops: np.ndarray,
-    special_tokens: np.ndarray,
-    pad_token: int,
-    pad_value: np.float32,
-    mask_value: np.float32,
-    room: int,
-    sample: bool,
-    encoding: int,
-    quantiles: np.ndarray,
-    right: bool,
-    target_sum: float,
-    mask_probabilities: np.ndarray,
-    unexpressed: np.ndarray,
-    num_tokens: int,
-    input_ids: np.ndarray,
-    expression_values: np.ndarray,
-    target_mask: np.ndarray,
-    labels: np.ndarray,
-    attention_mask: np.ndarray,
+    settings: Settings,
+    output: Output,
 ) -> None:
     """Encode cells into places of flat output arrays.
 
@@ -351,24 +402,8 @@ def encode_cells(
         streams: `(cells,)` uint64, where each cell's random numbers start.
         starts: `(cells,)` first place of each cell in the output.
         stops: `(cells,)` place behind its last, padding included.
-        special_tokens: what each cell begins with (`<cls>`, `<drug>`).
-        pad_token: put behind the cell, up to its stop.
-        pad_value: expression value of special tokens and padding.
-        mask_value: expression value of targets.
-        room: most genes of a cell.
-        sample: draw the genes of cells that have more; else take the first.
-        encoding: `BINS`, `LOG1P` or `RAW`.
-        quantiles: `(num_bins - 1,)` float32, `torch.linspace(0, 1, num_bins - 1)`.
-        right: see `bin_expression`.
-        target_sum: sum of a cell before the logarithm.
-        mask_probabilities: share of the genes to predict, one drawn per cell; empty for no targets at all.
-        unexpressed: token ids of all genes, to fill up cells with genes that they do not express; empty for none.
-        num_tokens: above all token ids.
-        input_ids: int64, written.
-        expression_values: float32, written.
-        target_mask: bool, written.
-        labels: float32, written: the value at targets, `NO_LABEL` elsewhere.
-        attention_mask: bool, written: False at padding. Empty where there is none.
+        settings: for all cells.
+        output: written.
     """
     longest = 1
     for cell in range(len(lengths)):
@@ -379,9 +414,9 @@ def encode_cells(
     tail = np.empty(longest, np.float32)
     values = np.empty(longest + _SMALL, np.float32)
     upto = np.empty(longest + _SMALL, np.int64)
-    edges = np.empty(len(quantiles), np.float32)
+    edges = np.empty(len(settings.quantiles), np.float32)
     table = np.zeros(_SMALL, np.float32)
-    seen = np.zeros(num_tokens if len(unexpressed) else 0, np.bool_)
+    seen = np.zeros(settings.num_tokens if len(settings.unexpressed) else 0, np.bool_)
     for cell in range(len(lengths)):
         if cell + 1 < len(lengths):  # cells lie anywhere in memory: have the next one loaded meanwhile
             for i in range(0, lengths[cell + 1], 64 // genes.itemsize):
@@ -390,43 +425,37 @@ def encode_cells(
                 _prefetch(counts, count_starts[cell + 1] + i)
         length, first_gene, first_count = lengths[cell], gene_starts[cell], count_starts[cell]
         start, stop, state = starts[cell], stops[cell], streams[cell]
-        place = start + len(special_tokens)
-        kept = min(length, room)
+        place = start + len(settings.special_tokens)
+        kept = min(length, settings.room)
         filled = 0
-        if len(unexpressed):
-            filled = max(min(stop - place - kept, len(unexpressed) - length), 0)
+        if len(settings.unexpressed):
+            filled = max(min(stop - place - kept, len(settings.unexpressed) - length), 0)
         used = kept + filled
         targets = 0
-        if len(mask_probabilities):
+        if len(settings.mask_probabilities):
             state += _GAMMA
-            targets = np.int64(mask_probabilities[_below(state, len(mask_probabilities))] * used)
+            choice = _below(state, len(settings.mask_probabilities))
+            targets = np.int64(settings.mask_probabilities[choice] * used)
         whole, total = _value_rule(
-            counts, first_count, length, whole_counts, encoding, quantiles, right, histogram, tail, values, upto,
-            edges, table
-        )  # fmt: skip
+            counts, first_count, length, whole_counts, settings, histogram, tail, values, upto, edges, table
+        )
         for i in range(length):
             tokens[i] = genes[first_gene + i]  # in order, so that memory is read ahead; the choice then hits the cache
         # Where genes are filled in, all are kept, and the targets are chosen among the cell's and the others.
-        state = _choose(length + filled, used, targets, sample, state, chosen)
+        state = _choose(length + filled, used, targets, settings.sample, state, chosen)
+        ids = output.input_ids[place : place + used]
+        cell_values = output.expression_values[place : place + used]
         if filled:
-            _fill_unexpressed(tokens[:length], unexpressed, seen, state, input_ids, place + kept, filled)
+            _fill_unexpressed(tokens[:length], settings.unexpressed, seen, state, ids[kept:])
         _write_values(
-            tokens, counts[first_count : first_count + length], chosen[:used], whole, encoding, table, edges, right,
-            total, target_sum, input_ids[place : place + used], expression_values[place : place + used]
+            tokens, counts[first_count : first_count + length], chosen[:used], whole, total, settings, table, edges,
+            ids, cell_values
         )  # fmt: skip
         _hide_targets(
-            chosen, mask_value, expression_values[place : place + used], target_mask[place : place + used],
-            labels[place : place + used]
-        )  # fmt: skip
-        for i in range(len(special_tokens)):
-            input_ids[start + i] = special_tokens[i]
-        expression_values[start:place] = pad_value
-        input_ids[place + used : stop] = pad_token
-        expression_values[place + used : stop] = pad_value
-        target_mask[start:place] = False
-        target_mask[place + used : stop] = False
-        labels[start:place] = NO_LABEL
-        labels[place + used : stop] = NO_LABEL
-        if len(attention_mask):
-            attention_mask[start : place + used] = True
-            attention_mask[place + used : stop] = False
+            chosen,
+            settings.mask_value,
+            cell_values,
+            output.target_mask[place : place + used],
+            output.labels[place : place + used],
+        )
+        _finish(settings, output, start, place, place + used, stop)

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy.sparse import csr_matrix
 
 from tahoex1_hf.data.config import AnnDataSource
 from tahoex1_hf.data.sources.base import (
@@ -22,7 +21,8 @@ from tahoex1_hf.data.sources.base import (
     chunk_of_matrix,
     matched_genes,
 )
-from tahoex1_hf.data.sources.by_gene import chunk_bounds, read_spooled, spool_entries
+from tahoex1_hf.data.sources.by_gene import read_spooled, spool_entries
+from tahoex1_hf.data.sources.csr import check_indptr, read_rows
 from tahoex1_hf.data.sources.files import expand_paths, is_zarr_store, local_fingerprint
 from tahoex1_hf.encoding_tahoe_x1 import GeneMatch
 from tahoex1_hf.reading import read_gene_symbols
@@ -49,7 +49,7 @@ class AnnDataFiles(CellSource):
             if shape != (num_cells, genes.num_genes):
                 raise BadInput(f"its counts have the shape {shape} for {num_cells} cells and {genes.num_genes} genes.")
             if _format(matrix) != "dense":
-                _check_indptr(matrix, shape[0] if _format(matrix) == "csr" else shape[1])
+                check_indptr(matrix, shape[0] if _format(matrix) == "csr" else shape[1])
             return FileReport(
                 num_cells=num_cells,
                 fingerprint=local_fingerprint(path),
@@ -90,13 +90,7 @@ class AnnDataFiles(CellSource):
         if kind == "csc":
             yield from read_spooled(self._spooled(path), start, stop, num_genes)
         elif kind == "csr":
-            indptr = np.asarray(matrix["indptr"][start : stop + 1], dtype=np.int64)
-            for low, high in chunk_bounds(indptr):
-                a, b = int(indptr[low]), int(indptr[high])
-                data, indices = matrix["data"][a:b], matrix["indices"][a:b]
-                if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < num_genes:
-                    raise BadInput(f"column numbers of its counts lie outside 0..{num_genes - 1}: it is corrupt.")
-                yield csr_matrix((data, indices, indptr[low : high + 1] - a), shape=(high - low, num_genes))
+            yield from read_rows(matrix, start, stop, num_genes)
         else:
             step = max(1, CHUNK_ELEMENTS // num_genes)
             for low in range(start, stop, step):
@@ -166,14 +160,6 @@ def _shape(matrix: Any) -> tuple[int, int]:
     if shape is None or len(shape) != 2:
         raise BadInput(f"its counts have the shape {shape}, not cells x genes.")
     return int(shape[0]), int(shape[1])
-
-
-def _check_indptr(matrix: Any, num_lines: int) -> None:
-    indptr = np.asarray(matrix["indptr"][:], dtype=np.int64)
-    total = matrix["data"].shape[0]
-    good = len(indptr) == num_lines + 1 and indptr[0] == 0 and indptr[-1] == total and (np.diff(indptr) >= 0).all()
-    if not good or matrix["indices"].shape[0] != total:
-        raise BadInput("the index of its sparse counts (indptr) does not fit them: the file is cut off or corrupt.")
 
 
 def _csc_entries(matrix: Any) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:

@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 from scipy.sparse import csr_matrix
 
-from tahoex1_hf.data.sources.base import CHUNK_ELEMENTS, BadInput
+from tahoex1_hf.data.sources.base import BadInput
+from tahoex1_hf.data.sources.csr import chunk_bounds
 
 _PARTS = {"cells": np.uint32, "genes": np.int32, "counts": np.float32}
 
@@ -76,13 +77,3 @@ def _part(folder: Path, piece: int, name: str) -> np.ndarray:
     if not path.is_file():  # a piece in which no gene is expressed
         return np.zeros(0, dtype=_PARTS[name])
     return np.memmap(path, dtype=_PARTS[name], mode="r")
-
-
-def chunk_bounds(indptr: np.ndarray, elements: int = CHUNK_ELEMENTS) -> Iterator[tuple[int, int]]:
-    """Cut rows into ranges of at most `elements` stored entries, but at least one row each."""
-    start, last = 0, len(indptr) - 1
-    while start < last:
-        stop = int(np.searchsorted(indptr, indptr[start] + elements, side="right")) - 1
-        stop = min(max(stop, start + 1), last)
-        yield start, stop
-        start = stop

@@ -24,7 +24,8 @@ from tahoex1_hf.data.sources.base import (
     chunk_of_matrix,
     matched_genes,
 )
-from tahoex1_hf.data.sources.by_gene import chunk_bounds, read_spooled, spool_entries
+from tahoex1_hf.data.sources.by_gene import read_spooled, spool_entries
+from tahoex1_hf.data.sources.csr import check_indptr, read_rows
 from tahoex1_hf.data.sources.files import expand_paths, local_fingerprint
 from tahoex1_hf.encoding_tahoe_x1 import GeneMatch
 from tahoex1_hf.reading import read_gene_symbols
@@ -58,7 +59,7 @@ class TenXFiles(CellSource):
             else:
                 with _matrix_group(path) as group:
                     shape = int(group["shape"][0]), int(group["shape"][1])
-                    _check_indptr(group, num_cells)
+                    check_indptr(group, num_cells)
             if shape != (len(features.ids), num_cells):
                 raise BadInput(
                     f"its matrix has the shape {shape} for {len(features.ids)} genes and {num_cells} cells."
@@ -104,13 +105,7 @@ class TenXFiles(CellSource):
             yield from read_spooled(self._spooled(path), start, stop, num_genes)
             return
         with _matrix_group(path) as group:
-            indptr = np.asarray(group["indptr"][start : stop + 1], dtype=np.int64)
-            for low, high in chunk_bounds(indptr):
-                a, b = int(indptr[low]), int(indptr[high])
-                data, indices = group["data"][a:b], group["indices"][a:b]
-                if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < num_genes:
-                    raise BadInput(f"row numbers of its matrix lie outside 0..{num_genes - 1}: it is corrupt.")
-                yield csr_matrix((data, indices, indptr[low : high + 1] - a), shape=(high - low, num_genes))
+            yield from read_rows(group, start, stop, num_genes)
 
     def _match(self, features: _Features) -> GeneMatch:
         """Only the features that are genes are looked up: antibodies and guides are none."""
@@ -202,14 +197,6 @@ def _matrix_group(path: str) -> Iterator[Any]:
                 f"it has {len(groups)} matrices ({groups or list(file)}); Cell Ranger writes one for one genome."
             )
         yield file[groups[0]]
-
-
-def _check_indptr(group: Any, num_cells: int) -> None:
-    indptr = np.asarray(group["indptr"][:], dtype=np.int64)
-    total = group["data"].shape[0]
-    good = len(indptr) == num_cells + 1 and indptr[0] == 0 and indptr[-1] == total and (np.diff(indptr) >= 0).all()
-    if not good or group["indices"].shape[0] != total:
-        raise BadInput("the index of its matrix (indptr) does not fit it: the file is cut off or corrupt.")
 
 
 def _mtx_header(path: str) -> tuple[int, int, int, int]:
