@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +14,15 @@ import pytest
 from cells import read_dataset, write_cells
 from pydantic import BaseModel
 from scipy.sparse import csr_matrix
+from typer.testing import CliRunner
 
+from tahoex1_hf.cli import app
 from tahoex1_hf.data import config as config_module
 from tahoex1_hf.data.config import parse_config, read_config
 from tahoex1_hf.data.prepare import prepare
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples" / "configs" / "data"
+SYMBOLS = EXAMPLES.parents[1] / "pbmc68k_symbol_to_ensembl.csv"
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.stem)
@@ -149,40 +150,56 @@ def test_every_kind_of_source_gives_the_same_real_cells(tmp_path: Path, shared_d
     assert {"csr", "csc", "dense", "zarr", "10x_h5", "10x_mtx", "mds", "tahoe-100m"} <= set(sources)
 
 
-def test_pbmc_counts_with_gene_symbols(tmp_path: Path, shared_data: Any) -> None:
-    """The cells that every scanpy has, whose genes are symbols."""
+@pytest.fixture(scope="module")
+def pbmc() -> anndata.AnnData:
+    """The counts of the cells that every scanpy has; genes are symbols."""
     import scanpy
 
-    vocab, table = shared_data("tahoe/vocab.json"), EXAMPLES.parents[1] / "pbmc68k_symbol_to_ensembl.csv"
     adata = scanpy.datasets.pbmc68k_reduced()
     counts = np.rint(np.expm1(adata.raw.X.toarray()) * adata.obs["n_counts"].to_numpy()[:, None] / 1e4)
-    raw = anndata.AnnData(csr_matrix(counts.astype(np.float32)), obs=adata.obs[["bulk_labels"]], var=adata.raw.var[[]])
-    raw.write_h5ad(tmp_path / "pbmc.h5ad")
-    arguments = ["prepare", str(tmp_path / "pbmc.h5ad"), "--output", str(tmp_path / "out"), "--vocab", str(vocab)]
-    arguments += ["--gene-symbols", str(table), "--metadata", "bulk_labels", "--metadata", "name=_index"]
-    run = subprocess.run([sys.executable, "-m", "tahoex1_hf.cli", *arguments], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    assert "700 cells read from 1 files, 700 kept" in run.stdout
-    entry = json.loads((tmp_path / "out" / "manifest.json").read_text())["sources"][0]["files"][0]
-    known = pd.read_csv(table)
-    assert entry["genes"] == 765
-    assert 700 < entry["genes_known"] <= len(known)
-    assert entry["counts_kept"] + entry["counts_of_unknown_genes"] == counts.sum()
-    rows = read_dataset(tmp_path / "out")
-    assert set(rows["bulk_labels"]) == set(adata.obs["bulk_labels"].cat.categories)
-    unmapped = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "tahoex1_hf.cli",
-            *arguments[:2],
-            "--output",
-            str(tmp_path / "x"),
-            "--vocab",
-            str(vocab),
-        ],
-        capture_output=True,
-        text=True,
+    return anndata.AnnData(
+        csr_matrix(counts.astype(np.float32)), obs=adata.obs[["bulk_labels"]], var=adata.raw.var[[]]
     )
-    assert unmapped.returncode == 1
-    assert "look like gene symbols" in unmapped.stderr
+
+
+def test_pbmc_through_every_kind_of_file_by_symbol(tmp_path: Path, shared_data: Any, pbmc: anndata.AnnData) -> None:
+    vocab = shared_data("tahoe/vocab.json")
+    table = pd.read_csv(SYMBOLS).set_index("symbol")["ensembl_id"]
+    names = {i: token for token, i in json.loads(vocab.read_text()).items()}
+    dense = pbmc.X.toarray()
+    known = [(g, table[s]) for g, s in enumerate(pbmc.var_names) if s in table.index and table[s] in names.values()]
+    for kind in ("csr", "csc", "dense", "zarr", "10x_h5", "10x_mtx"):
+        (tmp_path / kind).mkdir()
+        path = write_cells(pbmc, tmp_path / kind / "cells", kind)
+        settings = {
+            "kind": "10x" if "10x" in kind else "anndata",
+            "paths": [str(path)],
+            "metadata": {"name": "_index"},
+        }
+        settings |= {"gene_symbols": str(SYMBOLS), "metadata": {"name": "_index"}}
+        output = tmp_path / f"out-{kind}"
+        prepare(parse_config({"sources": [settings], "output": str(output), "vocab": str(vocab)}, kind))
+        rows = read_dataset(output).set_index("name").loc[pbmc.obs_names]
+        for cell in range(0, 700, 23):
+            genes, counts = rows["genes"].iloc[cell], rows["counts"].iloc[cell]
+            found = {names[g]: c for g, c in zip(genes, counts, strict=True)}
+            assert found == {e: dense[cell, g] for g, e in known if dense[cell, g]}, (kind, cell)
+        assert sum(row.sum(dtype=np.int64) for row in rows["counts"]) == dense[:, [g for g, _ in known]].sum()
+
+
+def test_pbmc_with_the_command(tmp_path: Path, shared_data: Any, pbmc: anndata.AnnData) -> None:
+    vocab = shared_data("tahoe/vocab.json")
+    pbmc.write_h5ad(tmp_path / "pbmc.h5ad")
+    arguments = ["prepare", str(tmp_path / "pbmc.h5ad"), "--output", str(tmp_path / "out"), "--vocab", str(vocab)]
+    options = ["--gene-symbols", str(SYMBOLS), "--metadata", "bulk_labels", "--metadata", "name=_index"]
+    unmapped = CliRunner().invoke(app, arguments)
+    assert unmapped.exit_code == 1
+    assert "look like gene symbols" in unmapped.output
+    result = CliRunner().invoke(app, [*arguments, *options, "--overwrite"])
+    assert result.exit_code == 0, result.output
+    assert "700 cells read from 1 files, 700 kept" in result.output
+    entry = json.loads((tmp_path / "out" / "manifest.json").read_text())["sources"][0]["files"][0]
+    assert entry["genes"] == 765
+    assert 700 < entry["genes_known"] <= len(pd.read_csv(SYMBOLS))
+    assert entry["counts_kept"] + entry["counts_of_unknown_genes"] == pbmc.X.sum()
+    assert set(read_dataset(tmp_path / "out")["bulk_labels"]) == set(pbmc.obs["bulk_labels"].cat.categories)
