@@ -59,7 +59,12 @@ def prepare(
         typer.echo(f"Error: {error.name} is missing: pip install 'tahoex1_hf[data]'.", err=True)
         raise typer.Exit(1) from None
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
-    simple: dict[str, Any] = {"metadata": metadata, "gene_id_column": gene_id_column, "gene_symbols": gene_symbols, "layer": layer}
+    simple: dict[str, Any] = {
+        "metadata": metadata,
+        "gene_id_column": gene_id_column,
+        "gene_symbols": gene_symbols,
+        "layer": layer,
+    }
     validation = None if validation_fraction is None else {"fraction": validation_fraction}
     common = {
         "output": output,
