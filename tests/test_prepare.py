@@ -182,6 +182,38 @@ def test_a_run_killed_outright_goes_on_without_redoing_or_doubling(tmp_path: Pat
     assert file_bytes(whole) == file_bytes(tmp_path / "cut")
 
 
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for processes in /proc")
+def test_workers_end_with_a_run_that_was_killed(tmp_path: Path) -> None:
+    make_cells(3000).write_h5ad(tmp_path / "a.h5ad")
+    config = {"sources": [source(tmp_path / "a.h5ad")], "vocab": str(write_vocab(tmp_path)), "piece_cells": 2}
+    config["output"] = str(tmp_path / "cut")
+    (tmp_path / "config.yaml").write_text(json.dumps(config))
+    command = ["-m", "tahoex1_hf.cli", "prepare", "--config", str(tmp_path / "config.yaml"), "--num-proc", "2"]
+    process = subprocess.Popen([sys.executable, *command], start_new_session=True, stderr=subprocess.DEVNULL)
+
+    def others() -> list[str]:
+        """Processes of the run's session: its workers and their server."""
+        found = []
+        for path in Path("/proc").glob("[0-9]*/stat"):
+            try:
+                state, _, _, session = path.read_text().rpartition(")")[2].split()[:4]
+            except OSError:
+                continue  # it has ended meanwhile
+            if int(session) == process.pid and state != "Z" and path.parent.name != str(process.pid):
+                found.append(path.parent.name)
+        return found
+
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "cut").glob(".prepare/pieces/*.arrow")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert len(others()) >= 3
+    process.kill()
+    process.wait()
+    while others() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not others()
+
+
 def test_finished_shards_are_not_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_cells(200).write_h5ad(tmp_path / "a.h5ad")
     settings = {"shard_size_mb": 0.004}

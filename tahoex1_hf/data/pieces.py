@@ -137,7 +137,7 @@ def write_piece(
         statistics.genes[name] = int(np.diff(rows.offsets)[order].sum())
         batches.append(batch)
     schema = batches[0].schema.with_metadata({_STATISTICS: json.dumps(asdict(statistics)).encode()})
-    partial = target.with_suffix(".partial")
+    partial = partial_path(target)
     with pa.ipc.new_file(str(partial), schema) as writer:
         for batch in batches:
             writer.write_batch(batch)
@@ -216,6 +216,11 @@ def _batch(
     }
     taken = {name: column.take(pa.array(order)) for name, column in columns.items()}
     return pa.RecordBatch.from_pydict({**arrays, **taken})
+
+
+def partial_path(target: Path) -> Path:
+    """Where a process writes a file before it is whole: a worker that outlives a killed run may be at the same one."""
+    return target.with_name(f".{target.name}.{os.getpid()}.partial")
 
 
 def read_statistics(path: Path) -> tuple[PieceStatistics, pa.Schema]:

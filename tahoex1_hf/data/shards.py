@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from tahoex1_hf.data.columns import unified
-from tahoex1_hf.data.pieces import read_split
+from tahoex1_hf.data.pieces import partial_path, read_split
 from tahoex1_hf.data.ragged import gather_rows
 
 # Rows of a record batch (Arrow) or row group (Parquet): about 50 MB, what a reader without memory map holds.
@@ -88,7 +88,7 @@ def write_shard(
             column = unified(parts, schema.columns[name], schema.categories.get(name))
             arrays.append(column.take(pa.array(order)))
     table = pa.table(arrays, schema=schema.arrow())
-    partial = target.with_name(target.name + ".partial")
+    partial = partial_path(target)
     if format == "arrow":
         with pa.ipc.new_file(str(partial), table.schema) as writer:
             writer.write_table(table, max_chunksize=_BATCH_CELLS)
@@ -145,7 +145,7 @@ def file_sha256(path: Path) -> str:
 
 def save_record(path: Path, record: ShardRecord) -> None:
     """Note that a shard is finished."""
-    partial = path.with_suffix(".partial")
+    partial = partial_path(path)
     partial.write_text(json.dumps(asdict(record)))
     os.replace(partial, path)
 

@@ -3,7 +3,10 @@
 
 import logging
 import multiprocessing
+import multiprocessing.connection
+import os
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -79,10 +82,19 @@ def _in_processes(
 
 
 def _start_worker() -> None:
-    """Several processes share the cores: none of them needs threads of its own."""
+    """Set up a worker process: several share the cores, so none of them needs threads of its own."""
     import pyarrow as pa
     import torch
 
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     pa.set_cpu_count(1)
     torch.set_num_threads(1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """End this worker where the job was killed outright; it would otherwise wait for tasks for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)

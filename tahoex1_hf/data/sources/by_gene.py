@@ -5,6 +5,7 @@ One pass over the file appends every entry to the intermediate file of its piece
 sorted by itself. Memory is that of a chunk of the file, or of the row numbers of a piece.
 """
 
+import os
 import shutil
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
@@ -32,7 +33,7 @@ def spool_entries(
     """
     if folder.is_dir():
         return
-    partial = folder.with_name(folder.name + ".partial")
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")  # of this process alone
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     for cells, genes, counts in entries:
