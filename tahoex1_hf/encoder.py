@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -11,7 +11,8 @@ from torch.nn.functional import normalize
 
 from tahoex1_hf.configuration_tahoe_x1 import TahoeX1Config
 from tahoex1_hf.encoding_tahoe_x1 import EncodedCells
-from tahoex1_hf.modeling_tahoe_x1 import TahoeX1PreTrainedModel
+from tahoex1_hf.modeling_tahoe_x1 import TahoeX1Model, TahoeX1PreTrainedModel
+from tahoex1_hf.ragged_inference import can_run_ragged, ragged_forward
 from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -46,23 +47,27 @@ def choose_dtype(dtype: DtypeName, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
-def length_sorted_batches(lengths: np.ndarray, batch_tokens: int) -> Iterator[np.ndarray]:
+def length_sorted_batches(lengths: np.ndarray, batch_tokens: int, padded: bool = True) -> Iterator[np.ndarray]:
     """Group cells of similar length, the longest first, so that little is padded.
 
     Args:
         lengths: `(cells,)` tokens per cell.
-        batch_tokens: most tokens of a batch, padding included; a longer cell makes a batch of its own.
+        batch_tokens: most tokens of a batch; a longer cell makes a batch of its own.
+        padded: count the padding too.
 
     Yields:
         Row numbers of the cells of one batch.
     """
     order = np.argsort(-lengths, kind="stable")
+    upto = np.cumsum(lengths[order])
     start = 0
     while start < len(order):
-        # The first cell is the longest, and sets the padded length.
-        size = max(1, batch_tokens // max(1, int(lengths[order[start]])))
-        yield order[start : start + size]
-        start += size
+        if padded:  # the first cell is the longest, and sets the padded length
+            size = batch_tokens // max(1, int(lengths[order[start]]))
+        else:
+            size = int(np.searchsorted(upto, (upto[start - 1] if start else 0) + batch_tokens, side="right")) - start
+        yield order[start : start + max(1, size)]
+        start += max(1, size)
 
 
 class GeneMeans:
@@ -128,7 +133,7 @@ class CellEncoder:
         self.device = choose_device(device)
         self.dtype = choose_dtype(dtype, self.device)
         self.config: TahoeX1Config = model.config
-        self.model = model.base_model.to(self.device).eval()
+        self.model = cast(TahoeX1Model, model.base_model.to(self.device).eval())
         self.tokenizer = tokenizer
         self.batch_tokens = batch_tokens or _DEFAULT_BATCH_TOKENS.get(self.device.type, 16384)
 
@@ -160,15 +165,36 @@ class CellEncoder:
             `(cells, width)` float32, each row of length 1.
         """
         embeddings = np.empty((cells.num_cells, self.width), dtype=np.float32)
+        ragged = can_run_ragged(self.model, self.device)
+        step = self._embed_ragged if ragged else self._embed_padded
         with self._precision():
-            for rows in length_sorted_batches(cells.lengths, self.batch_tokens):
-                batch = cells.padded(
-                    rows, pad_token_id=self.tokenizer.pad_token_id, pad_value=self.tokenizer.pad_value
-                )
-                batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
-                outputs = self.model(**batch)
-                embeddings[rows] = normalize(outputs.pooler_output.float(), dim=1).cpu().numpy()
-                if gene_means is not None:
-                    gene_means.add(batch["input_ids"], outputs.last_hidden_state)
+            for rows in length_sorted_batches(cells.lengths, self.batch_tokens, padded=not ragged):
+                embeddings[rows] = normalize(step(cells, rows, gene_means).float(), dim=1).cpu().numpy()
                 on_batch(len(rows))
         return embeddings
+
+    def _embed_padded(self, cells: EncodedCells, rows: np.ndarray, gene_means: GeneMeans | None) -> torch.Tensor:
+        batch = cells.padded(rows, pad_token_id=self.tokenizer.pad_token_id, pad_value=self.tokenizer.pad_value)
+        batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
+        outputs = self.model(**batch)
+        if gene_means is not None:
+            gene_means.add(batch["input_ids"], outputs.last_hidden_state)
+        return outputs.pooler_output
+
+    def _embed_ragged(self, cells: EncodedCells, rows: np.ndarray, gene_means: GeneMeans | None) -> torch.Tensor:
+        lengths = cells.lengths[rows]
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        index = np.repeat(cells.offsets[rows] - offsets[:-1], lengths) + np.arange(offsets[-1])
+        input_ids = torch.from_numpy(cells.input_ids[index])
+        drug_ids = None if cells.drug_ids is None else torch.from_numpy(cells.drug_ids[rows])
+        pooled, hidden_states = ragged_forward(
+            self.model,
+            input_ids,
+            torch.from_numpy(cells.expression_values[index]),
+            offsets,
+            drug_ids,
+            all_tokens=gene_means is not None,
+        )
+        if gene_means is not None and hidden_states is not None:
+            gene_means.add(input_ids.unsqueeze(0), hidden_states.unsqueeze(0))
+        return pooled

@@ -12,7 +12,7 @@ from conftest import GOLDEN
 from scipy.sparse import csc_matrix, csr_matrix
 
 from tahoex1_hf import TahoeX1Model, TahoeX1Tokenizer, embed_anndata
-from tahoex1_hf.encoder import GeneMeans, choose_dtype, length_sorted_batches
+from tahoex1_hf.encoder import CellEncoder, GeneMeans, choose_dtype, length_sorted_batches
 from tahoex1_hf.original_checkpoints import convert_original_folder
 from tahoex1_hf.reading import open_h5ad
 
@@ -176,7 +176,7 @@ def test_attention_backends_agree(checkpoint) -> None:
 
 def test_an_interrupted_run_leaves_adata_as_it_was(checkpoint, monkeypatch) -> None:
     adata = golden_cells("a_70m_like")
-    monkeypatch.setattr(TahoeX1Model, "forward", lambda *args, **kwargs: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(CellEncoder, "embed", lambda *args, **kwargs: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         embedded(adata, checkpoint("a_70m_like"))
     assert not adata.obsm
