@@ -1,8 +1,10 @@
 """Embedding the cells of an AnnData."""
 
 import copy
+import functools
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +14,7 @@ from huggingface_hub import try_to_load_from_cache
 from tqdm.auto import tqdm
 
 from tahoex1_hf.encoder import CellEncoder, DtypeName, GeneMeans
+from tahoex1_hf.encoding_tahoe_x1 import EncodedCells
 from tahoex1_hf.modeling_tahoe_x1 import TahoeX1PreTrainedModel
 from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
 
@@ -22,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 # Cells tokenized at a time: enough for batches of similar length, few enough for memory (12 MB at 1,000 genes a cell).
 CHUNK_CELLS = 1024
+# From so many cells on, compiling the encoding (about 10 s, once per installation) costs less than it saves.
+COMPILE_FROM_CELLS = 20_000
 
 
 class EmbeddingRun:
@@ -78,19 +83,35 @@ class EmbeddingRun:
 
     def chunks(self) -> Iterator[tuple[int, np.ndarray]]:
         """Yield the number of a chunk's first cell and its `(cells, width)` float32 embeddings, in order."""
-        with tqdm(total=self.adata.n_obs, unit="cell", desc="Embedding", disable=not self.progress) as bar:
-            for start in range(0, self.adata.n_obs, CHUNK_CELLS):
-                stop = min(start + CHUNK_CELLS, self.adata.n_obs)
-                cells = self.tokenizer.encode_counts(
-                    self.matrix[start:stop],
-                    self.genes,
-                    drugs=self.drugs if self.drugs is None or isinstance(self.drugs, str) else self.drugs[start:stop],
-                    first_cell=start,
-                    seed=self.seed,
-                    source=self.adata,
-                )
+        starts = range(0, self.adata.n_obs, CHUNK_CELLS)
+        with (
+            tqdm(total=self.adata.n_obs, unit="cell", desc="Embedding", disable=not self.progress) as bar,
+            ThreadPoolExecutor(1, thread_name_prefix="encode-cells") as pool,
+        ):
+            # The next chunk is read and encoded while the model works on this one.
+            coming = [pool.submit(self._encode, start) for start in starts[:1]]
+            for start in starts:
+                cells = coming.pop().result()
+                if start + CHUNK_CELLS < self.adata.n_obs:
+                    coming.append(pool.submit(self._encode, start + CHUNK_CELLS))
                 self.num_empty += len(cells.empty_cells)
                 yield start, self.encoder.embed(cells, self._gene_means, on_batch=bar.update)
+
+    def _encode(self, start: int) -> EncodedCells:
+        stop = min(start + CHUNK_CELLS, self.adata.n_obs)
+        encode = self.tokenizer.encode_counts
+        if self.adata.n_obs >= COMPILE_FROM_CELLS:
+            from tahoex1_hf.fast_encoding import encode_chunk
+
+            encode = functools.partial(encode_chunk, self.tokenizer)
+        return encode(
+            self.matrix[start:stop],
+            self.genes,
+            drugs=self.drugs if self.drugs is None or isinstance(self.drugs, str) else self.drugs[start:stop],
+            first_cell=start,
+            seed=self.seed,
+            source=self.adata,
+        )
 
     def gene_embeddings(self) -> np.ndarray:
         """Return `(n_vars, width)` mean gene embeddings of the cells seen; NaN where a gene has none."""

@@ -64,7 +64,8 @@ _ORIGINAL_NAMES = {
 }
 
 
-def _report_empty(encoded: EncodedCells) -> None:
+def report_empty(encoded: EncodedCells) -> None:
+    """Warn of cells in which no known gene is expressed."""
     if len(encoded.empty_cells):
         numbers = encoded.cell_numbers[encoded.empty_cells[:5]].tolist()
         logger.warning(
@@ -367,7 +368,7 @@ class TahoeX1Tokenizer(PreTrainedTokenizer):
         encoded = self._encode_rows(
             rows, repeats, drugs, first_cell, seed, logger.warning_once, lambda: count_hint(source, None)
         )
-        _report_empty(encoded)
+        report_empty(encoded)
         return encoded
 
     def _encode_rows(
@@ -392,7 +393,7 @@ class TahoeX1Tokenizer(PreTrainedTokenizer):
             rows = merge_repeats(rows)
         num_cells = len(rows.offsets) - 1
         numbers = first_cell + np.arange(num_cells, dtype=np.int64)
-        drug_ids = None if drugs is None else self._drug_ids(drugs, num_cells)
+        drug_ids = None if drugs is None else self.drug_ids(drugs, num_cells)
         raw_first = self.first_gene_raw and drug_ids is None
         values = self._encode_values(rows, raw_first)
         special = 1 if drug_ids is None else 2
@@ -423,7 +424,8 @@ class TahoeX1Tokenizer(PreTrainedTokenizer):
             return log_normalize(rows.counts, rows.offsets, self.target_sum)
         return bin_expression(rows.counts, rows.offsets, self.num_bins, self.right_binning)
 
-    def _drug_ids(self, drugs: str | Sequence[str | None], num_cells: int) -> np.ndarray:
+    def drug_ids(self, drugs: str | Sequence[str | None], num_cells: int) -> np.ndarray:
+        """`(num_cells,)` int64 ids of one drug for all cells, or of one per cell; ValueError for unknown ones."""
         if self.drug_to_id is None:
             raise ValueError(
                 "drugs was given, but this tokenizer has no drug table: use a drug model, or leave drugs out."
@@ -634,7 +636,7 @@ class TahoeX1Tokenizer(PreTrainedTokenizer):
         if not one_drug and len(drugs) != done:
             raise ValueError(f"drugs has {len(drugs)} entries for {done} cells: pass one per cell, or one string.")
         encoded = parts[0] if len(parts) == 1 else concatenate_cells(parts)
-        _report_empty(encoded)
+        report_empty(encoded)
         return encoded
 
     # Output ---------------------------------------------------------------------------------------

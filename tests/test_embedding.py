@@ -112,6 +112,14 @@ def test_does_not_depend_on_the_chunks_even_when_genes_are_sampled(checkpoint, m
     assert checkpoint("a_70m_like")[1].context_length == 1024
 
 
+def test_does_not_depend_on_compiled_encoding(checkpoint, monkeypatch) -> None:
+    whole = embedded(golden_cells("a_70m_like"), checkpoint("a_70m_like"), max_length=40)
+    monkeypatch.setattr("tahoex1_hf.embedding.COMPILE_FROM_CELLS", 1)
+    monkeypatch.setattr("tahoex1_hf.embedding.CHUNK_CELLS", 7)
+    compiled = embedded(golden_cells("a_70m_like"), checkpoint("a_70m_like"), max_length=40)
+    np.testing.assert_allclose(compiled, whole, atol=1e-6, rtol=0)
+
+
 @pytest.mark.parametrize("convert", [csr_matrix, csc_matrix, lambda x: x.toarray(), lambda x: x.astype(np.int64)])
 def test_does_not_depend_on_how_the_counts_are_stored(checkpoint, convert) -> None:
     adata = golden_cells("a_70m_like")

@@ -23,7 +23,7 @@ _GAMMA = np.uint64(0x9E3779B97F4A7C15)
 _MIX1 = np.uint64(0xBF58476D1CE4E5B9)
 _MIX2 = np.uint64(0x94D049BB133111EB)
 _LOW16 = np.uint64(0xFFFF)
-_27, _30, _31, _32 = (np.uint64(bits) for bits in (27, 30, 31, 32))
+_27, _30, _31, _32, _53 = (np.uint64(bits) for bits in (27, 30, 31, 32, 53))
 
 
 class Settings(NamedTuple):
@@ -268,7 +268,8 @@ def _bin(value: np.float32, edges: np.ndarray, right: bool) -> np.float32:
 
 
 @numba.njit(nogil=True, cache=True)
-def _are_whole(counts: np.ndarray, start: int, length: int) -> bool:
+def are_whole(counts: np.ndarray, start: int, length: int) -> bool:
+    """Whether `length` counts from `start` on are integers that float32 holds exactly."""
     whole = True
     for i in range(length):
         value = np.float64(counts[start + i])
@@ -284,7 +285,7 @@ def _value_rule(
     """How the counts of a cell become values: bin edges and a table of the bins of small counts, or their sum."""
     whole, total = True, 0.0
     if length and settings.encoding == BINS:
-        whole = whole_counts or _are_whole(counts, start, length)
+        whole = whole_counts or are_whole(counts, start, length)
         if whole:
             rows = _distinct_counts(counts, start, length, histogram, tail, values, upto)
         else:
@@ -459,3 +460,84 @@ def encode_cells(
             output.labels[place : place + used],
         )
         _finish(settings, output, start, place, place + used, stop)
+
+
+@numba.njit(nogil=True, cache=True)
+def _lowest(scores: np.ndarray, total: int, room: int, histogram: np.ndarray, ties: np.ndarray) -> np.uint64:
+    """The `room`-th lowest of the scores, which are evenly spread over all 64-bit numbers."""
+    histogram[:] = 0
+    for i in range(total):
+        histogram[scores[i] >> _53] += 1
+    before, bucket = 0, 0
+    while before + histogram[bucket] < room:
+        before += histogram[bucket]
+        bucket += 1
+    count = 0
+    for i in range(total):
+        if scores[i] >> _53 == np.uint64(bucket):
+            ties[count] = scores[i]
+            count += 1
+    ties[:count].sort()
+    return ties[room - before - 1]
+
+
+@numba.njit(nogil=True, cache=True)
+def encode_whole_cells(
+    tokens: np.ndarray,
+    counts: np.ndarray,
+    offsets: np.ndarray,
+    streams: np.ndarray,
+    settings: Settings,
+    starts: np.ndarray,
+    input_ids: np.ndarray,
+    expression_values: np.ndarray,
+) -> None:
+    """Encode cells with whole counts for inference, as `TahoeX1Tokenizer.encode_counts` does.
+
+    Args:
+        tokens: `(total,)` token ids.
+        counts: `(total,)` float32, whole, above zero.
+        offsets: `(cells + 1,)` of the two.
+        streams: `(cells,)` uint64; a gene's score is `mix64(stream + token)`, and the lowest scores are kept.
+        settings: as for training; those of targets are not read.
+        starts: `(cells + 1,)` first place of each cell in the output.
+        input_ids: int64, written.
+        expression_values: float32, written.
+    """
+    longest = 1
+    for cell in range(len(streams)):
+        longest = max(longest, offsets[cell + 1] - offsets[cell])
+    histogram = np.empty((4, _SMALL), np.int32)
+    tail = np.empty(longest, np.float32)
+    values = np.empty(longest + _SMALL, np.float32)
+    upto = np.empty(longest + _SMALL, np.int64)
+    edges = np.empty(len(settings.quantiles), np.float32)
+    table = np.zeros(_SMALL, np.float32)
+    scores, ties = np.empty(longest, np.uint64), np.empty(longest, np.uint64)
+    buckets = np.empty(2048, np.int64)
+    for cell in range(len(streams)):
+        first, length = offsets[cell], offsets[cell + 1] - offsets[cell]
+        place = starts[cell]
+        for token in settings.special_tokens:
+            input_ids[place] = token
+            expression_values[place] = settings.pad_value
+            place += 1
+        _value_rule(counts, first, length, True, settings, histogram, tail, values, upto, edges, table)
+        highest = ~np.uint64(0)
+        sampled = settings.sample and length > settings.room
+        if sampled:
+            for i in range(length):
+                scores[i] = _mix(streams[cell] + np.uint64(tokens[first + i]) + _GAMMA)
+            highest = _lowest(scores, length, settings.room, buckets, ties)
+        for i in range(length if sampled else min(length, settings.room)):
+            if sampled and scores[i] > highest:
+                continue
+            count = counts[first + i]
+            input_ids[place] = tokens[first + i]
+            if settings.encoding != BINS:
+                expression_values[place] = count
+            elif count < _SMALL:
+                expression_values[place] = table[np.uint64(count)]
+            else:
+                expression_values[place] = _bin(count, edges, settings.right)
+            place += 1

@@ -1,0 +1,153 @@
+# Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
+"""`TahoeX1Tokenizer.encode_counts` as a compiled loop without the GIL for the usual case: the same, bit for bit.
+
+The usual case is a CSR matrix of whole counts, in column order, encoded as bins (or raw), with genes sampled or cut.
+Everything else, what is wrong with the counts included, is the tokenizer's.
+"""
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+
+from tahoex1_hf.encoding_tahoe_x1 import EncodedCells, GeneMatch, concatenate_cells, mix64
+from tahoex1_hf.tokenization_tahoe_x1 import DRUG_TOKEN, TahoeX1Tokenizer, report_empty
+
+try:  # numba comes with the extra "data"
+    from tahoex1_hf.data import kernels
+    from tahoex1_hf.data.ragged import compact_csr
+
+    HAS_NUMBA = True
+except ImportError:
+    HAS_NUMBA = False
+
+_ENCODINGS = {"bins": 0, "raw": 2}  # of kernels
+
+
+def encode_chunk(
+    tokenizer: TahoeX1Tokenizer,
+    counts: Any,
+    genes: GeneMatch,
+    *,
+    drugs: str | Sequence[str | None] | None = None,
+    first_cell: int = 0,
+    seed: int = 0,
+    source: Any = None,
+    num_threads: int = 1,
+) -> EncodedCells:
+    """Do what `tokenizer.encode_counts` does; the arguments are its own, and the number of threads.
+
+    Raises:
+        ValueError: as there.
+    """
+    encoded = None
+    if _is_usual(tokenizer, counts, genes) and 0 <= first_cell < 2**63 and 0 <= seed < 2**63:
+        drug_ids = None if drugs is None else tokenizer.drug_ids(drugs, counts.shape[0])
+        bounds = np.linspace(0, counts.shape[0], num_threads + 1).astype(np.int64)
+        ranges = list(pairwise(bounds))
+        if num_threads == 1:
+            parts = [_encode(tokenizer, counts, genes, drug_ids, first_cell, seed, ranges[0])]
+        else:
+            with ThreadPoolExecutor(num_threads) as pool:
+                parts = list(
+                    pool.map(lambda rows: _encode(tokenizer, counts, genes, drug_ids, first_cell, seed, rows), ranges)
+                )
+        good = [part for part in parts if part is not None]
+        if len(good) == len(parts):
+            encoded = good[0] if len(good) == 1 else concatenate_cells(good)
+    if encoded is None:
+        return tokenizer.encode_counts(counts, genes, drugs=drugs, first_cell=first_cell, seed=seed, source=source)
+    report_empty(encoded)
+    return encoded
+
+
+def _is_usual(tokenizer: TahoeX1Tokenizer, counts: Any, genes: GeneMatch) -> bool:
+    return (
+        HAS_NUMBA
+        and getattr(counts, "format", None) == "csr"
+        and counts.shape[0] > 0
+        and counts.shape[1] == genes.num_genes
+        and counts.data.dtype.kind in "iuf"
+        and not genes.num_duplicates
+        and tokenizer.value_encoding in _ENCODINGS
+        and tokenizer.overflow in ("sample", "first")
+        and not tokenizer.first_gene_raw
+    )
+
+
+def _encode(
+    tokenizer: TahoeX1Tokenizer,
+    matrix: Any,
+    genes: GeneMatch,
+    drug_ids: np.ndarray | None,
+    first_cell: int,
+    seed: int,
+    rows: tuple[int, int],
+) -> EncodedCells | None:
+    """Encode a range of rows; None where they are not the usual case after all."""
+    start, stop = rows
+    low, high = int(matrix.indptr[start]), int(matrix.indptr[stop])
+    num_cells = int(stop - start)
+    tokens, counts = np.empty(high - low, dtype=np.int32), np.empty(high - low, dtype=np.float32)
+    offsets = np.empty(num_cells + 1, dtype=np.int64)
+    in_order, _, good = compact_csr(
+        matrix.indptr[start : stop + 1] - low,
+        matrix.indices[low:high],
+        matrix.data[low:high],
+        genes.token_ids,
+        tokens,
+        counts,
+        offsets,
+    )
+    total = int(offsets[-1])
+    if not (in_order and good) or not kernels.are_whole(counts, 0, total):
+        return None
+    vocabulary = tokenizer.get_vocab()
+    special = [vocabulary[name] for name in (str(tokenizer.cls_token), *([] if drug_ids is None else [DRUG_TOKEN]))]
+    lengths = np.diff(offsets)
+    room = int(lengths.max(initial=0))
+    if tokenizer.context_length is not None:
+        room = min(room, tokenizer.context_length - len(special))
+    numbers = first_cell + np.arange(start, stop, dtype=np.int64)
+    streams = mix64(mix64(np.array([seed], dtype=np.uint64)) + numbers.astype(np.uint64))
+    out_offsets = np.concatenate([[0], np.cumsum(np.minimum(lengths, room) + len(special))])
+    encoded = EncodedCells(
+        input_ids=np.empty(out_offsets[-1], dtype=np.int64),
+        expression_values=np.empty(out_offsets[-1], dtype=np.float32),
+        offsets=out_offsets,
+        drug_ids=None if drug_ids is None else drug_ids[start:stop],
+        cell_numbers=numbers,
+        empty_cells=np.flatnonzero(lengths == 0),
+    )
+    kernels.encode_whole_cells(
+        tokens,
+        counts,
+        offsets,
+        streams,
+        _settings(tokenizer, special, room),
+        out_offsets,
+        encoded.input_ids,
+        encoded.expression_values,
+    )
+    return encoded
+
+
+def _settings(tokenizer: TahoeX1Tokenizer, special: list[int], room: int) -> Any:
+    return kernels.Settings(
+        special_tokens=np.array(special, dtype=np.int64),
+        pad_token=0,
+        pad_value=np.float32(tokenizer.pad_value),
+        mask_value=np.float32(0),
+        room=room,
+        sample=tokenizer.overflow == "sample",
+        encoding=_ENCODINGS[tokenizer.value_encoding],
+        quantiles=torch.linspace(0, 1, tokenizer.num_bins - 1, dtype=torch.float32).numpy(),
+        right=tokenizer.right_binning,
+        target_sum=float(tokenizer.target_sum),
+        mask_probabilities=np.zeros(0),
+        unexpressed=np.zeros(0, dtype=np.int64),
+        num_tokens=0,
+    )
