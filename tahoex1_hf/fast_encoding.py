@@ -18,7 +18,7 @@ from tahoex1_hf.tokenization_tahoe_x1 import DRUG_TOKEN, TahoeX1Tokenizer, repor
 
 try:  # numba comes with the extra "data"
     from tahoex1_hf.data import kernels
-    from tahoex1_hf.data.ragged import compact_csr
+    from tahoex1_hf.data.ragged import gather_rows
 
     HAS_NUMBA = True
 except ImportError:
@@ -89,50 +89,47 @@ def _encode(
 ) -> EncodedCells | None:
     """Encode a range of rows; None where they are not the usual case after all."""
     start, stop = rows
-    low, high = int(matrix.indptr[start]), int(matrix.indptr[stop])
-    num_cells = int(stop - start)
-    tokens, counts = np.empty(high - low, dtype=np.int32), np.empty(high - low, dtype=np.float32)
-    offsets = np.empty(num_cells + 1, dtype=np.int64)
-    in_order, _, good = compact_csr(
-        matrix.indptr[start : stop + 1] - low,
-        matrix.indices[low:high],
-        matrix.data[low:high],
-        genes.token_ids,
-        tokens,
-        counts,
-        offsets,
-    )
-    total = int(offsets[-1])
-    if not (in_order and good) or not kernels.are_whole(counts, 0, total):
-        return None
     vocabulary = tokenizer.get_vocab()
     special = [vocabulary[name] for name in (str(tokenizer.cls_token), *([] if drug_ids is None else [DRUG_TOKEN]))]
-    lengths = np.diff(offsets)
-    room = int(lengths.max(initial=0))
+    indptr = matrix.indptr[start : stop + 1]
+    stored = np.diff(indptr).astype(np.int64)
+    room = int(stored.max(initial=0))
     if tokenizer.context_length is not None:
         room = min(room, tokenizer.context_length - len(special))
     numbers = first_cell + np.arange(start, stop, dtype=np.int64)
     streams = mix64(mix64(np.array([seed], dtype=np.uint64)) + numbers.astype(np.uint64))
-    out_offsets = np.concatenate([[0], np.cumsum(np.minimum(lengths, room) + len(special))])
-    encoded = EncodedCells(
-        input_ids=np.empty(out_offsets[-1], dtype=np.int64),
-        expression_values=np.empty(out_offsets[-1], dtype=np.float32),
-        offsets=out_offsets,
-        drug_ids=None if drug_ids is None else drug_ids[start:stop],
-        cell_numbers=numbers,
-        empty_cells=np.flatnonzero(lengths == 0),
-    )
-    kernels.encode_whole_cells(
-        tokens,
-        counts,
-        offsets,
+    most = np.minimum(stored, room) + len(special)
+    starts = np.cumsum(most) - most
+    input_ids = np.empty(most.sum(), dtype=np.int64)
+    expression_values = np.empty(most.sum(), dtype=np.float32)
+    lengths = np.empty(len(stored), dtype=np.int64)
+    usual = kernels.encode_csr(
+        indptr,
+        matrix.indices,
+        matrix.data,
+        genes.token_ids.astype(np.int32),
         streams,
         _settings(tokenizer, special, room),
-        out_offsets,
-        encoded.input_ids,
-        encoded.expression_values,
+        starts,
+        input_ids,
+        expression_values,
+        lengths,
     )
-    return encoded
+    if not usual:
+        return None
+    if (lengths != most).any():  # some genes are unknown or have no count: close the gaps
+        gapless = np.empty(lengths.sum(), dtype=np.int64), np.empty(lengths.sum(), dtype=np.float32)
+        for source, target in zip((input_ids, expression_values), gapless, strict=True):
+            gather_rows(source, starts, lengths, target)
+        input_ids, expression_values = gapless
+    return EncodedCells(
+        input_ids=input_ids,
+        expression_values=expression_values,
+        offsets=np.concatenate([[0], np.cumsum(lengths)]),
+        drug_ids=None if drug_ids is None else drug_ids[start:stop],
+        cell_numbers=numbers,
+        empty_cells=np.flatnonzero(lengths == len(special)),
+    )
 
 
 def _settings(tokenizer: TahoeX1Tokenizer, special: list[int], room: int) -> Any:

@@ -137,6 +137,15 @@ def test_what_is_wrong_is_said_by_the_tokenizer(tmp_path: Path, caplog: pytest.L
         encode_chunk(ours, counts_of(20), genes, seed=-1)
 
 
+def test_a_damaged_matrix_is_not_read_beyond_its_genes(tmp_path: Path) -> None:
+    ours = tokenizer(tmp_path)
+    for column in (10**8, -(10**8)):
+        bad = counts_of(20)
+        bad.indices[7] = column
+        with pytest.raises(IndexError):  # of numpy, in the tokenizer's own encoding
+            encode_chunk(ours, bad, ours.match_genes(GENES))
+
+
 def test_real_cells(shared_data: Any, watched: list[int]) -> None:
     heart = anndata.read_h5ad(shared_data("h5ad/heart_san_1000_native_ensembl.h5ad"))
     ours = TahoeX1Tokenizer(str(shared_data("tahoe/vocab.json")))

@@ -467,7 +467,7 @@ def _lowest(scores: np.ndarray, total: int, room: int, histogram: np.ndarray, ti
     """The `room`-th lowest of the scores, which are evenly spread over all 64-bit numbers."""
     histogram[:] = 0
     for i in range(total):
-        histogram[scores[i] >> _53] += 1
+        histogram[scores[i] >> _53] += 1  # of 2,048 equal ranges
     before, bucket = 0, 0
     while before + histogram[bucket] < room:
         before += histogram[bucket]
@@ -482,62 +482,103 @@ def _lowest(scores: np.ndarray, total: int, room: int, histogram: np.ndarray, ti
 
 
 @numba.njit(nogil=True, cache=True)
-def encode_whole_cells(
-    tokens: np.ndarray,
-    counts: np.ndarray,
-    offsets: np.ndarray,
+def _compact_row(
+    columns: np.ndarray, values: np.ndarray, token_ids: np.ndarray, tokens: np.ndarray, counts: np.ndarray
+) -> int:
+    """Known genes with a count of one row of a CSR matrix; returns how many, -1 where it is not the usual case."""
+    place, last = np.uint64(0), -1
+    usual = True
+    for i in range(len(columns)):
+        column = np.int64(columns[i])
+        inside = column >= 0 and column < len(token_ids)  # a damaged matrix must not be read beyond its genes
+        usual &= inside and column > last
+        last = column
+        token = token_ids[np.uint64(column if inside else 0)]
+        value = np.float32(values[i])
+        tokens[place] = token
+        counts[place] = value
+        known = token >= 0
+        usual &= (not known) or (value >= 0 and value < 2**24 and value == np.floor(value))
+        place += np.uint64(known and value != 0)
+    return np.int64(place) if usual else -1
+
+
+@numba.njit(nogil=True, cache=True)
+def encode_csr(
+    indptr: np.ndarray,
+    columns: np.ndarray,
+    values: np.ndarray,
+    token_ids: np.ndarray,
     streams: np.ndarray,
     settings: Settings,
     starts: np.ndarray,
     input_ids: np.ndarray,
     expression_values: np.ndarray,
-) -> None:
-    """Encode cells with whole counts for inference, as `TahoeX1Tokenizer.encode_counts` does.
+    lengths: np.ndarray,
+) -> bool:
+    """Encode rows of a CSR matrix for inference, as `TahoeX1Tokenizer.encode_counts` does.
 
     Args:
-        tokens: `(total,)` token ids.
-        counts: `(total,)` float32, whole, above zero.
-        offsets: `(cells + 1,)` of the two.
+        indptr: `(cells + 1,)`.
+        columns: `(stored,)`.
+        values: `(stored,)` of any real type.
+        token_ids: int32 token of every column, -1 for none.
         streams: `(cells,)` uint64; a gene's score is `mix64(stream + token)`, and the lowest scores are kept.
         settings: as for training; those of targets are not read.
-        starts: `(cells + 1,)` first place of each cell in the output.
+        starts: `(cells,)` first place of each cell in the output, with room for all its stored entries or
+            `settings.room` of them, and the special tokens.
         input_ids: int64, written.
         expression_values: float32, written.
+        lengths: `(cells,)` written: tokens of each cell.
+
+    Returns:
+        Whether all rows are the usual case: in column order, with whole counts. If not, nothing written is of use.
     """
     longest = 1
     for cell in range(len(streams)):
-        longest = max(longest, offsets[cell + 1] - offsets[cell])
+        longest = max(longest, indptr[cell + 1] - indptr[cell])
+    tokens, counts = np.empty(longest + 1, np.int32), np.empty(longest + 1, np.float32)
+    chosen = np.empty(longest + 1, np.int32)
     histogram = np.empty((4, _SMALL), np.int32)
     tail = np.empty(longest, np.float32)
-    values = np.empty(longest + _SMALL, np.float32)
+    distinct = np.empty(longest + _SMALL, np.float32)
     upto = np.empty(longest + _SMALL, np.int64)
     edges = np.empty(len(settings.quantiles), np.float32)
     table = np.zeros(_SMALL, np.float32)
     scores, ties = np.empty(longest, np.uint64), np.empty(longest, np.uint64)
-    buckets = np.empty(2048, np.int64)
+    buckets = np.empty(2048, np.int32)
     for cell in range(len(streams)):
-        first, length = offsets[cell], offsets[cell + 1] - offsets[cell]
+        first, last = indptr[cell], indptr[cell + 1]
+        length = _compact_row(columns[first:last], values[first:last], token_ids, tokens, counts)
+        if length < 0:
+            return False
+        _value_rule(counts, 0, length, True, settings, histogram, tail, distinct, upto, edges, table)
+        kept = min(length, settings.room)
+        if settings.sample and length > settings.room:
+            for i in range(length):
+                scores[i] = _mix(streams[cell] + np.uint64(tokens[i]) + _GAMMA)
+            highest = _lowest(scores, length, settings.room, buckets, ties)
+            count = np.uint64(0)
+            for i in range(length):
+                chosen[count] = i
+                count += np.uint64(scores[i] <= highest)
+        else:
+            for i in range(kept):
+                chosen[i] = i
         place = starts[cell]
         for token in settings.special_tokens:
             input_ids[place] = token
             expression_values[place] = settings.pad_value
             place += 1
-        _value_rule(counts, first, length, True, settings, histogram, tail, values, upto, edges, table)
-        highest = ~np.uint64(0)
-        sampled = settings.sample and length > settings.room
-        if sampled:
-            for i in range(length):
-                scores[i] = _mix(streams[cell] + np.uint64(tokens[first + i]) + _GAMMA)
-            highest = _lowest(scores, length, settings.room, buckets, ties)
-        for i in range(length if sampled else min(length, settings.room)):
-            if sampled and scores[i] > highest:
-                continue
-            count = counts[first + i]
-            input_ids[place] = tokens[first + i]
+        lengths[cell] = len(settings.special_tokens) + kept
+        for i in range(kept):
+            gene = np.uint64(chosen[i])
+            count_of_gene = counts[gene]
+            input_ids[place + i] = tokens[gene]
             if settings.encoding != BINS:
-                expression_values[place] = count
-            elif count < _SMALL:
-                expression_values[place] = table[np.uint64(count)]
+                expression_values[place + i] = count_of_gene
+            elif count_of_gene < _SMALL:
+                expression_values[place + i] = table[np.uint64(count_of_gene)]
             else:
-                expression_values[place] = _bin(count, edges, settings.right)
-            place += 1
+                expression_values[place + i] = _bin(count_of_gene, edges, settings.right)
+    return True

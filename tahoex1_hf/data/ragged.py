@@ -27,8 +27,8 @@ def compact_csr(
         offsets: `(cells + 1,)`, written.
 
     Returns:
-        Whether the columns of every row rise; the sum of the values of unknown columns; whether all values kept are
-        finite and not negative.
+        Whether the columns of every row exist and rise; the sum of the values of unknown columns; whether all values
+        kept are finite and not negative.
     """
     place = 0
     in_order, good, unknown = True, True, 0.0
@@ -37,10 +37,11 @@ def compact_csr(
         last = -1
         for i in range(indptr[cell], indptr[cell + 1]):
             column = np.int64(columns[i])
-            in_order &= column > last
+            inside = 0 <= column < len(token_ids)  # a damaged matrix must not be read beyond its genes
+            in_order &= inside and column > last
             last = column
             value = np.float32(values[i])
-            token = token_ids[column]
+            token = token_ids[column if inside else 0]
             if token < 0:
                 unknown += value
             elif value != 0:
