@@ -268,7 +268,7 @@ def _bin(value: np.float32, edges: np.ndarray, right: bool) -> np.float32:
 
 
 @numba.njit(nogil=True, cache=True)
-def are_whole(counts: np.ndarray, start: int, length: int) -> bool:
+def _are_whole(counts: np.ndarray, start: int, length: int) -> bool:
     """Whether `length` counts from `start` on are integers that float32 holds exactly."""
     whole = True
     for i in range(length):
@@ -285,7 +285,7 @@ def _value_rule(
     """How the counts of a cell become values: bin edges and a table of the bins of small counts, or their sum."""
     whole, total = True, 0.0
     if length and settings.encoding == BINS:
-        whole = whole_counts or are_whole(counts, start, length)
+        whole = whole_counts or _are_whole(counts, start, length)
         if whole:
             rows = _distinct_counts(counts, start, length, histogram, tail, values, upto)
         else:

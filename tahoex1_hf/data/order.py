@@ -86,9 +86,7 @@ class CellOrder:
         """Shards that hold the cells from a position on, for so many cells, in the order in which they are needed."""
         if not self.num_cells:
             return []
-        shards, starts = (
-            (np.arange(len(self.sizes)), self.first_cells) if not self.shuffle else self._shard_order(epoch)
-        )
+        shards, starts = self._shard_order(epoch)
         first = min(position, self.num_cells - 1) // self.window * self.window
         last = min(-(-(position + cells) // self.window) * self.window, self.num_cells) - 1
         low, high = np.searchsorted(starts, [first, max(last, first)], side="right") - 1

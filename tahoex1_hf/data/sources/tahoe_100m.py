@@ -9,6 +9,7 @@ part without their table of contents, are copied to the spool folder first.
 import glob
 import hashlib
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -207,14 +208,15 @@ class _GeneTable:
 # Rows of the files ------------------------------------------------------------------------------------
 
 
-class _Reader:
+class _Reader(ABC):
     """A file of cells: its schema, how many cells, and batches of rows."""
 
     schema: "pa.Schema"
     num_cells: int
 
+    @abstractmethod
     def batches(self, start: int, stop: int, columns: list[str]) -> Iterator["pa.RecordBatch"]:
-        raise NotImplementedError
+        """Rows `start` to `stop`, of these columns."""
 
 
 class _ParquetReader(_Reader):
