@@ -185,12 +185,12 @@ class CellEncoder:
         lengths = cells.lengths[rows]
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         index = np.repeat(cells.offsets[rows] - offsets[:-1], lengths) + np.arange(offsets[-1])
-        input_ids = torch.from_numpy(cells.input_ids[index])
-        drug_ids = None if cells.drug_ids is None else torch.from_numpy(cells.drug_ids[rows])
+        input_ids = torch.from_numpy(cells.input_ids[index]).to(self.device)
+        drug_ids = None if cells.drug_ids is None else torch.from_numpy(cells.drug_ids[rows]).to(self.device)
         pooled, hidden_states = ragged_forward(
             self.model,
             input_ids,
-            torch.from_numpy(cells.expression_values[index]),
+            torch.from_numpy(cells.expression_values[index]).to(self.device),
             offsets,
             drug_ids,
             all_tokens=gene_means is not None,

@@ -37,6 +37,7 @@ CODE_FILES = (
     "configuration_tahoe_x1.py",
     "encoding_tahoe_x1.py",
     "modeling_tahoe_x1.py",
+    "packing_tahoe_x1.py",
     "tokenization_tahoe_x1.py",
 )
 CONFIG, TOKENIZER_CONFIG, VOCAB, INDEX = (

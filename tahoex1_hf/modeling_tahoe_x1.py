@@ -9,7 +9,8 @@ hold for the whole file:
 - What stands in `expression_values` at padded or targeted positions is never read.
 - Cells may be packed back to back into one row, told apart by `cu_seq_lens_q`; the result equals the padded one.
 
-This file travels to the Hugging Face Hub beside the weights: it imports only torch, transformers and its config.
+This file travels to the Hugging Face Hub beside the weights: it imports only torch, transformers and the files that
+travel with it.
 """
 
 from collections.abc import Callable
@@ -30,6 +31,7 @@ from transformers.utils.generic import is_flash_attention_requested
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_tahoe_x1 import TahoeX1Config
+from .packing_tahoe_x1 import CellLayout, PackedAttention
 
 # What a forward may be given beyond its own arguments; anything else is a misspelt name.
 _FORWARD_KWARGS = frozenset(TransformersKwargs.__annotations__) | {"inputs_embeds", "return_dict", "use_cache"}
@@ -58,43 +60,6 @@ class TahoeX1ForPreTrainingOutput(ModelOutput):
     pooler_output: torch.Tensor | None = None  # (cells, hidden_size): cell embeddings, not normalised
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
-
-
-@dataclass(frozen=True)
-class CellLayout:
-    """Which cell each token belongs to. Padded rows hold one cell each (`token_cells` is None), a packed row all."""
-
-    num_cells: int
-    token_cells: torch.Tensor | None = None  # (1, length) int64: cell of each token
-    first_tokens: torch.Tensor | None = None  # (num_cells,) int64: index of each <cls> in the flattened batch
-
-    @classmethod
-    def packed(cls, cu_seq_lens: torch.Tensor, shape: torch.Size) -> "CellLayout":
-        """One row of cells back to back; `cu_seq_lens` `(cells + 1,)` are their boundaries, from 0 to the length."""
-        if shape[0] != 1:
-            raise ValueError(f"cu_seq_lens_q packs all cells into one row, but input_ids has {shape[0]} rows.")
-        boundaries = cu_seq_lens.long()
-        positions = torch.arange(shape[1], device=boundaries.device)
-        token_cells = torch.searchsorted(boundaries[1:].contiguous(), positions, right=True)
-        return cls(boundaries.shape[0] - 1, token_cells.unsqueeze(0), boundaries[:-1])
-
-    def per_token(self, cell_vectors: torch.Tensor) -> torch.Tensor:
-        """Give each token its cell's vector: `(cells, width)` to `(batch, length or 1, width)`."""
-        if self.token_cells is None:
-            return cell_vectors.unsqueeze(1)
-        return cell_vectors[self.token_cells.to(cell_vectors.device)]
-
-    def mean(self, hidden_states: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
-        """Mean over each cell's valid tokens, in float32: `(batch, length, width)` to `(cells, width)`."""
-        values = hidden_states.flatten(0, 1).float()
-        cells = self.token_cells
-        if cells is None:
-            cells = torch.arange(self.num_cells, device=values.device).unsqueeze(1).expand(hidden_states.shape[:2])
-        cells = cells.flatten().to(values.device)
-        weights = values.new_ones(len(values), 1) if valid is None else valid.flatten().unsqueeze(1).to(values)
-        sums = values.new_zeros(self.num_cells, values.shape[1]).index_add(0, cells, values * weights)
-        counts = values.new_zeros(self.num_cells, 1).index_add(0, cells, weights)
-        return (sums / counts.clamp(min=1)).to(hidden_states.dtype)
 
 
 def observed_or_self(observed: torch.Tensor) -> Callable:
@@ -226,13 +191,23 @@ class TahoeX1Embeddings(nn.Module):
         drug_ids: torch.Tensor | None,
         layout: CellLayout,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        gene_embeddings = self.gene_encoder(input_ids)
         value_embeddings = self.expression_encoder(expression_values)
         if target_mask is not None:
             flag = self.flag_embedding(input_ids.new_ones(()))
             value_embeddings = torch.where(
                 target_mask.unsqueeze(-1), flag.to(value_embeddings.dtype), value_embeddings
             )
+        return self.combine(input_ids, value_embeddings, drug_ids, layout)
+
+    def combine(
+        self,
+        input_ids: torch.Tensor,
+        value_embeddings: torch.Tensor,
+        drug_ids: torch.Tensor | None,
+        layout: CellLayout,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token embeddings and gene embeddings, `(batch, length, hidden_size)`, given those of the values."""
+        gene_embeddings = self.gene_encoder(input_ids)
         hidden_states = gene_embeddings + value_embeddings
         if self.drug_encoder is not None:
             if drug_ids is None:  # a drug token without a drug is the unknown drug, row 0
@@ -280,7 +255,7 @@ class TahoeX1Attention(nn.Module):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | PackedAttention | None = None,
         query_mask: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -289,12 +264,15 @@ class TahoeX1Attention(nn.Module):
         query = self.q_proj(hidden_states).view(head_shape).transpose(1, 2)
         key = self.k_proj(hidden_states).view(head_shape).transpose(1, 2)
         value = self.v_proj(hidden_states).view(head_shape).transpose(1, 2)
-        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
-        attn_output, attn_weights = attention_interface(
-            self, query, key, value, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs
-        )
+        if isinstance(attention_mask, PackedAttention):
+            attn_output, attn_weights = attention_mask(query, key, value, self.scaling)
+        else:
+            attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+                self.config._attn_implementation, eager_attention_forward
+            )
+            attn_output, attn_weights = attention_interface(
+                self, query, key, value, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs
+            )
         attn_output = attn_output.reshape(*input_shape, -1).contiguous()
         if query_mask is not None:
             attn_output = attn_output * query_mask.unsqueeze(-1).to(attn_output.device, attn_output.dtype)
@@ -315,7 +293,7 @@ class TahoeX1Layer(GradientCheckpointingLayer):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | PackedAttention | None = None,
         query_mask: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
@@ -439,7 +417,7 @@ class TahoeX1Model(TahoeX1PreTrainedModel):
         hidden_states, gene_embeddings = self.embeddings(
             input_ids, expression_values.masked_fill(unread, 0.0), target_mask, drug_ids, layout
         )
-        mask = self._attention_mask(hidden_states, valid, target_mask, layout)
+        mask = self._attention_mask(hidden_states, valid, target_mask, layout, kwargs.get("max_length_q"))
         # The original's mean over padding takes the attention output there as zero, as flash attention leaves it.
         query_mask = valid if self.config.cell_pooling == "mean_with_padding" else None
         for layer in self.layers:
@@ -493,18 +471,24 @@ class TahoeX1Model(TahoeX1PreTrainedModel):
         valid: torch.Tensor | None,
         target_mask: torch.Tensor | None,
         layout: CellLayout,
+        longest: int | None,
     ) -> Any:
         """Return the mask in the form that the configured attention backend reads."""
-        rules = []
         is_flash = is_flash_attention_requested(self.config)
+        observed = None
         if self.config.attention_mask_style == "observed_or_self" and target_mask is not None:
-            if is_flash:
-                raise ValueError(
-                    'attention_mask_style="observed_or_self" with target_mask cannot run on flash attention, which '
-                    'would attend to the targets. Load the model with attn_implementation="sdpa" (or '
-                    '"flex_attention", "eager"), or leave target_mask out when nothing is to be predicted.'
-                )
-            rules.append(observed_or_self(~target_mask))
+            observed = ~target_mask
+        if is_flash and observed is not None:
+            raise ValueError(
+                'attention_mask_style="observed_or_self" with target_mask cannot run on flash attention, which would '
+                'attend to the targets. Load the model with attn_implementation="sdpa" (or "flex_attention" or '
+                '"eager"), or leave target_mask out when nothing is to be predicted.'
+            )
+        # A compiled graph has no loop over lengths: there, cells are told apart by a mask as large as the row squared.
+        by_cell = self.config._attn_implementation == "sdpa" and not torch.compiler.is_compiling()
+        if layout.boundaries is not None and by_cell:
+            return PackedAttention.make(layout.boundaries, longest, observed, hidden_states.device)
+        rules = [] if observed is None else [observed_or_self(observed)]
         if layout.token_cells is not None and not is_flash:  # flash attention reads cu_seq_lens itself
             rules.append(packed_sequence_mask_function(layout.token_cells))
         return create_bidirectional_mask(
@@ -516,9 +500,7 @@ class TahoeX1Model(TahoeX1PreTrainedModel):
 
     def _pool(self, hidden_states: torch.Tensor, valid: torch.Tensor | None, layout: CellLayout) -> torch.Tensor:
         if self.config.cell_pooling == "cls":
-            if layout.first_tokens is None:
-                return hidden_states[:, 0]
-            return hidden_states.flatten(0, 1)[layout.first_tokens.to(hidden_states.device)]
+            return layout.first(hidden_states)
         return layout.mean(hidden_states, valid if self.config.cell_pooling == "mean" else None)
 
 

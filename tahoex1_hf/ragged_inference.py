@@ -1,30 +1,43 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""The model's forward pass on cells without padding, for inference on CPUs.
+"""The model's forward pass on cells without padding, for inference: only what is asked for, and no gradients.
 
 All that works on single tokens (projections, feed-forward blocks, encoders) runs on the tokens of all cells behind
-each other; attention runs on the cells of each length by themselves. Where only `<cls>` is asked for, the last layer
-computes keys and values for all tokens, and everything else for `<cls>` alone. Numbers are those of the padded forward
-pass, up to the rounding of sums in another order.
+each other, attention on every cell by itself. What is left out or replaced, always by what is mathematically the same:
+
+- Where only `<cls>` is asked for, the last layer computes it alone.
+- There, one query looks at a cell: its product with a key, q (W x), is (q W) x, so that no key or value is projected.
+- A value's embedding depends on the value alone, and bins have 50 values: each is computed once per batch.
+
+Numbers are those of the padded forward pass, up to the rounding of sums in another order.
 """
 
-import itertools
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils.generic import is_flash_attention_requested
 
-from tahoex1_hf.modeling_tahoe_x1 import CellLayout, TahoeX1Attention, TahoeX1Model
+from tahoex1_hf.modeling_tahoe_x1 import TahoeX1Attention, TahoeX1Layer, TahoeX1MLP, TahoeX1Model
+from tahoex1_hf.packing_tahoe_x1 import CellLayout, PackedAttention
+
+# Numbers of a feed-forward block's inner layer that are in memory at once, on CPUs: 16 MB in float32. Larger arrays
+# leave the cache, and the allocator gives them back to the system each time, which takes longer than the activation.
+_BLOCK_NUMBERS = 2**22
 
 
 def can_run_ragged(model: TahoeX1Model, device: torch.device) -> bool:
-    """Whether `ragged_forward` serves: on a CPU, with the default attention, and a pooling that knows no padding."""
-    config = model.config
-    return (
-        device.type == "cpu" and config._attn_implementation == "sdpa" and config.cell_pooling != "mean_with_padding"
-    )
+    """Whether `ragged_forward` serves: on CPUs and CUDA, unless the pooling counts padding or attention needs rows."""
+    if model.config.cell_pooling == "mean_with_padding":
+        return False
+    if is_flash_attention_requested(model.config):
+        return device.type == "cuda"
+    return device.type in ("cpu", "cuda") and model.config._attn_implementation == "sdpa"
 
 
+@torch.inference_mode()
 def ragged_forward(
     model: TahoeX1Model,
     input_ids: torch.Tensor,
@@ -47,61 +60,152 @@ def ragged_forward(
     Returns:
         `(cells, hidden_size)` cell embeddings, not normalised, and, with `all_tokens`, `(tokens, hidden_size)`.
     """
+    device = input_ids.device
     boundaries = torch.from_numpy(np.asarray(offsets, dtype=np.int64))
-    row = input_ids.unsqueeze(0)
-    layout = CellLayout.packed(boundaries, row.shape)
-    hidden_states, _ = model.embeddings(row, expression_values.unsqueeze(0), None, drug_ids, layout)
-    hidden_states = hidden_states[0]
-    runs = equal_runs(np.diff(offsets))
+    lengths = np.diff(offsets)
+    layout = CellLayout.packed(boundaries.to(device), torch.Size((1, len(input_ids))))
+    cells = _Cells(model, boundaries.to(device), lengths)
+    hidden_states = _embeddings(model, input_ids, expression_values, drug_ids, layout)
     shorten = not all_tokens and model.config.cell_pooling == "cls"
-    layers = list(model.layers)
+    layers: list[Any] = list(model.layers)
     for layer in layers[:-1] if shorten else layers:
-        hidden_states = _layer(layer, hidden_states, None, runs)
+        hidden_states = _whole_layer(layer, hidden_states, cells)
     if shorten:
-        first_tokens = boundaries[:-1]
-        return model.norm(_layer(layers[-1], hidden_states, first_tokens, runs)), None
+        return model.norm(_cls_layer(layers[-1], hidden_states, cells)), None
     hidden_states = model.norm(hidden_states)
     pooled = model._pool(hidden_states.unsqueeze(0), None, layout)
     return pooled, hidden_states if all_tokens else None
 
 
-def equal_runs(lengths: np.ndarray) -> list[tuple[int, int]]:
-    """Neighbouring cells of equal length: (how many, length)."""
-    return [(len(list(group)), int(length)) for length, group in itertools.groupby(lengths.tolist())]
+class _Cells:
+    """Where the cells of a batch lie, and attention within them, on whatever the model attends with."""
 
+    def __init__(self, model: TahoeX1Model, boundaries: torch.Tensor, lengths: np.ndarray):
+        self.boundaries, self.lengths, self.longest = boundaries, lengths, int(lengths.max())
+        self.flash = is_flash_attention_requested(model.config)
+        self.packed = PackedAttention.make(boundaries, self.longest, None, boundaries.device)
 
-def _layer(
-    layer: Any, hidden_states: torch.Tensor, only: torch.Tensor | None, runs: list[tuple[int, int]]
-) -> torch.Tensor:
-    """One `TahoeX1Layer`; with `only`, the first token of each cell, its output for these alone."""
-    residual = hidden_states if only is None else hidden_states[only]
-    if layer.pre_norm:
-        states = residual + _attention(layer.self_attn, layer.attention_norm(hidden_states), only, runs)
-        return states + layer.mlp(layer.mlp_norm(states))
-    states = layer.attention_norm(residual + _attention(layer.self_attn, hidden_states, only, runs))
-    return layer.mlp_norm(states + layer.mlp(states))
+    @property
+    def on_cpu(self) -> bool:
+        return self.boundaries.device.type == "cpu"
 
-
-def _attention(
-    attention: TahoeX1Attention, states: torch.Tensor, only: torch.Tensor | None, runs: list[tuple[int, int]]
-) -> torch.Tensor:
-    """Attention within every cell: `(tokens, hidden_size)`, or `(cells, hidden_size)` with `only`."""
-    queries = attention.q_proj(states if only is None else states[only])
-    query, key, value = (
-        projected.view(len(projected), -1, attention.head_dim)
-        for projected in (queries, attention.k_proj(states), attention.v_proj(states))
-    )
-    output = torch.empty_like(query)
-    token = cell = 0
-    for cells, length in runs:
-        rows = slice(token, token + cells * length) if only is None else slice(cell, cell + cells)
-        tokens = slice(token, token + cells * length)
-        q, k, v = (
-            part.unflatten(0, (cells, -1)).transpose(1, 2) for part in (query[rows], key[tokens], value[tokens])
+    def attend(self, attention: TahoeX1Attention, states: torch.Tensor) -> torch.Tensor:
+        """Every token to its cell: `(tokens, hidden_size)`, before the output projection."""
+        query, key, value = (
+            self._heads(attention, project(states))
+            for project in (attention.q_proj, attention.k_proj, attention.v_proj)
         )
-        grouped = attention.num_key_value_groups > 1
-        attended = scaled_dot_product_attention(q, k, v, scale=attention.scaling, enable_gqa=grouped)
-        output[rows] = attended.transpose(1, 2).flatten(0, 1)
-        token += cells * length
-        cell += cells
-    return attention.o_proj(output.flatten(1))
+        if self.flash:
+            return self._flash(attention, query, key, value, self.boundaries, self.longest)
+        return self.packed(query, key, value, attention.scaling)[0].flatten(2)[0]
+
+    def attend_from_cls(self, attention: TahoeX1Attention, states: torch.Tensor) -> torch.Tensor:
+        """Every `<cls>` to its cell: `(cells, hidden_size)`, before the output projection."""
+        queries = attention.q_proj(states[self.boundaries[:-1]])
+        if self.on_cpu and not self.flash and _is_plain(attention.k_proj) and _is_plain(attention.v_proj):
+            return self._without_keys(attention, queries, states)
+        query, key, value = (
+            self._heads(attention, projected)
+            for projected in (queries, attention.k_proj(states), attention.v_proj(states))
+        )
+        if self.flash:
+            ones = torch.arange(len(queries) + 1, device=query.device)
+            return self._flash(attention, query, key, value, ones, 1)
+        outputs = []
+        for q, k, v in zip(
+            query.split(1, dim=2),
+            key.split(self.lengths.tolist(), dim=2),
+            value.split(self.lengths.tolist(), dim=2),
+            strict=True,
+        ):
+            grouped = attention.num_key_value_groups > 1
+            outputs.append(scaled_dot_product_attention(q, k, v, scale=attention.scaling, enable_gqa=grouped))
+        return torch.cat(outputs, dim=2).transpose(1, 2).flatten(2)[0]
+
+    @staticmethod
+    def _heads(attention: TahoeX1Attention, projected: torch.Tensor) -> torch.Tensor:
+        return projected.view(1, len(projected), -1, attention.head_dim).transpose(1, 2)
+
+    def _flash(
+        self,
+        attention: TahoeX1Attention,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        queries: torch.Tensor,
+        longest_query: int,
+    ) -> torch.Tensor:
+        output, _ = ALL_ATTENTION_FUNCTIONS[attention.config._attn_implementation](
+            attention, query, key, value, None, dropout=0.0, scaling=attention.scaling,
+            cu_seq_lens_q=queries.int(), cu_seq_lens_k=self.boundaries.int(),
+            max_length_q=longest_query, max_length_k=self.longest,
+        )  # fmt: skip
+        return output.flatten(2)[0]
+
+    def _without_keys(self, attention: TahoeX1Attention, queries: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        """The key's bias adds the same to all scores of a query, and the softmax takes it away again."""
+        head_dim, width = attention.head_dim, states.shape[1]
+        heads_of_keys = queries.view(len(queries), -1, attention.num_key_value_groups, head_dim)
+        key_weight = attention.k_proj.weight.view(-1, head_dim, width)
+        value_weight = attention.v_proj.weight.view(-1, head_dim, width)
+        looks = torch.einsum("ckgh,khw->ckgw", heads_of_keys * attention.scaling, key_weight).flatten(1, 2)
+        seen = []
+        for look, tokens in zip(looks, states.split(self.lengths.tolist()), strict=True):
+            weights = torch.softmax((tokens @ look.T).float(), dim=0)
+            seen.append(weights.T.to(tokens.dtype) @ tokens)
+        means = torch.stack(seen).view(len(queries), -1, attention.num_key_value_groups, width)
+        values = torch.einsum("ckgw,khw->ckgh", means, value_weight)
+        if attention.v_proj.bias is not None:
+            values = values + attention.v_proj.bias.view(1, -1, 1, head_dim)
+        return values.flatten(1)
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether a linear layer is its weight and no more: no adapter around it, and not quantised."""
+    return type(module) is nn.Linear and type(module.weight) is nn.Parameter
+
+
+def _embeddings(
+    model: TahoeX1Model,
+    input_ids: torch.Tensor,
+    expression_values: torch.Tensor,
+    drug_ids: torch.Tensor | None,
+    layout: CellLayout,
+) -> torch.Tensor:
+    distinct, places = torch.unique(expression_values, return_inverse=True)
+    if 2 * len(distinct) > len(places):
+        distinct, places = expression_values, torch.arange(len(expression_values), device=places.device)
+    values = model.embeddings.expression_encoder(distinct.unsqueeze(0))[0]
+    return model.embeddings.combine(input_ids.unsqueeze(0), values[places].unsqueeze(0), drug_ids, layout)[0][0]
+
+
+def _whole_layer(layer: TahoeX1Layer, states: torch.Tensor, cells: _Cells) -> torch.Tensor:
+    """One layer on all tokens. `states` is overwritten."""
+    attended = cells.attend(layer.self_attn, layer.attention_norm(states) if layer.pre_norm else states)
+    states.add_(layer.self_attn.o_proj(attended))
+    del attended
+    block = max(256, _BLOCK_NUMBERS // layer.mlp.up_proj.out_features) if cells.on_cpu else len(states)
+    for part in states.split(block):
+        if layer.pre_norm:
+            part.add_(_feed_forward(layer.mlp, layer.mlp_norm(part)))
+        else:
+            part.copy_(layer.attention_norm(part))
+            part.copy_(layer.mlp_norm(part + _feed_forward(layer.mlp, part)))
+    return states
+
+
+def _cls_layer(layer: TahoeX1Layer, states: torch.Tensor, cells: _Cells) -> torch.Tensor:
+    """One layer, for each cell's first token alone: `(cells, hidden_size)`."""
+    first = states[cells.boundaries[:-1]]
+    attention = layer.self_attn
+    if layer.pre_norm:
+        first = first + attention.o_proj(cells.attend_from_cls(attention, layer.attention_norm(states)))
+        return first + layer.mlp(layer.mlp_norm(first))
+    first = layer.attention_norm(first + attention.o_proj(cells.attend_from_cls(attention, states)))
+    return layer.mlp_norm(first + layer.mlp(first))
+
+
+def _feed_forward(mlp: TahoeX1MLP, states: torch.Tensor) -> torch.Tensor:
+    if mlp.gate_proj is None and type(mlp.act_fn) is nn.ReLU:
+        return mlp.down_proj(torch.relu_(mlp.up_proj(states)))
+    return mlp(states)

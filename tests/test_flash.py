@@ -6,6 +6,7 @@ The tests marked `gpu` have never been run: there was no CUDA device where they 
 import importlib.util
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 import transformers.modeling_flash_attention_utils as flash_utils
@@ -13,6 +14,7 @@ from helpers import SHAPES, gradients, largest_difference, make_batch, packed, t
 from transformers import PreTrainedModel
 
 from tahoex1_hf import TahoeX1Config
+from tahoex1_hf.ragged_inference import ragged_forward
 
 CLOSE = 1e-5
 FLASH_SHAPES = ["plain", "drugs", "gqa_glu_post_mean"]  # the mask of the others is not flash attention's
@@ -48,13 +50,13 @@ class PlainFlash:
         causal=False,
     ):
         assert (dropout_p, causal) == (0.0, False)
-        assert cu_seqlens_q.dtype == torch.int32
-        assert torch.equal(cu_seqlens_q, cu_seqlens_k)
-        assert int(cu_seqlens_q.diff().max()) == max_seqlen_q == max_seqlen_k
-        assert int(cu_seqlens_q[-1]) == len(q)  # no padding is left
+        assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
+        assert int(cu_seqlens_q.diff().max()) == max_seqlen_q
+        assert int(cu_seqlens_k.diff().max()) == max_seqlen_k
+        assert (int(cu_seqlens_q[-1]), int(cu_seqlens_k[-1])) == (len(q), len(k))  # no padding is left
         self.calls.append("varlen")
-        lengths = cu_seqlens_q.diff().tolist()
-        pieces = zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
+        keys = cu_seqlens_k.diff().tolist()
+        pieces = zip(q.split(cu_seqlens_q.diff().tolist()), k.split(keys), v.split(keys), strict=True)
         return torch.cat([self.attention(*cell, softmax_scale) for cell in pieces])
 
 
@@ -105,6 +107,23 @@ def test_packed_equals_padded(flash: PlainFlash, shape: str) -> None:
     assert ours.loss.item() == pytest.approx(padded.loss.item(), rel=1e-6)
     valid = batch["attention_mask"].bool()
     assert largest_difference(ours.expression_predictions[0], padded.expression_predictions[valid]) < CLOSE
+
+
+@pytest.mark.parametrize("all_tokens", [False, True])
+@pytest.mark.parametrize("shape", FLASH_SHAPES)
+def test_inference_without_padding(flash: PlainFlash, shape: str, all_tokens: bool) -> None:
+    config = tiny_config(**SHAPES[shape])
+    batch = make_batch(config, targets=False)
+    valid = batch["attention_mask"].bool()
+    offsets = np.concatenate([[0], np.cumsum(valid.sum(1).numpy())])
+    cells = batch["input_ids"][valid], batch["expression_values"][valid], offsets, batch.get("drug_ids"), all_tokens
+    with torch.no_grad():
+        expected = tiny_model(config).tahoe(**batch)
+    pooled, hidden = ragged_forward(flash_model(config).tahoe, *cells)
+    assert flash.calls == ["varlen"] * config.num_hidden_layers
+    assert largest_difference(pooled, expected.pooler_output) < CLOSE
+    if hidden is not None:
+        assert largest_difference(hidden, expected.last_hidden_state[valid]) < CLOSE
 
 
 def test_gradients_equal_those_of_sdpa(flash: PlainFlash) -> None:
@@ -204,3 +223,34 @@ def test_gpu_equals_cpu(shape: str) -> None:
         expected = tiny_model(config)(**batch)
         ours = gpu_model(config, "sdpa", torch.float32)(**on_gpu(batch))
     assert largest_difference(ours.pooler_output.cpu(), expected.pooler_output) < 1e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("all_tokens", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_inference_without_padding_on_gpu(shape: str, all_tokens: bool) -> None:
+    config = tiny_config(**SHAPES[shape])
+    batch = make_batch(config, targets=False)
+    valid = batch["attention_mask"].bool()
+    offsets = np.concatenate([[0], np.cumsum(valid.sum(1).numpy())])
+    drug_ids = batch["drug_ids"].cuda() if "drug_ids" in batch else None
+    with torch.no_grad():
+        expected = tiny_model(config).tahoe(**batch)
+    model = gpu_model(config, "sdpa", torch.float32).tahoe
+    ids, values = batch["input_ids"][valid].cuda(), batch["expression_values"][valid].cuda()
+    pooled, hidden = ragged_forward(model, ids, values, offsets, drug_ids, all_tokens)
+    assert largest_difference(pooled.cpu(), expected.pooler_output) < 1e-3
+    if hidden is not None:
+        assert largest_difference(hidden.cpu(), expected.last_hidden_state[valid]) < 1e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", SHAPES)
+def test_packed_gradients_on_gpu(shape: str) -> None:
+    config = tiny_config(**SHAPES[shape])
+    batch = make_batch(config)
+    expected = gradients(tiny_model(config), [batch])
+    ours = gradients(gpu_model(config, "sdpa", torch.float32), [on_gpu(packed(batch))])
+    for name, gradient in expected.items():
+        scale = max(gradient.abs().max().item(), 1e-2)
+        assert largest_difference(ours[name].cpu(), gradient) / scale < 1e-2, name

@@ -11,7 +11,8 @@ from helpers import SHAPES, largest_difference, make_batch, tiny_config, tiny_mo
 
 from tahoex1_hf import TahoeX1Model, TahoeX1Tokenizer
 from tahoex1_hf.encoder import CellEncoder, length_sorted_batches
-from tahoex1_hf.ragged_inference import can_run_ragged, equal_runs, ragged_forward
+from tahoex1_hf.packing_tahoe_x1 import PackedAttention, equal_runs
+from tahoex1_hf.ragged_inference import can_run_ragged, ragged_forward
 
 CLOSE = 1e-5  # absolute, on float32 outputs of order one
 LENGTHS = (14, 14, 14, 12, 9, 9, 6, 3)
@@ -70,23 +71,69 @@ def test_the_last_layers_feed_forward_block_runs_on_cls_alone() -> None:
     valid = batch["attention_mask"].bool()
     rows = []
     for layer in model.layers:
-        layer.mlp.register_forward_hook(lambda module, arguments, output: rows.append(len(output)))
+        layer.mlp.down_proj.register_forward_hook(lambda module, arguments, output: rows.append(len(output)))
     offsets = np.concatenate([[0], np.cumsum(LENGTHS)])
     with torch.inference_mode():
         ragged_forward(model, batch["input_ids"][valid], batch["expression_values"][valid], offsets)
     assert rows == [sum(LENGTHS), sum(LENGTHS), len(LENGTHS)]
 
 
+def test_values_that_are_all_different() -> None:
+    config = tiny_config()
+    model, batch = tiny_model(config, TahoeX1Model), make_batch(config, LENGTHS, targets=False)
+    valid = batch["attention_mask"].bool()
+    batch["expression_values"] = torch.rand(valid.shape)
+    offsets = np.concatenate([[0], np.cumsum(LENGTHS)])
+    pooled, _ = ragged_forward(model, batch["input_ids"][valid], batch["expression_values"][valid], offsets)
+    with torch.no_grad():
+        assert largest_difference(pooled, model(**batch).pooler_output) < CLOSE
+
+
+def test_an_adapter_of_keys_and_values_is_not_passed_by() -> None:
+    peft = pytest.importorskip("peft")
+    config = tiny_config()
+    model, batch = tiny_model(config, TahoeX1Model), make_batch(config, LENGTHS, targets=False)
+    offsets = np.concatenate([[0], np.cumsum(LENGTHS)])
+    valid = batch["attention_mask"].bool()
+    cells = batch["input_ids"][valid], batch["expression_values"][valid], offsets
+    before, _ = ragged_forward(model, *cells)
+    settings = peft.LoraConfig(r=2, target_modules=["k_proj", "v_proj"], init_lora_weights=False)
+    adapted = peft.get_peft_model(model, settings).eval()
+    pooled, _ = ragged_forward(adapted.base_model.model, *cells)
+    with torch.no_grad():
+        assert largest_difference(pooled, adapted(**batch).pooler_output) < CLOSE
+    assert largest_difference(pooled, before) > 100 * CLOSE
+
+
+@pytest.mark.parametrize("heads", [4, 2])
+def test_jagged_attention_equals_attention_by_cell(heads: int) -> None:
+    """What runs on CUDA, here in torch's plain rendering."""
+    boundaries = torch.tensor([0, 5, 9, 9 + 1, 20])
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, n, 20, 8, requires_grad=True) for n in (4, heads, heads))
+    results = []
+    for attention in (
+        PackedAttention.make(boundaries, None, None, torch.device("cpu")),
+        PackedAttention(boundaries, lengths=None, longest=10),
+    ):
+        output, _ = attention(query, key, value, 0.3)
+        assert output.shape == (1, 20, 4, 8)
+        results.append((output, *torch.autograd.grad(output.square().sum(), (query, key, value))))
+    for by_cell, jagged in zip(*results, strict=True):
+        assert largest_difference(by_cell, jagged) < 1e-4  # gradients of up to 20
+
+
 def test_where_it_serves() -> None:
     cpu = torch.device("cpu")
     assert can_run_ragged(tiny_model(tiny_config(), TahoeX1Model), cpu)
-    assert not can_run_ragged(tiny_model(tiny_config(), TahoeX1Model), torch.device("cuda"))
+    assert can_run_ragged(tiny_model(tiny_config(), TahoeX1Model), torch.device("cuda"))
+    assert not can_run_ragged(tiny_model(tiny_config(), TahoeX1Model), torch.device("mps"))
     assert not can_run_ragged(tiny_model(tiny_config(), TahoeX1Model, attention="eager"), cpu)
     assert not can_run_ragged(tiny_model(tiny_config(cell_pooling="mean_with_padding"), TahoeX1Model), cpu)
 
 
 def test_equal_runs() -> None:
-    assert equal_runs(np.array([7, 7, 5, 7])) == [(2, 7), (1, 5), (1, 7)]
+    assert equal_runs([7, 7, 5, 7]) == [(2, 7), (1, 5), (1, 7)]
 
 
 @pytest.mark.parametrize("budget", [1, 14, 15, 30, 10**6])
