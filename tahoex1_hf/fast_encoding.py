@@ -89,8 +89,8 @@ def _encode(
 ) -> EncodedCells | None:
     """Encode a range of rows; None where they are not the usual case after all."""
     start, stop = rows
-    vocabulary = tokenizer.get_vocab()
-    special = [vocabulary[name] for name in (str(tokenizer.cls_token), *([] if drug_ids is None else [DRUG_TOKEN]))]
+    names = [str(tokenizer.cls_token), *([] if drug_ids is None else [DRUG_TOKEN])]
+    special: list[int] = tokenizer.convert_tokens_to_ids(names)
     indptr = matrix.indptr[start : stop + 1]
     stored = np.diff(indptr).astype(np.int64)
     room = int(stored.max(initial=0))
