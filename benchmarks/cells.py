@@ -5,6 +5,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+import torch
 from scipy.sparse import csr_matrix
 
 from tahoex1_hf import TahoeX1Tokenizer
@@ -38,3 +39,26 @@ def tokenizer_for(gene_ids: np.ndarray, context_length: int) -> TahoeX1Tokenizer
         path = Path(folder) / "vocab.json"
         path.write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
         return TahoeX1Tokenizer(str(path), context_length=context_length)
+
+
+def synthetic_counts(genes_per_cell: np.ndarray, num_columns: int, seed: int = 0) -> csr_matrix:
+    """Cells with so many expressed genes each, of whole counts as float32 (as .h5ad files have them)."""
+    rng = np.random.default_rng(seed)
+    columns = [np.sort(rng.choice(num_columns, genes, replace=False)) for genes in genes_per_cell]
+    offsets = np.concatenate([[0], np.cumsum(genes_per_cell)])
+    values = rng.geometric(0.4, offsets[-1]).astype(np.float32)
+    indices = np.concatenate(columns).astype(np.int32)
+    return csr_matrix((values, indices, offsets.astype(np.int32)), shape=(len(genes_per_cell), num_columns))
+
+
+def ensembl_ids(number: int) -> np.ndarray:
+    """Names of so many genes that look like Ensembl ids."""
+    return np.array([f"ENSG{i:011d}" for i in range(number)])
+
+
+def cells_in_torch(counts: csr_matrix, token_ids: np.ndarray) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The cells as the reference takes them: token ids and counts of each."""
+    genes = torch.from_numpy(token_ids[counts.indices])
+    values = torch.from_numpy(counts.data.astype(np.float32))
+    sizes = np.diff(counts.indptr).tolist()
+    return list(zip(genes.split(sizes), values.split(sizes), strict=True))

@@ -365,22 +365,47 @@ class TahoeX1Tokenizer(PreTrainedTokenizer):
             ValueError: for counts that are negative, NaN or infinite, for a wrong shape, and for unknown drugs.
         """
         rows, repeats = matrix_rows(counts, genes)
-        encoded = self._encode_rows(
-            rows, repeats, drugs, first_cell, seed, logger.warning_once, lambda: count_hint(source, None)
+        drug_ids = None if drugs is None else self.drug_ids(drugs, len(rows.offsets) - 1)
+        encoded = self.encode_rows(
+            rows,
+            repeats=repeats,
+            drug_ids=drug_ids,
+            first_cell=first_cell,
+            seed=seed,
+            warn=logger.warning_once,
+            advice=lambda: count_hint(source, None),
         )
         report_empty(encoded)
         return encoded
 
-    def _encode_rows(
+    def encode_rows(
         self,
         rows: GeneRows,
-        repeats: bool,
-        drugs: Any,
-        first_cell: int,
-        seed: int,
-        warn: Callable[[str], None],
-        advice: Callable[[], str],
+        *,
+        repeats: bool = False,
+        drug_ids: np.ndarray | None = None,
+        first_cell: int = 0,
+        seed: int = 0,
+        warn: Callable[[str], object] = logger.warning,
+        advice: Callable[[], str] = str,
     ) -> EncodedCells:
+        """Tokenize cells whose genes are token ids already.
+
+        Args:
+            rows: the cells' genes, and their counts, none of them zero.
+            repeats: a gene may stand several times in a cell; its counts are added up.
+            drug_ids: `(cells,)` int64, in which case every cell gets a drug token.
+            first_cell: as for `encode_counts`.
+            seed: as for `encode_counts`.
+            warn: called with what is odd about the counts.
+            advice: what can be done about it.
+
+        Returns:
+            The cells without padding.
+
+        Raises:
+            ValueError: for counts that are negative, NaN or infinite.
+        """
         for name, number in (("first_cell", first_cell), ("seed", seed)):
             if not 0 <= number < 2**63:
                 raise ValueError(f"{name}={number}: pass a non-negative integer.")
@@ -393,7 +418,6 @@ class TahoeX1Tokenizer(PreTrainedTokenizer):
             rows = merge_repeats(rows)
         num_cells = len(rows.offsets) - 1
         numbers = first_cell + np.arange(num_cells, dtype=np.int64)
-        drug_ids = None if drugs is None else self.drug_ids(drugs, num_cells)
         raw_first = self.first_gene_raw and drug_ids is None
         values = self._encode_values(rows, raw_first)
         special = 1 if drug_ids is None else 2
@@ -631,7 +655,18 @@ class TahoeX1Tokenizer(PreTrainedTokenizer):
         for rows, repeats in pieces:
             num_cells = len(rows.offsets) - 1
             own = drugs if one_drug else drugs[done : done + num_cells]
-            parts.append(self._encode_rows(rows, repeats, own, first_cell + done, seed, warn, advice))
+            ids = None if own is None else self.drug_ids(own, num_cells)
+            parts.append(
+                self.encode_rows(
+                    rows,
+                    repeats=repeats,
+                    drug_ids=ids,
+                    first_cell=first_cell + done,
+                    seed=seed,
+                    warn=warn,
+                    advice=advice,
+                )
+            )
             done += num_cells
         if not one_drug and len(drugs) != done:
             raise ValueError(f"drugs has {len(drugs)} entries for {done} cells: pass one per cell, or one string.")

@@ -1,5 +1,6 @@
 """The compiled encoding of cells equals the tokenizer's own, bit for bit, and leaves to it what is unusual."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,8 @@ from cells import GENES, NUM_GENES, write_vocab
 from scipy.sparse import csc_matrix, csr_matrix
 
 from tahoex1_hf import TahoeX1Tokenizer
-from tahoex1_hf.encoding_tahoe_x1 import EncodedCells
-from tahoex1_hf.fast_encoding import encode_chunk
+from tahoex1_hf.encoding_tahoe_x1 import EncodedCells, GeneRows, concatenate_cells
+from tahoex1_hf.fast_encoding import encode_chunk, encode_token_rows
 
 DRUGS = {"<pad>": 0, "aspirin": 1}
 
@@ -50,7 +51,6 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return calls
 
 
-@pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize(
     "settings",
     [
@@ -62,23 +62,57 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         {"value_encoding": "raw"},
     ],
 )
-def test_equals_the_tokenizers_own(tmp_path: Path, settings: dict[str, Any], threads: int, watched: list[int]) -> None:
+def test_equals_the_tokenizers_own(tmp_path: Path, settings: dict[str, Any], watched: list[int]) -> None:
     ours = tokenizer(tmp_path, **settings)
     matrix = counts_of(50)
     genes = ours.match_genes([*GENES[:-2], "ENSG99999999998", "ENSG99999999999"])
     for seed, first_cell in ((0, 0), (5, 10**9)):
-        fast = encode_chunk(ours, matrix, genes, seed=seed, first_cell=first_cell, num_threads=threads)
+        fast = encode_chunk(ours, matrix, genes, seed=seed, first_cell=first_cell)
         assert not watched
         assert_same(fast, ours.encode_counts(matrix, genes, seed=seed, first_cell=first_cell))
         watched.clear()
     assert 3 in fast.empty_cells
 
 
+def test_rows_of_tokens(tmp_path: Path, settings_of_rows: dict[str, Any], monkeypatch) -> None:
+    ours = tokenizer(tmp_path, drug_to_id=DRUGS, **settings_of_rows)
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(0, NUM_GENES, 30)
+    genes = ours.match_genes(GENES).token_ids
+    tokens = np.concatenate([rng.permutation(genes)[:n] for n in lengths])  # in no order
+    rows = GeneRows(
+        tokens.astype(np.uint16),
+        rng.integers(1, 400, len(tokens)).astype(np.float32),
+        np.concatenate([[0], np.cumsum(lengths)]),
+    )
+    for drug_ids in (None, np.arange(30) % 2):
+        expected = ours.encode_rows(rows, drug_ids=drug_ids, first_cell=7, seed=3)
+        with monkeypatch.context() as patch:
+            patch.delattr(TahoeX1Tokenizer, "encode_rows")  # the compiled way does without
+            assert_same(encode_token_rows(ours, rows, drug_ids, first_cell=7, seed=3), expected)
+    fractions = rows._replace(counts=rows.counts * np.float32(0.3))
+    assert_same(encode_token_rows(ours, fractions), ours.encode_rows(fractions))
+
+
+@pytest.fixture(params=[{}, {"context_length": None}, {"overflow": "first"}])
+def settings_of_rows(request: pytest.FixtureRequest) -> dict[str, Any]:
+    return request.param
+
+
+def test_threads_do_not_disturb_each_other(tmp_path: Path) -> None:
+    ours = tokenizer(tmp_path)
+    matrix, genes = counts_of(400), ours.match_genes(GENES)
+    starts = range(0, 400, 20)
+    with ThreadPoolExecutor(4) as pool:
+        parts = list(pool.map(lambda i: encode_chunk(ours, matrix[i : i + 20], genes, first_cell=i), starts))
+    assert_same(concatenate_cells(parts), ours.encode_counts(matrix, genes))
+
+
 def test_drugs(tmp_path: Path, watched: list[int]) -> None:
     ours = tokenizer(tmp_path, drug_to_id=DRUGS)
     matrix, genes = counts_of(20), ours.match_genes(GENES)
     for drugs in ("aspirin", ["aspirin", None] * 10):
-        fast = encode_chunk(ours, matrix, genes, drugs=drugs, num_threads=2)
+        fast = encode_chunk(ours, matrix, genes, drugs=drugs)
         assert not watched
         assert_same(fast, ours.encode_counts(matrix, genes, drugs=drugs))
         watched.clear()
@@ -152,6 +186,6 @@ def test_real_cells(shared_data: Any, watched: list[int]) -> None:
     genes = ours.match_genes(heart.var_names)
     matrix = csr_matrix(heart.X)
     matrix.sort_indices()
-    fast = encode_chunk(ours, matrix, genes, seed=3, num_threads=2)
+    fast = encode_chunk(ours, matrix, genes, seed=3)
     assert not watched
     assert_same(fast, ours.encode_counts(matrix, genes, seed=3))

@@ -484,8 +484,9 @@ def _lowest(scores: np.ndarray, total: int, room: int, histogram: np.ndarray, ti
 
 @numba.njit(nogil=True, cache=True)
 def _compact_row(
-    columns: np.ndarray, values: np.ndarray, token_ids: np.ndarray, tokens: np.ndarray, counts: np.ndarray
-) -> int:
+    columns: np.ndarray, values: np.ndarray, token_ids: np.ndarray, in_order: bool, tokens: np.ndarray,
+    counts: np.ndarray,
+) -> int:  # fmt: skip
     """Known genes with a count of one row of a CSR matrix; returns how many, -1 where it is not the usual case.
 
     Three simple loops are faster than one that does all: the processor takes eight numbers at a time.
@@ -493,11 +494,16 @@ def _compact_row(
     length = np.uint64(len(columns))
     if not length:
         return 0
-    in_order = True
-    for i in range(np.uint64(1), length):
-        in_order &= columns[i] > columns[i - np.uint64(1)]
-    # In order, all columns lie between the first and the last: a damaged matrix must not be read beyond its genes.
-    if not in_order or columns[0] < 0 or columns[len(columns) - 1] >= len(token_ids):
+    lowest, highest = np.int64(columns[0]), np.int64(columns[length - np.uint64(1)])
+    good = True
+    if in_order:
+        for i in range(np.uint64(1), length):
+            good &= columns[i] > columns[i - np.uint64(1)]
+    else:
+        for i in range(length):
+            lowest, highest = min(lowest, np.int64(columns[i])), max(highest, np.int64(columns[i]))
+    # A damaged matrix must not be read beyond its genes.
+    if not good or lowest < 0 or highest >= len(token_ids):
         return -1
     whole, zero = True, False
     for i in range(length):
@@ -529,6 +535,7 @@ def encode_csr(
     columns: np.ndarray,
     values: np.ndarray,
     token_ids: np.ndarray,
+    in_order: bool,
     streams: np.ndarray,
     settings: Settings,
     starts: np.ndarray,
@@ -543,6 +550,7 @@ def encode_csr(
         columns: `(stored,)`.
         values: `(stored,)` of any real type.
         token_ids: int32 token of every column, -1 for none.
+        in_order: columns must rise within a row, so that none stands there twice; False where that is known.
         streams: `(cells,)` uint64; a gene's score is `mix64(stream + token)`, and the lowest scores are kept.
         settings: as for training; those of targets are not read.
         starts: `(cells,)` first place of each cell in the output, with room for all its stored entries or
@@ -568,7 +576,7 @@ def encode_csr(
     buckets = np.empty(2048, np.int32)
     for cell in range(len(streams)):
         first, last = indptr[cell], indptr[cell + 1]
-        length = _compact_row(columns[first:last], values[first:last], token_ids, tokens, counts)
+        length = _compact_row(columns[first:last], values[first:last], token_ids, in_order, tokens, counts)
         if length < 0:
             return False
         _value_rule(counts, 0, length, True, settings, histogram, tail, distinct, upto, edges, table)

@@ -10,6 +10,36 @@ from scipy.sparse import csr_matrix
 from tahoex1_hf.data.sources.base import CHUNK_ELEMENTS, BadInput
 
 
+class AlignedArray:
+    """An array on disk (h5py or zarr), of which ranges are read one after the other.
+
+    A compressed array can only be read in the chunks that it was written in. Reading whole ones, and keeping the last
+    for the next range, reads each chunk once.
+    """
+
+    def __init__(self, array: Any) -> None:
+        chunks = getattr(array, "shards", None) or array.chunks
+        self.array, self.step = array, int(chunks[0]) if chunks else None
+        self._start = self._stop = 0
+        self._kept = array[:0]
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Entries (or rows) `start` to `stop`; not before those that were read last."""
+        if self.step is None or start == stop:
+            return self.array[start:stop]
+        low, high = start // self.step * self.step, min(-(-stop // self.step) * self.step, self.array.shape[0])
+        if self._start <= low < self._stop:
+            kept = self._kept[low - self._start :]
+            fresh = self.array[self._stop : high] if self._stop < high else self._kept[:0]
+            values = np.concatenate([kept, fresh]) if len(fresh) else kept
+            high = max(high, self._stop)
+        else:
+            values = self.array[low:high]
+        last = max(low, (stop // self.step) * self.step)  # where the next range may begin
+        self._start, self._stop, self._kept = last, high, values[last - low :].copy()
+        return values[start - low : stop - low]
+
+
 def check_indptr(group: Any, num_lines: int) -> None:
     """Check that the index of a matrix fits its entries.
 
@@ -30,9 +60,10 @@ def read_rows(group: Any, start: int, stop: int, num_columns: int) -> Iterator[c
         BadInput: for column numbers that do not exist.
     """
     indptr = np.asarray(group["indptr"][start : stop + 1], dtype=np.int64)
+    all_data, all_indices = AlignedArray(group["data"]), AlignedArray(group["indices"])
     for low, high in chunk_bounds(indptr):
         a, b = int(indptr[low]), int(indptr[high])
-        data, indices = group["data"][a:b], group["indices"][a:b]
+        data, indices = all_data.read(a, b), all_indices.read(a, b)
         if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < num_columns:
             raise BadInput(f"column numbers of its counts lie outside 0..{num_columns - 1}: it is corrupt.")
         yield csr_matrix((data, indices, indptr[low : high + 1] - a), shape=(high - low, num_columns))

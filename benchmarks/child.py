@@ -1,0 +1,80 @@
+"""Running a command in a process of its own, with its time and the peak of its memory.
+
+A process that is started by another begins with the other's peak of memory as its own, so that a command started from a
+benchmark that has used 5 GB seems to use 5 GB. Between them stands this file, run as a script: it is small.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What became of a command."""
+
+    code: int
+    seconds: float
+    peak_mb: float
+    output: str
+
+    def checked(self) -> "Run":
+        """Raise RuntimeError unless it succeeded."""
+        if self.code:
+            raise RuntimeError(f"the command ended with code {self.code}:\n{self.output[-2000:]}")
+        return self
+
+    @property
+    def last_line(self) -> str:
+        """The last line of its output, the reason of most failures."""
+        lines = [line for line in self.output.splitlines() if line.strip()]
+        return lines[-1].strip() if lines else f"no output, code {self.code}"
+
+
+def run(command: list[str], environment: dict[str, str] | None = None, timeout: float | None = None) -> Run:
+    """Run a command in the project's folder, its package importable and the Hub left alone.
+
+    Raises:
+        subprocess.TimeoutExpired: after so many seconds; the command and what it started have been ended then.
+    """
+    variables = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", **(environment or {})}
+    with tempfile.TemporaryFile("w+b") as output:
+        launcher = subprocess.Popen(
+            [sys.executable, "-S", "-E", __file__, *command],
+            env=variables, cwd=ROOT, stdout=subprocess.PIPE, stderr=output, text=True, start_new_session=True,
+        )  # fmt: skip
+        try:
+            figures, _ = launcher.communicate(timeout=timeout)
+        except BaseException:
+            os.killpg(launcher.pid, signal.SIGKILL)
+            launcher.wait()
+            raise
+        output.seek(0)
+        text = output.read().decode(errors="replace")
+    return Run(output=text, **json.loads(figures))
+
+
+def python(*arguments: str, environment: dict[str, str] | None = None, timeout: float | None = None) -> Run:
+    """Run this Python with these arguments."""
+    return run([sys.executable, *arguments], environment, timeout)
+
+
+def _launch(command: list[str]) -> dict[str, float]:
+    start = time.perf_counter()
+    process = subprocess.Popen(command, stdout=sys.stderr)  # what it prints goes where its errors go
+    _, status, usage = os.wait4(process.pid, 0)
+    seconds = time.perf_counter() - start
+    process.returncode = os.waitstatus_to_exitcode(status)
+    return {"code": process.returncode, "seconds": seconds, "peak_mb": usage.ru_maxrss / 1024}
+
+
+if __name__ == "__main__":
+    print(json.dumps(_launch(sys.argv[1:])))

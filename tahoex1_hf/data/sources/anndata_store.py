@@ -1,0 +1,146 @@
+# Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
+"""What anndata writes into `.h5ad` files and `.zarr` stores, read piece by piece: matrices, columns of obs and var."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from tahoex1_hf.data.sources.base import CHUNK_ELEMENTS, INDEX, BadInput
+from tahoex1_hf.data.sources.by_gene import read_spooled
+from tahoex1_hf.data.sources.csr import AlignedArray, read_rows
+
+
+@contextmanager
+def open_store(path: str) -> Iterator[Any]:
+    """Open a file; what h5py and zarr find wrong with it is bad input."""
+    import h5py
+    import zarr
+
+    try:
+        if Path(path).is_dir():
+            store: Any = zarr.open_group(path, mode="r")
+            _check_parts(store)
+            yield store
+        else:
+            with h5py.File(path, "r") as file:
+                _check_parts(file)
+                yield file
+    except (OSError, RuntimeError, KeyError, zarr.errors.BaseZarrError) as error:
+        raise BadInput(f"it cannot be read: {type(error).__name__}: {error}") from error
+
+
+def _check_parts(store: Any) -> None:
+    missing = [name for name in ("obs", "var") if name not in store]
+    if missing:
+        raise BadInput(f"it is not a complete AnnData: it lacks {', '.join(missing)}.")
+
+
+def matrix_format(matrix: Any) -> str:
+    """How the counts are stored: "csr", "csc" or "dense"."""
+    if hasattr(matrix, "shape"):
+        return "dense"
+    kind = matrix.attrs.get("encoding-type", matrix.attrs.get("h5sparse_format", "?"))
+    kind = kind.decode() if isinstance(kind, bytes) else str(kind)
+    if kind[:3] not in ("csr", "csc"):
+        raise BadInput(f"its counts are stored as {kind!r}: CSR, CSC and dense matrices can be read.")
+    return kind[:3]
+
+
+def matrix_shape(matrix: Any) -> tuple[int, int]:
+    """Cells and genes."""
+    shape = matrix.shape if hasattr(matrix, "shape") else matrix.attrs.get("shape", matrix.attrs.get("h5sparse_shape"))
+    if shape is None or len(shape) != 2:
+        raise BadInput(f"its counts have the shape {shape}, not cells x genes.")
+    return int(shape[0]), int(shape[1])
+
+
+def matrix_blocks(matrix: Any, start: int, stop: int, spooled: Path | None = None) -> Iterator[Any]:
+    """Rows `start` to `stop` of a matrix on disk, as CSR or dense matrices of about `CHUNK_ELEMENTS` entries.
+
+    Args:
+        matrix: group or dataset.
+        start: first row.
+        stop: behind the last row.
+        spooled: of a CSC matrix, where `by_gene.spool_entries` sorted it by cell.
+
+    Raises:
+        BadInput: for column numbers that do not exist.
+    """
+    kind, num_genes = matrix_format(matrix), matrix_shape(matrix)[1]
+    if kind == "csr":
+        yield from read_rows(matrix, start, stop, num_genes)
+    elif kind == "csc":
+        if spooled is None:
+            raise ValueError("a CSC matrix must be sorted by cell before it is read.")
+        yield from read_spooled(spooled, start, stop, num_genes)
+    else:
+        rows = AlignedArray(matrix)
+        step = max(1, CHUNK_ELEMENTS // num_genes)
+        for low in range(start, stop, step):
+            yield np.asarray(rows.read(low, min(low + step, stop)))
+
+
+def csc_entries(matrix: Any) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """All entries of a CSC matrix, in chunks of (cell, gene, count)."""
+    indptr = np.asarray(matrix["indptr"][:], dtype=np.int64)
+    for start in range(0, int(indptr[-1]), CHUNK_ELEMENTS):
+        stop = min(start + CHUNK_ELEMENTS, int(indptr[-1]))
+        genes = np.searchsorted(indptr, np.arange(start, stop), side="right") - 1
+        yield np.asarray(matrix["indices"][start:stop], dtype=np.int64), genes, matrix["data"][start:stop]
+
+
+def read_column(frame: Any, name: str, start: int = 0, stop: int | None = None) -> pd.Series:
+    """A range of a column of a data frame as anndata stores it (since 0.7; whole tables of older files).
+
+    Raises:
+        BadInput: where there is no such column, naming those that there are.
+    """
+    if hasattr(frame, "dtype") and frame.dtype.names:  # anndata < 0.7: one compound dataset
+        return _legacy_column(frame, name, start, stop)
+    key = frame.attrs.get("_index", "_index") if name == INDEX else name
+    key = key.decode() if isinstance(key, bytes) else key
+    if key not in frame:
+        columns = [column for column in frame if column not in ("__categories", frame.attrs.get("_index"))]
+        raise BadInput(f"it has no column {name!r}; there are {sorted(columns)}.")
+    element = frame[key]
+    if not hasattr(element, "shape"):
+        return _encoded_column(element, start, stop)
+    values = _plain(element, start, stop)
+    if "__categories" in frame and key in frame["__categories"]:  # anndata 0.7
+        return _categorical(values, _plain(frame["__categories"][key], 0, None))
+    return pd.Series(values)
+
+
+def _encoded_column(element: Any, start: int, stop: int | None) -> pd.Series:
+    if "codes" in element and "categories" in element:
+        categories = element["categories"]
+        categories = categories["values"] if not hasattr(categories, "shape") else categories
+        return _categorical(_plain(element["codes"], start, stop), _plain(categories, 0, None))
+    if "values" in element and "mask" in element:
+        values = pd.Series(_plain(element["values"], start, stop)).astype(object)
+        return values.mask(_plain(element["mask"], start, stop).astype(bool), None).convert_dtypes()
+    raise BadInput(f"a column of its obs or var is stored as {dict(element.attrs)}, which is not known here.")
+
+
+def _categorical(codes: np.ndarray, categories: np.ndarray) -> pd.Series:
+    return pd.Series(pd.Categorical.from_codes(codes.astype(np.int64), pd.Index(categories)))
+
+
+def _plain(array: Any, start: int, stop: int | None) -> np.ndarray:
+    values = np.asarray(array[start:stop])
+    if values.dtype.kind == "S" or (values.dtype.kind == "O" and len(values) and isinstance(values[0], bytes)):
+        return np.array([value.decode() for value in values], dtype=object)
+    return values.astype(object) if values.dtype.kind in "UT" else values
+
+
+def _legacy_column(frame: Any, name: str, start: int, stop: int | None) -> pd.Series:
+    key = name
+    if name == INDEX:
+        key = next((known for known in ("index", "_index") if known in frame.dtype.names), frame.dtype.names[0])
+    if key not in frame.dtype.names:
+        raise BadInput(f"it has no column {name!r}; there are {sorted(frame.dtype.names)}.")
+    return pd.Series(_plain(frame[key], start, stop))
