@@ -1,7 +1,7 @@
 """Running a command in a process of its own, with its time and the peak of its memory.
 
-A process that is started by another begins with the other's peak of memory as its own, so that a command started from a
-benchmark that has used 5 GB seems to use 5 GB. Between them stands this file, run as a script: it is small.
+A process that is started by another begins with the other's peak of memory as its own, so that a command started from
+a benchmark that has used 5 GB seems to use 5 GB. Between them stands this file, run as a script: it is small.
 """
 
 import json
@@ -34,9 +34,14 @@ class Run:
 
     @property
     def last_line(self) -> str:
-        """The last line of its output, the reason of most failures."""
-        lines = [line for line in self.output.splitlines() if line.strip()]
-        return lines[-1].strip() if lines else f"no output, code {self.code}"
+        """The last line of its output."""
+        return next((line.strip() for line in reversed(self.output.splitlines()) if line.strip()), "")
+
+    @property
+    def reason(self) -> str:
+        """The line of its output that says why it failed, as well as one can tell."""
+        lines = [line[line.index("Error") :].strip() for line in self.output.splitlines() if "Error" in line]
+        return lines[0][:150] if lines else self.last_line or f"no output, code {self.code}"
 
 
 def run(command: list[str], environment: dict[str, str] | None = None, timeout: float | None = None) -> Run:

@@ -1,6 +1,5 @@
 """Cells to embeddings, and to mean gene embeddings, beside the reference: from counts to rows of length 1."""
 
-import copy
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -47,6 +46,7 @@ class Subject:
     tokenizer: TahoeX1Tokenizer
     genes: GeneMatch
     theirs: reference.Reference
+    context: int = CONTEXT
     results: dict[str, np.ndarray] = field(default_factory=dict)
 
     @property
@@ -68,7 +68,7 @@ class Subject:
     def reference_rate(self) -> float:
         """Of the reference."""
         cells = self.cells
-        return self.rate("reference", lambda: reference.embed(self.theirs, cells, CONTEXT).numpy())
+        return self.rate("reference", lambda: reference.embed(self.theirs, cells, self.context).numpy())
 
     def our_rate(self, name: str, encoder: CellEncoder) -> float:
         """Of ours."""
@@ -101,9 +101,8 @@ def make_encoders(model: TahoeX1Model, tokenizer: TahoeX1Tokenizer) -> tuple[dic
         encoders["bfloat16"] = CellEncoder(model, tokenizer, device="cpu", dtype="bfloat16")
     else:
         missing["bfloat16"] = "this CPU has no bfloat16 instructions"
-    try:  # quantising changes the model: it gets one of its own
-        quantised: Any = "int8"
-        encoders["int8"] = CellEncoder(copy.deepcopy(model), tokenizer, device="cpu", dtype=quantised)
+    try:
+        encoders["int8"] = CellEncoder(model, tokenizer, device="cpu", dtype="int8")
     except (ImportError, ValueError) as error:
         missing["int8"] = str(error)
     return encoders, missing

@@ -1,9 +1,9 @@
 """The reference: the original's algorithm in plain torch, as the facts about the original describe it.
 
-It stands in for the original program, which needs CUDA, flash-attn and Composer, and has none of this package in it: cells
-collated one by one, in the order in which they come, padded to the longest of a batch of eight; fused query, key and value;
-attention over padded rows with a mask; the cell decoder multiplied out gene by gene. Where the original is known to be
-slower still (files, worker processes, callbacks), that is left out, in its favour.
+It stands in for the original program, which needs CUDA, flash-attn and Composer, and has none of this package in it:
+cells collated one by one, in the order in which they come, padded to the longest of a batch of eight; fused query, key
+and value; attention over padded rows with a mask; the cell decoder multiplied out gene by gene. What else slows the
+original (files, worker processes, callbacks) is left out, in its favour.
 """
 
 from collections.abc import Iterator, Sequence

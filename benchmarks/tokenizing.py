@@ -1,4 +1,4 @@
-"""Counts to tokens: rows of a CSR matrix to cells without padding, beside the original's work cell by cell in torch."""
+"""Counts to tokens: rows of a CSR matrix to cells without padding, beside the original's work, cell by cell."""
 
 import time
 from concurrent.futures import ThreadPoolExecutor

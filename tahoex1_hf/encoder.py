@@ -1,7 +1,7 @@
 """Running a model over tokenized cells: device, precision, and batches of cells of similar length."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, cast
 
@@ -10,14 +10,14 @@ import torch
 from torch.nn.functional import normalize
 
 from tahoex1_hf.configuration_tahoe_x1 import TahoeX1Config
-from tahoex1_hf.encoding_tahoe_x1 import EncodedCells
+from tahoex1_hf.encoding_tahoe_x1 import EncodedCells, GeneMatch
 from tahoex1_hf.modeling_tahoe_x1 import TahoeX1Model, TahoeX1PreTrainedModel
 from tahoex1_hf.ragged_inference import can_run_ragged, ragged_forward
 from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
 
 logger = logging.getLogger(__name__)
 
-DtypeName = Literal["auto", "float32", "bfloat16"]
+DtypeName = Literal["auto", "float32", "bfloat16", "int8"]
 
 # Tokens per batch, padding included: enough to fill the device, small enough for its memory at every released size.
 _DEFAULT_BATCH_TOKENS = {"cuda": 65536, "cpu": 8192}
@@ -33,10 +33,13 @@ def choose_device(device: str | torch.device | None = None) -> torch.device:
 
 
 def choose_dtype(dtype: DtypeName, device: torch.device) -> torch.dtype:
-    """Return the precision asked for; `auto` is bfloat16 where the hardware multiplies it faster, else float32."""
-    if dtype not in ("auto", "float32", "bfloat16"):
-        raise ValueError(f'dtype must be "auto", "float32" or "bfloat16", got {dtype!r}.')
-    if dtype != "auto":
+    """Return the precision asked for; `auto` is bfloat16 where the hardware multiplies it faster, else float32.
+
+    With `int8` it is the weights that have eight bits; this is then the precision of all else.
+    """
+    if dtype not in ("auto", "float32", "bfloat16", "int8"):
+        raise ValueError(f'dtype must be "auto", "float32", "bfloat16" or "int8", got {dtype!r}.')
+    if dtype in ("float32", "bfloat16"):
         return getattr(torch, dtype)
     if device.type == "cuda":
         fast = torch.cuda.get_device_capability(device) >= (8, 0)
@@ -91,6 +94,15 @@ class GeneMeans:
         self._sums.index_add_(0, slots, hidden_states.flatten(0, 1)[known].to(self._sums.dtype))
         self._counts.index_add_(0, slots, torch.ones_like(slots))
 
+    def state(self) -> dict[str, np.ndarray]:
+        """Sums and counts, to go on with later."""
+        return {"sums": self._sums.cpu().numpy(), "counts": self._counts.cpu().numpy()}
+
+    def add_state(self, state: Mapping[str, np.ndarray]) -> None:
+        """Add what `state` returned."""
+        self._sums += torch.from_numpy(state["sums"]).to(self._sums)
+        self._counts += torch.from_numpy(state["counts"]).to(self._counts)
+
     def means(self, token_ids: np.ndarray) -> np.ndarray:
         """Return `(genes, width)` float32 means; NaN where a gene is unknown (-1) or expressed in no cell."""
         means = (self._sums / self._counts.unsqueeze(1)).float().cpu().numpy()  # 0 / 0 is NaN
@@ -106,7 +118,8 @@ class CellEncoder:
         tokenizer: the tokenizer of the cells, for what stands in the padding.
         batch_tokens: most tokens of a batch; by default fit for the device.
         device: by default the fastest there is.
-        dtype: float32 weights stay as they are; with bfloat16 they are multiplied under autocast.
+        dtype: float32 weights stay as they are; with bfloat16 they are multiplied under autocast, with int8 the
+            layers of a copy are quantised.
     """
 
     def __init__(
@@ -133,7 +146,13 @@ class CellEncoder:
         self.device = choose_device(device)
         self.dtype = choose_dtype(dtype, self.device)
         self.config: TahoeX1Config = model.config
+        self.dtype_name = str(self.dtype).removeprefix("torch.")
         self.model = cast(TahoeX1Model, model.base_model.to(self.device).eval())
+        if dtype == "int8":
+            from tahoex1_hf.quantization import with_int8_weights
+
+            self.model = with_int8_weights(self.model)
+            self.dtype_name = f"int8 weights, {self.dtype_name}"
         self.tokenizer = tokenizer
         self.batch_tokens = batch_tokens or _DEFAULT_BATCH_TOKENS.get(self.device.type, 16384)
 
@@ -141,6 +160,10 @@ class CellEncoder:
     def width(self) -> int:
         """Width of the embeddings."""
         return self.config.hidden_size
+
+    def gene_means(self, genes: GeneMatch) -> GeneMeans:
+        """Make running means for the genes of a matrix."""
+        return GeneMeans(genes.token_ids, self.config.vocab_size, self.width, self.device)
 
     def _precision(self) -> AbstractContextManager[Any]:
         if self.dtype == torch.float32 or self.model.dtype == self.dtype:

@@ -11,10 +11,9 @@ import torch
 from conftest import GOLDEN
 from scipy.sparse import csc_matrix, csr_matrix
 
-from tahoex1_hf import TahoeX1Model, TahoeX1Tokenizer, embed_anndata
+from tahoex1_hf import TahoeX1Model, TahoeX1Tokenizer, cell_inputs, embed_anndata
 from tahoex1_hf.encoder import CellEncoder, GeneMeans, choose_dtype, length_sorted_batches
 from tahoex1_hf.original_checkpoints import convert_original_folder
-from tahoex1_hf.reading import open_h5ad
 
 KEY = "X_tahoe_x1"
 
@@ -104,7 +103,7 @@ def test_does_not_depend_on_the_order_of_cells_and_genes(checkpoint) -> None:
 
 def test_does_not_depend_on_the_chunks_even_when_genes_are_sampled(checkpoint, monkeypatch) -> None:
     reference = embedded(golden_cells("a_70m_like"), checkpoint("a_70m_like"), max_length=64, seed=3)
-    monkeypatch.setattr("tahoex1_hf.embedding.CHUNK_CELLS", 7)
+    monkeypatch.setattr("tahoex1_hf.cell_inputs.CHUNK_CELLS", 7)
     chunked = embedded(golden_cells("a_70m_like"), checkpoint("a_70m_like"), max_length=64, seed=3)
     np.testing.assert_allclose(chunked, reference, atol=1e-6, rtol=0)
     other_seed = embedded(golden_cells("a_70m_like"), checkpoint("a_70m_like"), max_length=64, seed=4)
@@ -114,8 +113,10 @@ def test_does_not_depend_on_the_chunks_even_when_genes_are_sampled(checkpoint, m
 
 def test_does_not_depend_on_compiled_encoding(checkpoint, monkeypatch) -> None:
     whole = embedded(golden_cells("a_70m_like"), checkpoint("a_70m_like"), max_length=40)
-    monkeypatch.setattr("tahoex1_hf.embedding.COMPILE_FROM_CELLS", 1)
-    monkeypatch.setattr("tahoex1_hf.embedding.CHUNK_CELLS", 7)
+    done = cell_inputs._Compilation()
+    done.done.set()
+    monkeypatch.setattr(cell_inputs, "_compilation", done)
+    monkeypatch.setattr("tahoex1_hf.cell_inputs.CHUNK_CELLS", 7)
     compiled = embedded(golden_cells("a_70m_like"), checkpoint("a_70m_like"), max_length=40)
     np.testing.assert_allclose(compiled, whole, atol=1e-6, rtol=0)
 
@@ -242,17 +243,3 @@ def test_gene_means_of_a_brute_force_loop() -> None:
     np.testing.assert_array_equal(result[0], result[4])
     np.testing.assert_allclose(result[2], hidden[0, 1], rtol=1e-6)
     assert np.isnan(result[[1, 3]]).all()
-
-
-def test_opening_a_file_leaves_its_counts_on_disk(tmp_path: Path) -> None:
-    adata = golden_cells("a_70m_like")
-    adata.layers["counts"] = adata.X.copy()
-    adata.write_h5ad(tmp_path / "cells.h5ad")
-    with open_h5ad(tmp_path / "cells.h5ad") as opened:
-        assert opened.shape == adata.shape
-        for matrix in (opened.X, opened.layers["counts"]):
-            assert not isinstance(matrix, csr_matrix)
-            assert (matrix[4:9] != adata.X[4:9]).nnz == 0
-    (tmp_path / "text.h5ad").write_text("no HDF5")
-    with pytest.raises(ValueError, match=r"not an \.h5ad file"), open_h5ad(tmp_path / "text.h5ad"):
-        pass

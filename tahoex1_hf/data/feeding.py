@@ -8,7 +8,6 @@ processes costs more than making them.
 """
 
 import hashlib
-import json
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,7 +20,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from tahoex1_hf.data.collator import CellCollator, CountRows
 from tahoex1_hf.data.order import CellOrder, Cells, MixedOrder
-from tahoex1_hf.data.shard_files import DatasetFolder
+from tahoex1_hf.data.shard_files import DatasetFolder, check_vocabulary
 
 # Cells whose lengths are looked up at once, to fill batches up to a number of tokens.
 _LENGTHS_AHEAD = 4096
@@ -118,7 +117,8 @@ class CellBatches(IterableDataset):
             )
             for place in places
         ]
-        self._check_vocabulary()
+        for folder in self.folders:
+            check_vocabulary(folder, collator.tokenizer)
         if weights is None:
             sizes = [size for folder in self.folders for size in folder.sizes]
             self._owners = [(d, s) for d, folder in enumerate(self.folders) for s in range(len(folder.sizes))]
@@ -141,20 +141,6 @@ class CellBatches(IterableDataset):
             f"batch_size={self.batch_size}, batch_tokens={self.batch_tokens}: {self.num_cells} cells do not make a "
             f"batch for each of {self.world_size} processes; make it smaller, or set drop_last=False."
         )
-
-    def _check_vocabulary(self) -> None:
-        tokens = json.dumps(sorted(self.collator.tokenizer.get_vocab().items()))
-        for folder in self.folders:
-            text = (
-                (Path(folder.location) / "vocab.json").read_bytes()
-                if folder.cache is None
-                else folder.cache.read("vocab.json")
-            )
-            if json.dumps(sorted(json.loads(text).items())) != tokens:
-                raise ValueError(
-                    f"{folder.location} was prepared with another vocabulary than the tokenizer's: ids would mean "
-                    "other genes. Prepare it with the vocab.json of the model."
-                )
 
     def _describe(self, shuffle: bool, weights: Sequence[float] | None, window: int) -> dict[str, Any]:
         """What decides the batches; a state is of use only where all of it is the same."""

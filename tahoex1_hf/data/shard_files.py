@@ -12,12 +12,17 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 
 from tahoex1_hf.data.collator import CountRows
+from tahoex1_hf.data.ragged import gather_rows
+from tahoex1_hf.encoding_tahoe_x1 import GeneRows
+
+if TYPE_CHECKING:
+    from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +53,17 @@ class OpenShard:
             all_cells.count_starts[rows],
             all_cells.lengths[rows],
         )
+
+    def gathered(self, start: int, stop: int) -> GeneRows:
+        """Cells `start` to `stop` behind each other, in memory."""
+        cells = self.cells
+        lengths = cells.lengths[start:stop]
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        genes = np.empty(offsets[-1], dtype=cells.genes.dtype)
+        counts = np.empty(offsets[-1], dtype=cells.counts.dtype)
+        gather_rows(cells.genes, cells.gene_starts[start:stop], lengths, genes)
+        gather_rows(cells.counts, cells.count_starts[start:stop], lengths, counts)
+        return GeneRows(genes, counts.astype(np.float32, copy=False), offsets)
 
 
 def open_shard(path: Path, drug_id: Callable[[str | None], int] | None = None) -> OpenShard:
@@ -215,6 +231,23 @@ class DatasetFolder:
         """Begin to fetch remote shards that are needed soon."""
         if self.cache is not None:
             self.cache.prefetch([self.shards[number] for number in numbers])
+
+
+def check_vocabulary(folder: DatasetFolder, tokenizer: "TahoeX1Tokenizer") -> None:
+    """Check that a dataset's ids are the tokenizer's.
+
+    Raises:
+        ValueError: where they are not.
+    """
+    if folder.cache is None:
+        text = (Path(folder.location) / "vocab.json").read_bytes()
+    else:
+        text = folder.cache.read("vocab.json")
+    if json.loads(text) != tokenizer.get_vocab():
+        raise ValueError(
+            f"{folder.location} was prepared with another vocabulary than the tokenizer's: ids would mean other "
+            "genes. Prepare it with the vocab.json of the model."
+        )
 
 
 class ShardCache:

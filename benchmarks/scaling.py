@@ -1,0 +1,150 @@
+"""How speed changes with the length of the cells, with their number, and with the number of processes."""
+
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from benchmarks import reference
+from benchmarks.cells import ensembl_ids, synthetic_counts, tokenizer_for
+from benchmarks.child import python
+from benchmarks.embedding import COLUMNS, Subject, check, random_model, reference_shape
+from benchmarks.machine import ALL_CORES
+from benchmarks.measuring import Row, Series, Suite, Task, in_turn
+from benchmarks.memory import MODEL, embed_command, embedded_files, write_h5ad
+from tahoex1_hf import TahoeX1ForPreTraining, TahoeX1Model, TahoeX1Tokenizer
+from tahoex1_hf.encoder import CellEncoder
+
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+LAUNCHERS = {
+    "accelerate launch --cpu": ["-m", "accelerate.commands.launch", "--num_machines", "1", "--mixed_precision", "no",
+                                "--dynamo_backend", "no", "--num_processes", "2", "--cpu"],
+    "torchrun": ["-m", "torch.distributed.run", "--nproc-per-node", "2"],
+}  # fmt: skip
+
+
+def measure(suite: Suite) -> list[Row]:
+    """Rows of this part."""
+    return [*by_length(suite), *by_cells(suite), *by_processes(suite)]
+
+
+def by_length(suite: Suite) -> list[Row]:
+    """Tokens per second of cells from 256 to 8,192 tokens, the same number of tokens at every length."""
+    lengths = suite.pick((256, 512, 1024, 2048, 4096, 8192), (128, 256, 512))
+    names, longest = ensembl_ids(COLUMNS), max(lengths)
+    tokenizer = tokenizer_for(names, longest)
+    genes = tokenizer.match_genes(names)
+    model = random_model(TahoeX1Model, suite.config())
+    theirs = reference.embedding_reference(reference_shape(model.config), model.state_dict())
+    encoder = CellEncoder(model, tokenizer, device="cpu", dtype="float32")
+    subjects = {
+        length: Subject(
+            synthetic_counts(np.full(longest // length, length - 1), COLUMNS), tokenizer, genes, theirs, longest
+        )
+        for length in lengths
+    }
+    tasks = {}
+    for length, subject in subjects.items():
+        tasks[f"reference, {length}"] = Task(lambda s=subject, n=length: n * s.reference_rate())
+        tasks[f"ours, {length}"] = Task(lambda s=subject, n=length: n * s.our_rate("ours", encoder))
+    subjects[lengths[0]].reference_rate()  # warm-up
+    subjects[lengths[0]].our_rate("ours", encoder)
+    series = in_turn(tasks, suite.rounds)
+    rows = []
+    for length, subject in subjects.items():
+        figures = subject.compare("ours")
+        check(figures)
+        remark = f"{suite.shape_name}, max difference {figures['max_difference']:.1e}"
+        details = {"length": length, "cells": longest // length, **figures}
+        ours, theirs = series[f"ours, {length}"], series[f"reference, {length}"]
+        name = f"cells of {length:,} tokens"
+        rows.append(Row("scaling", name, "tokens/s", ours, theirs, remark, details=details))
+    return rows
+
+
+def by_cells(suite: Suite) -> list[Row]:
+    """Cells per second of the command, its start included; the runs are those of the part `memory`."""
+    return [
+        Row("scaling", f"tahoex1 embed, {run.cells:,} cells", "cells/s", Series([run.cells / run.seconds]),
+            remark=f"{run.seconds:.0f} s, start included; small checkpoint, 20 genes a cell",
+            details={"cells": run.cells, "seconds": run.seconds})
+        for run in embedded_files(suite)
+    ]  # fmt: skip
+
+
+def by_processes(suite: Suite) -> list[Row]:
+    """The same cells embedded by one process and by two, with one thread each."""
+    folder = suite.folder / "processes"
+    folder.mkdir()
+    cells = suite.pick(6000, 500)
+    source = write_h5ad(folder / "cells.h5ad", cells, expressed=60)
+    model = save_model(folder / "model", suite)
+    one = Command(embed_command(source, folder / "one.parquet", model), folder / "one.parquet", cells)
+    one.rate()
+    tasks, missing = {"one": Task(one.rate)}, {}
+    for name, launcher in LAUNCHERS.items():
+        output = folder / f"{name.split()[0]}.parquet"
+        two = Command([*launcher, *embed_command(source, output, model)], output, cells)
+        missing[name] = why_not(launcher, two, one, folder)
+        if not missing[name]:
+            tasks[name] = Task(two.rate)
+    series = in_turn(tasks, suite.pick(suite.rounds, 1))
+    remark = f"{cells:,} cells of 61 tokens, 1 thread a process; start included"
+    rows = [Row("scaling", "1 process", "cells/s", series["one"], remark=remark, details={"processes": 1})]
+    for name, reason in missing.items():
+        row = Row("scaling", f"2 processes, {name}", not_measured=reason)
+        if not reason:
+            row.unit, row.series, row.reference = "cells/s", series[name], series["one"]
+            row.remark, row.details = "reference: 1 process; same embeddings", {"processes": 2}
+        rows.append(row)
+    return rows
+
+
+@dataclass(frozen=True)
+class Command:
+    """`tahoex1 embed` of one file, started in one way or another: arguments of Python, the output, the cells."""
+
+    arguments: list[str]
+    output: Path
+    cells: int
+
+    def rate(self) -> float:
+        """Cells per second, the start of the processes included."""
+        run = python(*self.arguments, environment=ONE_THREAD, timeout=1200).checked()
+        return self.cells / run.seconds
+
+
+def why_not(launcher: list[str], two: Command, one: Command, folder: Path) -> str:
+    """Why two processes cannot be measured, or "" where they can; runs them once."""
+    if len(ALL_CORES) < 2:
+        return "this process may use one core only"
+    probe = folder / "probe.py"
+    probe.write_text("print('one of the processes')")
+    try:
+        started = python(*launcher, str(probe), environment=ONE_THREAD, timeout=120).checked()
+        number = started.output.count("one of the processes")
+        if number != 2:
+            return f"this command starts {number} process on a CPU, not 2"
+        two.output.unlink(missing_ok=True)
+        run = python(*two.arguments, environment=ONE_THREAD, timeout=1200)
+    except (RuntimeError, subprocess.TimeoutExpired) as error:
+        return str(error).splitlines()[0]
+    if run.code or not two.output.is_file():
+        return f"the command failed: {run.reason}"
+    ours, theirs = (pq.read_table(command.output).to_pandas() for command in (two, one))
+    assert (ours["cell"] == theirs["cell"]).all(), "two processes wrote the cells in another order than one"
+    difference = np.abs(ours.drop(columns="cell").to_numpy() - theirs.drop(columns="cell").to_numpy()).max()
+    assert difference < 1e-5, f"two processes wrote other embeddings than one: {difference}"
+    return ""
+
+
+def save_model(folder: Path, suite: Suite) -> Path:
+    """A model with the demo's vocabulary, but large enough that starting a process is not most of the work."""
+    tokenizer = TahoeX1Tokenizer.from_pretrained(MODEL)
+    sizes = suite.pick({"hidden_size": 256, "num_hidden_layers": 6}, {"hidden_size": 64, "num_hidden_layers": 2})
+    config = suite.config(vocab_size=len(tokenizer), num_attention_heads=4, **sizes)
+    random_model(TahoeX1ForPreTraining, config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

@@ -1,0 +1,84 @@
+"""How long it takes to get going: importing the package, and embedding the first cells after the model is loaded.
+
+python -m benchmarks.startup [--quick]      # embeds in a fresh process; prints when each batch was done, as JSON
+"""
+
+import json
+import statistics
+import time
+from typing import Annotated
+
+import numpy as np
+import typer
+
+from benchmarks.cells import ensembl_ids, synthetic_counts, tokenizer_for
+from benchmarks.child import python
+from benchmarks.embedding import random_model
+from benchmarks.measuring import Row, Series, Suite, Task, in_turn, progress
+from tahoex1_hf import TahoeX1Model
+from tahoex1_hf.encoder import CellEncoder
+
+IMPORT_OURS = "import tahoex1_hf"
+IMPORT_BERT = "from transformers import BertModel"
+TOKENS = 256  # of every cell: equal, so that cells per second mean the same at the beginning and at the end
+FIRST_SECONDS = 5.0
+
+
+def import_seconds(statement: str) -> float:
+    """Of a fresh process that does nothing else."""
+    return python("-c", statement).checked().seconds
+
+
+def measure(suite: Suite) -> list[Row]:
+    """Rows of this part."""
+    for statement in suite.pick((IMPORT_OURS, IMPORT_BERT), ()):
+        import_seconds(statement)  # files are in the page cache then, and compiled
+    tasks = {name: Task(lambda name=name: import_seconds(name)) for name in (IMPORT_BERT, IMPORT_OURS)}
+    series = in_turn(tasks, suite.pick(max(5, suite.rounds), 1))
+    remark = f"fresh process; reference: {IMPORT_BERT}"
+    imports = Row("startup", IMPORT_OURS, "s", series[IMPORT_OURS], series[IMPORT_BERT], remark,
+                  smaller_is_better=True)  # fmt: skip
+    return [imports, *first_cells(suite)]
+
+
+def first_cells(suite: Suite) -> list[Row]:
+    """Rate of the first seconds after loading (tokenizing and the first batches), beside the rate after that."""
+    first, rest = Series(), Series()
+    seconds = suite.pick(FIRST_SECONDS, 0.5)
+    times_of_rounds = []
+    rounds = suite.pick(suite.rounds, 1)
+    for number in range(rounds):
+        progress(f"  round {number + 1} of {rounds}: first cells")
+        quick = ["--quick"] if suite.quick else []
+        times = json.loads(python("-m", "benchmarks.startup", *quick).checked().last_line)
+        early = [(t, n) for t, n in times if t <= seconds]
+        late = [(t, n) for t, n in times if t > seconds]
+        assert 0 < len(early) < len(times), f"no batch was done before, or none after {seconds} s: {times}"
+        first.values.append(sum(n for _, n in early) / early[-1][0])
+        rest.values.append(sum(n for _, n in late) / (late[-1][0] - early[-1][0]))
+        times_of_rounds.append(times)
+    first_batch = statistics.median(times[0][0] for times in times_of_rounds)
+    remark = (
+        f"{suite.shape_name}, {TOKENS} tokens a cell; first batch after {first_batch:.2f} s; reference: after that"
+    )
+    return [
+        Row("startup", f"first {seconds:g} s after loading", "cells/s", first, rest, remark,
+            details={"seconds_and_cells_of_batches": times_of_rounds})
+    ]  # fmt: skip
+
+
+def main(quick: Annotated[bool, typer.Option("--quick")] = False) -> None:
+    suite = Suite(rounds=1, quick=quick)
+    names = ensembl_ids(5000)
+    counts = synthetic_counts(np.full(suite.pick(80, 2000), TOKENS - 1), len(names))
+    tokenizer = tokenizer_for(names, TOKENS)
+    encoder = CellEncoder(random_model(TahoeX1Model, suite.config()), tokenizer, batch_tokens=4 * TOKENS, device="cpu")
+    times: list[tuple[float, int]] = []
+    start = time.perf_counter()
+    encoded = tokenizer.encode_counts(counts, tokenizer.match_genes(names))
+    encoder.embed(encoded, on_batch=lambda cells: times.append((time.perf_counter() - start, cells)))
+    print(json.dumps(times))
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,168 @@
+# Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
+"""Finished embeddings of a run that is not: one Parquet file for every stretch of chunks, in a folder or object store.
+
+A shard appears whole or not at all, and is called by the chunks that it holds, so that the names alone say what is
+left to do. Several processes write into one folder; none ever changes what another wrote.
+"""
+
+import io
+import json
+import os
+import re
+import uuid
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+_SHARD = re.compile(r"chunks-(\d{12})-(\d{12})\.parquet")
+_RUN = "run.json"
+
+
+class Shard(NamedTuple):
+    """Embeddings of consecutive cells.
+
+    Attributes:
+        names: of the cells; empty where none are kept.
+        embeddings: `(cells, width)` float32.
+        num_empty: cells in which no known gene is expressed.
+    """
+
+    names: list[str]
+    embeddings: np.ndarray
+    num_empty: int
+
+
+@dataclass(frozen=True)
+class ShardFolder:
+    """Where the shards of a run lie.
+
+    Attributes:
+        location: a local folder or a URL that fsspec knows.
+    """
+
+    location: str
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it is a folder on this machine, or on a file system that it shares."""
+        return "://" not in self.location
+
+    def _filesystem(self) -> tuple[Any, str]:
+        from fsspec.core import url_to_fs
+
+        return url_to_fs(self.location)
+
+    def _names(self) -> list[str]:
+        filesystem, root = self._filesystem()
+        filesystem.invalidate_cache()
+        if not filesystem.isdir(root):
+            return []
+        return sorted(path.rpartition("/")[2] for path in filesystem.ls(root, detail=False))
+
+    def _write(self, name: str, content: bytes) -> None:
+        filesystem, root = self._filesystem()
+        if not self.is_local:  # an object appears when it is complete
+            filesystem.pipe_file(f"{root}/{name}", content)
+            return
+        os.makedirs(root, exist_ok=True)
+        partial = f"{root}/.{name}.{uuid.uuid4().hex}.partial"
+        try:
+            with open(partial, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, f"{root}/{name}")
+        finally:
+            if os.path.exists(partial):
+                os.unlink(partial)
+
+    def _read(self, name: str) -> bytes:
+        filesystem, root = self._filesystem()
+        content: bytes = filesystem.cat_file(f"{root}/{name}")
+        return content
+
+    # What the run is -------------------------------------------------------------------------------
+
+    def claim(self, identity: dict[str, Any], restart: bool) -> None:
+        """Begin a run, or go on with one of the same identity.
+
+        Args:
+            identity: decides every number of the result, as JSON.
+            restart: remove what another run left.
+
+        Raises:
+            ValueError: where another run's shards are there.
+        """
+        if restart:
+            self.remove()
+        if _RUN in self._names():
+            found = json.loads(self._read(_RUN))
+            different = sorted(key for key in {*found, *identity} if found.get(key) != identity.get(key))
+            if different:
+                raise ValueError(
+                    f"{self.location} holds an unfinished run with other settings ({', '.join(different)}): finish it "
+                    "with its own command, or pass --restart to begin anew."
+                )
+            return
+        self._write(_RUN, json.dumps(identity, indent=1).encode())
+
+    def remove(self) -> None:
+        """Remove the folder and all in it."""
+        filesystem, root = self._filesystem()
+        filesystem.invalidate_cache()
+        if filesystem.exists(root):
+            filesystem.rm(root, recursive=True)
+
+    # Shards ----------------------------------------------------------------------------------------
+
+    def finished(self) -> list[tuple[int, int]]:
+        """First and last-plus-one chunk of every shard, in order."""
+        found = (_SHARD.fullmatch(name) for name in self._names())
+        return sorted((int(match[1]), int(match[2])) for match in found if match)
+
+    def write(self, start: int, stop: int, shard: Shard) -> None:
+        """Write the shard of chunks `start` to `stop`."""
+        width = shard.embeddings.shape[1]
+        values = pa.array(np.ascontiguousarray(shard.embeddings, dtype=np.float32).ravel())
+        columns = {"embedding": pa.FixedSizeListArray.from_arrays(values, width)}
+        if shard.names:
+            columns = {"cell": pa.array(shard.names, pa.string()), **columns}
+        table = pa.table(columns).replace_schema_metadata({"num_empty": str(shard.num_empty)})
+        buffer = io.BytesIO()
+        pq.write_table(table, buffer, compression="none", use_dictionary=False, write_statistics=False)
+        self._write(f"chunks-{start:012d}-{stop:012d}.parquet", buffer.getvalue())
+
+    def read(self, start: int, stop: int) -> Shard:
+        """Read the shard of chunks `start` to `stop`."""
+        table = pq.read_table(pa.BufferReader(self._read(f"chunks-{start:012d}-{stop:012d}.parquet")))
+        column = table.column("embedding").combine_chunks()
+        flat = column.flatten().to_numpy(zero_copy_only=False)
+        names = table.column("cell").to_pylist() if "cell" in table.column_names else []
+        metadata = table.schema.metadata or {}
+        return Shard(names, flat.reshape(table.num_rows, -1), int(metadata[b"num_empty"]))
+
+    def discard(self, start: int, stop: int) -> None:
+        """Remove a shard."""
+        filesystem, root = self._filesystem()
+        filesystem.rm_file(f"{root}/chunks-{start:012d}-{stop:012d}.parquet")
+
+    # Sums over the cells of shards -----------------------------------------------------------------
+
+    def write_sums(self, writer: str, shards: Iterable[tuple[int, int]], sums: dict[str, np.ndarray]) -> None:
+        """Write what a process has added up over the cells of its shards, in place of what it wrote before."""
+        buffer = io.BytesIO()
+        arrays: dict[str, Any] = {**sums, "shards": np.array(list(shards), dtype=np.int64).reshape(-1, 2)}
+        np.savez(buffer, **arrays)
+        self._write(f"sums-{writer}.npz", buffer.getvalue())
+
+    def read_sums(self) -> Iterator[tuple[set[tuple[int, int]], dict[str, np.ndarray]]]:
+        """Of every process that wrote any: its shards, and the sums."""
+        for name in self._names():
+            if name.startswith("sums-"):
+                with np.load(io.BytesIO(self._read(name)), allow_pickle=False) as arrays:
+                    sums = {key: arrays[key] for key in arrays.files}
+                yield {(int(a), int(b)) for a, b in sums.pop("shards")}, sums

@@ -1,0 +1,37 @@
+"""Int8 weights for inference, by torchao."""
+
+import copy
+import warnings
+
+import torch
+from torch import nn
+
+from tahoex1_hf.modeling_tahoe_x1 import TahoeX1Model
+
+_QUANTISED = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "gate_proj", "down_proj")
+
+
+def with_int8_weights(model: TahoeX1Model) -> TahoeX1Model:
+    """A copy of a model whose layers multiply with int8 weights, one scale per output; the rest is shared with it.
+
+    The weights of the layers take a quarter of their memory. On CPUs they are turned back into floats batch by batch,
+    which costs some speed (see benchmarks/).
+
+    Raises:
+        ValueError: where torchao is not installed.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            from torchao.quantization import Int8WeightOnlyConfig, quantize_
+    except ImportError as error:
+        raise ValueError("dtype='int8' needs torchao: pip install 'tahoex1_hf[int8]'.") from error
+    shared: dict[int, object] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    quantised: TahoeX1Model = copy.deepcopy(model, shared)
+
+    def is_layer(module: nn.Module, name: str) -> bool:
+        return isinstance(module, nn.Linear) and name.rpartition(".")[2] in _QUANTISED
+
+    with torch.no_grad():
+        quantize_(quantised.layers, Int8WeightOnlyConfig(), filter_fn=is_layer)
+    return quantised
