@@ -66,7 +66,9 @@ def _draw_fractions(axes: Any, rows: Sequence[Row]) -> None:
     axes.set_xlim(0, 1.3 * max(most, 85))
     axes.axvline(100, color="black", linewidth=0.8, zorder=0)
     axes.set_xlabel(
-        "% of the rate of a plain matrix product (blue) or memory copy (grey);\norange: counting only the operations that were performed"
+        "% of the rate of a plain matrix product (blue)\n"
+        "or memory copy (grey); orange and in brackets:\n"
+        "counting only the operations that were performed"
     )
     axes.set_title("Beside the hardware")
 

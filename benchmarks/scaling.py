@@ -1,5 +1,6 @@
 """How speed changes with the length of the cells, with their number, and with the number of processes."""
 
+import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ import pyarrow.parquet as pq
 
 from benchmarks import reference
 from benchmarks.cells import ensembl_ids, synthetic_counts, tokenizer_for
-from benchmarks.child import python
+from benchmarks.child import Run, python
 from benchmarks.embedding import COLUMNS, Subject, check, random_model, reference_shape
 from benchmarks.machine import ALL_CORES
 from benchmarks.measuring import Row, Series, Suite, Task, in_turn
@@ -81,11 +82,12 @@ def by_processes(suite: Suite) -> list[Row]:
     cells = suite.pick(6000, 500)
     source = write_h5ad(folder / "cells.h5ad", cells, expressed=60)
     model = save_model(folder / "model", suite)
-    one = Command(embed_command(source, folder / "one.parquet", model), folder / "one.parquet", cells)
+    output = folder / "one" / "cells.parquet"
+    one = Command(embed_command(source, output, model), output, cells)
     one.rate()
     tasks, missing = {"one": Task(one.rate)}, {}
     for name, launcher in LAUNCHERS.items():
-        output = folder / f"{name.split()[0]}.parquet"
+        output = folder / name.split()[0] / "cells.parquet"
         two = Command([*launcher, *embed_command(source, output, model)], output, cells)
         missing[name] = why_not(launcher, two, one, folder)
         if not missing[name]:
@@ -112,8 +114,13 @@ class Command:
 
     def rate(self) -> float:
         """Cells per second, the start of the processes included."""
-        run = python(*self.arguments, environment=ONE_THREAD, timeout=1200).checked()
-        return self.cells / run.seconds
+        return self.cells / self.run().checked().seconds
+
+    def run(self) -> Run:
+        """Run it into an empty folder: what an earlier run left would be gone on with."""
+        shutil.rmtree(self.output.parent, ignore_errors=True)
+        self.output.parent.mkdir()
+        return python(*self.arguments, environment=ONE_THREAD, timeout=1200)
 
 
 def why_not(launcher: list[str], two: Command, one: Command, folder: Path) -> str:
@@ -127,8 +134,7 @@ def why_not(launcher: list[str], two: Command, one: Command, folder: Path) -> st
         number = started.output.count("one of the processes")
         if number != 2:
             return f"this command starts {number} process on a CPU, not 2"
-        two.output.unlink(missing_ok=True)
-        run = python(*two.arguments, environment=ONE_THREAD, timeout=1200)
+        run = two.run()
     except (RuntimeError, subprocess.TimeoutExpired) as error:
         return str(error).splitlines()[0]
     if run.code or not two.output.is_file():

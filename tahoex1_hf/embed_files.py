@@ -208,13 +208,8 @@ class _Run:
         self.shards.claim(identity, restart)
         for cells in self.plan.inputs:
             cells.sort_by_cell()
-        finished = self.shards.finished()
-        if self.gene_embeddings:  # a shard whose cells are in no sum is made again
-            summed = {shard for covered, _ in self.shards.read_sums() for shard in covered}
-            for start, stop in finished:
-                if (start, stop) not in summed:
-                    self.shards.discard(start, stop)
-            finished = [shard for shard in finished if shard in summed]
+        # With gene embeddings, a shard of which no sum knows was finished just before a kill, and is made again.
+        finished = self.shards.summed() if self.gene_embeddings else self.shards.finished()
         todo = self.plan.unfinished(finished)
         if len(todo) < self.plan.num_chunks:
             done = self.plan.num_chunks - len(todo)
@@ -266,7 +261,7 @@ class _Run:
             num_empty = self._write_cells(writer)
             gene_means, genes = self._gene_means(), self.plan.inputs[0].genes
             if gene_means is not None and genes is not None:
-                for _, sums in self.shards.read_sums():
+                for _, _, sums in self.shards.read_sums():
                     gene_means.add_state(sums)
                 writer.write_genes(gene_means.means(genes.token_ids))
             writer.write_provenance(provenance(model_name, self.encoder, self.options, self.plan.inputs, num_empty))

@@ -145,10 +145,19 @@ class ShardFolder:
         metadata = table.schema.metadata or {}
         return Shard(names, flat.reshape(table.num_rows, -1), int(metadata[b"num_empty"]))
 
-    def discard(self, start: int, stop: int) -> None:
-        """Remove a shard."""
+    def summed(self) -> list[tuple[int, int]]:
+        """Shards whose cells are in a sum; others, and sums with cells of shards that are gone, are removed."""
+        finished = set(self.finished())
         filesystem, root = self._filesystem()
-        filesystem.rm_file(f"{root}/chunks-{start:012d}-{stop:012d}.parquet")
+        covered: set[tuple[int, int]] = set()
+        for name, shards, _ in list(self.read_sums()):
+            if shards <= finished:
+                covered |= shards
+            else:
+                filesystem.rm_file(f"{root}/{name}")
+        for start, stop in finished - covered:
+            filesystem.rm_file(f"{root}/chunks-{start:012d}-{stop:012d}.parquet")
+        return sorted(covered)
 
     # Sums over the cells of shards -----------------------------------------------------------------
 
@@ -159,10 +168,10 @@ class ShardFolder:
         np.savez(buffer, **arrays)
         self._write(f"sums-{writer}.npz", buffer.getvalue())
 
-    def read_sums(self) -> Iterator[tuple[set[tuple[int, int]], dict[str, np.ndarray]]]:
-        """Of every process that wrote any: its shards, and the sums."""
+    def read_sums(self) -> Iterator[tuple[str, set[tuple[int, int]], dict[str, np.ndarray]]]:
+        """Of every process that wrote any: the file's name, the process's shards, and the sums."""
         for name in self._names():
             if name.startswith("sums-"):
                 with np.load(io.BytesIO(self._read(name)), allow_pickle=False) as arrays:
                     sums = {key: arrays[key] for key in arrays.files}
-                yield {(int(a), int(b)) for a, b in sums.pop("shards")}, sums
+                yield name, {(int(a), int(b)) for a, b in sums.pop("shards")}, sums

@@ -28,6 +28,7 @@ from tahoex1_hf.data.sources.anndata_store import (
     matrix_blocks,
     matrix_format,
     matrix_shape,
+    num_rows,
     open_store,
     read_column,
 )
@@ -110,7 +111,7 @@ class StoredInput(CellInput):
 
     def _inspect(self, store: Any) -> None:
         tokenizer, options = self.options.tokenizer, self.options
-        self.num_cells = len(read_column(store["obs"], INDEX))
+        self.num_cells = num_rows(store["obs"])
         stored = _Stored(store, self.path, self.num_cells)
         _, self.genes = tokenizer.read_anndata(stored, options.gene_id_column, options.layer, options.gene_symbols)
         shape = matrix_shape(store[self.place])

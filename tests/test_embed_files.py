@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -229,17 +230,22 @@ def test_a_stopped_run_goes_on(
     assert not (tmp_path / "out.h5ad.shards").exists()
 
 
-def test_a_shard_without_its_sums_is_made_again(tmp_path: Path, cells: anndata.AnnData, parts, stopping) -> None:
-    """As it is where a run is killed between the two."""
+@pytest.mark.parametrize("lost", [False, True])
+def test_shards_and_sums_that_do_not_fit(tmp_path: Path, cells: anndata.AnnData, parts, stopping, lost: bool) -> None:
+    """A run killed between a shard and its sums leaves a shard too many; a lost shard leaves sums too large."""
     path, output = write_cells(cells, tmp_path / "cells", "csr"), tmp_path / "out.h5ad"
     stopping(3)
     with pytest.raises(Stop):
         embed(path, output, parts, gene_embeddings=True)
     shards = sorted((tmp_path / "out.h5ad.shards").glob("chunks-*"))
-    shards[-1].rename(shards[-1].with_name("chunks-000000000004-000000000005.parquet"))
+    assert len(shards) == 3
+    if lost:
+        shards[1].unlink()
+    else:
+        shutil.copyfile(shards[2], shards[2].with_name("chunks-000000000003-000000000004.parquet"))
     seen = stopping(None)
     embed(path, output, parts, gene_embeddings=True)
-    assert sorted(seen) == list(range(2 * CHUNK, 100))
+    assert seen == list(range(0 if lost else 3 * CHUNK, 100))
     reference = expected(cells, parts, gene_embeddings=True)
     np.testing.assert_array_equal(anndata.read_h5ad(output).obsm[KEY], reference.obsm[KEY])
     np.testing.assert_array_equal(anndata.read_h5ad(output).varm[KEY], reference.varm[KEY])

@@ -15,6 +15,7 @@ from tahoex1_hf.data.sources.anndata_store import (
     matrix_blocks,
     matrix_format,
     matrix_shape,
+    num_rows,
     open_store,
     read_column,
 )
@@ -49,7 +50,7 @@ class AnnDataFiles(CellSource):
             matrix = self._matrix(store)
             genes = self._match(store)
             shape = matrix_shape(matrix)
-            num_cells = len(read_column(store["obs"], INDEX))
+            num_cells = num_rows(store["obs"])
             if not num_cells:
                 raise BadInput("it has no cells.")
             if shape != (num_cells, genes.num_genes):

@@ -93,6 +93,14 @@ def csc_entries(matrix: Any) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarra
         yield np.asarray(matrix["indices"][start:stop], dtype=np.int64), genes, matrix["data"][start:stop]
 
 
+def num_rows(frame: Any) -> int:
+    """Rows of a data frame as anndata stores it."""
+    if hasattr(frame, "dtype") and frame.dtype.names:
+        return int(frame.shape[0])
+    key = frame.attrs.get("_index", "_index")
+    return int(frame[key.decode() if isinstance(key, bytes) else key].shape[0])
+
+
 def read_column(frame: Any, name: str, start: int = 0, stop: int | None = None) -> pd.Series:
     """A range of a column of a data frame as anndata stores it (since 0.7; whole tables of older files).
 
