@@ -79,7 +79,7 @@ def by_processes(suite: Suite) -> list[Row]:
     """The same cells embedded by one process and by two, with one thread each."""
     folder = suite.folder / "processes"
     folder.mkdir()
-    cells = suite.pick(6000, 500)
+    cells = suite.pick(3000, 500)
     source = write_h5ad(folder / "cells.h5ad", cells, expressed=60)
     model = save_model(folder / "model", suite)
     output = folder / "one" / "cells.parquet"

@@ -97,7 +97,7 @@ def measure(suite: Suite) -> list[Row]:
     if len(ALL_CORES) > 1:
         tasks["2 cores"] = Task(lambda: ours.rate(2), suite.limits["copy 2"], per_cell)
     series = in_turn(tasks, suite.rounds)
-    remark = f"{EXPRESSED} genes a cell, context {CONTEXT}; bins equal the reference's"
+    remark = f"{EXPRESSED:,} genes a cell, context {CONTEXT:,}; bins equal the reference's"
     names = {"numpy": "numpy (encode_counts), 1 core", "1 core": "compiled, 1 core", "2 cores": "compiled, 2 cores"}
     rows = []
     for task, name in names.items():

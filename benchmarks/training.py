@@ -8,6 +8,7 @@ measures nothing: it is run to see how much memory the step takes.
 import copy
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from enum import StrEnum
 from typing import Annotated, Any
 
@@ -129,7 +130,10 @@ def kinds_of_cells(suite: Suite) -> dict[str, np.ndarray]:
 
 def make_model(suite: Suite) -> TahoeX1ForPreTraining:
     """With the mask of the 70M model's training."""
-    return random_model(TahoeX1ForPreTraining, suite.config(attention_mask_style="observed_or_self"))
+    vocab_size = suite.pick(62720, 4096)
+    return random_model(
+        TahoeX1ForPreTraining, suite.config(attention_mask_style="observed_or_self", vocab_size=vocab_size)
+    )
 
 
 def measure(suite: Suite) -> list[Row]:
@@ -164,18 +168,19 @@ def largest_difference(ours: dict[str, float], theirs: dict[str, float]) -> floa
 
 def peaks_of_memory(suite: Suite) -> dict[str, float]:
     """Peak memory (MB) of two steps on the longer cells, each way in a process of its own."""
+    progress("  memory")
     quick = ["--quick"] if suite.quick else []
-    peaks = {}
-    for way in Way:
-        progress(f"  memory: {way.value}")
-        peaks[way.value] = python("-m", "benchmarks.training", way.value, *quick).checked().peak_mb
-    return peaks
+    with ThreadPoolExecutor(suite.pick(1, len(Way))) as pool:  # the full size does not fit into memory three times
+        runs = {way.value: pool.submit(python, "-m", "benchmarks.training", way.value, *quick) for way in Way}
+    return {name: run.result().checked().peak_mb for name, run in runs.items()}
 
 
 def main(way: Way, quick: Annotated[bool, typer.Option("--quick")] = False) -> None:
     suite = Suite(rounds=1, quick=quick)
-    batch = make_batch(next(iter(kinds_of_cells(suite).values())), suite.config().vocab_size)
-    trainer = make_trainer(way, make_model(suite), batch)
+    model = make_model(suite)
+    batch = make_batch(next(iter(kinds_of_cells(suite).values())), model.config.vocab_size)
+    trainer = make_trainer(way, model, batch)
+    del model  # the trainer has a copy
     for _ in range(2):
         trainer.step()
 

@@ -17,6 +17,7 @@ from helpers import (
     tiny_model,
     without_labels,
 )
+from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import PreTrainedModel
 
 from tahoex1_hf import TahoeX1ForPreTraining, TahoeX1ForSequenceClassification, TahoeX1Model
@@ -168,6 +169,21 @@ def compare_compiled(shape: str, what: str, backend: str) -> None:
 )
 def test_compiled_in_one_graph(shape: str, what: str) -> None:
     compare_compiled(shape, what, "aot_eager")
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_lengths_do_not_recompile_without_end(pack: bool) -> None:
+    config = tiny_config(attention_mask_style="observed_or_self")
+    model = tiny_model(config)
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=counter, dynamic=None)
+    for lengths in ((14, 12, 9, 6), (9, 8, 7, 5), (30, 5), (11, 10, 9, 4, 3), (21, 20, 6), (17, 16, 15, 14, 3, 5)):
+        batch = make_batch(config, lengths)
+        batch = packed(batch) if pack else batch
+        with torch.no_grad():
+            assert compiled(**batch).loss.item() == pytest.approx(model(**batch).loss.item(), rel=1e-5)
+    assert counter.frame_count <= 3
 
 
 @pytest.mark.slow
