@@ -17,12 +17,12 @@ demo: .venv/.installed ## embed real cells and draw them; MODEL=<id or folder> a
 	"$(BIN)/python" examples/demo.py $(if $(MODEL),--model "$(MODEL)") $(if $(SIZE),--size "$(SIZE)")
 
 test: export HF_HUB_OFFLINE = 1
-test: lint ## all that a change must pass on a CPU: lint, the tests that need no GPU, the wheel
+test: lint .venv/.int8 ## all that a change must pass on a CPU: lint, the tests that need no GPU, the wheel
 	"$(BIN)/python" -m pytest -m "not gpu"
 	"$(BIN)/python" tests/check_wheel.py
 
 test-gpu: export HF_HUB_OFFLINE = 1
-test-gpu: .venv/.installed ## the tests that need a CUDA device
+test-gpu: .venv/.installed .venv/.int8 ## the tests that need a CUDA device
 	"$(BIN)/python" -m pytest -m gpu
 
 lint: .venv/.installed ## ruff (rules and format) and mypy
@@ -30,7 +30,7 @@ lint: .venv/.installed ## ruff (rules and format) and mypy
 	"$(BIN)/python" -m ruff format --check .
 	"$(BIN)/python" -m mypy tahoex1_hf
 
-benchmark: .venv/.installed ## measure speed and memory, write the results
+benchmark: .venv/.installed .venv/.int8 ## measure speed and memory, write the results
 	"$(BIN)/python" -m benchmarks
 
 clean: ## remove .venv, caches and build output
@@ -48,3 +48,8 @@ clean: ## remove .venv, caches and build output
 	$(PIP_INSTALL) setuptools torch
 	$(PIP_INSTALL) --no-build-isolation -e '.[data,train,demo,dev]'
 	@rm .venv/.incomplete && touch $@
+
+# By itself: where torchao is there, transformers imports it and it complains of its CUDA parts, in the demo too.
+.venv/.int8: .venv/.installed
+	$(PIP_INSTALL) -e '.[int8]' --no-build-isolation
+	@touch $@

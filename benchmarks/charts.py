@@ -21,7 +21,7 @@ STYLE = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, 
 
 def draw_results(rows: Sequence[Row], path: Path, title: str) -> bool:
     """Bars: how many times as fast as the reference, and which share of the hardware limit. False: nothing to draw."""
-    rows = [row for row in rows if row.part in RATE_PARTS and row.values and row.ratio is not None]
+    rows = [row for row in rows if row.part in RATE_PARTS and row.unit == "cells/s" and row.reference]
     if not rows:
         return False
     with plt.rc_context(STYLE):
@@ -119,16 +119,16 @@ def _draw_cells(axes: Any, rows: Sequence[Row]) -> None:
     values = [row.median for row in rows]
     axes.plot(cells, values, "o-", color=OURS)
     for row, value in zip(rows, values, strict=True):
-        axes.annotate(f"{row.details['seconds']:.0f} s", (row.details["cells"], value), (0, 7),
-                      textcoords="offset points", ha="center")  # fmt: skip
+        axes.annotate(f"{row.details['seconds']:.0f} s", (row.details["cells"], value), (-6, 4),
+                      textcoords="offset points", ha="right")  # fmt: skip
     axes.set_xscale("log")
     _plain_ticks(axes.xaxis, cells)
-    axes.margins(x=0.12, y=0.15)
+    axes.margins(x=0.15, y=0.15)
     axes.set(xlabel="cells in the file", ylabel="cells per second, start included", title="tahoex1 embed, one file")
 
 
 def _draw_processes(axes: Any, rows: Sequence[Row]) -> None:
-    labels = [row.name.replace(", ", "\n") for row in rows]
+    labels = [row.name.replace(", ", "\n").replace(" launch", "\nlaunch") for row in rows]
     values = [row.median for row in rows]
     axes.bar(labels, values, color=[OURS if row.details["processes"] > 1 else THEIRS for row in rows], width=0.55)
     for place, row in enumerate(rows):

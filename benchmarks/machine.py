@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -89,7 +90,7 @@ def description() -> dict[str, Any]:
         "libraries": [
             line.strip(" -") for line in settings.splitlines() if "Math Kernel" in line or "MKL-DNN" in line
         ],
-        "blas": next((part.strip() for part in settings.split(",") if "BLAS_INFO=" in part), "unknown"),
+        "blas": next(iter(re.findall(r"BLAS_INFO=(\w+)", settings)), "unknown"),
     }
 
 

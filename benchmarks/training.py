@@ -20,7 +20,7 @@ from benchmarks import reference
 from benchmarks.child import python
 from benchmarks.embedding import random_model, reference_shape
 from benchmarks.flops import training_flops
-from benchmarks.measuring import Row, Suite, Task, in_turn, progress
+from benchmarks.measuring import Row, Series, Suite, Task, in_turn, progress
 from tahoex1_hf import TahoeX1ForPreTraining
 
 CELLS, TARGETS = 4, 0.5
@@ -138,9 +138,8 @@ def make_model(suite: Suite) -> TahoeX1ForPreTraining:
 
 def measure(suite: Suite) -> list[Row]:
     """Rows of this part."""
-    peaks = peaks_of_memory(suite)
     model = make_model(suite)
-    rows = []
+    rows: list[Row] = []
     for kind, lengths in kinds_of_cells(suite).items():
         batch = make_batch(lengths, model.config.vocab_size)
         trainers = {way.value: make_trainer(way, model, batch) for way in Way}
@@ -152,13 +151,11 @@ def measure(suite: Suite) -> list[Row]:
         series = in_turn({name: Task(trainer.rate, limit, gflop) for name, trainer in trainers.items()}, suite.rounds)
         for way in (Way.padded, Way.packed):
             remark = f"loss and gradient norm within {differences[way]:.0e} of the reference's"
-            if len(rows) < 2:
-                remark += f"; peak {peaks[way] / 1024:.1f} GB, reference {peaks[Way.reference] / 1024:.1f} GB"
             rows.append(
                 Row("training", f"{kind}, {way.value}", "cells/s", series[way], series["reference"], remark,
-                    details={"first_step": found, "peak_mb": peaks, "shape": suite.shape_name})
+                    details={"first_step": found, "shape": suite.shape_name})
             )  # fmt: skip
-    return rows
+    return [*rows, *peaks_of_memory(suite)]
 
 
 def largest_difference(ours: dict[str, float], theirs: dict[str, float]) -> float:
@@ -166,13 +163,17 @@ def largest_difference(ours: dict[str, float], theirs: dict[str, float]) -> floa
     return max(abs(ours[name] / theirs[name] - 1) for name in theirs)
 
 
-def peaks_of_memory(suite: Suite) -> dict[str, float]:
-    """Peak memory (MB) of two steps on the longer cells, each way in a process of its own."""
+def peaks_of_memory(suite: Suite) -> list[Row]:
+    """Peak memory of two steps on the longer cells, each way in a process of its own."""
     progress("  memory")
     quick = ["--quick"] if suite.quick else []
     with ThreadPoolExecutor(suite.pick(1, len(Way))) as pool:  # the full size does not fit into memory three times
-        runs = {way.value: pool.submit(python, "-m", "benchmarks.training", way.value, *quick) for way in Way}
-    return {name: run.result().checked().peak_mb for name, run in runs.items()}
+        runs = {way: pool.submit(python, "-m", "benchmarks.training", way.value, *quick) for way in Way}
+    peaks = {way: Series([run.result().checked().peak_mb]) for way, run in runs.items()}
+    return [
+        Row("training", f"peak memory, {way.value}", "MB", peaks[way], peaks[Way.reference], smaller_is_better=True)
+        for way in (Way.padded, Way.packed)
+    ]
 
 
 def main(way: Way, quick: Annotated[bool, typer.Option("--quick")] = False) -> None:

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 from cells import GENES, NUM_GENES, make_cells, write_cells, write_vocab
 from helpers import tiny_config, tiny_model
-from test_tahoe_100m_source import cell_table, write_parquet
+from test_tahoe_100m_source import SHA256, cell_table, fill_cache, write_parquet
 
 from tahoex1_hf import TahoeX1Model, TahoeX1Tokenizer, cell_inputs, embed_anndata, embed_files
 from tahoex1_hf.cell_inputs import AnnDataInput, EncodeOptions
@@ -179,6 +179,16 @@ def test_tables_in_the_form_of_tahoe_100m(tmp_path: Path, cells: anndata.AnnData
     assert table["cell"].tolist() == [f"01_0{i}-lib" for n in (70, 30) for i in range(n)]
     halves = [expected(cells[a:b], parts).obsm[KEY] for a, b in ((0, 70), (70, 100))]
     np.testing.assert_allclose(table.iloc[:, 2:].to_numpy(), np.concatenate(halves), atol=1e-6, rtol=0)
+
+
+def test_the_hub_dataset_from_the_cache(tmp_path: Path, cells: anndata.AnnData, parts, hub_cache: Path) -> None:
+    genes = tmp_path / "genes.parquet"
+    pd.DataFrame({"gene_symbol": GENES, "ensembl_id": GENES, "token_id": range(3, 3 + NUM_GENES)}).to_parquet(genes)
+    table = Path(write_parquet(cell_table(cells.X.toarray()), tmp_path / "cells.parquet"))
+    for name, content, blob in (("data/a.parquet", table, SHA256), ("metadata/gene_metadata.parquet", genes, "c")):
+        fill_cache(hub_cache, name, content, blob)
+    embeddings = embed("tahoebio/Tahoe-100M", tmp_path / "out.npy", parts)
+    np.testing.assert_allclose(embeddings, expected(cells, parts).obsm[KEY], atol=1e-6, rtol=0)
 
 
 # Stopping and going on ------------------------------------------------------------------------------

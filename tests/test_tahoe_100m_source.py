@@ -521,16 +521,6 @@ def test_an_address_of_an_unknown_kind(source) -> None:
 COMMIT, SHA256 = "a" * 40, "b" * 64
 
 
-@pytest.fixture
-def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty Hub cache, offline."""
-    cache = tmp_path / "hub"
-    cache.mkdir()
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
-    return cache
-
-
 def fill_cache(cache: Path, name: str, content: Path, blob: str, revision: str = "main") -> None:
     """Put a file where a download puts it: content under its hash, names as links, the branch in `refs`."""
     repository = cache / "datasets--tahoebio--Tahoe-100M"
