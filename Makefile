@@ -18,7 +18,7 @@ demo: .venv/.installed ## embed real cells and draw them; MODEL=<id or folder> a
 
 test: export HF_HUB_OFFLINE = 1
 test: lint .venv/.int8 ## all that a change must pass on a CPU: lint, the tests that need no GPU, the wheel
-	"$(BIN)/python" -m pytest -m "not gpu"
+	OMP_NUM_THREADS=1 "$(BIN)/python" -m pytest -m "not gpu" -n auto --maxprocesses 4 --dist loadfile
 	"$(BIN)/python" tests/check_wheel.py
 
 test-gpu: export HF_HUB_OFFLINE = 1

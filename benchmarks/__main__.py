@@ -18,7 +18,7 @@ from typing import Annotated
 import torch
 import typer
 
-from benchmarks import charts, embedding, feeding, memory, scaling, startup, table, tokenizing, training
+from benchmarks import charts, embedding, feeding, memory, profile, scaling, startup, table, tokenizing, training
 from benchmarks.machine import description
 from benchmarks.measuring import Row, Suite, machine_rows, progress
 
@@ -28,6 +28,7 @@ class Part(StrEnum):
 
     tokenizing = "tokenizing"
     embedding = "embedding"
+    profile = "profile"
     genes = "genes"
     training = "training"
     feeding = "feeding"
@@ -39,6 +40,7 @@ class Part(StrEnum):
 PARTS: dict[Part, Callable[[Suite], list[Row]]] = {
     Part.tokenizing: tokenizing.measure,
     Part.embedding: embedding.measure,
+    Part.profile: profile.measure,
     Part.genes: embedding.measure_genes,
     Part.training: training.measure,
     Part.feeding: feeding.measure,

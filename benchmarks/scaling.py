@@ -20,8 +20,8 @@ from tahoex1_hf.encoder import CellEncoder
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 LAUNCHERS = {
-    "accelerate launch --cpu": ["-m", "accelerate.commands.launch", "--num_machines", "1", "--mixed_precision", "no",
-                                "--dynamo_backend", "no", "--num_processes", "2", "--cpu"],
+    "accelerate launch": ["-m", "accelerate.commands.launch", "--num_machines", "1", "--mixed_precision", "no",
+                                "--dynamo_backend", "no", "--num_processes", "2", "--multi_gpu"],
     "torchrun": ["-m", "torch.distributed.run", "--nproc-per-node", "2"],
 }  # fmt: skip
 

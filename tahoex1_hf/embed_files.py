@@ -37,9 +37,9 @@ from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
 
 logger = logging.getLogger(__name__)
 
-# A shard is written when so many seconds have passed since the last, or so many numbers have come together (64 MB).
+# A shard is written when so many seconds have passed since the last, or so many numbers have come together (32 MB).
 _SHARD_SECONDS = 30.0
-_SHARD_NUMBERS = 2**24
+_SHARD_NUMBERS = 2**23
 
 
 class Plan:

@@ -21,7 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import is_flash_attention_requested
 
 from tahoex1_hf.modeling_tahoe_x1 import TahoeX1Attention, TahoeX1Layer, TahoeX1MLP, TahoeX1Model
-from tahoex1_hf.packing_tahoe_x1 import CellLayout, PackedAttention
+from tahoex1_hf.packing_tahoe_x1 import CellLayout, PackedAttention, equal_runs
 
 # Numbers of a feed-forward block's inner layer that are in memory at once, on CPUs: 16 MB in float32. Larger arrays
 # leave the cache, and the allocator gives them back to the system each time, which takes longer than the activation.
@@ -149,11 +149,19 @@ class _Cells:
         key_weight = attention.k_proj.weight.view(-1, head_dim, width)
         value_weight = attention.v_proj.weight.view(-1, head_dim, width)
         looks = torch.einsum("ckgh,khw->ckgw", heads_of_keys * attention.scaling, key_weight).flatten(1, 2)
+        runs = equal_runs(self.lengths.tolist())
+        pieces = zip(
+            looks.split([cells for cells, _ in runs]),
+            states.split([cells * length for cells, length in runs]),
+            runs,
+            strict=True,
+        )
         seen = []
-        for look, tokens in zip(looks, states.split(self.lengths.tolist()), strict=True):
-            weights = torch.softmax((tokens @ look.T).float(), dim=0)
-            seen.append(weights.T.to(tokens.dtype) @ tokens)
-        means = torch.stack(seen).view(len(queries), -1, attention.num_key_value_groups, width)
+        for look, flat, (cells, length) in pieces:
+            tokens = flat.view(cells, length, width)
+            weights = torch.softmax((tokens @ look.transpose(1, 2)).float(), dim=1)
+            seen.append(weights.transpose(1, 2).to(tokens.dtype) @ tokens)
+        means = torch.cat(seen).view(len(queries), -1, attention.num_key_value_groups, width)
         values = torch.einsum("ckgw,khw->ckgh", means, value_weight)
         if attention.v_proj.bias is not None:
             values = values + attention.v_proj.bias.view(1, -1, 1, head_dim)

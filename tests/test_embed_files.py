@@ -459,10 +459,10 @@ def test_s3(tmp_path: Path, cells: anndata.AnnData, parts, monkeypatch: pytest.M
         host, port = server.get_host_and_port()
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
         client = boto3.client("s3")
-        client.create_bucket(Bucket="cells")
-        run(write_cells(cells, tmp_path / "cells", "csr"), "s3://cells/out.npy", *parts, progress=False)
-        client.download_file("cells", "out.npy", str(tmp_path / "out.npy"))
-        assert [entry["Key"] for entry in client.list_objects(Bucket="cells")["Contents"]] == ["out.npy"]
+        client.create_bucket(Bucket="embeddings")
+        run(write_cells(cells, tmp_path / "cells", "csr"), "s3://embeddings/out.npy", *parts, progress=False)
+        client.download_file("embeddings", "out.npy", str(tmp_path / "out.npy"))
+        assert [entry["Key"] for entry in client.list_objects(Bucket="embeddings")["Contents"]] == ["out.npy"]
     finally:
         server.stop()
     np.testing.assert_array_equal(np.load(tmp_path / "out.npy"), expected(cells, parts).obsm[KEY])
