@@ -40,12 +40,13 @@ class Chunks:
         return self.tokenizer.encode_counts(self.chunks[number], self.genes, first_cell=number * CHUNK)
 
     def rate(self, threads: int) -> float:
-        """Cells per second of the compiled encoding."""
+        """Cells per second of the compiled encoding, over about a second."""
+        jobs = [*range(len(self.chunks))] * 10
         with bound_to(threads), ThreadPoolExecutor(threads) as pool:
             start = time.perf_counter()
-            for _ in pool.map(self.compiled, range(len(self.chunks))):
+            for _ in pool.map(self.compiled, jobs):
                 pass
-            return self.num_cells / (time.perf_counter() - start)
+            return 10 * self.num_cells / (time.perf_counter() - start)
 
     def plain_rate(self, number: int) -> float:
         """Cells per second of numpy, on so many chunks."""

@@ -13,7 +13,7 @@ import logging
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path
@@ -40,6 +40,19 @@ logger = logging.getLogger(__name__)
 # A shard is written when so many seconds have passed since the last, or so many numbers have come together (32 MB).
 _SHARD_SECONDS = 30.0
 _SHARD_NUMBERS = 2**23
+
+# Of the tokenizer: what decides the encoding of a cell.
+_ENCODING_SETTINGS = (
+    "value_encoding",
+    "num_bins",
+    "right_binning",
+    "target_sum",
+    "context_length",
+    "overflow",
+    "pad_value",
+    "drug_to_id",
+    "first_gene_raw",
+)
 
 
 class Plan:
@@ -156,25 +169,16 @@ def embed_files(
         encoder = CellEncoder(
             model, options.tokenizer, batch_tokens=batch_tokens, device=device or processes.device(), dtype=dtype
         )
-        run = _Run(
-            inputs, shards, encoder, options, gene_embeddings, names=copied is None and not target.endswith(".npy")
-        )
+        with_names = copied is None and not target.endswith(".npy")
+        run = _Run(inputs, shards, encoder, options, gene_embeddings, with_names)
         identity = _identity(run, model, {"key_added": key_added})
-        lock = stack.enter_context(_Lock(shards))
-        todo, shares = processes.from_first(lambda: run.begin(lock, identity, restart, processes.count))
-        try:
-            run.embed(todo[shares[processes.index]], progress, processes)
-            processes.wait()
-            if processes.index == 0:
-                sources_of_cells = [each.path for each in inputs]
-                shape = (run.plan.num_cells, encoder.width)
-                run.write(open_writer(target, shape, key_added, copied, sources_of_cells), model.name_or_path or "")
-                shards.remove()
-            processes.wait()
-        except BaseException:
-            if processes.count == 1 and not shards.finished():
-                shards.remove()  # nothing is in it
-            raise
+        todo = run.begin(stack.enter_context(_Lock(shards)), identity, restart, processes)
+
+        def open_output() -> EmbeddingWriter:
+            shape = (run.plan.num_cells, encoder.width)
+            return open_writer(target, shape, key_added, copied, [each.path for each in inputs])
+
+        run.carry_out(todo, processes, open_output, model.name_or_path or "", progress)
 
 
 def _is_h5ad(cells: CellInput) -> bool:
@@ -200,25 +204,50 @@ class _Run:
         genes = self.plan.inputs[0].genes
         return self.encoder.gene_means(genes) if self.gene_embeddings and genes is not None else None
 
-    def begin(
-        self, lock: "_Lock", identity: dict[str, Any], restart: bool, processes: int
-    ) -> tuple[np.ndarray, list[slice]]:
-        """In the first process: what is left to do, and which part of it each process does."""
-        lock.acquire()
-        self.shards.claim(identity, restart)
+    def begin(self, lock: "_Lock", identity: dict[str, Any], restart: bool, processes: Processes) -> np.ndarray:
+        """Claim the folder of the shards, and return the chunks that this process is to embed."""
+
+        def first() -> list[np.ndarray]:
+            lock.acquire()
+            self.shards.claim(identity, restart)
+            self._sort_by_cell()
+            # With gene embeddings, a shard of which no sum knows was finished just before a kill, and is made again.
+            finished = self.shards.summed() if self.gene_embeddings else self.shards.finished()
+            todo, total = self.plan.unfinished(finished), self.plan.num_chunks
+            if len(todo) < total:
+                done = total - len(todo)
+                logger.info("Going on with %s: %d of %d chunks are done.", self.shards.location, done, total)
+            return self.plan.shares(todo, processes.count)
+
+        share = processes.from_first(first)[processes.index]
+        if not self.shards.is_local:  # then the sorted counts lie on each machine, not beside the shards
+            self._sort_by_cell()
+        return share
+
+    def _sort_by_cell(self) -> None:
         for cells in self.plan.inputs:
             cells.sort_by_cell()
-        # With gene embeddings, a shard of which no sum knows was finished just before a kill, and is made again.
-        finished = self.shards.summed() if self.gene_embeddings else self.shards.finished()
-        todo = self.plan.unfinished(finished)
-        if len(todo) < self.plan.num_chunks:
-            done = self.plan.num_chunks - len(todo)
-            logger.info(
-                "Going on with %s: %d of %d chunks are done.", self.shards.location, done, self.plan.num_chunks
-            )
-        sizes = [len(share) for share in self.plan.shares(todo, processes)]
-        cuts = np.concatenate([[0], np.cumsum(sizes)]).tolist()
-        return todo, [slice(a, b) for a, b in pairwise(cuts)]
+
+    def carry_out(
+        self,
+        todo: np.ndarray,
+        processes: Processes,
+        open_output: Callable[[], EmbeddingWriter],
+        model_name: str,
+        progress: bool,
+    ) -> None:
+        """Embed this process's chunks; in the first process, write the output when all are done."""
+        try:
+            self.embed(todo, progress, processes)
+            processes.wait()
+            if processes.index == 0:
+                self.write(open_output(), model_name)
+                self.shards.remove()
+            processes.wait()
+        except BaseException:
+            if processes.count == 1 and not self.shards.finished():
+                self.shards.remove()  # nothing is in it
+            raise
 
     def embed(self, todo: np.ndarray, progress: bool, processes: Processes) -> None:
         """Embed chunks, and write shards of them."""
@@ -290,14 +319,13 @@ class _Run:
 def _identity(run: _Run, model: TahoeX1PreTrainedModel, more: dict[str, Any]) -> dict[str, Any]:
     """What decides the result, apart from the kind of device."""
     options, tokenizer = run.options, run.options.tokenizer
-    init = {name: value for name, value in sorted(tokenizer.init_kwargs.items()) if name != "name_or_path"}
-    init["context_length"] = tokenizer.context_length
-    settings = json_digest({**init, "vocab": sorted(tokenizer.get_vocab().items())})
+    settings = {name: getattr(tokenizer, name) for name in _ENCODING_SETTINGS}
+    special = [str(tokenizer.cls_token), str(tokenizer.pad_token)]
     return {
         "cells": [[each.path, each.fingerprint, each.num_cells] for each in run.plan.inputs],
         "chunk_cells": cell_inputs.CHUNK_CELLS,
         "model": weights_digest(model),
-        "tokenizer": settings,
+        "tokenizer": json_digest([settings, special, sorted(tokenizer.get_vocab().items())]),
         "max_length": tokenizer.context_length,
         "genes": [json_digest(each.genes.token_ids.tolist()) for each in run.plan.inputs if each.genes is not None],
         "layer": options.layer,

@@ -41,6 +41,8 @@ from tahoex1_hf.encoding_tahoe_x1 import GeneRows
 
 # Cells of one of the pieces into which counts that are stored by gene are sorted.
 _PIECE_CELLS = 16384
+# Entries of a matrix, or places of a dense one, that are read at once: a few hundred cells, 8 MB.
+_BLOCK_ELEMENTS = 1_000_000
 # Cells of a prepared dataset that are encoded from one view.
 _BLOCK_CELLS = 4096
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
@@ -156,7 +158,7 @@ class StoredInput(CellInput):
             assert self.genes is not None
             encoder = MatrixEncoder(self.options, self.genes, self.num_cells, stored)
             low = start
-            for matrix in matrix_blocks(store[self.place], start, stop, self._spooled):
+            for matrix in matrix_blocks(store[self.place], start, stop, self._spooled, _BLOCK_ELEMENTS):
                 high = low + matrix.shape[0]
                 drugs = drugs_of(self.drugs, low, high)
                 labels = read_column(store["obs"], INDEX, low, high).astype(str).tolist() if names else None

@@ -84,6 +84,19 @@ def test_every_kind_of_file_gives_the_same(tmp_path: Path, cells: anndata.AnnDat
     assert sorted(entry.name for entry in tmp_path.iterdir()) == sorted([path.name, "out.npy"])
 
 
+def test_the_models_folder_is_no_setting(tmp_path: Path, cells: anndata.AnnData, parts, stopping) -> None:
+    """A run goes on with the same weights and settings from another place."""
+    path = write_cells(cells, tmp_path / "cells", "csr")
+    stopping(2)
+    with pytest.raises(Stop):
+        embed(path, tmp_path / "out.npy", parts)
+    stopping(None)
+    for part in parts:
+        part.save_pretrained(tmp_path / "moved")
+    moved = TahoeX1Model.from_pretrained(tmp_path / "moved"), TahoeX1Tokenizer.from_pretrained(tmp_path / "moved")
+    np.testing.assert_array_equal(embed(path, tmp_path / "out.npy", moved), expected(cells, parts).obsm[KEY])
+
+
 def test_names_come_along(tmp_path: Path, cells: anndata.AnnData, parts) -> None:
     for kind in ("csr", "zarr", "10x_h5"):
         path = write_cells(cells, tmp_path / kind, kind)

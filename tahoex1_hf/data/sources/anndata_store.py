@@ -58,28 +58,31 @@ def matrix_shape(matrix: Any) -> tuple[int, int]:
     return int(shape[0]), int(shape[1])
 
 
-def matrix_blocks(matrix: Any, start: int, stop: int, spooled: Path | None = None) -> Iterator[Any]:
-    """Rows `start` to `stop` of a matrix on disk, as CSR or dense matrices of about `CHUNK_ELEMENTS` entries.
+def matrix_blocks(
+    matrix: Any, start: int, stop: int, spooled: Path | None = None, elements: int | None = None
+) -> Iterator[Any]:
+    """Rows `start` to `stop` of a matrix on disk, as CSR or dense matrices of bounded size.
 
     Args:
         matrix: group or dataset.
         start: first row.
         stop: behind the last row.
         spooled: of a CSC matrix, where `by_gene.spool_entries` sorted it by cell.
+        elements: about how many entries a block has, by default `CHUNK_ELEMENTS`; of a CSC matrix always so many.
 
     Raises:
         BadInput: for column numbers that do not exist.
     """
     kind, num_genes = matrix_format(matrix), matrix_shape(matrix)[1]
     if kind == "csr":
-        yield from read_rows(matrix, start, stop, num_genes)
+        yield from read_rows(matrix, start, stop, num_genes, elements)
     elif kind == "csc":
         if spooled is None:
             raise ValueError("a CSC matrix must be sorted by cell before it is read.")
         yield from read_spooled(spooled, start, stop, num_genes)
     else:
         rows = AlignedArray(matrix)
-        step = max(1, CHUNK_ELEMENTS // num_genes)
+        step = max(1, (CHUNK_ELEMENTS if elements is None else elements) // num_genes)
         for low in range(start, stop, step):
             yield np.asarray(rows.read(low, min(low + step, stop)))
 

@@ -53,15 +53,17 @@ def check_indptr(group: Any, num_lines: int) -> None:
         raise BadInput("the index of its sparse counts (indptr) does not fit them: the file is cut off or corrupt.")
 
 
-def read_rows(group: Any, start: int, stop: int, num_columns: int) -> Iterator[csr_matrix]:
-    """Rows `start` to `stop`, in matrices of at most about `CHUNK_ELEMENTS` entries.
+def read_rows(
+    group: Any, start: int, stop: int, num_columns: int, elements: int | None = None
+) -> Iterator[csr_matrix]:
+    """Rows `start` to `stop`, in matrices of at most about `elements` entries, by default `CHUNK_ELEMENTS`.
 
     Raises:
         BadInput: for column numbers that do not exist.
     """
     indptr = np.asarray(group["indptr"][start : stop + 1], dtype=np.int64)
     all_data, all_indices = AlignedArray(group["data"]), AlignedArray(group["indices"])
-    for low, high in chunk_bounds(indptr):
+    for low, high in chunk_bounds(indptr, elements):
         a, b = int(indptr[low]), int(indptr[high])
         data, indices = all_data.read(a, b), all_indices.read(a, b)
         if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < num_columns:
