@@ -18,7 +18,19 @@ from typing import Annotated
 import torch
 import typer
 
-from benchmarks import charts, embedding, feeding, memory, profile, scaling, startup, table, tokenizing, training
+from benchmarks import (
+    attention,
+    charts,
+    embedding,
+    feeding,
+    memory,
+    profile,
+    scaling,
+    startup,
+    table,
+    tokenizing,
+    training,
+)
 from benchmarks.machine import description
 from benchmarks.measuring import Row, Suite, machine_rows, progress
 
@@ -29,6 +41,7 @@ class Part(StrEnum):
     tokenizing = "tokenizing"
     embedding = "embedding"
     profile = "profile"
+    attention = "attention"
     genes = "genes"
     training = "training"
     feeding = "feeding"
@@ -41,6 +54,7 @@ PARTS: dict[Part, Callable[[Suite], list[Row]]] = {
     Part.tokenizing: tokenizing.measure,
     Part.embedding: embedding.measure,
     Part.profile: profile.measure,
+    Part.attention: attention.measure,
     Part.genes: embedding.measure_genes,
     Part.training: training.measure,
     Part.feeding: feeding.measure,

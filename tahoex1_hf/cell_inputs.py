@@ -7,13 +7,13 @@ processes and interruptions there are.
 import functools
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from tahoex1_hf.encoding_tahoe_x1 import EncodedCells, GeneMatch, GeneRows, concatenate_cells
+from tahoex1_hf.encoding_tahoe_x1 import EncodedCells, GeneMatch, GeneRows, concatenate_cells, to_csr
 from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
 
 if TYPE_CHECKING:
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 # Cells encoded, and embedded, at a time: enough for batches of similar length on any device, few enough that little is
 # lost where a run is interrupted.
 CHUNK_CELLS = 256
+# Entries of a matrix on disk, or places of a dense one, that are read at once: a few hundred cells, 8 MB.
+BLOCK_ELEMENTS = 1_000_000
 # From so many cells on, compiling the encoding (about 10 s, once per installation) costs less than it saves.
 COMPILE_FROM_CELLS = 20_000
 
@@ -178,8 +180,6 @@ class AnnDataInput(CellInput):
             adata, options.gene_id_column, options.layer, options.gene_symbols
         )
         if getattr(self.matrix, "format", None) == "csc":
-            from tahoex1_hf.encoding_tahoe_x1 import to_csr
-
             self.matrix = to_csr(self.matrix.to_memory() if hasattr(self.matrix, "to_memory") else self.matrix)
         self.drugs = tokenizer.resolve_drugs(adata, options.drugs)
         if self.drugs is not None and not isinstance(self.drugs, str) and len(self.drugs) != adata.n_obs:
@@ -187,14 +187,45 @@ class AnnDataInput(CellInput):
         self.encoder = MatrixEncoder(options, self.genes, adata.n_obs, adata)
 
     def blocks(self, start: int, stop: int, names: bool) -> Iterator[Block]:
-        """One per chunk: rows are sliced from memory, or by anndata from the file."""
-        for low in range(start, stop, CHUNK_CELLS):
-            high = min(low + CHUNK_CELLS, stop)
-            labels = self._names[low:high].tolist() if names else None
-            yield Block(low, high, self._encoder_of(self.matrix[low:high], low), labels)
+        """A backed CSR matrix is read as a file is; all else is sliced, a chunk at a time."""
+        if hasattr(self.matrix, "group"):
+            from tahoex1_hf.data.sources.anndata_store import matrix_blocks
 
-    def _encoder_of(self, matrix: Any, first: int) -> Callable[[int, int], EncodedCells]:
-        return lambda a, b: self.encoder(matrix[a - first : b - first], drugs_of(self.drugs, a, b), a)
+            rows = matrix_blocks(self.matrix.group, start, stop, elements=BLOCK_ELEMENTS)
+        else:
+            lows = range(start, stop, CHUNK_CELLS)
+            rows = (self.matrix[low : min(low + CHUNK_CELLS, stop)] for low in lows)
+        labels = (lambda low, high: self._names[low:high].tolist()) if names else None
+        return encoded_blocks(self.encoder, rows, self.drugs, start, labels)
+
+
+def encoded_blocks(
+    encoder: MatrixEncoder,
+    matrices: Iterable[Any],
+    drugs: Any,
+    start: int,
+    names: Callable[[int, int], Sequence[str]] | None,
+) -> Iterator[Block]:
+    """Blocks of consecutive rows of counts.
+
+    Args:
+        encoder: of the matrix.
+        matrices: the rows, from cell `start` on.
+        drugs: of all cells, or something to slice.
+        start: number of the first cell.
+        names: of cells from and to, where they are wanted.
+    """
+    low = start
+    for matrix in matrices:
+        high = low + matrix.shape[0]
+        own = drugs_of(drugs, low, high)
+
+        def encode(a: int, b: int, matrix: Any = matrix, drugs: Any = own, low: int = low) -> EncodedCells:
+            whole = b - a == matrix.shape[0]  # a slice would be a copy
+            return encoder(matrix if whole else matrix[a - low : b - low], drugs_of(drugs, a - low, b - low), a)
+
+        yield Block(low, high, encode, None if names is None else names(low, high))
+        low = high
 
 
 def encode_token_block(

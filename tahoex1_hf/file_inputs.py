@@ -5,11 +5,13 @@ import glob
 import os
 import re
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from tahoex1_hf import cell_inputs
 from tahoex1_hf.cell_inputs import (
@@ -17,14 +19,16 @@ from tahoex1_hf.cell_inputs import (
     CellInput,
     EncodeOptions,
     MatrixEncoder,
-    drugs_of,
     encode_token_block,
+    encoded_blocks,
 )
 from tahoex1_hf.data.config import Tahoe100MSource, TenXSource
 from tahoex1_hf.data.shard_files import DatasetFolder, check_vocabulary
 from tahoex1_hf.data.sources.anndata_files import is_anndata
 from tahoex1_hf.data.sources.anndata_store import (
+    column_names,
     csc_entries,
+    is_legacy,
     matrix_blocks,
     matrix_format,
     matrix_shape,
@@ -41,8 +45,6 @@ from tahoex1_hf.encoding_tahoe_x1 import GeneRows
 
 # Cells of one of the pieces into which counts that are stored by gene are sorted.
 _PIECE_CELLS = 16384
-# Entries of a matrix, or places of a dense one, that are read at once: a few hundred cells, 8 MB.
-_BLOCK_ELEMENTS = 1_000_000
 # Cells of a prepared dataset that are encoded from one view.
 _BLOCK_CELLS = 4096
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
@@ -81,19 +83,31 @@ class _Stored:
     raw = None
 
     def __init__(self, store: Any, path: str, num_cells: int):
-        from anndata.io import read_elem
+        from anndata.io import sparse_dataset
 
         def on_disk(element: Any) -> Any:
-            from anndata.io import sparse_dataset
-
             return element if hasattr(element, "shape") else sparse_dataset(element)
 
-        self.var = read_elem(store["var"])
-        self.var_names = self.var.index
+        self._store = store
         self.X = on_disk(store["X"]) if "X" in store else None
         self.layers = {name: on_disk(store["layers"][name]) for name in store.get("layers", ())}
-        hidden = ("__categories", "_index", store["obs"].attrs.get("_index"))
-        self.obs = _Obs({name: _Column(path, name, num_cells) for name in store["obs"] if name not in hidden})
+        self.obs = _Obs({name: _Column(path, name, num_cells) for name in column_names(store["obs"])})
+
+    @cached_property
+    def var(self) -> Any:
+        """The genes, read when they are asked for."""
+        from anndata.io import read_elem
+
+        frame = self._store["var"]
+        if is_legacy(frame):  # which read_elem does not make a data frame of
+            columns = {name: read_column(frame, name) for name in column_names(frame)}
+            return pd.DataFrame(columns).set_index(pd.Index(read_column(frame, INDEX)))
+        return read_elem(frame)
+
+    @property
+    def var_names(self) -> Any:
+        """Of the genes."""
+        return self.var.index
 
 
 class StoredInput(CellInput):
@@ -120,8 +134,6 @@ class StoredInput(CellInput):
         if shape != (self.num_cells, self.genes.num_genes):
             raise BadInput(f"counts of shape {shape} for {self.num_cells} cells and {self.genes.num_genes} genes.")
         self.drugs = tokenizer.resolve_drugs(stored, options.drugs)
-        if self.drugs is not None and not isinstance(self.drugs, str) and len(self.drugs) != self.num_cells:
-            raise BadInput(f"drugs has {len(self.drugs)} entries for {self.num_cells} cells: pass one per cell.")
         self.by_gene = matrix_format(store[self.place]) == "csc"
 
     @property
@@ -143,13 +155,7 @@ class StoredInput(CellInput):
             if matrix_format(matrix) != "csr":
                 return super().chunk_tokens()
             lengths = np.diff(np.asarray(matrix["indptr"][:], dtype=np.int64))
-        longest = self.options.tokenizer.context_length
-        lengths = 1 + (lengths if longest is None else np.minimum(lengths, longest - 1))
-        return (
-            np.add.reduceat(lengths, np.arange(0, self.num_cells, cell_inputs.CHUNK_CELLS))
-            if len(lengths)
-            else lengths
-        )
+        return _chunk_sums(lengths, self.options)
 
     def blocks(self, start: int, stop: int, names: bool) -> Iterator[Block]:
         """Read rows; a compressed file is read chunk by chunk of its own, each once."""
@@ -157,17 +163,19 @@ class StoredInput(CellInput):
             stored = _Stored(store, self.path, self.num_cells)
             assert self.genes is not None
             encoder = MatrixEncoder(self.options, self.genes, self.num_cells, stored)
-            low = start
-            for matrix in matrix_blocks(store[self.place], start, stop, self._spooled, _BLOCK_ELEMENTS):
-                high = low + matrix.shape[0]
-                drugs = drugs_of(self.drugs, low, high)
-                labels = read_column(store["obs"], INDEX, low, high).astype(str).tolist() if names else None
+            rows = matrix_blocks(store[self.place], start, stop, self._spooled, cell_inputs.BLOCK_ELEMENTS)
 
-                def encode(a: int, b: int, matrix: Any = matrix, drugs: Any = drugs, low: int = low) -> Any:
-                    return encoder(matrix[a - low : b - low], drugs_of(drugs, a - low, b - low), a)
+            def labels(low: int, high: int) -> list[str]:
+                return read_column(store["obs"], INDEX, low, high).astype(str).tolist()
 
-                yield Block(low, high, encode, labels)
-                low = high
+            yield from encoded_blocks(encoder, rows, self.drugs, start, labels if names else None)
+
+
+def _chunk_sums(num_genes: np.ndarray, options: EncodeOptions) -> np.ndarray:
+    """Tokens of each chunk, given `(cells,)` genes."""
+    longest = options.tokenizer.context_length
+    tokens = 1 + (num_genes if longest is None else np.minimum(num_genes, longest - 1))
+    return np.add.reduceat(tokens, np.arange(0, len(tokens), cell_inputs.CHUNK_CELLS)) if len(tokens) else tokens
 
 
 def _check_hdf5(path: str) -> None:
@@ -195,6 +203,13 @@ class PreparedInput(CellInput):
         self.starts = np.concatenate([[0], np.cumsum(self.folder.sizes)])
         self.num_cells = int(self.starts[-1])
         self.fingerprint = sha256("".join(shard["sha256"] for shard in self.folder.shards).encode()).hexdigest()
+
+    def chunk_tokens(self) -> np.ndarray:
+        """From the shards, where they lie on this machine or a file system that it shares."""
+        if self.folder.cache is not None:
+            return super().chunk_tokens()
+        shards = range(len(self.folder.sizes))
+        return _chunk_sums(np.concatenate([self.folder.shard(n).cells.lengths for n in shards]), self.options)
 
     def blocks(self, start: int, stop: int, names: bool) -> Iterator[Block]:
         """Views of the shards. A cell's name is its `_index`, or else its shard and row."""

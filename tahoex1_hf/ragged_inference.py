@@ -81,7 +81,8 @@ class _Cells:
     """Where the cells of a batch lie, and attention within them, on whatever the model attends with."""
 
     def __init__(self, model: TahoeX1Model, boundaries: torch.Tensor, lengths: np.ndarray):
-        self.boundaries, self.lengths, self.longest = boundaries, lengths, int(lengths.max())
+        self.boundaries, self.lengths = boundaries, lengths.tolist()
+        self.longest, self.runs = max(self.lengths), equal_runs(self.lengths)
         self.flash = is_flash_attention_requested(model.config)
         self.packed = PackedAttention.make(boundaries, self.longest, None, boundaries.device)
 
@@ -114,8 +115,8 @@ class _Cells:
         outputs = []
         for q, k, v in zip(
             query.split(1, dim=2),
-            key.split(self.lengths.tolist(), dim=2),
-            value.split(self.lengths.tolist(), dim=2),
+            key.split(self.lengths, dim=2),
+            value.split(self.lengths, dim=2),
             strict=True,
         ):
             grouped = attention.num_key_value_groups > 1
@@ -149,11 +150,10 @@ class _Cells:
         key_weight = attention.k_proj.weight.view(-1, head_dim, width)
         value_weight = attention.v_proj.weight.view(-1, head_dim, width)
         looks = torch.einsum("ckgh,khw->ckgw", heads_of_keys * attention.scaling, key_weight).flatten(1, 2)
-        runs = equal_runs(self.lengths.tolist())
         pieces = zip(
-            looks.split([cells for cells, _ in runs]),
-            states.split([cells * length for cells, length in runs]),
-            runs,
+            looks.split([cells for cells, _ in self.runs]),
+            states.split([cells * length for cells, length in self.runs]),
+            self.runs,
             strict=True,
         )
         seen = []

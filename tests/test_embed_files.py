@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import anndata
+import h5py
 import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
@@ -25,9 +26,11 @@ from tahoex1_hf import TahoeX1Model, TahoeX1Tokenizer, cell_inputs, embed_anndat
 from tahoex1_hf.cell_inputs import AnnDataInput, EncodeOptions
 from tahoex1_hf.data.config import parse_config
 from tahoex1_hf.data.prepare import prepare
+from tahoex1_hf.data.sources.csr import AlignedArray
 from tahoex1_hf.embed_files import Plan
 from tahoex1_hf.embed_files import embed_files as run
 from tahoex1_hf.encoder import CellEncoder
+from tahoex1_hf.file_inputs import PreparedInput, StoredInput
 
 KEY = "X_tahoe_x1"
 CHUNK = 16
@@ -97,6 +100,45 @@ def test_the_models_folder_is_no_setting(tmp_path: Path, cells: anndata.AnnData,
     np.testing.assert_array_equal(embed(path, tmp_path / "out.npy", moved), expected(cells, parts).obsm[KEY])
 
 
+def test_a_file_of_an_old_anndata(tmp_path: Path, cells: anndata.AnnData, vocab: Path) -> None:
+    """Before 0.7, obs and var were one compound dataset each, and sparse matrices had other attributes."""
+    with h5py.File(tmp_path / "old.h5ad", "w") as file:
+        group = file.create_group("X")
+        for name in ("data", "indices", "indptr"):
+            group[name] = getattr(cells.X, name)
+        group.attrs["h5sparse_format"], group.attrs["h5sparse_shape"] = b"csr", cells.shape
+        columns = list(zip(cells.obs_names, cells.obs["sample"], strict=True))
+        file["obs"] = np.array(columns, dtype=[("index", "S12"), ("sample", "S4")])
+        file["var"] = np.array([(name, 1) for name in cells.var_names], dtype=[("index", "S16"), ("number", int)])
+    model = tiny_model(tiny_config(vocab_size=NUM_GENES + 4, num_drugs=5, drug_token_id=3), TahoeX1Model)
+    table = {"<pad>": 0, "s1": 1, "s2": 2, "s3": 3, "s4": 4}
+    parts = model, TahoeX1Tokenizer(str(vocab), drug_to_id=table)
+    run(tmp_path / "old.h5ad", tmp_path / "out.parquet", *parts, drugs="sample", progress=False)
+    result = pd.read_parquet(tmp_path / "out.parquet")
+    assert result["cell"].tolist() == cells.obs_names.tolist()
+    np.testing.assert_array_equal(result.iloc[:, 1:], expected(cells, parts, drugs="sample").obsm[KEY])
+
+
+@pytest.mark.parametrize("compression", [None, "gzip"])
+def test_a_backed_anndata_is_read_in_the_files_own_chunks(
+    tmp_path: Path, cells: anndata.AnnData, parts, compression: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cell_inputs, "BLOCK_ELEMENTS", 200)
+    cells.write_h5ad(tmp_path / "cells.h5ad", compression=compression)
+    backed = anndata.read_h5ad(tmp_path / "cells.h5ad", backed="r")
+    starts = []
+    real = AlignedArray.read
+
+    def watched(self: AlignedArray, start: int, stop: int) -> np.ndarray:
+        starts.append(start)
+        return real(self, start, stop)
+
+    monkeypatch.setattr(AlignedArray, "read", watched)
+    embed_anndata(backed, *parts, progress=False)
+    np.testing.assert_array_equal(backed.obsm[KEY], expected(cells, parts).obsm[KEY])
+    assert len(starts) > 4
+
+
 def test_names_come_along(tmp_path: Path, cells: anndata.AnnData, parts) -> None:
     for kind in ("csr", "zarr", "10x_h5"):
         path = write_cells(cells, tmp_path / kind, kind)
@@ -152,6 +194,10 @@ def test_a_prepared_dataset(tmp_path: Path, cells: anndata.AnnData, parts, prepa
     model, tokenizer = parts
     tokenizer.context_length = None  # a sample would depend on the cell's number, which is another in the dataset
     run(prepared, tmp_path / "out.parquet", model, tokenizer, progress=False)
+    split = PreparedInput(str(prepared), "train", EncodeOptions(tokenizer))
+    assert len(split.folder.sizes) > 1
+    tokens = [chunk.cells.lengths.sum() for chunk in split.chunks(0, split.num_cells)]
+    np.testing.assert_array_equal(split.chunk_tokens(), tokens)
     table = pd.read_parquet(tmp_path / "out.parquet").set_index("cell")
     assert set(table["source"]) == {f"{prepared} (train)", f"{prepared} (validation)"}
     values = table.loc[cells.obs_names].iloc[:, 1:].to_numpy()
@@ -423,8 +469,6 @@ def test_work_is_shared_by_tokens(vocab: Path, tmp_path: Path) -> None:
     long_last.X = type(long_last.X)(dense)
     path = write_cells(long_last, tmp_path / "cells", "csr")
     options = EncodeOptions(TahoeX1Tokenizer(str(vocab), context_length=None))
-    from tahoex1_hf.file_inputs import StoredInput
-
     plan = Plan([StoredInput(str(path), options, tmp_path), AnnDataInput(make_cells(40), options)])
     todo = np.setdiff1d(np.arange(plan.num_chunks), [1, 4])
     shares = plan.shares(todo, 3)
@@ -460,24 +504,14 @@ def test_an_output_in_an_object_store(tmp_path: Path, cells: anndata.AnnData, pa
         run(path, "memory://bucket/x.h5ad", *parts, progress=False)
 
 
-def test_s3(tmp_path: Path, cells: anndata.AnnData, parts, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("s3fs")
-    server_module, boto3 = pytest.importorskip("moto.server"), pytest.importorskip("boto3")
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.setenv(name, "test")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    try:
-        host, port = server.get_host_and_port()
-        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        client = boto3.client("s3")
-        client.create_bucket(Bucket="embeddings")
-        run(write_cells(cells, tmp_path / "cells", "csr"), "s3://embeddings/out.npy", *parts, progress=False)
-        client.download_file("embeddings", "out.npy", str(tmp_path / "out.npy"))
-        assert [entry["Key"] for entry in client.list_objects(Bucket="embeddings")["Contents"]] == ["out.npy"]
-    finally:
-        server.stop()
+def test_s3(tmp_path: Path, cells: anndata.AnnData, parts, s3: str) -> None:
+    import boto3
+
+    client = boto3.client("s3")
+    client.create_bucket(Bucket="embeddings")
+    run(write_cells(cells, tmp_path / "cells", "csr"), "s3://embeddings/out.npy", *parts, progress=False)
+    client.download_file("embeddings", "out.npy", str(tmp_path / "out.npy"))
+    assert [entry["Key"] for entry in client.list_objects(Bucket="embeddings")["Contents"]] == ["out.npy"]
     np.testing.assert_array_equal(np.load(tmp_path / "out.npy"), expected(cells, parts).obsm[KEY])
 
 

@@ -519,35 +519,17 @@ def test_a_dropped_connection_is_tried_again_by_the_next_call(folder: Path, tmp_
     assert not list(tmp_path.rglob("*.partial"))
 
 
-def test_s3_feeds_the_same(
-    folder: Path, collator: CellCollator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pytest.importorskip("s3fs")
-    server_module = pytest.importorskip("moto.server")
-    boto3 = pytest.importorskip("boto3")
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.setenv(name, "test")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    try:
-        host, port = server.get_host_and_port()
-        endpoint = f"http://{host}:{port}"
-        client = boto3.client("s3", endpoint_url=endpoint)
-        client.create_bucket(Bucket="cells")
-        for path in folder.rglob("*"):
-            if path.is_file():
-                client.upload_file(str(path), "cells", f"run1/{path.relative_to(folder)}")
-        batches = CellBatches(
-            "s3://cells/run1",
-            collator,
-            batch_size=16,
-            cache_folder=tmp_path,
-            storage_options={"client_kwargs": {"endpoint_url": endpoint}},
-        )
-        assert steps_of(batches) == steps_of(CellBatches(folder, collator, batch_size=16))
-    finally:
-        server.stop()
+def test_s3_feeds_the_same(folder: Path, collator: CellCollator, tmp_path: Path, s3: str) -> None:
+    import boto3
+
+    client = boto3.client("s3")
+    client.create_bucket(Bucket="cells")
+    for path in folder.rglob("*"):
+        if path.is_file():
+            client.upload_file(str(path), "cells", f"run1/{path.relative_to(folder)}")
+    options = {"client_kwargs": {"endpoint_url": s3}}
+    batches = CellBatches("s3://cells/run1", collator, batch_size=16, cache_folder=tmp_path, storage_options=options)
+    assert steps_of(batches) == steps_of(CellBatches(folder, collator, batch_size=16))
 
 
 # What is wrong --------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import os
 import pickle
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from decimal import Decimal
 from itertools import pairwise
 from pathlib import Path
@@ -520,24 +520,10 @@ def test_malicious_pickle_is_not_run(column: int, source: Callable[..., MDSFiles
 
 
 @pytest.fixture
-def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A client of a server of our own."""
-    server_module = pytest.importorskip("moto.server")
-    pytest.importorskip("s3fs")
+def bucket(s3: str) -> Any:
+    """A client of the loopback server, which has the shards."""
     import boto3
 
-    server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    for name, value in {
-        "AWS_ENDPOINT_URL": "http://{}:{}".format(*server.get_host_and_port()),
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_EC2_METADATA_DISABLED": "true",
-        "AWS_CONFIG_FILE": "/dev/null",
-        "AWS_SHARED_CREDENTIALS_FILE": "/dev/null",
-    }.items():
-        monkeypatch.setenv(name, value)
     client = boto3.client("s3")
     client.create_bucket(Bucket="mds-cells", ACL="public-read")
     public = {"ACL": "public-read"}
@@ -545,11 +531,10 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         if path.is_file():
             client.upload_file(str(path), "mds-cells", f"MFM/train/{path.relative_to(SHARDS / 'upstream')}", public)
     client.upload_file(str(SHARDS / "vocab.json"), "mds-cells", "MFM/vocab.json", public)
-    yield client
-    server.stop()
+    return client
 
 
-def test_s3(s3: Any, source: Callable[..., MDSFiles], tokenizer: TahoeX1Tokenizer, tmp_path: Path) -> None:
+def test_s3(bucket: Any, source: Callable[..., MDSFiles], tokenizer: TahoeX1Tokenizer, tmp_path: Path) -> None:
     files = source("s3://mds-cells/MFM/", vocab="s3://mds-cells/MFM/vocab.json")
     paths = files.list_files()
     assert paths[0] == "s3://mds-cells/MFM/train/chunk_0/shard.00000.mds"
@@ -563,18 +548,18 @@ def test_s3(s3: Any, source: Callable[..., MDSFiles], tokenizer: TahoeX1Tokenize
     assert list((tmp_path / "spool").iterdir()) == []
 
     name = "MFM/train/chunk_0/shard.00000.mds.zstd"
-    content = bytearray(s3.get_object(Bucket="mds-cells", Key=name)["Body"].read())
+    content = bytearray(bucket.get_object(Bucket="mds-cells", Key=name)["Body"].read())
     content[100] ^= 1
-    s3.put_object(Bucket="mds-cells", Key=name, Body=bytes(content))
+    bucket.put_object(Bucket="mds-cells", Key=name, Body=bytes(content))
     with pytest.raises(BadInput, match="is damaged: its sha1"):
         read_whole(files, paths[0])
-    s3.delete_object(Bucket="mds-cells", Key=name)
+    bucket.delete_object(Bucket="mds-cells", Key=name)
     with pytest.raises(BadInput, match="is missing from s3://mds-cells/MFM/train"):
         files.inspect(paths[0])
     assert list((tmp_path / "spool").iterdir()) == []
 
 
-def test_s3_says_what_is_missing(s3: Any, source: Callable[..., MDSFiles]) -> None:
+def test_s3_says_what_is_missing(bucket: Any, source: Callable[..., MDSFiles]) -> None:
     for url in ("s3://mds-cells/nothing", "s3://no-such-bucket/x"):
         with pytest.raises(FileNotFoundError, match=rf"{url} (holds no index|does not exist)"):
             source(url).list_files()
@@ -586,7 +571,7 @@ class Refusing:
 
 
 def test_a_public_bucket_that_refuses_the_credentials_is_read_unsigned(
-    s3: Any, source: Callable[..., MDSFiles]
+    bucket: Any, source: Callable[..., MDSFiles]
 ) -> None:
     files = source("s3://mds-cells/MFM")
     files._store._filesystems[os.getpid(), False] = Refusing()

@@ -114,7 +114,7 @@ def test_jagged_attention_equals_attention_by_cell(heads: int) -> None:
     results = []
     for attention in (
         PackedAttention.make(boundaries, None, None, torch.device("cpu")),
-        PackedAttention(boundaries, lengths=None, longest=10),
+        PackedAttention(boundaries, runs=None, longest=10),
     ):
         output, _ = attention(query, key, value, 0.3)
         assert output.shape == (1, 20, 4, 8)

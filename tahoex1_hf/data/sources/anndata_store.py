@@ -96,12 +96,28 @@ def csc_entries(matrix: Any) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarra
         yield np.asarray(matrix["indices"][start:stop], dtype=np.int64), genes, matrix["data"][start:stop]
 
 
+def is_legacy(frame: Any) -> bool:
+    """Whether a data frame is a compound dataset, as anndata wrote it before 0.7."""
+    return hasattr(frame, "dtype") and bool(frame.dtype.names)
+
+
+def _index_key(frame: Any) -> str:
+    key = frame.attrs.get("_index", "_index")
+    return key.decode() if isinstance(key, bytes) else str(key)
+
+
 def num_rows(frame: Any) -> int:
     """Rows of a data frame as anndata stores it."""
-    if hasattr(frame, "dtype") and frame.dtype.names:
+    if is_legacy(frame):
         return int(frame.shape[0])
-    key = frame.attrs.get("_index", "_index")
-    return int(frame[key.decode() if isinstance(key, bytes) else key].shape[0])
+    return int(frame[_index_key(frame)].shape[0])
+
+
+def column_names(frame: Any) -> list[str]:
+    """Columns of a data frame as anndata stores it, its index left out."""
+    if is_legacy(frame):
+        return [name for name in frame.dtype.names if name != _legacy_index(frame)]
+    return [name for name in frame if name not in ("__categories", _index_key(frame))]
 
 
 def read_column(frame: Any, name: str, start: int = 0, stop: int | None = None) -> pd.Series:
@@ -110,13 +126,11 @@ def read_column(frame: Any, name: str, start: int = 0, stop: int | None = None) 
     Raises:
         BadInput: where there is no such column, naming those that there are.
     """
-    if hasattr(frame, "dtype") and frame.dtype.names:  # anndata < 0.7: one compound dataset
+    if is_legacy(frame):
         return _legacy_column(frame, name, start, stop)
-    key = frame.attrs.get("_index", "_index") if name == INDEX else name
-    key = key.decode() if isinstance(key, bytes) else key
+    key = _index_key(frame) if name == INDEX else name
     if key not in frame:
-        columns = [column for column in frame if column not in ("__categories", frame.attrs.get("_index"))]
-        raise BadInput(f"it has no column {name!r}; there are {sorted(columns)}.")
+        raise BadInput(f"it has no column {name!r}; there are {sorted(column_names(frame))}.")
     element = frame[key]
     if not hasattr(element, "shape"):
         return _encoded_column(element, start, stop)
@@ -149,9 +163,11 @@ def _plain(array: Any, start: int, stop: int | None) -> np.ndarray:
 
 
 def _legacy_column(frame: Any, name: str, start: int, stop: int | None) -> pd.Series:
-    key = name
-    if name == INDEX:
-        key = next((known for known in ("index", "_index") if known in frame.dtype.names), frame.dtype.names[0])
+    key = _legacy_index(frame) if name == INDEX else name
     if key not in frame.dtype.names:
         raise BadInput(f"it has no column {name!r}; there are {sorted(frame.dtype.names)}.")
     return pd.Series(_plain(frame[key], start, stop))
+
+
+def _legacy_index(frame: Any) -> str:
+    return str(next((known for known in ("index", "_index") if known in frame.dtype.names), frame.dtype.names[0]))
