@@ -6,10 +6,13 @@
 
 import ast
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+
+Config = TypeVar("Config", bound=BaseModel)
 
 
 class Strict(BaseModel):
@@ -226,14 +229,14 @@ def filter_columns(expression: str) -> list[str]:
     return sorted({node.id for node in ast.walk(tree) if isinstance(node, ast.Name)})
 
 
-def parse_config(values: dict[str, Any], origin: str) -> PrepareConfig:
+def validated(kind: type[Config], values: dict[str, Any], origin: str) -> Config:
     """Make a configuration of plain values.
 
     Raises:
         ValueError: naming `origin` and every key that is unknown, missing or of the wrong type.
     """
     try:
-        return PrepareConfig.model_validate(values)
+        return kind.model_validate(values)
     except ValidationError as error:
         lines = []
         for problem in error.errors():
@@ -243,13 +246,24 @@ def parse_config(values: dict[str, Any], origin: str) -> PrepareConfig:
         raise ValueError(f"{origin}:\n" + "\n".join(lines)) from None
 
 
-def read_config(path: str | Path, **changes: Any) -> PrepareConfig:
-    """Read a YAML file; `changes` that are not None replace its keys."""
+def read_yaml(path: str | Path, examples: str) -> dict[str, Any]:
+    """Keys and values of a YAML file; `examples` is where such files are to be seen."""
     with Path(path).open(encoding="utf-8") as file:
         try:
             values = yaml.safe_load(file)
         except yaml.YAMLError as error:
             raise ValueError(f"{path} is no YAML: {error}") from None
     if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold keys and values, as the files in examples/configs/data do.")
+        raise ValueError(f"{path} must hold keys and values, as the files in {examples} do.")
+    return values
+
+
+def parse_config(values: dict[str, Any], origin: str) -> PrepareConfig:
+    """Make a configuration of `tahoex1 prepare`; errors are those of `validated`."""
+    return validated(PrepareConfig, values, origin)
+
+
+def read_config(path: str | Path, **changes: Any) -> PrepareConfig:
+    """Read a YAML file; `changes` that are not None replace its keys."""
+    values = read_yaml(path, "examples/configs/data")
     return parse_config({**values, **{key: value for key, value in changes.items() if value is not None}}, str(path))

@@ -1,0 +1,79 @@
+# Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
+"""Which checkpoints of a run are whole.
+
+A checkpoint is many files of many processes. The last thing written is a list of all files and their sizes: a folder
+without it, or with other files, was cut short and is never resumed from.
+"""
+
+import json
+import logging
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+COMPLETE = "complete.json"
+STATUS = "run_status.json"
+_NAME = re.compile(r"checkpoint-(\d+)$")
+
+
+def checkpoints(output_dir: Path) -> list[Path]:
+    """Folders of checkpoints, whole or not, oldest first."""
+    found = [(int(match[1]), path) for path in output_dir.glob("checkpoint-*") if (match := _NAME.search(path.name))]
+    return [path for _, path in sorted(found)]
+
+
+def seal(folder: Path) -> None:
+    """Declare that all files of a checkpoint are there."""
+    sizes = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+            sizes[path.relative_to(folder).as_posix()] = path.stat().st_size
+    write_atomically(folder / COMPLETE, {"files": sizes})
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether every file of a checkpoint is there, as long as it was."""
+    try:
+        sizes = json.loads((folder / COMPLETE).read_text(encoding="utf-8"))["files"]
+        return all((folder / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def last_whole(output_dir: Path) -> Path | None:
+    """The newest checkpoint to resume from."""
+    for folder in reversed(checkpoints(output_dir)):
+        if is_whole(folder):
+            return folder
+        logger.warning("%s was cut short while it was written: it is not resumed from.", folder)
+    return None
+
+
+def remove_old(output_dir: Path, limit: int) -> None:
+    """Keep the newest whole checkpoints, and nothing that was cut short."""
+    whole = []
+    for folder in checkpoints(output_dir):
+        if is_whole(folder):
+            whole.append(folder)
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+    for folder in whole[:-limit]:
+        # First what makes it whole: a removal that is cut short must not leave a checkpoint that seems to be one.
+        (folder / COMPLETE).unlink()
+        shutil.rmtree(folder)
+
+
+def write_atomically(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file that is there whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        json.dump(content, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)

@@ -1,0 +1,125 @@
+# Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
+"""Metrics of masked-expression modelling, as sums that are added up over batches and processes.
+
+A mean of means would depend on how cells are divided; sums do not.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass
+class MetricSums:
+    """Sums over targets and cells, float64 of shape (5,), on the device of the batches.
+
+    `values`: squared errors of the expression decoder, of the cell decoder, targets; rank correlations, cells with one.
+    """
+
+    values: torch.Tensor
+
+    @classmethod
+    def zero(cls, device: torch.device | str) -> "MetricSums":
+        """Nothing seen yet."""
+        # Accelerators without float64 (Apple's) take float32.
+        dtype = torch.float32 if torch.device(device).type == "mps" else torch.float64
+        return cls(torch.zeros(5, dtype=dtype, device=device))
+
+    def means(self) -> dict[str, float]:
+        """`loss` (mean of both errors), `masked_mse`, `mvc_mse` and `spearman`; NaN where nothing was seen."""
+        expression, cell, targets, correlations, cells = self.values.tolist()
+        nan = float("nan")
+        masked, mvc = (expression / targets, cell / targets) if targets else (nan, nan)
+        return {
+            "loss": (masked + mvc) / 2,
+            "masked_mse": masked,
+            "mvc_mse": mvc,
+            "spearman": correlations / cells if cells else nan,
+        }
+
+
+def average_ranks(values: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
+    """Rank of each value within its group, ties sharing the mean of their ranks, up to a constant per group.
+
+    Args:
+        values: `(n,)`.
+        groups: `(n,)` int64.
+
+    Returns:
+        `(n,)` float64 (float32 on devices without).
+    """
+    order = torch.argsort(values, stable=True)
+    order = order[torch.argsort(groups[order], stable=True)]
+    ordered, in_group = values[order], groups[order]
+    starts = torch.ones(len(values), dtype=torch.bool, device=values.device)
+    starts[1:] = (ordered[1:] != ordered[:-1]) | (in_group[1:] != in_group[:-1])
+    tie = starts.cumsum(0) - 1
+    first = starts.nonzero().squeeze(1)
+    sizes = torch.bincount(tie, minlength=len(first))
+    dtype = torch.float32 if values.device.type == "mps" else torch.float64
+    middle = first.to(dtype) + (sizes.to(dtype) - 1) / 2
+    ranks = torch.empty(len(values), dtype=dtype, device=values.device)
+    ranks[order] = middle[tie]
+    return ranks
+
+
+def spearman_per_cell(
+    predictions: torch.Tensor, counts: torch.Tensor, cells: torch.Tensor, num_cells: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rank correlation of predictions and counts within each cell.
+
+    Args:
+        predictions: `(n,)` of the targets of all cells.
+        counts: `(n,)` the raw counts there.
+        cells: `(n,)` int64, the cell of each.
+        num_cells: how many cells there are.
+
+    Returns:
+        Correlations `(num_cells,)`, and where there is one: a cell without two different values has none (0).
+    """
+    x, y = (average_ranks(values.float(), cells) for values in (predictions, counts))
+    number = torch.bincount(cells, minlength=num_cells).clamp(min=1).to(x.dtype)
+
+    def total(values: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(num_cells, dtype=x.dtype, device=x.device).index_add_(0, cells, values)
+
+    x, y = x - (total(x) / number)[cells], y - (total(y) / number)[cells]
+    spread = total(x * x) * total(y * y)
+    known = spread > 0
+    return torch.where(known, total(x * y) / spread.clamp(min=torch.finfo(x.dtype).tiny).sqrt(), 0.0), known
+
+
+def batch_sums(
+    outputs: dict[str, torch.Tensor], batch: dict[str, torch.Tensor], counts: torch.Tensor, scale: tuple[float, float]
+) -> MetricSums:
+    """Sums of one batch.
+
+    Args:
+        outputs: `expression_predictions` and `cell_expression_predictions`, `(batch, length)`.
+        batch: with `labels`, `target_mask` and, packed, `cu_seq_lens_q`.
+        counts: raw counts at the targets, shaped as the labels.
+        scale: factor and offset from labels to what the model predicts (`scale_targets`).
+    """
+    targets = batch["target_mask"]
+    labels = batch["labels"][targets].double() * scale[0] + scale[1]
+    expression, cell = (
+        outputs[name][targets].double() for name in ("expression_predictions", "cell_expression_predictions")
+    )
+    if "cu_seq_lens_q" in batch:
+        lengths = batch["cu_seq_lens_q"].diff()
+        of_token = torch.repeat_interleave(torch.arange(len(lengths), device=targets.device), lengths)
+        num_cells, cells = len(lengths), of_token[targets[0]]
+    else:
+        num_cells, cells = len(targets), targets.nonzero()[:, 0]
+    correlations, known = spearman_per_cell(expression, counts[targets], cells, num_cells)
+    return MetricSums(
+        torch.stack(
+            [
+                (expression - labels).square().sum(),
+                (cell - labels).square().sum(),
+                targets.sum().double(),
+                correlations.sum(),
+                known.sum().double(),
+            ]
+        )
+    )

@@ -1,0 +1,168 @@
+# Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
+"""What a run says about itself, and how it takes a request to end."""
+
+import logging
+import math
+import resource
+import signal
+import statistics
+import sys
+import threading
+import time
+from collections import deque
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+logger = logging.getLogger(__name__)
+
+PREEMPTED = 75  # exit code: try again later (EX_TEMPFAIL of sysexits.h)
+
+# Dense bfloat16 rates in TFLOP/s, from NVIDIA's data sheets (without sparsity).
+_PEAKS = {"H100 PCIe": 756, "H100": 989, "H200": 989, "A100": 312, "L40S": 362, "L4": 121, "B200": 2250}
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of the device: of its data sheet, or of a product of matrices on the spot where it is not in the table."""
+    if device.type == "cuda" and dtype != torch.float32:
+        name = torch.cuda.get_device_name(device)
+        for known, tflops in _PEAKS.items():
+            if known in name:
+                return tflops * 1e12
+    size = 1024 if device.type == "cpu" else 8192
+    a, b = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
+    best = math.inf
+    for _ in range(6):
+        start = time.perf_counter()
+        product = a @ b
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    del product
+    return 2 * size**3 / best
+
+
+class SpeedMonitor(TrainerCallback):
+    """Adds speed, memory and the remaining time to the lines of the log.
+
+    Args:
+        args: of the run.
+        peak: FLOP/s of one device, for the model FLOP utilisation.
+        steps_per_epoch: of the data.
+    """
+
+    def __init__(self, args: TrainingArguments, peak: float, steps_per_epoch: int):
+        self.args, self.peak, self.steps_per_epoch = args, peak, steps_per_epoch
+        self.started = self.line = time.perf_counter()
+        self.first_step = self.last_step = self.evaluating = 0.0
+        self.steps = 0
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        """Start the clock."""
+        self.started = self.line = time.perf_counter()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> TrainerControl:
+        """Count; the data's epoch is not that of Trainer, for which the whole run is one."""
+        self.steps += 1
+        if self.steps == 1:
+            self.first_step = time.perf_counter() - self.started
+        state.epoch = state.global_step / self.steps_per_epoch
+        return control
+
+    def extended(self, logs: dict[str, float], state: TrainerState) -> dict[str, float]:
+        """The line with what is known of the time since the last."""
+        now = time.perf_counter()
+        flops = logs.pop("flops", None)
+        if flops is None:
+            return logs
+        cells, tokens = logs.pop("cells"), logs.pop("tokens")
+        seconds, self.line = now - self.line, now
+        rate = self.steps / (now - self.started)
+        device = self.args.device
+        if device.type == "cuda":
+            memory = torch.cuda.max_memory_allocated(device)
+        else:
+            unit = 1 if sys.platform == "darwin" else 1024
+            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        logs |= {
+            "cells_per_second": cells / seconds,
+            "tokens_per_second": tokens / seconds,
+            "flop_utilisation": flops / seconds / (self.peak * self.args.world_size),
+            "peak_memory_gb": memory / 1e9,
+            "hours_left": (state.max_steps - state.global_step) / rate / 3600,
+        }
+        if self.first_step:
+            logs["seconds_to_first_step"], self.first_step = self.first_step, 0.0
+        return logs
+
+
+class SpikeWarning(TrainerCallback):
+    """Warns of a loss or gradient norm far above its recent median.
+
+    Args:
+        factor: how far.
+    """
+
+    def __init__(self, factor: float):
+        self.factor = factor
+        self.recent: dict[str, deque[float]] = {name: deque(maxlen=50) for name in ("loss", "grad_norm")}
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
+    ) -> None:
+        """Compare a line of the log with those before it."""
+        for name, recent in self.recent.items():
+            value = (logs or {}).get(name)
+            if value is None:
+                continue
+            usual = statistics.median(recent) if len(recent) >= 5 else math.inf
+            if value > self.factor * usual and state.is_world_process_zero:
+                logger.warning(
+                    "%s at step %d is %.4g, %.1f times its recent median.", name, state.global_step, value, value / usual
+                )
+            recent.append(float(value))
+
+
+class Preemption(TrainerCallback):
+    """On SIGTERM, saves after the present step and ends, in all processes alike.
+
+    Attributes:
+        agreed: whether the run was asked to end.
+    """
+
+    def __init__(self) -> None:
+        self.asked = self.agreed = False
+        self._before: Any = None
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        """Take the signal over (only the main thread can)."""
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGTERM, self._ask)
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        """Give the signal back."""
+        if self._before is not None:
+            signal.signal(signal.SIGTERM, self._before)
+            self._before = None
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> TrainerControl:
+        """The signal reaches processes at different steps: they end together once one was asked."""
+        asked = self.asked
+        if args.world_size > 1:
+            flag = torch.tensor(float(asked), device=args.device)
+            dist.all_reduce(flag, dist.ReduceOp.MAX)
+            asked = bool(flag.item())
+        if asked and state.global_step < state.max_steps:
+            self.agreed = True
+            control.should_save = control.should_training_stop = True
+        return control

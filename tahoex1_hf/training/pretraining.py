@@ -1,0 +1,224 @@
+# Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
+"""A pretraining run from its configuration: model, data, Trainer, resume, final model."""
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from transformers import TrainerCallback, TrainingArguments, set_seed
+from transformers.utils.logging import disable_progress_bar
+
+from tahoex1_hf.configuration_tahoe_x1 import TahoeX1Config
+from tahoex1_hf.data.collator import CellCollator
+from tahoex1_hf.model_loading import find_model
+from tahoex1_hf.modeling_tahoe_x1 import TahoeX1ForPreTraining
+from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
+from tahoex1_hf.training import checkpoints
+from tahoex1_hf.training.baselines import baseline_losses
+from tahoex1_hf.training.config import PretrainConfig
+from tahoex1_hf.training.curve import draw_curve
+from tahoex1_hf.training.evaluation import CellTypeEvaluation, GeneEssentialityEvaluation
+from tahoex1_hf.training.monitors import PREEMPTED, Preemption, SpeedMonitor, SpikeWarning, peak_flops
+from tahoex1_hf.training.stream import StepBatches, ValidationCells, training_cells
+from tahoex1_hf.training.trainer import PretrainingTrainer
+
+logger = logging.getLogger(__name__)
+
+# Options of TahoeX1Config that may differ from those of the weights to begin with: none changes a tensor's shape.
+_CHANGEABLE = {"attention_mask_style", "expression_encoder_dropout", "scale_targets", "cell_pooling"}
+_VALIDATION_BATCH = 32
+
+
+def make_tokenizer(config: PretrainConfig) -> TahoeX1Tokenizer:
+    """The tokenizer of the weights to begin with, or one with the dataset's vocabulary."""
+    source = config.tokenizer or config.init_from
+    if source is not None:
+        tokenizer: TahoeX1Tokenizer = TahoeX1Tokenizer.from_pretrained(find_model(source))
+        return tokenizer
+    import fsspec
+
+    from tahoex1_hf.data.vocabulary import write_files  # noqa: F401  (the data extra is there)
+
+    table = json.loads(Path(config.drug_table).read_text(encoding="utf-8")) if config.drug_table else None
+    location = f"{config.datasets[0].rstrip('/')}/vocab.json"
+    vocab = location
+    if "://" in location:
+        vocab = fsspec.open_local(f"simplecache::{location}")
+    return TahoeX1Tokenizer(vocab, context_length=config.context_length, drug_to_id=table)
+
+
+def make_model(config: PretrainConfig, tokenizer: TahoeX1Tokenizer) -> TahoeX1ForPreTraining:
+    """A new model, or one with the weights to begin with.
+
+    Raises:
+        ValueError: for model options that the weights do not allow.
+    """
+    attention = {"attn_implementation": config.attention}
+    if config.init_from is not None:
+        fixed = sorted(set(config.model) - _CHANGEABLE)
+        if fixed:
+            raise ValueError(f"model.{fixed[0]}: with init_from only {', '.join(sorted(_CHANGEABLE))} can be set.")
+        model: TahoeX1ForPreTraining = TahoeX1ForPreTraining.from_pretrained(
+            find_model(config.init_from), dtype=torch.float32, **attention, **config.model
+        )
+        return model
+    vocabulary = tokenizer.get_vocab()
+    derived: dict[str, Any] = {"vocab_size": max(vocabulary.values()) + 1, "pad_token_id": tokenizer.pad_token_id}
+    derived["num_bins"] = tokenizer.num_bins
+    fingerprints = None
+    if config.drug_fingerprints is not None:
+        fingerprints = np.load(config.drug_fingerprints, allow_pickle=False)
+        derived |= {"num_drugs": len(fingerprints), "drug_fingerprint_size": fingerprints.shape[1]}
+        derived["drug_token_id"] = vocabulary["<drug>"]
+    settings = TahoeX1Config(**{**derived, **config.model})
+    model = TahoeX1ForPreTraining._from_config(settings, **attention)
+    if fingerprints is not None:
+        with torch.no_grad():
+            model.tahoe.embeddings.drug_encoder.embedding.weight.copy_(torch.from_numpy(fingerprints))
+    return model
+
+
+def training_arguments(config: PretrainConfig, max_steps: int) -> TrainingArguments:
+    """Trainer's options."""
+    schedule = {"cosine": "cosine_with_min_lr", "constant": "constant_with_warmup"}[config.schedule]
+    floor = {"min_lr_rate": config.min_learning_rate_fraction} if config.schedule == "cosine" else {}
+    precision = {} if config.precision == "launcher" else {p: config.precision == p for p in ("bf16", "fp16")}
+    return TrainingArguments(
+        output_dir=config.output_dir,
+        max_steps=max_steps,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type=schedule,
+        lr_scheduler_kwargs=floor,
+        warmup_steps=round(config.warmup_fraction * max_steps),
+        # Composer's rule, p *= 1 - (lr / highest lr) * decay, in torch's terms: p *= 1 - lr * weight_decay.
+        weight_decay=config.decoupled_weight_decay / config.learning_rate,
+        adam_beta1=config.betas[0],
+        adam_beta2=config.betas[1],
+        adam_epsilon=config.epsilon,
+        max_grad_norm=config.max_grad_norm,
+        activation_checkpointing=config.activation_checkpointing,
+        torch_compile=config.compile,
+        seed=config.seed,
+        logging_steps=config.logging_steps,
+        logging_nan_inf_filter=False,  # the trainer ends the run instead
+        eval_strategy="steps" if config.eval_cells and config.eval_steps else "no",
+        eval_steps=config.eval_steps,
+        save_steps=config.save_steps,
+        save_total_limit=config.save_total_limit,
+        report_to=list(config.report_to) or "none",
+        run_name=config.run_name,
+        use_cpu=not torch.cuda.is_available(),
+        ddp_backend="gloo" if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.cuda.is_available() else None,
+        ddp_find_unused_parameters=False,
+        ignore_data_skip=True,  # the steps know where to begin
+        remove_unused_columns=False,
+        disable_tqdm=not os.isatty(2),
+        **precision,
+    )
+
+
+def pretrain(config: PretrainConfig) -> int:
+    """Run, or go on with a run, to its end.
+
+    Args:
+        config: of the run. Every process of a launcher calls this with the same.
+
+    Returns:
+        0; or 75 (`PREEMPTED`) where SIGTERM ended it after a checkpoint: give the same command again.
+
+    Raises:
+        ValueError: for settings, data or a checkpoint that do not fit; FloatingPointError: for NaN in a gradient.
+    """
+    processes = PartialState(cpu=not torch.cuda.is_available())
+    output_dir = Path(config.output_dir)
+    if processes.is_main_process:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        config.write(output_dir / "config.resolved.yaml")
+        _say(output_dir, "running")
+    if not os.isatty(2):
+        disable_progress_bar()
+    set_seed(config.seed)
+    tokenizer = make_tokenizer(config)
+    raw_tokenizer = make_tokenizer(config)
+    raw_tokenizer.value_encoding = "raw"
+    collators = [
+        CellCollator(
+            each,
+            mlm_probability=config.mlm_probability,
+            context_length=config.context_length,
+            packed=config.packed,
+            unexpressed_padding=config.unexpressed_padding,
+            pad_to_multiple_of=config.pad_to_multiple_of,
+        )
+        for each in (tokenizer, raw_tokenizer)
+    ]
+    cells = training_cells(config, collators[0], processes.process_index, processes.num_processes)
+    max_steps = config.max_steps or round((config.epochs or 0) * len(cells))
+    model = make_model(config, tokenizer)
+    args = training_arguments(config, max_steps)
+    batch_size = min(_VALIDATION_BATCH, max(1, config.eval_cells))
+    validation = ValidationCells(config, *collators, batch_size) if config.eval_cells else None
+    baselines: dict[str, float] = {}
+    if config.baselines and validation and processes.is_main_process:
+        baselines = baseline_losses(config, model.config, collators[0], validation)
+        logger.info("Loss of constants on the validation cells: %s", baselines)
+    dtype = torch.bfloat16 if args.bf16 or os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16" else torch.float32
+    peak = config.peak_tflops * 1e12 if config.peak_tflops else peak_flops(args.device, dtype)
+    preemption, speed = Preemption(), SpeedMonitor(args, peak, len(cells))
+    evaluations: list[Any] = [
+        *(CellTypeEvaluation(each) for each in config.cell_types),
+        *(GeneEssentialityEvaluation(each) for each in config.gene_essentiality),
+    ]
+    callbacks: list[TrainerCallback] = [preemption, speed, SpikeWarning(config.spike_factor), *evaluations]
+    trainer = PretrainingTrainer(
+        model,
+        args,
+        lambda done: StepBatches(cells, max_steps, done),
+        validation=validation,
+        microbatch_size=None if config.microbatch_size == "auto" else config.microbatch_size,
+        callbacks=callbacks,
+        processing_class=tokenizer,
+    )
+    trainer.report = lambda logs: speed.extended(logs, trainer.state)
+    for evaluation in evaluations:
+        evaluation.log = trainer.log
+    begin = checkpoints.last_whole(output_dir) or (Path(config.resume_from) if config.resume_from else None)
+    if begin is None:
+        trainer.train()
+    else:
+        logger.info("Going on from %s.", begin)
+        trainer.resume(begin)
+    if preemption.agreed:
+        if processes.is_main_process:
+            _say(output_dir, "preempted", step=trainer.state.global_step)
+        return PREEMPTED
+    _finish(trainer, config, baselines)
+    return 0
+
+
+def _finish(trainer: PretrainingTrainer, config: PretrainConfig, baselines: dict[str, float]) -> None:
+    """Last evaluation, final model, picture."""
+    output_dir = Path(config.output_dir)
+    step, history = trainer.state.global_step, trainer.state.log_history
+    seen = [line for line in history if line["step"] == step and "eval_loss" in line]
+    metrics = {k: v for k, v in seen[-1].items() if k.startswith("eval_")} if seen else trainer.evaluate()
+    trainer.save_final(output_dir)
+    if trainer.args.should_save:
+        trainer.state.save_to_json(str(output_dir / "trainer_state.json"))
+        try:
+            draw_curve(trainer.state.log_history, baselines, output_dir / "training_curve.png")
+        except ImportError:
+            logger.info("No picture of the run: pip install matplotlib.")
+        for name, value in [*metrics.items(), *baselines.items()]:
+            logger.info("%s: %.4f", name, value)
+        _say(output_dir, "finished", step=trainer.state.global_step, metrics=metrics, baselines=baselines)
+
+
+def _say(output_dir: Path, status: str, **more: Any) -> None:
+    """Leave word for launchers, which turn every exit code into 1."""
+    checkpoints.write_atomically(output_dir / checkpoints.STATUS, {"status": status, **more})

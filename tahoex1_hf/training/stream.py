@@ -1,0 +1,105 @@
+# Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
+"""Training cells by step: what a step sees follows from its number alone, so that nothing needs to be saved for it."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from tahoex1_hf.data.collator import CellCollator
+from tahoex1_hf.data.feeding import CellBatches
+from tahoex1_hf.training.config import PretrainConfig
+
+
+class StepBatches:
+    """This process's batch of every step, from the present one to the last, over as many epochs as that takes.
+
+    Trainer takes it for a data loader of one long epoch. Every epoch of the data has the same number of steps; the
+    cells of its end that do not fill a step are left out, others in each epoch.
+
+    Args:
+        cells: of all epochs, one batch per step.
+        max_steps: of the run.
+        done: number of steps made so far, asked for when the iteration begins.
+    """
+
+    def __init__(self, cells: CellBatches, max_steps: int, done: Callable[[], int]):
+        self.cells, self.max_steps, self.done = cells, max_steps, done
+        self.steps_per_epoch = len(cells)
+        self.dataset = cells  # Trainer reads the number of examples there
+
+    def __len__(self) -> int:
+        return self.max_steps
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        step = self.done()
+        epoch, steps = divmod(step, self.steps_per_epoch)
+        position = steps * (self.cells.batch_size or 0) * self.cells.world_size
+        state = self.cells.state_dict()
+        self.cells.load_state_dict({**state, "epoch": epoch, "cells": position, "skip": None, "num_workers": None})
+        while step < self.max_steps:
+            for batch in self.cells:
+                yield batch
+                step += 1
+                if step == self.max_steps:
+                    return
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the order of the cells: data, seed and cells of a step."""
+        state: dict[str, Any] = self.cells.state_dict()["identity"]
+        return {**state, "cells_of_a_step": (self.cells.batch_size or 0) * self.cells.world_size}
+
+
+def training_cells(config: PretrainConfig, collator: CellCollator, rank: int, world_size: int) -> CellBatches:
+    """The cells of a run.
+
+    Raises:
+        ValueError: where the processes cannot share a step evenly.
+    """
+    if config.global_batch_size % world_size:
+        near = config.global_batch_size // world_size * world_size or world_size
+        raise ValueError(
+            f"global_batch_size={config.global_batch_size} cannot be shared evenly by {world_size} processes: "
+            f"{near} could."
+        )
+    return CellBatches(
+        config.datasets,
+        collator,
+        batch_size=config.global_batch_size // world_size,
+        seed=config.seed,
+        weights=config.dataset_weights,
+        epoch_cells=config.epoch_cells,
+        window=config.window,
+        rank=rank,
+        world_size=world_size,
+    )
+
+
+class ValidationCells:
+    """The first cells of the validation split, with the same targets whenever and by however many they are seen.
+
+    Args:
+        config: of the run.
+        collator: of training.
+        raw: the same with raw counts as values, for rank correlations: bins have ties that counts do not have.
+        batch_size: cells of a batch.
+    """
+
+    def __init__(self, config: PretrainConfig, collator: CellCollator, raw: CellCollator, batch_size: int):
+        make = {"batch_size": batch_size, "split": "validation", "shuffle": False, "drop_last": False, "num_threads": 0}
+        self.cells = CellBatches(config.datasets, collator, **make)
+        self.raw = CellBatches(config.datasets, raw, **make)
+        self.batch_size = batch_size
+        self.num_cells = min(config.eval_cells, self.cells.num_cells)
+
+    def batches(self, rank: int, world_size: int) -> Iterator[tuple[dict[str, Any], Any, bool]]:
+        """One process's batches: batch, raw counts shaped as its labels, and whether it counts.
+
+        Every process gets equally many, since a sharded model needs all of them for each: what is too few is made up
+        by batches that do not count.
+        """
+        step = self.batch_size * world_size
+        for start in range(0, self.num_cells, step):
+            rest = min(step, self.num_cells - start)
+            low, high = start + rest * rank // world_size, start + rest * (rank + 1) // world_size
+            counts = low < high
+            span = (low, high) if counts else (0, 1)
+            yield self.cells.batch(0, *span), self.raw.batch(0, *span)["labels"], counts

@@ -1,0 +1,352 @@
+# Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
+"""transformers' Trainer with what is ours: steps by number, micro-batches, exact metrics, checkpoints that are whole.
+
+A step takes `global_batch_size` cells however many processes and micro-batches share them, and its loss is the mean
+over all targets of the step. (The original averages the means of micro-batches, weighted by cells.)
+"""
+
+import contextlib
+import json
+import logging
+import math
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from transformers import Trainer, TrainingArguments
+
+from tahoex1_hf.modeling_tahoe_x1 import TahoeX1ForPreTraining
+from tahoex1_hf.training import checkpoints
+from tahoex1_hf.training.flops import training_flops
+from tahoex1_hf.training.metrics import MetricSums, batch_sums
+from tahoex1_hf.training.microbatches import (
+    PassMemory,
+    largest_microbatch,
+    longest_cells,
+    microbatches,
+    num_cells,
+)
+from tahoex1_hf.training.stream import StepBatches, ValidationCells
+
+logger = logging.getLogger(__name__)
+
+PROGRESS = "progress.json"  # in a checkpoint: of each process, what the log needs to go on in the middle of a window
+
+
+class Window:
+    """What has happened since the last line of the log, on this process."""
+
+    def __init__(self) -> None:
+        self.losses = [0.0, 0.0]  # sums over steps of this process's part of the means
+        self.pending: list[torch.Tensor] = []  # the same, still on the device: reading them would wait for it
+        self.steps = self.cells = self.tokens = 0
+        self.flops = 0.0
+
+    def settle(self) -> None:
+        """Bring what is on the device here."""
+        for pair in self.pending:
+            self.losses = [a + b for a, b in zip(self.losses, pair.tolist(), strict=True)]
+        self.pending.clear()
+
+    def state(self) -> dict[str, Any]:
+        """All of it, for a checkpoint."""
+        self.settle()
+        return {name: value for name, value in vars(self).items() if name != "pending"}
+
+    @classmethod
+    def restored(cls, state: dict[str, Any]) -> "Window":
+        """As it was saved."""
+        window = cls()
+        vars(window).update(state)
+        return window
+
+
+class PretrainingTrainer(Trainer):
+    """Trainer of `TahoeX1ForPreTraining`.
+
+    Args:
+        model: to train.
+        args: of Trainer, with `max_steps`, and `gradient_accumulation_steps` left at 1.
+        steps: makes the batches, given a function that tells the steps made so far.
+        validation: cells to evaluate on, or None.
+        microbatch_size: most cells of a forward pass, or None to find it.
+        **trainer: `callbacks` and `processing_class` of Trainer.
+    """
+
+    def __init__(
+        self,
+        model: TahoeX1ForPreTraining,
+        args: TrainingArguments,
+        steps: Callable[[Callable[[], int]], StepBatches],
+        *,
+        validation: ValidationCells | None = None,
+        microbatch_size: int | None = None,
+        **trainer: Any,
+    ):
+        super().__init__(model, args, eval_dataset=validation and validation.cells, **trainer)
+        self.steps = steps(lambda: self.state.global_step)
+        self.validation, self.microbatch_size = validation, microbatch_size
+        self.window = Window()
+        self.report: Callable[[dict[str, float]], dict[str, float]] = lambda logs: logs
+
+    # Arrangement ------------------------------------------------------------------------------------
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Let FSDP be FSDP on CPUs too, where Accelerate quietly makes it DDP."""
+        super().create_accelerator_and_postprocess()
+        wanted = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+        state = self.accelerator.state
+        if wanted and state.distributed_type == DistributedType.MULTI_CPU:
+            plugin = FullyShardedDataParallelPlugin()
+            if plugin.fsdp_version != 2:
+                raise ValueError(f"fsdp_version={plugin.fsdp_version}: write fsdp_version: 2 in the accelerate config.")
+            if state.mixed_precision != "no":
+                plugin.set_mixed_precision(state.mixed_precision)
+            # The process group's state is shared by all of Accelerate, and has the type too.
+            state._shared_state["distributed_type"] = DistributedType.FSDP
+            state.distributed_type, state.fsdp_plugin = DistributedType.FSDP, plugin
+            self.is_fsdp_enabled = True
+
+    def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
+        """All: Composer's rule spares neither biases nor norms."""
+        return [name for name, _ in model.named_parameters()]
+
+    def get_train_dataloader(self) -> Any:
+        """The steps; not Accelerate's to divide, since each process makes its own part."""
+        return self.steps
+
+    @property
+    def world(self) -> tuple[int, int]:
+        """Number of this process, and of all."""
+        return self.args.process_index, self.args.world_size
+
+    # A step -----------------------------------------------------------------------------------------
+
+    def training_step(
+        self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """Forward and backward over this process's cells of a step, in micro-batches.
+
+        Args:
+            model: as Accelerate wrapped it.
+            inputs: cells of this process.
+            num_items_in_batch: targets of all processes' cells.
+
+        Returns:
+            This process's part of the loss.
+        """
+        model.train()
+        if self.microbatch_size is None:
+            self.microbatch_size = self._fitting_microbatch(model, num_cells(inputs))
+        lengths = inputs["cu_seq_lens_q"].diff() if "cu_seq_lens_q" in inputs else inputs["attention_mask"].sum(1)
+        self.window.steps += 1
+        self.window.cells += len(lengths)
+        self.window.tokens += int(lengths.sum())
+        self.window.flops += training_flops(self.accelerator.unwrap_model(model).config, lengths.cpu().numpy())
+        parts = list(microbatches(self._prepare_inputs(inputs), self.microbatch_size))
+        targets = num_items_in_batch if num_items_in_batch is not None else (inputs["labels"] != -100).sum()
+        targets = torch.as_tensor(targets, device=self.args.device).clamp(min=1)
+        losses = torch.zeros(2, device=self.args.device)
+        for number, part in enumerate(parts):
+            losses += self._pass(model, part, targets, last=number == len(parts) - 1)
+        self.window.pending.append(losses)
+        return losses.mean()
+
+    def _pass(self, model: torch.nn.Module, part: dict[str, Any], targets: torch.Tensor, last: bool) -> torch.Tensor:
+        """Gradients of a micro-batch, exchanged between processes with those of the last; returns its two losses."""
+        together = contextlib.nullcontext() if last else self.accelerator.no_sync(model)
+        with together:
+            with self.compute_loss_context_manager():
+                outputs = model(**part, num_items_in_batch=targets, return_dict=True)
+            # Processes' gradients are averaged, but their losses are parts of one mean.
+            self.accelerator.backward(outputs.loss * self.args.world_size)
+        return torch.stack([outputs.expression_loss.detach(), outputs.cell_expression_loss.detach()])
+
+    def _fitting_microbatch(self, model: torch.nn.Module, cells: int) -> int:
+        config, memory = self.accelerator.unwrap_model(model).config, PassMemory(self.args.device)
+        collator = self.steps.cells.collator
+        state = {"cpu": torch.get_rng_state()}
+        if self.args.device.type == "cuda":
+            state["cuda"] = torch.cuda.get_rng_state(self.args.device)
+
+        def measure(number: int) -> float:
+            batch = longest_cells(
+                collator.context_length,
+                number,
+                packed=collator.packed,
+                vocab_size=config.vocab_size,
+                drugs=collator.drug_token,
+            )
+            batch = self._prepare_inputs(batch)
+            needed = memory(lambda: void(self._pass(model, batch, torch.tensor(1.0, device=self.args.device), False)))
+            model.zero_grad(set_to_none=True)
+            return self._most(needed)
+
+        parameters = sum(local(p).numel() * 4 for p in model.parameters())
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", self.args.world_size))
+        # Gradients of the parameters are there in the second step, beside the two moments.
+        limit = -self._most(-memory.available(3 * parameters, here))
+        found = largest_microbatch(measure, limit, cells)
+        torch.set_rng_state(state["cpu"])
+        if "cuda" in state:
+            torch.cuda.set_rng_state(state["cuda"], self.args.device)
+        return found
+
+    def _most(self, value: float) -> float:
+        """The largest of all processes' values, so that they decide alike."""
+        if self.args.world_size == 1:
+            return value
+        tensor = torch.tensor(value, dtype=torch.float64, device=self.args.device)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        return tensor.item()
+
+    def _clip_grad_norm(self, model: torch.nn.Module) -> Any:
+        """Clip; a norm that is not finite ends the run before the weights take harm (fp16 skips such steps)."""
+        norm = super()._clip_grad_norm(model)
+        value = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        if not math.isfinite(value) and self.accelerator.scaler is None:
+            self.window.settle()
+            raise FloatingPointError(
+                f"The gradient's norm is {value} at step {self.state.global_step + 1}: nothing was changed or saved by "
+                f"this step. Losses since the last line of the log: {self.window.losses}. Look at the data of this "
+                "step, lower learning_rate, or raise warmup_fraction; the same command goes on from the last "
+                "checkpoint."
+            )
+        return norm
+
+    # What is said about it --------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Replace Trainer's mean of losses by that of the window, which survives an interruption."""
+        if "loss" in logs and self.window.steps:
+            logs = {**logs, **self._window_means()}
+            self.window = Window()
+        super().log(self.report(logs), start_time)
+
+    def _window_means(self) -> dict[str, float]:
+        self.window.settle()
+        sums = torch.tensor(
+            [*self.window.losses, self.window.cells, self.window.tokens, self.window.flops], dtype=torch.float64
+        )
+        if self.args.world_size > 1:
+            sums = sums.to(self.args.device)
+            dist.all_reduce(sums)
+        expression, cell = (value / self.window.steps for value in sums[:2].tolist())
+        totals = dict(zip(("cells", "tokens", "flops"), sums[2:].tolist(), strict=True))
+        return {"loss": (expression + cell) / 2, "masked_mse": expression, "mvc_mse": cell, **totals}
+
+    @torch.no_grad()
+    def evaluate(self, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> dict[str, float]:
+        """Metrics on the validation cells, the same for any number of processes; logged, and given to callbacks."""
+        metrics: dict[str, float] = {}
+        if self.validation is not None:
+            model, config = self.model_wrapped, self.accelerator.unwrap_model(self.model).config
+            was_training = model.training
+            model.eval()
+            unit = 2 / (config.num_bins - 2) if config.scale_targets else 1.0
+            scale = (unit, -unit - 1 if config.scale_targets else 0.0)
+            sums = MetricSums.zero(self.args.device)
+            for batch, counts, does_count in self.validation.batches(*self.world):
+                batch = self._prepare_inputs(batch)
+                with self.compute_loss_context_manager():
+                    outputs = model(**batch, return_dict=True)
+                if does_count:
+                    sums.values += batch_sums(outputs, batch, counts.to(self.args.device), scale).values
+            if self.args.world_size > 1:
+                dist.all_reduce(sums.values)
+            model.train(was_training)
+            metrics = {f"{metric_key_prefix}_{name}": value for name, value in sums.means().items()}
+            self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    # Checkpoints ------------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        """Write a checkpoint, and declare it whole when all processes are done; then remove old ones."""
+        output_dir = Path(self.args.output_dir)
+        folder = output_dir / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save and folder.exists():
+            shutil.rmtree(folder)
+        self.accelerator.wait_for_everyone()
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+            progress = {"microbatch_size": self.microbatch_size, "window": self.window.state()}
+            checkpoints.write_atomically(folder / f"{self.args.process_index}-{PROGRESS}", progress)
+            if self.args.should_save:
+                run = {"data": self.steps.identity(), "processes": self.args.world_size}
+                checkpoints.write_atomically(folder / PROGRESS, run)
+        except Exception as error:
+            free = shutil.disk_usage(output_dir).free / 1e9
+            error.add_note(
+                f"{folder} could not be written ({free:.1f} GB are free there); it will not be resumed from. Make "
+                "room, and give the same command again: it goes on from the last whole checkpoint."
+            )
+            raise
+        finally:
+            self.args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            checkpoints.seal(folder)
+            checkpoints.remove_old(output_dir, limit or 1)
+        self.accelerator.wait_for_everyone()
+
+    def resume(self, folder: Path) -> None:
+        """Train on from a checkpoint, to the end.
+
+        Raises:
+            ValueError: where it was made with other data.
+        """
+        run = json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
+        here = self.steps.identity()
+        different = sorted(key for key in here if run["data"].get(key) != here[key])
+        if different:
+            raise ValueError(
+                f"{folder} was made with other {', '.join(different)}: give the datasets and settings of that run, "
+                "or begin a new one with init_from."
+            )
+        mine = folder / f"{self.args.process_index}-{PROGRESS}"
+        if run["processes"] == self.args.world_size:
+            progress = json.loads(mine.read_text(encoding="utf-8"))
+            self.window = Window.restored(progress["window"])
+            self.microbatch_size = progress["microbatch_size"]
+        else:
+            logger.warning(
+                "%s is of %d processes, this run has %d. The cells and their order stay the same; dropout and the order "
+                "of sums change, and the next line of the log covers the steps from here on.",
+                folder,
+                run["processes"],
+                self.args.world_size,
+            )
+        self.train(resume_from_checkpoint=str(folder))
+
+    def save_final(self, output_dir: Path) -> None:
+        """Write the model, whole, and its tokenizer for `from_pretrained`."""
+        whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        state = get_model_state_dict(self.accelerator.unwrap_model(self.model), options=whole)
+        if self.args.should_save:
+            # A model of its own: transformers looks at the tensors of the one it saves, which may be shards.
+            with torch.device("meta"):
+                model = TahoeX1ForPreTraining(self.accelerator.unwrap_model(self.model).config)
+            model.load_state_dict({name: value.cpu() for name, value in state.items()}, assign=True)
+            model.save_pretrained(output_dir)
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(output_dir)
+        self.accelerator.wait_for_everyone()
+
+
+def local(parameter: torch.Tensor) -> torch.Tensor:
+    """This process's part of a parameter."""
+    part: torch.Tensor = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+    return part
+
+
+def void(_: Any) -> None:
+    """Drop a value at once, and with it what it keeps alive."""

@@ -1,0 +1,25 @@
+"""examples/pretrain.py that is sent a signal in the midst of a step: KILL_AT=step, KILL_SIGNAL=name, KILL_RANK=process."""
+
+import os
+import runpy
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from tahoex1_hf.training import trainer
+
+original = trainer.PretrainingTrainer._clip_grad_norm
+
+
+def dying(self: trainer.PretrainingTrainer, model: Any) -> Any:
+    step, rank = self.state.global_step + 1, self.args.process_index
+    if (str(step), str(rank)) == (os.environ["KILL_AT"], os.environ["KILL_RANK"]):
+        os.kill(os.getpid(), getattr(signal, os.environ["KILL_SIGNAL"]))
+    return original(self, model)
+
+
+trainer.PretrainingTrainer._clip_grad_norm = dying
+script = str(Path(__file__).parents[1] / "examples" / "pretrain.py")
+sys.argv[0] = script
+runpy.run_path(script, run_name="__main__")
