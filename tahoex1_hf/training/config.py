@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import yaml
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from tahoex1_hf.data.config import Strict, read_yaml, validated
 from tahoex1_hf.training.evaluation import CellTypeConfig, GeneEssentialityConfig
@@ -118,6 +118,11 @@ class PretrainConfig(Strict):
     """Print beside the loss what constants would lose: the mean bin, and each gene's mean bin."""
     push_to_hub: str | None = None
     """Hub repository to which the finished model is uploaded, with a card."""
+
+    @field_validator("precision", mode="before")
+    @classmethod
+    def _no(cls, value: Any) -> Any:
+        return "no" if value is False else value  # YAML reads no as false
 
     @model_validator(mode="after")
     def _check(self) -> Self:

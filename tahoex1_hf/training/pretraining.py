@@ -42,8 +42,6 @@ def make_tokenizer(config: PretrainConfig) -> TahoeX1Tokenizer:
         return tokenizer
     import fsspec
 
-    from tahoex1_hf.data.vocabulary import write_files  # noqa: F401  (the data extra is there)
-
     table = json.loads(Path(config.drug_table).read_text(encoding="utf-8")) if config.drug_table else None
     location = f"{config.datasets[0].rstrip('/')}/vocab.json"
     vocab = location
@@ -182,7 +180,7 @@ def pretrain(config: PretrainConfig) -> int:
         validation=validation,
         microbatch_size=None if config.microbatch_size == "auto" else config.microbatch_size,
         callbacks=callbacks,
-        processing_class=tokenizer,
+        tokenizer=tokenizer,
     )
     trainer.report = lambda logs: speed.extended(logs, trainer.state)
     for evaluation in evaluations:

@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from transformers import Trainer, TrainingArguments
 
 from tahoex1_hf.modeling_tahoe_x1 import TahoeX1ForPreTraining
+from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
 from tahoex1_hf.training import checkpoints
 from tahoex1_hf.training.flops import training_flops
 from tahoex1_hf.training.metrics import MetricSums, batch_sums
@@ -76,7 +77,9 @@ class PretrainingTrainer(Trainer):
         steps: makes the batches, given a function that tells the steps made so far.
         validation: cells to evaluate on, or None.
         microbatch_size: most cells of a forward pass, or None to find it.
-        **trainer: `callbacks` and `processing_class` of Trainer.
+        tokenizer: to be saved with the model. (As Trainer's `processing_class`, its special tokens would be written
+            into the model's configuration.)
+        **trainer: `callbacks` of Trainer.
     """
 
     def __init__(
@@ -87,11 +90,12 @@ class PretrainingTrainer(Trainer):
         *,
         validation: ValidationCells | None = None,
         microbatch_size: int | None = None,
+        tokenizer: TahoeX1Tokenizer | None = None,
         **trainer: Any,
     ):
         super().__init__(model, args, eval_dataset=validation and validation.cells, **trainer)
         self.steps = steps(lambda: self.state.global_step)
-        self.validation, self.microbatch_size = validation, microbatch_size
+        self.validation, self.microbatch_size, self.tokenizer = validation, microbatch_size, tokenizer
         self.window = Window()
         self.report: Callable[[dict[str, float]], dict[str, float]] = lambda logs: logs
 
@@ -281,6 +285,7 @@ class PretrainingTrainer(Trainer):
             progress = {"microbatch_size": self.microbatch_size, "window": self.window.state()}
             checkpoints.write_atomically(folder / f"{self.args.process_index}-{PROGRESS}", progress)
             if self.args.should_save:
+                self._save_tokenizer(folder)
                 run = {"data": self.steps.identity(), "processes": self.args.world_size}
                 checkpoints.write_atomically(folder / PROGRESS, run)
         except Exception as error:
@@ -297,6 +302,10 @@ class PretrainingTrainer(Trainer):
             checkpoints.seal(folder)
             checkpoints.remove_old(output_dir, limit or 1)
         self.accelerator.wait_for_everyone()
+
+    def _save_tokenizer(self, folder: Path) -> None:
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(folder)
 
     def resume(self, folder: Path) -> None:
         """Train on from a checkpoint, to the end.
@@ -337,8 +346,7 @@ class PretrainingTrainer(Trainer):
                 model = TahoeX1ForPreTraining(self.accelerator.unwrap_model(self.model).config)
             model.load_state_dict({name: value.cpu() for name, value in state.items()}, assign=True)
             model.save_pretrained(output_dir)
-            if self.processing_class is not None:
-                self.processing_class.save_pretrained(output_dir)
+            self._save_tokenizer(output_dir)
         self.accelerator.wait_for_everyone()
 
 
