@@ -19,9 +19,9 @@ import typer
 from benchmarks import reference
 from benchmarks.child import python
 from benchmarks.embedding import random_model, reference_shape
-from benchmarks.flops import training_flops
 from benchmarks.measuring import Row, Series, Suite, Task, in_turn, progress
 from tahoex1_hf import TahoeX1ForPreTraining
+from tahoex1_hf.training.flops import training_flops
 
 CELLS, TARGETS = 4, 0.5
 

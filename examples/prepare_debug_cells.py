@@ -1,6 +1,6 @@
 """Real cells for the debug recipe, without a download: scanpy's 700 PBMCs as a prepared dataset, or an .h5ad of yours.
 
-    python examples/prepare_debug_cells.py data/debug [--h5ad CELLS.h5ad --vocab vocab.json]
+python examples/prepare_debug_cells.py data/debug [--h5ad CELLS.h5ad --vocab vocab.json]
 """
 
 import json

@@ -80,3 +80,20 @@ def s3(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
     }.items():
         monkeypatch.setenv(name, value)
     return s3_server
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """80 training and 20 validation cells, prepared."""
+    from cells import make_cells, write_cells, write_vocab
+
+    from tahoex1_hf.data.config import parse_config
+    from tahoex1_hf.data.prepare import prepare
+
+    folder = tmp_path_factory.mktemp("data")
+    vocab = write_vocab(folder)
+    cells = write_cells(make_cells(100), folder / "cells.h5ad", "csr")
+    source = {"kind": "anndata", "paths": [str(cells)], "min_known_genes": 0}
+    settings = {"sources": [source], "output": str(folder / "set"), "vocab": str(vocab)}
+    prepare(parse_config({**settings, "validation": {"fraction": 0.2}}, "test"))
+    return folder / "set"

@@ -1,4 +1,4 @@
-"""examples/pretrain.py that is sent a signal in the midst of a step: KILL_AT=step, KILL_SIGNAL=name, KILL_RANK=process."""
+"""examples/pretrain.py that is sent KILL_SIGNAL in the midst of step KILL_AT, in process KILL_RANK."""
 
 import os
 import runpy

@@ -90,7 +90,7 @@ def test_demo_facts_are_those_of_the_checkpoint() -> None:
 
 def test_work_per_cell_is_what_the_benchmark_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(REPO_ROOT))
-    from benchmarks.flops import embedding_flops
+    from tahoex1_hf.training.flops import embedding_flops
 
     for name in NAMES:
         shape = render.load_facts(CARDS / f"{name}.yaml").shape

@@ -12,10 +12,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import GOLDEN_VARIANTS, gradients, largest_relative_difference, make_batch, packed, tiny_config, tiny_model
+from helpers import (
+    GOLDEN_VARIANTS,
+    gradients,
+    largest_relative_difference,
+    make_batch,
+    packed,
+    tiny_config,
+    tiny_model,
+)
 from scipy.stats import spearmanr
 from test_golden_model import loss_record, tolerance
-from test_resuming import dataset  # noqa: F401  (a fixture)
 from training_runs import RECIPE, ROOT, TINY, environment
 from transformers import AutoModelForPreTraining, AutoTokenizer
 
@@ -32,7 +39,12 @@ RECIPES = sorted(RECIPE.parent.glob("*.yaml"))
 
 
 def tiny(dataset: Path, output: Path, **changes: Any) -> PretrainConfig:
-    settings = {**TINY, "dataset": dataset, "output_dir": output, **{k.replace("__", "."): v for k, v in changes.items()}}
+    settings = {
+        **TINY,
+        "dataset": dataset,
+        "output_dir": output,
+        **{k.replace("__", "."): v for k, v in changes.items()},
+    }
     return read_pretrain_config(RECIPE, [f"{key}={value}" for key, value in settings.items()])
 
 
@@ -85,10 +97,18 @@ def test_recipes_hold_the_originals_values() -> None:
     assert {path.stem for path in RECIPES} == {*table, "debug"}
     for name, values in table.items():
         c = read_pretrain_config(RECIPE.with_name(f"{name}.yaml"))
-        found = (c.global_batch_size, c.learning_rate, c.schedule, c.decoupled_weight_decay, c.epochs, c.context_length)
+        found = (
+            c.global_batch_size,
+            c.learning_rate,
+            c.schedule,
+            c.decoupled_weight_decay,
+            c.epochs,
+            c.context_length,
+        )
         assert found == values, name
         assert (c.betas, c.epsilon, c.max_grad_norm, c.mlm_probability) == ((0.9, 0.95), 1e-8, 1.0, 0.5)
-        assert c.precision == "bf16" and c.microbatch_size == "auto"
+        assert c.precision == "bf16"
+        assert c.microbatch_size == "auto"
     shapes = {"70m": (512, 12, 8), "1_3b": (2048, 24, 16), "3b-stage1": (2560, 32, 20)}
     for name, shape in shapes.items():
         model = read_pretrain_config(RECIPE.with_name(f"{name}.yaml")).model
@@ -115,13 +135,18 @@ def test_errors_name_the_key(override: str, said: str) -> None:
 
 def test_overrides() -> None:
     config = read_pretrain_config(RECIPE, ["model.hidden_size=64", "learning_rate=1e-4", "dataset=[a, b]", "seed=3"])
-    assert config.model["hidden_size"] == 64 and config.model["num_hidden_layers"] == 3
-    assert config.learning_rate == 1e-4 and config.datasets == ["a", "b"] and config.seed == 3
+    assert config.model["hidden_size"] == 64
+    assert config.model["num_hidden_layers"] == 3
+    assert config.learning_rate == 1e-4
+    assert config.datasets == ["a", "b"]
+    assert config.seed == 3
     assert read_pretrain_config(RECIPE.with_name("70m.yaml"), ["max_steps=5"]).epochs is None
 
 
 def test_optimizer_is_the_originals(tmp_path: Path) -> None:
-    args = training_arguments(read_pretrain_config(RECIPE.with_name("70m.yaml"), [f"output_dir={tmp_path}", "precision=no"]), 1000)
+    args = training_arguments(
+        read_pretrain_config(RECIPE.with_name("70m.yaml"), [f"output_dir={tmp_path}", "precision=no"]), 1000
+    )
     assert args.weight_decay == pytest.approx(1e-5 / 3e-4)
     assert args.warmup_steps == 50
     assert (args.adam_beta1, args.adam_beta2, args.adam_epsilon, args.max_grad_norm) == (0.9, 0.95, 1e-8, 1.0)
@@ -226,7 +251,7 @@ def test_the_probe_is_a_batch_that_the_model_takes() -> None:
         assert torch.isfinite(model(**batch).loss)
 
 
-def test_finding_the_microbatch_leaves_the_run_unchanged(dataset: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_finding_the_microbatch_leaves_the_run_unchanged(dataset: Path, tmp_path: Path) -> None:
     """With as many cells as a step has, found or given."""
     for name, size in (("found", "auto"), ("given", 8)):
         assert pretrain(tiny(dataset, tmp_path / name, microbatch_size=size)) == 0
@@ -249,7 +274,8 @@ def test_spearman_is_scipys() -> None:
     for cell in range(7):
         mine = cells == cell
         if cell in (3, 5):  # one value, no target
-            assert not known[cell] and found[cell] == 0
+            assert not known[cell]
+            assert found[cell] == 0
         else:
             expected = spearmanr(predictions[mine].astype(np.float32), counts[mine]).statistic
             assert found[cell].item() == pytest.approx(expected, abs=1e-12)
@@ -266,7 +292,9 @@ def test_sums_do_not_depend_on_how_cells_are_divided() -> None:
 
     whole = sums(batch, counts)
     rows = [{name: tensor[i : i + 1] for name, tensor in batch.items()} for i in range(5)]
-    torch.testing.assert_close(sum(sums(part, counts[i : i + 1]) for i, part in enumerate(rows)), whole, rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        sum(sums(part, counts[i : i + 1]) for i, part in enumerate(rows)), whole, rtol=1e-5, atol=0
+    )
     means = MetricSums(whole).means()
     assert means["loss"] == pytest.approx(model(**batch).loss.item(), rel=1e-6)
     assert math.isnan(MetricSums.zero("cpu").means()["loss"])
@@ -287,14 +315,16 @@ def test_spikes_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
 # A run --------------------------------------------------------------------------------------------------
 
 
-def test_a_run_leaves_a_model_that_loads(dataset: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_run_leaves_a_model_that_loads(dataset: Path, tmp_path: Path) -> None:
     assert pretrain(tiny(dataset, tmp_path, baselines="true", decoupled_weight_decay=1e-5)) == 0
     model = AutoModelForPreTraining.from_pretrained(tmp_path)
     assert isinstance(model, TahoeX1ForPreTraining)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
-    assert tokenizer.context_length == 32 and len(tokenizer) == model.config.vocab_size
+    assert tokenizer.context_length == 32
+    assert len(tokenizer) == model.config.vocab_size
     status = json.loads((tmp_path / "run_status.json").read_text())
-    assert status["status"] == "finished" and status["step"] == 8
+    assert status["status"] == "finished"
+    assert status["step"] == 8
     assert status["baselines"]["mean_bin"] >= 0
     assert (tmp_path / "training_curve.png").stat().st_size > 10_000
     resolved = read_pretrain_config(tmp_path / "config.resolved.yaml")
@@ -302,7 +332,9 @@ def test_a_run_leaves_a_model_that_loads(dataset: Path, tmp_path: Path) -> None:
     lines = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
     training = [line for line in lines if "loss" in line]
     assert [line["step"] for line in training] == [2, 4, 6, 8]
-    assert {"cells_per_second", "tokens_per_second", "flop_utilisation", "hours_left", "learning_rate"} <= set(training[0])
+    assert {"cells_per_second", "tokens_per_second", "flop_utilisation", "hours_left", "learning_rate"} <= set(
+        training[0]
+    )
     assert [line["step"] for line in lines if "eval_spearman" in line] == [4, 8]
 
 
@@ -316,7 +348,7 @@ def test_the_loss_on_real_cells_falls_below_a_constant(tmp_path: Path) -> None:
     assert status["baselines"]["mean_bin_of_each_gene"] < status["baselines"]["mean_bin"]
 
 
-def test_weights_alone_are_taken_from_another_run(dataset: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_weights_alone_are_taken_from_another_run(dataset: Path, tmp_path: Path) -> None:
     pretrain(tiny(dataset, tmp_path / "one"))
     second = read_pretrain_config(
         RECIPE.with_name("3b-stage2.yaml"),
@@ -327,11 +359,11 @@ def test_weights_alone_are_taken_from_another_run(dataset: Path, tmp_path: Path)
     pretrain(second)
     lines = json.loads((tmp_path / "two" / "trainer_state.json").read_text())["log_history"]
     assert {line["learning_rate"] for line in lines if "learning_rate" in line} == {3e-5}
-    with pytest.raises(ValueError, match="model.hidden_size: with init_from only"):
+    with pytest.raises(ValueError, match=r"model\.hidden_size: with init_from only"):
         pretrain(second.model_copy(update={"model": {"hidden_size": 8}, "output_dir": str(tmp_path / "three")}))
 
 
-def test_a_checkpoint_of_another_run_is_gone_on_from(dataset: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_checkpoint_of_another_run_is_gone_on_from(dataset: Path, tmp_path: Path) -> None:
     pretrain(tiny(dataset, tmp_path / "one"))
     begin = tmp_path / "one" / "checkpoint-6"
     pretrain(tiny(dataset, tmp_path / "two", resume_from=begin))
@@ -339,15 +371,17 @@ def test_a_checkpoint_of_another_run_is_gone_on_from(dataset: Path, tmp_path: Pa
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
-def test_mixed_datasets(dataset: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_mixed_datasets(dataset: Path, tmp_path: Path) -> None:
     changes = {"dataset_weights": "[3, 1]", "epoch_cells": 32}
     config = read_pretrain_config(
-        RECIPE, [f"{k}={v}" for k, v in {**TINY, **changes, "output_dir": tmp_path}.items()] + [f"dataset=[{dataset}, {dataset}]"]
+        RECIPE,
+        [f"{k}={v}" for k, v in {**TINY, **changes, "output_dir": tmp_path}.items()]
+        + [f"dataset=[{dataset}, {dataset}]"],
     )
     assert pretrain(config) == 0
 
 
-def test_a_step_that_processes_cannot_share(dataset: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_step_that_processes_cannot_share(dataset: Path, tmp_path: Path) -> None:
     from tahoex1_hf.training.stream import training_cells
 
     with pytest.raises(ValueError, match="global_batch_size=8 cannot be shared evenly by 3 processes: 6 could"):

@@ -46,7 +46,12 @@ def free_port() -> int:
 
 
 def command(kind: str, output: Path, dataset: Path, script: Path = SCRIPT, **changes: Any) -> list[str]:
-    settings = {**TINY, "dataset": dataset, "output_dir": output, **{k.replace("__", "."): v for k, v in changes.items()}}
+    settings = {
+        **TINY,
+        "dataset": dataset,
+        "output_dir": output,
+        **{k.replace("__", "."): v for k, v in changes.items()},
+    }
     start = [sys.executable]
     if kind != "single":
         launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu"]
@@ -55,7 +60,11 @@ def command(kind: str, output: Path, dataset: Path, script: Path = SCRIPT, **cha
 
 
 def environment(kind: str) -> dict[str, str]:
-    quiet = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    quiet = {
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+    }
     return {**os.environ, **quiet, **(FSDP if kind == "fsdp" else {})}
 
 

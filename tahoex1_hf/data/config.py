@@ -11,7 +11,6 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-
 Config = TypeVar("Config", bound=BaseModel)
 
 

@@ -40,7 +40,7 @@ class PretrainConfig(Strict):
     tokenizer: str | None = None
     """Folder or Hub id of the tokenizer; by default that of `init_from`, else one with the dataset's vocabulary."""
     drug_table: str | None = None
-    """JSON file with drug -> id, for a new model with a drug token; `model.num_drugs` is then one more than the largest."""
+    """JSON file with drug -> id, for a new model with a drug token."""
     drug_fingerprints: str | None = None
     """`.npy` file with the drugs' fingerprints, `(drugs, bits)`, from which a new drug table starts."""
 
@@ -111,7 +111,7 @@ class PretrainConfig(Strict):
     run_name: str | None = None
     """Name of the run for the trackers."""
     peak_tflops: float | None = Field(None, gt=0)
-    """Rate of the device at the precision of training, for the utilisation in the log; by default known or measured."""
+    """Rate of the device at the training precision, for the utilisation in the log; by default known or measured."""
     spike_factor: float = Field(3.0, gt=1)
     """A loss or gradient norm above so many times its recent median is warned of."""
     baselines: bool = False
@@ -135,7 +135,7 @@ class PretrainConfig(Strict):
         if self.microbatch_size != "auto" and self.microbatch_size < 1:
             raise ValueError(f"microbatch_size={self.microbatch_size}: pass a number of cells, or auto.")
         if self.packed and (self.unexpressed_padding or self.pad_to_multiple_of):
-            raise ValueError("packed leaves no padding: set packed=false for unexpressed_padding or pad_to_multiple_of.")
+            raise ValueError("packed leaves no padding: unexpressed_padding, pad_to_multiple_of need packed=false.")
         if (self.drug_fingerprints is None) != (self.drug_table is None):
             raise ValueError("drug_table and drug_fingerprints go together.")
         return self
@@ -177,7 +177,9 @@ def read_pretrain_config(path: str | Path, overrides: Sequence[str] = ()) -> Pre
             raise ValueError(f"{override!r}: the value is no YAML: {error}") from None
         if isinstance(place[name], str):
             place[name] = _number(place[name])
-    if "max_steps" in [o.partition("=")[0] for o in overrides]:  # a recipe's epochs give way to a given number of steps
+    if "max_steps" in [
+        o.partition("=")[0] for o in overrides
+    ]:  # a recipe's epochs give way to a given number of steps
         values.pop("epochs", None)
     return validated(PretrainConfig, values, str(path))
 

@@ -33,7 +33,9 @@ def draw_curve(history: list[dict[str, Any]], baselines: dict[str, float], path:
             thin = {"markersize": 4} if key.startswith("eval") else {"alpha": 0.6, "linewidth": 1}
             losses.plot(*zip(*points, strict=True), style, label=label, **thin)
     for (name, loss), line in zip(baselines.items(), (":", "-."), strict=False):
-        losses.axhline(loss, color="0.4", linestyle=line, linewidth=1, label=f"predicting the {name.replace('_', ' ')}")
+        losses.axhline(
+            loss, color="0.4", linestyle=line, linewidth=1, label=f"predicting the {name.replace('_', ' ')}"
+        )
     values = [line[k] for line in history for k in ("masked_mse", "mvc_mse") if k in line] + list(baselines.values())
     if values and max(values) > 20 * min(values):
         losses.set_yscale("log")

@@ -1,4 +1,362 @@
-from pydantic import BaseModel
-class CellTypeConfig(BaseModel): pass
-class GeneEssentialityConfig(BaseModel): pass
-CellTypeEvaluation=GeneEssentialityEvaluation=object
+# Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
+"""What the model in training is good for: separating cell types, and telling essential genes from others.
+
+The main process embeds; classifiers and pictures are made beside the training, in a thread. The random states of the
+training are left as they were, so that a run does not depend on whether it is evaluated.
+"""
+
+import contextlib
+import json
+import logging
+import random
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.tensor import DTensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from tahoex1_hf.data.config import Strict
+
+if TYPE_CHECKING:
+    import anndata
+    import pandas as pd
+
+    from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
+
+logger = logging.getLogger(__name__)
+
+Log = Callable[[dict[str, float]], None]
+Features = tuple[np.ndarray, np.ndarray]  # (rows, width) float32 and their labels, (rows,)
+
+
+class _EvaluationConfig(Strict):
+    name: str = Field(pattern=r"^[A-Za-z0-9_-]+$")
+    """In the names of the metrics, `eval_<name>_...`."""
+    every_evals: int = Field(1, gt=0)
+    """Run at every so-many-th evaluation."""
+    folds: int = Field(5, gt=1)
+    """Of the cross-validation, stratified."""
+    seed: int = 0
+    """Of subsets, folds and forests."""
+
+
+class CellTypeConfig(_EvaluationConfig):
+    """Cell-type classification."""
+
+    file: str
+    """`.h5ad` with raw counts."""
+    label: str
+    """Column of `obs`; cells without a label are left out."""
+    layer: str | None = None
+    """Layer with the counts; by default `X`."""
+    gene_id_column: str | None = None
+    """Column of `var` with Ensembl ids; by default `var_names`."""
+    gene_symbols: str | None = None
+    """CSV with gene symbol and Ensembl id, for files that name genes by symbol."""
+    max_cells: int = Field(2000, gt=1)
+    """Most cells, drawn from the file."""
+    neighbors: int = Field(15, gt=0)
+    """Of a cell, for the purity."""
+
+
+class GeneEssentialityConfig(_EvaluationConfig):
+    """Prediction of essential genes from the gene embeddings."""
+
+    file: str
+    """CSV or Parquet with a row per gene."""
+    gene_id_column: str = "ensembl"
+    """Column with Ensembl ids."""
+    label: str | None = None
+    """Column with 0 and 1 (or false and true); rows without a value are left out. Without: all genes are essential."""
+    negatives_file: str | None = None
+    """Without `label`: a table of genes that are not essential."""
+
+
+def full_model(model: torch.nn.Module) -> torch.nn.Module | None:
+    """The model to evaluate, on the main process; None on the others.
+
+    Where it is sharded, all processes have to call this; the main process gets a copy on the CPU, the others go on.
+    """
+    inner: Any = model.module if hasattr(model, "module") else model
+    sharded = any(isinstance(parameter, DTensor) for parameter in inner.parameters())
+    first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+    if not sharded:
+        return inner if first else None
+    state = get_model_state_dict(inner, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if not first:
+        return None
+    # FSDP makes a class of its own of a model's class, whose base is ours.
+    kind = next(c for c in type(inner).__mro__ if c.__module__.endswith("modeling_tahoe_x1"))
+    config = inner.config
+    with torch.device("meta"):
+        copy: torch.nn.Module = kind(config)
+    copy.load_state_dict(state, assign=True)
+    return copy.eval()
+
+
+@contextlib.contextmanager
+def undisturbed_random() -> Iterator[None]:
+    """Leave the random states of torch (on all devices), numpy and Python as they were."""
+    python, legacy = random.getstate(), np.random.get_state()  # noqa: NPY002 (that of others, to be restored)
+    devices = range(torch.cuda.device_count())
+    with torch.random.fork_rng(devices):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(legacy)  # noqa: NPY002
+
+
+class _Evaluation(TrainerCallback):
+    """Runs `features` on the main process at evaluations, and `score` in a thread.
+
+    Attributes:
+        log: takes the results; the trainer sets it.
+        tokenizer: of the model; the trainer sets it.
+    """
+
+    def __init__(self, config: Any):
+        self.config = config
+        self.log: Log | None = None
+        self.tokenizer: TahoeX1Tokenizer | None = None
+        self.evaluations = 0
+        self.pool: ThreadPoolExecutor | None = None
+        self.pending: list[tuple[int, Future[dict[str, float]]]] = []
+
+    def features(self, model: torch.nn.Module) -> Features:
+        """Embeddings and labels."""
+        raise NotImplementedError
+
+    def score(self, features: Features, picture: Path, step: int) -> dict[str, float]:
+        """Metrics of embeddings."""
+        raise NotImplementedError
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
+    ) -> None:
+        """Embed, and have the rest done beside the training."""
+        self.evaluations += 1
+        if self.evaluations % self.config.every_evals:
+            return
+        whole = full_model(model)
+        if whole is None:
+            return
+        was_training = whole.training
+        try:
+            with undisturbed_random():
+                features = self.features(whole)
+        except Exception:
+            logger.warning("Evaluation %s failed; the training goes on.", self.config.name, exc_info=True)
+            return
+        finally:
+            whole.train(was_training)
+        folder = Path(str(args.output_dir)) / "evaluation"
+        folder.mkdir(parents=True, exist_ok=True)
+        picture = folder / f"{self.config.name}-step-{state.global_step}.png"
+        self.pool = self.pool or ThreadPoolExecutor(1, thread_name_prefix="evaluation")
+        future = self.pool.submit(self.score, features, picture, state.global_step)
+        self.pending.append((state.global_step, future))
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> TrainerControl:
+        """Results are waited for at the next line of the log, so that the log is the same on a fast and a slow day."""
+        if control.should_log or control.should_save:
+            self.collect(args)
+        return control
+
+    def on_train_end(self, args: TrainingArguments, *_: Any, **__: Any) -> None:
+        """Wait for the last results."""
+        self.collect(args)
+
+    def collect(self, args: TrainingArguments) -> None:
+        """Log what was found since the last time."""
+        for step, future in self.pending:
+            try:
+                metrics = {f"eval_{self.config.name}_{name}": value for name, value in future.result().items()}
+            except Exception:
+                logger.warning("Evaluation %s failed; the training goes on.", self.config.name, exc_info=True)
+                continue
+            logger.info("Step %d: %s", step, metrics)
+            path = Path(str(args.output_dir)) / "evaluation" / "results.jsonl"
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, **metrics}) + "\n")
+            if self.log is not None:
+                self.log({**metrics, f"eval_{self.config.name}_step": step})
+        self.pending.clear()
+
+
+class CellTypeEvaluation(_Evaluation):
+    """Logistic regression on cell embeddings (macro-F1), purity of the nearest neighbours, and a UMAP picture.
+
+    Args:
+        config: cells and labels.
+
+    Raises:
+        ValueError: at the first evaluation, in the log: for a column that is not there, or with less than two classes.
+    """
+
+    def features(self, model: torch.nn.Module) -> Features:
+        """Embeddings of the labelled cells."""
+        from tahoex1_hf.embedding import embed_anndata
+
+        assert self.tokenizer is not None
+        adata, symbols = self._cells()
+        embed_anndata(
+            adata,
+            model,  # type: ignore[arg-type]
+            self.tokenizer,
+            layer=self.config.layer,
+            gene_id_column=self.config.gene_id_column,
+            gene_symbols=symbols,
+            device=next(model.parameters()).device,
+            dtype="float32",
+            progress=False,
+        )
+        return np.asarray(adata.obsm["X_tahoe_x1"]), adata.obs[self.config.label].astype(str).to_numpy()
+
+    def _cells(self) -> "tuple[anndata.AnnData, Mapping[str, str] | None]":
+        import anndata
+        import pandas as pd
+
+        config = self.config
+        backed = anndata.read_h5ad(config.file, backed="r")
+        try:
+            if config.label not in backed.obs:
+                raise ValueError(f"label={config.label!r} is not in obs of {config.file}: {list(backed.obs)} are.")
+            labels = backed.obs[config.label]
+            known = np.flatnonzero(labels.notna().to_numpy())
+            counts = labels.iloc[known].astype(str).value_counts()
+            kept = counts.index[counts >= config.folds]
+            if len(kept) < len(counts):
+                logger.warning("%s: classes of fewer than %d cells are left out.", config.name, config.folds)
+            if len(kept) < 2:
+                raise ValueError(
+                    f"label={config.label!r} of {config.file}: {len(kept)} classes have at least {config.folds} cells."
+                )
+            rows = known[labels.iloc[known].astype(str).isin(kept).to_numpy()]
+            if len(rows) > config.max_cells:
+                rows = np.sort(np.random.default_rng(config.seed).choice(rows, config.max_cells, replace=False))
+            adata = backed[rows].to_memory()
+        finally:
+            backed.file.close()
+        if config.gene_symbols is None:
+            return adata, None
+        table = pd.read_csv(config.gene_symbols)
+        return adata, dict(zip(table.iloc[:, 0], table.iloc[:, 1], strict=True))
+
+    def score(self, features: Features, picture: Path, step: int) -> dict[str, float]:
+        """Macro-F1 over the folds, purity, and purity over that of random neighbours."""
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.metrics import f1_score
+        from sklearn.model_selection import StratifiedKFold, cross_val_predict
+        from sklearn.neighbors import NearestNeighbors
+        from sklearn.pipeline import make_pipeline
+        from sklearn.preprocessing import StandardScaler
+
+        embeddings, labels = features
+        folds = StratifiedKFold(self.config.folds, shuffle=True, random_state=self.config.seed)
+        classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
+        predicted = cross_val_predict(classifier, embeddings, labels, cv=folds)
+        number = min(self.config.neighbors, len(labels) - 1)
+        near = NearestNeighbors(n_neighbors=number).fit(embeddings).kneighbors(return_distance=False)
+        purity = float((labels[near] == labels[:, None]).mean())
+        _, counts = np.unique(labels, return_counts=True)
+        by_chance = float((counts / len(labels) * (counts - 1) / (len(labels) - 1)).sum())
+        draw_umap(embeddings, labels, f"{self.config.name}, step {step}", picture, self.config.seed)
+        return {
+            "macro_f1": float(f1_score(labels, predicted, average="macro")),
+            "knn_purity": purity,
+            "knn_purity_over_chance": purity / by_chance,
+        }
+
+
+class GeneEssentialityEvaluation(_Evaluation):
+    """Random forest on the gene encoder's embeddings: area under the ROC curve over the folds.
+
+    Args:
+        config: genes and labels.
+    """
+
+    def features(self, model: torch.nn.Module) -> Features:
+        """Embeddings of the labelled genes in the vocabulary."""
+        assert self.tokenizer is not None
+        genes, labels = self._genes()
+        vocabulary = self.tokenizer.get_vocab()
+        known = [row for row, gene in enumerate(genes) if gene in vocabulary]
+        labels = labels[known]
+        if min((labels == 0).sum(), (labels == 1).sum()) < self.config.folds:
+            raise ValueError(
+                f"{self.config.file} has {int((labels == 1).sum())} essential and {int((labels == 0).sum())} other "
+                f"genes of the vocabulary: {self.config.folds} of each are needed."
+            )
+        encoder = model.tahoe.embeddings.gene_encoder  # type: ignore[union-attr]
+        ids = torch.tensor([vocabulary[genes[row]] for row in known], device=next(model.parameters()).device)
+        with torch.inference_mode():
+            embeddings = encoder(ids).float().cpu().numpy()  # type: ignore[operator]
+        return embeddings, labels
+
+    def _genes(self) -> tuple[list[str], np.ndarray]:
+        config = self.config
+        table = self._table(config.file)
+        if config.label is None and config.negatives_file is None:
+            raise ValueError(f"{config.name}: set label, or negatives_file.")
+        if config.label is not None:
+            if config.label not in table:
+                raise ValueError(f"label={config.label!r} is not in {config.file}: {list(table)} are.")
+            table = table[table[config.label].notna()]
+            return table[config.gene_id_column].astype(str).tolist(), table[config.label].astype(int).to_numpy()
+        negatives = self._table(config.negatives_file)
+        genes = [*table[config.gene_id_column], *negatives[config.gene_id_column]]
+        return genes, np.repeat([1, 0], [len(table), len(negatives)])
+
+    def _table(self, path: str) -> "pd.DataFrame":
+        import pandas as pd
+
+        table = pd.read_parquet(path) if path.endswith(".parquet") else pd.read_csv(path)
+        column = self.config.gene_id_column
+        if column not in table:
+            raise ValueError(f"gene_id_column={column!r} is not in {path}: {list(table)} are.")
+        return table.dropna(subset=[column]).drop_duplicates(column)
+
+    def score(self, features: Features, picture: Path, step: int) -> dict[str, float]:
+        """Area under the curve, of predictions for genes that the forest has not seen."""
+        from sklearn.ensemble import RandomForestClassifier
+        from sklearn.metrics import roc_auc_score
+        from sklearn.model_selection import StratifiedKFold, cross_val_predict
+
+        embeddings, labels = features
+        folds = StratifiedKFold(self.config.folds, shuffle=True, random_state=self.config.seed)
+        forest = RandomForestClassifier(200, random_state=self.config.seed)
+        chances = cross_val_predict(forest, embeddings, labels, cv=folds, method="predict_proba")
+        return {"auroc": float(roc_auc_score(labels, chances[:, 1]))}
+
+
+def draw_umap(embeddings: np.ndarray, labels: np.ndarray, title: str, path: Path, seed: int) -> None:
+    """UMAP of embeddings `(cells, width)`, coloured by label, as a PNG."""
+    import matplotlib as mpl
+    import umap
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    number = min(15, len(embeddings) - 1)
+    places = umap.UMAP(n_neighbors=number, random_state=seed, n_jobs=1).fit_transform(embeddings)
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    names = np.unique(labels)
+    colors = mpl.colormaps["tab20" if len(names) > 10 else "tab10"]
+    for place, name in enumerate(names):
+        mine = labels == name
+        axes.scatter(places[mine, 0], places[mine, 1], s=6, color=colors(place % colors.N), label=name, linewidths=0)
+    axes.set_title(title)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5), ncols=1 + len(names) // 25)
+    figure.savefig(path, dpi=120)

@@ -1,8 +1,9 @@
+# Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
 """Floating-point operations of the model: two per multiplication, padding never counted."""
 
 import numpy as np
 
-from tahoex1_hf import TahoeX1Config
+from tahoex1_hf.configuration_tahoe_x1 import TahoeX1Config
 
 
 def embedding_flops(config: TahoeX1Config, lengths: np.ndarray) -> float:
@@ -27,7 +28,8 @@ def performed_flops(config: TahoeX1Config, lengths: np.ndarray) -> float:
     token twice per head. The expression encoder runs on a batch's distinct values, too few to count.
     """
     lengths = lengths.astype(np.float64)
-    d, f, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads
+    d, f = config.hidden_size, config.intermediate_size or 4 * config.hidden_size
+    heads = config.num_attention_heads
     last = len(lengths) * (4 * d * d + 2 * d * f) + float(lengths.sum()) * 2 * heads * d
     return 2 * (_layers(config, config.num_hidden_layers - 1, lengths) + last)
 
@@ -44,5 +46,5 @@ def training_flops(config: TahoeX1Config, lengths: np.ndarray) -> float:
 
 def _layers(config: TahoeX1Config, number: int, lengths: np.ndarray) -> float:
     """Multiplications of so many layers on all tokens."""
-    d, f = config.hidden_size, config.intermediate_size
+    d, f = config.hidden_size, config.intermediate_size or 4 * config.hidden_size
     return number * (float(lengths.sum()) * (4 * d * d + 2 * d * f) + float((lengths**2).sum()) * 2 * d)

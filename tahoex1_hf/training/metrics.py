@@ -11,9 +11,9 @@ import torch
 
 @dataclass
 class MetricSums:
-    """Sums over targets and cells, float64 of shape (5,), on the device of the batches.
+    """Sums over targets and cells, float64 shape (5,), on the batches' device.
 
-    `values`: squared errors of the expression decoder, of the cell decoder, targets; rank correlations, cells with one.
+    `values`: squared errors of the expression decoder, of the cell decoder, targets; correlations, cells with one.
     """
 
     values: torch.Tensor

@@ -3,6 +3,7 @@
 
 import logging
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ def microbatches(batch: Batch, cells: int) -> Iterator[Batch]:
         edges = batch["cu_seq_lens_q"][start : start + cells + 1]
         low, high = boundaries[start], boundaries[min(start + cells, len(boundaries) - 1)]
         inside = boundaries[start : start + cells + 1]
-        longest = max(b - a for a, b in zip(inside, inside[1:], strict=False))
+        longest = max(b - a for a, b in pairwise(inside))
         part = {
             name: value[:, low:high] for name, value in batch.items() if torch.is_tensor(value) and value.ndim == 2
         }

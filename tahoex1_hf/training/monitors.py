@@ -26,7 +26,7 @@ _PEAKS = {"H100 PCIe": 756, "H100": 989, "H200": 989, "A100": 312, "L40S": 362, 
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of the device: of its data sheet, or of a product of matrices on the spot where it is not in the table."""
+    """FLOP/s of the device: of its data sheet, or of a product of matrices where it is not in the table."""
     if device.type == "cuda" and dtype != torch.float32:
         name = torch.cuda.get_device_name(device)
         for known, tflops in _PEAKS.items():
@@ -123,7 +123,11 @@ class SpikeWarning(TrainerCallback):
             usual = statistics.median(recent) if len(recent) >= 5 else math.inf
             if value > self.factor * usual and state.is_world_process_zero:
                 logger.warning(
-                    "%s at step %d is %.4g, %.1f times its recent median.", name, state.global_step, value, value / usual
+                    "%s at step %d is %.4g, %.1f times its recent median.",
+                    name,
+                    state.global_step,
+                    value,
+                    value / usual,
                 )
             recent.append(float(value))
 

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
-from transformers import TrainerCallback, TrainingArguments, set_seed
+from transformers import TrainingArguments, set_seed
 from transformers.utils.logging import disable_progress_bar
 
 from tahoex1_hf.configuration_tahoe_x1 import TahoeX1Config
 from tahoex1_hf.data.collator import CellCollator
+from tahoex1_hf.data.feeding import CellBatches
 from tahoex1_hf.model_loading import find_model
 from tahoex1_hf.modeling_tahoe_x1 import TahoeX1ForPreTraining
 from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
@@ -85,7 +86,7 @@ def training_arguments(config: PretrainConfig, max_steps: int) -> TrainingArgume
     """Trainer's options."""
     schedule = {"cosine": "cosine_with_min_lr", "constant": "constant_with_warmup"}[config.schedule]
     floor = {"min_lr_rate": config.min_learning_rate_fraction} if config.schedule == "cosine" else {}
-    precision = {} if config.precision == "launcher" else {p: config.precision == p for p in ("bf16", "fp16")}
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     return TrainingArguments(
         output_dir=config.output_dir,
         max_steps=max_steps,
@@ -111,12 +112,13 @@ def training_arguments(config: PretrainConfig, max_steps: int) -> TrainingArgume
         report_to=list(config.report_to) or "none",
         run_name=config.run_name,
         use_cpu=not torch.cuda.is_available(),
-        ddp_backend="gloo" if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.cuda.is_available() else None,
+        ddp_backend="gloo" if several and not torch.cuda.is_available() else None,
         ddp_find_unused_parameters=False,
         ignore_data_skip=True,  # the steps know where to begin
         remove_unused_columns=False,
         disable_tqdm=not os.isatty(2),
-        **precision,
+        bf16=config.precision == "bf16",
+        fp16=config.precision == "fp16",
     )
 
 
@@ -142,49 +144,16 @@ def pretrain(config: PretrainConfig) -> int:
         disable_progress_bar()
     set_seed(config.seed)
     tokenizer = make_tokenizer(config)
-    raw_tokenizer = make_tokenizer(config)
-    raw_tokenizer.value_encoding = "raw"
-    collators = [
-        CellCollator(
-            each,
-            mlm_probability=config.mlm_probability,
-            context_length=config.context_length,
-            packed=config.packed,
-            unexpressed_padding=config.unexpressed_padding,
-            pad_to_multiple_of=config.pad_to_multiple_of,
-        )
-        for each in (tokenizer, raw_tokenizer)
-    ]
-    cells = training_cells(config, collators[0], processes.process_index, processes.num_processes)
-    max_steps = config.max_steps or round((config.epochs or 0) * len(cells))
+    collator = _collator(config, tokenizer)
+    cells = training_cells(config, collator, processes.process_index, processes.num_processes)
+    validation = _validation(config, collator)
     model = make_model(config, tokenizer)
-    args = training_arguments(config, max_steps)
-    batch_size = min(_VALIDATION_BATCH, max(1, config.eval_cells))
-    validation = ValidationCells(config, *collators, batch_size) if config.eval_cells else None
     baselines: dict[str, float] = {}
     if config.baselines and validation and processes.is_main_process:
-        baselines = baseline_losses(config, model.config, collators[0], validation)
+        baselines = baseline_losses(config, model.config, collator, validation)
         logger.info("Loss of constants on the validation cells: %s", baselines)
-    dtype = torch.bfloat16 if args.bf16 or os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16" else torch.float32
-    peak = config.peak_tflops * 1e12 if config.peak_tflops else peak_flops(args.device, dtype)
-    preemption, speed = Preemption(), SpeedMonitor(args, peak, len(cells))
-    evaluations: list[Any] = [
-        *(CellTypeEvaluation(each) for each in config.cell_types),
-        *(GeneEssentialityEvaluation(each) for each in config.gene_essentiality),
-    ]
-    callbacks: list[TrainerCallback] = [preemption, speed, SpikeWarning(config.spike_factor), *evaluations]
-    trainer = PretrainingTrainer(
-        model,
-        args,
-        lambda done: StepBatches(cells, max_steps, done),
-        validation=validation,
-        microbatch_size=None if config.microbatch_size == "auto" else config.microbatch_size,
-        callbacks=callbacks,
-        tokenizer=tokenizer,
-    )
-    trainer.report = lambda logs: speed.extended(logs, trainer.state)
-    for evaluation in evaluations:
-        evaluation.log = trainer.log
+    preemption = Preemption()
+    trainer = _trainer(config, model, tokenizer, cells, validation, preemption)
     begin = checkpoints.last_whole(output_dir) or (Path(config.resume_from) if config.resume_from else None)
     if begin is None:
         trainer.train()
@@ -197,6 +166,57 @@ def pretrain(config: PretrainConfig) -> int:
         return PREEMPTED
     _finish(trainer, config, baselines)
     return 0
+
+
+def _collator(config: PretrainConfig, tokenizer: TahoeX1Tokenizer) -> CellCollator:
+    return CellCollator(
+        tokenizer,
+        mlm_probability=config.mlm_probability,
+        context_length=config.context_length,
+        packed=config.packed,
+        unexpressed_padding=config.unexpressed_padding,
+        pad_to_multiple_of=config.pad_to_multiple_of,
+    )
+
+
+def _validation(config: PretrainConfig, collator: CellCollator) -> ValidationCells | None:
+    if not config.eval_cells:
+        return None
+    raw = make_tokenizer(config)
+    raw.value_encoding = "raw"
+    return ValidationCells(config, collator, _collator(config, raw), min(_VALIDATION_BATCH, config.eval_cells))
+
+
+def _trainer(
+    config: PretrainConfig,
+    model: TahoeX1ForPreTraining,
+    tokenizer: TahoeX1Tokenizer,
+    cells: CellBatches,
+    validation: ValidationCells | None,
+    preemption: Preemption,
+) -> PretrainingTrainer:
+    max_steps = config.max_steps or round((config.epochs or 0) * len(cells))
+    args = training_arguments(config, max_steps)
+    half = args.bf16 or os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16"
+    peak = peak_flops(args.device, torch.bfloat16 if half else torch.float32)
+    speed = SpeedMonitor(args, config.peak_tflops * 1e12 if config.peak_tflops else peak, len(cells))
+    evaluations: list[Any] = [
+        *(CellTypeEvaluation(each) for each in config.cell_types),
+        *(GeneEssentialityEvaluation(each) for each in config.gene_essentiality),
+    ]
+    trainer = PretrainingTrainer(
+        model,
+        args,
+        lambda done: StepBatches(cells, max_steps, done),
+        validation=validation,
+        microbatch_size=None if config.microbatch_size == "auto" else config.microbatch_size,
+        callbacks=[preemption, speed, SpikeWarning(config.spike_factor), *evaluations],
+        tokenizer=tokenizer,
+    )
+    trainer.report = lambda logs: speed.extended(logs, trainer.state)
+    for evaluation in evaluations:
+        evaluation.log, evaluation.tokenizer = trainer.log, tokenizer
+    return trainer
 
 
 def _finish(trainer: PretrainingTrainer, config: PretrainConfig, baselines: dict[str, float]) -> None:

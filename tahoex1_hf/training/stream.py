@@ -84,7 +84,13 @@ class ValidationCells:
     """
 
     def __init__(self, config: PretrainConfig, collator: CellCollator, raw: CellCollator, batch_size: int):
-        make = {"batch_size": batch_size, "split": "validation", "shuffle": False, "drop_last": False, "num_threads": 0}
+        make: dict[str, Any] = {
+            "batch_size": batch_size,
+            "split": "validation",
+            "shuffle": False,
+            "drop_last": False,
+            "num_threads": 0,
+        }
         self.cells = CellBatches(config.datasets, collator, **make)
         self.raw = CellBatches(config.datasets, raw, **make)
         self.batch_size = batch_size

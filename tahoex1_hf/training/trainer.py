@@ -109,7 +109,9 @@ class PretrainingTrainer(Trainer):
         if wanted and state.distributed_type == DistributedType.MULTI_CPU:
             plugin = FullyShardedDataParallelPlugin()
             if plugin.fsdp_version != 2:
-                raise ValueError(f"fsdp_version={plugin.fsdp_version}: write fsdp_version: 2 in the accelerate config.")
+                raise ValueError(
+                    f"fsdp_version={plugin.fsdp_version}: write fsdp_version: 2 in the accelerate config."
+                )
             if state.mixed_precision != "no":
                 plugin.set_mixed_precision(state.mixed_precision)
             # The process group's state is shared by all of Accelerate, and has the type too.
@@ -217,8 +219,8 @@ class PretrainingTrainer(Trainer):
         if not math.isfinite(value) and self.accelerator.scaler is None:
             self.window.settle()
             raise FloatingPointError(
-                f"The gradient's norm is {value} at step {self.state.global_step + 1}: nothing was changed or saved by "
-                f"this step. Losses since the last line of the log: {self.window.losses}. Look at the data of this "
+                f"The gradient's norm is {value} at step {self.state.global_step + 1}: nothing was changed or saved "
+                f"by this step. Losses since the last line of the log: {self.window.losses}. Look at the data of this "
                 "step, lower learning_rate, or raise warmup_fraction; the same command goes on from the last "
                 "checkpoint."
             )
@@ -274,7 +276,7 @@ class PretrainingTrainer(Trainer):
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         """Write a checkpoint, and declare it whole when all processes are done; then remove old ones."""
-        output_dir = Path(self.args.output_dir)
+        output_dir = Path(str(self.args.output_dir))
         folder = output_dir / f"checkpoint-{self.state.global_step}"
         if self.args.should_save and folder.exists():
             shutil.rmtree(folder)
@@ -328,8 +330,8 @@ class PretrainingTrainer(Trainer):
             self.microbatch_size = progress["microbatch_size"]
         else:
             logger.warning(
-                "%s is of %d processes, this run has %d. The cells and their order stay the same; dropout and the order "
-                "of sums change, and the next line of the log covers the steps from here on.",
+                "%s is of %d processes, this run has %d. The cells and their order stay the same; dropout and "
+                "the order of sums change, and the next line of the log covers the steps from here on.",
                 folder,
                 run["processes"],
                 self.args.world_size,
@@ -339,7 +341,7 @@ class PretrainingTrainer(Trainer):
     def save_final(self, output_dir: Path) -> None:
         """Write the model, whole, and its tokenizer for `from_pretrained`."""
         whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        state = get_model_state_dict(self.accelerator.unwrap_model(self.model), options=whole)
+        state: dict[str, Any] = get_model_state_dict(self.accelerator.unwrap_model(self.model), options=whole)
         if self.args.should_save:
             # A model of its own: transformers looks at the tensors of the one it saves, which may be shards.
             with torch.device("meta"):
