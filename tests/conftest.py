@@ -83,7 +83,7 @@ def s3(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 @pytest.fixture(scope="session")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def training_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """80 training and 20 validation cells, prepared."""
     from cells import make_cells, write_cells, write_vocab
 

@@ -251,10 +251,10 @@ def test_the_probe_is_a_batch_that_the_model_takes() -> None:
         assert torch.isfinite(model(**batch).loss)
 
 
-def test_finding_the_microbatch_leaves_the_run_unchanged(dataset: Path, tmp_path: Path) -> None:
+def test_finding_the_microbatch_leaves_the_run_unchanged(training_dataset: Path, tmp_path: Path) -> None:
     """With as many cells as a step has, found or given."""
     for name, size in (("found", "auto"), ("given", 8)):
-        assert pretrain(tiny(dataset, tmp_path / name, microbatch_size=size)) == 0
+        assert pretrain(tiny(training_dataset, tmp_path / name, microbatch_size=size)) == 0
     found, given = (
         AutoModelForPreTraining.from_pretrained(tmp_path / name).state_dict() for name in ("found", "given")
     )
@@ -315,8 +315,8 @@ def test_spikes_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
 # A run --------------------------------------------------------------------------------------------------
 
 
-def test_a_run_leaves_a_model_that_loads(dataset: Path, tmp_path: Path) -> None:
-    assert pretrain(tiny(dataset, tmp_path, baselines="true", decoupled_weight_decay=1e-5)) == 0
+def test_a_run_leaves_a_model_that_loads(training_dataset: Path, tmp_path: Path) -> None:
+    assert pretrain(tiny(training_dataset, tmp_path, baselines="true", decoupled_weight_decay=1e-5)) == 0
     model = AutoModelForPreTraining.from_pretrained(tmp_path)
     assert isinstance(model, TahoeX1ForPreTraining)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
@@ -328,7 +328,10 @@ def test_a_run_leaves_a_model_that_loads(dataset: Path, tmp_path: Path) -> None:
     assert status["baselines"]["mean_bin"] >= 0
     assert (tmp_path / "training_curve.png").stat().st_size > 10_000
     resolved = read_pretrain_config(tmp_path / "config.resolved.yaml")
-    assert resolved.model_dump() == tiny(dataset, tmp_path, baselines="true", decoupled_weight_decay=1e-5).model_dump()
+    assert (
+        resolved.model_dump()
+        == tiny(training_dataset, tmp_path, baselines="true", decoupled_weight_decay=1e-5).model_dump()
+    )
     lines = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
     training = [line for line in lines if "loss" in line]
     assert [line["step"] for line in training] == [2, 4, 6, 8]
@@ -348,12 +351,17 @@ def test_the_loss_on_real_cells_falls_below_a_constant(tmp_path: Path) -> None:
     assert status["baselines"]["mean_bin_of_each_gene"] < status["baselines"]["mean_bin"]
 
 
-def test_weights_alone_are_taken_from_another_run(dataset: Path, tmp_path: Path) -> None:
-    pretrain(tiny(dataset, tmp_path / "one"))
+def test_weights_alone_are_taken_from_another_run(training_dataset: Path, tmp_path: Path) -> None:
+    pretrain(tiny(training_dataset, tmp_path / "one"))
     second = read_pretrain_config(
         RECIPE.with_name("3b-stage2.yaml"),
         [f"{k}={v}" for k, v in TINY.items() if not k.startswith("model.")]
-        + [f"init_from={tmp_path / 'one'}", f"dataset={dataset}", f"output_dir={tmp_path / 'two'}", "attention=sdpa"],
+        + [
+            f"init_from={tmp_path / 'one'}",
+            f"dataset={training_dataset}",
+            f"output_dir={tmp_path / 'two'}",
+            "attention=sdpa",
+        ],
     )
     assert second.schedule == "constant"
     pretrain(second)
@@ -363,26 +371,26 @@ def test_weights_alone_are_taken_from_another_run(dataset: Path, tmp_path: Path)
         pretrain(second.model_copy(update={"model": {"hidden_size": 8}, "output_dir": str(tmp_path / "three")}))
 
 
-def test_a_checkpoint_of_another_run_is_gone_on_from(dataset: Path, tmp_path: Path) -> None:
-    pretrain(tiny(dataset, tmp_path / "one"))
+def test_a_checkpoint_of_another_run_is_gone_on_from(training_dataset: Path, tmp_path: Path) -> None:
+    pretrain(tiny(training_dataset, tmp_path / "one"))
     begin = tmp_path / "one" / "checkpoint-6"
-    pretrain(tiny(dataset, tmp_path / "two", resume_from=begin))
+    pretrain(tiny(training_dataset, tmp_path / "two", resume_from=begin))
     one, two = (AutoModelForPreTraining.from_pretrained(tmp_path / name).state_dict() for name in ("one", "two"))
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
-def test_mixed_datasets(dataset: Path, tmp_path: Path) -> None:
+def test_mixed_datasets(training_dataset: Path, tmp_path: Path) -> None:
     changes = {"dataset_weights": "[3, 1]", "epoch_cells": 32}
     config = read_pretrain_config(
         RECIPE,
         [f"{k}={v}" for k, v in {**TINY, **changes, "output_dir": tmp_path}.items()]
-        + [f"dataset=[{dataset}, {dataset}]"],
+        + [f"dataset=[{training_dataset}, {training_dataset}]"],
     )
     assert pretrain(config) == 0
 
 
-def test_a_step_that_processes_cannot_share(dataset: Path, tmp_path: Path) -> None:
+def test_a_step_that_processes_cannot_share(training_dataset: Path, tmp_path: Path) -> None:
     from tahoex1_hf.training.stream import training_cells
 
     with pytest.raises(ValueError, match="global_batch_size=8 cannot be shared evenly by 3 processes: 6 could"):
-        training_cells(tiny(dataset, tmp_path), None, 0, 3)  # type: ignore[arg-type]
+        training_cells(tiny(training_dataset, tmp_path), None, 0, 3)  # type: ignore[arg-type]

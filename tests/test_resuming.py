@@ -17,9 +17,9 @@ from tahoex1_hf.training.checkpoints import is_whole, last_whole, remove_old, se
 KILLED = Path(__file__).with_name("killed_run.py")
 
 
-def killed(kind: str, output: Path, dataset: Path, signal: str, step: int, **changes: Any) -> int:
+def killed(kind: str, output: Path, training_dataset: Path, signal: str, step: int, **changes: Any) -> int:
     done = subprocess.run(
-        command(kind, output, dataset, KILLED, **changes),
+        command(kind, output, training_dataset, KILLED, **changes),
         env={
             **environment(kind), "KILL_AT": str(step), "KILL_SIGNAL": signal, "KILL_RANK": "0"
         },
@@ -38,48 +38,48 @@ def same_weights(a: Path, b: Path) -> bool:
 
 
 @pytest.mark.parametrize(("kind", "step"), [("single", 5), ("ddp", 8), ("fsdp", 6)])
-def test_killed_and_uninterrupted_runs_are_equal(kind: str, step: int, dataset: Path, tmp_path: Path) -> None:
-    finished(kind, tmp_path / "whole", dataset)
-    killed(kind, tmp_path / "killed", dataset, "SIGKILL", step)
+def test_killed_and_uninterrupted_runs_are_equal(kind: str, step: int, training_dataset: Path, tmp_path: Path) -> None:
+    finished(kind, tmp_path / "whole", training_dataset)
+    killed(kind, tmp_path / "killed", training_dataset, "SIGKILL", step)
     assert status(tmp_path / "killed")["status"] == "running"
-    log = finished(kind, tmp_path / "killed", dataset)
+    log = finished(kind, tmp_path / "killed", training_dataset)
     assert f"checkpoint-{(step - 1) // 3 * 3}" in log
     assert status(tmp_path / "killed")["status"] == "finished"
     assert curve(tmp_path / "killed") == curve(tmp_path / "whole")
     assert same_weights(tmp_path / "killed", tmp_path / "whole")
 
 
-def test_sigterm_saves_the_present_step_and_exits_with_its_own_code(dataset: Path, tmp_path: Path) -> None:
-    finished("single", tmp_path / "whole", dataset)
-    assert killed("single", tmp_path / "asked", dataset, "SIGTERM", 4) == 75
+def test_sigterm_saves_the_present_step_and_exits_with_its_own_code(training_dataset: Path, tmp_path: Path) -> None:
+    finished("single", tmp_path / "whole", training_dataset)
+    assert killed("single", tmp_path / "asked", training_dataset, "SIGTERM", 4) == 75
     assert status(tmp_path / "asked") == {"status": "preempted", "step": 4}
     assert is_whole(tmp_path / "asked" / "checkpoint-4")
-    finished("single", tmp_path / "asked", dataset)
+    finished("single", tmp_path / "asked", training_dataset)
     assert curve(tmp_path / "asked") == curve(tmp_path / "whole")
     assert same_weights(tmp_path / "asked", tmp_path / "whole")
 
 
-def test_sigterm_at_one_process_ends_all_at_the_same_step(dataset: Path, tmp_path: Path) -> None:
-    killed("ddp", tmp_path / "asked", dataset, "SIGTERM", 4)
+def test_sigterm_at_one_process_ends_all_at_the_same_step(training_dataset: Path, tmp_path: Path) -> None:
+    killed("ddp", tmp_path / "asked", training_dataset, "SIGTERM", 4)
     assert status(tmp_path / "asked") == {"status": "preempted", "step": 4}
     assert {"0-progress.json", "1-progress.json"} <= set(os.listdir(tmp_path / "asked" / "checkpoint-4"))
 
 
-def test_other_numbers_of_processes_see_the_same_cells(dataset: Path, tmp_path: Path) -> None:
+def test_other_numbers_of_processes_see_the_same_cells(training_dataset: Path, tmp_path: Path) -> None:
     without_dropout = {"model__expression_encoder_dropout": 0.0}
-    finished("single", tmp_path / "whole", dataset, **without_dropout)
-    killed("ddp", tmp_path / "killed", dataset, "SIGKILL", 6, **without_dropout)
-    log = finished("single", tmp_path / "killed", dataset, **without_dropout)
+    finished("single", tmp_path / "whole", training_dataset, **without_dropout)
+    killed("ddp", tmp_path / "killed", training_dataset, "SIGKILL", 6, **without_dropout)
+    log = finished("single", tmp_path / "killed", training_dataset, **without_dropout)
     assert "is of 2 processes, this run has 1" in log
     last, whole = curve(tmp_path / "killed")[-1], curve(tmp_path / "whole")[-1]
     assert last["eval_loss"] == pytest.approx(whole["eval_loss"], rel=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_processes_do_not_change_the_result(kind: str, dataset: Path, tmp_path: Path) -> None:
+def test_processes_do_not_change_the_result(kind: str, training_dataset: Path, tmp_path: Path) -> None:
     without_dropout = {"model__expression_encoder_dropout": 0.0}
-    finished("single", tmp_path / "single", dataset, **without_dropout)
-    finished(kind, tmp_path / kind, dataset, **without_dropout)
+    finished("single", tmp_path / "single", training_dataset, **without_dropout)
+    finished(kind, tmp_path / kind, training_dataset, **without_dropout)
     ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in (kind, "single"))
     for name, weight in theirs.items():
         torch.testing.assert_close(ours[name], weight, rtol=0, atol=1e-4)
@@ -92,8 +92,8 @@ def test_processes_do_not_change_the_result(kind: str, dataset: Path, tmp_path: 
         assert max(sizes) < 0.7 * sum(sizes), sizes
 
 
-def test_a_checkpoint_cut_short_is_not_resumed_from(dataset: Path, tmp_path: Path) -> None:
-    finished("single", tmp_path / "whole", dataset)
+def test_a_checkpoint_cut_short_is_not_resumed_from(training_dataset: Path, tmp_path: Path) -> None:
+    finished("single", tmp_path / "whole", training_dataset)
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
     newest = last_whole(tmp_path / "cut")
     assert newest is not None
@@ -101,7 +101,7 @@ def test_a_checkpoint_cut_short_is_not_resumed_from(dataset: Path, tmp_path: Pat
     with (newest / "optimizer.pt").open("rb+") as file:
         file.truncate(1000)
     (tmp_path / "cut" / "model.safetensors").unlink()
-    log = finished("single", tmp_path / "cut", dataset)
+    log = finished("single", tmp_path / "cut", training_dataset)
     assert "checkpoint-8 was cut short" in log
     assert "checkpoint-6" in log
     assert same_weights(tmp_path / "cut", tmp_path / "whole")
@@ -121,32 +121,32 @@ def test_whole_checkpoints(tmp_path: Path) -> None:
     assert last_whole(tmp_path) is None
 
 
-def test_a_full_disk_leaves_the_last_checkpoint(dataset: Path, tmp_path: Path) -> None:
+def test_a_full_disk_leaves_the_last_checkpoint(training_dataset: Path, tmp_path: Path) -> None:
     # The limit on file sizes stands for the disk's end: the optimizer's state is twice the weights.
-    finished("single", tmp_path / "run", dataset, max_steps=3)
+    finished("single", tmp_path / "run", training_dataset, max_steps=3)
     size = (tmp_path / "run" / "checkpoint-3" / "model.safetensors").stat().st_size
     shutil.rmtree(tmp_path / "run" / "checkpoint-3")
     full = ["bash", "-c", f'ulimit -f {int(size * 1.3) // 1024}; exec "$@"', "bash"]
     done = subprocess.run(
-        [*full, *command("single", tmp_path / "run", dataset, max_steps=6)],
+        [*full, *command("single", tmp_path / "run", training_dataset, max_steps=6)],
         env=environment("single"), capture_output=True, text=True, timeout=240, check=False,
     )  # fmt: skip
     assert done.returncode != 0
     assert "could not be written" in " ".join(done.stderr.split())
     assert last_whole(tmp_path / "run") is None
-    finished("single", tmp_path / "run", dataset, max_steps=6)
+    finished("single", tmp_path / "run", training_dataset, max_steps=6)
 
 
-def test_not_a_number_ends_the_run(dataset: Path, tmp_path: Path) -> None:
-    done = run("single", tmp_path, dataset, learning_rate="1e30", warmup_fraction=0)
+def test_not_a_number_ends_the_run(training_dataset: Path, tmp_path: Path) -> None:
+    done = run("single", tmp_path, training_dataset, learning_rate="1e30", warmup_fraction=0)
     assert done.returncode != 0
     assert "gradient's norm is" in " ".join(done.stderr.split())
     assert all(is_whole(folder) for folder in tmp_path.glob("checkpoint-*"))
 
 
-def test_another_dataset_is_refused(dataset: Path, tmp_path: Path) -> None:
-    finished("single", tmp_path, dataset, max_steps=3)
-    done = run("single", tmp_path, dataset, max_steps=6, seed=5)
+def test_another_dataset_is_refused(training_dataset: Path, tmp_path: Path) -> None:
+    finished("single", tmp_path, training_dataset, max_steps=3)
+    done = run("single", tmp_path, training_dataset, max_steps=6, seed=5)
     assert done.returncode != 0
     assert "was made with other seed" in " ".join(done.stderr.replace("│", "").split())
     assert json.loads((tmp_path / "checkpoint-3" / "progress.json").read_text())["data"]["seed"] == 0

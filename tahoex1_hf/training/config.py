@@ -116,8 +116,6 @@ class PretrainConfig(Strict):
     """A loss or gradient norm above so many times its recent median is warned of."""
     baselines: bool = False
     """Print beside the loss what constants would lose: the mean bin, and each gene's mean bin."""
-    push_to_hub: str | None = None
-    """Hub repository to which the finished model is uploaded, with a card."""
 
     @field_validator("precision", mode="before")
     @classmethod

@@ -39,6 +39,8 @@ def draw_curve(history: list[dict[str, Any]], baselines: dict[str, float], path:
     values = [line[k] for line in history for k in ("masked_mse", "mvc_mse") if k in line] + list(baselines.values())
     if values and max(values) > 20 * min(values):
         losses.set_yscale("log")
+    if baselines:  # the first steps are far above all that follows
+        losses.set_ylim(top=min(losses.get_ylim()[1], 1.7 * max(baselines.values())))
     losses.set_ylabel("mean squared error at the targets")
     losses.legend(fontsize=8, frameon=False)
     points = [(line["step"], line["learning_rate"]) for line in history if "learning_rate" in line]

@@ -1,0 +1,29 @@
+#!/bin/bash
+# Pretraining on machines reached by SSH, with the same paths on all of them; the first is the meeting point.
+#   HOSTS="node1 node2" GPUS=8 examples/launch/ssh_nodes.sh examples/configs/pretrain/3b-stage1.yaml dataset=DIR output_dir=DIR
+# SSH and ACCELERATE can be set, for instance to a virtual environment's accelerate.
+set -euo pipefail
+
+: "${HOSTS:?set HOSTS to the names of the machines}"
+read -ra hosts <<<"$HOSTS"
+GPUS=${GPUS:-8}
+PORT=${PORT:-29500}
+SSH=${SSH:-ssh -tt}
+ACCELERATE=${ACCELERATE:-accelerate}
+LAUNCH_OPTIONS=${LAUNCH_OPTIONS:---config_file examples/configs/accelerate/fsdp2_multinode.yaml}
+
+arguments=$(printf '%q ' "$@")
+children=()
+# One that fails ends all: the others would wait for it without end.
+trap 'kill "${children[@]}" 2>/dev/null || true' EXIT INT TERM
+for rank in "${!hosts[@]}"; do
+  command="cd $(printf '%q' "$PWD") && $ACCELERATE launch $LAUNCH_OPTIONS --num_machines ${#hosts[@]} \
+    --num_processes $((GPUS * ${#hosts[@]})) --machine_rank $rank --main_process_ip ${MAIN_IP:-${hosts[0]}} \
+    --main_process_port $PORT examples/pretrain.py $arguments"
+  # shellcheck disable=SC2086
+  $SSH "${hosts[$rank]}" "$command" &
+  children+=($!)
+done
+for _ in "${hosts[@]}"; do
+  wait -n
+done
