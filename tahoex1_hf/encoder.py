@@ -165,7 +165,8 @@ class CellEncoder:
         """Make running means for the genes of a matrix."""
         return GeneMeans(genes.token_ids, self.config.vocab_size, self.width, self.device)
 
-    def _precision(self) -> AbstractContextManager[Any]:
+    def precision(self) -> AbstractContextManager[Any]:
+        """The autocast that the precision asked for needs."""
         if self.dtype == torch.float32 or self.model.dtype == self.dtype:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype)
@@ -188,13 +189,31 @@ class CellEncoder:
             `(cells, width)` float32, each row of length 1.
         """
         embeddings = np.empty((cells.num_cells, self.width), dtype=np.float32)
-        ragged = can_run_ragged(self.model, self.device)
-        step = self._embed_ragged if ragged else self._embed_padded
-        with self._precision():
-            for rows in length_sorted_batches(cells.lengths, self.batch_tokens, padded=not ragged):
-                embeddings[rows] = normalize(step(cells, rows, gene_means).float(), dim=1).cpu().numpy()
+        with self.precision():  # around all batches: weights are cast once
+            for rows, pooled in self.pooled_batches(cells, gene_means):
+                embeddings[rows] = normalize(pooled.float(), dim=1).cpu().numpy()
                 on_batch(len(rows))
         return embeddings
+
+    @torch.inference_mode()
+    def pooled_batches(
+        self, cells: EncodedCells, gene_means: GeneMeans | None = None
+    ) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
+        """Run the model over cells, in batches of similar length.
+
+        Args:
+            cells: tokenized cells.
+            gene_means: running means to which the cells' gene embeddings are added.
+
+        Yields:
+            Row numbers of the cells of a batch, and their `(batch, width)` embeddings, not normalised.
+        """
+        ragged = can_run_ragged(self.model, self.device)
+        step = self._embed_ragged if ragged else self._embed_padded
+        for rows in length_sorted_batches(cells.lengths, self.batch_tokens, padded=not ragged):
+            with self.precision():
+                pooled = step(cells, rows, gene_means)
+            yield rows, pooled
 
     def _embed_padded(self, cells: EncodedCells, rows: np.ndarray, gene_means: GeneMeans | None) -> torch.Tensor:
         batch = cells.padded(rows, pad_token_id=self.tokenizer.pad_token_id, pad_value=self.tokenizer.pad_value)
