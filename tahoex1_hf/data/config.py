@@ -5,6 +5,7 @@
 """
 
 import ast
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
@@ -255,6 +256,43 @@ def read_yaml(path: str | Path, examples: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold keys and values, as the files in {examples} do.")
     return values
+
+
+def with_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Put `key=value` into the keys and values of a YAML file.
+
+    Args:
+        values: of the file; changed and returned.
+        overrides: `key=value`, with dots for keys within keys (`model.hidden_size=64`); values are YAML.
+
+    Raises:
+        ValueError: for an override that is no `key=value`.
+    """
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise ValueError(f"{override!r} is no key=value, for example seed=1.")
+        *parents, name = key.split(".")
+        place = values
+        for parent in parents:
+            place = place.setdefault(parent, {})
+            if not isinstance(place, dict):
+                raise ValueError(f"{override!r}: {parent} holds no keys.")
+        try:
+            place[name] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ValueError(f"{override!r}: the value is no YAML: {error}") from None
+        if isinstance(place[name], str):
+            place[name] = _number(place[name])
+    return values
+
+
+def _number(text: str) -> str | float:
+    """YAML takes 1e-4 (without a point) for text."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def parse_config(values: dict[str, Any], origin: str) -> PrepareConfig:

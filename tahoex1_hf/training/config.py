@@ -11,7 +11,7 @@ from typing import Any, Literal, Self
 import yaml
 from pydantic import Field, field_validator, model_validator
 
-from tahoex1_hf.data.config import Strict, read_yaml, validated
+from tahoex1_hf.data.config import Strict, read_yaml, validated, with_overrides
 from tahoex1_hf.training.evaluation import CellTypeConfig, GeneEssentialityConfig
 
 EXAMPLES = "examples/configs/pretrain"
@@ -158,33 +158,9 @@ def read_pretrain_config(path: str | Path, overrides: Sequence[str] = ()) -> Pre
     Raises:
         ValueError: for an override that is no `key=value`, and naming every key that is unknown, missing or wrong.
     """
-    values = read_yaml(path, EXAMPLES)
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals or not key:
-            raise ValueError(f"{override!r} is no key=value, for example max_steps=100.")
-        *parents, name = key.split(".")
-        place = values
-        for parent in parents:
-            place = place.setdefault(parent, {})
-            if not isinstance(place, dict):
-                raise ValueError(f"{override!r}: {parent} holds no keys.")
-        try:
-            place[name] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ValueError(f"{override!r}: the value is no YAML: {error}") from None
-        if isinstance(place[name], str):
-            place[name] = _number(place[name])
+    values = with_overrides(read_yaml(path, EXAMPLES), overrides)
     if "max_steps" in [
         o.partition("=")[0] for o in overrides
     ]:  # a recipe's epochs give way to a given number of steps
         values.pop("epochs", None)
     return validated(PretrainConfig, values, str(path))
-
-
-def _number(text: str) -> str | float:
-    """YAML takes 1e-4 (without a point) for text."""
-    try:
-        return float(text)
-    except ValueError:
-        return text

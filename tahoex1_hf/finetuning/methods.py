@@ -1,0 +1,133 @@
+# Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
+"""What of a model is trained: low-rank adapters and the head, the head alone, or everything.
+
+All but `full` leave the weights of the base as they are, and are saved by PEFT: a few MB that hold the adapters and
+the whole head.
+"""
+
+import importlib.util
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import PreTrainedModel
+
+from tahoex1_hf.finetuning.config import FinetuneConfig
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+# Linear layers that get adapters: the projections of attention and feed-forward blocks. PEFT's "all-linear" would also
+# take the decoders and the encoder of expression values, which have one input.
+TARGET_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+# Head of each task, trained and saved whole. Masked expression keeps the decoders of the base as they are.
+HEADS: dict[str, list[str]] = {
+    "masked_expression": [],
+    "classification": ["classifier"],
+    "regression": ["classifier"],
+    "gene_classification": ["classifier"],
+    "drug_response": [],
+}
+# PEFT's name for a task, which decides the Auto class that loads the base of an adapter.
+_TASK_TYPES = {"classification": "SEQ_CLS", "regression": "SEQ_CLS", "gene_classification": "TOKEN_CLS"}
+LOW_RANK = ("lora", "dora", "rslora", "qlora")
+
+
+def adapt(model: PreTrainedModel, config: FinetuneConfig) -> "PreTrainedModel | PeftModel":
+    """Make a model ready for a method.
+
+    Args:
+        model: with the head of the task; its weights are not changed.
+        config: method, rank and so on.
+
+    Returns:
+        A PEFT model around `model`; for `full`, `model` itself. Of its parameters, those to train require gradients.
+
+    Raises:
+        ValueError: for target modules that the model does not have.
+    """
+    if config.method == "full":
+        return model.requires_grad_(True)
+    from peft import LoraConfig, get_peft_model
+    from peft.utils.constants import DUMMY_TARGET_MODULES
+
+    if config.method == "qlora":
+        from peft import prepare_model_for_kbit_training
+
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    low_rank = config.method in LOW_RANK
+    settings = LoraConfig(
+        task_type=_TASK_TYPES.get(config.task),
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # PEFT divides it by the rank, whole or not
+        lora_dropout=config.lora_dropout,
+        use_dora=config.method == "dora",
+        use_rslora=config.method == "rslora",
+        target_modules=target_modules(model, config) if low_rank else DUMMY_TARGET_MODULES,
+        modules_to_save=list(HEADS[config.task]) or None,
+    )
+    return get_peft_model(model, settings)
+
+
+def target_modules(model: torch.nn.Module, config: FinetuneConfig) -> list[str]:
+    """Names of the layers that get adapters: those asked for, or of `TARGET_MODULES` those that there are.
+
+    Raises:
+        ValueError: for a name that is no linear layer of the model.
+    """
+    linear = {name.rpartition(".")[2] for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear)}
+    if config.target_modules is None:
+        return [name for name in TARGET_MODULES if name in linear]
+    unknown = sorted(set(config.target_modules) - linear)
+    if unknown or not config.target_modules:
+        raise ValueError(
+            f"target_modules={config.target_modules}: {', '.join(unknown) or 'none'} is no linear layer of the model; "
+            f"it has {', '.join(sorted(linear))}."
+        )
+    return list(config.target_modules)
+
+
+def trainable_parameters(model: torch.nn.Module) -> int:
+    """Number of parameters that training changes."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def quantization(config: FinetuneConfig) -> dict[str, Any]:
+    """Arguments of `from_pretrained` that load the base in 4 bits for `qlora`; none for other methods.
+
+    Raises:
+        ValueError: where there is no CUDA device, or neither bitsandbytes nor torchao.
+    """
+    if config.method != "qlora":
+        return {}
+    if not torch.cuda.is_available():
+        raise ValueError("method=qlora needs a CUDA device, and there is none here: use method=lora.")
+    if importlib.util.find_spec("bitsandbytes") is not None:
+        return {"quantization_config": bitsandbytes_config()}
+    if importlib.util.find_spec("torchao") is not None:
+        return {"quantization_config": torchao_config()}
+    raise ValueError("method=qlora needs bitsandbytes or torchao: pip install bitsandbytes, or use method=lora.")
+
+
+def bitsandbytes_config() -> Any:
+    """Weights in NF4, their scales in 8 bits; products in bfloat16 (QLoRA; Dettmers et al. 2023, arXiv:2305.14314)."""
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+        llm_int8_skip_modules=SKIPPED,
+    )
+
+
+def torchao_config() -> Any:
+    """The projections' weights in 8 bits: PEFT puts adapters on torchao's 8-bit layers only."""
+    from torchao.quantization import Int8WeightOnlyConfig
+    from transformers import TorchAoConfig
+
+    return TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=SKIPPED)
+
+
+# Small layers that stay in full precision: encoders of the tokens, decoders, heads.
+SKIPPED = ["embeddings", "expression_decoder", "cell_decoder", "classifier"]

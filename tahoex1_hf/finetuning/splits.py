@@ -1,0 +1,218 @@
+# Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
+"""Which cells are trained on, looked at for early stopping, and tested on.
+
+Cells are drawn so that every part has all classes (or all ranges of a number) in about the same shares. With groups
+(donors, batches, cell lines), no group is in two parts: cells of one donor are alike for reasons that have nothing to
+do with the label, and a model tested on a donor that it knows seems better than it is.
+"""
+
+import logging
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+logger = logging.getLogger(__name__)
+
+PARTS = ("train", "validation", "test")
+_RANGES = 10  # of a number, that are shared evenly between the parts
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Row numbers, rising, of the three parts; `validation` and `test` may be empty."""
+
+    train: np.ndarray
+    validation: np.ndarray
+    test: np.ndarray
+
+    def parts(self) -> dict[str, np.ndarray]:
+        """The parts by name."""
+        return {name: getattr(self, name) for name in PARTS}
+
+
+def strata(labels: np.ndarray | None, num_rows: int) -> np.ndarray:
+    """What is to be shared evenly: `(rows,)` class numbers; of floats, ranges with equally many rows; without, one."""
+    if labels is None:
+        return np.zeros(num_rows, dtype=np.int64)
+    if labels.dtype.kind != "f":
+        return np.unique(labels, return_inverse=True)[1]
+    edges = np.unique(np.quantile(labels, np.linspace(0, 1, _RANGES + 1)[1:-1]))
+    return np.searchsorted(edges, labels, side="right")
+
+
+def make_splits(
+    labels: np.ndarray | None,
+    groups: np.ndarray | None = None,
+    *,
+    num_rows: int | None = None,
+    folds: int = 1,
+    test_fraction: float = 0.2,
+    validation_fraction: float = 0.1,
+    seed: int = 0,
+) -> list[Split]:
+    """Draw splits.
+
+    Args:
+        labels: `(rows,)` classes (integers, text) or numbers (floats); None where there are none.
+        groups: `(rows,)` group of every row; none is shared by two parts.
+        num_rows: where there are no labels.
+        folds: with 1, a single split with `test_fraction`; with more, every row is tested on in one of so many splits.
+        test_fraction: with one fold, share of the rows to test on.
+        validation_fraction: share of the other rows to look at for early stopping.
+        seed: of what is drawn.
+
+    Returns:
+        One split per fold.
+
+    Raises:
+        ValueError: for too few rows or groups.
+    """
+    if labels is None and num_rows is None:
+        raise ValueError("num_rows is missing: without labels, say how many rows there are.")
+    total = len(labels) if labels is not None else int(num_rows or 0)
+    kinds = strata(labels, total)
+    everything = np.arange(total)
+    _check_enough(everything, groups, max(folds, 3))
+    if folds > 1:
+        tests = _folds(kinds, groups, folds, seed)
+    else:
+        tests = [_part(everything, kinds, groups, test_fraction, seed)]
+    splits = []
+    for number, test in enumerate(tests):
+        split = train_and_validation(
+            np.setdiff1d(everything, test), labels, groups, validation_fraction, seed + 1 + number, test=test
+        )
+        check_split(split, groups)
+        splits.append(split)
+    return splits
+
+
+def train_and_validation(
+    rows: np.ndarray,
+    labels: np.ndarray | None,
+    groups: np.ndarray | None,
+    validation_fraction: float,
+    seed: int,
+    test: np.ndarray | None = None,
+) -> Split:
+    """Divide rows between training and validation.
+
+    Args:
+        rows: row numbers to divide.
+        labels: `(rows of all,)` as for `make_splits`.
+        groups: the same.
+        validation_fraction: share of `rows`.
+        seed: of what is drawn.
+        test: rows to test on, passed on.
+
+    Raises:
+        ValueError: for too few rows or groups.
+    """
+    _check_enough(rows, groups, 2)
+    kinds = strata(labels, int(rows.max()) + 1 if labels is None else len(labels))
+    validation = _part(rows, kinds, groups, validation_fraction, seed)
+    none = np.zeros(0, dtype=np.int64)
+    return Split(np.setdiff1d(rows, validation), validation, none if test is None else np.sort(test))
+
+
+def given_split(parts: Sequence[object] | np.ndarray, groups: np.ndarray | None, name: str = "split") -> Split:
+    """A split that a column gives.
+
+    Args:
+        parts: `(rows,)` of `"train"`, `"validation"` and `"test"`; rows with anything that is missing are left out.
+        groups: `(rows,)` or None.
+        name: of the column, for errors.
+
+    Raises:
+        ValueError: for other values, no row to train on or to test on, or a group in two parts.
+    """
+    values = np.array([str(value) for value in parts])
+    missing = np.isin(values, ("", "nan", "None", "<NA>", "NaN"))
+    unknown = sorted(set(values[~missing]) - set(PARTS))
+    if unknown:
+        raise ValueError(f"the column {name!r} of obs holds {unknown[:3]}: it must hold {', '.join(PARTS)}.")
+    split = Split(*(np.flatnonzero(values == part) for part in PARTS))
+    for part in ("train", "test"):
+        if not len(split.parts()[part]):
+            raise ValueError(f"the column {name!r} of obs has no cell with {part!r}.")
+    check_split(split, groups)
+    return split
+
+
+def check_split(split: Split, groups: np.ndarray | None) -> None:
+    """Raise ValueError where a row, or a group, is in two parts: leakage."""
+    parts = split.parts()
+    for first, second in (("train", "validation"), ("train", "test"), ("validation", "test")):
+        shared = np.intersect1d(parts[first], parts[second])
+        if len(shared):
+            raise ValueError(
+                f"leakage: {len(shared)} cells are in {first} and in {second} (row {shared[0]} is one): "
+                "every cell belongs to one part."
+            )
+        if groups is not None:
+            common = sorted({str(g) for g in groups[parts[first]]} & {str(g) for g in groups[parts[second]]})
+            if common:
+                raise ValueError(
+                    f"leakage: {len(common)} groups are in {first} and in {second} ({', '.join(common[:3])}): "
+                    "keep the cells of a group together, or leave group out."
+                )
+
+
+def _check_enough(rows: np.ndarray, groups: np.ndarray | None, needed: int) -> None:
+    if len(rows) < needed:
+        raise ValueError(f"{len(rows)} cells are too few: {needed} parts have to be made of them.")
+    if groups is not None:
+        names = np.unique(groups[rows].astype(str))
+        if len(names) < needed:
+            raise ValueError(
+                f"{len(names)} groups ({', '.join(names[:5])}) are too few: {needed} are needed, so that none is in "
+                "two parts. Choose a column with more groups, fewer folds, or leave group out."
+            )
+
+
+def _folds(kinds: np.ndarray, groups: np.ndarray | None, folds: int, seed: int) -> list[np.ndarray]:
+    from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
+
+    with warnings.catch_warnings():
+        # Of classes with fewer cells than folds; those are in fewer tests.
+        warnings.filterwarnings("ignore", message="The least populated class")
+        if groups is None:
+            if folds > np.bincount(kinds).max():
+                raise ValueError(f"folds={folds}: no class has so many cells.")
+            return [t for _, t in StratifiedKFold(folds, shuffle=True, random_state=seed).split(kinds, kinds)]
+        splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
+        return [test for _, test in splitter.split(kinds, kinds, groups.astype(str))]
+
+
+def _part(rows: np.ndarray, kinds: np.ndarray, groups: np.ndarray | None, fraction: float, seed: int) -> np.ndarray:
+    """Draw about `fraction` of the rows, at least one; of every kind, one row stays."""
+    if groups is not None:
+        return _groups_part(rows, kinds, groups, fraction, seed)
+    random = np.random.default_rng(seed)
+    shuffled = random.permutation(rows)
+    order = shuffled[np.argsort(kinds[shuffled], kind="stable")]
+    _, firsts = np.unique(kinds[order], return_index=True)
+    drawable = np.delete(order, firsts)
+    if not len(drawable):
+        raise ValueError(f"{len(rows)} cells of {len(firsts)} classes are too few: no class has two cells.")
+    wanted = min(len(drawable), max(1, round(fraction * len(rows))))
+    # Evenly over the cells as they lie sorted by kind: of each kind its share, rounded up or down.
+    places = np.floor((np.arange(wanted) + random.random()) * len(drawable) / wanted).astype(np.int64)
+    return np.sort(drawable[places])
+
+
+def _groups_part(rows: np.ndarray, kinds: np.ndarray, groups: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    """Draw whole groups that together have about `fraction` of the rows, at least one and not all."""
+    from sklearn.model_selection import StratifiedGroupKFold
+
+    names = groups[rows].astype(str)
+    parts = min(len(np.unique(names)), max(2, round(1 / fraction)))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The least populated class")
+        splitter = StratifiedGroupKFold(parts, shuffle=True, random_state=seed)
+        tests = [test for _, test in splitter.split(kinds[rows], kinds[rows], names) if len(test)]
+    # The folds differ in size where groups do: take the one that is nearest to what was asked for.
+    best = min(tests, key=lambda test: abs(len(test) - fraction * len(rows)))
+    return np.sort(rows[best])
