@@ -385,6 +385,7 @@ class TahoeX1Tokenizer(PreTrainedTokenizer):
         repeats: bool = False,
         drug_ids: np.ndarray | None = None,
         first_cell: int = 0,
+        cell_numbers: np.ndarray | None = None,
         seed: int = 0,
         warn: Callable[[str], object] = logger.warning,
         advice: Callable[[], str] = str,
@@ -396,6 +397,7 @@ class TahoeX1Tokenizer(PreTrainedTokenizer):
             repeats: a gene may stand several times in a cell; its counts are added up.
             drug_ids: `(cells,)` int64, in which case every cell gets a drug token.
             first_cell: as for `encode_counts`.
+            cell_numbers: `(cells,)` int64 number of each cell in its data set, where they do not follow each other.
             seed: as for `encode_counts`.
             warn: called with what is odd about the counts.
             advice: what can be done about it.
@@ -417,7 +419,7 @@ class TahoeX1Tokenizer(PreTrainedTokenizer):
         if repeats:
             rows = merge_repeats(rows)
         num_cells = len(rows.offsets) - 1
-        numbers = first_cell + np.arange(num_cells, dtype=np.int64)
+        numbers = first_cell + np.arange(num_cells, dtype=np.int64) if cell_numbers is None else cell_numbers
         raw_first = self.first_gene_raw and drug_ids is None
         values = self._encode_values(rows, raw_first)
         special = 1 if drug_ids is None else 2

@@ -44,8 +44,10 @@ class Tolerance:
 
 TOLERANCE = Tolerance()
 # Without a norm after its encoders, variant c puts values of 69 into its first attention. The softmax there is steep:
-# the backends depart from one another just as far.
-STEEP = Tolerance(gradient=1e-4, gradient_norm=1e-5, training=2e-4)
+# the backends depart from one another just as far. What its encoders and its training give is compared in float64
+# (`exact`): the recording departs from the exact numbers by 1.6e-5 (four last bits of a float32 of 69) and 1.9e-4, so that
+# in float32 on both sides these tests only told which matrix kernel the CPU has (MKL's for another CPU: 7.6e-6, 2.6e-4).
+STEEP = Tolerance(encoder=1.6e-5, gradient=1e-4, gradient_norm=1e-5, training=2e-4)
 OUTPUTS = {"nomlm": "collate_bin", "masked": "batch_masked", "log": "collate_log"}
 every_variant = pytest.mark.parametrize("variant", GOLDEN_VARIANTS, ids=lambda variant: variant.name)
 needs_complete = pytest.mark.skipif(not SHARED_GOLDEN.is_dir(), reason=NO_SHARED_GOLDEN)
@@ -83,6 +85,11 @@ def load(converted: dict[str, Path]):
         return AutoModelForPreTraining.from_pretrained(converted[variant.name], attn_implementation=attention)
 
     return load_variant
+
+
+def exact(model: PreTrainedModel, variant: Variant) -> PreTrainedModel:
+    """Leave only the recording's rounding, where it is large."""
+    return model.double() if variant.name.startswith("c_") else model
 
 
 def tolerance(variant: Variant) -> Tolerance:
@@ -173,7 +180,7 @@ def test_auto_model_on_the_same_folder(converted, variant: Variant, kind: str) -
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @every_variant
 def test_intermediates(load, variant: Variant, attention: str, complete: bool) -> None:
-    model, recorded = load(variant, attention), variant.recorded("inter_masked", complete)
+    model, recorded = exact(load(variant, attention), variant), variant.recorded("inter_masked", complete)
     batch = without_labels(variant.batch("batch_masked", targets=True))
     cells = recorded.pop("cells", np.arange(len(batch["input_ids"])))
     with torch.no_grad(), layer_outputs(model) as layers:
@@ -195,7 +202,7 @@ def test_intermediates(load, variant: Variant, attention: str, complete: bool) -
     assert torch.equal(hidden_states[-1], model.tahoe.norm(layers[-1]))
     compared = (batch["input_ids"] != model.config.pad_token_id)[cells]
     for name, theirs in recorded.items():
-        limit = TOLERANCE.intermediate if name.startswith("layer") else TOLERANCE.encoder
+        limit = TOLERANCE.intermediate if name.startswith("layer") else tolerance(variant).encoder
         tokens = compared if theirs.ndim == 3 else slice(None)  # drugs are per cell
         difference = largest_difference(columns(ours[name][cells], theirs)[tokens], theirs[tokens])
         assert difference < limit, (name, difference)
@@ -256,7 +263,7 @@ def test_the_same_parameters_have_no_gradient(load, variant: Variant) -> None:
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @every_variant
 def test_five_training_steps(load, variant: Variant, attention: str) -> None:
-    model, recorded = load(variant, attention), loss_record(variant)["train_trace"]
+    model, recorded = exact(load(variant, attention), variant), loss_record(variant)["train_trace"]
     learning_rate, decoupled_weight_decay = 3e-3, 1e-4
     # Composer's DecoupledAdamW shrinks by (lr / initial lr) * decay, torch's AdamW by lr * decay.
     optimizer = torch.optim.AdamW(
