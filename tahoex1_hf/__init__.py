@@ -10,6 +10,7 @@ from transformers import (
     AutoModel,
     AutoModelForPreTraining,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     AutoTokenizer,
 )
 
@@ -17,6 +18,7 @@ from tahoex1_hf.configuration_tahoe_x1 import TahoeX1Config
 from tahoex1_hf.modeling_tahoe_x1 import (
     TahoeX1ForPreTraining,
     TahoeX1ForSequenceClassification,
+    TahoeX1ForTokenClassification,
     TahoeX1Model,
     TahoeX1PreTrainedModel,
 )
@@ -24,6 +26,7 @@ from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
 
 if TYPE_CHECKING:
     from tahoex1_hf.embedding import embed_anndata
+    from tahoex1_hf.perturbation import perturb_genes
 
 __version__ = "0.1.0"
 
@@ -31,6 +34,7 @@ AutoConfig.register(TahoeX1Config.model_type, TahoeX1Config, exist_ok=True)
 AutoModel.register(TahoeX1Config, TahoeX1Model, exist_ok=True)
 AutoModelForPreTraining.register(TahoeX1Config, TahoeX1ForPreTraining, exist_ok=True)
 AutoModelForSequenceClassification.register(TahoeX1Config, TahoeX1ForSequenceClassification, exist_ok=True)
+AutoModelForTokenClassification.register(TahoeX1Config, TahoeX1ForTokenClassification, exist_ok=True)
 AutoTokenizer.register(TahoeX1Config, tokenizer_class=TahoeX1Tokenizer, exist_ok=True)
 
 
@@ -48,9 +52,11 @@ __all__ = [
     "TahoeX1Config",
     "TahoeX1ForPreTraining",
     "TahoeX1ForSequenceClassification",
+    "TahoeX1ForTokenClassification",
     "TahoeX1Model",
     "TahoeX1Tokenizer",
     "embed_anndata",
+    "perturb_genes",
 ]
 
 
@@ -60,4 +66,8 @@ def __getattr__(name: str) -> Any:
         from tahoex1_hf.embedding import embed_anndata
 
         return embed_anndata
+    if name == "perturb_genes":
+        from tahoex1_hf.perturbation import perturb_genes
+
+        return perturb_genes
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -108,7 +108,7 @@ class TahoeX1Config(PreTrainedConfig):
         pad_token_id (`int`, *optional*, defaults to 0):
             Id of the `<pad>` token.
         classifier_dropout (`float`, *optional*, defaults to 0.0):
-            Dropout before the classifier of `TahoeX1ForSequenceClassification`.
+            Dropout before the classifier of `TahoeX1ForSequenceClassification` and `TahoeX1ForTokenClassification`.
     """
 
     model_type = "tahoe_x1"

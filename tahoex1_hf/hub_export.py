@@ -31,6 +31,7 @@ AUTO_MAP = {
     "AutoModel": "modeling_tahoe_x1.TahoeX1Model",
     "AutoModelForPreTraining": "modeling_tahoe_x1.TahoeX1ForPreTraining",
     "AutoModelForSequenceClassification": "modeling_tahoe_x1.TahoeX1ForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_tahoe_x1.TahoeX1ForTokenClassification",
 }
 TOKENIZER_AUTO_MAP = {"AutoTokenizer": ["tokenization_tahoe_x1.TahoeX1Tokenizer", None]}  # slow, fast
 CODE_FILES = (

@@ -12,7 +12,8 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-AUTO_CLASSES = ("AutoModel", "AutoModelForPreTraining", "AutoModelForSequenceClassification")
+CLASSIFIERS = ("AutoModelForSequenceClassification", "AutoModelForTokenClassification")
+AUTO_CLASSES = ("AutoModel", "AutoModelForPreTraining", *CLASSIFIERS)
 OUTPUTS = ("pooler_output", "expression_predictions", "cell_expression_predictions")
 
 
@@ -60,7 +61,7 @@ def load(repository: str, subfolder: str, cells: dict, work: Path) -> None:
         check(not unexpected, f"{name} finds weights too many: {unexpected}")
         model.eval()
         # A new classifier has random weights: what stands below it is compared.
-        model = model.base_model if name == "AutoModelForSequenceClassification" else model
+        model = model.base_model if name in CLASSIFIERS else model
         with torch.no_grad():
             outputs = model(**batch)
         results = {key: outputs[key].contiguous() for key in OUTPUTS if outputs.get(key) is not None}

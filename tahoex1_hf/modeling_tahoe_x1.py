@@ -24,7 +24,7 @@ from transformers.activations import ACT2FN
 from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.masking_utils import and_masks, create_bidirectional_mask, packed_sequence_mask_function
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import ModelOutput, SequenceClassifierOutput
+from transformers.modeling_outputs import ModelOutput, SequenceClassifierOutput, TokenClassifierOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import is_flash_attention_requested
@@ -649,4 +649,60 @@ class TahoeX1ForSequenceClassification(TahoeX1PreTrainedModel):
         )
 
 
-__all__ = ["TahoeX1ForPreTraining", "TahoeX1ForSequenceClassification", "TahoeX1Model", "TahoeX1PreTrainedModel"]
+class TahoeX1ForTokenClassification(TahoeX1PreTrainedModel):
+    """Tahoe-x1 with a linear head on every contextual gene embedding: classification of genes."""
+
+    _keys_to_ignore_on_load_unexpected = [r"^expression_decoder\.", r"^cell_decoder\."]
+
+    def __init__(self, config: TahoeX1Config):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.tahoe = TahoeX1Model(config)
+        self.dropout = nn.Dropout(config.classifier_dropout)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        expression_values: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        target_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        drug_ids: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> TokenClassifierOutput:
+        """Classify the genes of cells: logits `(batch, length, num_labels)`.
+
+        The other arguments, and errors, are those of `TahoeX1Model.forward`.
+
+        Args:
+            labels: `(batch, length)` int64 class ids, -100 at tokens without one. The loss is the mean cross-entropy
+                over the tokens that have one and are not padding, and 0 when there is none.
+            num_items_in_batch: as for `TahoeX1ForPreTraining`.
+        """
+        check_shape(input_ids, labels=labels)
+        outputs = self.tahoe(input_ids, expression_values, attention_mask, target_mask, drug_ids, **kwargs)
+        logits = self.classifier(self.dropout(outputs.last_hidden_state))
+        loss = None
+        if labels is not None:
+            _, valid = self.tahoe._cell_layout(input_ids, attention_mask, drug_ids, kwargs)
+            labels = labels.to(logits.device)
+            labels = labels if valid is None else labels.masked_fill(~valid.to(labels.device), -100)
+            total = nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum")
+            labelled = labels.ne(-100).sum().clamp(min=1)
+            loss = total / (labelled if num_items_in_batch is None else num_items_in_batch)
+        return TokenClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+__all__ = [
+    "TahoeX1ForPreTraining",
+    "TahoeX1ForSequenceClassification",
+    "TahoeX1ForTokenClassification",
+    "TahoeX1Model",
+    "TahoeX1PreTrainedModel",
+]

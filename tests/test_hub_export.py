@@ -22,7 +22,13 @@ from tahoex1_hf.hub_export import AUTO_MAP, CODE_FILES, build_repository, size_n
 from tahoex1_hf.original_checkpoints import convert_original_folder
 
 LICENSE = REPO_ROOT / "LICENSE"
-AUTO_CLASSES = {"AutoConfig", "AutoModel", "AutoModelForPreTraining", "AutoModelForSequenceClassification"}
+AUTO_CLASSES = {
+    "AutoConfig",
+    "AutoModel",
+    "AutoModelForPreTraining",
+    "AutoModelForSequenceClassification",
+    "AutoModelForTokenClassification",
+}
 
 
 @pytest.fixture(scope="module")

@@ -15,12 +15,23 @@ from helpers import (
     tiny_model,
     without_labels,
 )
-from transformers import AutoModel, AutoModelForPreTraining, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import (
+    AutoModel,
+    AutoModelForPreTraining,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PreTrainedModel,
+)
 
-from tahoex1_hf import TahoeX1ForPreTraining, TahoeX1ForSequenceClassification, TahoeX1Model
+from tahoex1_hf import (
+    TahoeX1ForPreTraining,
+    TahoeX1ForSequenceClassification,
+    TahoeX1ForTokenClassification,
+    TahoeX1Model,
+)
 
 CLOSE = 1e-5
-CLASSES = [TahoeX1Model, TahoeX1ForPreTraining, TahoeX1ForSequenceClassification]
+CLASSES = [TahoeX1Model, TahoeX1ForPreTraining, TahoeX1ForSequenceClassification, TahoeX1ForTokenClassification]
 every_class = pytest.mark.parametrize("model_class", CLASSES)
 every_shape = pytest.mark.parametrize("shape", SHAPES)
 
@@ -150,6 +161,7 @@ def test_saved_is_loaded(model_class: type, shape: str, tmp_path: Path) -> None:
         TahoeX1Model: AutoModel,
         TahoeX1ForPreTraining: AutoModelForPreTraining,
         TahoeX1ForSequenceClassification: AutoModelForSequenceClassification,
+        TahoeX1ForTokenClassification: AutoModelForTokenClassification,
     }[model_class]
     loaded, report = auto.from_pretrained(tmp_path, output_loading_info=True)
     assert type(loaded) is model_class
@@ -254,12 +266,16 @@ def test_gene_embedding_table() -> None:
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
 
 
-@pytest.mark.parametrize(("model_class", "task"), [(TahoeX1Model, "FEATURE_EXTRACTION"), (CLASSES[2], "SEQ_CLS")])
+@pytest.mark.parametrize(
+    ("model_class", "task"),
+    [(TahoeX1Model, "FEATURE_EXTRACTION"), (CLASSES[2], "SEQ_CLS"), (CLASSES[3], "TOKEN_CLS")],
+)
 def test_lora(model_class: type, task: str, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     config = tiny_config(num_labels=3)
     batch = make_batch(config, targets=False)
-    modules_to_save = ["classifier"] if task == "SEQ_CLS" else None
+    classifies = task.endswith("CLS")
+    modules_to_save = ["classifier"] if classifies else None
     lora = peft.LoraConfig(
         task_type=task, r=4, target_modules=LORA_TARGETS, init_lora_weights=False, modules_to_save=modules_to_save
     )
@@ -268,9 +284,10 @@ def test_lora(model_class: type, task: str, tmp_path: Path) -> None:
     assert all("lora_" in name or "classifier" in name for name in trained)
     assert sum("lora_A" in name for name in trained) == len(LORA_TARGETS) * config.num_hidden_layers
     if modules_to_save:
-        model(**batch, labels=torch.tensor([0, 1, 2, 0])).loss.backward()
+        labels = torch.tensor([0, 1, 2, 0]) if task == "SEQ_CLS" else batch["input_ids"] % 3
+        model(**batch, labels=labels).loss.backward()
         torch.optim.SGD(model.parameters(), lr=0.1).step()
-    key = "logits" if task == "SEQ_CLS" else "pooler_output"
+    key = "logits" if classifies else "pooler_output"
     with torch.no_grad():
         expected = model(**batch)[key]
         assert largest_difference(expected, tiny_model(config, model_class)(**batch)[key]) > 1e-2

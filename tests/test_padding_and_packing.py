@@ -21,7 +21,7 @@ from helpers import (
     without_labels,
 )
 
-from tahoex1_hf import TahoeX1ForSequenceClassification, TahoeX1Model
+from tahoex1_hf import TahoeX1ForSequenceClassification, TahoeX1ForTokenClassification, TahoeX1Model
 
 CLOSE = 1e-5  # absolute, on float32 outputs of order one
 CLOSE_GRADIENTS = 2e-5  # relative to the largest of each tensor
@@ -76,6 +76,21 @@ def test_packed_classification() -> None:
     with torch.no_grad():
         padded, ours = model(**batch, labels=labels), model(**packed(batch), labels=labels)
     assert largest_difference(ours.logits, padded.logits) < CLOSE
+    assert ours.loss.item() == pytest.approx(padded.loss.item(), rel=1e-6)
+
+
+@every_shape
+def test_packed_gene_classification(shape: str) -> None:
+    config = tiny_config(**SHAPES[shape], num_labels=3)
+    model, batch = tiny_model(config, TahoeX1ForTokenClassification), make_batch(config, targets=False)
+    valid = batch["attention_mask"].bool()
+    labels = torch.randint(0, 3, valid.shape, generator=torch.Generator().manual_seed(0))
+    labels[torch.rand(valid.shape, generator=torch.Generator().manual_seed(1)) < 0.5] = -100
+    labels[~valid] = 1  # padding has no label, whatever stands there
+    with torch.no_grad():
+        padded, ours = model(**batch, labels=labels), model(**packed(batch | {"labels": labels}))
+    assert padded.logits.shape == (*valid.shape, 3)
+    assert largest_difference(ours.logits[0], padded.logits[valid]) < CLOSE
     assert ours.loss.item() == pytest.approx(padded.loss.item(), rel=1e-6)
 
 

@@ -13,7 +13,13 @@ from helpers import GOLDEN, REPO_ROOT, SHAPES, make_batch, tiny_config, tiny_mod
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from tahoex1_hf import TahoeX1Config, TahoeX1ForPreTraining, TahoeX1ForSequenceClassification, TahoeX1Model
+from tahoex1_hf import (
+    TahoeX1Config,
+    TahoeX1ForPreTraining,
+    TahoeX1ForSequenceClassification,
+    TahoeX1ForTokenClassification,
+    TahoeX1Model,
+)
 from tahoex1_hf.original_checkpoints import convert_original_folder
 
 AUTO_MAP = {
@@ -21,11 +27,13 @@ AUTO_MAP = {
     "AutoModel": "modeling_tahoe_x1.TahoeX1Model",
     "AutoModelForPreTraining": "modeling_tahoe_x1.TahoeX1ForPreTraining",
     "AutoModelForSequenceClassification": "modeling_tahoe_x1.TahoeX1ForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_tahoe_x1.TahoeX1ForTokenClassification",
 }
 AUTO_CLASSES = {
     "AutoModel": TahoeX1Model,
     "AutoModelForPreTraining": TahoeX1ForPreTraining,
     "AutoModelForSequenceClassification": TahoeX1ForSequenceClassification,
+    "AutoModelForTokenClassification": TahoeX1ForTokenClassification,
 }
 
 
@@ -89,7 +97,12 @@ def test_models_load_without_the_package(tmp_path: Path) -> None:
         batch = load_file("batch.safetensors")
         labels = batch.pop("labels")
         results = {}
-        for auto_class in ("AutoModel", "AutoModelForPreTraining", "AutoModelForSequenceClassification"):
+        for auto_class in (
+            "AutoModel",
+            "AutoModelForPreTraining",
+            "AutoModelForSequenceClassification",
+            "AutoModelForTokenClassification",
+        ):
             cls = getattr(transformers, auto_class)
             model = cls.from_pretrained("repo", trust_remote_code=True).eval()
             assert type(model).__module__.startswith("transformers_modules."), type(model)

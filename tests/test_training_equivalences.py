@@ -20,7 +20,12 @@ from helpers import (
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import PreTrainedModel
 
-from tahoex1_hf import TahoeX1ForPreTraining, TahoeX1ForSequenceClassification, TahoeX1Model
+from tahoex1_hf import (
+    TahoeX1ForPreTraining,
+    TahoeX1ForSequenceClassification,
+    TahoeX1ForTokenClassification,
+    TahoeX1Model,
+)
 
 CLOSE = 1e-5
 CLOSE_GRADIENTS = 2e-5
@@ -242,3 +247,22 @@ def test_classifier_losses(problem_type: str, labels: torch.Tensor) -> None:
     assert outputs.loss.item() == pytest.approx(expected.item(), rel=1e-6)
     outputs.loss.backward()
     assert model.tahoe.layers[0].self_attn.q_proj.weight.grad.abs().max() > 0
+
+
+def test_gene_classifier_loss() -> None:
+    config = tiny_config(num_labels=3)
+    model, batch = tiny_model(config, TahoeX1ForTokenClassification), make_batch(config, targets=False)
+    labels = torch.full_like(batch["input_ids"], -100)
+    labels[0, 2], labels[0, 5], labels[3, 1] = 1, 0, 2
+    outputs = model(**batch, labels=labels)
+    chances = torch.log_softmax(outputs.logits, dim=-1)
+    expected = -(chances[0, 2, 1] + chances[0, 5, 0] + chances[3, 1, 2]) / 3
+    assert outputs.loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert model(**batch, labels=labels, num_items_in_batch=6).loss.item() == pytest.approx(expected.item() / 2)
+    outputs.loss.backward()
+    assert model.tahoe.layers[0].self_attn.q_proj.weight.grad.abs().max() > 0
+    none = model(**batch, labels=torch.full_like(labels, -100)).loss
+    assert none.item() == 0
+    none.backward()  # a step in which no gene has a label changes nothing, and is no NaN
+    with pytest.raises(ValueError, match=r"labels has shape \(4,\), input_ids has \(4, 14\)"):
+        model(**batch, labels=torch.zeros(4, dtype=torch.long))
