@@ -38,6 +38,8 @@ def golden_cells(variant: str) -> anndata.AnnData:
 
 
 def embedded(adata: anndata.AnnData, checkpoint, **options) -> np.ndarray:
+    # By itself it takes bfloat16 on CPUs that are fast at it.
+    options = {"dtype": "float32", **options}
     embed_anndata(adata, *checkpoint, gene_id_column="ensembl_id", progress=False, **options)
     return adata.obsm[KEY]
 

@@ -47,7 +47,7 @@ def test_layers_take_a_quarter_and_the_rest_is_shared(parts) -> None:
     assert quantised.dtype == torch.int8
     assert quantised.shape == theirs.layers[0].mlp.up_proj.weight.shape
     assert scale.numel() == quantised.shape[0]  # one per output
-    assert encoder.dtype_name == "int8 weights, float32"
+    assert encoder.dtype_name in ("int8 weights, float32", "int8 weights, bfloat16")  # as the CPU is faster
 
 
 def test_without_torchao(parts, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,7 @@ def test_two_nodes_on_loopback(training_dataset: Path, tmp_path: Path) -> None:
         "HOSTS": "one two",
         "GPUS": "1",
         "SSH": str(ssh),
+        "ACCELERATE": f"{sys.executable} -m accelerate.commands.accelerate_cli",
         "MAIN_IP": "127.0.0.1",
         "PORT": str(free_port()),
         "LAUNCH_OPTIONS": "--multi_gpu",

@@ -156,6 +156,7 @@ def test_the_encoder_takes_it_and_falls_back(golden: Path) -> None:
     assert len(set(cells.lengths.tolist())) > 5
     results = []
     for attention in ("sdpa", "eager"):
-        encoder = CellEncoder(tiny_model(config, TahoeX1Model, attention), tokenizer, device="cpu", batch_tokens=500)
+        model = tiny_model(config, TahoeX1Model, attention)
+        encoder = CellEncoder(model, tokenizer, device="cpu", batch_tokens=500, dtype="float32")
         results.append(encoder.embed(cells))
     assert largest_difference(results[0], results[1]) < CLOSE
