@@ -319,13 +319,11 @@ class _Run:
 def _identity(run: _Run, model: TahoeX1PreTrainedModel, more: dict[str, Any]) -> dict[str, Any]:
     """What decides the result, apart from the kind of device."""
     options, tokenizer = run.options, run.options.tokenizer
-    settings = {name: getattr(tokenizer, name) for name in _ENCODING_SETTINGS}
-    special = [str(tokenizer.cls_token), str(tokenizer.pad_token)]
     return {
         "cells": [[each.path, each.fingerprint, each.num_cells] for each in run.plan.inputs],
         "chunk_cells": cell_inputs.CHUNK_CELLS,
         "model": weights_digest(model),
-        "tokenizer": json_digest([settings, special, sorted(tokenizer.get_vocab().items())]),
+        "tokenizer": tokenizer_digest(tokenizer),
         "max_length": tokenizer.context_length,
         "genes": [json_digest(each.genes.token_ids.tolist()) for each in run.plan.inputs if each.genes is not None],
         "layer": options.layer,
@@ -341,6 +339,13 @@ def _identity(run: _Run, model: TahoeX1PreTrainedModel, more: dict[str, Any]) ->
 def json_digest(value: Any) -> str:
     """SHA-256 of a value as JSON."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def tokenizer_digest(tokenizer: TahoeX1Tokenizer) -> str:
+    """SHA-256 of all that decides how a tokenizer encodes cells."""
+    settings = {name: getattr(tokenizer, name) for name in _ENCODING_SETTINGS}
+    special = [str(tokenizer.cls_token), str(tokenizer.pad_token)]
+    return json_digest([settings, special, sorted(tokenizer.get_vocab().items())])
 
 
 def weights_digest(model: torch.nn.Module) -> str:

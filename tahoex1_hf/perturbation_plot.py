@@ -1,0 +1,114 @@
+# Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
+"""A picture of ranked perturbations: the shifts beside those of genes of like expression."""
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+_MOST_GROUPS = 12
+_BLUE, _ORANGE, _GREY = "#4e79a7", "#f28e2b", "#9a9a9a"
+
+
+def check_plot(path: str | Path) -> None:
+    """Raise ValueError for a picture that could not be drawn, before any work is done."""
+    if Path(path).suffix != ".png":
+        raise ValueError(f"{path}: a plot must end in .png.")
+    if not Path(path).parent.is_dir():
+        raise ValueError(f"The folder {Path(path).parent} of {path} does not exist.")
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise ImportError("A plot needs matplotlib: pip install 'tahoex1_hf[demo]'.") from None
+
+
+def plot_ranking(table: "DataFrame", path: str | Path, most: int = 20) -> None:
+    """Draw, for each group of cells, the genes that shift it most, as bars, and the null beside each.
+
+    A group alone also gets a picture of all its genes: shift against z score, the outstanding ones named.
+
+    Args:
+        table: of `perturb_genes`.
+        path: of the PNG.
+        most: genes per group; with several groups half of that.
+    """
+    from matplotlib.figure import Figure
+
+    measure = "target_change" if "target_change" in table.columns else "cosine_distance"
+    table = table[table[measure].notna()]
+    groups = list(dict.fromkeys(table["group"]))[:_MOST_GROUPS]
+    alone = len(groups) == 1
+    points = alone and len(table) > 2 and table["z_score"].notna().sum() > 2
+    columns = (2 if points else 1) if alone else min(4, len(groups))
+    rows = 1 if alone else math.ceil(len(groups) / columns)
+    shown = most if alone else most // 2
+    tallest = min(shown, int(table.groupby("group").size().max()))
+    figure = Figure(figsize=(4.4 * columns + 0.6, rows * (1.6 + 0.24 * tallest)), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axis, group in zip(axes, groups, strict=False):
+        _bars(axis, _strongest(table[table["group"] == group], measure, shown), measure, str(group))
+    if points:
+        _points(axes[1], table, measure)
+    for axis in axes[len(groups) + points :]:
+        axis.set_visible(False)
+    figure.savefig(path, dpi=130)
+
+
+def _strongest(rows: "DataFrame", measure: str, number: int) -> "DataFrame":
+    """With a target, both ends of the ranking."""
+    if measure != "target_change" or len(rows) <= number:
+        return rows.head(number)
+    return rows.iloc[[*range(number - number // 2), *range(len(rows) - number // 2, len(rows))]]
+
+
+def _axis_label(measure: str) -> str:
+    return {"target_change": "change of cosine to the target", "cosine_distance": "cosine distance"}[measure]
+
+
+def _bars(axis: Any, rows: "DataFrame", measure: str, title: str) -> None:
+    places = np.arange(len(rows))
+    values, errors = rows[measure].to_numpy(), rows[f"{measure}_se"].fillna(0).to_numpy()
+    colors = [_BLUE if value >= 0 else _ORANGE for value in values]
+    axis.barh(places, values, xerr=errors, color=colors, error_kw={"elinewidth": 1})
+    mean, sd = rows["null_mean"].to_numpy(), rows["null_sd"].to_numpy()
+    if np.isfinite(mean).any():
+        axis.errorbar(
+            mean, places, xerr=np.nan_to_num(sd), fmt="|", color="black", ecolor=_GREY, elinewidth=3, alpha=0.8,
+            markersize=8, label="null: mean ± sd",
+        )  # fmt: skip
+        axis.legend(fontsize=7, loc="lower right", frameon=False)
+    if measure == "cosine_distance":
+        axis.set_xlim(left=0)
+    names = [name if len(name) <= 24 else f"{name[:23]}…" for name in rows["gene"]]
+    labels = [f"{name} ({cells})" for name, cells in zip(names, rows["n_cells_changed"], strict=True)]
+    axis.set_yticks(places, labels, fontsize=8)
+    axis.invert_yaxis()
+    axis.ticklabel_format(axis="x", style="sci", scilimits=(-2, 3))
+    axis.tick_params(axis="x", labelsize=8)
+    axis.set_xlabel(f"{_axis_label(measure)} (mean ± s.e.)", fontsize=8)
+    axis.set_title(title if title != "all" else "genes (cells changed)", fontsize=9)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _points(axis: Any, table: "DataFrame", measure: str) -> None:
+    rows = table[table["z_score"].notna()]
+    outstanding = rows["q_value"].lt(0.1).to_numpy()
+    for chosen, color, label in ((~outstanding, _GREY, "q ≥ 0.1"), (outstanding, _BLUE, "q < 0.1")):
+        axis.scatter(rows[measure][chosen], rows["z_score"][chosen], s=10, color=color, alpha=0.7, label=label)
+    if measure == "cosine_distance":
+        axis.set_xscale("log")
+    for number in np.argsort(-rows["z_score"].abs().to_numpy(), kind="stable")[:10]:
+        row = rows.iloc[number]
+        axis.annotate(
+            row["gene"], (row[measure], row["z_score"]), fontsize=7, xytext=(3, 2), textcoords="offset points"
+        )
+    axis.axhline(0, color="black", linewidth=0.6)
+    axis.set_xlabel(_axis_label(measure), fontsize=8)
+    axis.set_ylabel("z score against genes of like expression", fontsize=8)
+    axis.tick_params(labelsize=8)
+    axis.legend(fontsize=7, frameon=False)
+    axis.spines[["top", "right"]].set_visible(False)
