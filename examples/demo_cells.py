@@ -3,10 +3,12 @@
 import csv
 import warnings
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import scanpy as sc
 import scipy.sparse as sp
+import typer
 from anndata import AnnData
 
 LABELS = "bulk_labels"
@@ -40,3 +42,13 @@ def load_gene_symbols() -> dict[str, str]:
     """Return gene symbol -> Ensembl id; 744 of the cells' 765 genes are there, the others have no current id."""
     with SYMBOLS_CSV.open(newline="", encoding="utf-8") as file:
         return {row["symbol"]: row["ensembl_id"] for row in csv.DictReader(file)}
+
+
+def main(path: Annotated[Path, typer.Argument(metavar="FILE.h5ad")]) -> None:
+    """Write the cells to a file, for the commands and recipes that read one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    load_cells().write_h5ad(path)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,60 @@
+# Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
+"""The model that fine-tuning starts from, and its tokenizer."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from tahoex1_hf.finetuning.config import FinetuneConfig
+from tahoex1_hf.finetuning.methods import quantization
+from tahoex1_hf.model_loading import find_model
+from tahoex1_hf.modeling_tahoe_x1 import TahoeX1PreTrainedModel
+from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
+
+Model = TypeVar("Model", bound=TahoeX1PreTrainedModel)
+
+
+def load_tokenizer(config: FinetuneConfig) -> TahoeX1Tokenizer:
+    """The base's tokenizer, with the context length of the run."""
+    changes = {} if config.context_length is None else {"context_length": config.context_length}
+    tokenizer: TahoeX1Tokenizer = TahoeX1Tokenizer.from_pretrained(
+        find_model(config.model, size=config.size), **changes
+    )
+    return tokenizer
+
+
+def load_base(config: FinetuneConfig, model_class: type[Model], **options: Any) -> Model:
+    """The base with the head of a task; a head that the checkpoint lacks has new weights, drawn from `config.seed`.
+
+    Args:
+        config: which base; with `qlora`, its weights are quantised.
+        model_class: with the head.
+        **options: of `TahoeX1Config`: `num_labels`, `id2label` and the like.
+
+    Raises:
+        ValueError: for `qlora` where the hardware does not have it.
+    """
+    options |= quantization(config)
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        model: Model = model_class.from_pretrained(
+            find_model(config.model, size=config.size),
+            dtype=torch.float32,
+            attn_implementation=config.attention,
+            **options,
+        )
+    return model
+
+
+def base_name(config: FinetuneConfig) -> str:
+    """How an adapter names its base: the id on the Hub, or the absolute path of a folder."""
+    return str(Path(config.model).resolve()) if Path(config.model).exists() else config.model
+
+
+def vocabulary_digest(tokenizer: TahoeX1Tokenizer) -> str:
+    """Tells vocabularies apart: sha256 of tokens and ids."""
+    table = json.dumps(sorted(tokenizer.get_vocab().items()))
+    return hashlib.sha256(table.encode()).hexdigest()

@@ -1,0 +1,81 @@
+# Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
+"""Training batches by step: which cells a step sees follows from seed and number, so that nothing is saved for it."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+# Batches whose cells are sorted by length together: similar lengths leave little padding, and the order stays random.
+_WINDOW = 50
+
+
+def epoch_order(rows: np.ndarray, lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> np.ndarray:
+    """Cells of every step of an epoch; those that do not fill a last step are left out, others in each epoch.
+
+    Args:
+        rows: `(cells,)` row numbers to train on.
+        lengths: `(all cells,)` tokens of each.
+        batch_size: cells of a step, at most as many as there are.
+        seed: of the order.
+        epoch: number of the epoch.
+
+    Returns:
+        `(steps, batch_size)` row numbers.
+    """
+    random = np.random.default_rng([seed, epoch])
+    steps = len(rows) // batch_size
+    order = random.permutation(rows)[: steps * batch_size]
+    for start in range(0, len(order), _WINDOW * batch_size):
+        window = order[start : start + _WINDOW * batch_size]
+        order[start : start + len(window)] = window[np.argsort(-lengths[window], kind="stable")]
+    return random.permutation(order.reshape(steps, batch_size))
+
+
+class TrainingBatches:
+    """This process's batch of every step, from the present one to the last; Trainer takes it for one long epoch.
+
+    Args:
+        make_batch: makes a batch, given row numbers and the number of the epoch.
+        rows: `(cells,)` row numbers to train on.
+        lengths: `(all cells,)` tokens of each.
+        batch_size: cells of a step, of all processes together.
+        seed: of the order.
+        world: number of this process, and of all.
+
+    Raises:
+        ValueError: where the processes cannot share a step evenly.
+    """
+
+    def __init__(
+        self,
+        make_batch: Callable[[np.ndarray, int], dict[str, Any]],
+        rows: np.ndarray,
+        lengths: np.ndarray,
+        batch_size: int,
+        seed: int,
+        world: tuple[int, int] = (0, 1),
+    ):
+        self.make_batch, self.dataset, self.lengths, self.seed = make_batch, rows, lengths, seed
+        self.rank, self.processes = world
+        if batch_size % self.processes:
+            raise ValueError(f"batch_size={batch_size} cannot be shared evenly by {self.processes} processes.")
+        # Fewer cells than a step: all of them, as far as they can be shared evenly.
+        self.batch_size = min(batch_size, len(rows) // self.processes * self.processes)
+        if not self.batch_size:
+            raise ValueError(f"{len(rows)} training cells are too few for {self.processes} processes.")
+        self.steps_per_epoch = len(rows) // self.batch_size
+        self.max_steps = 0  # of the run; set before the iteration, as is
+        self.done: Callable[[], int] = lambda: 0  # the number of steps made so far
+
+    def __len__(self) -> int:
+        return self.max_steps
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        step = self.done()
+        while step < self.max_steps:
+            epoch, first = divmod(step, self.steps_per_epoch)
+            order = epoch_order(self.dataset, self.lengths, self.batch_size, self.seed, epoch)
+            for rows in order[first : first + self.max_steps - step]:
+                yield self.make_batch(rows[self.rank :: self.processes], epoch)
+                step += 1

@@ -1,0 +1,93 @@
+# Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
+"""The card of an adapter: what it is, what made it, how it is loaded, how well it does."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+_METHODS = {
+    "lora": "LoRA",
+    "dora": "DoRA",
+    "rslora": "rank-stabilised LoRA",
+    "qlora": "LoRA on a quantised base",
+    "full": "full fine-tuning",
+    "linear_probe": "a linear probe (the base is frozen, the head fitted by scikit-learn)",
+    "head_only": "gradient training of the head alone",
+}
+
+
+def adapter_card(record: dict[str, Any]) -> str:
+    """Text of README.md.
+
+    Args:
+        record: of `finetuning.json`.
+    """
+    base = record["model"]
+    metadata: dict[str, Any] = {
+        "library_name": "transformers" if record["method"] == "full" else "peft",
+        "tags": ["tahoe-x1", "single-cell", record["task"].replace("_", "-")],
+    }
+    if not Path(base).exists():  # a folder of this machine says nothing to the Hub
+        metadata["base_model"] = base
+    shown = f"{base} ({record['size']})" if record.get("size") else base
+    sections = [
+        f"---\n{yaml.safe_dump(metadata, sort_keys=False)}---",
+        f"# Tahoe-x1 {record['task'].replace('_', ' ')}{_of(record)}",
+        f"{_METHODS[record['method']].capitalize() if record['method'] == 'full' else _METHODS[record['method']]} "
+        f"on `{shown}`.",
+        _facts(record),
+        _labels(record),
+        _scores(record),
+        _usage(record),
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _of(record: dict[str, Any]) -> str:
+    return f": {record['label']}" if record.get("label") else ""
+
+
+def _facts(record: dict[str, Any]) -> str:
+    facts = {
+        "Trained with": f"tahoex1_hf {record['package_version']}",
+        "Training cells": record.get("training_cells"),
+        "Steps": record.get("steps"),
+        "Trainable parameters": f"{record['trainable_parameters']:,}" if "trainable_parameters" in record else None,
+        "Counts from": f"layer {record['layer']}" if record.get("layer") else None,
+        "Most tokens of a cell": record.get("context_length"),
+    }
+    lines = [f"| {name} | {value} |" for name, value in facts.items() if value is not None]
+    return "\n".join(["| | |", "|---|---|", *lines])
+
+
+def _labels(record: dict[str, Any]) -> str:
+    classes = record.get("classes")
+    if not classes:
+        return ""
+    shown = ", ".join(classes[:60]) + (f" and {len(classes) - 60} more" if len(classes) > 60 else "")
+    return f"## Classes\n\n{shown}"
+
+
+def _scores(record: dict[str, Any]) -> str:
+    scores = record.get("metrics")
+    if not scores:
+        return ""
+    lines = [f"| {name} | {value:.4g} |" for name, value in scores.items()]
+    where = record.get("metrics_of", "test cells")
+    return "\n".join([f"## Results on {where}", "", "| metric | value |", "|---|---|", *lines])
+
+
+def _usage(record: dict[str, Any]) -> str:
+    return f"""## Use
+
+```python
+from tahoex1_hf.finetuning.adapters import load_adapter
+
+model, tokenizer = load_adapter("FOLDER OR HUB ID OF THIS ADAPTER")
+batch = tokenizer(adata, padding=True, return_tensors="pt")
+outputs = model(**batch)
+```
+
+With PEFT and transformers alone, `PeftModel.from_pretrained(base, folder)`, where `base` is a
+`{record["model_class"]}` loaded with the `model_options` of `finetuning.json`."""

@@ -1,0 +1,183 @@
+# Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
+"""Columns of obs: the labels to learn, the groups that stay together, and what can be wrong with them."""
+
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tahoex1_hf.finetuning.config import FinetuneConfig
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+logger = logging.getLogger(__name__)
+
+# A column of numbers with more distinct values than this is a quantity, not a set of classes.
+MAX_NUMERIC_CLASSES = 50
+_MISSING = ("", "nan", "NaN", "None", "<NA>")
+
+
+@dataclass(frozen=True, eq=False)
+class Labels:
+    """Labels of the cells that have one.
+
+    Attributes:
+        rows: `(labelled,)` row numbers in the file, rising.
+        values: `(labelled,)` int64 class numbers, or float64.
+        classes: names of the classes, or None for numbers.
+    """
+
+    rows: np.ndarray
+    values: np.ndarray
+    classes: list[str] | None
+
+
+def read_obs_column(path: str, name: str, role: str) -> "pd.Series":
+    """A column of obs of a file.
+
+    Args:
+        path: `.h5ad` file or `.zarr` store.
+        name: of the column.
+        role: what it is for, for errors.
+
+    Raises:
+        FileNotFoundError: where there is no such file.
+        ValueError: for a file without obs, and for a column that is not there, naming those that are.
+    """
+    from pathlib import Path
+
+    from tahoex1_hf.data.sources.anndata_files import is_anndata
+    from tahoex1_hf.data.sources.anndata_store import column_names, open_store, read_column
+    from tahoex1_hf.data.sources.base import INDEX, BadInput
+
+    if not Path(path).exists():
+        raise FileNotFoundError(f"data={path} does not exist.")
+    if not is_anndata(Path(path)):
+        raise ValueError(f"data={path}: {role}={name} is a column of obs, which only .h5ad and .zarr have.")
+    try:
+        with open_store(path) as store:
+            columns = column_names(store["obs"])
+            if name in columns or name == INDEX:
+                return read_column(store["obs"], name)
+    except BadInput as error:
+        raise ValueError(f"{path}: {error}") from error
+    raise ValueError(f"{role}={name} is no column of obs of {path}; there are {', '.join(sorted(columns))}.")
+
+
+def class_labels(column: "pd.Series", config: FinetuneConfig) -> Labels:
+    """Classes of the cells; those without are left out with a warning.
+
+    Raises:
+        ValueError: for a column that is constant, empty, or holds measurements; for a class with too few cells.
+    """
+    rows = _labelled(column, config.label)
+    values = column.iloc[rows]
+    _check_not_measured(values, config.label)
+    names = _class_names(values)
+    kinds, codes, counts = np.unique(names, return_inverse=True, return_counts=True)
+    rare = kinds[counts < config.min_class_cells]
+    if len(rare):
+        listed = ", ".join(f"{kind} ({count})" for kind, count in zip(kinds, counts, strict=True) if kind in rare[:5])
+        if config.rare_classes == "error":
+            raise ValueError(
+                f"label={config.label}: {len(rare)} classes have fewer than {config.min_class_cells} cells: {listed}. "
+                "They cannot be both learnt and tested: merge them with others, or set rare_classes=drop to leave "
+                "their cells out."
+            )
+        keep = ~np.isin(names, rare)
+        logger.warning(
+            "%d cells of %d rare classes are left out: %s%s.",
+            (~keep).sum(),
+            len(rare),
+            listed,
+            ", ..." if len(rare) > 5 else "",
+        )
+        rows, names = rows[keep], names[keep]
+        kinds, codes = np.unique(names, return_inverse=True)
+    if len(kinds) < 2:
+        raise ValueError(
+            f"label={config.label} has the one value {', '.join(map(repr, kinds)) or 'none'}: there is nothing to "
+            "tell apart. Choose a column with two classes or more."
+        )
+    order = _sorted_classes(kinds)
+    return Labels(rows, np.argsort(order)[codes], [str(kind) for kind in kinds[order]])
+
+
+def number_labels(column: "pd.Series", config: FinetuneConfig) -> Labels:
+    """Numbers of the cells; those without are left out with a warning.
+
+    Raises:
+        ValueError: for a column that is constant or empty, or holds something that is no finite number.
+    """
+    import pandas as pd
+
+    rows = _labelled(column, config.label)
+    values = column.iloc[rows].astype(object)
+    numbers = pd.to_numeric(values, errors="coerce").to_numpy(dtype=np.float64)
+    wrong = ~np.isfinite(numbers)
+    if wrong.any():
+        example = values.iloc[int(np.flatnonzero(wrong)[0])]
+        raise ValueError(
+            f"label={config.label}: {wrong.sum()} values are no finite numbers, {example!r} for one. Choose a column "
+            "of numbers, or task=classification."
+        )
+    if len(np.unique(numbers)) < 2:
+        raise ValueError(f"label={config.label} is {numbers[0]:g} in all cells: there is nothing to predict.")
+    return Labels(rows, numbers, None)
+
+
+def group_names(column: "pd.Series", rows: np.ndarray, name: str) -> np.ndarray:
+    """`(rows,)` groups as text.
+
+    Raises:
+        ValueError: for cells without a group.
+    """
+    groups = column.iloc[rows].astype(object)
+    missing = groups.isna().to_numpy() | np.isin(groups.astype(str).to_numpy(), _MISSING)
+    if missing.any():
+        raise ValueError(
+            f"group={name}: {missing.sum()} cells have none, and may belong to any: fill the column in, or remove "
+            "them."
+        )
+    return groups.astype(str).to_numpy(dtype=object)
+
+
+def _labelled(column: "pd.Series", name: str | None) -> np.ndarray:
+    text = column.astype(object)
+    missing = text.isna().to_numpy() | np.isin(text.astype(str).to_numpy(), _MISSING)
+    if missing.all():
+        raise ValueError(f"label={name} is empty: no cell has a label.")
+    if missing.any():
+        logger.warning("%d of %d cells have no %s and are left out.", missing.sum(), len(missing), name)
+    return np.flatnonzero(~missing)
+
+
+def _check_not_measured(values: "pd.Series", name: str | None) -> None:
+    """Classes may be numbered, but not measured."""
+    plain: Any = values.astype(object).to_numpy()
+    if not all(isinstance(value, (int, float, np.integer, np.floating)) for value in plain):
+        return
+    numbers = plain.astype(np.float64)
+    distinct = len(np.unique(numbers))
+    broken = bool((numbers != np.floor(numbers)).any())
+    if broken or distinct > MAX_NUMERIC_CLASSES:
+        raise ValueError(
+            f"label={name} holds numbers with {distinct} distinct values{' and decimals' if broken else ''}, not "
+            "classes: set task=regression, or write classes (text) into another column."
+        )
+
+
+def _class_names(values: "pd.Series") -> np.ndarray:
+    """Names as text; whole floats, as columns with missing numbers have, lose their `.0`."""
+    names = [str(int(v)) if isinstance(v, (float, np.floating)) else str(v) for v in values.astype(object)]
+    return np.array(names, dtype=object)
+
+
+def _sorted_classes(kinds: np.ndarray) -> np.ndarray:
+    """By number where all are numbers, else by name."""
+    try:
+        return np.argsort(np.array([float(kind) for kind in kinds]), kind="stable")
+    except ValueError:
+        return np.argsort(kinds.astype(str), kind="stable")

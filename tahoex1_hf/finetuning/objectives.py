@@ -1,0 +1,102 @@
+# Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
+"""What is minimised: the loss of a training step, and the same on validation cells, whatever batches they come in."""
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch.nn.functional import cross_entropy
+
+from tahoex1_hf.data.collator import CellCollator
+from tahoex1_hf.finetuning.config import FinetuneConfig
+from tahoex1_hf.finetuning.labelled_cells import LabelledCells
+
+# Number of the "epoch" from which the hidden genes of validation and test cells are drawn: the same whenever.
+HELD_OUT = 2**32
+
+
+def class_weights(labels: np.ndarray, num_classes: int, kind: str) -> np.ndarray:
+    """Weight of each class, `(classes,)` float32, whose mean over the cells is 1.
+
+    Args:
+        labels: `(cells,)` class numbers of the training cells.
+        num_classes: also of classes that none of them has, which get 1.
+        kind: "balanced": inverse to the number of cells; "none".
+    """
+    counts = np.bincount(labels, minlength=num_classes)
+    if kind == "none":
+        return np.ones(num_classes, dtype=np.float32)
+    present = counts > 0
+    weights = np.ones(num_classes)
+    weights[present] = len(labels) / (present.sum() * counts[present])
+    return weights.astype(np.float32)
+
+
+class Objective:
+    """Loss of a task.
+
+    Args:
+        config: of the run.
+        cells: with labels, except for masked expression.
+        train: rows to train on, which set class weights, or mean and scale of the numbers.
+
+    Attributes:
+        mean: of the numbers to predict.
+        scale: their standard deviation.
+    """
+
+    def __init__(self, config: FinetuneConfig, cells: LabelledCells, train: np.ndarray):
+        self.config, self.cells = config, cells
+        self.mean, self.scale = 0.0, 1.0
+        self.weights: torch.Tensor | None = None
+        self.collator: CellCollator | None = None
+        if config.task == "classification":
+            labels = cast(np.ndarray, cells.labels)[train]
+            weights = class_weights(labels, len(cells.classes or ()), config.class_weights)
+            self.weights = torch.from_numpy(weights)
+        elif config.task == "regression":
+            labels = cast(np.ndarray, cells.labels)[train]
+            self.mean, self.scale = float(labels.mean()), float(labels.std()) or 1.0
+        else:
+            self.collator = CellCollator(cells.tokenizer, mlm_probability=config.mlm_probability)
+
+    def batch(self, rows: np.ndarray, epoch: int) -> dict[str, Any]:
+        """Arguments of the model for some cells, with labels in the unit of the loss."""
+        if self.collator is not None:
+            return self.cells.masked_batch(self.collator, rows, self.config.seed, epoch)
+        batch = self.cells.batch(rows)
+        if self.config.task == "regression":
+            batch["labels"] = (batch["labels"] - self.mean) / self.scale
+        return batch
+
+    def __call__(self, outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+        """Loss of a part of a step; the sum over all parts is the mean over the step's `num_items_in_batch` cells."""
+        losses, _ = self._losses(outputs.logits, labels)
+        return losses.sum() / (len(labels) if num_items_in_batch is None else num_items_in_batch)
+
+    def _losses(self, logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`(cells,)` weighted losses, and the weights."""
+        logits = logits.float()
+        if self.weights is None:
+            return (logits.squeeze(1) - labels).square(), torch.ones_like(labels)
+        weights = self.weights.to(logits.device)
+        return cross_entropy(logits, labels, weight=weights, reduction="none"), weights[labels]
+
+    def sums(self, model: Callable[..., Any], batch: dict[str, Any]) -> torch.Tensor:
+        """Over a batch: sum of the losses, sum of what it is to be divided by, and sum of hits; `(3,)` float64."""
+        if self.collator is not None:
+            outputs = model(**batch, num_items_in_batch=1)  # the sum over the targets
+            return torch.stack(
+                [outputs.loss.double(), batch["target_mask"].sum().double(), outputs.loss.new_zeros(())]
+            )
+        labels = batch.pop("labels")
+        logits = model(**batch).logits
+        losses, weights = self._losses(logits, labels)
+        hits = logits.argmax(1) == labels if self.weights is not None else torch.zeros_like(labels)
+        return torch.stack([losses.double().sum(), weights.double().sum(), hits.double().sum()])
+
+    def metrics(self, sums: torch.Tensor, num_cells: int) -> dict[str, float]:
+        """What the sums over all cells come to."""
+        found = {"loss": float(sums[0] / sums[1].clamp(min=1e-12))}
+        return found | ({"accuracy": float(sums[2]) / num_cells} if self.weights is not None else {})

@@ -1,0 +1,118 @@
+# Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
+"""What all tasks' runs have in common: the folder of a run, Trainer's options, what a run cost."""
+
+import logging
+import math
+import os
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
+
+from tahoex1_hf.finetuning.config import FinetuneConfig
+from tahoex1_hf.training.checkpoints import STATUS, write_atomically
+
+logger = logging.getLogger(__name__)
+
+RESOLVED = "config.resolved.yaml"
+_HARMLESS = {"output_dir", "report"}  # keys that may differ when a run goes on
+
+
+def open_run(config: FinetuneConfig, first: bool) -> None:
+    """Make the folder of a run, or see that the one that is there is of this run.
+
+    Args:
+        config: of the run.
+        first: whether this is the main process.
+
+    Raises:
+        ValueError: where the folder is of a run with other settings.
+    """
+    output_dir = Path(config.output_dir)
+    earlier = output_dir / RESOLVED
+    if earlier.is_file():
+        before = yaml.safe_load(earlier.read_text(encoding="utf-8"))
+        now = config.model_dump(mode="json")
+        changed = sorted(k for k in {*before, *now} - _HARMLESS if before.get(k) != now.get(k))
+        if changed:
+            raise ValueError(
+                f"output_dir={config.output_dir} holds a run with another {', '.join(changed)}: choose another "
+                "folder, or remove it."
+            )
+    if first:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        config.write(earlier)
+
+
+def say(config: FinetuneConfig, status: str, **more: Any) -> None:
+    """Leave word for launchers, which turn every exit code into 1."""
+    write_atomically(Path(config.output_dir) / STATUS, {"status": status, **more})
+
+
+def steps_of(config: FinetuneConfig, steps_per_epoch: int) -> tuple[int, int]:
+    """Steps of a run at most, and between two evaluations."""
+    max_steps = max(1, math.ceil(config.epochs * steps_per_epoch))
+    return max_steps, min(config.eval_steps or steps_per_epoch, max_steps)
+
+
+def training_arguments(config: FinetuneConfig, folder: Path, max_steps: int, eval_steps: int) -> TrainingArguments:
+    """Trainer's options."""
+    schedule = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}[config.schedule]
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return TrainingArguments(
+        output_dir=str(folder),
+        max_steps=max_steps,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type=schedule,
+        warmup_steps=round(config.warmup_fraction * max_steps),
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        activation_checkpointing=config.gradient_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False} if config.gradient_checkpointing else None,
+        seed=config.seed,
+        logging_steps=eval_steps,
+        logging_nan_inf_filter=False,
+        eval_strategy="steps",
+        eval_steps=eval_steps,
+        save_strategy="steps",
+        save_steps=eval_steps,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        greater_is_better=False,
+        restore_callback_states_from_checkpoint=True,
+        report_to="none",
+        use_cpu=not torch.cuda.is_available(),
+        ddp_backend="gloo" if several and not torch.cuda.is_available() else None,
+        # Whole models have parts that a task does not use: the flag of hidden genes, say.
+        ddp_find_unused_parameters=config.method == "full",
+        ignore_data_skip=True,  # the batches know where to begin
+        remove_unused_columns=False,
+        disable_tqdm=not os.isatty(2),
+        bf16=config.precision == "bf16",
+        fp16=config.precision == "fp16",
+    )
+
+
+def early_stopping(config: FinetuneConfig) -> list[TrainerCallback]:
+    """The callback, where it is wanted."""
+    patience = config.early_stopping_patience
+    return [] if patience is None else [EarlyStoppingCallback(patience)]
+
+
+def peak_memory_gb() -> float:
+    """Most memory so far: of the CUDA device where there is one, else of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def computes_in(config: FinetuneConfig) -> str:
+    """Precision of predictions: that of the training."""
+    launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no") if config.precision == "launcher" else None
+    half = "bf16" in (config.precision, launcher)
+    return "bfloat16" if half else "float32"
