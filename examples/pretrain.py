@@ -9,9 +9,11 @@ the work, and how, is the launcher's affair: `accelerate launch --config_file ex
 
 import logging
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
+from accelerate import PartialState
 
 from tahoex1_hf.training.config import read_pretrain_config
 from tahoex1_hf.training.pretraining import pretrain
@@ -20,6 +22,10 @@ from tahoex1_hf.training.pretraining import pretrain
 def main(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE.yaml", help="See examples/configs/pretrain.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE...")] = None,
+    push_to_hub: Annotated[
+        str | None, typer.Option(metavar="OWNER/NAME", help="In the end, upload the model, with a card.")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="Create that repository as a private one.")] = False,
 ) -> None:
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
@@ -29,7 +35,19 @@ def main(
     except (ValueError, OSError) as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(2) from None
-    raise typer.Exit(pretrain(config))
+    code = pretrain(config)
+    if push_to_hub is not None and code == 0 and PartialState().is_main_process:
+        upload(Path(config.output_dir), push_to_hub, private)
+    raise typer.Exit(code)
+
+
+def upload(folder: Path, repository: str, private: bool) -> None:
+    """Build the repository beside the model, see that it loads without this package, and upload it."""
+    sys.path.append(str(Path(__file__).resolve().parents[1] / "conversion"))
+    from export_to_hub import main as export
+
+    name, card = repository.rpartition("/")[2], folder / "card.yaml"
+    export([f"{name}={folder}"], folder / "hub", default=name, card=card, push=repository, private=private)
 
 
 if __name__ == "__main__":

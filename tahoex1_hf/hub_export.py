@@ -47,6 +47,8 @@ CONFIG, TOKENIZER_CONFIG, VOCAB, INDEX = (
     "vocab.json",
     "model.safetensors.index.json",
 )
+RUN_STATUS = "run_status.json"  # in the folder of a training run
+_OF_A_RUN = {RUN_STATUS, "trainer_state.json"}
 _PACKAGE = Path(__file__).resolve().parent
 _TOLERANCE = 1e-6
 
@@ -165,9 +167,11 @@ def _add_checkpoint(source: Path, folder: Path) -> None:
     for path in sorted(source.iterdir()):
         if path in weights:
             _link_or_copy(path.resolve(), folder / path.name)
+        elif path.name in _OF_A_RUN:
+            continue
         elif path.suffix == ".json" and path.is_file():
             shutil.copyfile(path, folder / path.name)
-        elif path.name != "README.md":
+        elif path.name != "README.md" and not (source / RUN_STATUS).is_file():
             logger.warning("%s is left out: it is not part of a converted checkpoint.", path)
     if (manifest := folder / MANIFEST).is_file():  # it is public from here on: no folder names of this machine
         record = _read_json(manifest)

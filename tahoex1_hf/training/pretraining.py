@@ -25,6 +25,7 @@ from tahoex1_hf.training.config import PretrainConfig
 from tahoex1_hf.training.curve import draw_curve
 from tahoex1_hf.training.evaluation import CellTypeEvaluation, GeneEssentialityEvaluation
 from tahoex1_hf.training.monitors import PREEMPTED, Preemption, SpeedMonitor, SpikeWarning, peak_flops
+from tahoex1_hf.training.run_card import card_facts, write_facts
 from tahoex1_hf.training.stream import StepBatches, ValidationCells, training_cells
 from tahoex1_hf.training.trainer import PretrainingTrainer
 
@@ -232,9 +233,23 @@ def _finish(trainer: PretrainingTrainer, config: PretrainConfig, baselines: dict
             draw_curve(trainer.state.log_history, baselines, output_dir / "training_curve.png")
         except ImportError:
             logger.info("No picture of the run: pip install matplotlib.")
+        write_facts(_facts(trainer, config, {**metrics, **baselines}), output_dir)
         for name, value in [*metrics.items(), *baselines.items()]:
             logger.info("%s: %.4f", name, value)
         _say(output_dir, "finished", step=trainer.state.global_step, metrics=metrics, baselines=baselines)
+
+
+def _facts(trainer: PretrainingTrainer, config: PretrainConfig, results: dict[str, float]) -> dict[str, Any]:
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    return card_facts(
+        config,
+        model.config,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        steps=trainer.state.global_step,
+        steps_per_epoch=trainer.steps.steps_per_epoch,
+        cells=(trainer.steps.cells.num_cells, trainer.validation.cells.num_cells if trainer.validation else 0),
+        results=results,
+    )
 
 
 def _say(output_dir: Path, status: str, **more: Any) -> None:

@@ -1,0 +1,53 @@
+"""The card of a pretraining run, and its way to the Hub."""
+
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from hub_server import Hub, serve
+from training_runs import ROOT, command, environment
+
+
+def renderer() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("model_card_render", ROOT / "model_cards" / "render.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.slow
+def test_a_run_is_pushed_with_its_card(training_dataset: Path, tmp_path: Path) -> None:
+    pytest.importorskip("jinja2")
+    hub, run = Hub(), tmp_path / "mine"
+    arguments = command("single", run, training_dataset, baselines="true", max_steps=3)
+    with serve(hub):
+        online = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": "hf_test"}
+        done = subprocess.run(
+            [*arguments, "--push-to-hub", "someone/mine"],
+            env={**environment("single"), **online, "HF_HOME": str(tmp_path / "hf_home")},
+            capture_output=True, text=True, timeout=240, check=False,
+        )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    uploaded = hub.repos["someone/mine"]
+    assert {"README.md", "config.json", "model.safetensors", "vocab.json", "modeling_tahoe_x1.py"} <= uploaded.keys()
+    # What belongs to the run alone stays here.
+    assert not [name for name in uploaded if "checkpoint" in name or "status" in name or "trainer" in name]
+    assert uploaded["model.safetensors"] == (run / "model.safetensors").read_bytes()
+    text = uploaded["README.md"].decode()
+    assert "It is not the released Tahoe-x1." in text
+    numbers = re.search(r"(\d+) to train on, (\d+) held out", text)
+    assert numbers is not None
+    assert int(numbers[1]) + int(numbers[2]) == 100
+    assert "3 steps; AdamW" in text
+    assert "a constant per gene: its mean bin" in text
+    assert "someone/mine" in text
+    facts = renderer().load_facts(run / "card.yaml")
+    assert facts.shape.hidden_size == 32
+    assert facts.recipe[0].cells_per_step == 8
