@@ -25,8 +25,10 @@ from tahoex1_hf.finetuning.methods import adapt, trainable_parameters
 from tahoex1_hf.finetuning.objectives import Objective
 from tahoex1_hf.finetuning.probe import fit_probe, in_units, set_head
 from tahoex1_hf.finetuning.runs import (
+    RESULT,
     computes_in,
     early_stopping,
+    has_begun,
     open_run,
     peak_memory_gb,
     say,
@@ -41,7 +43,7 @@ from tahoex1_hf.training.monitors import PREEMPTED, Preemption
 
 logger = logging.getLogger(__name__)
 
-RESULT, ARRAYS = "result.json", "result.npz"
+ARRAYS = "result.npz"
 
 
 class Preempted(Exception):
@@ -86,7 +88,8 @@ class CellRun:
         """The folder's checkpoints must be of these cells."""
         path = self.folder / "data.json"
         here = {"fingerprint": self.cells.fingerprint, "cells": len(self.cells)}
-        if path.is_file() and json.loads(path.read_text(encoding="utf-8")) != here:
+        begun = path.is_file() and has_begun(self.folder)
+        if begun and json.loads(path.read_text(encoding="utf-8")) != here:
             raise ValueError(
                 f"data={self.config.data} has changed since the run in {self.folder} began: choose another folder."
             )

@@ -19,6 +19,7 @@ from tahoex1_hf.training.checkpoints import STATUS, write_atomically
 logger = logging.getLogger(__name__)
 
 RESOLVED = "config.resolved.yaml"
+RESULT = "result.json"  # the last thing written of a split
 _HARMLESS = {"output_dir", "report"}  # keys that may differ when a run goes on
 
 
@@ -34,7 +35,7 @@ def open_run(config: FinetuneConfig, first: bool) -> None:
     """
     output_dir = Path(config.output_dir)
     earlier = output_dir / RESOLVED
-    if earlier.is_file():
+    if earlier.is_file() and has_begun(output_dir):
         before = yaml.safe_load(earlier.read_text(encoding="utf-8"))
         now = config.model_dump(mode="json")
         changed = sorted(k for k in {*before, *now} - _HARMLESS if before.get(k) != now.get(k))
@@ -46,6 +47,11 @@ def open_run(config: FinetuneConfig, first: bool) -> None:
     if first:
         output_dir.mkdir(parents=True, exist_ok=True)
         config.write(earlier)
+
+
+def has_begun(output_dir: Path) -> bool:
+    """Whether a folder holds anything of a run to go on from."""
+    return any(any(output_dir.glob(pattern)) for pattern in ("checkpoint-*", "folds", RESULT))
 
 
 def say(config: FinetuneConfig, status: str, **more: Any) -> None:

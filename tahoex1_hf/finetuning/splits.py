@@ -130,9 +130,11 @@ def given_split(parts: Sequence[object] | np.ndarray, groups: np.ndarray | None,
     """
     values = np.array([str(value) for value in parts])
     missing = np.isin(values, ("", "nan", "None", "<NA>", "NaN"))
-    unknown = sorted(set(values[~missing]) - set(PARTS))
+    unknown = sorted(set(values[~missing].tolist()) - set(PARTS))
     if unknown:
-        raise ValueError(f"the column {name!r} of obs holds {unknown[:3]}: it must hold {', '.join(PARTS)}.")
+        raise ValueError(
+            f"the column {name!r} of obs holds {', '.join(map(repr, unknown[:3]))}: it must hold {', '.join(PARTS)}."
+        )
     split = Split(*(np.flatnonzero(values == part) for part in PARTS))
     for part in ("train", "test"):
         if not len(split.parts()[part]):
