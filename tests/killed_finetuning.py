@@ -1,4 +1,4 @@
-"""examples/finetune_lora.py that is killed: in the midst of step KILL_AT, or of writing its checkpoint (KILL_IN=save)."""
+"""examples/finetune_lora.py killed in the midst of step KILL_AT, or (KILL_IN=save) of writing its checkpoint."""
 
 import os
 import runpy

@@ -161,7 +161,7 @@ def load_adapter(
     from peft import PeftModel
 
     if isinstance(base, PreTrainedModel):
-        model = base
+        model, place = base, Path(base.name_or_path)
         check_fits(folder, record, model.config)
     else:
         place = _base_folder(record, base)
@@ -174,7 +174,7 @@ def load_adapter(
             raise
         raise ValueError(f"{folder} does not fit this base, whose layers have other sizes: {error}") from error
     has_own = (folder / "tokenizer_config.json").is_file()
-    return adapted.eval(), TahoeX1Tokenizer.from_pretrained(folder if has_own else _base_folder(record, None))
+    return adapted.eval(), TahoeX1Tokenizer.from_pretrained(folder if has_own else place)
 
 
 def _model_options(record: dict[str, Any]) -> dict[str, Any]:

@@ -129,5 +129,5 @@ def torchao_config() -> Any:
     return TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=SKIPPED)
 
 
-# Small layers that stay in full precision: encoders of the tokens, decoders, heads. (Names are matched from their start.)
+# Small layers that stay in full precision: encoders of the tokens, decoders, heads. Names match from their start.
 SKIPPED = ["tahoe.embeddings", "expression_decoder", "cell_decoder", "classifier"]
