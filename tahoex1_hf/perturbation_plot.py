@@ -29,7 +29,8 @@ def check_plot(path: str | Path) -> None:
 def plot_ranking(table: "DataFrame", path: str | Path, most: int = 20) -> None:
     """Draw, for each group of cells, the genes that shift it most, as bars, and the null beside each.
 
-    A group alone also gets a picture of all its genes: shift against z score, the outstanding ones named.
+    Perturbations of too few cells to be compared with a null are left out where others are. A group alone also gets a
+    picture of all its genes: shift against z score, the outstanding ones named.
 
     Args:
         table: of `perturb_genes`.
@@ -40,6 +41,10 @@ def plot_ranking(table: "DataFrame", path: str | Path, most: int = 20) -> None:
 
     measure = "target_change" if "target_change" in table.columns else "cosine_distance"
     table = table[table[measure].notna()]
+    if table["n_null"].any():
+        table = table[table["n_null"] > 0]
+    if not len(table):
+        raise ValueError("There is nothing to draw: no perturbation changed a cell.")
     groups = list(dict.fromkeys(table["group"]))[:_MOST_GROUPS]
     alone = len(groups) == 1
     points = alone and len(table) > 2 and table["z_score"].notna().sum() > 2
