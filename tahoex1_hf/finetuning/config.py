@@ -109,6 +109,32 @@ class FinetuneConfig(Strict):
     report: bool = True
     """Write metrics beside those of classical baselines, predictions and pictures at the end."""
 
+    genes: str | None = None
+    """With gene_classification: table (.csv, .tsv, .parquet) with a row per gene; `label`, `group` and `split` are
+    columns of it."""
+    genes_id_column: str = "ensembl_gene_id"
+    """Its column with Ensembl ids."""
+
+    control: str | None = None
+    """With drug_response: what the column `drugs` says of untreated cells. `group` does not apply, see `held_out`."""
+    context: str | None = None
+    """Column of obs with what the response may depend on: the cell line."""
+    batch: str | None = None
+    """Column of obs with the batch or plate; treated cells are compared with the untreated ones of their batch."""
+    held_out: list[Literal["drug", "context"]] = Field(["drug", "context"], min_length=1)
+    """What is tested on: drugs that are not trained on, contexts that are not, or both, a model each."""
+    drug_table: str | None = None
+    """JSON file with drug -> row of `drug_fingerprints` (`tahoex1 drug-fingerprints`), for drugs that the base does
+    not know."""
+    drug_fingerprints: str | None = None
+    """`.npy` file with the fingerprints, `(drugs, bits)`."""
+    response_genes: int = Field(2000, gt=1)
+    """Genes whose change is predicted: those that vary most over the cells."""
+    min_condition_cells: int = Field(10, gt=0)
+    """Fewest cells of a drug in a context, and of its controls: the mean of fewer is noise, and left out."""
+    controls_per_condition: int = Field(32, gt=0)
+    """Control cells that stand for a condition: drawn anew in each epoch, and always the same in predictions."""
+
     @field_validator("precision", mode="before")
     @classmethod
     def _no(cls, value: Any) -> Any:
@@ -130,9 +156,32 @@ class FinetuneConfig(Strict):
                 raise ValueError(f"method={self.method} needs a head to train, which masked_expression has not: lora.")
         if self.method == "linear_probe" and self.task not in LABELLED:
             raise ValueError(f"method=linear_probe is for {' and '.join(LABELLED)}, not for {self.task}: head_only.")
+        self._check_genes_and_drugs()
         if self.split is not None and self.folds > 1:
             raise ValueError(f"split={self.split} says what is tested on: folds={self.folds} does not go with it.")
         return self
+
+    def _check_genes_and_drugs(self) -> None:
+        if self.task == "gene_classification" and (self.genes is None or self.label is None):
+            raise ValueError("gene_classification needs genes, a table with a row per gene, and label, its column.")
+        if self.genes is not None and self.task != "gene_classification":
+            raise ValueError(f"genes={self.genes} is for task=gene_classification, not for {self.task}.")
+        if self.task == "drug_response":
+            for name in ("drugs", "control", "context"):
+                if getattr(self, name) is None:
+                    raise ValueError(
+                        f"drug_response needs {name}: drugs and context are columns of obs, control a drug."
+                    )
+            for name in ("label", "group", "split"):
+                if getattr(self, name) is not None:
+                    raise ValueError(
+                        f"{name}={getattr(self, name)}: drug_response learns changes and holds out drugs "
+                        "and contexts (held_out), leave it out."
+                    )
+        elif self.control is not None or self.context is not None:
+            raise ValueError(f"control and context are for task=drug_response, not for {self.task}.")
+        if (self.drug_table is None) != (self.drug_fingerprints is None):
+            raise ValueError("drug_table and drug_fingerprints go together.")
 
     def write(self, path: Path) -> None:
         """Write all keys, also those left at their defaults."""

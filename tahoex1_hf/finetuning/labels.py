@@ -66,13 +66,13 @@ def read_obs_column(path: str, name: str, role: str) -> "pd.Series":
     raise ValueError(f"{role}={name} is no column of obs of {path}; there are {', '.join(sorted(columns))}.")
 
 
-def class_labels(column: "pd.Series", config: FinetuneConfig) -> Labels:
-    """Classes of the cells; those without are left out with a warning.
+def class_labels(column: "pd.Series", config: FinetuneConfig, of: str = "cells") -> Labels:
+    """Classes of the cells, or of what else has a row (`of`); those without are left out with a warning.
 
     Raises:
-        ValueError: for a column that is constant, empty, or holds measurements; for a class with too few cells.
+        ValueError: for a column that is constant, empty, or holds measurements; for a class with too few rows.
     """
-    rows = _labelled(column, config.label)
+    rows = _labelled(column, config.label, of)
     values = column.iloc[rows]
     _check_not_measured(values, config.label)
     names = _class_names(values)
@@ -82,14 +82,15 @@ def class_labels(column: "pd.Series", config: FinetuneConfig) -> Labels:
         listed = ", ".join(f"{kind} ({count})" for kind, count in zip(kinds, counts, strict=True) if kind in rare[:5])
         if config.rare_classes == "error":
             raise ValueError(
-                f"label={config.label}: {len(rare)} classes have fewer than {config.min_class_cells} cells: {listed}. "
+                f"label={config.label}: {len(rare)} classes have fewer than {config.min_class_cells} {of}: {listed}. "
                 "They cannot be both learnt and tested: merge them with others, or set rare_classes=drop to leave "
-                "their cells out."
+                f"their {of} out."
             )
         keep = ~np.isin(names, rare)
         logger.warning(
-            "%d cells of %d rare classes are left out: %s%s.",
+            "%d %s of %d rare classes are left out: %s%s.",
             (~keep).sum(),
+            of,
             len(rare),
             listed,
             ", ..." if len(rare) > 5 else "",
@@ -113,7 +114,7 @@ def number_labels(column: "pd.Series", config: FinetuneConfig) -> Labels:
     """
     import pandas as pd
 
-    rows = _labelled(column, config.label)
+    rows = _labelled(column, config.label, "cells")
     values = column.iloc[rows].astype(object)
     numbers = pd.to_numeric(values, errors="coerce").to_numpy(dtype=np.float64)
     wrong = ~np.isfinite(numbers)
@@ -128,29 +129,28 @@ def number_labels(column: "pd.Series", config: FinetuneConfig) -> Labels:
     return Labels(rows, numbers, None)
 
 
-def group_names(column: "pd.Series", rows: np.ndarray, name: str) -> np.ndarray:
+def group_names(column: "pd.Series", rows: np.ndarray, name: str, of: str = "cells") -> np.ndarray:
     """`(rows,)` groups as text.
 
     Raises:
-        ValueError: for cells without a group.
+        ValueError: for cells (or what else has a row, `of`) without a group.
     """
     groups = column.iloc[rows].astype(object)
     missing = groups.isna().to_numpy() | np.isin(groups.astype(str).to_numpy(), _MISSING)
     if missing.any():
         raise ValueError(
-            f"group={name}: {missing.sum()} cells have none, and may belong to any: fill the column in, or remove "
-            "them."
+            f"group={name}: {missing.sum()} {of} have none, and may belong to any: fill the column in, or remove them."
         )
     return groups.astype(str).to_numpy(dtype=object)
 
 
-def _labelled(column: "pd.Series", name: str | None) -> np.ndarray:
+def _labelled(column: "pd.Series", name: str | None, of: str) -> np.ndarray:
     text = column.astype(object)
     missing = text.isna().to_numpy() | np.isin(text.astype(str).to_numpy(), _MISSING)
     if missing.all():
-        raise ValueError(f"label={name} is empty: no cell has a label.")
+        raise ValueError(f"label={name} is empty: none of the {of} has a label.")
     if missing.any():
-        logger.warning("%d of %d cells have no %s and are left out.", missing.sum(), len(missing), name)
+        logger.warning("%d of %d %s have no %s and are left out.", missing.sum(), len(missing), of, name)
     return np.flatnonzero(~missing)
 
 
