@@ -2,7 +2,7 @@
 """What a fine-tuned model has to beat: classical models of log-normalised counts, fitted on the training cells alone.
 
 The counts stay sparse; what is dense has 50 columns. Where a split has validation cells, they choose the strength of
-regularisation, as they end the model's training.
+the linear models' regularisation (by macro-F1, or squared error), as they end the training of the model.
 """
 
 import logging
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tahoex1_hf.finetuning.metrics import classification_metrics
 from tahoex1_hf.finetuning.splits import Split
 
 if TYPE_CHECKING:
@@ -24,8 +25,8 @@ COMPONENTS = 50
 MOST_CELLS = 50_000
 _TARGET_SUM = 1e4
 # Strengths (C) that are tried, from strong to weak.
-_STRENGTHS = (0.01, 0.1, 1.0, 10.0)
-_BOOSTING: dict[str, Any] = {"max_iter": 100, "learning_rate": 0.1, "max_leaf_nodes": 15, "early_stopping": False}
+_STRENGTHS = (0.001, 0.01, 0.1, 1.0, 10.0)
+_BOOSTING: dict[str, Any] = {"max_iter": 50, "learning_rate": 0.1, "max_leaf_nodes": 15, "early_stopping": False}
 
 LINEAR = {"classification": "PCA + logistic regression", "regression": "PCA + ridge regression"}
 BOOSTED = "PCA + gradient boosting"
@@ -115,7 +116,7 @@ def classification_baselines(
         return probabilities
 
     def loss(predicted: np.ndarray, truth: np.ndarray) -> float:
-        return float(-np.log(predicted[np.arange(len(truth)), truth].clip(1e-12)).mean())
+        return -classification_metrics(truth, predicted.argmax(1))["macro_f1"]
 
     def constant(y: np.ndarray, num_cells: int) -> np.ndarray:
         return np.tile(np.bincount(y, minlength=number) / len(y), (num_cells, 1))

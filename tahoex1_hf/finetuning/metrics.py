@@ -91,7 +91,7 @@ def regression_metrics(truth: np.ndarray, predicted: np.ndarray) -> dict[str, fl
 def _paired(truth: np.ndarray, predicted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     truth, predicted = np.asarray(truth), np.asarray(predicted)
     if truth.shape != predicted.shape or truth.ndim != 1:
-        raise ValueError(f"truth and predicted have the shapes {truth.shape} and {predicted.shape}: give (cells,) each.")
+        raise ValueError(f"truth {truth.shape} and predicted {predicted.shape} are not of the form (cells,) each.")
     if not len(truth):
         raise ValueError("truth is empty: there is nothing to measure.")
     return truth, predicted

@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from tahoex1_hf.data.config import Strict
+from tahoex1_hf.plots import draw_umap
 
 if TYPE_CHECKING:
     import anndata
@@ -336,27 +337,3 @@ class GeneEssentialityEvaluation(_Evaluation):
         forest = RandomForestClassifier(200, random_state=self.config.seed)
         chances = cross_val_predict(forest, embeddings, labels, cv=folds, method="predict_proba")
         return {"auroc": float(roc_auc_score(labels, chances[:, 1]))}
-
-
-def draw_umap(embeddings: np.ndarray, labels: np.ndarray, title: str, path: Path, seed: int) -> None:
-    """UMAP of embeddings `(cells, width)`, coloured by label, as a PNG."""
-    import matplotlib as mpl
-    import umap
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    number = min(15, len(embeddings) - 1)
-    places = umap.UMAP(n_neighbors=number, random_state=seed, n_jobs=1).fit_transform(embeddings)
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    names = np.unique(labels)
-    colors = mpl.colormaps["tab20" if len(names) > 10 else "tab10"]
-    for place, name in enumerate(names):
-        mine = labels == name
-        axes.scatter(places[mine, 0], places[mine, 1], s=6, color=colors(place % colors.N), label=name, linewidths=0)
-    axes.set_title(title)
-    axes.set_xticks([])
-    axes.set_yticks([])
-    axes.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5), ncols=1 + len(names) // 25)
-    figure.savefig(path, dpi=120)

@@ -1,0 +1,129 @@
+# Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
+"""Pictures of embeddings and predictions, written as PNG. Nothing here touches pyplot, so any thread may draw."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+_NEIGHBOURS = 15
+_MOST_ANNOTATED = 12  # classes of a confusion matrix whose numbers can still be read
+
+
+def umap_places(embeddings: np.ndarray, seed: int) -> np.ndarray:
+    """Coordinates `(cells, 2)` of embeddings `(cells, width)`."""
+    import umap
+
+    number = min(_NEIGHBOURS, len(embeddings) - 1)
+    # Fewer cells than UMAP's spectral start can do with are placed at random.
+    start = "spectral" if len(embeddings) > _NEIGHBOURS else "random"
+    mapper = umap.UMAP(n_neighbors=number, random_state=seed, n_jobs=1, init=start)
+    return np.asarray(mapper.fit_transform(embeddings))
+
+
+def draw_umap(embeddings: np.ndarray, labels: np.ndarray, title: str, path: Path, seed: int) -> None:
+    """UMAP of embeddings `(cells, width)`, coloured by label, as a PNG."""
+    draw_umaps([(title, embeddings)], labels, path, seed)
+
+
+def draw_umaps(
+    panels: Sequence[tuple[str, np.ndarray]], labels: np.ndarray, path: Path, seed: int, title: str | None = None
+) -> None:
+    """UMAPs of the same cells, side by side.
+
+    Args:
+        panels: heading and embeddings `(cells, width)` of each.
+        labels: `(cells,)` names of classes, or floats, which get a colour bar.
+        path: of the PNG.
+        seed: of UMAP.
+        title: above all.
+    """
+    names = np.unique(labels)
+    figure = _figure((1.5 + 4.6 * len(panels) + 1.9 * (1 + len(names) // 25), 5.2))
+    axes = np.atleast_1d(figure.subplots(1, len(panels)))
+    for each, (heading, embeddings) in zip(axes, panels, strict=True):
+        places = umap_places(embeddings, seed)
+        if labels.dtype.kind == "f":
+            drawn = each.scatter(places[:, 0], places[:, 1], s=_dot(len(labels)), c=labels, linewidths=0)
+        else:
+            for name, color in zip(names, class_colors(len(names)), strict=True):
+                mine = labels == name
+                each.scatter(
+                    places[mine, 0], places[mine, 1], s=_dot(len(labels)), color=color, label=name, linewidths=0
+                )
+        each.set(title=heading, xlabel="UMAP 1", ylabel="UMAP 2", xticks=[], yticks=[])
+        each.spines[["top", "right"]].set_visible(False)
+    if labels.dtype.kind == "f":
+        figure.colorbar(drawn, ax=list(axes))
+    else:
+        handles, texts = axes[0].get_legend_handles_labels()
+        columns = 1 + len(names) // 25
+        figure.legend(handles, texts, loc="outside right center", fontsize=7, frameon=False, ncols=columns)
+    if title is not None:
+        figure.suptitle(title)
+    figure.savefig(path, dpi=120)
+
+
+def draw_confusion(counts: np.ndarray, classes: Sequence[str], title: str, path: Path) -> None:
+    """Confusion matrix as a PNG: each row is a class, its colours the shares of its cells predicted as each class.
+
+    Args:
+        counts: `(classes, classes)` cells, by class and predicted class.
+        classes: their names.
+        title: above it.
+        path: of the PNG.
+    """
+    number = len(classes)
+    shares = counts / counts.sum(axis=1, keepdims=True).clip(min=1)
+    side = max(4.5, 0.62 * number if number <= _MOST_ANNOTATED else 0.24 * number + 2)
+    figure = _figure((side + 2.6, side + 1.6))
+    axes = figure.subplots()
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    font = 9 if number <= _MOST_ANNOTATED else 7
+    axes.set_xticks(range(number), classes, rotation=90, fontsize=font)
+    totals = counts.sum(axis=1)
+    named = [f"{name} ({total})" for name, total in zip(classes, totals, strict=True)]
+    axes.set_yticks(range(number), named, fontsize=font)
+    axes.set(xlabel="predicted", ylabel="label (cells)", title=title)
+    if number <= _MOST_ANNOTATED:
+        for row, column in zip(*np.nonzero(counts), strict=True):
+            color = "white" if shares[row, column] > 0.55 else "black"
+            axes.text(column, row, counts[row, column], ha="center", va="center", fontsize=8, color=color)
+    figure.colorbar(image, ax=axes, label="share of the label's cells", shrink=0.7)
+    figure.savefig(path, dpi=120)
+
+
+def draw_predicted(truth: np.ndarray, predicted: np.ndarray, label: str, title: str, path: Path) -> None:
+    """Predicted numbers against the true ones, as a PNG; both `(cells,)`."""
+    figure = _figure((5.6, 5.2))
+    axes = figure.subplots()
+    axes.scatter(truth, predicted, s=_dot(len(truth)), alpha=0.6, linewidths=0)
+    ends = [min(truth.min(), predicted.min()), max(truth.max(), predicted.max())]
+    axes.plot(ends, ends, color="0.5", linewidth=1, linestyle="--", label="predicted = true")
+    axes.set(xlabel=label, ylabel=f"predicted {label}", title=title)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
+def class_colors(number: int) -> list[Any]:
+    """Colours for so many classes; the first sixty differ."""
+    import matplotlib as mpl
+
+    maps = ["tab10"] if number <= 10 else ["tab20"] if number <= 20 else ["tab20", "tab20b", "tab20c"]
+    colors = [color for name in maps for color in mpl.colormaps[name].colors]  # type: ignore[attr-defined]
+    return [colors[place % len(colors)] for place in range(number)]
+
+
+def _dot(num_cells: int) -> float:
+    return float(np.clip(6000 / num_cells, 3, 18))
+
+
+def _figure(size: tuple[float, float]) -> Any:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
