@@ -1,0 +1,125 @@
+# Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
+"""Training by gradients with an objective of a task's own, and the folds of a run."""
+
+import logging
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from transformers import set_seed
+
+from tahoex1_hf.finetuning.adapters import is_peft
+from tahoex1_hf.finetuning.batches import TrainingBatches
+from tahoex1_hf.finetuning.config import FinetuneConfig
+from tahoex1_hf.finetuning.methods import adapt, trainable_parameters
+from tahoex1_hf.finetuning.objectives import Objective
+from tahoex1_hf.finetuning.runs import (
+    Preempted,
+    early_stopping,
+    open_run,
+    peak_memory_gb,
+    say,
+    steps_of,
+    training_arguments,
+)
+from tahoex1_hf.finetuning.trainer import FinetuneTrainer
+from tahoex1_hf.training.monitors import PREEMPTED, Preemption
+
+logger = logging.getLogger(__name__)
+
+
+def fit(
+    base: Callable[[], Any],
+    objective: Objective,
+    rows: np.ndarray,
+    validation: np.ndarray,
+    folder: Path,
+    processes: PartialState,
+    trainer_class: type[FinetuneTrainer] = FinetuneTrainer,
+) -> tuple[Any, dict[str, Any]]:
+    """Train a model.
+
+    Args:
+        base: makes the model to adapt.
+        objective: what is minimised; `cells.lengths` are those of the rows.
+        rows: to train on, each once in an epoch.
+        validation: rows to evaluate on.
+        folder: for checkpoints; the same call goes on from them.
+        processes: of the launcher.
+        trainer_class: of the task.
+
+    Returns:
+        The model with the best weights, in eval mode, and what it cost.
+
+    Raises:
+        Preempted: where SIGTERM ended the training after a checkpoint.
+    """
+    config, started = objective.config, time.perf_counter()
+    set_seed(config.seed)
+    model = adapt(base(), config)
+    parameters = trainable_parameters(model)
+    world = (processes.process_index, processes.num_processes)
+    batches = TrainingBatches(objective.batch, rows, objective.cells.lengths, config.batch_size, config.seed, world)
+    max_steps, eval_steps = steps_of(config, batches.steps_per_epoch)
+    preemption = Preemption()
+    trainer = trainer_class(
+        model,
+        training_arguments(config, folder, max_steps, eval_steps),
+        batches,
+        objective,
+        validation,
+        callbacks=[preemption, *early_stopping(config)],
+    )
+    if config.gradient_checkpointing and is_peft(model):
+        model.enable_input_require_grads()
+    trainer.run()
+    if preemption.agreed:
+        raise Preempted(f"at step {trainer.state.global_step}")
+    if trainer.args.should_save:
+        trainer.state.save_to_json(str(folder / "trainer_state.json"))
+    return model.eval(), {
+        "trainable_parameters": parameters,
+        "steps": trainer.state.global_step,
+        "best_step": trainer.state.best_global_step,
+        "validation_loss": trainer.state.best_metric,
+        "seconds": time.perf_counter() - started,
+        "peak_memory_gb": peak_memory_gb(),
+    }
+
+
+def drop_checkpoints(folder: Path) -> None:
+    """Of a fold that is done, whose model is not the one to keep."""
+    for path in folder.glob("checkpoint-*"):
+        shutil.rmtree(path)
+
+
+def run_task(config: FinetuneConfig, work: Callable[[PartialState], dict[str, Any]]) -> int:
+    """Open the folder of a run, do the work, and leave word of how it ended.
+
+    Args:
+        config: of the run.
+        work: all of it; returns the metrics.
+
+    Returns:
+        0; or 75 where SIGTERM ended it after a checkpoint.
+    """
+    processes = PartialState(cpu=not torch.cuda.is_available())
+    first = processes.is_main_process
+    open_run(config, first)
+    processes.wait_for_everyone()
+    if first:
+        say(config, "running")
+    try:
+        metrics = work(processes)
+    except Preempted as stopped:
+        if first:
+            say(config, "preempted", where=str(stopped))
+        return PREEMPTED
+    if first:
+        say(config, "finished", metrics=metrics)
+    return 0

@@ -1,0 +1,318 @@
+# Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
+"""Classification of genes from the cells that express them: essentiality, membership of a pathway.
+
+Every labelled gene of a cell is an example: the head on its token, which has seen the rest of the cell, says the
+class. Genes are split, not cells: no gene (and no group of genes, such as a protein family) is trained and tested on.
+In each epoch a gene weighs the same, however many cells express it, times the weight of its class.
+
+What is predicted for a gene is the mean of its logits over all cells that express it. Cells longer than the context
+are cut into parts, so that every expressed gene is seen. A gene that no cell expresses has no prediction: such genes
+are left out and counted, in the log and in the report.
+"""
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from torch.nn.functional import cross_entropy
+
+from tahoex1_hf.encoder import CellEncoder, DtypeName, GeneMeans
+from tahoex1_hf.encoding_tahoe_x1 import mix64
+from tahoex1_hf.finetuning.adapters import is_peft, save_adapter
+from tahoex1_hf.finetuning.bases import base_name, load_base, load_tokenizer
+from tahoex1_hf.finetuning.cell_runs import head_of
+from tahoex1_hf.finetuning.config import FinetuneConfig
+from tahoex1_hf.finetuning.fitting import drop_checkpoints, fit, run_task
+from tahoex1_hf.finetuning.gene_report import write_gene_report
+from tahoex1_hf.finetuning.gene_table import GeneTable, read_gene_table
+from tahoex1_hf.finetuning.labelled_cells import LabelledCells, read_cells
+from tahoex1_hf.finetuning.objectives import HELD_OUT, Objective, class_weights
+from tahoex1_hf.finetuning.runs import computes_in
+from tahoex1_hf.finetuning.splits import Split, given_split, make_splits, train_and_validation
+from tahoex1_hf.finetuning.whole_cells import encode_in_parts
+from tahoex1_hf.modeling_tahoe_x1 import TahoeX1ForTokenClassification
+from tahoex1_hf.training.checkpoints import write_atomically
+
+logger = logging.getLogger(__name__)
+
+RESULT, ARRAYS = "result.json", "result.npz"
+_VALIDATION_CELLS = 1000  # in which validation genes are looked at while training
+_ENCODED_CELLS = 256  # at a time
+
+
+class GeneObjective(Objective):
+    """Cross-entropy over the labelled genes of cells.
+
+    The `labels` of a batch are token ids of genes, from which class and weight follow; -100 elsewhere.
+
+    Args:
+        config: of the run.
+        cells: that express the genes.
+        genes: with labels.
+        split: of the genes.
+    """
+
+    def __init__(self, config: FinetuneConfig, cells: LabelledCells, genes: GeneTable, split: Split):
+        self.config, self.cells, self.collator = config, cells, None
+        size = len(cells.tokenizer)
+        self.classes = torch.full((size,), -100)
+        self.classes[torch.from_numpy(genes.tokens)] = torch.from_numpy(genes.labels)
+        weights = class_weights(genes.labels[split.train], len(genes.classes), config.class_weights)[genes.labels]
+        # Each gene's weight is shared by its cells; over the tokens of an epoch the mean is 1.
+        per_token = weights / genes.num_cells
+        train = split.train
+        per_token *= genes.num_cells[train].sum() / (per_token[train] * genes.num_cells[train]).sum()
+        self.token_weights = torch.zeros(size)
+        self.token_weights[torch.from_numpy(genes.tokens)] = torch.from_numpy(per_token).float()
+        self.parts = {"train": torch.zeros(size, dtype=torch.bool), "validation": torch.zeros(size, dtype=torch.bool)}
+        for name, part in self.parts.items():
+            part[torch.from_numpy(genes.tokens[split.parts()[name]])] = True
+
+    def batch(self, rows: np.ndarray, epoch: int) -> dict[str, Any]:
+        """Some cells; of long ones another sample of genes in each epoch. Validation genes in the epoch `HELD_OUT`."""
+        cells, tokenizer = self.cells, self.cells.tokenizer
+        numbers, drugs = cells.numbers[rows], cells.stored.drug_ids
+        encoded = tokenizer.encode_rows(
+            cells.stored.rows(numbers),
+            drug_ids=None if drugs is None else drugs[numbers],
+            cell_numbers=numbers,
+            seed=int(mix64(np.array([self.config.seed], dtype=np.uint64))[0] >> np.uint64(2)) + epoch,
+            warn=lambda _: None,
+        )
+        pad_id = tokenizer.get_vocab()[str(tokenizer.pad_token)]
+        batch = encoded.padded(pad_token_id=pad_id, pad_value=tokenizer.pad_value)
+        part = self.parts["validation" if epoch == HELD_OUT else "train"]
+        ids = batch["input_ids"]
+        batch["labels"] = torch.where(part[ids], ids, -100)
+        return batch
+
+    def __call__(self, outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+        """Weighted losses summed, over the number of labelled tokens of the whole step."""
+        losses, _ = self._losses(outputs.logits, labels)
+        total = labels.ne(-100).sum() if num_items_in_batch is None else num_items_in_batch
+        return losses.sum() / max(1, int(total))
+
+    def _losses(self, logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        known = labels.ne(-100)
+        genes = labels[known].cpu()
+        weights = self.token_weights[genes].to(logits.device)
+        classes = self.classes[genes].to(logits.device)
+        return cross_entropy(logits[known].float(), classes, reduction="none") * weights, weights
+
+    def sums(self, model: Any, batch: dict[str, Any]) -> torch.Tensor:
+        """Sum of the weighted losses, of the weights, and nothing: `(3,)` float64."""
+        labels = batch.pop("labels")
+        losses, weights = self._losses(model(**batch).logits, labels)
+        return torch.stack([losses.double().sum(), weights.double().sum(), losses.new_zeros(()).double()])
+
+    def metrics(self, sums: torch.Tensor, num_cells: int) -> dict[str, float]:
+        """The loss, each gene weighing the same but for its class."""
+        return {"loss": float(sums[0] / sums[1].clamp(min=1e-12))}
+
+
+@dataclass(eq=False)
+class GeneRun:
+    """Cells, genes, and how a model is made of a split."""
+
+    config: FinetuneConfig
+    processes: PartialState
+
+    def __post_init__(self) -> None:
+        config = self.config
+        self.folder = Path(config.output_dir)
+        self.tokenizer = load_tokenizer(config)
+        # Labels, groups and splits are those of the genes.
+        of_cells = config.model_copy(update={"label": None, "group": None, "split": None})
+        self.cells = read_cells(of_cells, self.tokenizer, self.folder)
+        expressing = np.zeros(len(self.tokenizer), dtype=np.int64)
+        np.add.at(expressing, self.cells.stored.tokens, 1)
+        self.genes = read_gene_table(config, self.tokenizer, expressing)
+
+    def splits(self) -> list[Split]:
+        """Of the genes: those of the folds, or the one."""
+        genes, config = self.genes, self.config
+        if genes.parts is None:
+            return make_splits(
+                genes.labels,
+                genes.groups,
+                folds=config.folds,
+                test_fraction=config.test_fraction,
+                validation_fraction=config.validation_fraction,
+                seed=config.seed,
+            )
+        split = given_split(genes.parts, genes.groups, config.split or "split")
+        if not len(split.validation):
+            split = train_and_validation(
+                split.train, genes.labels, genes.groups, config.validation_fraction, config.seed, test=split.test
+            )
+        return [split]
+
+    def whole(self) -> Split:
+        """All genes to train on, but for those that early stopping looks at."""
+        genes, config = self.genes, self.config
+        every = np.arange(len(genes))
+        return train_and_validation(every, genes.labels, genes.groups, config.validation_fraction, config.seed)
+
+    def model_options(self) -> dict[str, Any]:
+        """Of the head."""
+        classes = self.genes.classes
+        return {
+            "num_labels": len(classes),
+            "id2label": dict(enumerate(classes)),
+            "label2id": {name: number for number, name in enumerate(classes)},
+        }
+
+    def base(self) -> TahoeX1ForTokenClassification:
+        """The base with the head."""
+        return load_base(self.config, TahoeX1ForTokenClassification, **self.model_options())
+
+    def outcome(self, split: Split, folder: Path, keep: bool) -> tuple[np.ndarray, dict[str, Any]]:
+        """Train on a split and test: `(test genes, classes)` mean logits, and what it cost; once done, read again.
+
+        Args:
+            split: of the genes.
+            folder: of the fold.
+            keep: whether the model is the one to keep.
+        """
+        done = _read(folder, split)
+        if done is not None:
+            return done
+        cells = np.arange(len(self.cells))
+        looked_at = cells
+        if len(cells) > _VALIDATION_CELLS:
+            chosen = np.random.default_rng(self.config.seed).choice(len(cells), _VALIDATION_CELLS, replace=False)
+            looked_at = np.sort(chosen)
+        objective = GeneObjective(self.config, self.cells, self.genes, split)
+        model, facts = fit(self.base, objective, cells, looked_at, folder, self.processes)
+        if self.processes.is_main_process:
+            logits = self.predict(model, self.genes.tokens[split.test])
+            if keep:
+                save_adapter(model, self.tokenizer, self.folder, self.record(facts))
+            else:
+                drop_checkpoints(folder)
+            _write(folder, split, logits, facts)
+        self.processes.wait_for_everyone()
+        return cast(tuple[np.ndarray, dict[str, Any]], _read(folder, split))
+
+    @torch.inference_mode()
+    def predict(self, model: Any, tokens: np.ndarray) -> np.ndarray:
+        """Mean logits of genes over the cells that express them: `(genes, classes)` float32, NaN where none does."""
+        inner = model.get_base_model() if is_peft(model) else model
+        head = head_of(model)
+        if not len(tokens):
+            return np.zeros((0, inner.config.num_labels), dtype=np.float32)
+        return predict_genes(
+            inner, head, self.tokenizer, self.cells, tokens, self.processes.device, computes_in(self.config)
+        )
+
+    def record(self, facts: dict[str, Any]) -> dict[str, Any]:
+        """What finetuning.json says."""
+        config = self.config
+        kept = ("task", "label", "method", "size", "layer", "gene_id_column", "drugs", "group", "genes", "seed")
+        costs = ("seconds", "peak_memory_gb")
+        return {
+            **{name: getattr(config, name) for name in kept},
+            "model": base_name(config),
+            "context_length": self.tokenizer.context_length,
+            "classes": self.genes.classes,
+            "model_options": self.model_options(),
+            "training_cells": len(self.cells),
+            **{name: value for name, value in facts.items() if name not in costs},
+        }
+
+
+@torch.inference_mode()
+def predict_genes(
+    model: TahoeX1ForTokenClassification,
+    head: torch.nn.Linear,
+    tokenizer: Any,
+    cells: LabelledCells,
+    tokens: np.ndarray,
+    device: torch.device,
+    dtype: str = "float32",
+) -> np.ndarray:
+    """Classes of genes, from all cells.
+
+    The head is linear, so that the mean of its logits is its logit of the mean embedding.
+
+    Args:
+        model: in eval mode, with adapters in it where there are any.
+        head: on its gene embeddings.
+        tokenizer: of the model.
+        cells: that express the genes.
+        tokens: `(genes,)` token ids.
+        device: to compute on.
+        dtype: of the transformer.
+
+    Returns:
+        `(genes, classes)` float32 mean logits over the cells that express a gene; NaN where none does.
+    """
+    encoder = CellEncoder(model, tokenizer, device=device, dtype=cast(DtypeName, dtype))
+    means = GeneMeans(tokens, model.config.vocab_size, encoder.width, encoder.device)
+    drugs = cells.stored.drug_ids
+    for start in range(0, len(cells), _ENCODED_CELLS):
+        numbers = cells.numbers[start : start + _ENCODED_CELLS]
+        of_cells = None if drugs is None else drugs[numbers]
+        for _ in encoder.pooled_batches(
+            encode_in_parts(tokenizer, cells.stored.rows(numbers), numbers, of_cells), means
+        ):
+            pass
+    embeddings = torch.from_numpy(means.means(tokens)).to(device)
+    return cast(np.ndarray, head(embeddings.to(head.weight.dtype)).float().cpu().numpy())
+
+
+def _write(folder: Path, split: Split, logits: np.ndarray, facts: dict[str, Any]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    arrays: dict[str, Any] = {"logits": logits, **split.parts()}
+    np.savez(folder / ARRAYS, **arrays)
+    write_atomically(folder / RESULT, facts)
+
+
+def _read(folder: Path, split: Split) -> tuple[np.ndarray, dict[str, Any]] | None:
+    if not (folder / RESULT).is_file():
+        return None
+    with np.load(folder / ARRAYS, allow_pickle=False) as arrays:
+        if not all(np.array_equal(arrays[name], rows) for name, rows in split.parts().items()):
+            raise ValueError(f"{folder} holds the result of another split: choose another output_dir, or remove it.")
+        return arrays["logits"], json.loads((folder / RESULT).read_text(encoding="utf-8"))
+
+
+def finetune_genes(config: FinetuneConfig) -> int:
+    """Run, or go on with a run, to its end.
+
+    Args:
+        config: of the run, with `task=gene_classification`. Every process of a launcher calls this with the same.
+
+    Returns:
+        0; or 75 where SIGTERM ended it after a checkpoint: give the same command again.
+
+    Raises:
+        FileNotFoundError: for a model or a file that cannot be found.
+        ValueError: for settings, cells or genes that do not fit.
+    """
+
+    def work(processes: PartialState) -> dict[str, Any]:
+        run = GeneRun(config, processes)
+        outcomes = []
+        splits = run.splits()
+        for number, split in enumerate(splits):
+            alone = len(splits) == 1
+            folder = run.folder if alone else run.folder / "folds" / str(number)
+            logger.info("Fold %d of %d.", number + 1, len(splits))
+            outcomes.append(run.outcome(split, folder, keep=alone))
+        if len(splits) > 1:
+            logger.info("The model to keep, of all genes.")
+            run.outcome(run.whole(), run.folder, keep=True)
+        if not config.report or not processes.is_main_process:
+            return {}
+        embeddings = run.base().tahoe.embeddings.gene_encoder(torch.from_numpy(run.genes.tokens))
+        return write_gene_report(
+            run.folder, config, run.cells, run.genes, splits, outcomes, embeddings.detach().float().numpy()
+        )
+
+    return run_task(config, work)

@@ -1,0 +1,61 @@
+# Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
+"""Cells longer than the context, cut into parts that together hold every gene once."""
+
+import copy
+
+import numpy as np
+
+from tahoex1_hf.encoding_tahoe_x1 import EncodedCells, GeneRows, mix64
+from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
+
+
+def encode_in_parts(
+    tokenizer: TahoeX1Tokenizer, rows: GeneRows, numbers: np.ndarray, drug_ids: np.ndarray | None
+) -> EncodedCells:
+    """Encode cells so that no gene is left out.
+
+    A cell with more genes than the context has room for becomes several of about equal length, among which its genes
+    are shared out at random, by a hash of cell number and gene; the values are those of the whole cell.
+
+    Args:
+        tokenizer: of the model.
+        rows: the cells' genes and counts.
+        numbers: `(cells,)` number of each cell in its data set.
+        drug_ids: `(cells,)`, or None for cells without a drug token.
+
+    Returns:
+        `(parts)` encoded cells; `cell_numbers` says to which cell each belongs.
+    """
+    whole = copy.copy(tokenizer)
+    whole.context_length = None
+    cells = whole.encode_rows(rows, drug_ids=drug_ids, cell_numbers=numbers, warn=lambda _: None)
+    special = 1 if drug_ids is None else 2
+    genes = cells.lengths - special
+    if tokenizer.context_length is None or (genes <= tokenizer.context_length - special).all():
+        return cells
+    parts = np.maximum(1, -(-genes // (tokenizer.context_length - special)))
+    first_part = np.concatenate([[0], np.cumsum(parts)])
+    owner = np.repeat(np.arange(cells.num_cells), cells.lengths)
+    is_gene = np.arange(len(owner)) - cells.offsets[owner] >= special
+    owner = owner[is_gene]
+    tokens, values = cells.input_ids[is_gene], cells.expression_values[is_gene]
+    scores = mix64(mix64(numbers.astype(np.uint64))[owner] + tokens.astype(np.uint64))
+    order = np.lexsort((scores, owner))
+    starts = np.concatenate([[0], np.cumsum(genes)])[:-1]
+    part = np.empty(len(owner), dtype=np.int64)
+    part[order] = first_part[owner] + (np.arange(len(owner)) - starts[owner]) % parts[owner]
+    order = np.argsort(part, kind="stable")
+    lengths = np.bincount(part, minlength=first_part[-1]) + special
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    places = np.arange(len(part)) + special * (part[order] + 1)
+    cell_of = np.repeat(np.arange(cells.num_cells), parts)
+    heads = cells.offsets[:-1][cell_of]  # the special tokens of each part are its cell's
+    input_ids = np.empty(offsets[-1], dtype=np.int64)
+    expression_values = np.empty(offsets[-1], dtype=np.float32)
+    for place in range(special):
+        input_ids[offsets[:-1] + place] = cells.input_ids[heads + place]
+        expression_values[offsets[:-1] + place] = cells.expression_values[heads + place]
+    input_ids[places], expression_values[places] = tokens[order], values[order]
+    drugs = None if drug_ids is None else drug_ids[cell_of]
+    empty = np.flatnonzero(lengths == special)
+    return EncodedCells(input_ids, expression_values, offsets, drugs, numbers[cell_of], empty)
