@@ -41,6 +41,7 @@ from tahoex1_hf.finetuning.methods import (
     trainable_parameters,
 )
 from tahoex1_hf.finetuning.objectives import HELD_OUT, Objective, class_weights
+from tahoex1_hf.finetuning.trainer import FinetuneTrainer
 
 METHODS = ["lora", "dora", "rslora", "full", "head_only", "linear_probe"]
 
@@ -326,15 +327,60 @@ def test_folds_test_on_every_cell_and_the_last_model_knows_all(base: Path, data:
     assert digest(tmp_path / "run" / "adapter_model.safetensors") == before
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("task", "method"), [("classification", "lora"), ("masked_expression", "full")])
-def test_a_killed_run_goes_on_exactly(task: str, method: str, data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("task", "method"),
+    [("regression", "dora"), ("masked_expression", "full"), ("classification", "head_only")],
+)
+def test_a_run_that_was_cut_short_goes_on_exactly(
+    task: str, method: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     base = write_base(tmp_path / "base", expression_encoder_dropout=0.1)
-    label = "kind" if task == "classification" else None
-    changes = {"task": task, "method": method, "label": label, "epochs": 4}
+    label = {"regression": "dose", "classification": "kind"}.get(task)
+    changes = {"task": task, "method": method, "label": label, "epochs": 3}
     finetune(make_config(base, data, tmp_path / "whole", **changes))
-    given = settings(base, data, tmp_path / "killed", **changes)
-    values = {name: json.dumps(value) for name, value in given.items()} | {"label": json.dumps(label)}
+    config = make_config(base, data, tmp_path / "cut", **changes)
+    clip = FinetuneTrainer._clip_grad_norm
+
+    def cut(self: FinetuneTrainer, model: Any) -> Any:
+        if self.state.global_step == 8:
+            raise KeyboardInterrupt
+        return clip(self, model)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FinetuneTrainer, "_clip_grad_norm", cut)
+        with pytest.raises(KeyboardInterrupt):
+            finetune(config)
+    torch.manual_seed(99)  # whatever the state of the process that goes on
+    assert finetune(config) == 0
+    name = "model.safetensors" if method == "full" else "adapter_model.safetensors"
+    whole, gone_on = load_file(tmp_path / "whole" / name), load_file(tmp_path / "cut" / name)
+    assert gone_on.keys() == whole.keys()
+    assert all(torch.equal(gone_on[key], whole[key]) for key in whole)
+
+
+def test_a_run_that_stopped_early_is_not_trained_further(
+    base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = {"learning_rate": 0.3, "epochs": 40, "early_stopping_patience": 1}
+    finetune(make_config(base, data, tmp_path / "whole", **changes))
+    config = make_config(base, data, tmp_path / "cut", **changes)
+    with monkeypatch.context() as patch:
+        patch.setattr("tahoex1_hf.finetuning.cell_runs.save_adapter", lambda *_: 1 / 0)  # killed behind the training
+        with pytest.raises(ZeroDivisionError):
+            finetune(config)
+    finetune(config)
+    steps = [result(tmp_path / name)[0]["steps"] for name in ("whole", "cut")]
+    assert steps[0] == steps[1] < 200
+    whole, cut = (digest(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "cut"))
+    assert whole == cut
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_exactly(data: Path, tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", expression_encoder_dropout=0.1)
+    finetune(make_config(base, data, tmp_path / "whole", epochs=4))
+    given = settings(base, data, tmp_path / "killed", epochs=4)
+    values = {name: json.dumps(value) for name, value in given.items()}
     for kill_in, kill_at in (("step", "7"), ("save", "15")):
         killer = command(ROOT / "tests" / "killed_finetuning.py", **values)
         assert start(killer, KILL_IN=kill_in, KILL_AT=kill_at).returncode == -9
@@ -343,7 +389,7 @@ def test_a_killed_run_goes_on_exactly(task: str, method: str, data: Path, tmp_pa
     assert not (cut_short / "complete.json").exists()
     done = start(command(SCRIPT, **values))
     assert done.returncode == 0, done.stderr[-2000:]
-    name = "adapter_model.safetensors" if method == "lora" else "model.safetensors"
+    name = "adapter_model.safetensors"
     whole, gone_on = load_file(tmp_path / "whole" / name), load_file(tmp_path / "killed" / name)
     assert all(torch.equal(gone_on[key], whole[key]) for key in whole)
     assert gone_on.keys() == whole.keys()

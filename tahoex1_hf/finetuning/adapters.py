@@ -161,7 +161,7 @@ def load_adapter(
     from peft import PeftModel
 
     if isinstance(base, PreTrainedModel):
-        model, place = base, Path(base.name_or_path)
+        model, place = base, Path(str(base.name_or_path))
         check_fits(folder, record, model.config)
     else:
         place = _base_folder(record, base)

@@ -3,7 +3,6 @@
 
 import json
 import logging
-import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,42 +11,30 @@ from typing import Any, cast
 import numpy as np
 import torch
 from accelerate import PartialState
-from transformers import set_seed
 
 from tahoex1_hf.encoder import CellEncoder, DtypeName
 from tahoex1_hf.finetuning.adapters import is_peft, save_adapter
 from tahoex1_hf.finetuning.bases import base_name, load_base, load_tokenizer
-from tahoex1_hf.finetuning.batches import TrainingBatches
 from tahoex1_hf.finetuning.config import FinetuneConfig
+from tahoex1_hf.finetuning.fitting import drop_checkpoints, fit, run_task
 from tahoex1_hf.finetuning.labelled_cells import read_cells
-from tahoex1_hf.finetuning.masked_expression import masked_losses
+from tahoex1_hf.finetuning.masked_expression import masked_losses, write_masked_report
 from tahoex1_hf.finetuning.methods import adapt, trainable_parameters
 from tahoex1_hf.finetuning.objectives import Objective
 from tahoex1_hf.finetuning.probe import fit_probe, in_units, set_head
 from tahoex1_hf.finetuning.runs import (
     RESULT,
     computes_in,
-    early_stopping,
     has_begun,
-    open_run,
     peak_memory_gb,
-    say,
-    steps_of,
-    training_arguments,
 )
 from tahoex1_hf.finetuning.splits import Split, given_split, make_splits, train_and_validation
-from tahoex1_hf.finetuning.trainer import FinetuneTrainer
 from tahoex1_hf.modeling_tahoe_x1 import TahoeX1ForPreTraining, TahoeX1ForSequenceClassification
 from tahoex1_hf.training.checkpoints import write_atomically
-from tahoex1_hf.training.monitors import PREEMPTED, Preemption
 
 logger = logging.getLogger(__name__)
 
 ARRAYS = "result.npz"
-
-
-class Preempted(Exception):
-    """SIGTERM ended the run after a checkpoint."""
 
 
 @dataclass(eq=False)
@@ -154,55 +141,21 @@ class CellRun:
         Returns:
             The model with the best weights, and what it cost.
         """
-        started = time.perf_counter()
-        set_seed(self.config.seed)
-        model = adapt(self.base(), self.config)
-        facts: dict[str, Any] = {
-            "trainable_parameters": trainable_parameters(model),
-            "training_cells": len(split.train),
-        }
         if self.config.method == "linear_probe":
-            self._probe(model, split)
-        else:
-            facts |= self._by_gradients(model, split, folder)
-        facts |= {"seconds": time.perf_counter() - started, "peak_memory_gb": peak_memory_gb()}
-        return model.eval(), facts
-
-    def _by_gradients(self, model: Any, split: Split, folder: Path) -> dict[str, Any]:
-        config, cells = self.config, self.cells
-        objective = Objective(config, cells, split.train)
-        world = (self.processes.process_index, self.processes.num_processes)
-        batches = TrainingBatches(objective.batch, split.train, cells.lengths, config.batch_size, config.seed, world)
-        max_steps, eval_steps = steps_of(config, batches.steps_per_epoch)
-        preemption = Preemption()
-        trainer = FinetuneTrainer(
-            model,
-            training_arguments(config, folder, max_steps, eval_steps),
-            batches,
-            objective,
-            split.validation,
-            callbacks=[preemption, *early_stopping(config)],
-        )
-        if config.gradient_checkpointing and is_peft(model):
-            model.enable_input_require_grads()
-        trainer.run()
-        if preemption.agreed:
-            raise Preempted(f"at step {trainer.state.global_step}")
-        if config.task == "regression":
+            return self._probe(split)
+        objective = Objective(self.config, self.cells, split.train)
+        model, facts = fit(self.base, objective, split.train, split.validation, folder, self.processes)
+        if self.config.task == "regression":
             in_units(head_of(model), objective.mean, objective.scale)
-        if trainer.args.should_save:
-            trainer.state.save_to_json(str(folder / "trainer_state.json"))
-        return {
-            "steps": trainer.state.global_step,
-            "best_step": trainer.state.best_global_step,
-            "validation_loss": trainer.state.best_metric,
-        }
+        return model, {**facts, "training_cells": len(split.train)}
 
-    def _probe(self, model: Any, split: Split) -> None:
-        device = self.processes.device
-        model.to(device)
+    def _probe(self, split: Split) -> tuple[Any, dict[str, Any]]:
+        started = time.perf_counter()
+        model: Any = adapt(self.base(), self.config).to(self.processes.device)
+        facts = {"trainable_parameters": trainable_parameters(model), "training_cells": len(split.train)}
         features, _ = self.predict(model, np.arange(len(self.cells)))
         set_head(head_of(model), *fit_probe(features, self.cells, split, self.config))
+        return model.eval(), {**facts, "seconds": time.perf_counter() - started, "peak_memory_gb": peak_memory_gb()}
 
     @torch.inference_mode()
     def predict(self, model: Any, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -250,8 +203,7 @@ class CellRun:
                 save_adapter(model, self.tokenizer, self.folder, self.record(facts))
             write_outcome(folder, result)
             if not keep:
-                for path in folder.glob("checkpoint-*"):
-                    shutil.rmtree(path)
+                drop_checkpoints(folder)
         self.processes.wait_for_everyone()
         return result or cast(Outcome, read_outcome(folder, split))
 
@@ -307,32 +259,44 @@ def finetune_cells(config: FinetuneConfig) -> int:
     Raises:
         ValueError: for settings or data that do not fit.
     """
-    processes = PartialState(cpu=not torch.cuda.is_available())
-    first = processes.is_main_process
-    open_run(config, first)
-    processes.wait_for_everyone()
-    run = CellRun(config, processes)
-    if first:
-        say(config, "running")
-    try:
-        outcomes = []
-        for number, split in enumerate(run.splits()):
-            folder = run.folder if config.folds == 1 else run.folder / "folds" / str(number)
-            logger.info("Fold %d of %d.", number + 1, config.folds) if config.folds > 1 else None
-            outcomes.append(run.outcome(split, folder, keep=config.folds == 1))
+    return run_task(config, lambda processes: _learn(CellRun(config, processes)))
+
+
+def _learn(run: CellRun) -> dict[str, Any]:
+    """All folds, the model to keep, and the report; returns its metrics."""
+    config, outcomes = run.config, []
+    for number, split in enumerate(run.splits()):
+        folder = run.folder if config.folds == 1 else run.folder / "folds" / str(number)
         if config.folds > 1:
-            logger.info("The model to keep, of all cells.")
-            run.outcome(run.whole(), run.folder, keep=True)
-    except Preempted as stopped:
-        if first:
-            say(config, "preempted", where=str(stopped))
-        return PREEMPTED
-    if first:
-        metrics = report(run, outcomes) if config.report else {}
-        say(config, "finished", metrics=metrics)
-    return 0
+            logger.info("Fold %d of %d.", number + 1, config.folds)
+        outcomes.append(run.outcome(split, folder, keep=config.folds == 1))
+    if config.folds > 1:
+        logger.info("The model to keep, of all cells.")
+        run.outcome(run.whole(), run.folder, keep=True)
+    return report(run, outcomes) if config.report and run.processes.is_main_process else {}
 
 
 def report(run: CellRun, outcomes: list[Outcome]) -> dict[str, Any]:
-    """Metrics beside baselines, predictions, pictures."""
-    return {}
+    """Write metrics beside those of baselines, predictions and pictures; returns the metrics."""
+    cells, config = run.cells, run.config
+    if config.task == "masked_expression":
+        return write_masked_report(run.folder, [outcome.facts["test"] for outcome in outcomes])
+    from tahoex1_hf.finetuning.report import write_report
+
+    outputs = [torch.from_numpy(outcome.outputs) for outcome in outcomes]
+    classes = cells.classes is not None
+    return write_report(
+        run.folder,
+        label=config.label,
+        method=config.method,
+        classes=cells.classes,
+        labels=cells.labels,
+        names=cells.names,
+        counts=cells.csr(),
+        splits=[outcome.split for outcome in outcomes],
+        predictions=[(each.softmax(1) if classes else each[:, 0]).numpy() for each in outputs],
+        before=[outcome.before for outcome in outcomes],
+        after=[outcome.after for outcome in outcomes],
+        cost=[outcome.facts for outcome in outcomes],
+        seed=config.seed,
+    )

@@ -22,6 +22,7 @@ from tahoex1_hf.data.collator import CellCollator, CountRows
 from tahoex1_hf.encoding_tahoe_x1 import EncodedCells, GeneRows, count_problem, mix64
 from tahoex1_hf.finetuning.config import FinetuneConfig
 from tahoex1_hf.finetuning.labels import class_labels, group_names, number_labels, read_obs_column
+from tahoex1_hf.finetuning.sampling import content_numbers
 from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -120,13 +121,13 @@ class LabelledCells:
         return genes + special if room is None else np.minimum(genes + special, room)
 
     def encoded(self, rows: np.ndarray) -> EncodedCells:
-        """Cells as the tokenizer encodes them, whatever other cells are asked for."""
+        """Cells as the tokenizer encodes them, whatever other cells are asked for, and wherever they stand."""
         numbers = self.numbers[rows]
-        drugs = self.stored.drug_ids
+        drugs, counts = self.stored.drug_ids, self.stored.rows(numbers)
         return self.tokenizer.encode_rows(
-            self.stored.rows(numbers),
+            counts,
             drug_ids=None if drugs is None else drugs[numbers],
-            cell_numbers=numbers,
+            cell_numbers=content_numbers(counts),
             seed=SAMPLE_SEED,
             warn=lambda _: None,  # of all cells, when they were read
         )

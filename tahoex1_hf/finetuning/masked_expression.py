@@ -1,6 +1,8 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
 """What continued masked-expression training has learnt about the user's cells, beside constants and the base."""
 
+import logging
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,9 @@ from tahoex1_hf.finetuning.config import FinetuneConfig
 from tahoex1_hf.finetuning.labelled_cells import LabelledCells
 from tahoex1_hf.finetuning.objectives import HELD_OUT, Objective
 from tahoex1_hf.finetuning.splits import Split
+from tahoex1_hf.training.checkpoints import write_atomically
+
+logger = logging.getLogger(__name__)
 
 _TOKENS = 8192  # of a batch
 _BASELINE_CELLS = 20_000  # training cells from which the constants are learnt
@@ -63,3 +68,55 @@ def _gene_means(config: FinetuneConfig, cells: LabelledCells, split: Split) -> t
         counts += np.bincount(genes, minlength=size)
     mean = sums.sum() / max(1, counts.sum())
     return np.where(counts > 0, sums / np.maximum(counts, 1), mean), float(mean)
+
+
+_ROWS = {
+    "mean": "mean value of all genes",
+    "gene_mean": "each gene's mean value",
+    "base_expression": "base, from each gene's context",
+    "model_expression": "this model, from each gene's context",
+    "base": "base, mean of both decoders",
+    "model": "this model, mean of both decoders",
+}
+
+
+def write_masked_report(folder: Path, losses: list[dict[str, float]]) -> dict[str, float]:
+    """Write `report.json` and `report.md`.
+
+    Args:
+        folder: to write into.
+        losses: what `masked_losses` found for each split.
+
+    Returns:
+        Means over the splits.
+    """
+    means = {name: float(np.mean([each[name] for each in losses])) for name in _ROWS}
+    lines = [f"| {title} | {means[name]:.4f} |" for name, title in _ROWS.items()]
+    verdicts = [
+        verdict(means["model_expression"], means["gene_mean"], "the constants (each gene's mean)"),
+        verdict(means["model"], means["base"], "the base"),
+    ]
+    splits = "the test cells" if len(losses) == 1 else f"the test cells of {len(losses)} splits (mean)"
+    text = [
+        "# Masked expression",
+        "",
+        f"Mean squared error at hidden genes of {splits}; less is better.",
+        "",
+        "| predictor | error |",
+        "|---|---|",
+        *lines,
+        "",
+        *verdicts,
+    ]
+    (folder / "report.md").write_text("\n".join(text) + "\n", encoding="utf-8")
+    write_atomically(folder / "report.json", {"task": "masked_expression", "means": means, "splits": losses})
+    for line in [*lines, *verdicts]:
+        logger.info(line)
+    return means
+
+
+def verdict(model: float, other: float, name: str) -> str:
+    """Whether the model's error is below another, in words."""
+    change = 100 * (model - other) / other
+    does = "beats" if model < other else "does not beat"
+    return f"The model {does} {name}: its error is {abs(change):.1f} % {'lower' if change < 0 else 'higher'}."

@@ -23,16 +23,22 @@ RESULT = "result.json"  # the last thing written of a split
 _HARMLESS = {"output_dir", "report"}  # keys that may differ when a run goes on
 
 
+class Preempted(Exception):
+    """SIGTERM ended the run after a checkpoint."""
+
+
 def open_run(config: FinetuneConfig, first: bool) -> None:
     """Make the folder of a run, or see that the one that is there is of this run.
 
     Args:
         config: of the run.
-        first: whether this is the main process.
+        first: whether this is the main process; the others have nothing to do.
 
     Raises:
         ValueError: where the folder is of a run with other settings.
     """
+    if not first:
+        return
     output_dir = Path(config.output_dir)
     earlier = output_dir / RESOLVED
     if earlier.is_file() and has_begun(output_dir):
@@ -44,9 +50,8 @@ def open_run(config: FinetuneConfig, first: bool) -> None:
                 f"output_dir={config.output_dir} holds a run with another {', '.join(changed)}: choose another "
                 "folder, or remove it."
             )
-    if first:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        config.write(earlier)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    config.write(earlier)
 
 
 def has_begun(output_dir: Path) -> bool:
