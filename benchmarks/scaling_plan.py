@@ -1,0 +1,234 @@
+"""Write the tables of docs/scaling.md: `python -m benchmarks.scaling_plan`. Nothing is measured, only computed."""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from tahoex1_hf import TahoeX1Config
+from tahoex1_hf.training import memory
+from tahoex1_hf.training.config import read_pretrain_config
+from tahoex1_hf.training.flops import training_flops
+from tahoex1_hf.training.scaling import H100, Assumptions, Hardware, Plan, matrix_share, numbers_of, plan_step, plans
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENT = ROOT / "docs" / "scaling.md"
+RECIPES = ROOT / "examples" / "configs" / "pretrain"
+
+EPOCH = 266e6  # cells, of upstream's paper
+PRICE = 2.5  # dollars for an hour of a GPU: an assumption, prices vary between about half and twice of it
+UTILISATION = 0.43  # of upstream's paper; taken as that of the 3B shape at a context of 1,024
+DEVICES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+NAMES = {"one": "one GPU", "ddp": "DDP", "fsdp2": "FSDP2", "hsdp": "HSDP"}
+SIMPLER_WITHIN = 1.10  # the simplest plan that takes at most so many times the fastest's time
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model to be planned for, and the cells of a step."""
+
+    name: str
+    config: TahoeX1Config
+    global_batch: int
+    context: int
+
+
+def models() -> list[Model]:
+    """Those of the recipes, and a larger one that is ours."""
+    found = []
+    for name, recipe in (("70M", "70m"), ("1.3B", "1_3b"), ("3B", "3b-stage1")):
+        settings = read_pretrain_config(RECIPES / f"{recipe}.yaml")
+        # The drugs of the 3B recipe are in files that are not here: 379, with fingerprints of 2,048 bits.
+        drugs = {"num_drugs": 379, "drug_token_id": 2} if settings.drug_table else {}
+        config = TahoeX1Config(**settings.model, **drugs)
+        found.append(Model(name, config, settings.global_batch_size, settings.context_length))
+    shape = {"hidden_size": 4096, "num_hidden_layers": 48, "num_attention_heads": 32}
+    largest = found[-1]
+    config = TahoeX1Config(**{**largest.config.to_diff_dict(), **shape, "num_key_value_heads": 32,
+                              "intermediate_size": 4 * 4096})  # fmt: skip
+    return [*found, replace(largest, name="10B", config=config)]
+
+
+def assumptions() -> Assumptions:
+    """With products at the rate that explains the published utilisation."""
+    anchor = models()[2]
+    return Assumptions(matrix_share(UTILISATION, anchor.config, anchor.context))
+
+
+def chosen(found: Iterable[Plan], hardware: Hardware = H100) -> Plan | None:
+    """The simplest plan that is hardly slower than the fastest and leaves half of the memory to the cells."""
+    candidates = sorted(found, key=lambda plan: plan.seconds)
+    if not candidates:
+        return None
+    order = list(NAMES)
+    good = [
+        plan
+        for plan in candidates
+        if plan.seconds <= SIMPLER_WITHIN * candidates[0].seconds and plan.states.total <= hardware.memory / 2
+    ]
+    return min(good, key=lambda plan: order.index(plan.strategy), default=candidates[0])
+
+
+def table(header: list[str], rows: Iterable[Iterable[object]]) -> str:
+    """Markdown."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def gigabytes(value: float) -> str:
+    """Of bytes; GB are 1e9 bytes throughout."""
+    return f"{value / 1e9:.1f}"
+
+
+def shapes() -> str:
+    """Parameters, operations and bytes kept, model by model."""
+    rows = []
+    for model in models():
+        c, p = model.config, memory.count_parameters(model.config)
+        flops = training_flops(c, np.array([model.context])) / model.context
+        gpu = [memory.kept_per_token(c, numbers_of(c, s), model.context) / 1e3 for s in ("ddp", "fsdp2")]
+        less = memory.kept_per_token(c, numbers_of(c, "fsdp2"), model.context, checkpointing=True) / 1e3
+        rows.append(
+            [model.name, c.hidden_size, c.num_hidden_layers, c.num_attention_heads, f"{p.total:,}",
+             f"{flops / 1e9:.2f}", *(f"{kept:,.0f}" for kept in gpu), f"{less:,.0f}", f"{model.global_batch:,}"]
+        )  # fmt: skip
+    header = ["model", "width", "layers", "heads", "parameters", "GFLOP per token", "kept, one GPU or DDP (kB)",
+              "FSDP2", "FSDP2, checkpointing", "cells of a step"]  # fmt: skip
+    return table(header, rows)
+
+
+def by_devices(model: Model) -> tuple[str, str]:
+    """Memory, and time, of the chosen plan for every number of devices."""
+    sizes, times = [], []
+    for devices in DEVICES:
+        plan = chosen(plans(model.config, model.context, model.global_batch, devices, assumptions()))
+        if plan is None:
+            sizes.append([devices, "does not fit", *[""] * 8])
+            times.append([devices, "does not fit", *[""] * 8])
+            continue
+        name = NAMES[plan.strategy] + (", checkpointing" if plan.checkpointing else "")
+        s = plan.states
+        parts = (s.weights, s.gradients, s.moments, s.copies, plan.pass_bytes, plan.bytes)
+        passes = -(-plan.cells // plan.microbatch)
+        sizes.append([devices, name, plan.cells, f"{plan.microbatch} x {passes}", *map(gigabytes, parts)])
+        hours = plan.device_hours(EPOCH)
+        alone = plan_step(
+            model.config,
+            model.context,
+            model.global_batch,
+            devices,
+            plan.strategy,
+            replace(assumptions(), overlap=0.0),
+            checkpointing=plan.checkpointing,
+        )
+        if alone is None:
+            raise ValueError("Overlap has nothing to do with memory.")
+        times.append(
+            [devices, name, f"{plan.seconds:.3g}", f"{plan.optimizer:.1g}", f"{alone.waiting:.2g}",
+             f"{100 * plan.utilisation:.0f} %", f"{100 * alone.utilisation:.0f} %", f"{plan.rate:,.0f}",
+             f"{hours / devices:,.1f}", f"{hours:,.0f} / {hours * PRICE:,.0f}"]
+        )  # fmt: skip
+    first = ["GPUs", "parallelism", "cells per GPU and step", "micro-batch x passes", "weights", "gradients", "AdamW",
+             "copies and gathered", "activations", "sum (GB)"]  # fmt: skip
+    second = ["GPUs", "parallelism", "step (s)", "of it optimizer", "communication", "MFU", "MFU, nothing hidden",
+              "cells/s", "hours per epoch", "GPU hours / dollars per epoch"]  # fmt: skip
+    return table(first, sizes), table(second, times)
+
+
+def strategies(devices: int) -> str:
+    """All that fits on so many devices, so that the choice can be judged."""
+    rows = []
+    for model in models():
+        for plan in plans(model.config, model.context, model.global_batch, devices, assumptions()):
+            yes = "yes" if plan.checkpointing else "no"
+            rows.append([model.name, NAMES[plan.strategy], yes, plan.microbatch, gigabytes(plan.states.total),
+                         gigabytes(plan.bytes), f"{100 * plan.utilisation:.0f} %"])  # fmt: skip
+    header = ["model", "parallelism", "checkpointing", "micro-batch", "weights to gathered (GB)", "sum (GB)", "MFU"]
+    return table(header, rows)
+
+
+def contexts(devices: int) -> str:
+    """An epoch with cells of 1,024 and of 2,048 tokens."""
+    rows = []
+    for model in models():
+        for context in (1024, 2048):
+            plan = chosen(plans(model.config, context, model.global_batch, devices, assumptions()))
+            if plan is None:
+                raise ValueError(f"{model.name} does not fit on {devices} devices.")
+            hours = plan.device_hours(EPOCH)
+            rows.append([model.name, f"{context:,}", NAMES[plan.strategy], plan.microbatch,
+                         f"{100 * plan.utilisation:.0f} %", f"{plan.rate:,.0f}", f"{hours / devices:,.1f}",
+                         f"{hours:,.0f}", f"{hours * PRICE:,.0f}"])  # fmt: skip
+    header = ["model", "tokens of a cell", "parallelism", "micro-batch", "MFU", "cells/s", "hours", "GPU hours",
+              "dollars"]  # fmt: skip
+    return table(header, rows)
+
+
+def networks(devices: int) -> str:
+    """FSDP2 beside HSDP on slower networks."""
+    rows = []
+    for gigabits in (400, 200, 100, 50, 25):
+        hardware = replace(H100, network=gigabits / 8 * 1e9)
+        cells = []
+        for model in models()[1:]:
+            for strategy in ("fsdp2", "hsdp"):
+                plan = plan_step(model.config, model.context, model.global_batch, devices, strategy, assumptions(),
+                                 hardware=hardware)  # fmt: skip
+                cells.append("does not fit" if plan is None else f"{100 * plan.utilisation:.0f} %")
+        rows.append([gigabits, *cells])
+    header = [f"{m.name}, {NAMES[s]}" for m in models()[1:] for s in ("fsdp2", "hsdp")]
+    return table(["Gb/s per GPU", *header], rows)
+
+
+def used() -> str:
+    """The assumptions in figures."""
+    a = assumptions()
+    rows = [
+        ["memory of a GPU", f"{gigabytes(H100.memory)} GB, of which {gigabytes(a.reserved)} GB for driver and NCCL"],
+        ["bfloat16 products, data sheet", f"{H100.peak / 1e12:.0f} TFLOP/s"],
+        ["memory traffic, data sheet", f"{H100.memory_rate / 1e12:.2f} TB/s"],
+        ["NVLink in one direction, data sheet", f"{H100.machine_link / 1e9:.0f} GB/s per GPU"],
+        ["network", f"{H100.network * 8 / 1e9:.0f} Gb/s per GPU, {H100.per_machine} GPUs in a machine"],
+        ["model FLOP utilisation of the 3B shape, published", f"{100 * UTILISATION:.0f} %"],
+        ["share of the peak in products that explains it", f"{100 * a.matrix_share:.1f} %"],
+        ["times that a kept byte crosses the GPU's memory", f"{a.passes:.0f}"],
+        ["share of a link's rate that is reached", f"{100 * a.links:.0f} %"],
+        ["share of computing behind which communication hides", f"{100 * a.overlap:.0f} %"],
+        ["price of a GPU hour", f"{PRICE:.2f} dollars"],
+        ["cells of an epoch", f"{EPOCH / 1e6:.0f} million, each of the whole context"],
+    ]
+    return table(["assumption", "value"], rows)
+
+
+def tables() -> dict[str, str]:
+    """All tables of the document by the name that stands there."""
+    found = {"assumptions": used(), "shapes": shapes(), "strategies": strategies(64), "contexts": contexts(64),
+             "networks": networks(64)}  # fmt: skip
+    for model in models():
+        found[f"memory {model.name}"], found[f"time {model.name}"] = by_devices(model)
+    return found
+
+
+def filled(document: str) -> str:
+    """The document with its tables made anew, between `<!-- table NAME -->` and `<!-- end -->`.
+
+    Raises:
+        ValueError: for a table that the document lacks, or that nothing makes.
+    """
+    made = tables()
+    names = re.findall(r"<!-- table (.+?) -->", document)
+    if sorted(names) != sorted(made):
+        raise ValueError(f"docs/scaling.md has tables {sorted(names)}, made are {sorted(made)}.")
+    for name, text in made.items():
+        mark = f"<!-- table {name} -->"
+        whole = f"{mark}\n\n{text}\n\n<!-- end -->"
+        document = re.sub(
+            rf"{re.escape(mark)}.*?<!-- end -->", lambda _, whole=whole: whole, document, flags=re.DOTALL
+        )
+    return document
+
+
+if __name__ == "__main__":
+    DOCUMENT.write_text(filled(DOCUMENT.read_text(encoding="utf-8")), encoding="utf-8")
