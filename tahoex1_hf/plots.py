@@ -39,7 +39,7 @@ def draw_umaps(
         seed: of UMAP.
         title: above all.
     """
-    names = np.unique(labels)
+    names = np.unique(labels) if labels.dtype.kind != "f" else np.zeros(0)
     figure = _figure((1.5 + 4.6 * len(panels) + 1.9 * (1 + len(names) // 25), 5.2))
     axes = np.atleast_1d(figure.subplots(1, len(panels)))
     for each, (heading, embeddings) in zip(axes, panels, strict=True):

@@ -55,8 +55,8 @@ def write_report(
 ) -> dict[str, Any]:
     """Write `report.json`, `report.md`, `predictions.csv`, and the pictures.
 
-    These are `confusion.png` (of numbers, `predicted.png`) and `umap_before_after.png`: the first split's test cells as
-    the base and the trained model embed them.
+    These are `confusion.png` (of numbers, `predicted.png`), and `umap_before_after.png`: the first split's test cells
+    as the base and the trained model embed them.
 
     Args:
         folder: to write into.
