@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from finetuning_runs import RECIPES, labelled_cells, make_config, settings, write_base
+from scipy.sparse import csr_matrix
 
 from tahoex1_hf.data.config import validated
 from tahoex1_hf.finetuning.bases import load_tokenizer
@@ -128,6 +129,17 @@ def test_given_split_that_leaks(run: Callable[..., Any]) -> None:
     adata = with_column((["train"] * 4 + ["test"]) * 6, "part")
     with pytest.raises(ValueError, match=r"leakage: . groups are in train and in test .*leave group out"):
         run(adata, split="part", group="donor")
+
+
+def test_cells_that_stand_in_the_file_twice(run: Callable[..., Any]) -> None:
+    adata = labelled_cells(40, noise=1.0)
+    adata.X = csr_matrix(np.random.default_rng(0).integers(1, 9, adata.shape).astype(np.float32))
+    twice = anndata.concat([adata, adata], index_unique="-")
+    with pytest.raises(ValueError, match=r"leakage: \d+ test cells hold exactly the counts"):
+        run(twice)
+    twice.obs["donor"] = [f"d{i % 40}" for i in range(80)]
+    with pytest.raises(ValueError, match="target_modules"):  # no leak: the copies stay together
+        run(twice, group="donor", target_modules=["none"])
 
 
 def test_files_that_cannot_be_used(run: Callable[..., Any], base: Path, tmp_path: Path) -> None:

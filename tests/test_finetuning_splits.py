@@ -3,7 +3,15 @@
 import numpy as np
 import pytest
 
-from tahoex1_hf.finetuning.splits import Split, check_split, given_split, make_splits, strata, train_and_validation
+from tahoex1_hf.finetuning.splits import (
+    Split,
+    check_duplicates,
+    check_split,
+    given_split,
+    make_splits,
+    strata,
+    train_and_validation,
+)
 
 LABELS = np.repeat([0, 1, 2], [60, 30, 10])
 
@@ -75,6 +83,15 @@ def test_leakage_is_an_error() -> None:
     check_split(Split(rows[:4], rows[4:6], rows[6:]), groups)
     with pytest.raises(ValueError, match=r"leakage: 1 groups are in train and in validation \(b\)"):
         check_split(Split(rows[:3], rows[3:6], rows[6:]), groups)
+
+
+def test_cells_that_are_there_twice_leak() -> None:
+    split = Split(np.arange(4), np.array([4]), np.arange(5, 9))
+    contents = np.array([1, 2, 3, 4, 5, 6, 2, 7, 3])
+    with pytest.raises(ValueError, match=r"leakage: 2 test cells hold exactly the counts .*cell 6 is one"):
+        check_duplicates(split, contents, np.full(9, 60))
+    check_duplicates(split, contents, np.full(9, 5))  # so few genes may be equal by chance
+    check_duplicates(split, np.arange(9), np.full(9, 60))
 
 
 def test_a_column_can_give_the_split() -> None:

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 import tahoex1_hf
 from tahoex1_hf.configuration_tahoe_x1 import TahoeX1Config
 from tahoex1_hf.finetuning.bases import vocabulary_digest
+from tahoex1_hf.finetuning.drug_table import add_saved
 from tahoex1_hf.model_loading import find_model
 from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
 from tahoex1_hf.training.checkpoints import write_atomically
@@ -68,6 +69,21 @@ def save_adapter(model: Any, tokenizer: TahoeX1Tokenizer, folder: Path, record: 
     else:
         model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    (folder / "README.md").write_text(adapter_card(record), encoding="utf-8")
+    write_atomically(folder / RECORD, record)
+
+
+def add_results(folder: Path, metrics: dict[str, float], verdict: str) -> None:
+    """Put what a run's report says into its adapter's record and card.
+
+    Args:
+        folder: of the adapter.
+        metrics: of the test cells, means over the splits.
+        verdict: how they compare with baselines, in words.
+    """
+    from tahoex1_hf.finetuning.cards import adapter_card
+
+    record = {**read_record(folder), "metrics": metrics, "verdict": verdict}
     (folder / "README.md").write_text(adapter_card(record), encoding="utf-8")
     write_atomically(folder / RECORD, record)
 
@@ -167,6 +183,7 @@ def load_adapter(
         place = _base_folder(record, base)
         check_fits(folder, record, TahoeX1Config.from_pretrained(place), TahoeX1Tokenizer.from_pretrained(place))
         model = kind.from_pretrained(place, dtype=torch.float32, **_model_options(record))
+    add_saved(folder, model)
     try:
         adapted = PeftModel.from_pretrained(model, str(folder))
     except RuntimeError as error:

@@ -3,16 +3,21 @@
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from transformers.utils import logging
 
 from tahoex1_hf.finetuning.config import FinetuneConfig
 from tahoex1_hf.finetuning.methods import quantization
 from tahoex1_hf.model_loading import find_model
 from tahoex1_hf.modeling_tahoe_x1 import TahoeX1PreTrainedModel
 from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
+
+# Parts that a checkpoint of pretraining does not have.
+NEW_HEADS = ("classifier.", "head.")
 
 Model = TypeVar("Model", bound=TahoeX1PreTrainedModel)
 
@@ -35,18 +40,33 @@ def load_base(config: FinetuneConfig, model_class: type[Model], **options: Any) 
         **options: of `TahoeX1Config`: `num_labels`, `id2label` and the like.
 
     Raises:
-        ValueError: for `qlora` where the hardware does not have it.
+        ValueError: for `qlora` where the hardware does not have it; for a checkpoint that lacks more than the head.
     """
     options |= quantization(config)
-    with torch.random.fork_rng():
-        torch.manual_seed(config.seed)
-        model: Model = model_class.from_pretrained(
-            find_model(config.model, size=config.size),
-            dtype=torch.float32,
-            attn_implementation=config.attention,
-            **options,
+    folder = find_model(config.model, size=config.size)
+    if not os.isatty(2):
+        logging.disable_progress_bar()
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # that a new head is not in the checkpoint is no news
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(config.seed)
+            model, report = model_class.from_pretrained(
+                folder,
+                dtype=torch.float32,
+                attn_implementation=config.attention,
+                output_loading_info=True,
+                **options,
+            )
+    finally:
+        logging.set_verbosity(verbosity)
+    missing = sorted(name for name in report["missing_keys"] if not name.startswith(NEW_HEADS))
+    if missing:
+        raise ValueError(
+            f"model={config.model} lacks {len(missing)} weights, {missing[0]} for one: load a whole model."
         )
-    return model
+    loaded: Model = model
+    return loaded
 
 
 def base_name(config: FinetuneConfig) -> str:

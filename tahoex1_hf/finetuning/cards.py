@@ -28,14 +28,15 @@ def adapter_card(record: dict[str, Any]) -> str:
         "library_name": "transformers" if record["method"] == "full" else "peft",
         "tags": ["tahoe-x1", "single-cell", record["task"].replace("_", "-")],
     }
-    if not Path(base).exists():  # a folder of this machine says nothing to the Hub
+    local = Path(base).is_absolute()
+    if not local:  # a folder of this machine says nothing to the Hub
         metadata["base_model"] = base
-    shown = f"{base} ({record['size']})" if record.get("size") else base
+    name = Path(base).name if local else base
+    shown = f"{name} ({record['size']})" if record.get("size") else name
     sections = [
         f"---\n{yaml.safe_dump(metadata, sort_keys=False)}---",
         f"# Tahoe-x1 {record['task'].replace('_', ' ')}{_of(record)}",
-        f"{_METHODS[record['method']].capitalize() if record['method'] == 'full' else _METHODS[record['method']]} "
-        f"on `{shown}`.",
+        f"Made by {_METHODS[record['method']]} on `{shown}`.",
         _facts(record),
         _labels(record),
         _scores(record),
@@ -74,8 +75,17 @@ def _scores(record: dict[str, Any]) -> str:
     if not scores:
         return ""
     lines = [f"| {name} | {value:.4g} |" for name, value in scores.items()]
-    where = record.get("metrics_of", "test cells")
-    return "\n".join([f"## Results on {where}", "", "| metric | value |", "|---|---|", *lines])
+    return "\n".join(
+        [
+            "## Results on cells that were not trained on",
+            "",
+            record["verdict"],
+            "",
+            "| metric | value |",
+            "|---|---|",
+            *lines,
+        ]
+    )
 
 
 def _usage(record: dict[str, Any]) -> str:

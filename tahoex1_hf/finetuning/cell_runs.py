@@ -13,7 +13,7 @@ import torch
 from accelerate import PartialState
 
 from tahoex1_hf.encoder import CellEncoder, DtypeName
-from tahoex1_hf.finetuning.adapters import is_peft, save_adapter
+from tahoex1_hf.finetuning.adapters import add_results, is_peft, save_adapter
 from tahoex1_hf.finetuning.bases import base_name, load_base, load_tokenizer
 from tahoex1_hf.finetuning.config import FinetuneConfig
 from tahoex1_hf.finetuning.fitting import drop_checkpoints, fit, run_task
@@ -28,7 +28,7 @@ from tahoex1_hf.finetuning.runs import (
     has_begun,
     peak_memory_gb,
 )
-from tahoex1_hf.finetuning.splits import Split, given_split, make_splits, train_and_validation
+from tahoex1_hf.finetuning.splits import Split, check_duplicates, given_split, make_splits, train_and_validation
 from tahoex1_hf.modeling_tahoe_x1 import TahoeX1ForPreTraining, TahoeX1ForSequenceClassification
 from tahoex1_hf.training.checkpoints import write_atomically
 
@@ -85,17 +85,28 @@ class CellRun:
             write_atomically(path, here)
 
     def splits(self) -> list[Split]:
-        """Those of the folds, or the one."""
+        """Those of the folds, or the one.
+
+        Raises:
+            ValueError: for too few cells or groups, and for leakage.
+        """
+        cells = self.cells
+        splits = [self._given_split()] if cells.parts is not None else self._drawn_splits()
+        contents, genes = cells.contents(), np.diff(cells.stored.offsets)[cells.numbers]
+        for split in splits:
+            check_duplicates(split, contents, genes)
+        return splits
+
+    def _given_split(self) -> Split:
         cells, config = self.cells, self.config
-        if cells.parts is not None:
-            split = given_split(cells.parts, cells.groups, config.split or "split")
-            if len(split.validation):
-                return [split]
-            return [
-                train_and_validation(
-                    split.train, cells.labels, cells.groups, config.validation_fraction, config.seed, test=split.test
-                )
-            ]
+        split = given_split(cast(np.ndarray, cells.parts), cells.groups, config.split or "split")
+        if len(split.validation):
+            return split
+        fraction = config.validation_fraction
+        return train_and_validation(split.train, cells.labels, cells.groups, fraction, config.seed, test=split.test)
+
+    def _drawn_splits(self) -> list[Split]:
+        cells, config = self.cells, self.config
         return make_splits(
             cells.labels,
             cells.groups,
@@ -280,17 +291,19 @@ def report(run: CellRun, outcomes: list[Outcome]) -> dict[str, Any]:
     """Write metrics beside those of baselines, predictions and pictures; returns the metrics."""
     cells, config = run.cells, run.config
     if config.task == "masked_expression":
-        return write_masked_report(run.folder, [outcome.facts["test"] for outcome in outcomes])
+        means, verdict = write_masked_report(run.folder, [outcome.facts["test"] for outcome in outcomes])
+        add_results(run.folder, means, verdict)
+        return means
     from tahoex1_hf.finetuning.report import write_report
 
     outputs = [torch.from_numpy(outcome.outputs) for outcome in outcomes]
     classes = cells.classes is not None
-    return write_report(
+    written = write_report(
         run.folder,
-        label=config.label,
+        label=cast(str, config.label),
         method=config.method,
         classes=cells.classes,
-        labels=cells.labels,
+        labels=cast(np.ndarray, cells.labels),
         names=cells.names,
         counts=cells.csr(),
         splits=[outcome.split for outcome in outcomes],
@@ -300,3 +313,6 @@ def report(run: CellRun, outcomes: list[Outcome]) -> dict[str, Any]:
         cost=[outcome.facts for outcome in outcomes],
         seed=config.seed,
     )
+    means = {name: float(each["mean"]) for name, each in written["metrics"]["model"].items()}
+    add_results(run.folder, means, written["comparison"]["text"])
+    return means

@@ -158,6 +158,13 @@ class LabelledCells:
             drugs = np.zeros(len(rows), np.int64) if self.stored.drug_ids is None else self.stored.drug_ids[numbers]
         return collator.collate([(np.arange(len(rows)), self.stored.views(numbers))], streams, drugs)
 
+    def contents(self) -> np.ndarray:
+        """`(cells,)` numbers that are equal for cells with the same counts."""
+        parts = [np.zeros(0, dtype=np.int64)]
+        for start in range(0, len(self), _ENCODED_CELLS):
+            parts.append(content_numbers(self.stored.rows(self.numbers[start : start + _ENCODED_CELLS])))
+        return np.concatenate(parts)
+
     def csr(self) -> Any:
         """`(cells, vocabulary)` CSR matrix of the counts of all known genes, a column per token, for baselines."""
         from scipy.sparse import csr_matrix

@@ -80,7 +80,7 @@ _ROWS = {
 }
 
 
-def write_masked_report(folder: Path, losses: list[dict[str, float]]) -> dict[str, float]:
+def write_masked_report(folder: Path, losses: list[dict[str, float]]) -> tuple[dict[str, float], str]:
     """Write `report.json` and `report.md`.
 
     Args:
@@ -88,7 +88,7 @@ def write_masked_report(folder: Path, losses: list[dict[str, float]]) -> dict[st
         losses: what `masked_losses` found for each split.
 
     Returns:
-        Means over the splits.
+        Means over the splits, and how they compare, in words.
     """
     means = {name: float(np.mean([each[name] for each in losses])) for name in _ROWS}
     lines = [f"| {title} | {means[name]:.4f} |" for name, title in _ROWS.items()]
@@ -112,7 +112,7 @@ def write_masked_report(folder: Path, losses: list[dict[str, float]]) -> dict[st
     write_atomically(folder / "report.json", {"task": "masked_expression", "means": means, "splits": losses})
     for line in [*lines, *verdicts]:
         logger.info(line)
-    return means
+    return means, " ".join(verdicts)
 
 
 def verdict(model: float, other: float, name: str) -> str:

@@ -17,6 +17,7 @@ logger = logging.getLogger(__name__)
 
 PARTS = ("train", "validation", "test")
 _RANGES = 10  # of a number, that are shared evenly between the parts
+_CERTAIN_GENES = 50  # two cells that express so many genes, in equal counts, are one cell
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,6 +161,25 @@ def check_split(split: Split, groups: np.ndarray | None) -> None:
                     f"leakage: {len(common)} groups are in {first} and in {second} ({', '.join(common[:3])}): "
                     "keep the cells of a group together, or leave group out."
                 )
+
+
+def check_duplicates(split: Split, contents: np.ndarray, num_genes: np.ndarray) -> None:
+    """Raise ValueError where a cell that is tested on stands among the others once more: leakage too.
+
+    Args:
+        split: of the cells.
+        contents: `(cells,)` numbers that are equal for cells with the same counts.
+        num_genes: `(cells,)` expressed genes; of cells with few, the same counts may be chance, and nothing is said.
+    """
+    seen = np.concatenate([split.train, split.validation])
+    seen = contents[seen[num_genes[seen] >= _CERTAIN_GENES]]
+    twice = split.test[(num_genes[split.test] >= _CERTAIN_GENES) & np.isin(contents[split.test], seen)]
+    if len(twice):
+        raise ValueError(
+            f"leakage: {len(twice)} test cells hold exactly the counts of a training or validation cell (cell "
+            f"{twice[0]} is one): the data holds cells twice. Remove the duplicates, or name a column that they share "
+            "as group."
+        )
 
 
 def _check_enough(rows: np.ndarray, groups: np.ndarray | None, needed: int) -> None:
