@@ -138,7 +138,7 @@ def perturb_genes(
         batch_tokens: as in `embed_anndata`; changes nothing but rounding.
         device: as in `embed_anndata`.
         dtype: as in `embed_anndata`, but float32 by default: bfloat16 moves embeddings as far as many a gene does.
-        partial: file in which finished perturbations are kept until all are there: the same call goes on from it.
+        partial: file in which finished perturbations are kept: the same call goes on from it. Remove it afterwards.
         restart: throw away what an unfinished run with other arguments left in `partial`.
         progress: whether to show a progress bar.
 
@@ -171,10 +171,10 @@ def perturb_genes(
     controls = _plan(genes, names, groups, levels, change, together, null_genes, min_cells)
     asked = list(controls)
     everything = list(dict.fromkeys([*asked, *(other for others in controls.values() for other in others)]))
-    run = _Run(source, groups, forward, change, everything, num_affected)
+    run = _Run(source, groups, levels, forward, change, everything, num_affected)
     settings = {"mode": mode, "value": value, "expression": expression, "num_affected": num_affected}
-    journal = Journal(partial, {**settings, **run.identity(model, levels, toward)}, restart)
-    run.carry_out(journal, toward, progress)
+    with Journal(partial, {**settings, **run.identity(model, toward)}, restart) as journal:
+        run.carry_out(journal, toward, progress)
     labels = names.labels()
     if not isinstance(genes, str):  # as the caller calls them
         labels.update(zip(names.tokens(genes), map(str, genes), strict=True))
@@ -305,15 +305,16 @@ class _Run:
         self,
         source: CellSource,
         groups: Groups,
+        levels: Levels,
         forward: Forward,
         change: Change,
         tasks: list[Task],
         num_affected: int,
     ):
-        self.source, self.groups, self.forward, self.change = source, groups, forward, change
+        self.source, self.groups, self.levels, self.forward, self.change = source, groups, levels, forward, change
         self.tasks, self.num_affected = tasks, num_affected
 
-    def identity(self, model: torch.nn.Module, levels: Levels, toward: np.ndarray | None) -> dict[str, Any]:
+    def identity(self, model: torch.nn.Module, toward: np.ndarray | None) -> dict[str, Any]:
         """All that decides the result, apart from the kind of device."""
         from tahoex1_hf.embed_files import json_digest, tokenizer_digest, weights_digest
 
@@ -323,7 +324,7 @@ class _Run:
             "model": weights_digest(model),
             "tokenizer": tokenizer_digest(options.tokenizer),
             "cells": json_digest([self.groups.names, numbers]),
-            "counts": json_digest([levels.expressing.tolist(), levels.sums.tolist()]),
+            "counts": json_digest([self.levels.expressing.tolist(), self.levels.sums.tolist()]),
             "target": None if toward is None else json_digest(toward.tolist()),
             "genes": json_digest([[task.group, task.genes, task.control] for task in self.tasks]),
             "drugs": options.drugs if options.drugs is None or isinstance(options.drugs, str) else list(options.drugs),
@@ -333,8 +334,7 @@ class _Run:
 
     def carry_out(self, journal: Journal, toward: np.ndarray | None, progress: bool) -> None:
         """Do what the journal lacks."""
-        total = sum(len(self.groups.numbers[task.group]) for task in self.tasks)
-        done = sum(len(self.groups.numbers[task.group]) for task in journal.finished)
+        total, done = sum(map(self._reach, self.tasks)), sum(map(self._reach, journal.finished))
         with tqdm(total=total, initial=done, unit="cell", desc="Perturbing", disable=not progress) as bar:
             aim = (
                 self._mean_embedding(toward)
@@ -350,7 +350,14 @@ class _Run:
     def _blocks(self, group: int) -> Iterator[Sequence[Task]]:
         for control in (False, True):
             tasks = [task for task in self.tasks if task.group == group and task.control == control]
-            yield from blocks(tasks, len(self.groups.numbers[group]), self._predicts(control))
+            yield from blocks(tasks, [self._reach(task) for task in tasks], self._predicts(control))
+
+    def _reach(self, task: Task) -> int:
+        """At most so many cells does a perturbation change."""
+        if self.change.mode != "delete":
+            return len(self.groups.numbers[task.group])
+        expressing = self.levels.expressing[task.group, self.source.column_of[list(task.genes)]]
+        return min(int(expressing.sum()), len(self.groups.numbers[task.group]))
 
     def _predicts(self, control: bool) -> bool:
         return self.forward.decoder is not None and not control
@@ -373,8 +380,11 @@ class _Run:
         members = np.array([task.genes for task in block])
         slots = self.source.column_of if self._predicts(block[0].control) else None
         measures = BlockMeasures(members, self.change, self.forward, toward, slots)
+        expected = sum(map(self._reach, block))
         for num_cells in measures.add(self.source.read, cells):
-            bar.update(num_cells * len(block))
+            expected -= num_cells
+            bar.update(num_cells)
+        bar.update(expected)  # cells that turned out not to change
         records = {}
         for number, task in enumerate(block):
             record: dict[str, Any] = {

@@ -5,7 +5,9 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
+
+from filelock import FileLock, Timeout
 
 from tahoex1_hf.perturbation_plan import Task
 
@@ -13,51 +15,68 @@ from tahoex1_hf.perturbation_plan import Task
 class Journal:
     """A file with a line of JSON for the settings of the run, and one for each finished perturbation.
 
+    To be used as a context manager, which keeps a second run away from the file.
+
     Args:
         path: of the file, made where it does not exist; None keeps all in memory.
         settings: all that decides the result.
         restart: throw away what a run with other settings left.
 
     Raises:
-        ValueError: where the file is of a run with other settings, which the message names.
+        ValueError: on entering, where the file is of a run with other settings, which the message names, or another
+            run holds it.
     """
 
     def __init__(self, path: str | Path | None, settings: Mapping[str, Any], restart: bool = False):
         self.path = None if path is None else Path(path)
         self.finished: dict[Task, dict[str, Any]] = {}
-        if self.path is None:
-            return
-        plain: dict[str, Any] = json.loads(json.dumps(settings))  # tuples become lists, as they come back
-        if self.path.exists():
-            self._read(plain, restart)
-        if not self.path.exists():
-            self._write([plain])
+        self._settings: dict[str, Any] = json.loads(json.dumps(settings))  # tuples become lists, as they come back
+        self._restart = restart
+        self._lock: FileLock | None = None
 
-    def _read(self, settings: dict[str, Any], restart: bool) -> None:
+    def __enter__(self) -> Self:
         if self.path is None:
-            return
-        complete = [
-            line for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True) if line[-1] == "\n"
-        ]
+            return self
+        self._lock = FileLock(f"{self.path}.lock")
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise ValueError(f"{self.path}: another run is writing there.") from None
+        try:
+            if self.path.exists():
+                self._read(self.path)
+            if not self.path.exists():
+                self._write(self.path, [self._settings])
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._lock is not None:
+            Path(self._lock.lock_file).unlink(missing_ok=True)
+            self._lock.release()
+
+    def _read(self, path: Path) -> None:
+        complete = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line[-1] == "\n"]
         before = json.loads(complete[0]) if complete else {}
-        if before != settings:
-            if complete and not restart:
-                other = sorted(key for key in {*before, *settings} if before.get(key) != settings.get(key))
+        if before != self._settings:
+            if complete and not self._restart:
+                other = sorted(key for key in {*before, *self._settings} if before.get(key) != self._settings.get(key))
                 raise ValueError(
-                    f"{self.path} is of an unfinished run with another {', '.join(other)}: give the same arguments to "
+                    f"{path} is of an unfinished run with another {', '.join(other)}: give the same arguments to "
                     "go on, or restart=True (--restart) to throw it away."
                 )
-            self.path.unlink()
+            path.unlink()
             return
         for line in complete[1:]:
             record = json.loads(line)
             self.finished[Task(record.pop("group"), tuple(record.pop("genes")), record.pop("control"))] = record
-        self.path.write_text("".join(complete), encoding="utf-8")  # without a line that a kill cut off
+        os.truncate(path, len("".join(complete).encode()))  # without a line that a kill cut off
 
-    def _write(self, records: Iterable[Mapping[str, Any]]) -> None:
-        if self.path is None:
-            return
-        with self.path.open("a", encoding="utf-8") as file:
+    @staticmethod
+    def _write(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+        with path.open("a", encoding="utf-8") as file:
             file.write("".join(f"{json.dumps(record)}\n" for record in records))
             file.flush()
             os.fsync(file.fileno())
@@ -65,12 +84,9 @@ class Journal:
     def add(self, records: Mapping[Task, Mapping[str, Any]]) -> None:
         """Keep finished perturbations."""
         self.finished.update({task: dict(record) for task, record in records.items()})
-        self._write(
-            {"group": task.group, "genes": task.genes, "control": task.control, **record}
-            for task, record in records.items()
-        )
-
-    def remove(self) -> None:
-        """Take the file away: the run is over, and its output written."""
         if self.path is not None:
-            self.path.unlink(missing_ok=True)
+            lines = (
+                {"group": task.group, "genes": task.genes, "control": task.control, **record}
+                for task, record in records.items()
+            )
+            self._write(self.path, lines)

@@ -206,16 +206,14 @@ class BlockMeasures:
             chunks: the cells as they are.
 
         Yields:
-            After each chunk, its number of cells.
+            Now and then, the number of perturbed cells since the last time.
         """
-        done = None
         for piece in ahead(self._pieces(read, chunks)):
             if isinstance(piece, Unperturbed):
-                done = piece
-                self.num_cells += len(done.numbers)
-                yield len(done.numbers)
+                self.num_cells += len(piece.numbers)
             else:
                 self._measure(piece)
+                yield len(piece.tasks)
 
     def _pieces(
         self, read: Callable[[np.ndarray], CellRows], chunks: Sequence[Unperturbed]

@@ -13,8 +13,9 @@ from tahoex1_hf.perturbation_cells import CellSource
 if TYPE_CHECKING:
     from anndata import AnnData
 
-# Perturbations that are made in a chunk of cells together; fewer where the change of every gene is summed up.
-_BLOCK, _BLOCK_CELLS = 32, 8192
+# Perturbations that are made together, and are kept together when they are done: up to so many perturbed cells, enough
+# for full batches; and up to so many perturbations, fewer where the change of every gene is summed up.
+_BLOCK_CELLS, _BLOCK, _BLOCK_EVERY_GENE = 2048, 512, 32
 # Columns of `var` in which files usually keep symbols beside Ensembl ids.
 _SYMBOL_COLUMNS = ("gene_symbol", "gene_symbols", "feature_name", "gene_name", "gene_names", "symbol", "SYMBOL")
 
@@ -247,14 +248,21 @@ class Controls:
         return list(dict.fromkeys(sets))
 
 
-def blocks(tasks: Sequence[Task], num_cells: int, every_gene: bool) -> Iterator[Sequence[Task]]:
-    """Cut the tasks of one group into blocks, always the same: together they make better batches.
+def blocks(tasks: Sequence[Task], num_cells: Sequence[int], every_gene: bool) -> Iterator[list[Task]]:
+    """Cut tasks into blocks, always the same: together they make better batches.
 
     Args:
-        tasks: with equally many genes each.
-        num_cells: of the group.
+        tasks: of one group, with equally many genes each.
+        num_cells: of each, about how many cells it changes.
         every_gene: whether the change of every gene is summed up, in memory of the size of a block times the genes.
     """
-    size = _BLOCK if every_gene else max(_BLOCK, min(16 * _BLOCK, _BLOCK_CELLS // max(1, num_cells)))
-    for start in range(0, len(tasks), size):
-        yield tasks[start : start + size]
+    block: list[Task] = []
+    total, most = 0, _BLOCK_EVERY_GENE if every_gene else _BLOCK
+    for task, cells in zip(tasks, num_cells, strict=True):
+        if block and (len(block) == most or total + cells > _BLOCK_CELLS):
+            yield block
+            block, total = [], 0
+        block.append(task)
+        total += cells
+    if block:
+        yield block

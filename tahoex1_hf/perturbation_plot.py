@@ -103,7 +103,8 @@ def _points(axis: Any, table: "DataFrame", measure: str) -> None:
     rows = table[table["z_score"].notna()]
     outstanding = rows["q_value"].lt(0.1).to_numpy()
     for chosen, color, label in ((~outstanding, _GREY, "q ≥ 0.1"), (outstanding, _BLUE, "q < 0.1")):
-        axis.scatter(rows[measure][chosen], rows["z_score"][chosen], s=10, color=color, alpha=0.7, label=label)
+        if chosen.any():
+            axis.scatter(rows[measure][chosen], rows["z_score"][chosen], s=10, color=color, alpha=0.7, label=label)
     if measure == "cosine_distance":
         axis.set_xscale("log")
     for number in np.argsort(-rows["z_score"].abs().to_numpy(), kind="stable")[:10]:

@@ -413,8 +413,8 @@ def test_does_not_depend_on_chunks_and_pieces(
     reference = run_all(adata, model, tokenizer)
     monkeypatch.setattr("tahoex1_hf.perturbation_plan.CHUNK_CELLS", 7)
     monkeypatch.setattr("tahoex1_hf.perturbation_measures.PIECE_TOKENS", 50)
-    monkeypatch.setattr("tahoex1_hf.perturbation_plan._BLOCK", 3)
-    monkeypatch.setattr("tahoex1_hf.perturbation_plan._BLOCK_CELLS", 1)
+    monkeypatch.setattr("tahoex1_hf.perturbation_plan._BLOCK_EVERY_GENE", 3)
+    monkeypatch.setattr("tahoex1_hf.perturbation_plan._BLOCK_CELLS", 10)
     assert_same(run_all(adata, model, tokenizer), reference)
 
 

@@ -8,6 +8,7 @@ import anndata
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from cells import GENES, make_cells, write_vocab
 from helpers import tiny_config, tiny_model
 from scipy.sparse import csr_matrix
@@ -22,6 +23,7 @@ from tahoex1_hf import (
 from tahoex1_hf.cell_inputs import EncodeOptions
 from tahoex1_hf.cli import app
 from tahoex1_hf.perturbation_cells import CellSource
+from tahoex1_hf.perturbation_journal import Journal
 from tahoex1_hf.perturbation_measures import Moments
 from tahoex1_hf.perturbation_plan import Controls, Groups, Levels
 from tahoex1_hf.perturbation_tables import compared
@@ -136,8 +138,7 @@ def test_moments_equal_numpy() -> None:
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tahoex1_hf.perturbation_plan._BLOCK", 4)
-    monkeypatch.setattr("tahoex1_hf.perturbation_plan._BLOCK_CELLS", 1)
+    monkeypatch.setattr("tahoex1_hf.perturbation_plan._BLOCK_EVERY_GENE", 4)
 
 
 def test_a_killed_run_goes_on_and_gives_the_same_bits(
@@ -193,6 +194,13 @@ def test_other_settings_are_refused(tokenizer: TahoeX1Tokenizer, model: Any, tmp
     assert not np.allclose(changed["cosine_distance"], first["cosine_distance"])
 
 
+def test_two_runs_do_not_share_a_file(tokenizer: TahoeX1Tokenizer, model: Any, tmp_path: Path) -> None:
+    partial = tmp_path / "partial"
+    with Journal(partial, {}), pytest.raises(ValueError, match="another run is writing there"):
+        perturb_genes(make_cells(20, seed=5), model, tokenizer, GENES[:2], partial=partial, **QUIET)
+    assert [path.name for path in tmp_path.iterdir()] == ["partial"]
+
+
 # Choices and errors -----------------------------------------------------------------------------------------
 
 
@@ -211,6 +219,25 @@ def test_genes_are_found_by_symbol_column_and_version(tokenizer: TahoeX1Tokenize
     adata.var["feature_name"] = ["twin"] * 60
     with pytest.raises(ValueError, match="'twin' is 60 genes"):
         perturb_genes(adata, model, tokenizer, ["twin"], **QUIET)
+
+
+def test_folder_of_an_adapter_is_a_model(tokenizer: TahoeX1Tokenizer, model: Any, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    base = TahoeX1ForPreTraining.from_pretrained(tmp_path / "base")
+    adapted = peft.get_peft_model(base, peft.LoraConfig(target_modules=["q_proj", "up_proj"], r=2, lora_alpha=16))
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(generator=torch.Generator().manual_seed(0))
+    adapted.save_pretrained(tmp_path / "adapter")
+    adata, arguments = make_cells(20, seed=5), {"genes": GENES[:3], "expression": True, **QUIET}
+    ours = perturb_genes(adata, tmp_path / "adapter", **arguments).table
+    theirs = perturb_genes(adata, adapted, tokenizer, **arguments).table
+    pd.testing.assert_frame_equal(ours, theirs, rtol=1e-4)
+    plain = perturb_genes(adata, tmp_path / "base", **arguments).table.set_index("gene")["cosine_distance"]
+    assert not np.allclose(ours.set_index("gene")["cosine_distance"], plain, rtol=0.1)
 
 
 def test_cells_by_mask_query_and_group(tokenizer: TahoeX1Tokenizer, model: Any) -> None:
