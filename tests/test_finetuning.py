@@ -284,6 +284,16 @@ def test_gradient_checkpointing_run_ends_at_the_same_weights(base: Path, data: P
     assert largest_relative_difference(on, off) < 1e-3
 
 
+@pytest.mark.parametrize(("task", "label"), [("classification", "kind"), ("masked_expression", None)])
+def test_microbatches_change_no_step(task: str, label: str | None, base: Path, data: Path, tmp_path: Path) -> None:
+    for size in (None, 5):
+        changes = {"task": task, "label": label, "microbatch_size": size, "epochs": 1}
+        finetune(make_config(base, data, tmp_path / str(size), **changes))
+    whole, parts = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("None", "5"))
+    assert largest_relative_difference(parts, whole) < 1e-4
+    assert result(tmp_path / "None")[0]["steps"] == result(tmp_path / "5")[0]["steps"]
+
+
 def test_best_weights_are_kept_and_training_stops_early(base: Path, data: Path, tmp_path: Path) -> None:
     # At this rate the loss on the validation cells soon rises.
     folder = tmp_path / "run"

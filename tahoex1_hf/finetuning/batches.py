@@ -33,7 +33,7 @@ def epoch_order(rows: np.ndarray, lengths: np.ndarray, batch_size: int, seed: in
 
 
 class TrainingBatches:
-    """This process's batch of every step, from the present one to the last; Trainer takes it for one long epoch.
+    """This process's batches of every step, from the present one to the last; Trainer takes it for one long epoch.
 
     Args:
         make_batch: makes a batch, given row numbers and the number of the epoch.
@@ -42,6 +42,10 @@ class TrainingBatches:
         batch_size: cells of a step, of all processes together.
         seed: of the order.
         world: number of this process, and of all.
+        microbatch_size: most cells of a batch; a step then has several.
+
+    Attributes:
+        per_step: batches of a step.
 
     Raises:
         ValueError: where the processes cannot share a step evenly.
@@ -55,6 +59,7 @@ class TrainingBatches:
         batch_size: int,
         seed: int,
         world: tuple[int, int] = (0, 1),
+        microbatch_size: int | None = None,
     ):
         self.make_batch, self.dataset, self.lengths, self.seed = make_batch, rows, lengths, seed
         self.rank, self.processes = world
@@ -64,12 +69,14 @@ class TrainingBatches:
         self.batch_size = min(batch_size, len(rows) // self.processes * self.processes)
         if not self.batch_size:
             raise ValueError(f"{len(rows)} training cells are too few for {self.processes} processes.")
+        here = self.batch_size // self.processes
+        self.per_step = -(-here // (microbatch_size or here))
         self.steps_per_epoch = len(rows) // self.batch_size
         self.max_steps = 0  # of the run; set before the iteration, as is
         self.done: Callable[[], int] = lambda: 0  # the number of steps made so far
 
     def __len__(self) -> int:
-        return self.max_steps
+        return self.max_steps * self.per_step
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         step = self.done()
@@ -77,5 +84,6 @@ class TrainingBatches:
             epoch, first = divmod(step, self.steps_per_epoch)
             order = epoch_order(self.dataset, self.lengths, self.batch_size, self.seed, epoch)
             for rows in order[first : first + self.max_steps - step]:
-                yield self.make_batch(rows[self.rank :: self.processes], epoch)
+                for part in np.array_split(rows[self.rank :: self.processes], self.per_step):
+                    yield self.make_batch(part, epoch)
                 step += 1

@@ -79,6 +79,8 @@ class FinetuneConfig(Strict):
     """How often each training cell is seen, at most."""
     batch_size: int = Field(32, gt=0)
     """Cells of a step, of all processes together."""
+    microbatch_size: int | None = Field(None, gt=0)
+    """Most cells that a process takes at once, where memory is short; the step stays the same."""
     learning_rate: float = Field(1e-3, gt=0)
     """Highest learning rate."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -132,8 +134,8 @@ class FinetuneConfig(Strict):
     """Genes whose change is predicted: those that vary most over the cells."""
     min_condition_cells: int = Field(10, gt=0)
     """Fewest cells of a drug in a context, and of its controls: the mean of fewer is noise, and left out."""
-    controls_per_condition: int = Field(32, gt=0)
-    """Control cells that stand for a condition: drawn anew in each epoch, and always the same in predictions."""
+    controls_per_condition: int = Field(8, gt=0)
+    """Control cells that a condition is paired with in an epoch, drawn anew in each."""
 
     @field_validator("precision", mode="before")
     @classmethod

@@ -64,12 +64,14 @@ def fit(
     model = adapt(base(), config)
     parameters = trainable_parameters(model)
     world = (processes.process_index, processes.num_processes)
-    batches = TrainingBatches(objective.batch, rows, objective.cells.lengths, config.batch_size, config.seed, world)
+    batches = TrainingBatches(
+        objective.batch, rows, objective.cells.lengths, config.batch_size, config.seed, world, config.microbatch_size
+    )
     max_steps, eval_steps = steps_of(config, batches.steps_per_epoch)
     preemption = Preemption()
     trainer = trainer_class(
         model,
-        training_arguments(config, folder, max_steps, eval_steps),
+        training_arguments(config, folder, max_steps, eval_steps, batches.per_step),
         batches,
         objective,
         validation,

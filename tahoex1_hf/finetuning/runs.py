@@ -70,13 +70,16 @@ def steps_of(config: FinetuneConfig, steps_per_epoch: int) -> tuple[int, int]:
     return max_steps, min(config.eval_steps or steps_per_epoch, max_steps)
 
 
-def training_arguments(config: FinetuneConfig, folder: Path, max_steps: int, eval_steps: int) -> TrainingArguments:
-    """Trainer's options."""
+def training_arguments(
+    config: FinetuneConfig, folder: Path, max_steps: int, eval_steps: int, per_step: int = 1
+) -> TrainingArguments:
+    """Trainer's options, for steps of `per_step` batches."""
     schedule = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}[config.schedule]
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     return TrainingArguments(
         output_dir=str(folder),
         max_steps=max_steps,
+        gradient_accumulation_steps=per_step,
         learning_rate=config.learning_rate,
         lr_scheduler_type=schedule,
         warmup_steps=round(config.warmup_fraction * max_steps),
