@@ -1,0 +1,122 @@
+# Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
+"""The file that predictions are written to: the input and new columns, written piece by piece, moved into place."""
+
+import logging
+import os
+import shutil
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+logger = logging.getLogger(__name__)
+
+
+class PredictionWriter:
+    """A copy of an `.h5ad` file, to which predictions are added in the order of its cells.
+
+    Args:
+        source: the file, which is left as it is.
+        output: `.h5ad`; may be the same.
+        column: name of the column of obs. Probabilities go to `obsm[column + "_probabilities"]`, what made them to
+            `uns[column]`. Slots of these names that the source has are replaced.
+        num_cells: of the source.
+        classes: names of the classes; None where numbers are predicted.
+    """
+
+    def __init__(self, source: Path, output: Path, column: str, num_cells: int, classes: Sequence[str] | None):
+        import h5py
+
+        self.output, self.column, self.classes = output, column, classes
+        self.partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
+        self.done = 0
+        try:
+            shutil.copyfile(source, self.partial)
+            self.file = h5py.File(self.partial, "r+")
+            self._make_column(num_cells)
+            if classes is not None:
+                shape = (num_cells, len(classes))
+                self.probabilities = self._array(self._group("obsm"), f"{column}_probabilities", shape, np.float32)
+        except BaseException:
+            self.abandon()
+            raise
+
+    def _make_column(self, num_cells: int) -> None:
+        import h5py
+        from anndata.io import write_elem
+
+        self._modernize()
+        obs = self.file["obs"]
+        self._remove(obs, self.column)
+        others = [name for name in obs.attrs["column-order"] if name != self.column]
+        order = np.array([*others, self.column], dtype=h5py.string_dtype())
+        obs.attrs.create("column-order", order)
+        if self.classes is None:
+            self.values = self._array(obs, self.column, (num_cells,), np.float32)
+            return
+        column = obs.create_group(self.column)
+        column.attrs.update({"encoding-type": "categorical", "encoding-version": "0.2.0", "ordered": False})
+        write_elem(column, "categories", np.array(self.classes, dtype=object))
+        self.values = self._array(column, "codes", (num_cells,), np.min_scalar_type(-len(self.classes)))
+
+    def _modernize(self) -> None:
+        """Write obs anew where an anndata before 0.8 wrote it: old and new columns do not go together."""
+        import pandas as pd
+        from anndata.io import write_elem
+
+        from tahoex1_hf.data.sources.anndata_store import column_names, read_column
+        from tahoex1_hf.data.sources.base import INDEX
+
+        obs = self.file["obs"]
+        if not hasattr(obs, "dtype") and obs.attrs.get("encoding-version") == "0.2.0":
+            return
+        columns = {name: read_column(obs, name).array for name in column_names(obs)}
+        index = pd.Index(read_column(obs, INDEX).astype(str))
+        frame = pd.DataFrame(columns, index=index)
+        del self.file["obs"]
+        write_elem(self.file, "obs", frame)
+
+    def _group(self, name: str) -> Any:
+        group = self.file.require_group(name)
+        if "encoding-type" not in group.attrs:
+            group.attrs.update({"encoding-type": "dict", "encoding-version": "0.1.0"})
+        return group
+
+    def _array(self, group: Any, name: str, shape: tuple[int, ...], dtype: Any) -> Any:
+        self._remove(group, name)
+        array = group.create_dataset(name, shape=shape, dtype=dtype)
+        array.attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
+        return array
+
+    def _remove(self, group: Any, name: str) -> None:
+        if name in group:
+            logger.warning("%s had %s[%r] already: it is replaced in the output.", self.output, group.name[1:], name)
+            del group[name]
+
+    def write(self, predictions: np.ndarray) -> None:
+        """Write the next cells: `(cells, classes)` probabilities, or `(cells,)` numbers."""
+        rows = slice(self.done, self.done + len(predictions))
+        if self.classes is None:
+            self.values[rows] = predictions
+        else:
+            self.values[rows] = predictions.argmax(1)
+            self.probabilities[rows] = predictions
+        self.done += len(predictions)
+
+    def finish(self, provenance: dict[str, Any]) -> None:
+        """Write `uns`, and move the file into place."""
+        from anndata.io import write_elem
+
+        self._remove(self._group("uns"), self.column)
+        names = {} if self.classes is None else {"classes": np.array(self.classes, dtype=object)}
+        write_elem(self.file["uns"], self.column, {**names, **provenance})
+        self.file.close()
+        os.replace(self.partial, self.output)
+
+    def abandon(self) -> None:
+        """Remove the unfinished file."""
+        with suppress(Exception):  # what went wrong is on its way already
+            self.file.close()
+        self.partial.unlink(missing_ok=True)
