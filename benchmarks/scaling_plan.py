@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +36,8 @@ class Model:
     context: int
 
 
-def models() -> list[Model]:
+@cache
+def models() -> tuple[Model, ...]:
     """Those of the recipes, and a larger one that is ours."""
     found = []
     for name, recipe in (("70M", "70m"), ("1.3B", "1_3b"), ("3B", "3b-stage1")):
@@ -48,9 +50,10 @@ def models() -> list[Model]:
     largest = found[-1]
     config = TahoeX1Config(**{**largest.config.to_diff_dict(), **shape, "num_key_value_heads": 32,
                               "intermediate_size": 4 * 4096})  # fmt: skip
-    return [*found, replace(largest, name="10B", config=config)]
+    return (*found, replace(largest, name="10B", config=config))
 
 
+@cache
 def assumptions() -> Assumptions:
     """With products at the rate that explains the published utilisation."""
     anchor = models()[2]
@@ -230,5 +233,55 @@ def filled(document: str) -> str:
     return document
 
 
+def draw(path: Path) -> None:
+    """Hours of an epoch by number of devices, and what fills the memory of each of 64."""
+    from benchmarks.charts import STYLE, plt
+
+    colors = ("#9ecae1", "#4292c6", "#1f6fb4", "#08306b")
+    parts = {"weights": "#08306b", "gradients": "#1f6fb4", "AdamW": "#9ecae1", "copies and gathered": "#9a9a9a",
+             "activations": "#f0a030"}  # fmt: skip
+    with plt.rc_context(STYLE):
+        figure, (left, right) = plt.subplots(1, 2, figsize=(12.5, 4.6), layout="constrained")
+        bars: list[tuple[str, Plan]] = []
+        for model, color in zip(models(), colors, strict=True):
+            arguments = (model.config, model.context, model.global_batch)
+            found = {n: chosen(plans(*arguments, n, assumptions())) for n in DEVICES}
+            hours = {n: plan.device_hours(EPOCH) / n for n, plan in found.items() if plan is not None}
+            left.plot(list(hours), list(hours.values()), marker="o", color=color, label=model.name)
+            left.annotate(
+                model.name, (DEVICES[-1], hours[DEVICES[-1]]), (7, 0), textcoords="offset points", va="center"
+            )
+            for strategy in ("ddp", "fsdp2"):
+                plan = plan_step(*arguments, 64, strategy, assumptions())
+                if plan is not None:
+                    bars.append((f"{model.name}, {NAMES[strategy]}", plan))
+        left.set_xscale("log", base=2)
+        left.set_yscale("log")
+        left.set_xticks(DEVICES, [str(n) for n in DEVICES])
+        left.set_yticks([0.1, 1, 10, 100, 1000], ["6 minutes", "1", "10", "100", "1,000"])
+        left.set_xlabel("H100s")
+        left.set_ylabel("hours")
+        left.set_title("An epoch of 266 million cells of 1,024 tokens")
+        place = range(len(bars))
+        start = np.zeros(len(bars))
+        for number, (part, color) in enumerate(parts.items()):
+            sizes = [
+                (p.states.weights, p.states.gradients, p.states.moments, p.states.copies, p.pass_bytes)[number] / 1e9
+                for _, p in bars
+            ]
+            right.barh(place, sizes, left=start, color=color, height=0.62, label=part)
+            start += sizes
+        right.axvline(H100.memory / 1e9, color="black", linewidth=0.8)
+        right.set_yticks(place, [f"{name}, micro-batch {plan.microbatch}" for name, plan in bars])
+        right.invert_yaxis()
+        right.set_xlabel("GB on each GPU (line: what it has)")
+        right.set_title("Memory on 64 H100s, without checkpointing", pad=24)
+        right.legend(ncols=5, frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(-0.3, 1.0), columnspacing=1)
+        figure.suptitle("Computed, not measured (docs/scaling.md)", fontsize=10, x=0.01, ha="left")
+        figure.savefig(path, dpi=130)
+        plt.close(figure)
+
+
 if __name__ == "__main__":
+    draw(DOCUMENT.with_suffix(".png"))
     DOCUMENT.write_text(filled(DOCUMENT.read_text(encoding="utf-8")), encoding="utf-8")

@@ -7,6 +7,7 @@ import sys
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -369,6 +370,11 @@ def test_document_is_what_is_computed() -> None:
     assert f"{memory.count_parameters(scaling_plan.models()[3].config).total:,}" in text
     with pytest.raises(ValueError, match="has tables"):
         scaling_plan.filled("")
+
+
+def test_picture_is_drawn(tmp_path: Path) -> None:
+    scaling_plan.draw(tmp_path / "scaling.png")
+    assert (tmp_path / "scaling.png").stat().st_size > 20_000
 
 
 def planned(number: int, devices: int, strategy: memory.Strategy, **changes: Any) -> Any:

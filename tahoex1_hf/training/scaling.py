@@ -243,7 +243,7 @@ def plans(
 
 
 def numbers_of(config: TahoeX1Config, strategy: Strategy) -> Numbers:
-    """Types of a strategy on GPUs. `observed_or_self` needs flex attention, which lays its output out anew."""
+    """Types of a strategy on GPUs. `observed_or_self` needs flex attention, which may lay its output out anew."""
     numbers = memory.GPU_FSDP2 if strategy in ("fsdp2", "hsdp") else memory.GPU_AUTOCAST
     return replace(numbers, output_copied=config.attention_mask_style == "observed_or_self")
 
