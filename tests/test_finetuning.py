@@ -290,8 +290,11 @@ def test_microbatches_change_no_step(task: str, label: str | None, base: Path, d
         changes = {"task": task, "label": label, "microbatch_size": size, "epochs": 1}
         finetune(make_config(base, data, tmp_path / str(size), **changes))
     whole, parts = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("None", "5"))
-    assert largest_relative_difference(parts, whole) < 1e-4
-    assert result(tmp_path / "None")[0]["steps"] == result(tmp_path / "5")[0]["steps"]
+    # Adam's first steps have the size of the rate even where a gradient is nothing but rounding.
+    assert largest_relative_difference(parts, whole) < 1e-2
+    facts = [result(tmp_path / name)[0] for name in ("None", "5")]
+    assert facts[0]["steps"] == facts[1]["steps"]
+    assert facts[0]["validation_loss"] == pytest.approx(facts[1]["validation_loss"], rel=1e-5)
 
 
 def test_best_weights_are_kept_and_training_stops_early(base: Path, data: Path, tmp_path: Path) -> None:
