@@ -28,10 +28,11 @@ METHODS = ["linear_probe", "lora", "full"]
 TITLES = {"linear_probe": "linear probe", "lora": "LoRA", "full": "full fine-tuning"}
 # Whole models want smaller steps than adapters: this share of the recipe's learning rate.
 FULL_RATE = 0.2
+# What each costs: its heading, and how it is written.
 FACTS = {
-    "trainable_parameters": "trainable parameters",
-    "seconds": "seconds per fold",
-    "peak_memory_gb": "peak memory (GB)",
+    "trainable_parameters": ("trainable parameters", "{:,}"),
+    "seconds": ("seconds per fold", "{:.1f}"),
+    "peak_memory_gb": ("peak memory (GB)", "{:.2f}"),
 }
 
 
@@ -91,7 +92,7 @@ def cost(report: dict[str, Any]) -> dict[str, float]:
 def format_table(comparison: dict[str, Any]) -> str:
     """Metrics and costs as Markdown."""
     columns = [name for name in NAMES if any(name in scores for scores in comparison["metrics"].values())]
-    head = [*(NAMES[name] for name in columns), *FACTS.values()]
+    head = [*(NAMES[name] for name in columns), *(heading for heading, _ in FACTS.values())]
     classes = "" if comparison["classes"] is None else f", {comparison['classes']} classes"
     lines = [
         f"# {comparison['label']}: {comparison['cells']} cells{classes}, {comparison['folds']} folds",
@@ -102,14 +103,11 @@ def format_table(comparison: dict[str, Any]) -> str:
     for name, scores in comparison["metrics"].items():
         entries = [written(scores[column]) if column in scores else "-" for column in columns]
         spent = comparison["cost"].get(name)
-        costs = ["-"] * 3 if spent is None else [f"{spent[FIRST]:,}", f"{spent['seconds']:.1f}", f"{spent[PEAK]:.2f}"]
+        costs = ["-" if spent is None else form.format(spent[fact]) for fact, (_, form) in FACTS.items()]
         lines.append(f"| {name} | {' | '.join([*entries, *costs])} |")
     lines += ["", "Mean and 95 % interval over the folds (Student's t).", ""]
     lines += [f"- {name}: {text}" for name, text in comparison["verdicts"].items()]
     return "\n".join(lines) + "\n"
-
-
-FIRST, PEAK = "trainable_parameters", "peak_memory_gb"
 
 
 def written(scores: dict[str, Any]) -> str:
@@ -135,18 +133,18 @@ def draw(comparison: dict[str, Any], path: Path) -> None:
             panels[0].errorbar(scores["mean"], place, xerr=half, color="black", capsize=4, linewidth=1.2)
             end = max(scores["high"], *scores["values"])
         panels[0].text(end, place, f"  {scores['mean']:.3f}", va="center", fontsize=9)
-        for axes, fact in zip(panels[1:], FACTS, strict=True):
+        for axes, (fact, (_, form)) in zip(panels[1:], FACTS.items(), strict=True):
             if name not in comparison["cost"]:
                 axes.text(0.02, place, "-", va="center", transform=axes.get_yaxis_transform())
                 continue
             value = comparison["cost"][name][fact]
             axes.barh(place, value, color=colors[name], height=0.62)
-            axes.text(value, place, f" {value:,}" if fact == FIRST else f" {value:.3g}", va="center", fontsize=9)
+            axes.text(value, place, f" {form.format(value)}", va="center", fontsize=9)
     panels[0].set_yticks(range(len(names)), names)
     panels[0].set_xlabel(f"{NAMES[metric]}: mean, 95 % interval and folds")
     panels[0].margins(x=0.12)
-    for axes, title in zip(panels[1:], FACTS.values(), strict=True):
-        axes.set_xlabel(title)
+    for axes, (heading, _) in zip(panels[1:], FACTS.values(), strict=True):
+        axes.set_xlabel(heading)
         axes.margins(x=0.6)
         axes.set_xticks([])
     for axes in panels:

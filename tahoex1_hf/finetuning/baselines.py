@@ -26,7 +26,7 @@ MOST_CELLS = 50_000
 _TARGET_SUM = 1e4
 # Strengths (C) that are tried, from strong to weak.
 _STRENGTHS = (0.001, 0.01, 0.1, 1.0, 10.0)
-_BOOSTING: dict[str, Any] = {"max_iter": 50, "learning_rate": 0.1, "max_leaf_nodes": 15, "early_stopping": False}
+_BOOSTING: dict[str, Any] = {"max_iter": 50, "learning_rate": 0.1, "max_leaf_nodes": 8, "early_stopping": False}
 
 LINEAR = {"classification": "PCA + logistic regression", "regression": "PCA + ridge regression"}
 BOOSTED = "PCA + gradient boosting"
