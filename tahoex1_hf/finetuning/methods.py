@@ -19,13 +19,15 @@ if TYPE_CHECKING:
 # Linear layers that get adapters: the projections of attention and feed-forward blocks. PEFT's "all-linear" would also
 # take the decoders and the encoder of expression values, which have one input.
 TARGET_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+# And, to learn how cells respond to drugs, those of the drug encoder.
+DRUG_MODULES = ["drug_encoder.linear1", "drug_encoder.linear2"]
 # Head of each task, trained and saved whole. Masked expression keeps the decoders of the base as they are.
 HEADS: dict[str, list[str]] = {
     "masked_expression": [],
     "classification": ["classifier"],
     "regression": ["classifier"],
     "gene_classification": ["classifier"],
-    "drug_response": [],
+    "drug_response": ["cell_decoder"],
 }
 # PEFT's name for a task, which decides the Auto class that loads the base of an adapter.
 _TASK_TYPES = {"classification": "SEQ_CLS", "regression": "SEQ_CLS", "gene_classification": "TOKEN_CLS"}
@@ -76,7 +78,8 @@ def target_modules(model: torch.nn.Module, config: FinetuneConfig) -> list[str]:
     """
     linear = {name.rpartition(".")[2] for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear)}
     if config.target_modules is None:
-        return [name for name in TARGET_MODULES if name in linear]
+        usual = [name for name in TARGET_MODULES if name in linear]
+        return [*usual, *DRUG_MODULES] if config.task == "drug_response" else usual
     unknown = sorted(set(config.target_modules) - linear)
     if unknown or not config.target_modules:
         raise ValueError(

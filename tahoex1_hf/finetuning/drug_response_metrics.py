@@ -1,0 +1,89 @@
+# Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
+"""How well changes of expression are predicted, and the means that a model has to beat."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from tahoex1_hf.finetuning.metrics import interval
+
+NULL, CONTEXT_MEAN, DRUG_MEAN = "no change (control)", "mean of the context", "mean of the drug"
+
+
+def pearson_rows(predicted: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """Pearson's correlation over the genes, condition by condition.
+
+    Args:
+        predicted: `(conditions, genes)` changes.
+        truth: `(conditions, genes)` changes.
+
+    Returns:
+        `(conditions,)` float64; 0 where either is constant, as for the null, of which no correlation is defined.
+    """
+    a = predicted.astype(np.float64) - predicted.astype(np.float64).mean(axis=1, keepdims=True)
+    b = truth.astype(np.float64) - truth.astype(np.float64).mean(axis=1, keepdims=True)
+    norms = np.sqrt((a**2).sum(axis=1) * (b**2).sum(axis=1))
+    defined = norms > 1e-12
+    return np.divide((a * b).sum(axis=1), norms, out=np.zeros(len(a)), where=defined)
+
+
+def change_baselines(
+    changes: np.ndarray, drugs: np.ndarray, contexts: np.ndarray, train: np.ndarray, test: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Changes predicted without a model.
+
+    Args:
+        changes: `(conditions, genes)`; those of the test conditions are not looked at.
+        drugs: `(conditions,)` names.
+        contexts: `(conditions,)` names.
+        train: rows to take means over.
+        test: rows to predict.
+
+    Returns:
+        By baseline `(test conditions, genes)`: no change at all; the mean change of the training conditions in the
+        same context; that of the same drug. Where there is no such condition (the drug, or the context, is held out)
+        the mean over all training conditions.
+    """
+
+    def mean_of(names: np.ndarray) -> np.ndarray:
+        known = names[train]
+        overall = changes[train].mean(axis=0)
+        means = {name: changes[train[known == name]].mean(axis=0) for name in set(known) & set(names[test])}
+        return np.stack([means.get(name, overall) for name in names[test]])
+
+    return {NULL: np.zeros_like(changes[test]), CONTEXT_MEAN: mean_of(contexts), DRUG_MEAN: mean_of(drugs)}
+
+
+def score(
+    predictions: Mapping[str, np.ndarray], truth: np.ndarray, units: np.ndarray
+) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, np.ndarray]]]:
+    """Metrics of several predictions of the same conditions.
+
+    Args:
+        predictions: name -> `(conditions, genes)`.
+        truth: `(conditions, genes)`.
+        units: `(conditions,)` held-out drug (or context) of each: conditions of one are not independent, so that the
+            intervals are over the means of the units.
+
+    Returns:
+        Name -> metric -> `interval` over the units; and name -> metric -> `(conditions,)`. The metrics are `pearson`
+        of the change, and `mse`.
+    """
+    per_condition = {
+        name: {
+            "pearson": pearson_rows(predicted, truth),
+            "mse": ((predicted.astype(np.float64) - truth) ** 2).mean(axis=1),
+        }
+        for name, predicted in predictions.items()
+    }
+    summary = {
+        name: {metric: interval(by_unit(values, units)) for metric, values in metrics.items()}
+        for name, metrics in per_condition.items()
+    }
+    return summary, per_condition
+
+
+def by_unit(values: np.ndarray, units: np.ndarray) -> list[float]:
+    """Mean of each unit, in the order of their names."""
+    return [float(values[units == unit].mean()) for unit in sorted(set(units))]
