@@ -18,6 +18,7 @@ from accelerate.utils import FullyShardedDataParallelPlugin
 from helpers import SHAPES, tiny_config
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.mem_tracker import MemTracker
 from torch.distributed.fsdp import fully_shard
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -202,6 +203,39 @@ def test_largest_microbatch_is_foreseen() -> None:
             found = largest_microbatch(measured, limit, 24)
             assert largest_microbatch(formula, limit, 24) == found
         assert found > 1
+
+
+@pytest.mark.parametrize(
+    ("numbers", "checkpointing", "most"),
+    [(GPU_AUTOCAST, False, 1.15), (GPU_FSDP2, True, 1.3)],
+    ids=["autocast", "bf16-checkpointing"],
+)
+def test_passes_need_no_more_than_is_said(
+    numbers: Numbers, checkpointing: bool, most: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch's MemTracker on tensors without memory, with CUDA's rules: peak of the second micro-batch of a step."""
+    config = TahoeX1Config(vocab_size=1000, hidden_size=256, num_hidden_layers=4, num_attention_heads=4)
+    cells, length = 32, 256
+    monkeypatch.setattr(functional, "layer_norm", float32_norm)
+    monkeypatch.setattr(functional, "dropout", byte_dropout)
+    monkeypatch.setattr(PackedAttention, "__call__", one_run)
+    monkeypatch.setattr(PackedAttention, "make", lambda edges, *_: PackedAttention(edges, [(cells, length)]))
+    with FakeTensorMode():
+        model = training_model(config, numbers)
+        if checkpointing:
+            model.activation_checkpointing_enable()
+        tracker = MemTracker()
+        tracker.track_external(model)
+        with tracker:
+            for _ in range(2):
+                tracker.reset_mod_stats()
+                loss(model, numbers, cells, length).backward()
+        peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
+    parameters = memory.count_parameters(config)
+    # Weights, gradients and a second one of the table, here all in the type of the weights; and autocast's copies.
+    fixed = numbers.weights * (2 * parameters.total + parameters.table) + 2 * parameters.matrices * numbers.autocast
+    needed = fixed + memory.microbatch_bytes(config, numbers, length, cells, checkpointing=checkpointing)
+    assert 1.0 <= needed / peak < most
 
 
 PEAK = """
