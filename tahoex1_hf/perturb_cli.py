@@ -62,7 +62,7 @@ def perturb(
         str | None, typer.Option(help="Measure the shift toward these cells: a comparison, like --cells.")
     ] = None,
     expression: Annotated[
-        bool, typer.Option("--expression", help="Also the change of predicted expression; three times the work.")
+        bool, typer.Option("--expression", help="Also the change of predicted expression; four times the work.")
     ] = False,
     affected: Annotated[
         Path | None,

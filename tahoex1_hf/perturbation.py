@@ -3,6 +3,7 @@
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -124,7 +125,7 @@ def perturb_genes(
             a mask; by default all.
         groupby: column of `obs`; the genes are ranked in each of its groups.
         target: cells, chosen like `cells`, toward whose mean embedding the shift is measured.
-        expression: also measure predicted expression. Needs the pretraining head; takes about three times as long.
+        expression: also measure predicted expression. Needs the pretraining head; takes about four times as long.
         num_affected: with `expression`, most affected genes to list per perturbation.
         null_genes: controls per perturbation; 0 for none.
         min_cells: fewest cells that express a gene for it to be a control, or one of `"all"`: cells of the group, or,
@@ -152,28 +153,30 @@ def perturb_genes(
         raise ValueError(
             f"null_genes={null_genes}, min_cells={min_cells}, num_affected={num_affected}: pass at least 0, 1 and 1."
         )
-    if isinstance(adata, (str, Path)):
-        from anndata import read_h5ad
+    with ExitStack() as stack:
+        if isinstance(adata, (str, Path)):
+            from anndata import read_h5ad
 
-        adata = read_h5ad(adata, backed="r")
-    if isinstance(model, (str, Path)):
-        model, loaded = load_for_perturbation(model, expression=expression)
-        tokenizer = tokenizer or loaded
-    if tokenizer is None:
-        raise ValueError("tokenizer is missing: pass that of the model, or a path or Hub repository as model.")
-    options = EncodeOptions(with_context(tokenizer, max_length), drugs, seed, gene_id_column, gene_symbols, layer)
-    forward = _forward(model, options.tokenizer, expression, batch_tokens, device, dtype)
-    source = CellSource(adata, options)
-    groups = make_groups(adata, choose_cells(adata, cells, "cells"), groupby)
-    toward = None if target is None else np.flatnonzero(choose_cells(adata, target, "target"))
-    levels = Levels.measure(source, groups)
-    names = GeneNames(adata, source)
-    controls = _plan(genes, names, groups, levels, change, together, null_genes, min_cells)
-    asked = list(controls)
-    everything = list(dict.fromkeys([*asked, *(other for others in controls.values() for other in others)]))
-    run = _Run(source, groups, levels, forward, change, everything, num_affected)
-    settings = {"mode": mode, "value": value, "expression": expression, "num_affected": num_affected}
-    with Journal(partial, {**settings, **run.identity(model, toward)}, restart) as journal:
+            adata = read_h5ad(adata, backed="r")
+            stack.callback(adata.file.close)
+        if isinstance(model, (str, Path)):
+            model, loaded = load_for_perturbation(model, expression=expression)
+            tokenizer = tokenizer or loaded
+        if tokenizer is None:
+            raise ValueError("tokenizer is missing: pass that of the model, or a path or Hub repository as model.")
+        options = EncodeOptions(with_context(tokenizer, max_length), drugs, seed, gene_id_column, gene_symbols, layer)
+        forward = _forward(model, options.tokenizer, expression, batch_tokens, device, dtype)
+        source = CellSource(adata, options)
+        groups = make_groups(adata, choose_cells(adata, cells, "cells"), groupby)
+        toward = None if target is None else np.flatnonzero(choose_cells(adata, target, "target"))
+        levels = Levels.measure(source, groups)
+        names = GeneNames(adata, source)
+        controls = _plan(genes, names, groups, levels, change, together, null_genes, min_cells)
+        asked = list(controls)
+        everything = list(dict.fromkeys([*asked, *(other for others in controls.values() for other in others)]))
+        run = _Run(source, groups, levels, forward, change, everything, num_affected)
+        settings = {"mode": mode, "value": value, "expression": expression, "num_affected": num_affected}
+        journal = stack.enter_context(Journal(partial, {**settings, **run.identity(model, toward)}, restart))
         run.carry_out(journal, toward, progress)
     labels = names.labels()
     if not isinstance(genes, str):  # as the caller calls them
