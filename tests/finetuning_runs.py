@@ -25,8 +25,13 @@ KINDS = ["B cell", "NK", "T cell"]
 
 def write_base(folder: Path, genes: list[str] = GENES, **changes: Any) -> Path:
     """A model with random weights, and its tokenizer."""
-    tokenizer = TahoeX1Tokenizer(write_vocab(folder.parent / f"{folder.name}_vocab", genes), context_length=48)
+    with_drugs = "num_drugs" in changes
+    vocab = write_vocab(folder.parent / f"{folder.name}_vocab", genes, drug_token=with_drugs)
+    table = {"drug_to_id": {"<pad>": 0, "aspirin": 1, "caffeine": 2, "taxol": 3}} if with_drugs else {}
+    tokenizer = TahoeX1Tokenizer(vocab, context_length=48, **table)
     settings = {"vocab_size": len(tokenizer), "expression_encoder_dropout": 0.0, **changes}
+    if with_drugs:
+        settings |= {"drug_fingerprint_size": 16, "drug_token_id": tokenizer.get_vocab()["<drug>"]}
     model = tiny_model(tiny_config(**settings), TahoeX1ForPreTraining)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -130,7 +130,7 @@ def objective_of(config: FinetuneConfig, folder: Path, train: np.ndarray) -> Obj
 
 
 def test_masked_expression_fits_the_cells_better_than_the_base(base: Path, data: Path, tmp_path: Path) -> None:
-    config = make_config(base, data, tmp_path / "run", task="masked_expression", label=None, epochs=6)
+    config = make_config(base, data, tmp_path / "run", task="masked_expression", label=None, epochs=6, report=True)
     assert finetune(config) == 0
     facts, arrays = result(tmp_path / "run")
     test = facts["test"]
@@ -142,6 +142,50 @@ def test_masked_expression_fits_the_cells_better_than_the_base(base: Path, data:
     assert test["mean"] == pytest.approx(float(expected), rel=1e-3)
     model, _ = load_adapter(tmp_path / "run")
     assert isinstance(model.get_base_model(), TahoeX1ForPreTraining)
+    report = (tmp_path / "run" / "report.md").read_text()
+    assert f"| this model, mean of both decoders | {test['model']:.4f} |" in report
+    assert "The model beats the base" in report
+    does = "beats" if test["model_expression"] < test["gene_mean"] else "does not beat"
+    assert f"The model {does} the constants" in report
+    assert read_record(tmp_path / "run")["metrics"]["model"] == test["model"]
+    assert "The model beats the base" in (tmp_path / "run" / "README.md").read_text()
+
+
+def test_cells_with_drugs(data: Path, tmp_path: Path) -> None:
+    base = write_base(tmp_path / "drug_base", num_drugs=4)
+    cells = labelled_cells(60)
+    drugs = ["", "aspirin", "caffeine", "taxol"]
+    cells.obs["drug"] = [drugs[i % 4] for i in range(60)]
+    cells.write_h5ad(tmp_path / "treated.h5ad")
+    config = make_config(base, tmp_path / "treated.h5ad", tmp_path / "run", drugs="drug", epochs=1)
+    read = read_cells(config, load_tokenizer(config), tmp_path)
+    batch = read.batch(np.array([1, 4, 7]))
+    assert batch["drug_ids"].tolist() == [1, 0, 3]
+    assert (batch["input_ids"][:, 1] == load_tokenizer(config).get_vocab()["<drug>"]).all()
+    expected = load_tokenizer(config)(cells[[1, 4, 7]], drugs="drug", padding=True, return_tensors="pt")
+    assert torch.equal(batch["input_ids"], expected["input_ids"])
+    assert torch.equal(batch["expression_values"], expected["expression_values"])
+    assert finetune(config) == 0
+    masked = make_config(
+        base, tmp_path / "treated.h5ad", tmp_path / "mlm", task="masked_expression", label=None, epochs=1
+    )
+    assert finetune(masked) == 0
+
+
+@pytest.mark.slow
+def test_the_report_stands_beside_the_adapter(base: Path, data: Path, tmp_path: Path) -> None:
+    config = make_config(base, data, tmp_path / "run", method="linear_probe", folds=3, report=True)
+    assert finetune(config) == 0
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    truth = np.arange(120) % 3
+    hits = []
+    for fold in range(3):
+        arrays = result(tmp_path / "run" / "folds" / str(fold))[1]
+        hits.append(float((arrays["outputs"].argmax(1) == truth[arrays["test"]]).mean()))
+    assert report["metrics"]["model"]["accuracy"]["values"] == pytest.approx(hits)
+    assert {"PCA + logistic regression", "majority class"} < set(report["metrics"])
+    assert report["comparison"]["text"] in (tmp_path / "run" / "README.md").read_text()
+    assert read_record(tmp_path / "run")["metrics"]["accuracy"] == pytest.approx(np.mean(hits))
 
 
 def test_masks_follow_from_seed_epoch_and_cell(base: Path, data: Path, tmp_path: Path) -> None:
@@ -302,16 +346,18 @@ def test_best_weights_are_kept_and_training_stops_early(base: Path, data: Path, 
     folder = tmp_path / "run"
     config = make_config(base, data, folder, learning_rate=0.3, epochs=40, early_stopping_patience=2)
     finetune(config)
-    facts, _ = result(folder)
+    facts, arrays = result(folder)
     history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
     losses = {line["step"]: line["eval_loss"] for line in history if "eval_loss" in line}
     assert facts["steps"] < 40 * 5
     assert losses[facts["best_step"]] == min(losses.values())
     assert [step for step in losses if step > facts["best_step"]][-1] == facts["steps"]
     assert len([step for step in losses if step > facts["best_step"]]) == 2
-    best = load_file(folder / f"checkpoint-{facts['best_step']}" / "adapter_model.safetensors")
-    saved = load_file(folder / "adapter_model.safetensors")
-    assert all(torch.equal(saved[name], best[name]) for name in best)
+    assert not list(folder.glob("checkpoint-*"))
+    objective, model = objective_of(config, tmp_path, arrays["train"]), load_adapter(folder)[0]
+    with torch.no_grad():
+        sums = objective.sums(model, objective.batch(arrays["validation"], HELD_OUT))
+    assert objective.metrics(sums, 1)["loss"] == pytest.approx(min(losses.values()), rel=1e-4)
 
 
 def test_the_same_run_gives_the_same_weights(base: Path, data: Path, tmp_path: Path) -> None:

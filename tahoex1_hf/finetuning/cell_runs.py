@@ -194,7 +194,7 @@ class CellRun:
         Args:
             split: of the cells.
             folder: of the fold.
-            keep: whether the model is the one to keep; else its checkpoints are removed.
+            keep: whether the model is the one to keep.
         """
         done = read_outcome(folder, split)
         if done is not None:
@@ -213,8 +213,7 @@ class CellRun:
             if keep:
                 save_adapter(model, self.tokenizer, self.folder, self.record(facts))
             write_outcome(folder, result)
-            if not keep:
-                drop_checkpoints(folder)
+            drop_checkpoints(folder)  # all that is to be kept of them is saved
         self.processes.wait_for_everyone()
         return result or cast(Outcome, read_outcome(folder, split))
 
