@@ -97,6 +97,9 @@ class Alone:
 
     process_index, num_processes, is_main_process, device = 0, 1, True, torch.device("cpu")
 
+    def wait_for_everyone(self) -> None:
+        """There is nobody else."""
+
 
 def make_run(place: Path, output: Path, **changes: Any) -> GeneRun:
     output.mkdir(exist_ok=True)
