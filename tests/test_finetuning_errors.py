@@ -1,6 +1,7 @@
 """Bad input of fine-tuning: what is wrong, and the way out, before any training."""
 
 import logging
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from finetuning_runs import RECIPES, labelled_cells, make_config, settings, write_base
+from safetensors.torch import load_file, save_file
 from scipy.sparse import csr_matrix
 
 from tahoex1_hf.data.config import validated
@@ -193,6 +195,29 @@ def test_overrides(override: str, message: str) -> None:
 def test_target_modules_that_are_not_there(run: Callable[..., Any]) -> None:
     with pytest.raises(ValueError, match=r"target_modules=\['query'\]: query is no linear layer.*q_proj"):
         run(labelled_cells(30), target_modules=["query"])
+
+
+def test_a_base_whose_cells_depend_on_padding(run: Callable[..., Any], base: Path, tmp_path: Path) -> None:
+    other = write_base(tmp_path / "padded", cell_pooling="mean_with_padding")
+    with pytest.raises(ValueError, match=r"mean_with_padding.*depend on the batch"):
+        run(labelled_cells(30), model=str(other))
+
+
+def test_a_base_that_is_not_whole(run: Callable[..., Any], base: Path, tmp_path: Path) -> None:
+    shutil.copytree(base, tmp_path / "part")
+    weights = load_file(base / "model.safetensors")
+    del weights["tahoe.layers.1.mlp.up_proj.weight"]
+    save_file(weights, tmp_path / "part" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"lacks 1 weights, tahoe\.layers\.1\.mlp\.up_proj\.weight for one"):
+        run(labelled_cells(30), model=str(tmp_path / "part"))
+
+
+def test_classes_of_the_test_alone_are_warned_of(run: Callable[..., Any], caplog: Any) -> None:
+    adata = with_column(["A"] * 10 + ["B"] * 10 + ["C"] * 10)
+    adata.obs["part"] = ["train"] * 20 + ["test"] * 10
+    with caplog.at_level(logging.WARNING, "tahoex1_hf"):
+        run(adata, split="part", method="linear_probe")
+    assert "1 classes are tested but not trained on" in caplog.text
 
 
 def test_qlora_needs_its_hardware(run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,7 +40,8 @@ def load_base(config: FinetuneConfig, model_class: type[Model], **options: Any) 
         **options: of `TahoeX1Config`: `num_labels`, `id2label` and the like.
 
     Raises:
-        ValueError: for `qlora` where the hardware does not have it; for a checkpoint that lacks more than the head.
+        ValueError: for `qlora` where the hardware does not have it; for a checkpoint that lacks more than the head,
+            or whose pooling counts padding.
     """
     options |= quantization(config)
     folder = find_model(config.model, size=config.size)
@@ -64,6 +65,11 @@ def load_base(config: FinetuneConfig, model_class: type[Model], **options: Any) 
     if missing:
         raise ValueError(
             f"model={config.model} lacks {len(missing)} weights, {missing[0]} for one: load a whole model."
+        )
+    if model.config.cell_pooling == "mean_with_padding":
+        raise ValueError(
+            f'model={config.model}: cell_pooling="mean_with_padding" makes a cell depend on the batch it is in. Set '
+            '"cell_pooling": "mean" in its config.json and train on that.'
         )
     loaded: Model = model
     return loaded

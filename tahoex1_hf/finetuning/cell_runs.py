@@ -95,7 +95,20 @@ class CellRun:
         contents, genes = cells.contents(), np.diff(cells.stored.offsets)[cells.numbers]
         for split in splits:
             check_duplicates(split, contents, genes)
+            self._warn_of_unseen_classes(split)
         return splits
+
+    def _warn_of_unseen_classes(self, split: Split) -> None:
+        if self.cells.classes is None or self.cells.labels is None:
+            return
+        labels = self.cells.labels
+        unseen = [self.cells.classes[i] for i in np.setdiff1d(labels[split.test], labels[split.train])]
+        if unseen:
+            logger.warning(
+                "%d classes are tested but not trained on, since all their cells are in groups of the test: %s.",
+                len(unseen),
+                ", ".join(unseen),
+            )
 
     def _given_split(self) -> Split:
         cells, config = self.cells, self.config
