@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import anndata
 import numpy as np
 import pytest
 import torch
@@ -41,6 +42,7 @@ from tahoex1_hf.finetuning.methods import (
     trainable_parameters,
 )
 from tahoex1_hf.finetuning.objectives import HELD_OUT, Objective, class_weights
+from tahoex1_hf.finetuning.predicting import load_predictor, predict_file
 from tahoex1_hf.finetuning.trainer import FinetuneTrainer
 
 METHODS = ["lora", "dora", "rslora", "full", "head_only", "linear_probe"]
@@ -149,6 +151,16 @@ def test_masked_expression_fits_the_cells_better_than_the_base(base: Path, data:
     assert f"The model {does} the constants" in report
     assert read_record(tmp_path / "run")["metrics"]["model"] == test["model"]
     assert "The model beats the base" in (tmp_path / "run" / "README.md").read_text()
+
+
+def test_predict_gives_what_was_tested(base: Path, data: Path, tmp_path: Path) -> None:
+    config = make_config(base, data, tmp_path / "run", method="linear_probe", context_length=12)  # cells are sampled
+    finetune(config)
+    arrays = result(tmp_path / "run")[1]
+    predict_file(data, tmp_path / "out.h5ad", load_predictor(tmp_path / "run"), dtype="float32", progress=False)
+    predicted = anndata.read_h5ad(tmp_path / "out.h5ad").obsm["tahoex1_kind_probabilities"]
+    tested = torch.from_numpy(arrays["outputs"]).softmax(1)
+    assert largest_difference(np.asarray(predicted)[arrays["test"]], tested) < 1e-5
 
 
 def test_cells_with_drugs(data: Path, tmp_path: Path) -> None:
