@@ -138,6 +138,7 @@ class CellSource:
         self.tokens = known[np.sort(np.unique(known, return_index=True)[1])]
         self.column_of = np.full(self.num_tokens, -1)
         self.column_of[self.tokens] = np.arange(len(self.tokens))
+        self._names = {token: name for name, token in tokenizer.get_vocab().items()}
         self._whole = copy.copy(tokenizer)
         self._whole.context_length = None
 
@@ -152,7 +153,7 @@ class CellSource:
 
     def check(self, cells: CellRows) -> None:
         """Raise ValueError for counts that cannot be encoded; warn, once, of counts that look wrong."""
-        lookup = {token: name for name, token in self.tokenizer.get_vocab().items()}
+        lookup = self._names
         error, warning = count_problem(cells.rows, 0, lookup)
         if error is not None:  # the message is to name the cell by its number in the data
             for cell in range(cells.num_cells):

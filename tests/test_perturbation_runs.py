@@ -393,6 +393,7 @@ def test_command_says_what_is_wrong(pbmc: Path, tmp_path: Path, output: str, opt
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_example(pbmc: Path, tmp_path: Path) -> None:
     blocked = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(EXAMPLES.parent)}
     genes = "PRF1,CD8B,GZMB,CCR7,FGFBP2"
