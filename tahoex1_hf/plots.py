@@ -65,7 +65,7 @@ def draw_umaps(
     figure.savefig(path, dpi=120)
 
 
-def draw_confusion(counts: np.ndarray, classes: Sequence[str], title: str, path: Path) -> None:
+def draw_confusion(counts: np.ndarray, classes: Sequence[str], title: str, path: Path, of: str = "cells") -> None:
     """Confusion matrix as a PNG: each row is a class, its colours the shares of its cells predicted as each class.
 
     Args:
@@ -73,6 +73,7 @@ def draw_confusion(counts: np.ndarray, classes: Sequence[str], title: str, path:
         classes: their names.
         title: above it.
         path: of the PNG.
+        of: what is counted.
     """
     number = len(classes)
     shares = counts / counts.sum(axis=1, keepdims=True).clip(min=1)
@@ -85,12 +86,12 @@ def draw_confusion(counts: np.ndarray, classes: Sequence[str], title: str, path:
     totals = counts.sum(axis=1)
     named = [f"{name} ({total})" for name, total in zip(classes, totals, strict=True)]
     axes.set_yticks(range(number), named, fontsize=font)
-    axes.set(xlabel="predicted", ylabel="label (cells)", title=title)
+    axes.set(xlabel="predicted", ylabel=f"label ({of})", title=title)
     if number <= _MOST_ANNOTATED:
         for row, column in zip(*np.nonzero(counts), strict=True):
             color = "white" if shares[row, column] > 0.55 else "black"
             axes.text(column, row, counts[row, column], ha="center", va="center", fontsize=8, color=color)
-    figure.colorbar(image, ax=axes, label="share of the label's cells", shrink=0.7)
+    figure.colorbar(image, ax=axes, label=f"share of the label's {of}", shrink=0.7)
     figure.savefig(path, dpi=120)
 
 

@@ -384,6 +384,9 @@ def test_a_whole_run(method: str, place: Path, tmp_path: Path) -> None:
         assert found["metrics"][ours]["pearson"]["mean"] == pytest.approx(mean, abs=1e-5)
         assert f"Held-out {kind}s" in text
     assert "no correlation is defined" in text
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "Results on conditions that were not trained on" in card
+    assert "predict_drug_response(" in card
     assert read_record(tmp_path / "run")["control"] == CONTROL
     model, tokenizer = load_adapter(tmp_path / "run")
     assert inner_model(model).config.num_drugs == len(tokenizer.drug_to_id)

@@ -384,6 +384,11 @@ def test_a_run_learns_what_can_be_learnt(method: str, place: Path, tmp_path: Pat
     text = (tmp_path / "run" / "report.md").read_text()
     assert f"Tahoe-x1, {method} beats majority class by AUROC" in text
     assert "2 expressed in no cell" in text
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "Results on genes that were not trained on" in card
+    assert f"Tahoe-x1, {method} beats majority class" in card
+    assert (tmp_path / "run" / "confusion.png").stat().st_size > 1000
+    assert not list((tmp_path / "run").glob("checkpoint-*"))
     table = pd.read_csv(tmp_path / "run" / "predictions.csv")
     with np.load(tmp_path / "run" / "result.npz") as arrays:
         assert len(table) == len(arrays["test"]) == len(arrays["logits"])

@@ -17,6 +17,20 @@ _METHODS = {
 }
 
 
+# What a task is tested on, where it is not cells.
+_TESTED = {"gene_classification": "genes", "drug_response": "conditions"}
+_DRUG_USAGE = """## Use
+
+```python
+from tahoex1_hf.finetuning.drug_response import predict_drug_response
+
+changes = predict_drug_response("FOLDER OR HUB ID OF THIS ADAPTER", controls, ["NAME OF A DRUG"])
+```
+
+`controls` is an AnnData with untreated cells of one context; `changes` has a row per drug and a column per gene, the
+change of the mean of log(1 + counts per 10,000)."""
+
+
 def adapter_card(record: dict[str, Any]) -> str:
     """Text of README.md.
 
@@ -77,7 +91,7 @@ def _scores(record: dict[str, Any]) -> str:
     lines = [f"| {name} | {value:.4g} |" for name, value in scores.items()]
     return "\n".join(
         [
-            "## Results on cells that were not trained on",
+            f"## Results on {_TESTED.get(record['task'], 'cells')} that were not trained on",
             "",
             record["verdict"],
             "",
@@ -89,6 +103,8 @@ def _scores(record: dict[str, Any]) -> str:
 
 
 def _usage(record: dict[str, Any]) -> str:
+    if record["task"] == "drug_response":
+        return _DRUG_USAGE
     return f"""## Use
 
 ```python

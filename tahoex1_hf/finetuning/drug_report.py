@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from tahoex1_hf.finetuning.adapters import add_results
 from tahoex1_hf.finetuning.config import FinetuneConfig
 from tahoex1_hf.finetuning.drug_response_metrics import NULL, by_unit, change_baselines, score
 from tahoex1_hf.finetuning.drug_screen import Screen
@@ -103,8 +104,18 @@ def write_drug_report(
     (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     text = _text(report, ours)
     (folder / "report.md").write_text(text, encoding="utf-8")
+    _to_card(folder, report, ours)
     logger.info("%s", text)
     return report
+
+
+def _to_card(folder: Path, report: dict[str, Any], ours: str) -> None:
+    means, verdicts = {}, []
+    for kind, found in report["held_out"].items():
+        means[f"Pearson of the change, held-out {kind}s"] = found["metrics"][ours]["pearson"]["mean"]
+        said = beats(found["ours_minus"], ours, "Pearson of the change", higher=True)
+        verdicts.append(f"{_TITLES[kind]}:\n\n{said}")
+    add_results(folder, means, "\n\n".join(verdicts))
 
 
 def _text(report: dict[str, Any], ours: str) -> str:

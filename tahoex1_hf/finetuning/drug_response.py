@@ -35,7 +35,7 @@ from accelerate import PartialState
 
 from tahoex1_hf.configuration_tahoe_x1 import TahoeX1Config
 from tahoex1_hf.encoder import CellEncoder, DtypeName
-from tahoex1_hf.encoding_tahoe_x1 import EncodedCells, mix64
+from tahoex1_hf.encoding_tahoe_x1 import EncodedCells, matrix_rows, merge_repeats, mix64
 from tahoex1_hf.finetuning.adapters import is_peft, load_adapter, read_record, save_adapter
 from tahoex1_hf.finetuning.bases import base_name, load_base, load_tokenizer
 from tahoex1_hf.finetuning.config import FinetuneConfig
@@ -46,6 +46,7 @@ from tahoex1_hf.finetuning.fitting import drop_checkpoints, fit, run_task
 from tahoex1_hf.finetuning.labelled_cells import LabelledCells, read_cells
 from tahoex1_hf.finetuning.objectives import HELD_OUT, Objective
 from tahoex1_hf.finetuning.runs import computes_in
+from tahoex1_hf.finetuning.sampling import content_numbers
 from tahoex1_hf.finetuning.splits import Split, make_splits, train_and_validation
 from tahoex1_hf.finetuning.trainer import FinetuneTrainer
 from tahoex1_hf.model_loading import find_model
@@ -160,8 +161,9 @@ class DrugTrainer(FinetuneTrainer):
 
 def encode_cells(cells: LabelledCells, numbers: np.ndarray, drug_ids: np.ndarray, seed: int = 0) -> EncodedCells:
     """Cells of the file with a drug each."""
+    rows = cells.stored.rows(numbers)
     return cells.tokenizer.encode_rows(
-        cells.stored.rows(numbers), drug_ids=drug_ids, cell_numbers=numbers, seed=seed, warn=lambda _: None
+        rows, drug_ids=drug_ids, cell_numbers=content_numbers(rows), seed=seed, warn=lambda _: None
     )
 
 
@@ -254,9 +256,8 @@ class DrugRun:
                 save_adapter(model, self.tokenizer, self.folder, self.record(facts))
                 if self.added is not None and is_peft(model):
                     save_added(self.folder, self.added, self.num_known)
-            else:
-                drop_checkpoints(folder)
             _write(folder, split, changes, facts)
+            drop_checkpoints(folder)
         self.processes.wait_for_everyone()
         return cast(tuple[np.ndarray, dict[str, Any]], _read(folder, split))
 
@@ -401,7 +402,7 @@ def predict_drug_response(
     def mean(drug_id: int) -> torch.Tensor:
         total = torch.zeros(encoder.width, dtype=torch.float64)
         for start in range(0, controls.n_obs, _ENCODED_CELLS):
-            cells = _with_drug(tokenizer, matrix[start : start + _ENCODED_CELLS], match, start, drug_id)
+            cells = _with_drug(tokenizer, matrix[start : start + _ENCODED_CELLS], match, drug_id)
             total += mean_embedding(encoder, cells) * cells.num_cells
         return total / controls.n_obs
 
@@ -412,9 +413,9 @@ def predict_drug_response(
     return pd.DataFrame(changes, index=list(drugs), columns=record["response_genes"])
 
 
-def _with_drug(tokenizer: TahoeX1Tokenizer, counts: Any, genes: Any, first: int, drug_id: int) -> EncodedCells:
-    from tahoex1_hf.encoding_tahoe_x1 import matrix_rows
-
+def _with_drug(tokenizer: TahoeX1Tokenizer, counts: Any, genes: Any, drug_id: int) -> EncodedCells:
     rows, repeats = matrix_rows(counts, genes)
     ids = np.full(len(rows.offsets) - 1, drug_id, dtype=np.int64)
-    return tokenizer.encode_rows(rows, repeats=repeats, drug_ids=ids, first_cell=first)
+    if repeats:
+        rows = merge_repeats(rows)
+    return tokenizer.encode_rows(rows, drug_ids=ids, cell_numbers=content_numbers(rows))

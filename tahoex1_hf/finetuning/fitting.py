@@ -95,7 +95,7 @@ def fit(
 
 
 def drop_checkpoints(folder: Path) -> None:
-    """Of a fold that is done, whose model is not the one to keep."""
+    """Of a split that is done."""
     for path in folder.glob("checkpoint-*"):
         shutil.rmtree(path)
 

@@ -33,6 +33,7 @@ from tahoex1_hf.finetuning.gene_table import GeneTable, read_gene_table
 from tahoex1_hf.finetuning.labelled_cells import LabelledCells, read_cells
 from tahoex1_hf.finetuning.objectives import HELD_OUT, Objective, class_weights
 from tahoex1_hf.finetuning.runs import computes_in
+from tahoex1_hf.finetuning.sampling import content_numbers
 from tahoex1_hf.finetuning.splits import Split, given_split, make_splits, train_and_validation
 from tahoex1_hf.finetuning.whole_cells import encode_in_parts
 from tahoex1_hf.modeling_tahoe_x1 import TahoeX1ForTokenClassification
@@ -193,9 +194,8 @@ class GeneRun:
             logits = self.predict(model, self.genes.tokens[split.test])
             if keep:
                 save_adapter(model, self.tokenizer, self.folder, self.record(facts))
-            else:
-                drop_checkpoints(folder)
             _write(folder, split, logits, facts)
+            drop_checkpoints(folder)
         self.processes.wait_for_everyone()
         return cast(tuple[np.ndarray, dict[str, Any]], _read(folder, split))
 
@@ -257,10 +257,8 @@ def predict_genes(
     drugs = cells.stored.drug_ids
     for start in range(0, len(cells), _ENCODED_CELLS):
         numbers = cells.numbers[start : start + _ENCODED_CELLS]
-        of_cells = None if drugs is None else drugs[numbers]
-        for _ in encoder.pooled_batches(
-            encode_in_parts(tokenizer, cells.stored.rows(numbers), numbers, of_cells), means
-        ):
+        rows, of_cells = cells.stored.rows(numbers), None if drugs is None else drugs[numbers]
+        for _ in encoder.pooled_batches(encode_in_parts(tokenizer, rows, content_numbers(rows), of_cells), means):
             pass
     embeddings = torch.from_numpy(means.means(tokens)).to(device)
     return cast(np.ndarray, head(embeddings.to(head.weight.dtype)).float().cpu().numpy())

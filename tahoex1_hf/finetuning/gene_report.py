@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from scipy.special import softmax
 
+from tahoex1_hf.finetuning.adapters import add_results
 from tahoex1_hf.finetuning.config import FinetuneConfig
 from tahoex1_hf.finetuning.gene_baselines import expression_features, gene_baselines
 from tahoex1_hf.finetuning.gene_table import GeneTable
@@ -16,6 +17,7 @@ from tahoex1_hf.finetuning.labelled_cells import LabelledCells
 from tahoex1_hf.finetuning.metrics import classification_metrics, paired_difference, summarize
 from tahoex1_hf.finetuning.splits import Split
 from tahoex1_hf.finetuning.tables import beats, markdown, shown
+from tahoex1_hf.plots import draw_confusion
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +65,7 @@ def write_gene_report(
     outcomes: list[tuple[np.ndarray, dict[str, Any]]],
     embeddings: np.ndarray,
 ) -> dict[str, Any]:
-    """Write `report.json`, `report.md` and `predictions.csv`.
+    """Write `report.json`, `report.md`, `predictions.csv` and `confusion.png`.
 
     Args:
         folder: to write into.
@@ -114,7 +116,13 @@ def write_gene_report(
     (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     text = _text(report, ours)
     (folder / "report.md").write_text(text, encoding="utf-8")
+    means = {NAMES[name]: value["mean"] for name, value in report["metrics"][ours].items()}
+    add_results(folder, means, beats(report["ours_minus"], ours, NAMES[headline], higher=True))
     _predictions(folder / "predictions.csv", genes, splits, predictions[ours])
+    truth = genes.labels[np.concatenate([split.test for split in splits])]
+    confused = np.zeros((len(genes.classes),) * 2, dtype=np.int64)
+    np.add.at(confused, (truth, np.concatenate(predictions[ours]).argmax(axis=1)), 1)
+    draw_confusion(confused, genes.classes, f"{config.label}: genes not trained on", folder / "confusion.png", "genes")
     logger.info("%s", text)
     return report
 
@@ -130,8 +138,8 @@ def _text(report: dict[str, Any], ours: str) -> str:
         "\n\n".join(
             [
                 f"# Gene classification: {report['label']}",
-                f"{report['genes']} genes of {report['cells']} cells; classes: {classes}. Left out: {left_out or 'none'}. "
-                f"Tested on genes that were not trained on, {report['folds']} "
+                f"{report['genes']} genes of {report['cells']} cells; classes: {classes}. "
+                f"Left out: {left_out or 'none'}. Tested on genes that were not trained on, {report['folds']} "
                 f"{'folds' if report['folds'] > 1 else 'fold'}{together}. AUPRC is of {report['auprc_of']}.",
                 markdown(["", *(NAMES[name] for name in names)], rows),
                 "Mean [95 % interval over the folds].",
