@@ -1,8 +1,8 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
 """What a perturbation does to cells: shift of their embeddings, and change of the expression that the model predicts.
 
-Cells come in chunks, and of perturbed ones only sums are kept. Of each cell of a group as it is, its embedding is kept,
-and, where expression is predicted, a number per gene that it expresses.
+Cells come in chunks, and of perturbed ones only sums are kept. Of each cell of a group as it is, its embedding is
+kept, and, where expression is predicted, a number per gene that it expresses.
 """
 
 from collections.abc import Callable, Iterator, Sequence
