@@ -21,10 +21,15 @@ from tahoex1_hf.finetuning.adapters import load_adapter, read_record
 from tahoex1_hf.finetuning.config import FinetuneConfig
 from tahoex1_hf.finetuning.finetune import finetune
 from tahoex1_hf.finetuning.gene_baselines import expression_features, gene_baselines
-from tahoex1_hf.finetuning.gene_classification import GeneObjective, GeneRun, predict_genes
+from tahoex1_hf.finetuning.gene_classification import (
+    GeneObjective,
+    GeneRun,
+    cell_chunks,
+    predict_gene_classes,
+    predict_genes,
+)
 from tahoex1_hf.finetuning.gene_report import gene_metrics, sought_class
 from tahoex1_hf.finetuning.gene_table import read_gene_table
-from tahoex1_hf.finetuning.labelled_cells import read_cells
 from tahoex1_hf.finetuning.objectives import HELD_OUT
 from tahoex1_hf.finetuning.splits import Split
 from tahoex1_hf.finetuning.whole_cells import encode_in_parts
@@ -99,6 +104,10 @@ class Alone:
 
     def wait_for_everyone(self) -> None:
         """There is nobody else."""
+
+
+def chunks_of(run: GeneRun) -> Any:
+    return cell_chunks(run.cells, run.cells.numbers)
 
 
 def make_run(place: Path, output: Path, **changes: Any) -> GeneRun:
@@ -313,10 +322,10 @@ def test_a_prediction_is_the_mean_over_the_cells_that_express_the_gene(place: Pa
     found = run.predict(model, tokens)
     assert largest_difference(found, expected) < 1e-5
     assert [len(sums[int(token)]) for token in tokens] == run.genes.num_cells.tolist()
-    one = predict_genes(model, model.classifier, run.tokenizer, run.cells, tokens[5:6], torch.device("cpu"))
+    one = predict_genes(model, model.classifier, run.tokenizer, chunks_of(run), tokens[5:6])
     assert largest_difference(one, expected[5:6]) < 1e-5
     never = np.array([3 + 59 - 7])
-    assert np.isnan(predict_genes(model, model.classifier, run.tokenizer, run.cells, never, torch.device("cpu"))).all()
+    assert np.isnan(predict_genes(model, model.classifier, run.tokenizer, chunks_of(run), never)).all()
 
 
 # Baselines and metrics ----------------------------------------------------------------------------
@@ -396,16 +405,18 @@ def test_a_run_learns_what_can_be_learnt(method: str, place: Path, tmp_path: Pat
     assert np.allclose(table[["probability_high", "probability_low"]], chances, atol=1e-5)
     model, tokenizer = load_adapter(tmp_path / "run")
     assert model.config.id2label == {0: "high", 1: "low"}
-    cells = read_cells(config.model_copy(update={"label": None}), tokenizer, tmp_path)
-    run = make_run(place, tmp_path / "again", method=method)
-    names = table["gene"].tolist()
-    tokens = run.genes.tokens[[run.genes.names.tolist().index(name) for name in names]]
-    from tahoex1_hf.finetuning.cell_runs import head_of
-
-    inner = model.get_base_model() if method != "full" else model
-    with np.load(tmp_path / "run" / "result.npz") as arrays:
-        found = predict_genes(inner, head_of(model), tokenizer, cells, tokens, torch.device("cpu"))
-        assert largest_difference(found, arrays["logits"]) < 1e-5
+    found = predict_gene_classes(tmp_path / "run", gene_cells())
+    again = found.loc[[name.partition(".")[0] for name in table["gene"]]]
+    for column in ("probability_high", "probability_low"):
+        assert np.allclose(again[column], table[column], atol=1e-5)  # the tested model is the one that was saved
+    assert again["predicted"].tolist() == table["predicted"].tolist()
+    assert again["cells"].tolist() == table["cells"].tolist()
+    assert len(found) == 58
+    assert not {GENES[number] for number in UNEXPRESSED} & set(found.index)
+    order = np.random.default_rng(0).permutation(60)
+    shuffled = predict_gene_classes(tmp_path / "run", gene_cells()[order])
+    assert np.allclose(shuffled["probability_high"], found["probability_high"], atol=1e-6)
+    assert tokenizer.context_length == 48
 
 
 def test_folds_by_family_and_the_model_of_all_genes(place: Path, tmp_path: Path) -> None:

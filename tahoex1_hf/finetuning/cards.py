@@ -31,6 +31,19 @@ changes = predict_drug_response("FOLDER OR HUB ID OF THIS ADAPTER", controls, ["
 change of the mean of log(1 + counts per 10,000)."""
 
 
+_GENE_USAGE = """## Use
+
+```python
+from tahoex1_hf.finetuning.gene_classification import predict_gene_classes
+
+table = predict_gene_classes("FOLDER OR HUB ID OF THIS ADAPTER", adata)
+```
+
+`table` has a row for every gene that some cell of `adata` (raw counts) expresses: its class is that of the mean of its
+logits over these cells. `load_adapter(FOLDER)` of `tahoex1_hf.finetuning.adapters` gives the model, a
+`TahoeX1ForTokenClassification`, and the tokenizer."""
+
+
 def adapter_card(record: dict[str, Any]) -> str:
     """Text of README.md.
 
@@ -105,6 +118,8 @@ def _scores(record: dict[str, Any]) -> str:
 def _usage(record: dict[str, Any]) -> str:
     if record["task"] == "drug_response":
         return _DRUG_USAGE
+    if record["task"] == "gene_classification":
+        return _GENE_USAGE
     return f"""## Use
 
 ```python

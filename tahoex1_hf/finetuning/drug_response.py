@@ -36,7 +36,7 @@ from accelerate import PartialState
 from tahoex1_hf.configuration_tahoe_x1 import TahoeX1Config
 from tahoex1_hf.encoder import CellEncoder, DtypeName
 from tahoex1_hf.encoding_tahoe_x1 import EncodedCells, matrix_rows, merge_repeats, mix64
-from tahoex1_hf.finetuning.adapters import is_peft, load_adapter, read_record, save_adapter
+from tahoex1_hf.finetuning.adapters import find_adapter, is_peft, load_adapter, read_record, save_adapter
 from tahoex1_hf.finetuning.bases import base_name, load_base, load_tokenizer
 from tahoex1_hf.finetuning.config import FinetuneConfig
 from tahoex1_hf.finetuning.drug_report import write_drug_report
@@ -385,8 +385,6 @@ def predict_drug_response(
         ValueError: for an adapter of another task, and for unknown drugs.
     """
     import pandas as pd
-
-    from tahoex1_hf.finetuning.adapters import find_adapter
 
     folder = find_adapter(adapter)
     record = read_record(folder)

@@ -12,9 +12,10 @@ are left out and counted, in the log and in the report.
 
 import json
 import logging
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -22,8 +23,8 @@ from accelerate import PartialState
 from torch.nn.functional import cross_entropy
 
 from tahoex1_hf.encoder import CellEncoder, DtypeName, GeneMeans
-from tahoex1_hf.encoding_tahoe_x1 import mix64
-from tahoex1_hf.finetuning.adapters import is_peft, save_adapter
+from tahoex1_hf.encoding_tahoe_x1 import GeneRows, matrix_rows, merge_repeats, mix64
+from tahoex1_hf.finetuning.adapters import find_adapter, is_peft, load_adapter, read_record, save_adapter
 from tahoex1_hf.finetuning.bases import base_name, load_base, load_tokenizer
 from tahoex1_hf.finetuning.cell_runs import head_of
 from tahoex1_hf.finetuning.config import FinetuneConfig
@@ -37,7 +38,12 @@ from tahoex1_hf.finetuning.sampling import content_numbers
 from tahoex1_hf.finetuning.splits import Split, given_split, make_splits, train_and_validation
 from tahoex1_hf.finetuning.whole_cells import encode_in_parts
 from tahoex1_hf.modeling_tahoe_x1 import TahoeX1ForTokenClassification
+from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
 from tahoex1_hf.training.checkpoints import write_atomically
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from anndata import AnnData
 
 logger = logging.getLogger(__name__)
 
@@ -206,8 +212,15 @@ class GeneRun:
         head = head_of(model)
         if not len(tokens):
             return np.zeros((0, inner.config.num_labels), dtype=np.float32)
+        numbers = self.cells.numbers
         return predict_genes(
-            inner, head, self.tokenizer, self.cells, tokens, self.processes.device, computes_in(self.config)
+            inner,
+            head,
+            self.tokenizer,
+            cell_chunks(self.cells, numbers),
+            tokens,
+            self.processes.device,
+            computes_in(self.config),
         )
 
     def record(self, facts: dict[str, Any]) -> dict[str, Any]:
@@ -226,14 +239,21 @@ class GeneRun:
         }
 
 
+def cell_chunks(cells: LabelledCells, numbers: np.ndarray) -> Iterator[tuple[GeneRows, np.ndarray | None]]:
+    """Genes and drugs of some cells of a file, a few hundred at a time."""
+    for start in range(0, len(numbers), _ENCODED_CELLS):
+        part, drugs = numbers[start : start + _ENCODED_CELLS], cells.stored.drug_ids
+        yield cells.stored.rows(part), None if drugs is None else drugs[part]
+
+
 @torch.inference_mode()
 def predict_genes(
     model: TahoeX1ForTokenClassification,
     head: torch.nn.Linear,
-    tokenizer: Any,
-    cells: LabelledCells,
+    tokenizer: TahoeX1Tokenizer,
+    chunks: Iterable[tuple[GeneRows, np.ndarray | None]],
     tokens: np.ndarray,
-    device: torch.device,
+    device: torch.device | None = None,
     dtype: str = "float32",
 ) -> np.ndarray:
     """Classes of genes, from all cells.
@@ -244,9 +264,9 @@ def predict_genes(
         model: in eval mode, with adapters in it where there are any.
         head: on its gene embeddings.
         tokenizer: of the model.
-        cells: that express the genes.
+        chunks: of cells, their genes and drugs.
         tokens: `(genes,)` token ids.
-        device: to compute on.
+        device: to compute on; by default the fastest there is.
         dtype: of the transformer.
 
     Returns:
@@ -254,14 +274,67 @@ def predict_genes(
     """
     encoder = CellEncoder(model, tokenizer, device=device, dtype=cast(DtypeName, dtype))
     means = GeneMeans(tokens, model.config.vocab_size, encoder.width, encoder.device)
-    drugs = cells.stored.drug_ids
-    for start in range(0, len(cells), _ENCODED_CELLS):
-        numbers = cells.numbers[start : start + _ENCODED_CELLS]
-        rows, of_cells = cells.stored.rows(numbers), None if drugs is None else drugs[numbers]
-        for _ in encoder.pooled_batches(encode_in_parts(tokenizer, rows, content_numbers(rows), of_cells), means):
+    for rows, drugs in chunks:
+        for _ in encoder.pooled_batches(encode_in_parts(tokenizer, rows, content_numbers(rows), drugs), means):
             pass
-    embeddings = torch.from_numpy(means.means(tokens)).to(device)
-    return cast(np.ndarray, head(embeddings.to(head.weight.dtype)).float().cpu().numpy())
+    embeddings = torch.from_numpy(means.means(tokens)).to(head.weight)
+    return cast(np.ndarray, head(embeddings).float().cpu().numpy())
+
+
+def predict_gene_classes(
+    adapter: str | Path,
+    adata: "AnnData",
+    base: str | Path | None = None,
+    *,
+    gene_id_column: str | None = None,
+    layer: str | None = None,
+    drugs: str | None = None,
+) -> "pd.DataFrame":
+    """Classes of all genes that some cell expresses.
+
+    Args:
+        adapter: folder or Hub id of a model trained with `task=gene_classification`.
+        adata: cells with raw counts, in memory or backed.
+        base: where the base is now; by default it is where the adapter says.
+        gene_id_column: column of `var` with Ensembl ids; by default `var_names`.
+        layer: layer with the counts; by default `X`.
+        drugs: for models with a drug encoder: the drug of all cells.
+
+    Returns:
+        By Ensembl id: `predicted`, `probability_<class>` of each class, and `cells`, how many express the gene. A gene
+        that no cell expresses has no row.
+
+    Raises:
+        ValueError: for an adapter of another task, and for cells that cannot be read.
+    """
+    import pandas as pd
+    from scipy.special import softmax
+
+    folder = find_adapter(adapter)
+    task = read_record(folder).get("task")
+    if task != "gene_classification":
+        raise ValueError(f"adapter={adapter} was trained for {task}, not for gene_classification.")
+    model, tokenizer = load_adapter(folder, base)
+    matrix, match = tokenizer.read_anndata(adata, gene_id_column, layer)
+    expressing = np.zeros(len(tokenizer), dtype=np.int64)
+
+    def chunks() -> Iterator[tuple[GeneRows, np.ndarray | None]]:
+        for start in range(0, adata.n_obs, _ENCODED_CELLS):
+            rows, repeats = matrix_rows(matrix[start : start + _ENCODED_CELLS], match)
+            rows = merge_repeats(rows) if repeats else rows
+            expressing[:] += np.bincount(rows.tokens, minlength=len(expressing))
+            yield rows, None if drugs is None else tokenizer.drug_ids(drugs, len(rows.offsets) - 1)
+
+    inner: Any = model.get_base_model() if is_peft(model) else model
+    genes = np.unique(match.token_ids[match.token_ids >= 0])
+    logits = predict_genes(inner, head_of(model), tokenizer, chunks(), genes)
+    seen = expressing[genes] > 0
+    genes, chances = genes[seen], softmax(logits[seen].astype(np.float64), axis=1)
+    classes = [inner.config.id2label[number] for number in range(chances.shape[1])]
+    columns: dict[str, Any] = {"predicted": np.array(classes)[chances.argmax(axis=1)]}
+    columns |= {f"probability_{name}": chances[:, number] for number, name in enumerate(classes)}
+    names = [str(tokenizer.convert_ids_to_tokens(int(token))) for token in genes]
+    return pd.DataFrame({**columns, "cells": expressing[genes]}, index=names)
 
 
 def _write(folder: Path, split: Split, logits: np.ndarray, facts: dict[str, Any]) -> None:

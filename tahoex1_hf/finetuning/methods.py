@@ -80,7 +80,7 @@ def target_modules(model: torch.nn.Module, config: FinetuneConfig) -> list[str]:
     if config.target_modules is None:
         usual = [name for name in TARGET_MODULES if name in linear]
         return [*usual, *DRUG_MODULES] if config.task == "drug_response" else usual
-    unknown = sorted(set(config.target_modules) - linear)
+    unknown = sorted(name for name in set(config.target_modules) if name.rpartition(".")[2] not in linear)
     if unknown or not config.target_modules:
         raise ValueError(
             f"target_modules={config.target_modules}: {', '.join(unknown) or 'none'} is no linear layer of the model; "
