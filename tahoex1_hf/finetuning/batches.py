@@ -1,13 +1,16 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
 """Training batches by step: which cells a step sees follows from seed and number, so that nothing is saved for it."""
 
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 
 # Batches whose cells are sorted by length together: similar lengths leave little padding, and the order stays random.
 _WINDOW = 50
+_AHEAD = 2  # batches that are made before they are asked for
 
 
 def epoch_order(rows: np.ndarray, lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> np.ndarray:
@@ -79,11 +82,23 @@ class TrainingBatches:
         return self.max_steps * self.per_step
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
+        # The next batches are made in a thread while the model works on this one; none depends on when it is made.
+        with ThreadPoolExecutor(1, thread_name_prefix="training-batches") as pool:
+            coming: deque[Future[dict[str, Any]]] = deque()
+            for rows, epoch in self._plan():
+                coming.append(pool.submit(self.make_batch, rows, epoch))
+                if len(coming) > _AHEAD:
+                    yield coming.popleft().result()
+            while coming:
+                yield coming.popleft().result()
+
+    def _plan(self) -> Iterator[tuple[np.ndarray, int]]:
+        """Rows and epoch of every batch."""
         step = self.done()
         while step < self.max_steps:
             epoch, first = divmod(step, self.steps_per_epoch)
             order = epoch_order(self.dataset, self.lengths, self.batch_size, self.seed, epoch)
             for rows in order[first : first + self.max_steps - step]:
                 for part in np.array_split(rows[self.rank :: self.processes], self.per_step):
-                    yield self.make_batch(part, epoch)
+                    yield part, epoch
                 step += 1
