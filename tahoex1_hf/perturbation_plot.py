@@ -107,11 +107,11 @@ def _points(axis: Any, table: "DataFrame", measure: str) -> None:
             axis.scatter(rows[measure][chosen], rows["z_score"][chosen], s=10, color=color, alpha=0.7, label=label)
     if measure == "cosine_distance":
         axis.set_xscale("log")
-    for number in np.argsort(-rows["z_score"].abs().to_numpy(), kind="stable")[:10]:
-        row = rows.iloc[number]
-        axis.annotate(
-            row["gene"], (row[measure], row["z_score"]), fontsize=7, xytext=(3, 2), textcoords="offset points"
-        )
+    strongest = rows.iloc[np.argsort(-rows["z_score"].abs().to_numpy(), kind="stable")[:10]].sort_values("z_score")
+    for place in range(len(strongest)):
+        row, offset = strongest.iloc[place], 3 if place % 2 else -8  # names of neighbours do not lie on each other
+        where = (row[measure], row["z_score"])
+        axis.annotate(row["gene"], where, fontsize=7, xytext=(3, offset), textcoords="offset points")
     axis.axhline(0, color="black", linewidth=0.6)
     axis.set_xlabel(_axis_label(measure), fontsize=8)
     axis.set_ylabel("z score against genes of like expression", fontsize=8)
