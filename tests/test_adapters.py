@@ -16,6 +16,7 @@ from transformers import AutoModelForSequenceClassification
 
 from tahoex1_hf import TahoeX1ForPreTraining, TahoeX1ForSequenceClassification, TahoeX1Tokenizer
 from tahoex1_hf.finetuning.adapters import add_adapter, load_adapter, read_record, save_adapter, use_adapter
+from tahoex1_hf.finetuning.cards import adapter_card
 from tahoex1_hf.finetuning.finetune import finetune
 from tahoex1_hf.finetuning.methods import adapt
 from tahoex1_hf.hub_export import AUTO_MAP, CODE_FILES
@@ -209,8 +210,24 @@ def test_the_card(adapters: dict[str, Path]) -> None:
     _, header, body = text.split("---\n", 2)
     assert yaml.safe_load(header)["library_name"] == "peft"
     assert "base_model" not in yaml.safe_load(header)  # a folder of this machine
-    for said in ("# Tahoe-x1 classification: kind", "DoRA", "B cell, NK, T cell", "1,234", "load_adapter"):
+    for said in (
+        "# Tahoe-x1 classification: kind",
+        "DoRA",
+        "B cell, NK, T cell",
+        "1,234",
+        "load_adapter",
+        "tahoex1 predict",
+    ):
         assert said in body
+    record = read_record(adapters["lora"]) | {"task": "masked_expression", "method": "full", "label": None}
+    whole = adapter_card(record)
+    assert "embed_anndata(adata, model, tokenizer)" in whole
+    assert "merge" not in whole
+    assert yaml.safe_load(whole.split("---\n", 2)[1])["library_name"] == "transformers"
+    assert "embed_anndata(adata, merged, tokenizer)" in adapter_card(record | {"method": "lora"})
+    on_hub = adapter_card(record | {"model": "tahoebio/Tahoe-x1", "size": "70m"})
+    assert yaml.safe_load(on_hub.split("---\n", 2)[1])["base_model"] == "tahoebio/Tahoe-x1"
+    assert "`tahoebio/Tahoe-x1 (70m)`" in on_hub
 
 
 # With and without the package ---------------------------------------------------------------------

@@ -27,7 +27,7 @@ from helpers import gradients, largest_difference, largest_relative_difference
 from safetensors.torch import load_file
 from scipy.sparse import csc_matrix
 
-from tahoex1_hf import TahoeX1ForPreTraining, TahoeX1ForSequenceClassification
+from tahoex1_hf import TahoeX1ForPreTraining, TahoeX1ForSequenceClassification, embed_anndata
 from tahoex1_hf.finetuning.adapters import load_adapter, read_record
 from tahoex1_hf.finetuning.bases import load_base, load_tokenizer
 from tahoex1_hf.finetuning.batches import TrainingBatches, epoch_order
@@ -151,6 +151,14 @@ def test_masked_expression_fits_the_cells_better_than_the_base(base: Path, data:
     assert f"The model {does} the constants" in report
     assert read_record(tmp_path / "run")["metrics"]["model"] == test["model"]
     assert "The model beats the base" in (tmp_path / "run" / "README.md").read_text()
+    # As the card says: embed with it, and train on from it.
+    merged, tokenizer = model.merge_and_unload(), load_tokenizer(config)
+    cells = labelled_cells(12)
+    embed_anndata(cells, merged, tokenizer, dtype="float32", progress=False)
+    assert cells.obsm["X_tahoe_x1"].shape == (12, 32)
+    merged.save_pretrained(tmp_path / "merged")
+    tokenizer.save_pretrained(tmp_path / "merged")
+    assert finetune(make_config(tmp_path / "merged", data, tmp_path / "next", method="linear_probe")) == 0
 
 
 def test_predict_gives_what_was_tested(base: Path, data: Path, tmp_path: Path) -> None:

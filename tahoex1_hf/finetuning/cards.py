@@ -43,6 +43,30 @@ table = predict_gene_classes("FOLDER OR HUB ID OF THIS ADAPTER", adata)
 logits over these cells. `load_adapter(FOLDER)` of `tahoex1_hf.finetuning.adapters` gives the model, a
 `TahoeX1ForTokenClassification`, and the tokenizer."""
 
+_CELL_USAGE = """## Use
+
+```sh
+tahoex1 predict IN.h5ad OUT.h5ad --adapter "FOLDER OR HUB ID OF THIS ADAPTER"
+```
+
+```python
+from tahoex1_hf.finetuning.adapters import load_adapter
+
+model, tokenizer = load_adapter("FOLDER OR HUB ID OF THIS ADAPTER")
+logits = model(**tokenizer(adata, padding=True, return_tensors="pt")).logits
+```"""
+_EMBEDDING_USAGE = """## Use
+
+```python
+from tahoex1_hf import embed_anndata
+from tahoex1_hf.finetuning.adapters import load_adapter
+
+model, tokenizer = load_adapter("FOLDER OR HUB ID OF THIS ADAPTER")
+merged = model.merge_and_unload()
+embed_anndata(adata, merged, tokenizer)
+merged.save_pretrained("FOLDER"), tokenizer.save_pretrained("FOLDER")  # a base to train further on
+```"""
+
 
 def adapter_card(record: dict[str, Any]) -> str:
     """Text of README.md.
@@ -120,15 +144,11 @@ def _usage(record: dict[str, Any]) -> str:
         return _DRUG_USAGE
     if record["task"] == "gene_classification":
         return _GENE_USAGE
-    return f"""## Use
+    use = _EMBEDDING_USAGE if record["task"] == "masked_expression" else _CELL_USAGE
+    if record["method"] == "full":  # there is nothing to merge
+        lines = [line for line in use.splitlines() if not line.startswith("merged")]
+        return "\n".join(lines).replace("merged", "model")
+    return f"""{use}
 
-```python
-from tahoex1_hf.finetuning.adapters import load_adapter
-
-model, tokenizer = load_adapter("FOLDER OR HUB ID OF THIS ADAPTER")
-batch = tokenizer(adata, padding=True, return_tensors="pt")
-outputs = model(**batch)
-```
-
-With PEFT and transformers alone, `PeftModel.from_pretrained(base, folder)`, where `base` is a
+With PEFT and transformers alone: `PeftModel.from_pretrained(base, folder)`, where `base` is a
 `{record["model_class"]}` loaded with the `model_options` of `finetuning.json`."""
