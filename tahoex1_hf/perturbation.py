@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from tahoex1_hf.cell_inputs import EncodeOptions
 from tahoex1_hf.embedding import with_context
 from tahoex1_hf.encoder import CellEncoder, DtypeName
+from tahoex1_hf.encoding_tahoe_x1 import mix64
 from tahoex1_hf.modeling_tahoe_x1 import TahoeX1ForPreTraining, TahoeX1PreTrainedModel
 from tahoex1_hf.perturbation_cells import CellSource, Change, PerturbationMode
 from tahoex1_hf.perturbation_journal import Journal
@@ -135,7 +136,8 @@ def perturb_genes(
         gene_symbols: as in `embed_anndata`.
         drugs: as in `embed_anndata`.
         max_length: as in `embed_anndata`.
-        seed: as in `embed_anndata`; also of the halves of cells in predictions.
+        seed: as in `embed_anndata`; also of the halves of cells in predictions, and of the choice among controls that
+            are equally near.
         batch_tokens: as in `embed_anndata`; changes nothing but rounding.
         device: as in `embed_anndata`.
         dtype: as in `embed_anndata`, but float32 by default: bfloat16 moves embeddings as far as many a gene does.
@@ -274,7 +276,9 @@ def _plan(
     else:
         tested = source.column_of[names.tokens(genes)]
     deleting = change.mode == "delete"
-    finder = Controls(levels, tested, null_genes, min_cells, everywhere=not deleting)
+    seed = np.array([source.options.seed], dtype=np.uint64)
+    ties = mix64(mix64(seed) + source.tokens.astype(np.uint64))  # at random, but the same for any order of the genes
+    finder = Controls(levels, tested, null_genes, min_cells, everywhere=not deleting, ties=ties)
     if all_genes:
         members = [[(column,) for column in np.flatnonzero(row).tolist()] for row in finder.expressed]
         if not any(members):

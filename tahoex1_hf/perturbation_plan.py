@@ -220,10 +220,13 @@ class Controls:
         min_cells: see above.
         everywhere: count the expressing cells of all groups, not of the group alone: for perturbations that reach the
             cells which do not express the gene.
+        ties: `(genes,)` whichever is lower is taken of genes that are equally near: many that few cells express are.
     """
 
-    def __init__(self, levels: Levels, tested: np.ndarray, number: int, min_cells: int, everywhere: bool):
-        self.levels, self.number = levels, number
+    def __init__(
+        self, levels: Levels, tested: np.ndarray, number: int, min_cells: int, everywhere: bool, ties: np.ndarray
+    ):
+        self.levels, self.number, self.ties = levels, number, ties
         total = levels.expressing.sum(0)
         self.expressed = np.stack([total if everywhere else row for row in levels.expressing]) >= min_cells
         """`(groups, genes)` bool, which genes enough cells express."""
@@ -238,7 +241,7 @@ class Controls:
         nearest = []
         for column in columns:
             distance = ((places[candidates] - places[column]) ** 2).sum(1)
-            nearest.append(candidates[np.argsort(distance, kind="stable")].tolist())
+            nearest.append(candidates[np.lexsort((self.ties[candidates], distance))].tolist())
         sets: list[tuple[int, ...]] = []
         for start in range(min(self.number, len(candidates) // max(1, len(columns)))):
             chosen: list[int] = []

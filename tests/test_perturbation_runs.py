@@ -70,12 +70,16 @@ def test_controls_are_the_nearest_in_expression_and_never_the_tested() -> None:
     expressing = np.array([[10, 10, 11, 40, 9, 10, 2]])
     sums = np.array([[20, 21, 22, 80, 400, 20, 4.0]])
     levels = Levels(np.array([50]), expressing, sums)
-    finder = Controls(levels, np.array([0, 5]), 3, min_cells=5, everywhere=False)
+    ties = np.arange(7)
+    finder = Controls(levels, np.array([0, 5]), 3, 5, False, ties)
     assert finder.of(0, [0]) == [(1,), (2,), (3,)]  # not 5, which is tested, nor 6, in too few cells; 4 is far
-    assert Controls(levels, np.array([], dtype=int), 2, 5, False).of(0, [0]) == [(5,), (1,)]
-    pairs = Controls(levels, np.array([0, 5]), 2, min_cells=5, everywhere=False).of(0, [0, 5])
-    assert pairs == [(1, 2), (2, 1)] or all(len(set(pair)) == 2 for pair in pairs)
-    assert all(not {0, 5} & set(pair) for pair in pairs)
+    assert Controls(levels, np.array([], dtype=int), 2, 5, False, ties).of(0, [0]) == [(5,), (1,)]
+    assert Controls(levels, np.array([0, 5]), 2, 5, False, ties).of(0, [0, 5]) == [(1, 2), (2, 3)]
+    # In no cell of the group, but in enough of all.
+    both = Levels(np.array([50, 50]), np.stack([expressing[0] * 0, expressing[0]]), np.stack([sums[0] * 0, sums[0]]))
+    assert Controls(both, np.array([0]), 9, 5, False, ties).of(0, [0]) == []
+    assert Controls(both, np.array([0]), 9, 5, True, ties).of(0, [0]) == [(1,), (2,), (3,), (4,), (5,)]
+    assert Controls(both, np.array([0]), 2, 5, True, ties[::-1]).of(0, [0]) == [(5,), (4,)]
 
 
 def test_p_values_count_controls_as_extreme() -> None:
@@ -95,7 +99,9 @@ def test_controls_shift_as_they_do_when_they_are_tested(tokenizer: TahoeX1Tokeni
     row = perturb_genes(adata, model, tokenizer, [GENES[0]], null_genes=6, **options).table.iloc[0]
     source = CellSource(adata, EncodeOptions(tokenizer))
     levels = Levels.measure(source, Groups(["all"], [np.arange(40)]))
-    controls = [GENES[c] for (c,) in Controls(levels, np.array([0]), 6, 3, False).of(0, [0])]
+    distance = ((levels.coordinates(0) - levels.coordinates(0)[0]) ** 2).sum(1)
+    controls = [GENES[c] for c in np.argsort(distance)[1:7]]
+    assert len(np.unique(np.sort(distance)[:8])) == 8  # no ties
     tested = perturb_genes(adata, model, tokenizer, controls, null_genes=0, **options).table["cosine_distance"]
     assert row["null_mean"] == pytest.approx(tested.mean(), **CLOSE)
     assert row["null_sd"] == pytest.approx(tested.std(), **CLOSE)
