@@ -17,11 +17,13 @@ from tahoex1_hf.training.checkpoints import is_whole, last_whole, remove_old, se
 KILLED = Path(__file__).with_name("killed_run.py")
 
 
-def killed(kind: str, output: Path, training_dataset: Path, signal: str, step: int, **changes: Any) -> int:
+def killed(
+    kind: str, output: Path, training_dataset: Path, signal: str, step: int, rank: int = 0, **changes: Any
+) -> int:
     done = subprocess.run(
         command(kind, output, training_dataset, KILLED, **changes),
         env={
-            **environment(kind), "KILL_AT": str(step), "KILL_SIGNAL": signal, "KILL_RANK": "0"
+            **environment(kind), "KILL_AT": str(step), "KILL_SIGNAL": signal, "KILL_RANK": str(rank)
         },
         capture_output=True,
         text=True,
