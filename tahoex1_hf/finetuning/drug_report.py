@@ -66,37 +66,13 @@ def write_drug_report(
     genes = [names[int(token)] for token in screen.genes]
     tables, changes = [], []
     for kind, of_kind in splits.items():
-        units = screen.drugs if kind == "drug" else screen.contexts
         test = np.concatenate([split.test for split in of_kind])
         predictions = {ours: np.concatenate([found for found, _ in outcomes[kind]])}
-        for split in of_kind:
-            known = np.concatenate([split.train, split.validation])
-            for name, values in change_baselines(
-                screen.changes, screen.drugs, screen.contexts, known, split.test
-            ).items():
-                before = predictions.get(name)
-                predictions[name] = values if before is None else np.concatenate([before, values])
-        summary, each = score(predictions, screen.changes[test], units[test])
-        report["held_out"][kind] = {
-            "conditions": len(test),
-            "units": len(set(units[test])),
-            "metrics": summary,
-            "ours_minus": {
-                name: paired_difference(
-                    by_unit(each[ours]["pearson"], units[test]), by_unit(values["pearson"], units[test])
-                )
-                for name, values in each.items()
-                if name != ours
-            },
-            "cost": [facts for _, facts in outcomes[kind]],
-        }
-        about = {
-            "held_out": kind,
-            "context": screen.contexts[test],
-            "batch": screen.batches[test],
-            "drug": screen.drugs[test],
-        }
-        scores = {f"{metric} of {name}": v for name, metrics in each.items() for metric, v in metrics.items()}
+        predictions |= _baselines(screen, of_kind)
+        found, scores = _scored(screen, kind, test, predictions, ours)
+        report["held_out"][kind] = {**found, "cost": [facts for _, facts in outcomes[kind]]}
+        about: dict[str, Any] = {"held_out": kind, "context": screen.contexts[test]}
+        about |= {"batch": screen.batches[test], "drug": screen.drugs[test]}
         tables.append(pd.DataFrame({**about, "cells": screen.num_cells[test], **scores}))
         changes.append(pd.concat([pd.DataFrame(about), pd.DataFrame(predictions[ours], columns=genes)], axis=1))
     pd.concat(tables).to_csv(folder / "predictions.csv", index=False, float_format="%.6g")
@@ -107,6 +83,35 @@ def write_drug_report(
     _to_card(folder, report, ours)
     logger.info("%s", text)
     return report
+
+
+def _baselines(screen: Screen, splits: list[Split]) -> dict[str, np.ndarray]:
+    """By baseline, the changes of the test conditions of all splits."""
+    found: dict[str, list[np.ndarray]] = {}
+    for split in splits:
+        known = np.concatenate([split.train, split.validation])
+        values = change_baselines(screen.changes, screen.drugs, screen.contexts, known, split.test)
+        for name, changes in values.items():
+            found.setdefault(name, []).append(changes)
+    return {name: np.concatenate(parts) for name, parts in found.items()}
+
+
+def _scored(
+    screen: Screen, kind: str, test: np.ndarray, predictions: dict[str, np.ndarray], ours: str
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Metrics of what was held out, and those of every condition by the name of a column."""
+    units = (screen.drugs if kind == "drug" else screen.contexts)[test]
+    summary, each = score(predictions, screen.changes[test], units)
+    pearson = {name: by_unit(values["pearson"], units) for name, values in each.items()}
+    found = {
+        "conditions": len(test),
+        "units": len(set(units)),
+        "metrics": summary,
+        "ours_minus": {
+            name: paired_difference(pearson[ours], values) for name, values in pearson.items() if name != ours
+        },
+    }
+    return found, {f"{metric} of {name}": v for name, metrics in each.items() for metric, v in metrics.items()}
 
 
 def _to_card(folder: Path, report: dict[str, Any], ours: str) -> None:

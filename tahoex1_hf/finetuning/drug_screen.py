@@ -65,13 +65,7 @@ def read_screen(config: FinetuneConfig, cells: LabelledCells) -> Screen:
     Raises:
         ValueError: for columns that are not there, and where there are no controls or too few conditions.
     """
-    drugs, contexts = _column(config, config.drugs, "drugs"), _column(config, config.context, "context")
-    batches = np.full(len(drugs), "", dtype=object)
-    if config.batch is not None:
-        batches = _column(config, config.batch, "batch")
-    missing = np.isin(drugs, _MISSING) | np.isin(contexts, _MISSING)
-    if config.batch is not None:
-        missing |= np.isin(batches, _MISSING)
+    drugs, contexts, batches, missing = _columns(config)
     treated = ~missing & (drugs != config.control)
     untreated = ~missing & (drugs == config.control)
     if not untreated.any():
@@ -118,6 +112,16 @@ def read_screen(config: FinetuneConfig, cells: LabelledCells) -> Screen:
         genes=genes,
         left_out=left_out,
     )
+
+
+def _columns(config: FinetuneConfig) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Drug, context and batch of every cell, and where one of them is missing."""
+    drugs, contexts = _column(config, config.drugs, "drugs"), _column(config, config.context, "context")
+    missing = np.isin(drugs, _MISSING) | np.isin(contexts, _MISSING)
+    if config.batch is None:
+        return drugs, contexts, np.full(len(drugs), "", dtype=object), missing
+    batches = _column(config, config.batch, "batch")
+    return drugs, contexts, batches, missing | np.isin(batches, _MISSING)
 
 
 def _column(config: FinetuneConfig, name: str | None, role: str) -> np.ndarray:

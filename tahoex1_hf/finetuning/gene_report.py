@@ -86,6 +86,30 @@ def write_gene_report(
     ours = f"Tahoe-x1, {config.method}"
     predictions = {ours: [softmax(logits.astype(np.float64), axis=1) for logits, _ in outcomes]}
     predictions |= gene_baselines(features, genes.labels, len(genes.classes), splits, config.seed)
+    report = _report(config, genes, splits, predictions, ours)
+    report |= {"cells": len(cells), "cost": [facts for _, facts in outcomes]}
+    (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    text = _text(report, ours)
+    (folder / "report.md").write_text(text, encoding="utf-8")
+    means = {NAMES[name]: value["mean"] for name, value in report["metrics"][ours].items()}
+    add_results(folder, means, beats(report["ours_minus"], ours, NAMES[report["headline"]], higher=True))
+    _predictions(folder / "predictions.csv", genes, splits, predictions[ours])
+    truth = genes.labels[np.concatenate([split.test for split in splits])]
+    confused = np.zeros((len(genes.classes),) * 2, dtype=np.int64)
+    np.add.at(confused, (truth, np.concatenate(predictions[ours]).argmax(axis=1)), 1)
+    draw_confusion(confused, genes.classes, f"{config.label}: genes not trained on", folder / "confusion.png", "genes")
+    logger.info("%s", text)
+    return report
+
+
+def _report(
+    config: FinetuneConfig,
+    genes: GeneTable,
+    splits: list[Split],
+    predictions: dict[str, list[np.ndarray]],
+    ours: str,
+) -> dict[str, Any]:
+    """Metrics of all models, and how ours differs from each."""
     two = len(genes.classes) == 2
     sought = sought_class(genes.labels) if two else None
     headline = "auroc" if two else "macro_f1"
@@ -93,7 +117,7 @@ def write_gene_report(
         name: [gene_metrics(genes.labels[s.test], p, sought) for s, p in zip(splits, chances, strict=True)]
         for name, chances in predictions.items()
     }
-    report: dict[str, Any] = {
+    return {
         "task": config.task,
         "label": config.label,
         "method": config.method,
@@ -101,7 +125,6 @@ def write_gene_report(
         "auprc_of": genes.classes[sought] if sought is not None else "the mean over the classes",
         "genes": len(genes),
         "genes_left_out": genes.left_out,
-        "cells": len(cells),
         "folds": len(splits),
         "group": config.group,
         "headline": headline,
@@ -111,20 +134,7 @@ def write_gene_report(
             for name, values in of_folds.items()
             if name != ours and all(headline in m for m in [*values, *of_folds[ours]])
         },
-        "cost": [facts for _, facts in outcomes],
     }
-    (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    text = _text(report, ours)
-    (folder / "report.md").write_text(text, encoding="utf-8")
-    means = {NAMES[name]: value["mean"] for name, value in report["metrics"][ours].items()}
-    add_results(folder, means, beats(report["ours_minus"], ours, NAMES[headline], higher=True))
-    _predictions(folder / "predictions.csv", genes, splits, predictions[ours])
-    truth = genes.labels[np.concatenate([split.test for split in splits])]
-    confused = np.zeros((len(genes.classes),) * 2, dtype=np.int64)
-    np.add.at(confused, (truth, np.concatenate(predictions[ours]).argmax(axis=1)), 1)
-    draw_confusion(confused, genes.classes, f"{config.label}: genes not trained on", folder / "confusion.png", "genes")
-    logger.info("%s", text)
-    return report
 
 
 def _text(report: dict[str, Any], ours: str) -> str:
