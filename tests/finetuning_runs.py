@@ -72,6 +72,7 @@ def settings(base: Path, data: Path, output: Path, **changes: Any) -> dict[str, 
         "batch_size": 16,
         "learning_rate": 0.01,
         "precision": "no",
+        "head_start": "random",  # which has more to learn
         "report": False,
     }
     chosen = {**usual, **changes}

@@ -43,6 +43,7 @@ from tahoex1_hf.finetuning.methods import (
 )
 from tahoex1_hf.finetuning.objectives import HELD_OUT, Objective, class_weights
 from tahoex1_hf.finetuning.predicting import load_predictor, predict_file
+from tahoex1_hf.finetuning.probe import some_of_each
 from tahoex1_hf.finetuning.trainer import FinetuneTrainer
 
 METHODS = ["lora", "dora", "rslora", "full", "head_only", "linear_probe"]
@@ -206,6 +207,31 @@ def test_the_report_stands_beside_the_adapter(base: Path, data: Path, tmp_path: 
     assert {"PCA + logistic regression", "majority class"} < set(report["metrics"])
     assert report["comparison"]["text"] in (tmp_path / "run" / "README.md").read_text()
     assert read_record(tmp_path / "run")["metrics"]["accuracy"] == pytest.approx(np.mean(hits))
+
+
+@pytest.mark.parametrize(("task", "label"), [("classification", "kind"), ("regression", "dose")])
+def test_training_starts_from_a_fitted_head(task: str, label: str, base: Path, data: Path, tmp_path: Path) -> None:
+    outputs = {}
+    for name, changes in {
+        "probe": {"method": "linear_probe"},
+        "fitted": {"head_start": "probe"},
+        "random": {"head_start": "random"},
+    }.items():
+        changes = {"task": task, "label": label, "epochs": 0.1, "learning_rate": 1e-7, **changes}
+        finetune(make_config(base, data, tmp_path / name, **changes))
+        outputs[name] = result(tmp_path / name)[1]["outputs"]
+    # After a step that changes next to nothing.
+    assert largest_difference(outputs["fitted"], outputs["probe"]) < 1e-4 * np.abs(outputs["probe"]).max()
+    assert largest_difference(outputs["random"], outputs["probe"]) > 0.1
+
+
+def test_a_head_starts_from_cells_of_every_class(base: Path, data: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    config = make_config(base, data, tmp_path)
+    cells = read_cells(config, load_tokenizer(config), tmp_path)
+    monkeypatch.setattr("tahoex1_hf.finetuning.probe._START_CELLS", 30)
+    rows = some_of_each(np.arange(5, 120), cells, seed=0)
+    assert np.bincount(cells.labels[rows]).tolist() == [10, 10, 10]
+    assert set(rows) <= set(range(5, 120))
 
 
 def test_masks_follow_from_seed_epoch_and_cell(base: Path, data: Path, tmp_path: Path) -> None:
@@ -415,7 +441,7 @@ def test_a_run_that_was_cut_short_goes_on_exactly(
 ) -> None:
     base = write_base(tmp_path / "base", expression_encoder_dropout=0.1)
     label = {"regression": "dose", "classification": "kind"}.get(task)
-    changes = {"task": task, "method": method, "label": label, "epochs": 3}
+    changes = {"task": task, "method": method, "label": label, "epochs": 3, "head_start": "probe"}
     finetune(make_config(base, data, tmp_path / "whole", **changes))
     config = make_config(base, data, tmp_path / "cut", **changes)
     clip = FinetuneTrainer._clip_grad_norm

@@ -1,6 +1,7 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
 """Runs that learn from cells: masked expression, classification, regression; every fold, and the model to keep."""
 
+import functools
 import json
 import logging
 import time
@@ -15,13 +16,13 @@ from accelerate import PartialState
 from tahoex1_hf.encoder import CellEncoder, DtypeName
 from tahoex1_hf.finetuning.adapters import add_results, is_peft, save_adapter
 from tahoex1_hf.finetuning.bases import base_name, load_base, load_tokenizer
-from tahoex1_hf.finetuning.config import FinetuneConfig
+from tahoex1_hf.finetuning.config import LABELLED, FinetuneConfig
 from tahoex1_hf.finetuning.fitting import drop_checkpoints, fit, run_task
 from tahoex1_hf.finetuning.labelled_cells import read_cells
 from tahoex1_hf.finetuning.masked_expression import masked_losses, write_masked_report
 from tahoex1_hf.finetuning.methods import adapt, trainable_parameters
 from tahoex1_hf.finetuning.objectives import Objective
-from tahoex1_hf.finetuning.probe import fit_probe, in_units, set_head
+from tahoex1_hf.finetuning.probe import fit_probe, in_units, set_head, some_of_each
 from tahoex1_hf.finetuning.runs import (
     RESULT,
     computes_in,
@@ -30,7 +31,7 @@ from tahoex1_hf.finetuning.runs import (
 )
 from tahoex1_hf.finetuning.splits import Split, check_duplicates, given_split, make_splits, train_and_validation
 from tahoex1_hf.modeling_tahoe_x1 import TahoeX1ForPreTraining, TahoeX1ForSequenceClassification
-from tahoex1_hf.training.checkpoints import write_atomically
+from tahoex1_hf.training.checkpoints import last_whole, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -168,10 +169,26 @@ class CellRun:
         if self.config.method == "linear_probe":
             return self._probe(split)
         objective = Objective(self.config, self.cells, split.train)
-        model, facts = fit(self.base, objective, split.train, split.validation, folder, self.processes)
+        fitted = self.config.task in LABELLED and self.config.head_start == "probe"
+        start = self.base
+        # With a checkpoint to go on from, the head is read from there.
+        if fitted and self.config.method != "head_only" and last_whole(folder) is None:
+            start = functools.partial(self._base_with_fitted_head, split, objective)
+        model, facts = fit(start, objective, split.train, split.validation, folder, self.processes)
         if self.config.task == "regression":
             in_units(head_of(model), objective.mean, objective.scale)
         return model, {**facts, "training_cells": len(split.train)}
+
+    def _base_with_fitted_head(self, split: Split, objective: Objective) -> Any:
+        """The base, its head a linear probe of some of the training cells, in the unit of the loss."""
+        model = self.base().to(self.processes.device)
+        some = Split(some_of_each(split.train, self.cells, self.config.seed), split.validation, split.test[:0])
+        rows = np.concatenate([some.train, some.validation])
+        features = np.zeros((len(self.cells), model.config.hidden_size), dtype=np.float32)
+        features[rows], _ = self.predict(model, rows)
+        weights, bias = fit_probe(features, self.cells, some, self.config)
+        set_head(model.classifier, weights / objective.scale, (bias - objective.mean) / objective.scale)
+        return model
 
     def _probe(self, split: Split) -> tuple[Any, dict[str, Any]]:
         started = time.perf_counter()

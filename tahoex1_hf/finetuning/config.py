@@ -60,6 +60,10 @@ class FinetuneConfig(Strict):
     target_modules: list[str] | None = None
     """Names of the linear layers that get adapters; by default attention and feed-forward projections."""
 
+    head_start: Literal["probe", "random"] = "probe"
+    """Where the head of classification and regression starts: fitted to the frozen embeddings, so that first steps do
+    not spoil them (Kumar et al. 2022, arXiv:2202.10054), or at random; that of head_only starts at random."""
+
     split: str | None = None
     """Column of obs with train, validation and test, for splits made elsewhere; else cells are drawn."""
     group: str | None = None

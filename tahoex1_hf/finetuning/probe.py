@@ -13,6 +13,8 @@ from tahoex1_hf.finetuning.splits import Split
 
 logger = logging.getLogger(__name__)
 
+# Cells from which a head is fitted that is trained further.
+_START_CELLS = 10_000
 # Strengths of regularisation that are tried, from strong to weak; the validation cells choose.
 _STRENGTHS = (0.001, 0.01, 0.1, 1.0, 10.0, 100.0)
 
@@ -48,6 +50,16 @@ def fit_probe(
     return weights, bias - weights @ scaler.mean_
 
 
+def some_of_each(rows: np.ndarray, cells: LabelledCells, seed: int) -> np.ndarray:
+    """At most so many rows that a probe is fitted in seconds, drawn from every class."""
+    shuffled = np.random.default_rng(seed).permutation(rows)
+    if cells.classes is None:
+        return np.sort(shuffled[:_START_CELLS])
+    labels = cast(np.ndarray, cells.labels)[shuffled]
+    share = max(1, _START_CELLS // len(cells.classes))
+    return np.sort(np.concatenate([shuffled[labels == kind][:share] for kind in range(len(cells.classes))]))
+
+
 def _fit_classes(x: np.ndarray, y: np.ndarray, strength: float, config: FinetuneConfig) -> tuple[Any, Any]:
     from sklearn.linear_model import LogisticRegression
 
@@ -80,7 +92,7 @@ def _all_classes(
         return weights, bias
     present = np.unique(y)
     every = np.zeros((len(cells.classes), weights.shape[1]))
-    biases = np.full(len(cells.classes), -1e4)
+    biases = np.full(len(cells.classes), -100.0)
     every[present], biases[present] = weights, bias
     return every, biases
 
