@@ -34,6 +34,7 @@ from tahoex1_hf.finetuning.batches import TrainingBatches, epoch_order
 from tahoex1_hf.finetuning.config import FinetuneConfig, read_finetune_config
 from tahoex1_hf.finetuning.finetune import finetune
 from tahoex1_hf.finetuning.labelled_cells import read_cells
+from tahoex1_hf.finetuning.masked_expression import model_errors
 from tahoex1_hf.finetuning.methods import (
     TARGET_MODULES,
     adapt,
@@ -44,6 +45,7 @@ from tahoex1_hf.finetuning.methods import (
 from tahoex1_hf.finetuning.objectives import HELD_OUT, Objective, class_weights
 from tahoex1_hf.finetuning.predicting import load_predictor, predict_file
 from tahoex1_hf.finetuning.probe import some_of_each
+from tahoex1_hf.finetuning.splits import Split
 from tahoex1_hf.finetuning.trainer import FinetuneTrainer
 
 METHODS = ["lora", "dora", "rslora", "full", "head_only", "linear_probe"]
@@ -143,6 +145,10 @@ def test_masked_expression_fits_the_cells_better_than_the_base(base: Path, data:
     bins = everything.expression_values[everything.expression_values > 0].mean()
     expected = ((batch["labels"] - bins)[batch["target_mask"]] ** 2).mean()
     assert test["mean"] == pytest.approx(float(expected), rel=1e-3)
+    plain = TahoeX1ForPreTraining.from_pretrained(base)  # not the one below the adapters
+    read = read_cells(config, load_tokenizer(config), tmp_path)
+    split = Split(arrays["train"], arrays["validation"], arrays["test"])
+    assert test["base"] == pytest.approx(model_errors(config, read, split, plain)[0], rel=1e-6)
     model, _ = load_adapter(tmp_path / "run")
     assert isinstance(model.get_base_model(), TahoeX1ForPreTraining)
     report = (tmp_path / "run" / "report.md").read_text()

@@ -1,10 +1,12 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
 """Runs that learn from cells: masked expression, classification, regression; every fold, and the model to keep."""
 
+import contextlib
 import functools
 import json
 import logging
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -19,7 +21,7 @@ from tahoex1_hf.finetuning.bases import base_name, load_base, load_tokenizer
 from tahoex1_hf.finetuning.config import LABELLED, FinetuneConfig
 from tahoex1_hf.finetuning.fitting import drop_checkpoints, fit, run_task
 from tahoex1_hf.finetuning.labelled_cells import read_cells
-from tahoex1_hf.finetuning.masked_expression import masked_losses, write_masked_report
+from tahoex1_hf.finetuning.masked_expression import constant_errors, model_errors, write_masked_report
 from tahoex1_hf.finetuning.methods import adapt, trainable_parameters
 from tahoex1_hf.finetuning.objectives import Objective
 from tahoex1_hf.finetuning.probe import fit_probe, in_units, set_head, some_of_each
@@ -232,20 +234,41 @@ class CellRun:
         model, facts = self.train(split, folder)
         result: Outcome | None = None
         if self.processes.is_main_process:
-            nothing = np.zeros((0, 0), dtype=np.float32)
-            result = Outcome(split, facts, nothing, nothing, nothing)
-            if len(split.test):
-                result.after, result.outputs = self.predict(model, split.test)
-                base = self.base().to(self.processes.device)
-                result.before, _ = self.predict(base, split.test)
-                if self.config.task == "masked_expression":
-                    facts["test"] = masked_losses(self.config, self.cells, split, base, model)
+            result = self._tested(model, split, facts)
             if keep:
                 save_adapter(model, self.tokenizer, self.folder, self.record(facts))
             write_outcome(folder, result)
             drop_checkpoints(folder)  # all that is to be kept of them is saved
         self.processes.wait_for_everyone()
         return result or cast(Outcome, read_outcome(folder, split))
+
+    def _tested(self, model: Any, split: Split, facts: dict[str, Any]) -> Outcome:
+        """What the model, and the base, make of the test cells."""
+        nothing = np.zeros((0, 0), dtype=np.float32)
+        result = Outcome(split, facts, nothing, nothing, nothing)
+        if not len(split.test):
+            return result
+        masked, errors = self.config.task == "masked_expression", (self.config, self.cells, split)
+        result.after, result.outputs = self.predict(model, split.test)
+        test: dict[str, float] = {}
+        if masked:
+            test["model"], test["model_expression"] = model_errors(*errors, model)
+            test["mean"], test["gene_mean"] = constant_errors(*errors, model.config)
+            facts["test"] = test
+        with self._base_of(model) as base:
+            result.before, _ = self.predict(base, split.test)
+            if masked:
+                test["base"], test["base_expression"] = model_errors(*errors, base)
+        return result
+
+    @contextlib.contextmanager
+    def _base_of(self, model: Any) -> Iterator[Any]:
+        """The base, as it is below the adapters: it is not loaded a second time."""
+        if is_peft(model):
+            with model.disable_adapter():
+                yield model
+        else:
+            yield self.base().to(self.processes.device)
 
     def record(self, facts: dict[str, Any]) -> dict[str, Any]:
         """What finetuning.json says."""

@@ -2,12 +2,14 @@
 """What continued masked-expression training has learnt about the user's cells, beside constants and the base."""
 
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from tahoex1_hf.configuration_tahoe_x1 import TahoeX1Config
 from tahoex1_hf.data.collator import CellCollator
 from tahoex1_hf.encoder import length_sorted_batches
 from tahoex1_hf.finetuning.config import FinetuneConfig
@@ -23,36 +25,45 @@ _BASELINE_CELLS = 20_000  # training cells from which the constants are learnt
 
 
 @torch.no_grad()
-def masked_losses(
-    config: FinetuneConfig, cells: LabelledCells, split: Split, base: Any, model: Any
-) -> dict[str, float]:
-    """Mean squared errors at the hidden genes of the test cells, in the unit of the loss; the same genes for all.
+def model_errors(config: FinetuneConfig, cells: LabelledCells, split: Split, model: Any) -> tuple[float, float]:
+    """A model's mean squared errors at the hidden genes of the test cells, in the unit of the loss.
 
     Returns:
-        `mean`: predicting the mean of the training cells' values everywhere; `gene_mean`: each gene's; `base`: the
-        model that was started from; `model`: the one that was trained. The last two are means of both decoders'
-        errors; `base_expression` and `model_expression` are the first decoder's alone, comparable to the constants.
+        The mean of both decoders' errors, and the first decoder's, which reads each gene's context.
     """
-    objective = Objective(config, cells, split.train)
-    means, mean = _gene_means(config, cells, split)
-    unit = 2 / (base.config.num_bins - 2) if base.config.scale_targets else 1.0
-    sums = dict.fromkeys(("mean", "gene_mean", "base", "model", "base_expression", "model_expression"), 0.0)
-    targets = 0
+    model.eval()
     device = next(model.parameters()).device
-    base.eval(), model.eval()
-    for rows in length_sorted_batches(cells.lengths[split.test], _TOKENS):
-        batch = objective.batch(split.test[rows], HELD_OUT)
+    sums, targets = np.zeros(2), 0
+    for batch in _test_batches(config, cells, split):
+        targets += int(batch["target_mask"].sum())
+        batch = {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
+        outputs: Any = model(**batch, num_items_in_batch=1)  # the sums over the targets
+        sums += [float(outputs.loss), float(outputs.expression_loss)]
+    both, expression = sums / max(1, targets)
+    return float(both), float(expression)
+
+
+def constant_errors(
+    config: FinetuneConfig, cells: LabelledCells, split: Split, model: TahoeX1Config
+) -> tuple[float, float]:
+    """The same of constants learnt from the training cells: the mean value, and each gene's mean value."""
+    means, mean = _gene_means(config, cells, split)
+    unit = 2 / (model.num_bins - 2) if model.scale_targets else 1.0
+    sums, targets = np.zeros(2), 0
+    for batch in _test_batches(config, cells, split):
         hidden = batch["target_mask"].numpy()
         truth, genes = batch["labels"].numpy()[hidden].astype(np.float64), batch["input_ids"].numpy()[hidden]
         targets += len(truth)
-        sums["mean"] += float(((unit * (truth - mean)) ** 2).sum())
-        sums["gene_mean"] += float(((unit * (truth - means[genes])) ** 2).sum())
-        batch = {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
-        for name, each in (("base", base), ("model", model)):
-            outputs: Any = each(**batch, num_items_in_batch=1)
-            sums[name] += float(outputs.loss)
-            sums[f"{name}_expression"] += float(outputs.expression_loss)
-    return {name: total / max(1, targets) for name, total in sums.items()}
+        sums += [((unit * (truth - mean)) ** 2).sum(), ((unit * (truth - means[genes])) ** 2).sum()]
+    constant, per_gene = sums / max(1, targets)
+    return float(constant), float(per_gene)
+
+
+def _test_batches(config: FinetuneConfig, cells: LabelledCells, split: Split) -> Iterator[dict[str, Any]]:
+    """Of the test cells, always with the same genes hidden."""
+    objective = Objective(config, cells, split.train)
+    for rows in length_sorted_batches(cells.lengths[split.test], _TOKENS):
+        yield objective.batch(split.test[rows], HELD_OUT)
 
 
 def _gene_means(config: FinetuneConfig, cells: LabelledCells, split: Split) -> tuple[np.ndarray, float]:
@@ -85,7 +96,7 @@ def write_masked_report(folder: Path, losses: list[dict[str, float]]) -> tuple[d
 
     Args:
         folder: to write into.
-        losses: what `masked_losses` found for each split.
+        losses: for each split, the errors of the rows below.
 
     Returns:
         Means over the splits, and how they compare, in words.
