@@ -32,14 +32,16 @@ def fingerprints() -> np.ndarray:
     return table
 
 
-def simulated_screen(cells_per_condition: int = 16, seed: int = 0) -> anndata.AnnData:
+def simulated_screen(
+    cells_per_condition: int = 16, seed: int = 0, names: tuple[str, ...] = tuple(LINES)
+) -> anndata.AnnData:
     """Poisson counts. A drug multiplies the rates of genes; by how much depends on the line's sensitivity."""
     random = np.random.default_rng(seed)
     effects = random.normal(0, 1.2, (8, len(GENES))) * (random.random((8, len(GENES))) < 0.4)
-    rates = {line: random.gamma(2, 4, len(GENES)) for line in LINES}
-    sensitivity = dict(zip(LINES, (1.2, 0.9, 0.6), strict=True))
+    rates = {line: random.gamma(2, 4, len(GENES)) for line in names}
+    sensitivity = dict(zip(names, np.linspace(1.2, 0.6, len(names)), strict=True))
     counts, lines, drugs = [], [], []
-    for line in LINES:
+    for line in names:
         for drug in (CONTROL, *DRUGS):
             shift = np.zeros(len(GENES))
             if drug != CONTROL:

@@ -25,6 +25,7 @@ from helpers import DRUG, largest_difference
 from safetensors.torch import load_file
 from scipy.sparse import csr_matrix
 from test_gene_classification import Alone
+from two_processes import in_two_processes
 
 from tahoex1_hf import TahoeX1ForPreTraining
 from tahoex1_hf.finetuning import drug_screen
@@ -399,6 +400,17 @@ def test_a_whole_run(method: str, place: Path, tmp_path: Path) -> None:
     stamp = (tmp_path / "run" / "result.json").stat().st_mtime_ns
     assert finetune(config) == 0  # all is done: nothing is trained again
     assert (tmp_path / "run" / "result.json").stat().st_mtime_ns == stamp
+
+
+@pytest.mark.slow
+def test_two_processes_learn_the_same(place: Path, tmp_path: Path) -> None:
+    one, two = (make_config(place, tmp_path / name, held_out=["drug"]) for name in ("one", "two"))
+    done = in_two_processes(two)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert finetune(one) == 0
+    with np.load(tmp_path / "one" / "result.npz") as a, np.load(tmp_path / "two" / "result.npz") as b:
+        assert largest_difference(a["changes"], b["changes"]) < 1e-4
+    assert done.stderr.count("model 1 of 1") == 2  # both processes are there
 
 
 def test_the_recipe_is_valid() -> None:

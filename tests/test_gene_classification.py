@@ -15,6 +15,7 @@ from cells import GENES
 from finetuning_runs import digest, write_base
 from helpers import largest_difference
 from scipy.sparse import csr_matrix
+from two_processes import in_two_processes
 
 from tahoex1_hf import TahoeX1ForPreTraining, TahoeX1Tokenizer
 from tahoex1_hf.finetuning.adapters import load_adapter, read_record
@@ -436,6 +437,16 @@ def test_folds_by_family_and_the_model_of_all_genes(place: Path, tmp_path: Path)
     stamp = (tmp_path / "run" / "result.json").stat().st_mtime_ns
     assert finetune(config) == 0  # all is done: nothing is trained again
     assert (tmp_path / "run" / "result.json").stat().st_mtime_ns == stamp
+
+
+@pytest.mark.slow
+def test_two_processes_learn_the_same(place: Path, tmp_path: Path) -> None:
+    done = in_two_processes(make_config(place, tmp_path / "two", epochs=2))
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert finetune(make_config(place, tmp_path / "one", epochs=2)) == 0
+    with np.load(tmp_path / "one" / "result.npz") as one, np.load(tmp_path / "two" / "result.npz") as two:
+        assert largest_difference(two["logits"], one["logits"]) < 1e-4
+    assert done.stderr.count("Fold 1 of 1") == 2  # both processes are there
 
 
 def test_the_card_and_the_recipe(place: Path, tmp_path: Path) -> None:
