@@ -2,11 +2,14 @@
 """A process's cells of a step, taken in parts that fit into memory."""
 
 import logging
+import weakref
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+from torch.utils._pytree import tree_leaves
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +114,8 @@ def largest_microbatch(measure: Callable[[int], float], limit: float, most: int)
 class PassMemory:
     """Measures what a forward and backward pass needs, beyond what is there already.
 
-    On a GPU the allocator says; elsewhere, what autograd keeps for the backward pass is added up.
+    On a GPU the allocator says; elsewhere the tensors are counted that operations make and that are alive together.
+    (What hooks on saved tensors see is not enough: checkpointed layers keep their inputs past them.)
     """
 
     def __init__(self, device: torch.device):
@@ -128,16 +132,10 @@ class PassMemory:
                 torch.cuda.empty_cache()
                 return float("inf")
             return torch.cuda.max_memory_allocated(self.device) - before
-        kept: dict[int, int] = {}
-
-        def keep(tensor: torch.Tensor) -> torch.Tensor:
-            storage = tensor.untyped_storage()
-            kept[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        # Compiled code would be out of sight, and what dynamo meets under a mode it never compiles again.
+        with torch.compiler.set_stance("force_eager"), AliveTensors() as alive:
             run()
-        return float(sum(kept.values()))
+        return alive.most
 
     def available(self, optimizer_bytes: float, processes: int) -> float:
         """Bytes that are left for a pass, once the optimizer has its state.
@@ -152,5 +150,36 @@ class PassMemory:
             return free + cached - optimizer_bytes
         import psutil
 
-        # Half of it: temporary arrays are not counted above, and a laptop does other things too.
+        # Half of it: what kernels take for themselves is not counted above, and a laptop does other things too.
         return psutil.virtual_memory().available / 2 / processes - optimizer_bytes
+
+
+class AliveTensors(TorchDispatchMode):
+    """Counts, while it is entered, the bytes of the tensors that operations made and that are still there.
+
+    `most`: at the worst moment.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.most = 0.0
+        self._made: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operation, and count."""
+        result = func(*args, **(kwargs or {}))
+        given = {storage._cdata for storage in _storages((args, kwargs))}
+        for storage in _storages(result):
+            if storage._cdata not in given:  # else a view, or changed in place
+                self._made[storage._cdata] = weakref.ref(storage)
+        # Asked each time, as FSDP empties the storages of weights that are not in use.
+        alive = [(key, found.nbytes()) for key, made in self._made.items() if (found := made()) is not None]
+        self._made = {key: self._made[key] for key, _ in alive}
+        self.most = max(self.most, float(sum(size for _, size in alive)))
+        return result
+
+
+def _storages(values: Any) -> Iterator[torch.UntypedStorage]:
+    for value in tree_leaves(values):
+        if isinstance(value, torch.Tensor) and not is_traceable_wrapper_subclass(value):
+            yield value.untyped_storage()

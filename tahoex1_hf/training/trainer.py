@@ -6,6 +6,7 @@ over all targets of the step. (The original averages the means of micro-batches,
 """
 
 import contextlib
+import dataclasses
 import json
 import logging
 import math
@@ -17,8 +18,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from accelerate import PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, convert_to_fp32
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import Trainer, TrainingArguments
 
 from tahoex1_hf.modeling_tahoe_x1 import TahoeX1ForPreTraining
@@ -114,10 +117,12 @@ class PretrainingTrainer(Trainer):
                 )
             if state.mixed_precision != "no":
                 plugin.set_mixed_precision(state.mixed_precision)
-            # The process group's state is shared by all of Accelerate, and has the type too.
-            state._shared_state["distributed_type"] = DistributedType.FSDP
+            # Every new reference to Accelerate's state takes the type from the process group's.
+            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
             state.distributed_type, state.fsdp_plugin = DistributedType.FSDP, plugin
             self.is_fsdp_enabled = True
+        if self.accelerator.is_fsdp2 and state.fsdp_plugin.mixed_precision_policy is not None:
+            state.fsdp_plugin.mixed_precision_policy = only_computing(state.fsdp_plugin.mixed_precision_policy)
 
     def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
         """All: Composer's rule spares neither biases nor norms."""
@@ -165,14 +170,25 @@ class PretrainingTrainer(Trainer):
         return losses.mean()
 
     def _pass(self, model: torch.nn.Module, part: dict[str, Any], targets: torch.Tensor, last: bool) -> torch.Tensor:
-        """Gradients of a micro-batch, exchanged between processes with those of the last; returns its two losses."""
-        together = contextlib.nullcontext() if last else self.accelerator.no_sync(model)
+        """Gradients of a micro-batch, which with the last are those of all processes; returns its two losses."""
+        together: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        if self.accelerator.is_fsdp2:
+            # Under no_sync every device would keep the gradients of all weights, and add passes up in half precision.
+            # Reduced in each pass they are shards in float32. Copies of the shards (HSDP) are added up with the last.
+            sharded: Any = model
+            sharded.set_requires_all_reduce(last)
+        elif not last:
+            together = self.accelerator.no_sync(model)
         with together:
-            with self.compute_loss_context_manager():
-                outputs = model(**part, num_items_in_batch=targets, return_dict=True)
+            outputs = self._outputs(model, {**part, "num_items_in_batch": targets})
             # Processes' gradients are averaged, but their losses are parts of one mean.
             self.accelerator.backward(outputs.loss * self.args.world_size)
         return torch.stack([outputs.expression_loss.detach(), outputs.cell_expression_loss.detach()])
+
+    def _outputs(self, model: torch.nn.Module, batch: dict[str, Any]) -> Any:
+        """What the model says, in float32: Accelerate sees to that under autocast only, which FSDP2 does without."""
+        with self.compute_loss_context_manager():
+            return convert_to_fp32(model(**batch, return_dict=True))
 
     def _fitting_microbatch(self, model: torch.nn.Module, cells: int) -> int:
         config, memory = self.accelerator.unwrap_model(model).config, PassMemory(self.args.device)
@@ -189,8 +205,9 @@ class PretrainingTrainer(Trainer):
                 vocab_size=config.vocab_size,
                 drugs=collator.drug_token,
             )
-            batch = self._prepare_inputs(batch)
-            needed = memory(lambda: void(self._pass(model, batch, torch.tensor(1.0, device=self.args.device), False)))
+            batch, one = self._prepare_inputs(batch), torch.tensor(1.0, device=self.args.device)
+            # FSDP2 keeps gradients that wait for the last pass where zero_grad does not find them.
+            needed = memory(lambda: void(self._pass(model, batch, one, last=self.accelerator.is_fsdp2)))
             model.zero_grad(set_to_none=True)
             return self._most(needed)
 
@@ -260,8 +277,7 @@ class PretrainingTrainer(Trainer):
             sums = MetricSums.zero(self.args.device)
             for batch, counts, does_count in self.validation.batches(*self.world):
                 batch = self._prepare_inputs(batch)
-                with self.compute_loss_context_manager():
-                    outputs = model(**batch, return_dict=True)
+                outputs = self._outputs(model, batch)
                 if does_count:
                     sums.values += batch_sums(outputs, batch, counts.to(self.args.device), scale).values
             if self.args.world_size > 1:
@@ -350,6 +366,16 @@ class PretrainingTrainer(Trainer):
             model.save_pretrained(output_dir)
             self._save_tokenizer(output_dir)
         self.accelerator.wait_for_everyone()
+
+
+def only_computing(policy: MixedPrecisionPolicy) -> MixedPrecisionPolicy:
+    """FSDP2's types with the half precision of `policy` for weights in use, and for nothing else.
+
+    Accelerate's own policy has it for the sum of gradients over processes, whose digits 512 of them would use up, for
+    losses, which would be logged with three digits, and for labels. Units in the model's midst are handed on what they
+    compute: as float32 it would not go with the weights of the norm and the decoders behind them.
+    """
+    return dataclasses.replace(policy, reduce_dtype=torch.float32, output_dtype=None, cast_forward_inputs=False)
 
 
 def local(parameter: torch.Tensor) -> torch.Tensor:
