@@ -518,7 +518,8 @@ class TahoeX1ExpressionDecoder(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         for layer in self.layers:
             hidden_states = self.act_fn(layer(hidden_states))
-        return self.output(hidden_states).squeeze(-1)
+        # A tensor of its own: FSDP2 warns of outputs that are views.
+        return self.output(hidden_states).squeeze(-1).clone()
 
 
 class TahoeX1CellDecoder(nn.Module):

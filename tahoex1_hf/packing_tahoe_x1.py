@@ -38,7 +38,7 @@ class CellLayout:
     def first(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Each cell's first token: `(batch, length, width)` to `(cells, width)`."""
         if self.boundaries is None:
-            return hidden_states[:, 0]
+            return hidden_states[:, 0].clone()  # a view would keep all tokens
         return hidden_states.flatten(0, 1)[self.boundaries[:-1].to(hidden_states.device)]
 
     def mean(self, hidden_states: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
