@@ -26,8 +26,8 @@ from tahoex1_hf.finetuning.report import read_report
 
 METHODS = ["linear_probe", "lora", "full"]
 TITLES = {"linear_probe": "linear probe", "lora": "LoRA", "full": "full fine-tuning"}
-# Whole models want smaller steps than adapters: this share of the recipe's learning rate.
-FULL_RATE = 0.2
+# Whole models want smaller steps than adapters: this share of the learning rate. (Large ones want a tenth.)
+FULL_RATE = 0.5
 # What each costs: its heading, and how it is written.
 FACTS = {
     "trainable_parameters": ("trainable parameters", "{:,}"),
