@@ -30,6 +30,7 @@ from tahoex1_hf.training import memory
 from tahoex1_hf.training.memory import CPU_BF16, CPU_FLOAT32, GPU_AUTOCAST, GPU_FSDP2, Numbers
 from tahoex1_hf.training.microbatches import PassMemory, largest_microbatch, longest_cells
 from tahoex1_hf.training.scaling import H100, Assumptions, matrix_share, numbers_of, plan_step
+from tahoex1_hf.training.trainer import only_computing
 
 VARIANTS: dict[str, dict[str, Any]] = {
     **SHAPES,
@@ -182,27 +183,23 @@ def test_checkpointing_keeps_the_layers_inputs() -> None:
         assert formula == pytest.approx(per_cell / 128, rel=0.03)
 
 
-def test_largest_microbatch_is_foreseen() -> None:
-    """The same limit, measured by a pass and computed from the configuration."""
+@pytest.mark.parametrize("numbers", [CPU_FLOAT32, CPU_BF16], ids=["float32", "autocast"])
+def test_largest_microbatch_is_foreseen(numbers: Numbers) -> None:
+    """The same limit, measured by a pass and computed from the configuration: never more, nor much less."""
     config = tiny_config(hidden_size=64, vocab_size=200, attention_mask_style="observed_or_self")
-    for numbers in (CPU_FLOAT32, CPU_BF16):
-        model, pass_memory = training_model(config, numbers), PassMemory(torch.device("cpu"))
-        # PassMemory counts whatever is kept, the weights of products and norms too.
-        tables = (nn.Embedding,)
-        used = [m for m in model.modules() if not isinstance(m, tables) and list(m.parameters(recurse=False))]
-        norms = sum(p.numel() * 4 for m in used if isinstance(m, nn.LayerNorm) for p in m.parameters())
-        matrices = memory.count_parameters(config).matrices * (2 if numbers.autocast else 4)
+    model, pass_memory = training_model(config, numbers), PassMemory(torch.device("cpu"))
+    states = memory.states(config, numbers, "one")
+    fixed = states.gradients + states.copies  # both are made in a pass
 
-        def formula(cells: int, numbers: Numbers = numbers, fixed: int = norms + matrices) -> float:
-            return fixed + cells * 96 * memory.kept_per_token(config, numbers, 96)
+    def formula(cells: int) -> float:
+        return fixed + memory.microbatch_bytes(config, numbers, 96, cells)
 
-        def measured(cells: int, model: Any = model, numbers: Numbers = numbers, m: Any = pass_memory) -> float:
-            return m(lambda: loss(model, numbers, cells, 96).backward())
+    def measured(cells: int) -> float:
+        return pass_memory(lambda: loss(model, numbers, cells, 96).backward())
 
-        for limit in (2.5e6, 8e6, 20e6):
-            found = largest_microbatch(measured, limit, 24)
-            assert largest_microbatch(formula, limit, 24) == found
-        assert found > 1
+    for limit in (8e6, 12e6, 30e6):
+        found, foreseen = (largest_microbatch(each, limit, 1009) for each in (measured, formula))
+        assert 4 < 0.75 * found < foreseen <= found
 
 
 @pytest.mark.parametrize(
@@ -294,7 +291,7 @@ def test_parameters_are_counted_without_memory() -> None:
 
 def test_bytes_of_states() -> None:
     config = TahoeX1Config()
-    total, table = memory.count_parameters(config).total, 62720 * 512
+    total, table, rest = memory.count_parameters(config).total, 62720 * 512, memory.count_parameters(config).rest
     one = memory.states(config, CPU_FLOAT32, "one")
     assert one.total == 16 * total
     ddp = memory.states(config, CPU_FLOAT32, "ddp")
@@ -303,17 +300,19 @@ def test_bytes_of_states() -> None:
         sharded = memory.states(config, GPU_FSDP2, "fsdp2", shards)
         assert sharded.total - sharded.copies == pytest.approx(16 * total / shards)
         several = memory.states(config, GPU_FSDP2, "fsdp2", shards, accumulate=True)
-        assert several.copies - sharded.copies == 2 * total + 2 * table - 4 * table
+        # Weights of two units and the root; gradients of a unit and the root; a unit's in float32.
+        assert sharded.copies == 2 * (2 * table + rest) + 2 * (table + rest) + 4 * table
+        assert several.copies - sharded.copies == 4 * table / shards
     with pytest.raises(ValueError, match="shards=8: ddp keeps whole weights"):
         memory.states(config, GPU_AUTOCAST, "ddp", 8)
 
 
 def test_fsdp2_has_the_types_that_are_counted() -> None:
-    """Accelerate's policy, on fully_shard itself: float32 shards, bfloat16 gradients that wait for the last pass."""
+    """The trainer's policy, on fully_shard itself: bfloat16 for weights in use, gradients in float32 in every pass."""
     plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
     plugin.set_mixed_precision("bf16")
-    policy = plugin.mixed_precision_policy
-    assert (policy.param_dtype, policy.reduce_dtype) == (torch.bfloat16, torch.bfloat16)
+    policy = only_computing(plugin.mixed_precision_policy)
+    assert (policy.param_dtype, policy.reduce_dtype) == (torch.bfloat16, torch.float32)
     if dist.is_initialized():
         pytest.skip("another test left a process group")
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -323,18 +322,17 @@ def test_fsdp2_has_the_types_that_are_counted() -> None:
         for layer in model:
             fully_shard(layer, mesh=mesh, mp_policy=policy)
         fully_shard(model, mesh=mesh, mp_policy=policy)
-        gathered: list[torch.dtype] = []
-        model[0].register_forward_pre_hook(lambda module, _: gathered.append(module.weight.dtype))
-        model.set_requires_gradient_sync(False)
-        model(torch.ones(2, 4)).sum().backward()
-        parts = [part for group in model[0]._get_fsdp_state()._fsdp_param_groups for part in group.fsdp_params]
-        assert all(part.sharded_param.grad is None for part in parts)
-        assert {part._unsharded_param.grad.dtype for part in parts} == {torch.bfloat16}
-        model.set_requires_gradient_sync(True)
-        model(torch.ones(2, 4)).sum().backward()
-        assert gathered == [torch.bfloat16] * 2
-        assert {p.dtype for p in model.parameters()} == {torch.float32}
-        assert {p.grad.dtype for p in model.parameters()} == {torch.float32}
+        types: list[torch.dtype] = []
+        for layer in model:
+            layer.register_forward_pre_hook(lambda module, given: types.extend([module.weight.dtype, given[0].dtype]))
+        for _ in range(2):
+            model(torch.ones(2, 4, dtype=torch.bfloat16)).float().sum().backward()
+            parts = [part for group in model[0]._get_fsdp_state()._fsdp_param_groups for part in group.fsdp_params]
+            assert all(part.unsharded_accumulated_grad is None for part in parts)
+            assert all(part._unsharded_param.grad is None for part in parts)
+            assert {p.dtype for p in model.parameters()} == {torch.float32}
+            assert {p.grad.dtype for p in model.parameters()} == {torch.float32}
+        assert types == [torch.bfloat16] * 8
     finally:
         dist.destroy_process_group()
 
@@ -388,10 +386,17 @@ def test_communication_by_hand() -> None:
     assert hsdp is not None
     assert hsdp.microbatch == hsdp.cells
     p = memory.count_parameters(model.config)
-    inside = (2 * (2 * p.total - p.rest) + 2 * p.total) * 7 / 8 / (0.8 * 450e9)
-    across = 2 * (2 * p.total / 8) * 7 / 8 / (0.8 * 50e9)
+    inside = (2 * (2 * p.total - p.rest) + 4 * p.total) * 7 / 8 / (0.8 * 450e9)
+    across = 2 * (4 * p.total / 8) * 7 / 8 / (0.8 * 50e9)
     assert hsdp.waiting == pytest.approx(inside + across)
-    assert numbers_of(model.config, "ddp").output_copied  # the masked attention of 70M
+    model = scaling_plan.models()[2]
+    sharded = plan_step(model.config, 1024, model.global_batch, 8, "fsdp2", nothing)
+    assert sharded is not None
+    passes = -(-sharded.cells // sharded.microbatch)
+    p = memory.count_parameters(model.config)
+    assert passes > 50
+    assert sharded.waiting == pytest.approx(passes * (8 * p.total - 2 * p.rest) * 7 / 8 / (0.8 * 450e9))
+    assert numbers_of(scaling_plan.models()[0].config, "ddp").output_copied  # the masked attention of 70M
 
 
 # The document -------------------------------------------------------------------------------------------
@@ -424,7 +429,7 @@ def test_what_the_text_says() -> None:
     assert tiny_step.cells == 9
     assert tiny_step.seconds == pytest.approx(0.008, abs=0.0005)
     ddp, sharded = planned(1, 64, "ddp"), planned(1, 64, "fsdp2")
-    assert sharded.states.total / ddp.states.total == pytest.approx(1 / 8, abs=0.01)
+    assert sharded.states.total / ddp.states.total == pytest.approx(1 / 18, abs=0.002)
     assert ddp.seconds / sharded.seconds == pytest.approx(1.04, abs=0.01)
     assert planned(2, 8, "ddp").microbatch == 4
     for devices, strategy, fits in ((2, "fsdp2", False), (4, "fsdp2", True), (64, "ddp", False)):

@@ -51,8 +51,8 @@ CPU_FLOAT32 = Numbers(4, 4, 4, output_copied=True, dense_mask=True)
 CPU_BF16 = Numbers(4, 2, 4, autocast=True, output_copied=True, dense_mask=True)
 # Accelerate's DDP, and one device: float32 weights and residual stream, products under autocast.
 GPU_AUTOCAST = Numbers(4, 2, 4, autocast=True, cuda=True)
-# Accelerate's FSDP2 (`set_mixed_precision`, `fsdp2_prepare_model`): no autocast; weights are gathered as bfloat16, and
-# everything is computed from them in bfloat16. Gradients are reduced in it and then kept, in shards, as float32.
+# FSDP2 (`only_computing` of the trainer, `fsdp2_prepare_model` of Accelerate): no autocast; weights are gathered as
+# bfloat16, and everything is computed from them in bfloat16. Gradients are reduced as float32 and kept so, in shards.
 GPU_FSDP2 = Numbers(2, 2, 2, cuda=True)
 
 
@@ -181,9 +181,9 @@ class States:
         gradients: float32, whole or the shard.
         moments: of AdamW, float32.
         copies: bfloat16 copies of matrices under autocast; with DDP buckets as large as the gradients. FSDP2:
-            gathered weights and gradients under way, in bfloat16, and where gradients of several micro-batches are
-            added up, all of them: they are not reduced before the last (`set_requires_gradient_sync`). Then also the
-            table's new gradient, which is dense and is there beside the old one.
+            gathered weights in bfloat16; of a unit, gradients in bfloat16, the same in float32 for the exchange, and
+            where there is an older one that shard of them; the root's gradients in bfloat16, from the first to the
+            last. Else, with several micro-batches, the table's new gradient, dense and beside the old one.
     """
 
     weights: float
@@ -220,9 +220,10 @@ def states(
         copies += 4.0 * p.total  # Accelerate leaves gradient_as_bucket_view off
     elif strategy in ("fsdp2", "hsdp"):
         unit = max(p.layer, p.table)
-        # The unit that computes and the next one; the root; two units' gradients on their way to the shards.
-        copies = numbers.weights * (2.0 * unit + p.rest + (p.total if accumulate else 2 * unit))
-    if accumulate:
+        # The unit that computes and the next one; the root, whose gradients are reduced last.
+        copies = numbers.weights * (2.0 * unit + p.rest) + numbers.weights * (unit + p.rest) + 4 * unit
+        copies += 4 * unit / shards if accumulate else 0
+    if accumulate and strategy in ("one", "ddp"):
         copies += numbers.weights * p.table
     return States(4 * p.total / shards, 4 * p.total / shards, _ADAMW_MOMENTS * p.total / shards, copies)
 

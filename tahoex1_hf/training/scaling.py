@@ -289,10 +289,10 @@ def _communication_seconds(
     group = devices if strategy == "fsdp2" else hardware.per_machine
     rate = ring if strategy == "fsdp2" else inside
     share = (group - 1) / group
-    # Weights for the forward and the backward pass, the root's once; gradients in the last pass. All in bfloat16.
-    gathered, reduced = 2 * (2 * p.total - p.rest) * share / rate, 2 * p.total * share / rate
-    if strategy == "hsdp":
-        machines = devices // hardware.per_machine
-        shard = 2 * p.total / group
-        reduced += 2 * shard * (machines - 1) / machines / (hardware.network * assumptions.links)
-    return gathered, reduced
+    # Weights for the forward and the backward pass in bfloat16, the root's once; gradients in float32.
+    per_pass = (2 * (2 * p.total - p.rest) + 4 * p.total) * share / rate
+    if strategy == "fsdp2":
+        return per_pass, 0.0
+    machines = devices // hardware.per_machine
+    shard = 4 * p.total / group  # added up over the passes, and exchanged with copies of it in the last
+    return per_pass, 2 * shard * (machines - 1) / machines / (hardware.network * assumptions.links)
