@@ -61,7 +61,7 @@ class FinetuneConfig(Strict):
     """Names of the linear layers that get adapters; by default attention and feed-forward projections."""
 
     head_start: Literal["probe", "random"] = "probe"
-    """Where the head of classification and regression starts: fitted to the frozen embeddings, so that first steps do
+    """Where the head of classifications and regression starts: fitted to the frozen embeddings, so that first steps do
     not spoil them (Kumar et al. 2022, arXiv:2202.10054), or at random; that of head_only starts at random."""
 
     split: str | None = None
@@ -160,8 +160,8 @@ class FinetuneConfig(Strict):
                 raise ValueError(f"label={self.label}: masked_expression learns from the counts, leave the label out.")
             if self.method in ("linear_probe", "head_only"):
                 raise ValueError(f"method={self.method} needs a head to train, which masked_expression has not: lora.")
-        if self.method == "linear_probe" and self.task not in LABELLED:
-            raise ValueError(f"method=linear_probe is for {' and '.join(LABELLED)}, not for {self.task}: head_only.")
+        if self.method == "linear_probe" and self.task not in (*LABELLED, "gene_classification"):
+            raise ValueError(f"method=linear_probe is for classifications and regression, not {self.task}: head_only.")
         self._check_genes_and_drugs()
         if self.split is not None and self.folds > 1:
             raise ValueError(f"split={self.split} says what is tested on: folds={self.folds} does not go with it.")

@@ -12,8 +12,10 @@ are left out and counted, in the log and in the report.
 
 import json
 import logging
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -32,14 +34,16 @@ from tahoex1_hf.finetuning.fitting import drop_checkpoints, fit, run_task
 from tahoex1_hf.finetuning.gene_report import write_gene_report
 from tahoex1_hf.finetuning.gene_table import GeneTable, read_gene_table
 from tahoex1_hf.finetuning.labelled_cells import LabelledCells, read_cells
+from tahoex1_hf.finetuning.methods import adapt, trainable_parameters
 from tahoex1_hf.finetuning.objectives import HELD_OUT, Objective, class_weights
-from tahoex1_hf.finetuning.runs import computes_in
+from tahoex1_hf.finetuning.probe import fit_probe, set_head
+from tahoex1_hf.finetuning.runs import computes_in, peak_memory_gb
 from tahoex1_hf.finetuning.sampling import content_numbers
 from tahoex1_hf.finetuning.splits import Split, given_split, make_splits, train_and_validation
 from tahoex1_hf.finetuning.whole_cells import encode_in_parts
 from tahoex1_hf.modeling_tahoe_x1 import TahoeX1ForTokenClassification
 from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
-from tahoex1_hf.training.checkpoints import write_atomically
+from tahoex1_hf.training.checkpoints import last_whole, write_atomically
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -189,13 +193,7 @@ class GeneRun:
         done = _read(folder, split)
         if done is not None:
             return done
-        cells = np.arange(len(self.cells))
-        looked_at = cells
-        if len(cells) > _VALIDATION_CELLS:
-            chosen = np.random.default_rng(self.config.seed).choice(len(cells), _VALIDATION_CELLS, replace=False)
-            looked_at = np.sort(chosen)
-        objective = GeneObjective(self.config, self.cells, self.genes, split)
-        model, facts = fit(self.base, objective, cells, looked_at, folder, self.processes)
+        model, facts = self.train(split, folder)
         if self.processes.is_main_process:
             logits = self.predict(model, self.genes.tokens[split.test])
             if keep:
@@ -204,6 +202,54 @@ class GeneRun:
             drop_checkpoints(folder)
         self.processes.wait_for_everyone()
         return cast(tuple[np.ndarray, dict[str, Any]], _read(folder, split))
+
+    def train(self, split: Split, folder: Path) -> tuple[Any, dict[str, Any]]:
+        """Make a model of a split: the model in eval mode, and what it cost.
+
+        Args:
+            split: of the genes.
+            folder: for checkpoints; the same call goes on from them.
+        """
+        config = self.config
+        if config.method == "linear_probe":
+            started = time.perf_counter()
+            model = adapt(self.base(), config).to(self.processes.device)
+            set_head(head_of(model), *self.fitted_head(split))
+            facts: dict[str, Any] = {"trainable_parameters": trainable_parameters(model)}
+            return model.eval(), {
+                **facts,
+                "seconds": time.perf_counter() - started,
+                "peak_memory_gb": peak_memory_gb(),
+            }
+        cells = np.arange(len(self.cells))
+        looked_at = cells
+        if len(cells) > _VALIDATION_CELLS:
+            chosen = np.random.default_rng(config.seed).choice(len(cells), _VALIDATION_CELLS, replace=False)
+            looked_at = np.sort(chosen)
+        fitted = config.head_start == "probe" and config.method != "head_only"
+
+        def start() -> TahoeX1ForTokenClassification:
+            model = self.base()
+            # With a checkpoint to go on from, the head is read from there.
+            if fitted and last_whole(folder) is None:
+                set_head(model.classifier, *self.fitted_head(split))
+            return model
+
+        objective = GeneObjective(config, self.cells, self.genes, split)
+        return fit(start, objective, cells, looked_at, folder, self.processes)
+
+    @cached_property
+    def contextual(self) -> np.ndarray:
+        """`(genes, width)` embeddings of the base, each the mean over all cells that express the gene."""
+        chunks = cell_chunks(self.cells, self.cells.numbers)
+        encoder = CellEncoder(
+            self.base(), self.tokenizer, device=self.processes.device, dtype=cast(DtypeName, computes_in(self.config))
+        )
+        return mean_embeddings(encoder, chunks, self.genes.tokens)
+
+    def fitted_head(self, split: Split) -> tuple[np.ndarray, np.ndarray]:
+        """Weights and biases of a logistic regression on the base's embeddings of the training genes."""
+        return fit_probe(self.contextual, cast(LabelledCells, self.genes), split, self.config)
 
     @torch.inference_mode()
     def predict(self, model: Any, tokens: np.ndarray) -> np.ndarray:
@@ -273,12 +319,20 @@ def predict_genes(
         `(genes, classes)` float32 mean logits over the cells that express a gene; NaN where none does.
     """
     encoder = CellEncoder(model, tokenizer, device=device, dtype=cast(DtypeName, dtype))
-    means = GeneMeans(tokens, model.config.vocab_size, encoder.width, encoder.device)
-    for rows, drugs in chunks:
-        for _ in encoder.pooled_batches(encode_in_parts(tokenizer, rows, content_numbers(rows), drugs), means):
-            pass
-    embeddings = torch.from_numpy(means.means(tokens)).to(head.weight)
+    embeddings = torch.from_numpy(mean_embeddings(encoder, chunks, tokens)).to(head.weight)
     return cast(np.ndarray, head(embeddings).float().cpu().numpy())
+
+
+@torch.inference_mode()
+def mean_embeddings(
+    encoder: CellEncoder, chunks: Iterable[tuple[GeneRows, np.ndarray | None]], tokens: np.ndarray
+) -> np.ndarray:
+    """`(genes, width)` float32 mean embeddings over the cells that express a gene; NaN where none does."""
+    means = GeneMeans(tokens, encoder.config.vocab_size, encoder.width, encoder.device)
+    for rows, drugs in chunks:
+        for _ in encoder.pooled_batches(encode_in_parts(encoder.tokenizer, rows, content_numbers(rows), drugs), means):
+            pass
+    return means.means(tokens)
 
 
 def predict_gene_classes(
@@ -382,8 +436,10 @@ def finetune_genes(config: FinetuneConfig) -> int:
         if not config.report or not processes.is_main_process:
             return {}
         embeddings = run.base().tahoe.embeddings.gene_encoder(torch.from_numpy(run.genes.tokens))
-        return write_gene_report(
-            run.folder, config, run.cells, run.genes, splits, outcomes, embeddings.detach().float().numpy()
-        )
+        frozen = {
+            "frozen gene embeddings": embeddings.detach().float().numpy(),
+            "frozen contextual embeddings": run.contextual,
+        }
+        return write_gene_report(run.folder, config, run.cells, run.genes, splits, outcomes, frozen)
 
     return run_task(config, work)

@@ -63,7 +63,7 @@ def write_gene_report(
     genes: GeneTable,
     splits: list[Split],
     outcomes: list[tuple[np.ndarray, dict[str, Any]]],
-    embeddings: np.ndarray,
+    frozen: dict[str, np.ndarray],
 ) -> dict[str, Any]:
     """Write `report.json`, `report.md`, `predictions.csv` and `confusion.png`.
 
@@ -74,15 +74,12 @@ def write_gene_report(
         genes: with their labels.
         splits: of the genes.
         outcomes: of each split, `(test genes, classes)` mean logits, and what it cost.
-        embeddings: `(genes, width)` of the base's gene encoder, for the baselines.
+        frozen: name -> `(genes, width)` embeddings of the base, for the baselines.
 
     Returns:
         What `report.json` holds.
     """
-    features = {
-        "frozen gene embeddings": embeddings,
-        "mean expression and fraction of cells": expression_features(cells, genes.tokens),
-    }
+    features = {**frozen, "mean expression and fraction of cells": expression_features(cells, genes.tokens)}
     ours = f"Tahoe-x1, {config.method}"
     predictions = {ours: [softmax(logits.astype(np.float64), axis=1) for logits, _ in outcomes]}
     predictions |= gene_baselines(features, genes.labels, len(genes.classes), splits, config.seed)

@@ -39,7 +39,7 @@ def fit_probe(
     scaler = StandardScaler().fit(features[split.train])
     x, y = scaler.transform(features[split.train]), labels[split.train]
     seen = scaler.transform(features[split.validation]), labels[split.validation]
-    fit = _fit_classes if config.task == "classification" else _fit_numbers
+    fit = _fit_numbers if config.task == "regression" else _fit_classes
     tried = [_all_classes(*fit(x, y, strength, config), y, cells) for strength in _STRENGTHS]
     losses = [_loss(weights, bias, *seen, config.task) for weights, bias in tried]
     best = int(np.argmin(losses))
