@@ -13,6 +13,7 @@ import pandas as pd
 from cells import GENES, write_vocab
 from helpers import tiny_config, tiny_model
 from scipy.sparse import csr_matrix
+from training_runs import free_port
 
 from tahoex1_hf import TahoeX1ForPreTraining, TahoeX1Tokenizer
 from tahoex1_hf.finetuning.config import FinetuneConfig
@@ -91,9 +92,9 @@ def command(script: Path, processes: int = 1, **values: Any) -> list[str]:
     """As a user gives it; all that the recipe holds is replaced."""
     recipe = RECIPES / "classification.yaml"
     launcher = [sys.executable]
-    if processes > 1:
-        launcher += ["-m", "accelerate.commands.accelerate_cli", "launch", "--cpu", "--num_processes", str(processes)]
-        launcher += ["--mixed_precision", "no", "--main_process_port", "0"]
+    if processes > 1:  # with --cpu, accelerate starts one process whatever the number
+        launcher += ["-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu"]
+        launcher += ["--num_processes", str(processes), "--main_process_port", str(free_port())]
     defaults = {
         "gene_symbols": "null",
         "early_stopping_patience": 5,

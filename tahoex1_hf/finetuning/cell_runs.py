@@ -179,7 +179,7 @@ class CellRun:
         model, facts = fit(start, objective, split.train, split.validation, folder, self.processes)
         if self.config.task == "regression":
             in_units(head_of(model), objective.mean, objective.scale)
-        return model, {**facts, "training_cells": len(split.train)}
+        return model, {**facts, "training_cells": len(split.train), "processes": self.processes.num_processes}
 
     def _base_with_fitted_head(self, split: Split, objective: Objective) -> Any:
         """The base, its head a linear probe of some of the training cells, in the unit of the loss."""
@@ -200,11 +200,11 @@ class CellRun:
         set_head(head_of(model), *fit_probe(features, self.cells, split, self.config))
         return model.eval(), {**facts, "seconds": time.perf_counter() - started, "peak_memory_gb": peak_memory_gb()}
 
-    @torch.inference_mode()
     def predict(self, model: Any, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Cell embeddings as the head sees them, `(rows, width)`, and the head's outputs, `(rows, outputs)`."""
         inner = model.get_base_model() if is_peft(model) else model
         device = self.processes.device
+        # Not in inference mode: it moves the weights, which would then not be trained any more.
         encoder = CellEncoder(inner, self.tokenizer, device=device, dtype=cast(DtypeName, computes_in(self.config)))
         features = np.empty((len(rows), encoder.width), dtype=np.float32)
         head = getattr(inner, "classifier", None)
@@ -214,7 +214,8 @@ class CellRun:
             for chosen, pooled in encoder.pooled_batches(cells):
                 features[done + chosen] = pooled.float().cpu().numpy()
                 if head is not None:
-                    outputs[done + chosen] = head(pooled.float()).float().cpu().numpy()
+                    with torch.inference_mode():
+                        outputs[done + chosen] = head(pooled.float()).float().cpu().numpy()
             done += len(part)
         return features, outputs
 
