@@ -11,8 +11,11 @@ from typing import Any
 import torch
 from helpers import make_batch, packed, tiny_config, tiny_model
 from test_pretraining import FixedSteps, tiny
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from tahoex1_hf.training.microbatches import microbatches
 from tahoex1_hf.training.pretraining import training_arguments
 from tahoex1_hf.training.trainer import PretrainingTrainer
 
@@ -70,6 +73,26 @@ def trained(batch: dict[str, Any], size: int | None) -> Watched:
     return trainer
 
 
+def copies_of_shards(run: Watched, batch: dict[str, Any]) -> dict[str, Any]:
+    """HSDP: two copies, each of one shard. (Accelerate itself refuses it on CPUs.)"""
+    mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("copies", "shards"))
+    policy = run.accelerator.state.fsdp_plugin.mixed_precision_policy or MixedPrecisionPolicy()
+    model = tiny_model(run.model.config)
+    for module in (*model.tahoe.layers, model):
+        fully_shard(module, mesh=mesh, mp_policy=policy)
+    parts, targets = list(microbatches(run._prepare_inputs(batch), 4)), torch.tensor(120.0)
+    waiting = []
+    for number, part in enumerate(parts):
+        run._pass(model, part, targets, number == len(parts) - 1)
+        waiting.append(all(p.grad is None for p in model.parameters()))
+    added, alone = whole_gradient(model), 0.0
+    for part in parts:
+        model.zero_grad()
+        run._pass(model, part, targets, True)
+        alone = alone + whole_gradient(model)
+    return {"waiting": waiting, "apart": float((added - alone).norm() / alone.norm())}
+
+
 def main() -> None:
     rank, seen = int(os.environ.get("RANK", 0)), {}
     batch = make_batch(tiny_config(), lengths=LENGTHS, seed=rank)
@@ -86,6 +109,7 @@ def main() -> None:
         # What the model hands out without the trainer's help.
         plain = run.model_wrapped(**run._prepare_inputs(batch))
     seen["types"] = {name: [str(outputs[name].dtype), str(plain[name].dtype)] for name in outputs}
+    seen["hsdp"] = copies_of_shards(run, batch)
     seen["views"] = sum("view tensor" in str(warning.message) for warning in warned)
     if rank == 0:
         OUTPUT.write_text(json.dumps(seen), encoding="utf-8")

@@ -58,6 +58,11 @@ def test_gradients_are_shards_after_every_pass(half: dict[str, Any]) -> None:
         assert all(share < 0.55 for *_, share in left)
 
 
+def test_copies_of_shards_are_exchanged_once_a_step(half: dict[str, Any]) -> None:
+    assert half["hsdp"]["waiting"] == [True, True, True, False]
+    assert half["hsdp"]["apart"] < 1e-6
+
+
 def test_losses_keep_their_digits(half: dict[str, Any]) -> None:
     """Rounded to bfloat16 the first, 887.8, would be 887.0, 888.3 or 887.6, by the micro-batches."""
     first = [half[size]["curve"][0] for size in ("16", "4", "1")]
