@@ -372,8 +372,8 @@ def only_computing(policy: MixedPrecisionPolicy) -> MixedPrecisionPolicy:
     """FSDP2's types with the half precision of `policy` for weights in use, and for nothing else.
 
     Accelerate's own policy has it for the sum of gradients over processes, whose digits 512 of them would use up, for
-    losses, which would be logged with three digits, and for labels. `output_dtype` stays unset: it is for every unit, and
-    float32 from the gene table or a layer does not go with the half-precision norm behind it.
+    losses, which would be logged with three digits, and for labels. `output_dtype` stays unset: it is for every unit,
+    and float32 from the gene table or a layer does not go with the half-precision norm behind it.
     """
     return dataclasses.replace(policy, reduce_dtype=torch.float32, output_dtype=None, cast_forward_inputs=False)
 
