@@ -29,7 +29,7 @@ from benchmarks import (
     startup,
     table,
     tokenizing,
-    training,
+    train,
 )
 from benchmarks.machine import description
 from benchmarks.measuring import Row, Suite, machine_rows, progress
@@ -56,7 +56,7 @@ PARTS: dict[Part, Callable[[Suite], list[Row]]] = {
     Part.profile: profile.measure,
     Part.attention: attention.measure,
     Part.genes: embedding.measure_genes,
-    Part.training: training.measure,
+    Part.training: train.measure,
     Part.feeding: feeding.measure,
     Part.startup: startup.measure,
     Part.memory: memory.measure,

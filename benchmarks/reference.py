@@ -29,12 +29,13 @@ class Shape:
     heads: int = 8
     max_value: float = 512.0
     dropout: float = 0.1
+    fused: bool = True  # attention: torch's kernel, or scores and softmax written out, as the original's `torch` path
 
 
 class Attention(nn.Module):
     def __init__(self, shape: Shape):
         super().__init__()
-        self.heads = shape.heads
+        self.heads, self.fused = shape.heads, shape.fused
         self.Wqkv = nn.Linear(shape.width, 3 * shape.width)
         self.out_proj = nn.Linear(shape.width, shape.width)
 
@@ -42,7 +43,11 @@ class Attention(nn.Module):
         batch, length, width = hidden.shape
         fused = self.Wqkv(hidden).view(batch, length, 3, self.heads, width // self.heads)
         query, key, value = fused.permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=visible)
+        if self.fused:
+            mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=visible)
+        else:
+            scores = query @ key.transpose(2, 3) / (width // self.heads) ** 0.5
+            mixed = torch.softmax(scores + visible, dim=-1) @ value
         return self.out_proj(mixed.transpose(1, 2).reshape(batch, length, width))
 
 
