@@ -45,8 +45,8 @@ class Tolerance:
 TOLERANCE = Tolerance()
 # Without a norm after its encoders, variant c puts values of 69 into its first attention. The softmax there is steep:
 # the backends depart from one another just as far. What its encoders and its training give is compared in float64
-# (`exact`): the recording departs from the exact numbers by 1.6e-5 (four last bits of a float32 of 69) and 1.9e-4, so that
-# in float32 on both sides these tests only told which matrix kernel the CPU has (MKL's for another CPU: 7.6e-6, 2.6e-4).
+# (`exact`): the recording departs from the exact numbers by 1.6e-5 (four last bits of a float32 of 69) and 1.9e-4, so
+# that in float32 on both sides these tests only told which matrix kernel the CPU has (7.6e-6 and 2.6e-4 apart).
 STEEP = Tolerance(encoder=1.6e-5, gradient=1e-4, gradient_norm=1e-5, training=2e-4)
 OUTPUTS = {"nomlm": "collate_bin", "masked": "batch_masked", "log": "collate_log"}
 every_variant = pytest.mark.parametrize("variant", GOLDEN_VARIANTS, ids=lambda variant: variant.name)
