@@ -261,7 +261,7 @@ class DrugRun:
         self.processes.wait_for_everyone()
         return cast(tuple[np.ndarray, dict[str, Any]], _read(folder, split))
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def predict(self, model: Any, rows: np.ndarray) -> np.ndarray:
         """Changes of conditions, from up to 64 of their control cells: `(conditions, genes)` float32."""
         inner = inner_model(model)
@@ -366,7 +366,7 @@ def finetune_drugs(config: FinetuneConfig) -> int:
     return run_task(config, work)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def predict_drug_response(
     adapter: str | Path, controls: "AnnData", drugs: list[str], base: str | Path | None = None
 ) -> "pd.DataFrame":

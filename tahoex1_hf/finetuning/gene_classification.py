@@ -251,7 +251,7 @@ class GeneRun:
         """Weights and biases of a logistic regression on the base's embeddings of the training genes."""
         return fit_probe(self.contextual, cast(LabelledCells, self.genes), split, self.config)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def predict(self, model: Any, tokens: np.ndarray) -> np.ndarray:
         """Mean logits of genes over the cells that express them: `(genes, classes)` float32, NaN where none does."""
         inner = model.get_base_model() if is_peft(model) else model
@@ -292,7 +292,7 @@ def cell_chunks(cells: LabelledCells, numbers: np.ndarray) -> Iterator[tuple[Gen
         yield cells.stored.rows(part), None if drugs is None else drugs[part]
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def predict_genes(
     model: TahoeX1ForTokenClassification,
     head: torch.nn.Linear,
