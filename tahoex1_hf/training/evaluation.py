@@ -9,6 +9,7 @@ import contextlib
 import json
 import logging
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -114,7 +115,7 @@ def undisturbed_random() -> Iterator[None]:
             np.random.set_state(legacy)  # noqa: NPY002
 
 
-class _Evaluation(TrainerCallback):
+class _Evaluation(TrainerCallback, ABC):
     """Runs `features` on the main process at evaluations, and `score` in a thread.
 
     Attributes:
@@ -130,13 +131,13 @@ class _Evaluation(TrainerCallback):
         self.pool: ThreadPoolExecutor | None = None
         self.pending: list[tuple[int, Future[dict[str, float]]]] = []
 
+    @abstractmethod
     def features(self, model: torch.nn.Module) -> Features:
         """Embeddings and labels."""
-        raise NotImplementedError
 
+    @abstractmethod
     def score(self, features: Features, picture: Path, step: int) -> dict[str, float]:
         """Metrics of embeddings."""
-        raise NotImplementedError
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
