@@ -26,8 +26,6 @@ from tahoex1_hf.finetuning.report import read_report
 
 METHODS = ["linear_probe", "lora", "full"]
 TITLES = {"linear_probe": "linear probe", "lora": "LoRA", "full": "full fine-tuning"}
-# Whole models want smaller steps than adapters: this share of the learning rate. (Large ones want a tenth.)
-FULL_RATE = 0.5
 # What each costs: its heading, and how it is written.
 FACTS = {
     "trainable_parameters": ("trainable parameters", "{:,}"),
@@ -36,9 +34,9 @@ FACTS = {
 }
 
 
-def run_method(recipe: str, overrides: list[str], config: FinetuneConfig, method: str, folder: Path) -> dict[str, Any]:
-    """Run one method over the folds, and return its report."""
-    rate = config.learning_rate * (FULL_RATE if method == "full" else 1)
+def run_method(recipe: str, overrides: list[str], config: FinetuneConfig, method: str, rate: float) -> dict[str, Any]:
+    """Run one method over the folds at a learning rate, and return its report."""
+    folder = Path(config.output_dir) / method
     own = [f"method={method}", f"learning_rate={rate}", f"folds={config.folds}", f"output_dir={folder}", "report=true"]
     script = Path(__file__).with_name("finetune_lora.py")
     started = time.perf_counter()
@@ -159,6 +157,10 @@ def main(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE.yaml", help="Of a classification or regression.")],
     output_dir: Annotated[Path, typer.Argument(help="Folder for the runs and the comparison.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE...")] = None,
+    full_rate: Annotated[
+        float,
+        typer.Option(help="Learning rate of full fine-tuning, as a share of the recipe's: less for larger models."),
+    ] = 0.5,
 ) -> None:
     """Linear probe, LoRA and full fine-tuning beside PCA and its classifiers."""
     changes = list(overrides or [])
@@ -169,8 +171,10 @@ def main(
     except (ValueError, OSError) as error:
         print(f"Error: {error}", file=sys.stderr)
         raise typer.Exit(2) from None
-    reports = {method: run_method(recipe, changes, config, method, output_dir / method) for method in METHODS}
-    comparison = gather(reports, config)
+    shares = {"linear_probe": 1.0, "lora": 1.0, "full": full_rate}
+    rates = {method: config.learning_rate * share for method, share in shares.items()}
+    reports = {method: run_method(recipe, changes, config, method, rates[method]) for method in METHODS}
+    comparison = gather(reports, config) | {"learning_rates": rates}
     (output_dir / "comparison.json").write_text(json.dumps(comparison, indent=2) + "\n", encoding="utf-8")
     table = format_table(comparison)
     (output_dir / "comparison.md").write_text(table, encoding="utf-8")
