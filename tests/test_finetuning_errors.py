@@ -4,6 +4,7 @@ import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import anndata
@@ -13,12 +14,14 @@ import pytest
 from finetuning_runs import RECIPES, labelled_cells, make_config, settings, write_base
 from safetensors.torch import load_file, save_file
 from scipy.sparse import csr_matrix
+from transformers import TrainerState
 
 from tahoex1_hf.data.config import validated
 from tahoex1_hf.finetuning.bases import load_tokenizer
 from tahoex1_hf.finetuning.config import FinetuneConfig, read_finetune_config
 from tahoex1_hf.finetuning.finetune import finetune
 from tahoex1_hf.finetuning.labelled_cells import LabelledCells, read_cells
+from tahoex1_hf.finetuning.trainer import FinetuneTrainer
 
 
 @pytest.fixture(scope="module")
@@ -234,3 +237,9 @@ def test_a_folder_of_another_run(run: Callable[..., Any]) -> None:
     changed = labelled_cells(60, seed=1)
     with pytest.raises(ValueError, match=r"data=.* has changed since the run"):
         run(changed, method="linear_probe")
+
+
+def test_best_weights_that_are_gone_are_an_error(tmp_path: Path) -> None:
+    lost = SimpleNamespace(state=TrainerState(best_model_checkpoint=str(tmp_path / "checkpoint-3")))
+    with pytest.raises(FileNotFoundError, match=r"checkpoint-3, is gone"):
+        FinetuneTrainer._load_best_model(lost)  # type: ignore[arg-type]

@@ -128,6 +128,16 @@ class FinetuneTrainer(Trainer):
             )
         self.accelerator.wait_for_everyone()
 
+    def _load_best_model(self) -> None:
+        """Load the best weights; Trainer goes on with the last ones where they are gone, with a warning."""
+        best = self.state.best_model_checkpoint
+        if best is None or not Path(best).is_dir():
+            raise FileNotFoundError(
+                f"The checkpoint with the best weights, {best}, is gone: was the run's folder moved, or tidied? Begin "
+                "anew in another output_dir."
+            )
+        super()._load_best_model()
+
     def run(self) -> None:
         """Train to the end, from the last whole checkpoint where there is one; the best weights are then loaded."""
         begin = checkpoints.last_whole(Path(str(self.args.output_dir)))
