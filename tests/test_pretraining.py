@@ -152,6 +152,12 @@ def test_optimizer_is_the_originals(tmp_path: Path) -> None:
     assert (args.adam_beta1, args.adam_beta2, args.adam_epsilon, args.max_grad_norm) == (0.9, 0.95, 1e-8, 1.0)
 
 
+def test_no_mixed_precision_is_none_whatever_the_launcher_says(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    for precision, used in (('"no"', "no"), ("launcher", "bf16"), ("bf16", "bf16")):
+        assert training_arguments(tiny(Path("unused"), tmp_path, precision=precision), 5).mixed_precision == used
+
+
 def test_schedule_and_decay_groups(tmp_path: Path) -> None:
     config = tiny_config()
     trainer = fixed_trainer(

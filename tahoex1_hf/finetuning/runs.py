@@ -76,7 +76,7 @@ def training_arguments(
     """Trainer's options, for steps of `per_step` batches."""
     schedule = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}[config.schedule]
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=max_steps,
         gradient_accumulation_steps=per_step,
@@ -109,6 +109,9 @@ def training_arguments(
         bf16=config.precision == "bf16",
         fp16=config.precision == "fp16",
     )
+    if config.precision == "no":  # else it would be the launcher's
+        arguments.mixed_precision = "no"
+    return arguments
 
 
 def early_stopping(config: FinetuneConfig) -> list[TrainerCallback]:

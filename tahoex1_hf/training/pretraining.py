@@ -88,7 +88,7 @@ def training_arguments(config: PretrainConfig, max_steps: int) -> TrainingArgume
     schedule = {"cosine": "cosine_with_min_lr", "constant": "constant_with_warmup"}[config.schedule]
     floor = {"min_lr_rate": config.min_learning_rate_fraction} if config.schedule == "cosine" else {}
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=config.output_dir,
         max_steps=max_steps,
         learning_rate=config.learning_rate,
@@ -121,6 +121,9 @@ def training_arguments(config: PretrainConfig, max_steps: int) -> TrainingArgume
         bf16=config.precision == "bf16",
         fp16=config.precision == "fp16",
     )
+    if config.precision == "no":  # else it would be the launcher's
+        arguments.mixed_precision = "no"
+    return arguments
 
 
 def pretrain(config: PretrainConfig) -> int:
@@ -198,8 +201,7 @@ def _trainer(
 ) -> PretrainingTrainer:
     max_steps = config.max_steps or round((config.epochs or 0) * len(cells))
     args = training_arguments(config, max_steps)
-    half = args.bf16 or os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16"
-    peak = peak_flops(args.device, torch.bfloat16 if half else torch.float32)
+    peak = peak_flops(args.device, torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32)
     speed = SpeedMonitor(args, config.peak_tflops * 1e12 if config.peak_tflops else peak, len(cells))
     evaluations: list[Any] = [
         *(CellTypeEvaluation(each) for each in config.cell_types),
