@@ -19,14 +19,13 @@ from tahoex1_hf.encoder import CellEncoder, DtypeName
 from tahoex1_hf.finetuning.adapters import add_results, is_peft, save_adapter
 from tahoex1_hf.finetuning.bases import base_name, load_base, load_tokenizer
 from tahoex1_hf.finetuning.config import LABELLED, FinetuneConfig
-from tahoex1_hf.finetuning.fitting import drop_checkpoints, fit, run_task
+from tahoex1_hf.finetuning.fitting import drop_checkpoints, fit, read_result, run_task, write_result
 from tahoex1_hf.finetuning.labelled_cells import read_cells
 from tahoex1_hf.finetuning.masked_expression import constant_errors, model_errors, write_masked_report
 from tahoex1_hf.finetuning.methods import adapt, trainable_parameters
 from tahoex1_hf.finetuning.objectives import Objective
 from tahoex1_hf.finetuning.probe import fit_probe, in_units, set_head, some_of_each
 from tahoex1_hf.finetuning.runs import (
-    RESULT,
     computes_in,
     has_begun,
     peak_memory_gb,
@@ -36,8 +35,6 @@ from tahoex1_hf.modeling_tahoe_x1 import TahoeX1ForPreTraining, TahoeX1ForSequen
 from tahoex1_hf.training.checkpoints import last_whole, write_atomically
 
 logger = logging.getLogger(__name__)
-
-ARRAYS = "result.npz"
 
 
 @dataclass(eq=False)
@@ -292,23 +289,18 @@ def head_of(model: Any) -> torch.nn.Linear:
 
 
 def write_outcome(folder: Path, outcome: Outcome) -> None:
-    """Arrays first: the JSON file says that all is there."""
-    folder.mkdir(parents=True, exist_ok=True)
-    arrays: dict[str, Any] = {name: getattr(outcome, name) for name in ("outputs", "before", "after")}
-    arrays |= outcome.split.parts()
-    np.savez(folder / ARRAYS, **arrays)
-    write_atomically(folder / RESULT, outcome.facts)
+    """Keep it for the report, and for the same command given again."""
+    arrays = {name: getattr(outcome, name) for name in ("outputs", "before", "after")}
+    write_result(folder, outcome.split, outcome.facts, **arrays)
 
 
 def read_outcome(folder: Path, split: Split) -> Outcome | None:
     """What was written, where it is of this split."""
-    if not (folder / RESULT).is_file():
+    done = read_result(folder, split)
+    if done is None:
         return None
-    with np.load(folder / ARRAYS, allow_pickle=False) as arrays:
-        if not all(np.array_equal(arrays[name], rows) for name, rows in split.parts().items()):
-            raise ValueError(f"{folder} holds the result of another split: choose another output_dir, or remove it.")
-        facts = json.loads((folder / RESULT).read_text(encoding="utf-8"))
-        return Outcome(split, facts, arrays["outputs"], arrays["before"], arrays["after"])
+    arrays, facts = done
+    return Outcome(split, facts, arrays["outputs"], arrays["before"], arrays["after"])
 
 
 def finetune_cells(config: FinetuneConfig) -> int:

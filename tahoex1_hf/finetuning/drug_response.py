@@ -22,7 +22,6 @@ What is tested. Drugs that no training condition has, and contexts that none has
 training conditions of the same context, and of the same drug, and no change at all are scored beside it.
 """
 
-import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +41,7 @@ from tahoex1_hf.finetuning.config import FinetuneConfig
 from tahoex1_hf.finetuning.drug_report import write_drug_report
 from tahoex1_hf.finetuning.drug_screen import Screen, read_screen
 from tahoex1_hf.finetuning.drug_table import add_drugs, new_fingerprints, save_added, teach_tokenizer
-from tahoex1_hf.finetuning.fitting import drop_checkpoints, fit, run_task
+from tahoex1_hf.finetuning.fitting import drop_checkpoints, fit, read_result, run_task, write_result
 from tahoex1_hf.finetuning.labelled_cells import LabelledCells, read_cells
 from tahoex1_hf.finetuning.objectives import HELD_OUT, Objective
 from tahoex1_hf.finetuning.runs import computes_in
@@ -53,7 +52,6 @@ from tahoex1_hf.model_loading import find_model
 from tahoex1_hf.modeling_tahoe_x1 import TahoeX1ForPreTraining
 from tahoex1_hf.packing_tahoe_x1 import CellLayout
 from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
-from tahoex1_hf.training.checkpoints import write_atomically
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -61,7 +59,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-RESULT, ARRAYS = "result.json", "result.npz"
 _PREDICTION_CELLS = 64  # control cells that stand for a condition in predictions
 _ENCODED_CELLS = 1024  # at a time
 
@@ -242,9 +239,9 @@ class DrugRun:
             folder: of the model.
             keep: whether the model is the one to keep.
         """
-        done = _read(folder, split)
+        done = read_result(folder, split)
         if done is not None:
-            return done
+            return done[0]["changes"], done[1]
         ids = (self.drug_ids, self.control_id)
         objective = DrugObjective(self.config, self.cells, self.screen, ids, split.train)
         train, validation = objective.examples(split.train), objective.examples(split.validation)
@@ -256,10 +253,11 @@ class DrugRun:
                 save_adapter(model, self.tokenizer, self.folder, self.record(facts))
                 if self.added is not None and is_peft(model):
                     save_added(self.folder, self.added, self.num_known)
-            _write(folder, split, changes, facts)
+            write_result(folder, split, facts, changes=changes)
             drop_checkpoints(folder)
         self.processes.wait_for_everyone()
-        return cast(tuple[np.ndarray, dict[str, Any]], _read(folder, split))
+        arrays, facts = cast(tuple[dict[str, np.ndarray], dict[str, Any]], read_result(folder, split))
+        return arrays["changes"], facts
 
     @torch.no_grad()
     def predict(self, model: Any, rows: np.ndarray) -> np.ndarray:
@@ -314,22 +312,6 @@ def _in_units(model: TahoeX1ForPreTraining, scale: float) -> None:
     decoder: Any = model.cell_decoder
     trained = decoder.modules_to_save["default"] if hasattr(decoder, "modules_to_save") else decoder
     trained.cell_proj.weight.mul_(scale)
-
-
-def _write(folder: Path, split: Split, changes: np.ndarray, facts: dict[str, Any]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    arrays: dict[str, Any] = {"changes": changes, **split.parts()}
-    np.savez(folder / ARRAYS, **arrays)
-    write_atomically(folder / RESULT, facts)
-
-
-def _read(folder: Path, split: Split) -> tuple[np.ndarray, dict[str, Any]] | None:
-    if not (folder / RESULT).is_file():
-        return None
-    with np.load(folder / ARRAYS, allow_pickle=False) as arrays:
-        if not all(np.array_equal(arrays[name], rows) for name, rows in split.parts().items()):
-            raise ValueError(f"{folder} holds the result of another split: choose another output_dir, or remove it.")
-        return arrays["changes"], json.loads((folder / RESULT).read_text(encoding="utf-8"))
 
 
 def finetune_drugs(config: FinetuneConfig) -> int:

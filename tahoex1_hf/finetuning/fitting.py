@@ -1,6 +1,7 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
 """Training by gradients with an objective of a task's own, and the folds of a run."""
 
+import json
 import logging
 import shutil
 import time
@@ -19,6 +20,7 @@ from tahoex1_hf.finetuning.config import FinetuneConfig
 from tahoex1_hf.finetuning.methods import adapt, trainable_parameters
 from tahoex1_hf.finetuning.objectives import Objective
 from tahoex1_hf.finetuning.runs import (
+    RESULT,
     Preempted,
     early_stopping,
     open_run,
@@ -27,10 +29,14 @@ from tahoex1_hf.finetuning.runs import (
     steps_of,
     training_arguments,
 )
+from tahoex1_hf.finetuning.splits import Split
 from tahoex1_hf.finetuning.trainer import FinetuneTrainer
+from tahoex1_hf.training.checkpoints import write_atomically
 from tahoex1_hf.training.monitors import PREEMPTED, Preemption
 
 logger = logging.getLogger(__name__)
+
+ARRAYS = "result.npz"  # of a split, beside RESULT
 
 
 def fit(
@@ -125,3 +131,25 @@ def run_task(config: FinetuneConfig, work: Callable[[PartialState], dict[str, An
     if first:
         say(config, "finished", metrics=metrics)
     return 0
+
+
+def write_result(folder: Path, split: Split, facts: dict[str, Any], **arrays: np.ndarray) -> None:
+    """Keep what a split came to: arrays, with the rows of its parts, and facts. The facts are written last."""
+    folder.mkdir(parents=True, exist_ok=True)
+    everything: dict[str, Any] = {**arrays, **split.parts()}
+    np.savez(folder / ARRAYS, **everything)
+    write_atomically(folder / RESULT, facts)
+
+
+def read_result(folder: Path, split: Split) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
+    """Arrays and facts of a split; None where it has not come to an end.
+
+    Raises:
+        ValueError: where the folder holds another split's.
+    """
+    if not (folder / RESULT).is_file():
+        return None
+    with np.load(folder / ARRAYS, allow_pickle=False) as arrays:
+        if not all(np.array_equal(arrays[part], rows) for part, rows in split.parts().items()):
+            raise ValueError(f"{folder} holds the result of another split: choose another output_dir, or remove it.")
+        return dict(arrays), json.loads((folder / RESULT).read_text(encoding="utf-8"))

@@ -10,7 +10,6 @@ are cut into parts, so that every expressed gene is seen. A gene that no cell ex
 are left out and counted, in the log and in the report.
 """
 
-import json
 import logging
 import time
 from collections.abc import Iterable, Iterator
@@ -30,7 +29,7 @@ from tahoex1_hf.finetuning.adapters import find_adapter, is_peft, load_adapter, 
 from tahoex1_hf.finetuning.bases import base_name, load_base, load_tokenizer
 from tahoex1_hf.finetuning.cell_runs import head_of
 from tahoex1_hf.finetuning.config import FinetuneConfig
-from tahoex1_hf.finetuning.fitting import drop_checkpoints, fit, run_task
+from tahoex1_hf.finetuning.fitting import drop_checkpoints, fit, read_result, run_task, write_result
 from tahoex1_hf.finetuning.gene_report import write_gene_report
 from tahoex1_hf.finetuning.gene_table import GeneTable, read_gene_table
 from tahoex1_hf.finetuning.labelled_cells import LabelledCells, read_cells
@@ -43,7 +42,7 @@ from tahoex1_hf.finetuning.splits import Split, given_split, make_splits, train_
 from tahoex1_hf.finetuning.whole_cells import encode_in_parts
 from tahoex1_hf.modeling_tahoe_x1 import TahoeX1ForTokenClassification
 from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
-from tahoex1_hf.training.checkpoints import last_whole, write_atomically
+from tahoex1_hf.training.checkpoints import last_whole
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -51,7 +50,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-RESULT, ARRAYS = "result.json", "result.npz"
 _VALIDATION_CELLS = 1000  # in which validation genes are looked at while training
 _ENCODED_CELLS = 256  # at a time
 
@@ -190,18 +188,19 @@ class GeneRun:
             folder: of the fold.
             keep: whether the model is the one to keep.
         """
-        done = _read(folder, split)
+        done = read_result(folder, split)
         if done is not None:
-            return done
+            return done[0]["logits"], done[1]
         model, facts = self.train(split, folder)
         if self.processes.is_main_process:
             logits = self.predict(model, self.genes.tokens[split.test])
             if keep:
                 save_adapter(model, self.tokenizer, self.folder, self.record(facts))
-            _write(folder, split, logits, facts)
+            write_result(folder, split, facts, logits=logits)
             drop_checkpoints(folder)
         self.processes.wait_for_everyone()
-        return cast(tuple[np.ndarray, dict[str, Any]], _read(folder, split))
+        arrays, facts = cast(tuple[dict[str, np.ndarray], dict[str, Any]], read_result(folder, split))
+        return arrays["logits"], facts
 
     def train(self, split: Split, folder: Path) -> tuple[Any, dict[str, Any]]:
         """Make a model of a split: the model in eval mode, and what it cost.
@@ -389,22 +388,6 @@ def predict_gene_classes(
     columns |= {f"probability_{name}": chances[:, number] for number, name in enumerate(classes)}
     names = [str(tokenizer.convert_ids_to_tokens(int(token))) for token in genes]
     return pd.DataFrame({**columns, "cells": expressing[genes]}, index=names)
-
-
-def _write(folder: Path, split: Split, logits: np.ndarray, facts: dict[str, Any]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    arrays: dict[str, Any] = {"logits": logits, **split.parts()}
-    np.savez(folder / ARRAYS, **arrays)
-    write_atomically(folder / RESULT, facts)
-
-
-def _read(folder: Path, split: Split) -> tuple[np.ndarray, dict[str, Any]] | None:
-    if not (folder / RESULT).is_file():
-        return None
-    with np.load(folder / ARRAYS, allow_pickle=False) as arrays:
-        if not all(np.array_equal(arrays[name], rows) for name, rows in split.parts().items()):
-            raise ValueError(f"{folder} holds the result of another split: choose another output_dir, or remove it.")
-        return arrays["logits"], json.loads((folder / RESULT).read_text(encoding="utf-8"))
 
 
 def finetune_genes(config: FinetuneConfig) -> int:
