@@ -25,7 +25,7 @@ from helpers import DRUG, largest_difference
 from safetensors.torch import load_file
 from scipy.sparse import csr_matrix
 from test_gene_classification import Alone
-from two_processes import in_two_processes
+from two_processes import in_processes
 
 from tahoex1_hf import TahoeX1ForPreTraining
 from tahoex1_hf.finetuning import drug_screen
@@ -405,7 +405,7 @@ def test_a_whole_run(method: str, place: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_two_processes_learn_the_same(place: Path, tmp_path: Path) -> None:
     one, two = (make_config(place, tmp_path / name, held_out=["drug"]) for name in ("one", "two"))
-    done = in_two_processes(two)
+    done = in_processes(two, 2)
     assert done.returncode == 0, done.stderr[-2000:]
     assert finetune(one) == 0
     with np.load(tmp_path / "one" / "result.npz") as a, np.load(tmp_path / "two" / "result.npz") as b:
