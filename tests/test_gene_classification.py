@@ -389,6 +389,10 @@ def test_metrics_by_hand() -> None:
 
 # Whole runs ---------------------------------------------------------------------------------------
 
+# The genes of this base are almost alike: a fitted head has weights of 317 and a bias of -455, whose last bit is 3e-5;
+# a probability moves by up to a quarter of a logit.
+CLOSE = 5e-5
+
 
 @pytest.mark.parametrize("method", ["lora", "full", "head_only", "linear_probe"])
 def test_a_run_learns_what_can_be_learnt(method: str, place: Path, tmp_path: Path) -> None:
@@ -424,14 +428,14 @@ def test_a_run_learns_what_can_be_learnt(method: str, place: Path, tmp_path: Pat
     found = predict_gene_classes(tmp_path / "run", gene_cells())
     again = found.loc[[name.partition(".")[0] for name in table["gene"]]]
     for column in ("probability_high", "probability_low"):
-        assert np.allclose(again[column], table[column], atol=1e-5)  # the tested model is the one that was saved
+        assert np.allclose(again[column], table[column], atol=CLOSE)  # the tested model is the one that was saved
     assert again["predicted"].tolist() == table["predicted"].tolist()
     assert again["cells"].tolist() == table["cells"].tolist()
     assert len(found) == 58
     assert not {GENES[number] for number in UNEXPRESSED} & set(found.index)
     order = np.random.default_rng(0).permutation(60)
     shuffled = predict_gene_classes(tmp_path / "run", gene_cells()[order])
-    assert np.allclose(shuffled["probability_high"], found["probability_high"], atol=1e-6)
+    assert np.allclose(shuffled["probability_high"], found["probability_high"], atol=CLOSE)
     assert tokenizer.context_length == 48
 
 
@@ -458,11 +462,10 @@ def test_folds_by_family_and_the_model_of_all_genes(place: Path, tmp_path: Path)
 def test_two_processes_learn_the_same(place: Path, tmp_path: Path) -> None:
     done = in_processes(make_config(place, tmp_path / "two", epochs=2), 2)
     assert done.returncode == 0, done.stderr[-2000:]
-    # In a process of its own too: the linear probe carries the last digits of what a long-lived one computes far.
     alone = in_processes(make_config(place, tmp_path / "one", epochs=2), 1)
     assert alone.returncode == 0, alone.stderr[-2000:]
     with np.load(tmp_path / "one" / "result.npz") as one, np.load(tmp_path / "two" / "result.npz") as two:
-        assert largest_difference(two["logits"], one["logits"]) < 1e-4
+        assert largest_difference(two["logits"], one["logits"]) < 4 * CLOSE
     assert done.stderr.count("Fold 1 of 1") == 2  # both processes are there
 
 

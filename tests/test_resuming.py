@@ -83,8 +83,10 @@ def test_processes_do_not_change_the_result(kind: str, training_dataset: Path, t
     finished("single", tmp_path / "single", training_dataset, **without_dropout)
     finished(kind, tmp_path / kind, training_dataset, **without_dropout)
     ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in (kind, "single"))
-    for name, weight in theirs.items():
-        torch.testing.assert_close(ours[name], weight, rtol=0, atol=1e-4)
+    # Keys' biases add the same to every key of a query, which softmax takes out again: their gradients are rounding
+    # errors, of which Adam makes whole steps.
+    for name in theirs.keys() - {f"tahoe.layers.{layer}.self_attn.k_proj.bias" for layer in range(2)}:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=1e-5)
     for line, expected in zip(curve(tmp_path / kind), curve(tmp_path / "single"), strict=True):
         assert line == pytest.approx(dict(expected), rel=1e-4, abs=1e-6)
     if kind == "fsdp":

@@ -17,6 +17,9 @@ logger = logging.getLogger(__name__)
 _START_CELLS = 10_000
 # Strengths of regularisation that are tried, from strong to weak; the validation cells choose.
 _STRENGTHS = (0.001, 0.01, 0.1, 1.0, 10.0, 100.0)
+# Largest entry of the loss's gradient at which a fit ends: to choose a strength; and for the chosen one, so that last
+# digits of the embeddings remain last digits of the logits.
+_SEARCH_TOLERANCE, _TOLERANCE = 1e-5, 1e-8
 
 
 def fit_probe(
@@ -36,15 +39,20 @@ def fit_probe(
     from sklearn.preprocessing import StandardScaler
 
     labels = cast(np.ndarray, cells.labels)
-    scaler = StandardScaler().fit(features[split.train])
-    x, y = scaler.transform(features[split.train]), labels[split.train]
-    seen = scaler.transform(features[split.validation]), labels[split.validation]
-    fit = _fit_numbers if config.task == "regression" else _fit_classes
-    tried = [_all_classes(*fit(x, y, strength, config), y, cells) for strength in _STRENGTHS]
-    losses = [_loss(weights, bias, *seen, config.task) for weights, bias in tried]
-    best = int(np.argmin(losses))
-    logger.info("Linear probe: C=%g, loss on the validation cells %.4f.", _STRENGTHS[best], losses[best])
-    weights, bias = tried[best]
+    # In float64: with float32 features scikit-learn computes in float32, and stops where the digits end.
+    train, validation = (features[part].astype(np.float64) for part in (split.train, split.validation))
+    scaler = StandardScaler().fit(train)
+    x, y = scaler.transform(train), labels[split.train]
+    seen = scaler.transform(validation), labels[split.validation]
+    model = _regression() if config.task == "regression" else _classifier(config)
+    best, lowest = _STRENGTHS[0], np.inf
+    for strength in _STRENGTHS:
+        loss = _loss(*_fit(model, strength, _SEARCH_TOLERANCE, x, y, cells), *seen, config.task)
+        if loss > lowest:  # from here on the weights fit the training cells alone, and take longest
+            break
+        best, lowest = strength, loss
+    logger.info("Linear probe: C=%g, loss on the validation cells %.4f.", best, lowest)
+    weights, bias = _fit(model, best, _TOLERANCE, x, y, cells)
     # The scaling of the features becomes part of the layer.
     weights = weights / scaler.scale_
     return weights, bias - weights @ scaler.mean_
@@ -60,21 +68,32 @@ def some_of_each(rows: np.ndarray, cells: LabelledCells, seed: int) -> np.ndarra
     return np.sort(np.concatenate([shuffled[labels == kind][:share] for kind in range(len(cells.classes))]))
 
 
-def _fit_classes(x: np.ndarray, y: np.ndarray, strength: float, config: FinetuneConfig) -> tuple[Any, Any]:
+def _classifier(config: FinetuneConfig) -> Any:
     from sklearn.linear_model import LogisticRegression
 
     balanced = "balanced" if config.class_weights == "balanced" else None
-    model = LogisticRegression(C=strength, max_iter=2000, class_weight=balanced).fit(x, y)
-    if len(model.coef_) == 1:  # two classes: the logit of the second against a first of zero
-        return np.concatenate([0 * model.coef_, model.coef_]), np.array([0.0, model.intercept_[0]])
-    return model.coef_, model.intercept_
+    # Newton steps reach the tolerance below where L-BFGS crawls; each starts from the strength before.
+    return LogisticRegression(solver="newton-cg", warm_start=True, max_iter=1000, class_weight=balanced)
 
 
-def _fit_numbers(x: np.ndarray, y: np.ndarray, strength: float, config: FinetuneConfig) -> tuple[Any, Any]:
+def _regression() -> Any:
     from sklearn.linear_model import Ridge
 
-    model = Ridge(alpha=1 / strength).fit(x, y)
-    return model.coef_[None, :], np.array([model.intercept_])
+    return Ridge()
+
+
+def _fit(
+    model: Any, strength: float, tolerance: float, x: np.ndarray, y: np.ndarray, cells: LabelledCells
+) -> tuple[np.ndarray, np.ndarray]:
+    """Weights and biases of every output at a strength of regularisation."""
+    if cells.classes is None:
+        model.set_params(alpha=1 / strength).fit(x, y)
+        return model.coef_[None, :], np.array([model.intercept_])
+    model.set_params(C=strength, tol=tolerance).fit(x, y)
+    weights, bias = model.coef_, model.intercept_
+    if len(weights) == 1:  # two classes: the logit of the second against a first of zero
+        weights, bias = np.concatenate([0 * weights, weights]), np.array([0.0, bias[0]])
+    return _all_classes(weights, bias, y, cells)
 
 
 def _loss(weights: np.ndarray, bias: np.ndarray, x: np.ndarray, y: np.ndarray, task: str) -> float:
@@ -88,11 +107,10 @@ def _all_classes(
     weights: np.ndarray, bias: np.ndarray, y: np.ndarray, cells: LabelledCells
 ) -> tuple[np.ndarray, np.ndarray]:
     """A row for every class; one that no training cell has is never predicted."""
-    if cells.classes is None:
-        return weights, bias
+    classes = cast(list[str], cells.classes)
     present = np.unique(y)
-    every = np.zeros((len(cells.classes), weights.shape[1]))
-    biases = np.full(len(cells.classes), -100.0)
+    every = np.zeros((len(classes), weights.shape[1]))
+    biases = np.full(len(classes), -100.0)
     every[present], biases[present] = weights, bias
     return every, biases
 
