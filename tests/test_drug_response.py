@@ -25,7 +25,7 @@ from helpers import DRUG, largest_difference
 from safetensors.torch import load_file
 from scipy.sparse import csr_matrix
 from test_gene_classification import Alone
-from two_processes import in_processes
+from two_processes import in_processes, killed_run_goes_on
 
 from tahoex1_hf import TahoeX1ForPreTraining
 from tahoex1_hf.finetuning import drug_screen
@@ -411,6 +411,12 @@ def test_two_processes_learn_the_same(place: Path, tmp_path: Path) -> None:
     with np.load(tmp_path / "one" / "result.npz") as a, np.load(tmp_path / "two" / "result.npz") as b:
         assert largest_difference(a["changes"], b["changes"]) < 1e-4
     assert done.stderr.count("model 1 of 1") == 2  # both processes are there
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_exactly(place: Path, tmp_path: Path) -> None:
+    configs = [make_config(place, tmp_path / name, held_out=["drug"], epochs=4) for name in ("killed", "whole")]
+    killed_run_goes_on(*configs, step=6)
 
 
 def test_the_recipe_is_valid() -> None:

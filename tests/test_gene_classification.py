@@ -15,7 +15,7 @@ from cells import GENES
 from finetuning_runs import digest, write_base
 from helpers import largest_difference
 from scipy.sparse import csr_matrix
-from two_processes import in_processes
+from two_processes import in_processes, killed_run_goes_on
 
 from tahoex1_hf import TahoeX1ForPreTraining, TahoeX1Tokenizer
 from tahoex1_hf.finetuning.adapters import load_adapter, read_record
@@ -467,6 +467,12 @@ def test_two_processes_learn_the_same(place: Path, tmp_path: Path) -> None:
     with np.load(tmp_path / "one" / "result.npz") as one, np.load(tmp_path / "two" / "result.npz") as two:
         assert largest_difference(two["logits"], one["logits"]) < 4 * CLOSE
     assert done.stderr.count("Fold 1 of 1") == 2  # both processes are there
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_exactly(place: Path, tmp_path: Path) -> None:
+    configs = [make_config(place, tmp_path / name, epochs=3) for name in ("killed", "whole")]
+    killed_run_goes_on(*configs, step=10)
 
 
 def test_the_card_and_the_recipe(place: Path, tmp_path: Path) -> None:
