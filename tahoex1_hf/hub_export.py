@@ -38,6 +38,7 @@ CODE_FILES = (
     "configuration_tahoe_x1.py",
     "encoding_tahoe_x1.py",
     "modeling_tahoe_x1.py",
+    "observed_attention_tahoe_x1.py",
     "packing_tahoe_x1.py",
     "tokenization_tahoe_x1.py",
 )

@@ -1,7 +1,7 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
 """Which token belongs to which cell, and attention within the cells of a packed row.
 
-This file travels to the Hugging Face Hub beside the weights: it imports only torch.
+This file travels to the Hugging Face Hub beside the weights.
 """
 
 import itertools
@@ -9,6 +9,11 @@ from dataclasses import dataclass
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
+
+from .observed_attention_tahoe_x1 import ObservedKeys
+
+# Below, what is saved is less than what gathering the observed keys costs (benchmarks/attention.py).
+_SHORTEST_WITH_OBSERVED_KEYS = 256
 
 
 @dataclass(frozen=True)
@@ -65,13 +70,15 @@ class PackedAttention:
 
     On CUDA all cells go through one call on a jagged tensor, unless there is a mask. Otherwise there is one call for
     each run of neighbouring cells of equal length: on two CPU cores 1.3 to 1.7 times as fast as padded buckets of
-    eight cells of similar length, at 20 to 2,048 tokens a cell (benchmarks/attention.py).
+    eight cells of similar length, at 20 to 2,048 tokens a cell (benchmarks/attention.py). Where tokens see observed
+    ones and themselves, long cells attend to their observed tokens alone.
     """
 
     boundaries: torch.Tensor  # (cells + 1,) int64
     runs: list[tuple[int, int]] | None  # neighbouring cells of equal length; None for the jagged tensor
     longest: int | None = None
-    masks: list[torch.Tensor] | None = None  # per run (cells, 1, length, length) bool: what each token sees
+    # Per run, what each token sees: `(cells, 1, length, length)` bool, or where the keys are.
+    seen: list[torch.Tensor | ObservedKeys] | None = None
 
     @classmethod
     def make(
@@ -92,11 +99,8 @@ class PackedAttention:
         if observed is None:
             return cls(boundaries, runs)
         parts = observed[0].to(device).split([cells * length for cells, length in runs])
-        masks = []
-        for part, (cells, length) in zip(parts, runs, strict=True):
-            itself = torch.eye(length, dtype=torch.bool, device=device)
-            masks.append(part.view(cells, 1, 1, length) | itself)
-        return cls(boundaries, runs, masks=masks)
+        seen = [_observed_or_self(part, *run) for part, run in zip(parts, runs, strict=True)]
+        return cls(boundaries, runs, seen=seen)
 
     def __call__(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
@@ -109,10 +113,17 @@ class PackedAttention:
         # Not slices: the gradient of a slice is as large as the whole.
         parts = zip(*(tensor[0].split(sizes, dim=1) for tensor in (query, key, value)), strict=True)
         outputs = []
-        for number, ((cells, _), part) in enumerate(zip(self.runs, parts, strict=True)):
-            q, k, v = (tensor.unflatten(1, (cells, -1)).transpose(0, 1) for tensor in part)
-            mask = None if self.masks is None else self.masks[number]
-            attended = scaled_dot_product_attention(q, k, v, mask, scale=scaling, enable_gqa=grouped)
+        for number, ((cells, _), (q, k, v)) in enumerate(zip(self.runs, parts, strict=True)):
+            seen = None if self.seen is None else self.seen[number]
+            if isinstance(seen, ObservedKeys):
+                k, v = (
+                    tensor.repeat_interleave(q.shape[0] // k.shape[0], dim=0) if grouped else tensor
+                    for tensor in (k, v)
+                )
+                outputs.append(seen.attend(q, k, v, scaling).transpose(0, 1))
+                continue
+            q, k, v = (tensor.unflatten(1, (cells, -1)).transpose(0, 1) for tensor in (q, k, v))
+            attended = scaled_dot_product_attention(q, k, v, seen, scale=scaling, enable_gqa=grouped)
             outputs.append(attended.transpose(1, 2).flatten(0, 1))
         return torch.cat(outputs).unsqueeze(0), None
 
@@ -125,3 +136,12 @@ class PackedAttention:
             for tensor in (query, *(tensor.repeat_interleave(groups, dim=1) for tensor in (key, value)))
         )
         return scaled_dot_product_attention(q, k, v, scale=scaling).transpose(1, 2).values().unsqueeze(0)
+
+
+def _observed_or_self(observed: torch.Tensor, cells: int, length: int) -> torch.Tensor | ObservedKeys:
+    """What the tokens of a run see: `observed` `(cells * length,)` bool, and themselves."""
+    if length >= _SHORTEST_WITH_OBSERVED_KEYS:
+        keys = ObservedKeys.make([length] * cells, observed)
+        if keys is not None:
+            return keys
+    return observed.view(cells, 1, 1, length) | torch.eye(length, dtype=torch.bool, device=observed.device)

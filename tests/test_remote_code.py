@@ -85,6 +85,7 @@ def test_models_load_without_the_package(tmp_path: Path) -> None:
     assert {path.name for path in (tmp_path / "repo").glob("*.py")} == {
         "configuration_tahoe_x1.py",
         "modeling_tahoe_x1.py",
+        "observed_attention_tahoe_x1.py",
         "packing_tahoe_x1.py",
     }
     assert json.loads((tmp_path / "repo" / "config.json").read_text())["auto_map"] == AUTO_MAP
