@@ -1,4 +1,4 @@
-"""Attention on a CPU: cell by cell, as ours does, beside padded buckets of cells of similar length."""
+"""Attention on a CPU: cell by cell beside padded buckets; of training, to observed keys alone beside masks."""
 
 import time
 from functools import partial
@@ -8,6 +8,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.measuring import Row, Suite, Task, in_turn
+from tahoex1_hf.observed_attention_tahoe_x1 import ObservedKeys
 from tahoex1_hf.packing_tahoe_x1 import PackedAttention
 
 HEADS, WIDTH, BUCKET = 8, 64, 8  # heads and their width are those of the 70M shape
@@ -44,18 +45,57 @@ class Cells:
             output[rows] = attended.transpose(1, 2)[valid]
         return output
 
-    def rate(self, name: str) -> float:
-        """Cells per second, over at least a tenth of one."""
-        work, number, start = getattr(self, name), 0, time.perf_counter()
-        while time.perf_counter() - start < 0.1:
-            work()
-            number += 1
-        return number * len(self.lengths) / (time.perf_counter() - start)
+
+class HiddenGenes:
+    """Cells of one length, half of whose genes are to be predicted: each token sees the others and itself."""
+
+    def __init__(self, length: int, number: int, dtype: torch.dtype) -> None:
+        torch.manual_seed(0)
+        self.lengths = torch.full((number,), length)
+        shape = (1, number * length, HEADS, WIDTH)
+        self.qkv = [torch.randn(shape).to(dtype).transpose(1, 2).requires_grad_() for _ in range(3)]
+        self.gradient = torch.randn(shape).to(dtype)
+        observed = torch.rand(number, length) < 0.5
+        observed[:, 0] = True
+        keys = ObservedKeys.make([length] * number, observed.flatten())
+        assert keys is not None
+        mask = observed[:, None, None, :] | torch.eye(length, dtype=torch.bool)
+        boundaries = torch.arange(number + 1) * length
+        self.attentions = {
+            "observed_keys": PackedAttention(boundaries, [(number, length)], seen=[keys]),
+            "masks": PackedAttention(boundaries, [(number, length)], seen=[mask]),
+        }
+
+    def forward_and_backward(self, name: str) -> list[torch.Tensor]:
+        """The output and the gradients of queries, keys and values."""
+        output = self.attentions[name](*self.qkv, WIDTH**-0.5)[0]
+        return [output.detach(), *torch.autograd.grad(output, self.qkv, self.gradient)]
+
+    def observed_keys(self) -> list[torch.Tensor]:
+        """Ours."""
+        return self.forward_and_backward("observed_keys")
+
+    def masks(self) -> list[torch.Tensor]:
+        """torch's fused kernel, given a mask."""
+        return self.forward_and_backward("masks")
+
+
+def rate(cells: Cells | HiddenGenes, name: str) -> float:
+    """Cells per second of a method, over at least a tenth of one."""
+    work, number, start = getattr(cells, name), 0, time.perf_counter()
+    while time.perf_counter() - start < 0.1:
+        work()
+        number += 1
+    return number * len(cells.lengths) / (time.perf_counter() - start)
+
+
+def measure(suite: Suite) -> list[Row]:
+    """Rows of this part."""
+    return [*_measure_buckets(suite), *_measure_observed(suite)]
 
 
 @torch.inference_mode()
-def measure(suite: Suite) -> list[Row]:
-    """Rows of this part."""
+def _measure_buckets(suite: Suite) -> list[Row]:
     rows = []
     for low, high, number in suite.pick(
         [(20, 40, 256), (60, 120, 64), (200, 400, 32), (512, 1024, 16), (1024, 2048, 16)], [(20, 40, 32)]
@@ -64,8 +104,24 @@ def measure(suite: Suite) -> list[Row]:
         difference = float((cells.by_cell() - cells.in_buckets()).abs().max())
         assert difference < 1e-4, f"attention in buckets differs from that cell by cell by {difference}"
         names = ("in_buckets", "by_cell")
-        series = in_turn({name: Task(partial(cells.rate, name)) for name in names}, 5 * suite.rounds)
+        series = in_turn({name: Task(partial(rate, cells, name)) for name in names}, 5 * suite.rounds)
         remark = f"reference: padded buckets of {BUCKET}; max difference {difference:.0e}"
         name = f"cell by cell, {low:,} to {high:,} tokens"
         rows.append(Row("attention", name, "cells/s", series["by_cell"], series["in_buckets"], remark))
+    return rows
+
+
+def _measure_observed(suite: Suite) -> list[Row]:
+    rows = []
+    for length, number in suite.pick([(128, 32), (256, 16), (512, 8), (1024, 4), (2048, 2)], [(256, 2)]):
+        for dtype in (torch.float32, torch.bfloat16):
+            cells = HiddenGenes(length, number, dtype)
+            pairs = zip(cells.observed_keys(), cells.masks(), strict=True)
+            difference = max(float((a.float() - b.float()).abs().max()) for a, b in pairs)
+            assert difference < (1e-4 if dtype == torch.float32 else 0.1), f"observed keys differ by {difference}"
+            names = ("masks", "observed_keys")
+            series = in_turn({name: Task(partial(rate, cells, name)) for name in names}, 5 * suite.rounds)
+            remark = f"reference: masks; forward and backward; max difference {difference:.0e}"
+            name = f"half hidden, {length:,} tokens, {str(dtype).removeprefix('torch.')}"
+            rows.append(Row("attention", name, "cells/s", series["observed_keys"], series["masks"], remark))
     return rows

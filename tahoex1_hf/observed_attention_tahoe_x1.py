@@ -70,14 +70,14 @@ class _ObservedOrSelf(torch.autograd.Function):
         weights = (itself - both).exp().unsqueeze(-1)
         output[:, keys.targets] = (of_others * (others - both).exp().unsqueeze(-1) + v * weights).to(output.dtype)
         logsumexp[:, keys.targets] = both
-        ctx.save_for_backward(query, key, value, output, logsumexp, weights)
+        ctx.save_for_backward(query, key, value, output, logsumexp)
         ctx.keys, ctx.scaling = keys, scaling
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        query, key, value, output, logsumexp, weights = ctx.saved_tensors
+        query, key, value, output, logsumexp = ctx.saved_tensors
         keys, scaling = ctx.keys, ctx.scaling
         seen = [tensor.index_select(1, keys.observed) for tensor in (key, value)]
         differentiate = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -87,6 +87,7 @@ class _ObservedOrSelf(torch.autograd.Function):
         ]
         of_query, of_seen_keys, of_seen_values = (torch.cat(part, dim=2)[0] for part in zip(*parts, strict=True))
         g, q, k, v, o = (_wide(tensor[:, keys.targets]) for tensor in (gradient, query, key, value, output))
+        weights = ((q * k).sum(-1) * scaling - logsumexp[:, keys.targets]).exp().unsqueeze(-1)
         of_scores = weights * (g * (v - o)).sum(-1, keepdim=True) * scaling
         of_query[:, keys.targets] += (of_scores * k).to(of_query.dtype)
         of_key, of_value = torch.empty_like(key), torch.empty_like(value)

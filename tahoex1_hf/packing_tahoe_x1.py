@@ -13,7 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from .observed_attention_tahoe_x1 import ObservedKeys
 
 # Below, what is saved is less than what gathering the observed keys costs (benchmarks/attention.py).
-_SHORTEST_WITH_OBSERVED_KEYS = 256
+SHORTEST_WITH_OBSERVED_KEYS = 256
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ class PackedAttention:
 
 def _observed_or_self(observed: torch.Tensor, cells: int, length: int) -> torch.Tensor | ObservedKeys:
     """What the tokens of a run see: `observed` `(cells * length,)` bool, and themselves."""
-    if length >= _SHORTEST_WITH_OBSERVED_KEYS:
+    if length >= SHORTEST_WITH_OBSERVED_KEYS:
         keys = ObservedKeys.make([length] * cells, observed)
         if keys is not None:
             return keys

@@ -87,7 +87,7 @@ def test_as_precise_as_masks(dtype: torch.dtype, scale: float) -> None:
 
 @pytest.mark.parametrize("heads", [HEADS, 2])
 def test_rows_choose_by_length(heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packing_tahoe_x1, "_SHORTEST_WITH_OBSERVED_KEYS", 16)
+    monkeypatch.setattr(packing_tahoe_x1, "SHORTEST_WITH_OBSERVED_KEYS", 16)
     lengths = [40, 16, 16, 15, 3]
     tokens, observed = some_tokens(90, heads=heads), some_observed(lengths)
     bounds = torch.tensor([0, *lengths]).cumsum(0)
@@ -122,7 +122,7 @@ def test_models_learn_the_same(shape: str, checkpointing: bool, monkeypatch: pyt
     monkeypatch.setattr(ObservedKeys, "attend", lambda *arguments: (calls.append(1), attend(*arguments))[1])
     found = {}
     for shortest in (1, 10_000):
-        monkeypatch.setattr(packing_tahoe_x1, "_SHORTEST_WITH_OBSERVED_KEYS", shortest)
+        monkeypatch.setattr(packing_tahoe_x1, "SHORTEST_WITH_OBSERVED_KEYS", shortest)
         model = tiny_model(config).double().train()
         if checkpointing:
             model.gradient_checkpointing_enable()

@@ -93,7 +93,7 @@ def line(measure: Callable[[int], float], low: int, high: int) -> tuple[float, f
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_kept_bytes_are_those_of_autograd(variant: str, numbers: Numbers) -> None:
     config = tiny_config(hidden_size=64, vocab_size=200, **VARIANTS[variant])
-    for length in (64, 160):
+    for length in (64, 160, 288):  # with masks, and from 256 on with the observed keys alone
         per_cell, fixed = line(lambda cells, length=length: kept(config, numbers, cells, length), 2, 4)
         assert memory.kept_per_token(config, numbers, length) == pytest.approx(per_cell / length, rel=0.01)
         copies = memory.states(config, numbers, "one").copies

@@ -15,6 +15,7 @@ from torch import nn
 
 from tahoex1_hf.configuration_tahoe_x1 import Activation, TahoeX1Config
 from tahoex1_hf.modeling_tahoe_x1 import TahoeX1ForPreTraining
+from tahoex1_hf.packing_tahoe_x1 import SHORTEST_WITH_OBSERVED_KEYS
 
 Strategy = Literal["one", "ddp", "fsdp2", "hsdp"]
 
@@ -35,7 +36,7 @@ class Numbers:
         autocast: whether every product makes its own copy of its argument, and of the weights.
         cuda: whether norms compute in float32 under autocast, and dropout keeps a mask of bytes.
         output_copied: whether the output of attention is kept twice, as attention and as the projection lay it out.
-        dense_mask: whether `observed_or_self` becomes an array of cells x length x length in each layer.
+        dense_mask: whether `observed_or_self` makes an array of cells x length x length in a layer, for short cells.
     """
 
     weights: int
@@ -118,7 +119,8 @@ def layer_per_token(config: TahoeX1Config, numbers: Numbers, length: int) -> flo
     copies = 3 if numbers.autocast else 1
     attention = copies * d + d + 2 * d // groups + d + (d if numbers.output_copied else 0)
     kept = w * attention + 4 * config.num_attention_heads
-    if numbers.dense_mask and config.attention_mask_style == "observed_or_self":
+    masked = config.attention_mask_style == "observed_or_self" and length < SHORTEST_WITH_OBSERVED_KEYS
+    if numbers.dense_mask and masked:
         kept += w * length
     gated = config.use_glu
     feed_forward = d * (2 if gated and numbers.autocast else 1)
