@@ -231,6 +231,34 @@ def test_training_starts_from_a_fitted_head(task: str, label: str, base: Path, d
     assert largest_difference(outputs["random"], outputs["probe"]) > 0.1
 
 
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"head_start": "probe"}, 0.0),
+        ({"head_start": "random"}, 0.4),
+        ({"head_start": "probe", "method": "head_only"}, 0.4),
+        ({"head_start": "probe", "expression_encoder_dropout": 0.2}, 0.2),
+        ({"task": "masked_expression", "label": None}, 0.4),
+    ],
+)
+def test_dropout_does_not_drown_what_a_fitted_head_sees(
+    changes: dict[str, Any], expected: float, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = write_base(tmp_path / "base", expression_encoder_dropout=0.4)
+    seen = []
+    step = FinetuneTrainer.training_step
+
+    def looked_at(self: Any, model: Any, *arguments: Any) -> Any:
+        seen.extend(layer.p for name, layer in model.named_modules() if name.endswith("expression_encoder.dropout"))
+        return step(self, model, *arguments)
+
+    monkeypatch.setattr(FinetuneTrainer, "training_step", looked_at)
+    finetune(make_config(base, data, tmp_path / "run", **{"epochs": 0.1, **changes}))
+    assert set(seen) == {expected}
+    model, _ = load_adapter(tmp_path / "run")
+    assert model.config.expression_encoder_dropout == 0.4  # that of the base, for who trains further
+
+
 def test_a_head_starts_from_cells_of_every_class(base: Path, data: Path, tmp_path: Path, monkeypatch: Any) -> None:
     config = make_config(base, data, tmp_path)
     cells = read_cells(config, load_tokenizer(config), tmp_path)

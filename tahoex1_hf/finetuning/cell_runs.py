@@ -18,7 +18,7 @@ from accelerate import PartialState
 from tahoex1_hf.encoder import CellEncoder, DtypeName
 from tahoex1_hf.finetuning.adapters import add_results, is_peft, save_adapter
 from tahoex1_hf.finetuning.bases import base_name, load_base, load_tokenizer
-from tahoex1_hf.finetuning.config import LABELLED, FinetuneConfig
+from tahoex1_hf.finetuning.config import FinetuneConfig
 from tahoex1_hf.finetuning.fitting import drop_checkpoints, fit, read_result, run_task, write_result
 from tahoex1_hf.finetuning.labelled_cells import read_cells
 from tahoex1_hf.finetuning.masked_expression import constant_errors, model_errors, write_masked_report
@@ -168,10 +168,9 @@ class CellRun:
         if self.config.method == "linear_probe":
             return self._probe(split)
         objective = Objective(self.config, self.cells, split.train)
-        fitted = self.config.task in LABELLED and self.config.head_start == "probe"
         start = self.base
         # With a checkpoint to go on from, the head is read from there.
-        if fitted and self.config.method != "head_only" and last_whole(folder) is None:
+        if self.config.starts_from_probe and last_whole(folder) is None:
             start = functools.partial(self._base_with_fitted_head, split, objective)
         model, facts = fit(start, objective, split.train, split.validation, folder, self.processes)
         if self.config.task == "regression":

@@ -57,6 +57,9 @@ class FinetuneConfig(Strict):
     """Their product is scaled by this over the rank (over its root, with rslora)."""
     lora_dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout before the adapters."""
+    expression_encoder_dropout: float | None = Field(None, ge=0, lt=1)
+    """Dropout of the expression values' embeddings while training. By default the base's; none where the head starts
+    from a probe, which was fitted to embeddings without it."""
     target_modules: list[str] | None = None
     """Names of the linear layers that get adapters; by default attention and feed-forward projections."""
 
@@ -188,6 +191,12 @@ class FinetuneConfig(Strict):
             raise ValueError(f"control and context are for task=drug_response, not for {self.task}.")
         if (self.drug_table is None) != (self.drug_fingerprints is None):
             raise ValueError("drug_table and drug_fingerprints go together.")
+
+    @property
+    def starts_from_probe(self) -> bool:
+        """Whether the head starts fitted to the base's embeddings."""
+        can = self.task in (*LABELLED, "gene_classification") and self.method != "head_only"
+        return can and self.head_start == "probe"
 
     def write(self, path: Path) -> None:
         """Write all keys, also those left at their defaults."""

@@ -17,7 +17,7 @@ from transformers import set_seed
 from tahoex1_hf.finetuning.adapters import is_peft
 from tahoex1_hf.finetuning.batches import TrainingBatches
 from tahoex1_hf.finetuning.config import FinetuneConfig
-from tahoex1_hf.finetuning.methods import adapt, trainable_parameters
+from tahoex1_hf.finetuning.methods import adapt, set_dropout, trainable_parameters
 from tahoex1_hf.finetuning.objectives import Objective
 from tahoex1_hf.finetuning.runs import (
     RESULT,
@@ -68,6 +68,7 @@ def fit(
     config, started = objective.config, time.perf_counter()
     set_seed(config.seed)
     model = adapt(base(), config)
+    set_dropout(model, config)
     parameters = trainable_parameters(model)
     world = (processes.process_index, processes.num_processes)
     batches = TrainingBatches(

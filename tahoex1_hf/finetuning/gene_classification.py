@@ -225,12 +225,11 @@ class GeneRun:
         if len(cells) > _VALIDATION_CELLS:
             chosen = np.random.default_rng(config.seed).choice(len(cells), _VALIDATION_CELLS, replace=False)
             looked_at = np.sort(chosen)
-        fitted = config.head_start == "probe" and config.method != "head_only"
 
         def start() -> TahoeX1ForTokenClassification:
             model = self.base()
             # With a checkpoint to go on from, the head is read from there.
-            if fitted and last_whole(folder) is None:
+            if config.starts_from_probe and last_whole(folder) is None:
                 set_head(model.classifier, *self.fitted_head(split))
             return model
 

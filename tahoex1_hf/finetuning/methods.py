@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from tahoex1_hf.finetuning.config import FinetuneConfig
+from tahoex1_hf.modeling_tahoe_x1 import TahoeX1ExpressionEncoder
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -87,6 +88,20 @@ def target_modules(model: torch.nn.Module, config: FinetuneConfig) -> list[str]:
             f"it has {', '.join(sorted(linear))}."
         )
     return list(config.target_modules)
+
+
+def set_dropout(model: torch.nn.Module, config: FinetuneConfig) -> None:
+    """Set the dropout of the expression encoder for the training; the model's configuration stays as it is.
+
+    Embeddings of cells differ by little. A fitted head has large weights, and dropout behind its back would drown the
+    cells: 7.3 instead of 1.4 of loss at the first step, on heart nuclei.
+    """
+    dropout = config.expression_encoder_dropout
+    if dropout is None and config.starts_from_probe:
+        dropout = 0.0
+    for layer in model.modules():
+        if dropout is not None and isinstance(layer, TahoeX1ExpressionEncoder):
+            layer.dropout.p = dropout
 
 
 def trainable_parameters(model: torch.nn.Module) -> int:
