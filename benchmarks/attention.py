@@ -1,7 +1,9 @@
 """Attention on a CPU: cell by cell beside padded buckets; of training, to observed keys alone beside masks."""
 
 import time
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -51,7 +53,6 @@ class HiddenGenes:
 
     def __init__(self, length: int, number: int, dtype: torch.dtype) -> None:
         torch.manual_seed(0)
-        self.lengths = torch.full((number,), length)
         shape = (1, number * length, HEADS, WIDTH)
         self.qkv = [torch.randn(shape).to(dtype).transpose(1, 2).requires_grad_() for _ in range(3)]
         self.gradient = torch.randn(shape).to(dtype)
@@ -67,26 +68,27 @@ class HiddenGenes:
         }
 
     def forward_and_backward(self, name: str) -> list[torch.Tensor]:
-        """The output and the gradients of queries, keys and values."""
+        """The output and the gradients of queries, keys and values, by one of the attentions."""
         output = self.attentions[name](*self.qkv, WIDTH**-0.5)[0]
         return [output.detach(), *torch.autograd.grad(output, self.qkv, self.gradient)]
 
-    def observed_keys(self) -> list[torch.Tensor]:
-        """Ours."""
-        return self.forward_and_backward("observed_keys")
 
-    def masks(self) -> list[torch.Tensor]:
-        """torch's fused kernel, given a mask."""
-        return self.forward_and_backward("masks")
-
-
-def rate(cells: Cells | HiddenGenes, name: str) -> float:
-    """Cells per second of a method, over at least a tenth of one."""
-    work, number, start = getattr(cells, name), 0, time.perf_counter()
+def rate(work: Callable[[], Any], cells: int) -> float:
+    """Cells per second of what is done to so many, over at least a tenth of a second."""
+    number, start = 0, time.perf_counter()
     while time.perf_counter() - start < 0.1:
         work()
         number += 1
-    return number * len(cells.lengths) / (time.perf_counter() - start)
+    return number * cells / (time.perf_counter() - start)
+
+
+def beside(
+    suite: Suite, name: str, cells: int, ours: Callable[[], Any], theirs: Callable[[], Any], remark: str
+) -> Row:
+    """Row of two ways of doing the same to so many cells, measured in turn."""
+    tasks = {"theirs": Task(partial(rate, theirs, cells)), "ours": Task(partial(rate, ours, cells))}
+    series = in_turn(tasks, 5 * suite.rounds)
+    return Row("attention", name, "cells/s", series["ours"], series["theirs"], f"reference: {remark}")
 
 
 def measure(suite: Suite) -> list[Row]:
@@ -103,11 +105,9 @@ def _measure_buckets(suite: Suite) -> list[Row]:
         cells = Cells(low, high, number)
         difference = float((cells.by_cell() - cells.in_buckets()).abs().max())
         assert difference < 1e-4, f"attention in buckets differs from that cell by cell by {difference}"
-        names = ("in_buckets", "by_cell")
-        series = in_turn({name: Task(partial(rate, cells, name)) for name in names}, 5 * suite.rounds)
-        remark = f"reference: padded buckets of {BUCKET}; max difference {difference:.0e}"
+        remark = f"padded buckets of {BUCKET}; max difference {difference:.0e}"
         name = f"cell by cell, {low:,} to {high:,} tokens"
-        rows.append(Row("attention", name, "cells/s", series["by_cell"], series["in_buckets"], remark))
+        rows.append(beside(suite, name, number, cells.by_cell, cells.in_buckets, remark))
     return rows
 
 
@@ -116,12 +116,11 @@ def _measure_observed(suite: Suite) -> list[Row]:
     for length, number in suite.pick([(128, 32), (256, 16), (512, 8), (1024, 4), (2048, 2)], [(256, 2)]):
         for dtype in (torch.float32, torch.bfloat16):
             cells = HiddenGenes(length, number, dtype)
-            pairs = zip(cells.observed_keys(), cells.masks(), strict=True)
+            ours, theirs = (partial(cells.forward_and_backward, name) for name in ("observed_keys", "masks"))
+            pairs = zip(ours(), theirs(), strict=True)
             difference = max(float((a.float() - b.float()).abs().max()) for a, b in pairs)
             assert difference < (1e-4 if dtype == torch.float32 else 0.1), f"observed keys differ by {difference}"
-            names = ("masks", "observed_keys")
-            series = in_turn({name: Task(partial(rate, cells, name)) for name in names}, 5 * suite.rounds)
-            remark = f"reference: masks; forward and backward; max difference {difference:.0e}"
+            remark = f"masks; forward and backward; max difference {difference:.0e}"
             name = f"half hidden, {length:,} tokens, {str(dtype).removeprefix('torch.')}"
-            rows.append(Row("attention", name, "cells/s", series["observed_keys"], series["masks"], remark))
+            rows.append(beside(suite, name, number, ours, theirs, remark))
     return rows

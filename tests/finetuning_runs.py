@@ -1,6 +1,7 @@
 """A small base, cells whose labels can be learnt, and fine-tuning runs of seconds."""
 
 import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -82,6 +83,11 @@ def settings(base: Path, data: Path, output: Path, **changes: Any) -> dict[str, 
 
 def make_config(base: Path, data: Path, output: Path, **changes: Any) -> FinetuneConfig:
     return FinetuneConfig(**settings(base, data, output, **changes))
+
+
+def result(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    with np.load(folder / "result.npz") as arrays:
+        return json.loads((folder / "result.json").read_text()), dict(arrays)
 
 
 def digest(path: Path) -> str:

@@ -19,6 +19,7 @@ from finetuning_runs import (
     digest,
     labelled_cells,
     make_config,
+    result,
     settings,
     start,
     write_base,
@@ -44,7 +45,6 @@ from tahoex1_hf.finetuning.methods import (
 )
 from tahoex1_hf.finetuning.objectives import HELD_OUT, Objective, class_weights
 from tahoex1_hf.finetuning.predicting import load_predictor, predict_file
-from tahoex1_hf.finetuning.probe import some_of_each
 from tahoex1_hf.finetuning.splits import Split
 from tahoex1_hf.finetuning.trainer import FinetuneTrainer
 
@@ -61,11 +61,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("cells") / "cells.h5ad"
     labelled_cells(120).write_h5ad(path)
     return path
-
-
-def result(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    with np.load(folder / "result.npz") as arrays:
-        return json.loads((folder / "result.json").read_text()), dict(arrays)
 
 
 def accuracy(folder: Path) -> float:
@@ -213,59 +208,6 @@ def test_the_report_stands_beside_the_adapter(base: Path, data: Path, tmp_path: 
     assert {"PCA + logistic regression", "majority class"} < set(report["metrics"])
     assert report["comparison"]["text"] in (tmp_path / "run" / "README.md").read_text()
     assert read_record(tmp_path / "run")["metrics"]["accuracy"] == pytest.approx(np.mean(hits))
-
-
-@pytest.mark.parametrize(("task", "label"), [("classification", "kind"), ("regression", "dose")])
-def test_training_starts_from_a_fitted_head(task: str, label: str, base: Path, data: Path, tmp_path: Path) -> None:
-    outputs = {}
-    for name, changes in {
-        "probe": {"method": "linear_probe"},
-        "fitted": {"head_start": "probe"},
-        "random": {"head_start": "random"},
-    }.items():
-        changes = {"task": task, "label": label, "epochs": 0.1, "learning_rate": 1e-7, **changes}
-        finetune(make_config(base, data, tmp_path / name, **changes))
-        outputs[name] = result(tmp_path / name)[1]["outputs"]
-    # After a step that changes next to nothing.
-    assert largest_difference(outputs["fitted"], outputs["probe"]) < 1e-4 * np.abs(outputs["probe"]).max()
-    assert largest_difference(outputs["random"], outputs["probe"]) > 0.1
-
-
-@pytest.mark.parametrize(
-    ("changes", "expected"),
-    [
-        ({"head_start": "probe"}, 0.0),
-        ({"head_start": "random"}, 0.4),
-        ({"head_start": "probe", "method": "head_only"}, 0.4),
-        ({"head_start": "probe", "expression_encoder_dropout": 0.2}, 0.2),
-        ({"task": "masked_expression", "label": None}, 0.4),
-    ],
-)
-def test_dropout_does_not_drown_what_a_fitted_head_sees(
-    changes: dict[str, Any], expected: float, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    base = write_base(tmp_path / "base", expression_encoder_dropout=0.4)
-    seen = []
-    step = FinetuneTrainer.training_step
-
-    def looked_at(self: Any, model: Any, *arguments: Any) -> Any:
-        seen.extend(layer.p for name, layer in model.named_modules() if name.endswith("expression_encoder.dropout"))
-        return step(self, model, *arguments)
-
-    monkeypatch.setattr(FinetuneTrainer, "training_step", looked_at)
-    finetune(make_config(base, data, tmp_path / "run", **{"epochs": 0.1, **changes}))
-    assert set(seen) == {expected}
-    model, _ = load_adapter(tmp_path / "run")
-    assert model.config.expression_encoder_dropout == 0.4  # that of the base, for who trains further
-
-
-def test_a_head_starts_from_cells_of_every_class(base: Path, data: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    config = make_config(base, data, tmp_path)
-    cells = read_cells(config, load_tokenizer(config), tmp_path)
-    monkeypatch.setattr("tahoex1_hf.finetuning.probe._START_CELLS", 30)
-    rows = some_of_each(np.arange(5, 120), cells, seed=0)
-    assert np.bincount(cells.labels[rows]).tolist() == [10, 10, 10]
-    assert set(rows) <= set(range(5, 120))
 
 
 def test_masks_follow_from_seed_epoch_and_cell(base: Path, data: Path, tmp_path: Path) -> None:

@@ -1,16 +1,24 @@
-"""The linear probe: an exact fit, which last digits of the embeddings do not move."""
+"""The linear probe: an exact fit, which last digits of the embeddings do not move; heads that start from it."""
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from finetuning_runs import labelled_cells, make_config, result, write_base
+from helpers import largest_difference
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import log_loss
 
 from tahoex1_hf.finetuning import probe
-from tahoex1_hf.finetuning.probe import fit_probe
+from tahoex1_hf.finetuning.adapters import load_adapter
+from tahoex1_hf.finetuning.bases import load_tokenizer
+from tahoex1_hf.finetuning.finetune import finetune
+from tahoex1_hf.finetuning.labelled_cells import read_cells
+from tahoex1_hf.finetuning.probe import fit_probe, some_of_each
 from tahoex1_hf.finetuning.splits import Split
+from tahoex1_hf.finetuning.trainer import FinetuneTrainer
 
 TRAIN, VALIDATION, TEST = np.arange(150), np.arange(150, 200), np.arange(200, 260)
 SPLIT = Split(TRAIN, VALIDATION, TEST)
@@ -97,3 +105,71 @@ def test_test_cells_are_not_looked_at() -> None:
     features[TEST], cells.labels[TEST] = np.nan, 0
     found = fit_probe(features, cells, SPLIT, settings())
     assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+# Heads that start from it -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_base(tmp_path_factory.mktemp("models") / "base")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("cells") / "cells.h5ad"
+    labelled_cells(120).write_h5ad(path)
+    return path
+
+
+@pytest.mark.parametrize(("task", "label"), [("classification", "kind"), ("regression", "dose")])
+def test_training_starts_from_a_fitted_head(task: str, label: str, base: Path, data: Path, tmp_path: Path) -> None:
+    outputs = {}
+    for name, changes in {
+        "probe": {"method": "linear_probe"},
+        "fitted": {"head_start": "probe"},
+        "random": {"head_start": "random"},
+    }.items():
+        changes = {"task": task, "label": label, "epochs": 0.1, "learning_rate": 1e-7, **changes}
+        finetune(make_config(base, data, tmp_path / name, **changes))
+        outputs[name] = result(tmp_path / name)[1]["outputs"]
+    # After a step that changes next to nothing.
+    assert largest_difference(outputs["fitted"], outputs["probe"]) < 1e-4 * np.abs(outputs["probe"]).max()
+    assert largest_difference(outputs["random"], outputs["probe"]) > 0.1
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"head_start": "probe"}, 0.0),
+        ({"head_start": "random"}, 0.4),
+        ({"head_start": "probe", "method": "head_only"}, 0.4),
+        ({"head_start": "probe", "expression_encoder_dropout": 0.2}, 0.2),
+        ({"task": "masked_expression", "label": None}, 0.4),
+    ],
+)
+def test_dropout_does_not_drown_what_a_fitted_head_sees(
+    changes: dict[str, Any], expected: float, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = write_base(tmp_path / "base", expression_encoder_dropout=0.4)
+    seen = []
+    step = FinetuneTrainer.training_step
+
+    def looked_at(self: Any, model: Any, *arguments: Any) -> Any:
+        seen.extend(layer.p for name, layer in model.named_modules() if name.endswith("expression_encoder.dropout"))
+        return step(self, model, *arguments)
+
+    monkeypatch.setattr(FinetuneTrainer, "training_step", looked_at)
+    finetune(make_config(base, data, tmp_path / "run", **{"epochs": 0.1, **changes}))
+    assert set(seen) == {expected}
+    model, _ = load_adapter(tmp_path / "run")
+    assert model.config.expression_encoder_dropout == 0.4  # that of the base, for who trains further
+
+
+def test_a_head_starts_from_cells_of_every_class(base: Path, data: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    config = make_config(base, data, tmp_path)
+    cells = read_cells(config, load_tokenizer(config), tmp_path)
+    monkeypatch.setattr("tahoex1_hf.finetuning.probe._START_CELLS", 30)
+    rows = some_of_each(np.arange(5, 120), cells, seed=0)
+    assert np.bincount(cells.labels[rows]).tolist() == [10, 10, 10]
+    assert set(rows) <= set(range(5, 120))

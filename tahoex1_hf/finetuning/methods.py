@@ -97,10 +97,12 @@ def set_dropout(model: torch.nn.Module, config: FinetuneConfig) -> None:
     cells: 7.3 instead of 1.4 of loss at the first step, on heart nuclei.
     """
     dropout = config.expression_encoder_dropout
-    if dropout is None and config.starts_from_probe:
+    if dropout is None:
+        if not config.starts_from_probe:
+            return
         dropout = 0.0
     for layer in model.modules():
-        if dropout is not None and isinstance(layer, TahoeX1ExpressionEncoder):
+        if isinstance(layer, TahoeX1ExpressionEncoder):
             layer.dropout.p = dropout
 
 
