@@ -21,7 +21,7 @@ test: export OMP_NUM_THREADS = 1
 # tiledbsoma's reader crashed twice, and only in processes that had torchao's libraries loaded and had run other tests:
 # it runs by itself, and torchao, of which we use the Python part, leaves its libraries out.
 test: export TORCHAO_FORCE_SKIP_LOADING_SO_FILES = 1
-test: SOMA_TESTS = tests/test_census_source.py
+test: SOMA_TESTS = tests/data/sources/test_census.py
 test: lint .venv/.int8 ## all that a change must pass on a CPU: lint, the tests that need no GPU, the wheel
 	"$(BIN)/python" -m pytest -q $(SOMA_TESTS)
 	"$(BIN)/python" -m pytest -m "not gpu" -n auto --maxprocesses 4 --dist loadfile $(SOMA_TESTS:%=--deselect %)

@@ -30,7 +30,7 @@ from tahoex1_hf import TahoeX1Tokenizer
 from tahoex1_hf.data.collator import CellCollator
 from tahoex1_hf.data.config import parse_config
 from tahoex1_hf.data.feeding import CellBatches
-from tahoex1_hf.data.prepare import prepare
+from tahoex1_hf.data.preparation import prepare
 
 CONTEXT = 1024
 PAD_ID, CLS_ID, PAD_VALUE, MASK_VALUE = 0, 1, -2.0, -1.0

@@ -13,8 +13,8 @@ from benchmarks import reference
 from benchmarks.cells import cells_in_torch, ensembl_ids, synthetic_counts, tokenizer_for
 from benchmarks.measuring import Row, Series, Suite, Task, in_turn
 from tahoex1_hf import TahoeX1Config, TahoeX1Model
-from tahoex1_hf.encoder import CellEncoder, GeneMeans, choose_dtype
 from tahoex1_hf.encoding_tahoe_x1 import GeneMatch
+from tahoex1_hf.inference.encoder import CellEncoder, GeneMeans, choose_dtype
 from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
 from tahoex1_hf.training.flops import embedding_flops, performed_flops
 

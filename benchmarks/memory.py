@@ -15,7 +15,7 @@ from benchmarks.measuring import Row, Series, Suite, progress
 MODEL = ROOT / "examples" / "demo_checkpoint"
 EXPRESSED, BLOCK = 20, 10_000
 LOADING = (
-    "import anndata, tahoex1_hf.cli; from tahoex1_hf import TahoeX1Model, TahoeX1Tokenizer; "
+    "import anndata, tahoex1_hf.cli.app; from tahoex1_hf import TahoeX1Model, TahoeX1Tokenizer; "
     f"TahoeX1Model.from_pretrained({str(MODEL)!r}), TahoeX1Tokenizer.from_pretrained({str(MODEL)!r})"
 )
 
@@ -69,7 +69,7 @@ class Embedded:
 
 def embed_command(source: Path, output: Path, model: Path = MODEL) -> list[str]:
     """Arguments of Python."""
-    return ["-m", "tahoex1_hf.cli", "embed", str(source), str(output), "--model", str(model), "--device", "cpu",
+    return ["-m", "tahoex1_hf", "embed", str(source), str(output), "--model", str(model), "--device", "cpu",
             "--max-length", "64", "--dtype", "float32"]  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from benchmarks.cells import ensembl_ids, synthetic_counts, tokenizer_for
 from benchmarks.embedding import COLUMNS, CONTEXT, random_model
 from benchmarks.measuring import Row, Series, Suite, progress
 from tahoex1_hf import TahoeX1Model
-from tahoex1_hf.encoder import CellEncoder
+from tahoex1_hf.inference.encoder import CellEncoder
 
 KINDS = {
     "matrix products": ("aten::addmm", "aten::mm", "aten::bmm"),

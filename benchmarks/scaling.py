@@ -16,7 +16,7 @@ from benchmarks.machine import ALL_CORES
 from benchmarks.measuring import Row, Series, Suite, Task, in_turn
 from benchmarks.memory import MODEL, embed_command, embedded_files, write_h5ad
 from tahoex1_hf import TahoeX1ForPreTraining, TahoeX1Model, TahoeX1Tokenizer
-from tahoex1_hf.encoder import CellEncoder
+from tahoex1_hf.inference.encoder import CellEncoder
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 LAUNCHERS = {

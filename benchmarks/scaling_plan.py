@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks import memory_model as memory
+from benchmarks.scaling_model import H100, Assumptions, Hardware, Plan, matrix_share, numbers_of, plan_step, plans
 from tahoex1_hf import TahoeX1Config
-from tahoex1_hf.training import memory
 from tahoex1_hf.training.config import read_pretrain_config
 from tahoex1_hf.training.flops import training_flops
-from tahoex1_hf.training.scaling import H100, Assumptions, Hardware, Plan, matrix_share, numbers_of, plan_step, plans
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENT = ROOT / "docs" / "scaling.md"

@@ -16,7 +16,7 @@ from benchmarks.child import python
 from benchmarks.embedding import random_model
 from benchmarks.measuring import Row, Series, Suite, Task, in_turn, progress
 from tahoex1_hf import TahoeX1Model
-from tahoex1_hf.encoder import CellEncoder
+from tahoex1_hf.inference.encoder import CellEncoder
 
 IMPORT_OURS = "import tahoex1_hf"
 IMPORT_BERT = "from transformers import BertModel"

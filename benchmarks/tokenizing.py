@@ -11,8 +11,8 @@ from benchmarks import reference
 from benchmarks.cells import cells_in_torch, ensembl_ids, synthetic_counts, tokenizer_for
 from benchmarks.machine import ALL_CORES, bound_to
 from benchmarks.measuring import Row, Suite, Task, in_turn
+from tahoex1_hf.cells.compiled_encoding import encode_chunk
 from tahoex1_hf.encoding_tahoe_x1 import EncodedCells, GeneMatch
-from tahoex1_hf.fast_encoding import encode_chunk
 from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
 
 COLUMNS, EXPRESSED, CONTEXT, CHUNK = 20_000, 2_500, 2048, 256

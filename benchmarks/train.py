@@ -26,7 +26,7 @@ from benchmarks.child import ROOT, python
 from benchmarks.embedding import random_model, reference_shape
 from benchmarks.measuring import Row, Series, Suite, Task, in_turn, progress, timed
 from tahoex1_hf import TahoeX1ForPreTraining
-from tahoex1_hf.encoder import choose_dtype
+from tahoex1_hf.inference.encoder import choose_dtype
 from tahoex1_hf.training.config import read_pretrain_config
 from tahoex1_hf.training.flops import training_flops
 from tahoex1_hf.training.pretraining import training_arguments

@@ -17,7 +17,7 @@ import typer
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
-from tahoex1_hf.hub_export import build_repository, size_names
+from tahoex1_hf.hub.export import build_repository, size_names
 
 ROOT = Path(__file__).resolve().parents[1]
 CARDS = ROOT / "model_cards"

@@ -27,8 +27,8 @@ from sklearn.preprocessing import StandardScaler
 from transformers.utils import logging
 
 from tahoex1_hf import TahoeX1Model, TahoeX1Tokenizer, embed_anndata
-from tahoex1_hf.encoder import DtypeName
-from tahoex1_hf.model_loading import load_model_and_tokenizer
+from tahoex1_hf.hub.loading import load_model_and_tokenizer
+from tahoex1_hf.inference.encoder import DtypeName
 
 CHECKPOINT = Path(__file__).resolve().with_name("demo_checkpoint")
 KEY = "X_tahoe_x1"

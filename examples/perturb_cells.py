@@ -10,8 +10,8 @@ import typer
 from demo_cells import LABELS, load_cells, load_gene_symbols
 
 from tahoex1_hf import perturb_genes
-from tahoex1_hf.perturbation_plot import plot_ranking
-from tahoex1_hf.perturbation_tables import write_table
+from tahoex1_hf.perturbation.plot import plot_ranking
+from tahoex1_hf.perturbation.tables import write_table
 
 CHECKPOINT = Path(__file__).resolve().with_name("demo_checkpoint")
 CYTOTOXIC, NAIVE = "CD8+ Cytotoxic T", "CD8+/CD45RA+ Naive Cytotoxic"

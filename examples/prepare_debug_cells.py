@@ -12,7 +12,7 @@ import typer
 from demo_cells import SYMBOLS_CSV, load_cells, load_gene_symbols
 
 from tahoex1_hf.data.config import parse_config
-from tahoex1_hf.data.prepare import prepare
+from tahoex1_hf.data.preparation import prepare
 
 
 def main(

@@ -25,8 +25,8 @@ from tahoex1_hf.modeling_tahoe_x1 import (
 from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
 
 if TYPE_CHECKING:
-    from tahoex1_hf.embedding import embed_anndata
-    from tahoex1_hf.perturbation import perturb_genes
+    from tahoex1_hf.embedding.in_memory import embed_anndata
+    from tahoex1_hf.perturbation.run import perturb_genes
 
 __version__ = "0.1.0"
 
@@ -39,7 +39,7 @@ AutoTokenizer.register(TahoeX1Config, tokenizer_class=TahoeX1Tokenizer, exist_ok
 
 
 def _locate_checkpoint(name: Any, marker: str, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    from tahoex1_hf.model_loading import locate_checkpoint
+    from tahoex1_hf.hub.loading import locate_checkpoint
 
     return locate_checkpoint(name, marker, options)
 
@@ -63,11 +63,11 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     # Loaded on first use: importing the model must not import what only embedding AnnData needs.
     if name == "embed_anndata":
-        from tahoex1_hf.embedding import embed_anndata
+        from tahoex1_hf.embedding.in_memory import embed_anndata
 
         return embed_anndata
     if name == "perturb_genes":
-        from tahoex1_hf.perturbation import perturb_genes
+        from tahoex1_hf.perturbation.run import perturb_genes
 
         return perturb_genes
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

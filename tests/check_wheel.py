@@ -50,10 +50,10 @@ assert not optional, f"import tahoex1_hf also imported the optional {sorted(opti
 installed = importlib.metadata.distribution("tahoex1_hf")
 assert installed.version == tahoex1_hf.__version__, f"{installed.version} is not {tahoex1_hf.__version__}"
 
-from tahoex1_hf.cli import app
+from tahoex1_hf.cli.app import app
 
 (script,) = installed.entry_points.select(group="console_scripts", name="tahoex1")
-assert script.load() is app, "the console script tahoex1 is not tahoex1_hf.cli.app"
+assert script.load() is app, "the console script tahoex1 is not tahoex1_hf.cli.app:app"
 """
 
 
@@ -99,9 +99,9 @@ def main() -> None:
         # PYTHONPATH comes before the editable install of the environment that runs this.
         away = {"cwd": elsewhere, "env": {**os.environ, "PYTHONPATH": str(target), "HF_HUB_OFFLINE": "1"}}
         run_python("is imported and known to transformers", "-c", USE_IT, target, **away)
-        help_text = run_python("tahoex1 --help", "-m", "tahoex1_hf.cli", "--help", **away)
+        help_text = run_python("tahoex1 --help", "-m", "tahoex1_hf", "--help", **away)
         if "usage" not in help_text.lower():
-            sys.exit(f"{help_text}\nwheel check FAILED: python -m tahoex1_hf.cli --help printed no usage")
+            sys.exit(f"{help_text}\nwheel check FAILED: python -m tahoex1_hf --help printed no usage")
 
 
 if __name__ == "__main__":

@@ -88,7 +88,7 @@ def training_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from cells import make_cells, write_cells, write_vocab
 
     from tahoex1_hf.data.config import parse_config
-    from tahoex1_hf.data.prepare import prepare
+    from tahoex1_hf.data.preparation import prepare
 
     folder = tmp_path_factory.mktemp("data")
     vocab = write_vocab(folder)

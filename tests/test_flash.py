@@ -14,7 +14,7 @@ from helpers import SHAPES, gradients, largest_difference, make_batch, packed, t
 from transformers import PreTrainedModel
 
 from tahoex1_hf import TahoeX1Config
-from tahoex1_hf.ragged_inference import ragged_forward
+from tahoex1_hf.inference.ragged import ragged_forward
 
 CLOSE = 1e-5
 FLASH_SHAPES = ["plain", "drugs", "gqa_glu_post_mean"]  # the mask of the others is not flash attention's

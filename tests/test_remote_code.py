@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from elsewhere import run_elsewhere
 from helpers import GOLDEN, REPO_ROOT, SHAPES, make_batch, tiny_config, tiny_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
@@ -20,7 +21,7 @@ from tahoex1_hf import (
     TahoeX1ForTokenClassification,
     TahoeX1Model,
 )
-from tahoex1_hf.original_checkpoints import convert_original_folder
+from tahoex1_hf.original.convert import convert_original_folder
 
 AUTO_MAP = {
     "AutoConfig": "configuration_tahoe_x1.TahoeX1Config",
@@ -35,33 +36,6 @@ AUTO_CLASSES = {
     "AutoModelForSequenceClassification": TahoeX1ForSequenceClassification,
     "AutoModelForTokenClassification": TahoeX1ForTokenClassification,
 }
-
-
-def run_elsewhere(script: str, folder: Path, *arguments: object) -> subprocess.CompletedProcess:
-    """Run Python where the package can't be imported."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
-    environment |= {"HF_HOME": str(folder / "hf_home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    guard = f"""
-        import sys
-        sys.path = [path for path in sys.path if path and path != {str(REPO_ROOT)!r}]
-        sys.meta_path = [finder for finder in sys.meta_path if "editable" not in repr(finder).lower()]
-        try:
-            import tahoex1_hf
-        except ImportError:
-            pass
-        else:
-            raise SystemExit("the package can be imported here, so this would prove nothing")
-    """
-    run = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(guard) + textwrap.dedent(script), *map(str, arguments)],
-        env=environment,
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
-    return run
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
-_PRELOAD = ["tahoex1_hf.data.prepare"]
+_PRELOAD = ["tahoex1_hf.data.preparation"]
 
 
 def run_tasks(

@@ -18,8 +18,8 @@ from transformers import PreTrainedModel
 import tahoex1_hf
 from tahoex1_hf.configuration_tahoe_x1 import TahoeX1Config
 from tahoex1_hf.finetuning.bases import vocabulary_digest
-from tahoex1_hf.finetuning.drug_table import add_saved
-from tahoex1_hf.model_loading import find_model
+from tahoex1_hf.finetuning.drugs.table import add_saved
+from tahoex1_hf.hub.loading import find_model
 from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
 from tahoex1_hf.training.checkpoints import write_atomically
 

@@ -12,7 +12,7 @@ from transformers.utils import logging
 
 from tahoex1_hf.finetuning.config import FinetuneConfig
 from tahoex1_hf.finetuning.methods import quantization
-from tahoex1_hf.model_loading import find_model
+from tahoex1_hf.hub.loading import find_model
 from tahoex1_hf.modeling_tahoe_x1 import TahoeX1PreTrainedModel
 from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
 

@@ -22,7 +22,7 @@ _TESTED = {"gene_classification": "genes", "drug_response": "conditions"}
 _DRUG_USAGE = """## Use
 
 ```python
-from tahoex1_hf.finetuning.drug_response import predict_drug_response
+from tahoex1_hf.finetuning.drugs.task import predict_drug_response
 
 changes = predict_drug_response("FOLDER OR HUB ID OF THIS ADAPTER", controls, ["NAME OF A DRUG"])
 ```
@@ -34,7 +34,7 @@ change of the mean of log(1 + counts per 10,000)."""
 _GENE_USAGE = """## Use
 
 ```python
-from tahoex1_hf.finetuning.gene_classification import predict_gene_classes
+from tahoex1_hf.finetuning.genes.task import predict_gene_classes
 
 table = predict_gene_classes("FOLDER OR HUB ID OF THIS ADAPTER", adata)
 ```

@@ -19,14 +19,14 @@ def finetune(config: FinetuneConfig) -> int:
     """
     match config.task:
         case "gene_classification":
-            from tahoex1_hf.finetuning.gene_classification import finetune_genes
+            from tahoex1_hf.finetuning.genes.task import finetune_genes
 
             return finetune_genes(config)
         case "drug_response":
-            from tahoex1_hf.finetuning.drug_response import finetune_drugs
+            from tahoex1_hf.finetuning.drugs.task import finetune_drugs
 
             return finetune_drugs(config)
         case _:
-            from tahoex1_hf.finetuning.cell_runs import finetune_cells
+            from tahoex1_hf.finetuning.cells.task import finetune_cells
 
             return finetune_cells(config)

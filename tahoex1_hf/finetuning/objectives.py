@@ -9,8 +9,8 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from tahoex1_hf.data.collator import CellCollator
+from tahoex1_hf.finetuning.cells.labelled import LabelledCells
 from tahoex1_hf.finetuning.config import FinetuneConfig
-from tahoex1_hf.finetuning.labelled_cells import LabelledCells
 
 # Number of the "epoch" from which the hidden genes of validation and test cells are drawn: the same whenever.
 HELD_OUT = 2**32

@@ -7,8 +7,8 @@ from typing import Any, cast
 import numpy as np
 import torch
 
+from tahoex1_hf.finetuning.cells.labelled import LabelledCells
 from tahoex1_hf.finetuning.config import FinetuneConfig
-from tahoex1_hf.finetuning.labelled_cells import LabelledCells
 from tahoex1_hf.finetuning.splits import Split
 
 logger = logging.getLogger(__name__)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tahoex1_hf.common.plots import draw_confusion, draw_predicted, draw_umaps
 from tahoex1_hf.finetuning.baselines import classification_baselines, regression_baselines
 from tahoex1_hf.finetuning.metrics import (
     HEADLINE,
@@ -23,7 +24,6 @@ from tahoex1_hf.finetuning.metrics import (
     summarize,
 )
 from tahoex1_hf.finetuning.splits import Split
-from tahoex1_hf.plots import draw_confusion, draw_predicted, draw_umaps
 from tahoex1_hf.training.checkpoints import write_atomically
 
 if TYPE_CHECKING:

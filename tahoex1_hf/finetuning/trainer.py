@@ -19,9 +19,9 @@ from transformers import (
 )
 from transformers.trainer_utils import rotate_checkpoints
 
-from tahoex1_hf.encoder import length_sorted_batches
 from tahoex1_hf.finetuning.batches import TrainingBatches
 from tahoex1_hf.finetuning.objectives import HELD_OUT, Objective
+from tahoex1_hf.inference.encoder import length_sorted_batches
 from tahoex1_hf.training import checkpoints
 
 logger = logging.getLogger(__name__)

@@ -22,8 +22,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from tahoex1_hf.common.plots import draw_umap
 from tahoex1_hf.data.config import Strict
-from tahoex1_hf.plots import draw_umap
 
 if TYPE_CHECKING:
     import anndata
@@ -206,7 +206,7 @@ class CellTypeEvaluation(_Evaluation):
 
     def features(self, model: torch.nn.Module) -> Features:
         """Embeddings of the labelled cells."""
-        from tahoex1_hf.embedding import embed_anndata
+        from tahoex1_hf.embedding.in_memory import embed_anndata
 
         assert self.tokenizer is not None
         adata, symbols = self._cells()

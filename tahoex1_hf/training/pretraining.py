@@ -16,7 +16,7 @@ from transformers.utils.logging import disable_progress_bar
 from tahoex1_hf.configuration_tahoe_x1 import TahoeX1Config
 from tahoex1_hf.data.collator import CellCollator
 from tahoex1_hf.data.feeding import CellBatches
-from tahoex1_hf.model_loading import find_model
+from tahoex1_hf.hub.loading import find_model
 from tahoex1_hf.modeling_tahoe_x1 import TahoeX1ForPreTraining
 from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
 from tahoex1_hf.training import checkpoints

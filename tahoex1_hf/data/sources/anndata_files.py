@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from tahoex1_hf.cells.gene_symbols import read_gene_symbols
 from tahoex1_hf.data.config import AnnDataSource
 from tahoex1_hf.data.sources.anndata_store import (
     csc_entries,
@@ -32,7 +33,6 @@ from tahoex1_hf.data.sources.by_gene import spool_entries
 from tahoex1_hf.data.sources.csr import check_indptr
 from tahoex1_hf.data.sources.files import expand_paths, is_zarr_store, local_fingerprint
 from tahoex1_hf.encoding_tahoe_x1 import GeneMatch
-from tahoex1_hf.reading import read_gene_symbols
 
 
 class AnnDataFiles(CellSource):

@@ -14,16 +14,6 @@ import numpy as np
 import pandas as pd
 
 from tahoex1_hf.data.config import MDSSource
-from tahoex1_hf.data.mds_format import (
-    INDEX_FILE,
-    Shard,
-    ShardReader,
-    StoredFile,
-    check_stored,
-    decoder_of,
-    decompress,
-    parse_index,
-)
 from tahoex1_hf.data.sources.base import (
     CHUNK_ELEMENTS,
     INDEX,
@@ -35,6 +25,16 @@ from tahoex1_hf.data.sources.base import (
     matched_genes,
 )
 from tahoex1_hf.data.sources.files import local_fingerprint
+from tahoex1_hf.data.sources.mds_format import (
+    INDEX_FILE,
+    Shard,
+    ShardReader,
+    StoredFile,
+    check_stored,
+    decoder_of,
+    decompress,
+    parse_index,
+)
 from tahoex1_hf.encoding_tahoe_x1 import GeneMatch, GeneRows, count_problem, merge_repeats
 from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
 

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 from scipy.sparse import csr_matrix
 
+from tahoex1_hf.cells.gene_symbols import read_gene_symbols
 from tahoex1_hf.data.config import TenXSource
 from tahoex1_hf.data.sources.base import (
     CHUNK_ELEMENTS,
@@ -28,7 +29,6 @@ from tahoex1_hf.data.sources.by_gene import read_spooled, spool_entries
 from tahoex1_hf.data.sources.csr import check_indptr, read_rows
 from tahoex1_hf.data.sources.files import expand_paths, local_fingerprint
 from tahoex1_hf.encoding_tahoe_x1 import GeneMatch
-from tahoex1_hf.reading import read_gene_symbols
 
 GENE_EXPRESSION = "Gene Expression"
 

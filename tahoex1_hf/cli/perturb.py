@@ -1,0 +1,166 @@
+# Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
+"""The command `tahoex1 perturb`."""
+
+import logging
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tahoex1_hf.cli.embed import Dtype
+
+
+class Mode(StrEnum):
+    """What becomes of the count of a gene."""
+
+    delete = "delete"
+    overexpress = "overexpress"
+    set = "set"
+
+
+def read_genes(genes: str) -> list[str] | str:
+    """The genes of the option: `all`, names with commas between, or a file with a name per line.
+
+    Raises:
+        ValueError: where there is no name.
+    """
+    if genes == "all":
+        return genes
+    path = Path(genes)
+    names = path.read_text(encoding="utf-8").split() if path.is_file() else genes.split(",")
+    names = [name.strip() for name in names if name.strip()]
+    if not names:
+        raise ValueError(f'genes={genes!r} names no gene: pass "all", names with commas between, or a file of names.')
+    return names
+
+
+def perturb(
+    source: Annotated[
+        Path, typer.Argument(metavar="IN.h5ad", exists=True, dir_okay=False, help="Cells with raw counts.")
+    ],
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="The ranked table: .csv or .parquet.")],
+    model: Annotated[
+        str, typer.Option(help="Folder or Hub repository of the model, or a folder with an adapter of this package.")
+    ],
+    genes: Annotated[
+        str, typer.Option(help='Names with commas between, a file with a name per line, or "all" expressed genes.')
+    ],
+    size: Annotated[str | None, typer.Option(help="Which size, where there are several: 70m, 1b, 3b.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the Hub repository.")] = None,
+    mode: Annotated[
+        Mode, typer.Option(help="Count becomes 0; the cell's largest (its top bin); or --value.")
+    ] = Mode.delete,
+    value: Annotated[float | None, typer.Option(help="Raw count for --mode set.")] = None,
+    together: Annotated[bool, typer.Option("--together", help="Perturb all the genes at once.")] = False,
+    cells: Annotated[
+        str | None,
+        typer.Option(help="Which cells: a comparison over columns of obs: 'cell_type == \"B\"'.", show_default="all"),
+    ] = None,
+    groupby: Annotated[str | None, typer.Option(help="Column of obs: rank the genes in each group.")] = None,
+    target: Annotated[
+        str | None, typer.Option(help="Measure the shift toward these cells: a comparison, like --cells.")
+    ] = None,
+    expression: Annotated[
+        bool, typer.Option("--expression", help="Also the change of predicted expression; four times the work.")
+    ] = False,
+    affected: Annotated[
+        Path | None,
+        typer.Option(help="With --expression: write the most affected genes to this .csv or .parquet."),
+    ] = None,
+    num_affected: Annotated[int, typer.Option(help="Most affected genes to list per perturbation.")] = 20,
+    plot: Annotated[Path | None, typer.Option(help="Draw the ranking into this .png.")] = None,
+    null_genes: Annotated[
+        int, typer.Option(help="Genes of like expression, perturbed to compare each gene with. 0: none.")
+    ] = 50,
+    min_cells: Annotated[int, typer.Option(help="Fewest cells that express a gene of the null, or of all.")] = 10,
+    gene_id_column: Annotated[
+        str | None, typer.Option(help="Column of var with Ensembl ids.", show_default="var_names")
+    ] = None,
+    gene_symbols: Annotated[
+        Path | None, typer.Option(help="CSV with the columns symbol, Ensembl id, for genes named by symbol.")
+    ] = None,
+    layer: Annotated[str | None, typer.Option(help="Layer with the counts.", show_default="X")] = None,
+    drugs: Annotated[str | None, typer.Option(help="Column of obs with drugs, or one drug for all cells.")] = None,
+    max_length: Annotated[
+        int | None, typer.Option(help="Most tokens per cell.", show_default="the model's context")
+    ] = None,
+    dtype: Annotated[
+        Dtype, typer.Option(help="bfloat16 moves embeddings as far as many a gene does.")
+    ] = Dtype.float32,
+    device: Annotated[str | None, typer.Option(help="cuda, mps or cpu.", show_default="the fastest there is")] = None,
+    batch_tokens: Annotated[
+        int | None, typer.Option(help="Tokens per batch; less needs less memory.", show_default="fit for the device")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling of cells longer than the context.")] = 0,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Throw away what an unfinished run with other settings left.")
+    ] = False,
+) -> None:
+    """Delete, overexpress or set genes in cells, and rank them by how far the cells' embeddings move.
+
+    Finished genes are kept in OUT.partial: the same command goes on after a stop.
+    """
+    # What the command needs is imported here, so that --help answers at once.
+    try:
+        from tahoex1_hf.perturbation.run import load_for_perturbation, perturb_genes
+        from tahoex1_hf.perturbation.tables import check_table, write_table
+    except ImportError as error:
+        typer.echo(f"Error: {error.name} is missing: pip install 'tahoex1_hf[data]'.", err=True)
+        raise typer.Exit(1) from None
+    from tahoex1_hf.cells.gene_symbols import read_gene_symbols
+
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
+    partial = output.with_name(f"{output.name}.partial")
+    try:
+        for table in (output, affected):
+            if table is not None:
+                check_table(table)
+        if plot is not None:
+            from tahoex1_hf.perturbation.plot import check_plot, plot_ranking
+
+            check_plot(plot)
+        if affected is not None and not expression:
+            raise ValueError("--affected needs --expression.")
+        loaded, tokenizer = load_for_perturbation(model, size=size, revision=revision, expression=expression)
+        result = perturb_genes(
+            source,
+            loaded,
+            tokenizer,
+            read_genes(genes),
+            mode=mode.value,
+            value=value,
+            together=together,
+            cells=cells,
+            groupby=groupby,
+            target=target,
+            expression=expression,
+            num_affected=num_affected,
+            null_genes=null_genes,
+            min_cells=min_cells,
+            layer=layer,
+            gene_id_column=gene_id_column,
+            gene_symbols=read_gene_symbols(gene_symbols),
+            drugs=drugs,
+            max_length=max_length,
+            seed=seed,
+            batch_tokens=batch_tokens,
+            device=device,
+            dtype=dtype.value,
+            partial=partial,
+            restart=restart,
+        )
+        write_table(result.table, output)
+        if affected is not None and result.affected is not None:
+            write_table(result.affected, affected)
+        if plot is not None:
+            plot_ranking(result.table, plot)
+        partial.unlink(missing_ok=True)
+    except (ImportError, OSError, ValueError) as error:  # ImportError: names the extra
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        typer.echo("Stopped. The same command goes on from here.", err=True)
+        raise typer.Exit(130) from None
+    written = [str(path) for path in (output, affected, plot) if path is not None]
+    typer.echo(f"Wrote {', '.join(written)}")

@@ -1,0 +1,146 @@
+# Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
+"""The command `tahoex1 prepare`."""
+
+import logging
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+class Format(StrEnum):
+    """File format of the shards."""
+
+    arrow = "arrow"
+    parquet = "parquet"
+
+
+def prepare(
+    inputs: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="INPUT...",
+            help=".h5ad files, .zarr stores, 10x .h5 files or matrix folders; folders with such; globs.",
+        ),
+    ] = None,
+    output: Annotated[str | None, typer.Option(help="Folder of the dataset.")] = None,
+    vocab: Annotated[str | None, typer.Option(help="The model's vocab.json.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="YAML file with everything, in place of INPUT; see examples/configs/data.")
+    ] = None,
+    num_proc: Annotated[int, typer.Option(help="Processes; the result is the same for any number.")] = 1,
+    seed: Annotated[int | None, typer.Option(help="Seed of shuffling and split.", show_default="0")] = None,
+    validation_fraction: Annotated[
+        float | None, typer.Option(help="Share of the cells kept for validation.", show_default="0.01")
+    ] = None,
+    metadata: Annotated[
+        list[str] | None,
+        typer.Option(help="Column of obs to keep, or NEW=OLD; _index is the cell's name. Can be repeated."),
+    ] = None,
+    gene_id_column: Annotated[
+        str | None, typer.Option(help="Column of var with Ensembl ids.", show_default="var_names")
+    ] = None,
+    gene_symbols: Annotated[
+        str | None, typer.Option(help="CSV with the columns symbol, Ensembl id, for genes named by symbol.")
+    ] = None,
+    layer: Annotated[str | None, typer.Option(help="Layer with the counts.", show_default="X")] = None,
+    format: Annotated[Format | None, typer.Option(help="File format of the shards.", show_default="arrow")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin anew where OUTPUT holds a dataset.")] = False,
+) -> None:
+    """Turn single-cell files into a shuffled Arrow dataset for training.
+
+    A run that was stopped goes on where it was when the same command is given again.
+    """
+    try:
+        from tahoex1_hf.data.config import parse_config, read_config
+        from tahoex1_hf.data.preparation import prepare as prepare_dataset
+    except ImportError as error:
+        typer.echo(f"Error: {error.name} is missing: pip install 'tahoex1_hf[data]'.", err=True)
+        raise typer.Exit(1) from None
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
+    simple: dict[str, Any] = {
+        "metadata": metadata,
+        "gene_id_column": gene_id_column,
+        "gene_symbols": gene_symbols,
+        "layer": layer,
+    }
+    validation = None if validation_fraction is None else {"fraction": validation_fraction}
+    common = {
+        "output": output,
+        "vocab": vocab,
+        "seed": seed,
+        "format": format.value if format else None,
+        "validation": validation,
+    }
+    try:
+        if config is not None:
+            misplaced = [f"--{name.replace('_', '-')}" for name, value in simple.items() if value]
+            if inputs or misplaced:
+                raise ValueError(
+                    f"{'INPUT' if inputs else misplaced[0]} and --config exclude each other: name the "
+                    "sources in the file."
+                )
+            parsed = read_config(config, **common)
+        else:
+            given = {key: value for key, value in common.items() if value is not None}
+            parsed = parse_config({**given, "sources": simple_sources(inputs or [], **simple)}, "tahoex1 prepare")
+        manifest = prepare_dataset(parsed, num_proc, overwrite)
+    except (ImportError, OSError, ValueError, RuntimeError) as error:  # ImportError: names the extra
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        typer.echo("Stopped. The same command goes on from here.", err=True)
+        raise typer.Exit(130) from None
+    typer.echo(_summary(parsed.output, manifest))
+
+
+def simple_sources(
+    inputs: list[str],
+    metadata: list[str] | None = None,
+    gene_id_column: str | None = None,
+    gene_symbols: str | None = None,
+    layer: str | None = None,
+) -> list[dict[str, Any]]:
+    """Sources for the command line: what an input is shows in its name, or in what a folder holds.
+
+    Raises:
+        ValueError: where there is no input, or it cannot be told what it is.
+        FileNotFoundError: for an input that does not exist.
+    """
+    from tahoex1_hf.data.sources.anndata_files import is_anndata
+    from tahoex1_hf.data.sources.files import expand_paths
+    from tahoex1_hf.data.sources.ten_x import is_ten_x
+
+    if not inputs:
+        raise ValueError("name files to prepare, or --config.")
+    names = [pair.partition("=") for pair in metadata or ()]
+    options: dict[str, Any] = {"metadata": {new: old or new for new, _, old in names}}
+    options |= {"gene_id_column": gene_id_column, "gene_symbols": gene_symbols}
+    found = expand_paths(
+        inputs, lambda path: is_anndata(path) or is_ten_x(path), ".h5ad, .zarr or 10x files (others need --config)"
+    )
+    kinds = {"anndata": [path for path in found if is_anndata(Path(path))]}
+    kinds["10x"] = [path for path in found if path not in set(kinds["anndata"])]
+    if layer is not None and kinds["10x"]:
+        raise ValueError(f"layer={layer!r}: {kinds['10x'][0]} has no layers.")
+    sources = []
+    for kind, paths in kinds.items():
+        if paths:
+            layers = {"layer": layer} if kind == "anndata" else {}
+            sources.append({"kind": kind, "paths": paths, **options, **layers})
+    return sources
+
+
+def _summary(output: str, manifest: dict[str, Any]) -> str:
+    totals = manifest["totals"]
+    dropped = ", ".join(f"{rule} {count:,}" for rule, count in totals["dropped"].items() if count)
+    lines = [f"{totals['cells_in']:,} cells read from {totals['files_read']} files, {totals['cells_out']:,} kept"]
+    if dropped:
+        lines.append(f"dropped: {dropped}")
+    if totals["files_skipped"]:
+        lines.append(f"skipped: {totals['files_skipped']} files (reasons in manifest.json)")
+    for split, part in manifest["splits"].items():
+        size = sum(shard["bytes"] for shard in part["shards"]) / 1e6
+        lines.append(f"{split}: {part['cells']:,} cells in {len(part['shards'])} shards, {size:,.1f} MB")
+    return "\n".join([*lines, f"Wrote {output}"])

@@ -1,0 +1,385 @@
+# Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
+"""Embedding files of any size, with any number of processes, in a run that can be stopped and goes on where it was.
+
+The cells are cut into chunks (`cell_inputs.py`). A process embeds a stretch of them and writes a shard every half a
+minute (`embedding_shards.py`); when all chunks are in shards, the first process writes the output from them. A chunk's
+numbers depend on its cells alone, so the result is the same, bit for bit, on the same kind of device, however often a
+run was stopped and whatever the number of processes.
+"""
+
+import hashlib
+import json
+import logging
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from filelock import FileLock, Timeout
+from tqdm.auto import tqdm
+
+from tahoex1_hf.cells import inputs as cell_inputs
+from tahoex1_hf.cells.files import StoredInput, open_inputs
+from tahoex1_hf.cells.inputs import CellInput, EncodeOptions
+from tahoex1_hf.common.processes import Processes
+from tahoex1_hf.embedding.in_memory import embed_chunks, provenance, with_context
+from tahoex1_hf.embedding.shards import Shard, ShardFolder
+from tahoex1_hf.embedding.writers import EmbeddingWriter, check_output, open_writer
+from tahoex1_hf.inference.encoder import CellEncoder, DtypeName, GeneMeans
+from tahoex1_hf.modeling_tahoe_x1 import TahoeX1PreTrainedModel
+from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
+
+logger = logging.getLogger(__name__)
+
+# A shard is written when so many seconds have passed since the last, or so many numbers have come together (32 MB).
+_SHARD_SECONDS = 30.0
+_SHARD_NUMBERS = 2**23
+
+# Of the tokenizer: what decides the encoding of a cell.
+_ENCODING_SETTINGS = (
+    "value_encoding",
+    "num_bins",
+    "right_binning",
+    "target_sum",
+    "context_length",
+    "overflow",
+    "pad_value",
+    "drug_to_id",
+    "first_gene_raw",
+)
+
+
+class Plan:
+    """Chunks of all inputs, numbered through, and who embeds which."""
+
+    def __init__(self, inputs: Sequence[CellInput]):
+        self.inputs = inputs
+        counts = [-(-each.num_cells // cell_inputs.CHUNK_CELLS) for each in inputs]
+        self.firsts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+        self.num_chunks = int(self.firsts[-1])
+        self.num_cells = sum(each.num_cells for each in inputs)
+
+    def cells(self, start: int, stop: int) -> tuple[int, int, int]:
+        """Input of chunks `start` to `stop`, which are all in one, and the numbers of their cells, from and to."""
+        number = int(np.searchsorted(self.firsts, start, side="right")) - 1
+        low = (start - int(self.firsts[number])) * cell_inputs.CHUNK_CELLS
+        high = min((stop - int(self.firsts[number])) * cell_inputs.CHUNK_CELLS, self.inputs[number].num_cells)
+        return number, low, high
+
+    def stretches(self, todo: np.ndarray) -> list[tuple[int, int]]:
+        """Runs of consecutive chunks of one input among the given, which are in order."""
+        if not len(todo):
+            return []
+        owners = np.searchsorted(self.firsts, todo, side="right")
+        cuts = np.flatnonzero((np.diff(todo) != 1) | (np.diff(owners) != 0)) + 1
+        bounds = [0, *cuts.tolist(), len(todo)]
+        return [(int(todo[a]), int(todo[b - 1]) + 1) for a, b in pairwise(bounds)]
+
+    def unfinished(self, finished: Sequence[tuple[int, int]]) -> np.ndarray:
+        """Numbers of the chunks that are in no shard."""
+        missing = np.ones(self.num_chunks, dtype=bool)
+        for start, stop in finished:
+            missing[start:stop] = False
+        return np.flatnonzero(missing)
+
+    def shares(self, todo: np.ndarray, processes: int) -> list[np.ndarray]:
+        """The chunks of each process: consecutive ones, with about equally many tokens."""
+        if processes == 1:
+            return [todo]
+        tokens = np.concatenate([each.chunk_tokens() for each in self.inputs])[todo].astype(np.float64)
+        middles = np.cumsum(tokens) - tokens / 2
+        owner = np.minimum((middles * processes / max(tokens.sum(), 1)).astype(np.int64), processes - 1)
+        return [todo[owner == process] for process in range(processes)]
+
+
+def embed_files(
+    sources: str | Path | Sequence[str | Path],
+    output: str | Path,
+    model: TahoeX1PreTrainedModel,
+    tokenizer: TahoeX1Tokenizer,
+    *,
+    key_added: str = "X_tahoe_x1",
+    layer: str | None = None,
+    gene_id_column: str | None = None,
+    gene_symbols: Mapping[str, str] | None = None,
+    gene_metadata: str | None = None,
+    drugs: str | None = None,
+    gene_embeddings: bool = False,
+    max_length: int | None = None,
+    seed: int = 0,
+    batch_tokens: int | None = None,
+    device: str | torch.device | None = None,
+    dtype: DtypeName = "auto",
+    restart: bool = False,
+    progress: bool = True,
+) -> None:
+    """Embed the cells of files, which may be larger than memory.
+
+    Embeddings are kept in the folder `OUTPUT.shards` until all are there. A run that was stopped, in whatever way,
+    goes on with the same arguments. Under `accelerate launch`, all processes (on one or several machines, with a
+    shared file system or an output in an object store) work on it together.
+
+    Args:
+        sources: `.h5ad` files, `.zarr` stores, 10x files, folders and globs of such, prepared datasets, Hub datasets
+            in the form of Tahoe-100M.
+        output: ends in `.h5ad`, `.parquet` or `.npy` (the latter two may be URLs, `s3://…`). For a single `.h5ad`
+            source, an `.h5ad` output is the source plus the new slots; else it has cells without counts.
+        model: any Tahoe-x1 model.
+        tokenizer: the tokenizer of the same checkpoint.
+        key_added: slot of `obsm` to write, or the beginning of the table's column names.
+        layer: as in `embed_anndata`.
+        gene_id_column: as in `embed_anndata`.
+        gene_symbols: as in `embed_anndata`.
+        gene_metadata: gene table of a dataset in the form of Tahoe-100M, by default its own on the Hub.
+        drugs: for models with a drug encoder: a column of the cells, or one drug for all.
+        gene_embeddings: as in `embed_anndata`; for a single `.h5ad` source and output.
+        max_length: as in `embed_anndata`.
+        seed: as in `embed_anndata`; a cell's number is that in its file.
+        batch_tokens: as in `embed_anndata`.
+        device: as in `embed_anndata`; with several processes on a machine, by default a GPU each.
+        dtype: as in `embed_anndata`.
+        restart: throw away what an unfinished run with other arguments left.
+        progress: whether to show a progress bar.
+
+    Raises:
+        ValueError: for files and arguments that cannot be used; the message says what to do.
+        FileNotFoundError: for a source that does not exist.
+    """
+    paths = [str(path) for path in ([sources] if isinstance(sources, (str, Path)) else sources)]
+    target = str(output)
+    check_output(target, gene_embeddings)
+    processes = Processes.current()
+    options = EncodeOptions(with_context(tokenizer, max_length), drugs, seed, gene_id_column, gene_symbols, layer)
+    with ExitStack() as stack:
+        shards = ShardFolder(f"{target}.shards")
+        spool = Path(shards.location) / "by_cell"
+        if not shards.is_local:  # counts that must be sorted by cell are sorted on each machine
+            spool = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        inputs = open_inputs(paths, options, spool, gene_metadata)
+        alone = len(inputs) == 1 and _is_h5ad(inputs[0])
+        copied = inputs[0].path if alone and target.endswith(".h5ad") else None
+        if gene_embeddings and copied is None:
+            raise ValueError("gene_embeddings needs a single .h5ad file as source: its varm is where they go.")
+        encoder = CellEncoder(
+            model, options.tokenizer, batch_tokens=batch_tokens, device=device or processes.device(), dtype=dtype
+        )
+        with_names = copied is None and not target.endswith(".npy")
+        run = _Run(inputs, shards, encoder, options, gene_embeddings, with_names)
+        identity = _identity(run, model, {"key_added": key_added})
+        todo = run.begin(stack.enter_context(_Lock(shards)), identity, restart, processes)
+
+        def open_output() -> EmbeddingWriter:
+            shape = (run.plan.num_cells, encoder.width)
+            return open_writer(target, shape, key_added, copied, [each.path for each in inputs])
+
+        run.carry_out(todo, processes, open_output, model.name_or_path or "", progress)
+
+
+def _is_h5ad(cells: CellInput) -> bool:
+    return isinstance(cells, StoredInput) and Path(cells.path).is_file()
+
+
+class _Run:
+    """One run over all inputs."""
+
+    def __init__(
+        self,
+        inputs: Sequence[CellInput],
+        shards: ShardFolder,
+        encoder: CellEncoder,
+        options: EncodeOptions,
+        gene_embeddings: bool,
+        names: bool,
+    ):
+        self.plan, self.shards, self.encoder, self.options = Plan(inputs), shards, encoder, options
+        self.names, self.gene_embeddings = names, gene_embeddings
+
+    def _gene_means(self) -> GeneMeans | None:
+        genes = self.plan.inputs[0].genes
+        return self.encoder.gene_means(genes) if self.gene_embeddings and genes is not None else None
+
+    def begin(self, lock: "_Lock", identity: dict[str, Any], restart: bool, processes: Processes) -> np.ndarray:
+        """Claim the folder of the shards, and return the chunks that this process is to embed."""
+
+        def first() -> list[np.ndarray]:
+            lock.acquire()
+            self.shards.claim(identity, restart)
+            self._sort_by_cell()
+            # With gene embeddings, a shard of which no sum knows was finished just before a kill, and is made again.
+            finished = self.shards.summed() if self.gene_embeddings else self.shards.finished()
+            todo, total = self.plan.unfinished(finished), self.plan.num_chunks
+            if len(todo) < total:
+                done = total - len(todo)
+                logger.info("Going on with %s: %d of %d chunks are done.", self.shards.location, done, total)
+            return self.plan.shares(todo, processes.count)
+
+        share = processes.from_first(first)[processes.index]
+        if not self.shards.is_local:  # then the sorted counts lie on each machine, not beside the shards
+            self._sort_by_cell()
+        return share
+
+    def _sort_by_cell(self) -> None:
+        for cells in self.plan.inputs:
+            cells.sort_by_cell()
+
+    def carry_out(
+        self,
+        todo: np.ndarray,
+        processes: Processes,
+        open_output: Callable[[], EmbeddingWriter],
+        model_name: str,
+        progress: bool,
+    ) -> None:
+        """Embed this process's chunks; in the first process, write the output when all are done."""
+        try:
+            self.embed(todo, progress, processes)
+            processes.wait()
+            if processes.index == 0:
+                self.write(open_output(), model_name)
+                self.shards.remove()
+            processes.wait()
+        except BaseException:
+            if processes.count == 1 and not self.shards.finished():
+                self.shards.remove()  # nothing is in it
+            raise
+
+    def embed(self, todo: np.ndarray, progress: bool, processes: Processes) -> None:
+        """Embed chunks, and write shards of them."""
+        stretches = self.plan.stretches(todo)
+        cells = sum(high - low for _, low, high in (self.plan.cells(*stretch) for stretch in stretches))
+        title = "Embedding" if processes.count == 1 else f"Embedding ({processes.index + 1}/{processes.count})"
+        gene_means, writer, written = self._gene_means(), uuid.uuid4().hex, []
+        with tqdm(
+            total=cells, unit="cell", desc=title, position=processes.index, disable=not progress, smoothing=0.05
+        ) as bar:
+            for start, stop in stretches:
+                for first, last, shard in self._shards(start, stop, gene_means, bar):
+                    self.shards.write(first, last, shard)
+                    if gene_means is not None:
+                        written.append((first, last))
+                        self.shards.write_sums(writer, written, gene_means.state())
+
+    def _shards(
+        self, start: int, stop: int, gene_means: GeneMeans | None, bar: Any
+    ) -> Iterator[tuple[int, int, Shard]]:
+        """Shards of a stretch of chunks, as they become full."""
+        number, low, high = self.plan.cells(start, stop)
+        source = self.plan.inputs[number]
+        names: list[str] = []
+        parts: list[np.ndarray] = []
+        empty, first, since = 0, start, time.monotonic()
+        chunks = source.chunks(low, high, self.names)
+        for done, (chunk, part) in enumerate(embed_chunks(self.encoder, chunks, gene_means, bar.update), start + 1):
+            names.extend(chunk.names)
+            parts.append(part)
+            empty += len(chunk.cells.empty_cells)
+            full = sum(each.size for each in parts) >= _SHARD_NUMBERS or time.monotonic() - since >= _SHARD_SECONDS
+            if full or done == stop:
+                yield first, done, Shard(names, np.concatenate(parts), empty)
+                names, parts, empty, first, since = [], [], 0, done, time.monotonic()
+
+    def write(self, writer: EmbeddingWriter, model_name: str) -> None:
+        """Write the output from the shards, in the order of the cells."""
+        try:
+            num_empty = self._write_cells(writer)
+            gene_means, genes = self._gene_means(), self.plan.inputs[0].genes
+            if gene_means is not None and genes is not None:
+                for _, _, sums in self.shards.read_sums():
+                    gene_means.add_state(sums)
+                writer.write_genes(gene_means.means(genes.token_ids))
+            writer.write_provenance(provenance(model_name, self.encoder, self.options, self.plan.inputs, num_empty))
+            writer.finish()
+        except BaseException:
+            writer.abandon()
+            raise
+
+    def _write_cells(self, writer: EmbeddingWriter) -> int:
+        at = num_empty = 0
+        for start, stop in self.shards.finished():
+            if start != at:
+                raise ValueError(f"{self.shards.location} lacks chunks {at} to {start}: run the same command again.")
+            number, low, high = self.plan.cells(start, stop)
+            shard = self.shards.read(start, stop)
+            if len(shard.embeddings) != high - low:
+                raise ValueError(f"{self.shards.location}: the shard {start}-{stop} is damaged: remove it, and rerun.")
+            writer.write(shard.names, self.plan.inputs[number].path, shard.embeddings)
+            num_empty += shard.num_empty
+            at = stop
+        if at != self.plan.num_chunks:
+            raise ValueError(f"{self.shards.location} lacks chunks from {at} on: run the same command again.")
+        return num_empty
+
+
+def _identity(run: _Run, model: TahoeX1PreTrainedModel, more: dict[str, Any]) -> dict[str, Any]:
+    """What decides the result, apart from the kind of device."""
+    options, tokenizer = run.options, run.options.tokenizer
+    return {
+        "cells": [[each.path, each.fingerprint, each.num_cells] for each in run.plan.inputs],
+        "chunk_cells": cell_inputs.CHUNK_CELLS,
+        "model": weights_digest(model),
+        "tokenizer": tokenizer_digest(tokenizer),
+        "max_length": tokenizer.context_length,
+        "genes": [json_digest(each.genes.token_ids.tolist()) for each in run.plan.inputs if each.genes is not None],
+        "layer": options.layer,
+        "drugs": options.drugs,
+        "seed": options.seed,
+        "dtype": run.encoder.dtype_name,
+        "gene_embeddings": run.gene_embeddings,
+        "names": run.names,
+        **more,
+    }
+
+
+def json_digest(value: Any) -> str:
+    """SHA-256 of a value as JSON."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def tokenizer_digest(tokenizer: TahoeX1Tokenizer) -> str:
+    """SHA-256 of all that decides how a tokenizer encodes cells."""
+    settings = {name: getattr(tokenizer, name) for name in _ENCODING_SETTINGS}
+    special = [str(tokenizer.cls_token), str(tokenizer.pad_token)]
+    return json_digest([settings, special, sorted(tokenizer.get_vocab().items())])
+
+
+def weights_digest(model: torch.nn.Module) -> str:
+    """SHA-256 of names, shapes and a thousand numbers of every tensor of a model: it tells trainings apart.
+
+    Reading all numbers of a large model would take longer than to begin.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        flat = tensor.detach().flatten()
+        some = flat[:: max(1, len(flat) // 1024)].double().cpu().numpy()
+        digest.update(f"{name} {tuple(tensor.shape)}".encode() + some.tobytes())
+    return digest.hexdigest()
+
+
+class _Lock:
+    """Keeps a second run away from the same folder, as far as a lock reaches: on one machine, mostly."""
+
+    def __init__(self, shards: ShardFolder):
+        self.location = shards.location
+        self.lock = FileLock(f"{shards.location}.lock") if shards.is_local else None
+
+    def acquire(self) -> None:
+        """Take it, or raise ValueError."""
+        if self.lock is not None:
+            try:
+                self.lock.acquire(timeout=0)
+            except Timeout:
+                raise ValueError(f"{self.location}: another run is writing there.") from None
+
+    def __enter__(self) -> "_Lock":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.lock is not None and self.lock.is_locked:
+            Path(self.lock.lock_file).unlink(missing_ok=True)
+            self.lock.release()

@@ -1,0 +1,237 @@
+# Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
+"""The file that a finished embedding run ends with: written from the shards piece by piece, in place when complete."""
+
+import json
+import logging
+import os
+import shutil
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tahoex1_hf.embedding.in_memory import provenance_key
+
+logger = logging.getLogger(__name__)
+
+_FORMATS = (".h5ad", ".parquet", ".npy")
+
+
+def check_output(output: str, gene_embeddings: bool) -> None:
+    """Raise ValueError for an output that could not be written, before any work is done."""
+    name = output.rpartition("/")[2]
+    if not output.endswith(_FORMATS):
+        raise ValueError(f"The output must end in .h5ad, .parquet or .npy, got {name!r}.")
+    if gene_embeddings and not output.endswith(".h5ad"):
+        raise ValueError(f"Gene embeddings need an output that ends in .h5ad, got {name!r}.")
+    if "://" in output:
+        if output.endswith(".h5ad"):
+            raise ValueError(f"An .h5ad file cannot be written to {output}: name a local one, or a .parquet.")
+    elif not Path(output).parent.is_dir():
+        raise ValueError(f"The output's folder {Path(output).parent} does not exist.")
+
+
+class EmbeddingWriter(ABC):
+    """Writes embeddings in order to a temporary file beside the output, which `finish` moves into place."""
+
+    def __init__(self, output: str, shape: tuple[int, int], key_added: str):
+        self.output, self.shape, self.key_added = output, shape, key_added
+        self.remote = "://" in output
+        path = Path(output)
+        self.partial = output if self.remote else str(path.with_name(f".{path.name}.{os.getpid()}.partial"))
+        self.done = 0
+
+    def open(self) -> Any:
+        """The output as a stream: what is written to an object store appears there when it is closed."""
+        import fsspec
+
+        return fsspec.open(self.partial, "wb").open()
+
+    @abstractmethod
+    def write(self, names: Sequence[str], source: str, embeddings: np.ndarray) -> None:
+        """Write the next `(cells, width)` embeddings, of cells of one source."""
+
+    def write_genes(self, embeddings: np.ndarray) -> None:
+        """Write `(genes, width)` gene embeddings."""
+        raise ValueError(f"Gene embeddings need an output that ends in .h5ad, got {self.output}.")
+
+    @abstractmethod
+    def write_provenance(self, provenance: dict[str, Any]) -> None:
+        """Write what made the embeddings, where the format has a place for it."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Close the file."""
+
+    def finish(self) -> None:
+        """Move the finished file into place."""
+        self.close()
+        if not self.remote:
+            os.replace(self.partial, self.output)
+
+    def abandon(self) -> None:
+        """Remove the unfinished file."""
+        with suppress(Exception):  # what went wrong is on its way already
+            self.close()
+        if not self.remote:
+            Path(self.partial).unlink(missing_ok=True)
+
+
+class H5adWriter(EmbeddingWriter):
+    """A copy of the only input with `obsm`, `uns` and perhaps `varm` added, or, of other inputs, cells without counts.
+
+    Such cells have their names and, with several sources, the column `source` in `obs`.
+    """
+
+    def __init__(self, output: str, shape: tuple[int, int], key_added: str, copied: str | None, sources: list[str]):
+        import h5py
+
+        super().__init__(output, shape, key_added)
+        self.copied, self.sources = copied, sources
+        if copied is not None:
+            shutil.copyfile(copied, self.partial)
+        self.file = h5py.File(self.partial, "r+" if copied is not None else "w")
+        if copied is None:
+            self._make_frames()
+        self._remove("obsm", key_added)
+        self.dataset = self._group("obsm").create_dataset(key_added, shape=shape, dtype=np.float32)
+        self.dataset.attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
+
+    def _make_frames(self) -> None:
+        """`obs` and `var` as anndata stores them, the names of the cells to be filled in."""
+        import h5py
+        import pandas as pd
+        from anndata.io import write_elem
+
+        self.file.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
+        write_elem(self.file, "var", pd.DataFrame(index=pd.Index([], dtype=str)))
+        several = len(self.sources) > 1
+        obs = self.file.create_group("obs")
+        obs.attrs.update({"encoding-type": "dataframe", "encoding-version": "0.2.0", "_index": "_index"})
+        columns = ["source"] if several else []
+        obs.attrs.create("column-order", np.array(columns, dtype=h5py.string_dtype()), shape=(len(columns),))
+        self.names = obs.create_dataset("_index", shape=(self.shape[0],), dtype=h5py.string_dtype())
+        self.names.attrs.update({"encoding-type": "string-array", "encoding-version": "0.2.0"})
+        if several:
+            column = obs.create_group("source")
+            column.attrs.update({"encoding-type": "categorical", "encoding-version": "0.2.0", "ordered": False})
+            write_elem(column, "categories", np.array(self.sources, dtype=object))
+            self.codes = column.create_dataset("codes", shape=(self.shape[0],), dtype=np.int32)
+            self.codes.attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
+
+    def _group(self, name: str) -> Any:
+        group = self.file.require_group(name)
+        if "encoding-type" not in group.attrs:
+            group.attrs.update({"encoding-type": "dict", "encoding-version": "0.1.0"})
+        return group
+
+    def _remove(self, group: str, name: str) -> None:
+        if name in self._group(group):
+            logger.warning("%s had %s[%r] already: it is replaced in the output.", self.output, group, name)
+            del self.file[group][name]
+
+    def write(self, names: Sequence[str], source: str, embeddings: np.ndarray) -> None:
+        """Write rows."""
+        rows = slice(self.done, self.done + len(embeddings))
+        self.dataset[rows] = embeddings
+        if self.copied is None:
+            self.names[rows] = list(names)
+            if len(self.sources) > 1:
+                self.codes[rows] = self.sources.index(source)
+        self.done += len(embeddings)
+
+    def write_genes(self, embeddings: np.ndarray) -> None:
+        """Write `varm[key_added]`."""
+        self._write_element("varm", self.key_added, embeddings)
+
+    def write_provenance(self, provenance: dict[str, Any]) -> None:
+        """Write `uns`."""
+        self._write_element("uns", provenance_key(self.key_added), provenance)
+
+    def _write_element(self, group: str, name: str, value: Any) -> None:
+        from anndata.io import write_elem
+
+        self._remove(group, name)
+        write_elem(self.file[group], name, value)
+
+    def close(self) -> None:
+        """Close the HDF5 file."""
+        self.file.close()
+
+
+class ParquetWriter(EmbeddingWriter):
+    """A table: names of the cells (`cell`), with several sources `source`, and a float32 column per dimension."""
+
+    def __init__(self, output: str, shape: tuple[int, int], key_added: str, sources: list[str]):
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        super().__init__(output, shape, key_added)
+        self.several = len(sources) > 1
+        labels = [pa.field("cell", pa.string()), *([pa.field("source", pa.string())] if self.several else [])]
+        self.schema = pa.schema([*labels, *(pa.field(f"{key_added}_{i}", pa.float32()) for i in range(shape[1]))])
+        self.stream = self.open()
+        self.file = pq.ParquetWriter(self.stream, self.schema)
+
+    def write(self, names: Sequence[str], source: str, embeddings: np.ndarray) -> None:
+        """Write rows as one row group."""
+        import pyarrow as pa
+
+        labels = [pa.array(names, pa.string())]
+        if self.several:
+            labels.append(pa.array([source] * len(names), pa.string()))
+        self.file.write_table(pa.Table.from_arrays([*labels, *map(pa.array, embeddings.T)], schema=self.schema))
+
+    def write_provenance(self, provenance: dict[str, Any]) -> None:
+        """Write it as JSON into the file's metadata, key `tahoe_x1`."""
+        self.file.add_key_value_metadata({provenance_key(self.key_added): json.dumps(provenance)})
+
+    def close(self) -> None:
+        """Write the footer."""
+        self.file.close()
+        self.stream.close()
+
+
+class NpyWriter(EmbeddingWriter):
+    """A plain `(cells, width)` array."""
+
+    def __init__(self, output: str, shape: tuple[int, int], key_added: str):
+        super().__init__(output, shape, key_added)
+        self.stream = self.open()
+        np.lib.format.write_array_header_2_0(
+            self.stream, {"descr": np.dtype(np.float32).str, "fortran_order": False, "shape": shape}
+        )
+
+    def write(self, names: Sequence[str], source: str, embeddings: np.ndarray) -> None:
+        """Write rows."""
+        self.stream.write(np.ascontiguousarray(embeddings, dtype=np.float32).tobytes())
+
+    def write_provenance(self, provenance: dict[str, Any]) -> None:
+        """Log it: the format has no place for it."""
+        logger.info("An .npy file holds numbers alone. They were made by: %s", json.dumps(provenance))
+
+    def close(self) -> None:
+        """Close the stream."""
+        self.stream.close()
+
+
+def open_writer(
+    output: str, shape: tuple[int, int], key_added: str, copied: str | None, sources: list[str]
+) -> EmbeddingWriter:
+    """The writer for an output, by its name.
+
+    Args:
+        output: path or URL, see `check_output`.
+        shape: cells and width.
+        key_added: slot of `obsm`, or beginning of the columns' names.
+        copied: the `.h5ad` file that an `.h5ad` output is a copy of.
+        sources: what the cells come from.
+    """
+    if output.endswith(".h5ad"):
+        return H5adWriter(output, shape, key_added, copied, sources)
+    if output.endswith(".parquet"):
+        return ParquetWriter(output, shape, key_added, sources)
+    return NpyWriter(output, shape, key_added)

@@ -1,0 +1,227 @@
+# Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
+"""Cells of a file with their labels, for training in any order: read once, encoded when a batch is made.
+
+The counts of the genes that the model knows are copied into a temporary file, from which any cell can be read at once:
+files are compressed in large pieces, or sorted by gene. They take 8 bytes per expressed gene there, and no memory but
+the system's cache.
+"""
+
+import copy
+import logging
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from tahoex1_hf.cells.inputs import CellInput, EncodeOptions
+from tahoex1_hf.data.collator import CellCollator, CountRows
+from tahoex1_hf.encoding_tahoe_x1 import EncodedCells, GeneRows, count_problem, mix64
+from tahoex1_hf.finetuning.cells.labels import class_labels, group_names, number_labels, read_obs_column
+from tahoex1_hf.finetuning.config import FinetuneConfig
+from tahoex1_hf.finetuning.sampling import content_numbers
+from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
+
+logger = logging.getLogger(__name__)
+
+# Seed of the sample of cells longer than the context: that of `tahoex1 predict`, which sees the same genes of a cell.
+SAMPLE_SEED = 0
+_ENCODED_CELLS = 256  # at a time, outside of training
+
+
+class StoredCounts:
+    """Counts of the cells of a file, in their order, as flat arrays on disk.
+
+    Attributes:
+        tokens: `(total,)` int32 token ids of the expressed genes.
+        counts: `(total,)` float32.
+        offsets: `(cells + 1,)` int64.
+        drug_ids: `(cells,)` int64, or None where no drugs were asked for.
+    """
+
+    def __init__(self, source: CellInput, tokenizer: TahoeX1Tokenizer, folder: Path):
+        # Without a name in the folder: it is gone when the process is, however it ends.
+        with tempfile.TemporaryFile(dir=folder) as tokens, tempfile.TemporaryFile(dir=folder) as counts:
+            lengths, drugs = [np.zeros(0, dtype=np.int64)], list[np.ndarray | None]()
+            warned = False
+            for chunk in source.chunks(0, source.num_cells):
+                cells = chunk.cells
+                keep = tokenizer.is_gene[cells.input_ids]  # special tokens are put in anew
+                rows = GeneRows(cells.input_ids, cells.expression_values, cells.offsets).select(keep)
+                rows.tokens.astype(np.int32).tofile(tokens)
+                rows.counts.astype(np.float32).tofile(counts)
+                lengths.append(np.diff(rows.offsets))
+                drugs.append(cells.drug_ids)
+                warning = None if warned else count_problem(rows, chunk.start, {})[1]
+                if warning is not None:
+                    logger.warning("%s: %s", source.path, warning)
+                    warned = True
+            self.offsets = np.concatenate([[0], np.cumsum(np.concatenate(lengths))])
+            self.tokens = _mapped(tokens, np.int32, int(self.offsets[-1]))
+            self.counts = _mapped(counts, np.float32, int(self.offsets[-1]))
+        given = [ids for ids in drugs if ids is not None]
+        self.drug_ids = np.concatenate(given) if given else None
+
+    def rows(self, numbers: np.ndarray) -> GeneRows:
+        """Some cells, by number."""
+        starts, lengths = self.offsets[numbers], self.offsets[numbers + 1] - self.offsets[numbers]
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        index = np.repeat(starts - offsets[:-1], lengths) + np.arange(offsets[-1])
+        return GeneRows(self.tokens[index].astype(np.int64), self.counts[index], offsets)
+
+    def views(self, numbers: np.ndarray) -> CountRows:
+        """The same for the collator, without a copy."""
+        starts = self.offsets[numbers]
+        return CountRows(self.tokens, starts, self.counts, starts, self.offsets[numbers + 1] - starts)
+
+
+def _mapped(file: Any, dtype: type, size: int) -> np.ndarray:
+    file.flush()
+    return np.memmap(file, dtype=dtype, mode="r", shape=(size,)) if size else np.zeros(0, dtype=dtype)
+
+
+@dataclass(eq=False)
+class LabelledCells:
+    """Cells to learn from; a row is a number among these, 0 to `len - 1`.
+
+    Attributes:
+        stored: counts of all cells of the file.
+        tokenizer: of the model.
+        numbers: `(cells,)` number of each cell in the file, rising.
+        labels: `(cells,)` int64 classes or float64 numbers; None without a label.
+        classes: names of the classes.
+        groups: `(cells,)` names of groups; None without.
+        parts: `(cells,)` `"train"`, `"validation"` or `"test"`, where a column says so.
+        names: `(cells,)` of the cells.
+        fingerprint: changes when the file does.
+    """
+
+    stored: StoredCounts
+    tokenizer: TahoeX1Tokenizer
+    numbers: np.ndarray
+    labels: np.ndarray | None
+    classes: list[str] | None
+    groups: np.ndarray | None
+    parts: np.ndarray | None
+    names: np.ndarray
+    fingerprint: str
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """`(cells,)` int64: tokens of each cell."""
+        genes = np.diff(self.stored.offsets)[self.numbers]
+        special = 1 if self.stored.drug_ids is None else 2
+        room = self.tokenizer.context_length
+        return genes + special if room is None else np.minimum(genes + special, room)
+
+    def encoded(self, rows: np.ndarray) -> EncodedCells:
+        """Cells as the tokenizer encodes them, whatever other cells are asked for, and wherever they stand."""
+        numbers = self.numbers[rows]
+        drugs, counts = self.stored.drug_ids, self.stored.rows(numbers)
+        return self.tokenizer.encode_rows(
+            counts,
+            drug_ids=None if drugs is None else drugs[numbers],
+            cell_numbers=content_numbers(counts),
+            seed=SAMPLE_SEED,
+            warn=lambda _: None,  # of all cells, when they were read
+        )
+
+    def encoded_chunks(self, rows: np.ndarray) -> Iterator[tuple[np.ndarray, EncodedCells]]:
+        """Parts of `rows`, in their order, and the encoded cells: for cells that do not fit into memory together."""
+        for start in range(0, len(rows), _ENCODED_CELLS):
+            part = rows[start : start + _ENCODED_CELLS]
+            yield part, self.encoded(part)
+
+    def batch(self, rows: np.ndarray) -> dict[str, torch.Tensor]:
+        """Arguments of a model for some cells, padded, with `labels` where they have any."""
+        tokenizer = self.tokenizer
+        pad_id = tokenizer.get_vocab()[str(tokenizer.pad_token)]
+        batch = self.encoded(rows).padded(pad_token_id=pad_id, pad_value=tokenizer.pad_value)
+        if self.labels is not None:
+            labels = self.labels[rows]
+            batch["labels"] = torch.from_numpy(labels if labels.dtype.kind == "i" else labels.astype(np.float32))
+        return batch
+
+    def masked_batch(self, collator: CellCollator, rows: np.ndarray, seed: int, epoch: int) -> dict[str, Any]:
+        """Arguments of a model for some cells with hidden genes, which follow from seed, epoch and cell alone."""
+        numbers = self.numbers[rows]
+        key = mix64(mix64(np.array([seed], dtype=np.uint64)) + np.uint64(epoch))
+        streams = mix64(key + numbers.astype(np.uint64))
+        drugs = None
+        if collator.drug_token:
+            drugs = np.zeros(len(rows), np.int64) if self.stored.drug_ids is None else self.stored.drug_ids[numbers]
+        return collator.collate([(np.arange(len(rows)), self.stored.views(numbers))], streams, drugs)
+
+    def contents(self) -> np.ndarray:
+        """`(cells,)` numbers that are equal for cells with the same counts."""
+        parts = [np.zeros(0, dtype=np.int64)]
+        for start in range(0, len(self), _ENCODED_CELLS):
+            parts.append(content_numbers(self.stored.rows(self.numbers[start : start + _ENCODED_CELLS])))
+        return np.concatenate(parts)
+
+    def csr(self) -> Any:
+        """`(cells, vocabulary)` CSR matrix of the counts of all known genes, a column per token, for baselines."""
+        from scipy.sparse import csr_matrix
+
+        rows = self.stored.rows(self.numbers)
+        return csr_matrix((rows.counts, rows.tokens, rows.offsets), shape=(len(self), len(self.tokenizer)))
+
+
+def read_cells(config: FinetuneConfig, tokenizer: TahoeX1Tokenizer, folder: Path) -> LabelledCells:
+    """Read the cells of a run: first the columns of obs, where most can be wrong, then the counts.
+
+    Args:
+        config: of the run.
+        tokenizer: of the base.
+        folder: for temporary files.
+
+    Raises:
+        FileNotFoundError: for a path that does not exist.
+        ValueError: for a file, a column or counts that cannot be used.
+    """
+    from tahoex1_hf.cells.files import open_inputs
+    from tahoex1_hf.cells.gene_symbols import read_gene_symbols
+    from tahoex1_hf.data.sources.base import INDEX
+
+    if not Path(config.data).exists():
+        raise FileNotFoundError(f"data={config.data} does not exist.")
+    labels = classes = rows = None
+    if config.label is not None:
+        column = read_obs_column(config.data, config.label, "label")
+        found = class_labels(column, config) if config.task == "classification" else number_labels(column, config)
+        labels, classes, rows = found.values, found.classes, found.rows
+    raw = copy.copy(tokenizer)
+    raw.value_encoding, raw.context_length, raw.first_gene_raw = "raw", None, False
+    options = EncodeOptions(
+        raw,
+        drugs=config.drugs,
+        gene_id_column=config.gene_id_column,
+        gene_symbols=read_gene_symbols(config.gene_symbols),
+        layer=config.layer,
+    )
+    with tempfile.TemporaryDirectory(dir=folder) as spool:
+        inputs = open_inputs([config.data], options, Path(spool))
+        if len(inputs) != 1:
+            raise ValueError(f"data={config.data} stands for {len(inputs)} files: name one.")
+        rows = np.arange(inputs[0].num_cells) if rows is None else rows
+        groups = parts = None
+        if config.group is not None:
+            groups = group_names(read_obs_column(config.data, config.group, "group"), rows, config.group)
+        if config.split is not None:
+            column = read_obs_column(config.data, config.split, "split")
+            parts = column.iloc[rows].astype(object).astype(str).to_numpy(dtype=object)
+        inputs[0].sort_by_cell()
+        stored = StoredCounts(inputs[0], tokenizer, folder)
+    try:
+        names = read_obs_column(config.data, INDEX, "name").astype(str).to_numpy(dtype=object)[rows]
+    except ValueError:  # only AnnData has names that can be read alone
+        names = np.array([str(row) for row in rows], dtype=object)
+    return LabelledCells(
+        stored, tokenizer, rows, labels, classes, groups, parts, names, fingerprint=inputs[0].fingerprint
+    )

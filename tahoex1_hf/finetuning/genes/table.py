@@ -1,0 +1,143 @@
+# Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
+"""Genes with labels: a table with a row per gene, and which of them can be learnt from the cells at hand."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from tahoex1_hf.finetuning.cells.labels import class_labels, group_names
+from tahoex1_hf.finetuning.config import FinetuneConfig
+from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class GeneTable:
+    """The labelled genes that some cell expresses; a row is a number among these, 0 to `len - 1`.
+
+    Attributes:
+        names: `(genes,)` Ensembl ids as the table writes them.
+        tokens: `(genes,)` int64 token ids, each once.
+        labels: `(genes,)` int64 class numbers.
+        classes: names of the classes.
+        groups: `(genes,)` names of groups (protein families), none of which is shared by two splits; None without.
+        parts: `(genes,)` `"train"`, `"validation"` or `"test"`, where a column says so.
+        num_cells: `(genes,)` int64: cells that express the gene.
+        left_out: reason -> number of rows of the table that are not among these.
+    """
+
+    names: np.ndarray
+    tokens: np.ndarray
+    labels: np.ndarray
+    classes: list[str]
+    groups: np.ndarray | None
+    parts: np.ndarray | None
+    num_cells: np.ndarray
+    left_out: dict[str, int]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def read_gene_table(config: FinetuneConfig, tokenizer: TahoeX1Tokenizer, cells_expressing: np.ndarray) -> GeneTable:
+    """Read the table of a run.
+
+    Args:
+        config: `genes`, `genes_id_column`, `label`, `group`, `split`, and what to make of rare classes.
+        tokenizer: of the base.
+        cells_expressing: `(vocabulary,)` in how many of the cells each token's gene is expressed.
+
+    Raises:
+        FileNotFoundError: where there is no such file.
+        ValueError: for columns or labels that cannot be used, and where no labelled gene is expressed.
+    """
+    table = _read(config)
+    left_out = {"without a label": len(table)}
+    table = table[_present(table[config.label])]
+    left_out["without a label"] -= len(table)
+    tokens = _tokens(table, config, tokenizer)
+    left_out["not in the vocabulary"] = int((tokens < 0).sum())
+    table, tokens = table[tokens >= 0], tokens[tokens >= 0]
+    table, tokens = _without_repeats(table, tokens, config, left_out)
+    expressed = cells_expressing[tokens] > 0
+    left_out["expressed in no cell"] = int((~expressed).sum())
+    table, tokens = table[expressed], tokens[expressed]
+    if not len(table):
+        raise ValueError(f"genes={config.genes}: no gene with a label is expressed in {config.data} ({left_out}).")
+    found = class_labels(table[config.label], config, "genes")
+    left_out["of a rare class"] = len(table) - len(found.rows)
+    assert found.classes is not None
+    groups = None if config.group is None else group_names(table[config.group], found.rows, config.group, "genes")
+    table, tokens = table.iloc[found.rows], tokens[found.rows]
+    parts = None if config.split is None else table[config.split].astype(object).astype(str).to_numpy(dtype=object)
+    for reason, number in left_out.items():
+        if number:
+            logger.warning("%d genes of %s are left out: %s.", number, config.genes, reason)
+    return GeneTable(
+        table[config.genes_id_column].astype(str).to_numpy(dtype=object),
+        tokens,
+        found.values,
+        found.classes,
+        groups,
+        parts,
+        cells_expressing[tokens].astype(np.int64),
+        left_out,
+    )
+
+
+def _read(config: FinetuneConfig) -> "pd.DataFrame":
+    from tahoex1_hf.data.vocabulary import read_table
+
+    path = Path(str(config.genes))
+    if not path.is_file():
+        raise FileNotFoundError(f"genes={config.genes} does not exist.")
+    table = read_table(path)
+    for role, column in (
+        ("genes_id_column", config.genes_id_column),
+        ("label", config.label),
+        ("group", config.group),
+        ("split", config.split),
+    ):
+        if column is not None and column not in table:
+            raise ValueError(f"{role}={column} is no column of {path}; there are {', '.join(map(str, table))}.")
+    return table
+
+
+def _present(column: "pd.Series") -> np.ndarray:
+    text = column.astype(object)
+    return np.asarray(text.notna() & ~text.astype(str).isin(("", "nan", "None", "<NA>")), dtype=bool)
+
+
+def _tokens(table: "pd.DataFrame", config: FinetuneConfig, tokenizer: TahoeX1Tokenizer) -> np.ndarray:
+    names = table[config.genes_id_column]
+    try:
+        return tokenizer.match_genes(names.astype(str)).token_ids
+    except ValueError as error:
+        raise ValueError(f"genes={config.genes}, genes_id_column={config.genes_id_column}: {error}") from error
+
+
+def _without_repeats(
+    table: "pd.DataFrame", tokens: np.ndarray, config: FinetuneConfig, left_out: dict[str, int]
+) -> tuple["pd.DataFrame", np.ndarray]:
+    """Each gene once; ValueError where its rows contradict each other."""
+    import pandas as pd
+
+    _, first, row = np.unique(tokens, return_index=True, return_inverse=True)
+    for column in (config.label, config.group, config.split):
+        if column is None:
+            continue
+        values = pd.Series(table[column].astype(object).astype(str).to_numpy())
+        differs = values.to_numpy() != values.to_numpy()[first][row]
+        if differs.any():
+            name = table[config.genes_id_column].iloc[int(np.flatnonzero(differs)[0])]
+            raise ValueError(f"genes={config.genes}: {name} stands twice, with another {column}: keep one row.")
+    keep = np.sort(first)
+    left_out["repeated"] = len(tokens) - len(keep)
+    return table.iloc[keep], tokens[keep]

@@ -1,0 +1,242 @@
+"""Running a model over tokenized cells: device, precision, and batches of cells of similar length."""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal, cast
+
+import numpy as np
+import torch
+from torch.nn.functional import normalize
+
+from tahoex1_hf.configuration_tahoe_x1 import TahoeX1Config
+from tahoex1_hf.encoding_tahoe_x1 import EncodedCells, GeneMatch
+from tahoex1_hf.inference.ragged import can_run_ragged, ragged_forward
+from tahoex1_hf.modeling_tahoe_x1 import TahoeX1Model, TahoeX1PreTrainedModel
+from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
+
+logger = logging.getLogger(__name__)
+
+DtypeName = Literal["auto", "float32", "bfloat16", "int8"]
+
+# Tokens per batch, padding included: enough to fill the device, small enough for its memory at every released size.
+_DEFAULT_BATCH_TOKENS = {"cuda": 65536, "cpu": 8192}
+
+
+def choose_device(device: str | torch.device | None = None) -> torch.device:
+    """Return the device asked for, or the fastest there is: CUDA, then Apple's GPU, then the CPU."""
+    if device is not None:
+        return torch.device(device)
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def choose_dtype(dtype: DtypeName, device: torch.device) -> torch.dtype:
+    """Return the precision asked for; `auto` is bfloat16 where the hardware multiplies it faster, else float32.
+
+    With `int8` it is the weights that have eight bits; this is then the precision of all else.
+    """
+    if dtype not in ("auto", "float32", "bfloat16", "int8"):
+        raise ValueError(f'dtype must be "auto", "float32", "bfloat16" or "int8", got {dtype!r}.')
+    if dtype in ("float32", "bfloat16"):
+        return getattr(torch, dtype)
+    if device.type == "cuda":
+        fast = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        # Without these instructions bfloat16 is emulated, hundreds of times slower than float32.
+        capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+        fast = device.type == "cpu" and any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return torch.bfloat16 if fast else torch.float32
+
+
+def length_sorted_batches(lengths: np.ndarray, batch_tokens: int, padded: bool = True) -> Iterator[np.ndarray]:
+    """Group cells of similar length, the longest first, so that little is padded.
+
+    Args:
+        lengths: `(cells,)` tokens per cell.
+        batch_tokens: most tokens of a batch; a longer cell makes a batch of its own.
+        padded: count the padding too.
+
+    Yields:
+        Row numbers of the cells of one batch.
+    """
+    order = np.argsort(-lengths, kind="stable")
+    upto = np.cumsum(lengths[order])
+    start = 0
+    while start < len(order):
+        if padded:  # the first cell is the longest, and sets the padded length
+            size = batch_tokens // max(1, int(lengths[order[start]]))
+        else:
+            size = int(np.searchsorted(upto, (upto[start - 1] if start else 0) + batch_tokens, side="right")) - start
+        yield order[start : start + max(1, size)]
+        start += max(1, size)
+
+
+class GeneMeans:
+    """Running means of contextual gene embeddings over cells, by token: memory is genes x width whatever the cells."""
+
+    def __init__(self, token_ids: np.ndarray, vocab_size: int, width: int, device: torch.device):
+        self.token_ids = np.unique(token_ids[token_ids >= 0])
+        slots = torch.full((vocab_size,), -1, dtype=torch.long)
+        slots[torch.from_numpy(self.token_ids)] = torch.arange(len(self.token_ids))
+        self._slots = slots.to(device)
+        # In float64 the sums do not depend on the order of the cells; Apple's GPU has none.
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        self._sums = torch.zeros(len(self.token_ids), width, dtype=dtype, device=device)
+        self._counts = torch.zeros(len(self.token_ids), dtype=torch.long, device=device)
+
+    def add(self, input_ids: torch.Tensor, hidden_states: torch.Tensor) -> None:
+        """Add a batch: `(batch, length)` tokens and their `(batch, length, width)` embeddings; others are left out."""
+        slots = self._slots[input_ids.flatten()]
+        known = slots >= 0
+        slots = slots[known]
+        self._sums.index_add_(0, slots, hidden_states.flatten(0, 1)[known].to(self._sums.dtype))
+        self._counts.index_add_(0, slots, torch.ones_like(slots))
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Sums and counts, to go on with later."""
+        return {"sums": self._sums.cpu().numpy(), "counts": self._counts.cpu().numpy()}
+
+    def add_state(self, state: Mapping[str, np.ndarray]) -> None:
+        """Add what `state` returned."""
+        self._sums += torch.from_numpy(state["sums"]).to(self._sums)
+        self._counts += torch.from_numpy(state["counts"]).to(self._counts)
+
+    def means(self, token_ids: np.ndarray) -> np.ndarray:
+        """Return `(genes, width)` float32 means; NaN where a gene is unknown (-1) or expressed in no cell."""
+        means = (self._sums / self._counts.unsqueeze(1)).float().cpu().numpy()  # 0 / 0 is NaN
+        slots = self._slots.cpu().numpy()[token_ids]
+        return np.where(((token_ids >= 0) & (slots >= 0))[:, None], means[slots], np.float32(np.nan))
+
+
+class CellEncoder:
+    """A model made ready to embed tokenized cells.
+
+    Args:
+        model: any Tahoe-x1 model; its decoders, if any, are not run. It is moved to the device and set to eval mode.
+        tokenizer: the tokenizer of the cells, for what stands in the padding.
+        batch_tokens: most tokens of a batch; by default fit for the device.
+        device: by default the fastest there is.
+        dtype: float32 weights stay as they are; with bfloat16 they are multiplied under autocast, with int8 the
+            layers of a copy are quantised.
+    """
+
+    def __init__(
+        self,
+        model: TahoeX1PreTrainedModel,
+        tokenizer: TahoeX1Tokenizer,
+        *,
+        batch_tokens: int | None = None,
+        device: str | torch.device | None = None,
+        dtype: DtypeName = "auto",
+    ):
+        if batch_tokens is not None and batch_tokens < 1:
+            raise ValueError(f"batch_tokens must be at least 1, got {batch_tokens}.")
+        if len(tokenizer) != model.config.vocab_size:
+            raise ValueError(
+                f"The tokenizer has {len(tokenizer)} tokens and the model {model.config.vocab_size}: they belong to "
+                "different checkpoints. Load both from the same place."
+            )
+        if model.config.cell_pooling == "mean_with_padding":
+            logger.warning(
+                'cell_pooling="mean_with_padding" makes an embedding depend on the cells it shares a batch with, as '
+                'in the original; set model.config.cell_pooling = "mean" for embeddings that do not.'
+            )
+        self.device = choose_device(device)
+        self.dtype = choose_dtype(dtype, self.device)
+        self.config: TahoeX1Config = model.config
+        self.dtype_name = str(self.dtype).removeprefix("torch.")
+        self.model = cast(TahoeX1Model, model.base_model.to(self.device).eval())
+        if dtype == "int8":
+            from tahoex1_hf.inference.quantization import with_int8_weights
+
+            self.model = with_int8_weights(self.model)
+            self.dtype_name = f"int8 weights, {self.dtype_name}"
+        self.tokenizer = tokenizer
+        self.batch_tokens = batch_tokens or _DEFAULT_BATCH_TOKENS.get(self.device.type, 16384)
+
+    @property
+    def width(self) -> int:
+        """Width of the embeddings."""
+        return self.config.hidden_size
+
+    def gene_means(self, genes: GeneMatch) -> GeneMeans:
+        """Make running means for the genes of a matrix."""
+        return GeneMeans(genes.token_ids, self.config.vocab_size, self.width, self.device)
+
+    def precision(self) -> AbstractContextManager[Any]:
+        """The autocast that the precision asked for needs."""
+        if self.dtype == torch.float32 or self.model.dtype == self.dtype:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+    @torch.inference_mode()
+    def embed(
+        self,
+        cells: EncodedCells,
+        gene_means: GeneMeans | None = None,
+        on_batch: Callable[[int], object] = lambda num_cells: None,
+    ) -> np.ndarray:
+        """Embed cells; their order, and which share a batch, change nothing.
+
+        Args:
+            cells: tokenized cells.
+            gene_means: running means to which the cells' gene embeddings are added.
+            on_batch: called after each batch with its number of cells.
+
+        Returns:
+            `(cells, width)` float32, each row of length 1.
+        """
+        embeddings = np.empty((cells.num_cells, self.width), dtype=np.float32)
+        with self.precision():  # around all batches: weights are cast once
+            for rows, pooled in self.pooled_batches(cells, gene_means):
+                embeddings[rows] = normalize(pooled.float(), dim=1).cpu().numpy()
+                on_batch(len(rows))
+        return embeddings
+
+    @torch.inference_mode()
+    def pooled_batches(
+        self, cells: EncodedCells, gene_means: GeneMeans | None = None
+    ) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
+        """Run the model over cells, in batches of similar length.
+
+        Args:
+            cells: tokenized cells.
+            gene_means: running means to which the cells' gene embeddings are added.
+
+        Yields:
+            Row numbers of the cells of a batch, and their `(batch, width)` embeddings, not normalised.
+        """
+        ragged = can_run_ragged(self.model, self.device)
+        step = self._embed_ragged if ragged else self._embed_padded
+        for rows in length_sorted_batches(cells.lengths, self.batch_tokens, padded=not ragged):
+            with self.precision():
+                pooled = step(cells, rows, gene_means)
+            yield rows, pooled
+
+    def _embed_padded(self, cells: EncodedCells, rows: np.ndarray, gene_means: GeneMeans | None) -> torch.Tensor:
+        batch = cells.padded(rows, pad_token_id=self.tokenizer.pad_token_id, pad_value=self.tokenizer.pad_value)
+        batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
+        outputs = self.model(**batch)
+        if gene_means is not None:
+            gene_means.add(batch["input_ids"], outputs.last_hidden_state)
+        return outputs.pooler_output
+
+    def _embed_ragged(self, cells: EncodedCells, rows: np.ndarray, gene_means: GeneMeans | None) -> torch.Tensor:
+        lengths = cells.lengths[rows]
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        index = np.repeat(cells.offsets[rows] - offsets[:-1], lengths) + np.arange(offsets[-1])
+        input_ids = torch.from_numpy(cells.input_ids[index]).to(self.device)
+        drug_ids = None if cells.drug_ids is None else torch.from_numpy(cells.drug_ids[rows]).to(self.device)
+        pooled, hidden_states = ragged_forward(
+            self.model,
+            input_ids,
+            torch.from_numpy(cells.expression_values[index]).to(self.device),
+            offsets,
+            drug_ids,
+            all_tokens=gene_means is not None,
+        )
+        if gene_means is not None and hidden_states is not None:
+            gene_means.add(input_ids.unsqueeze(0), hidden_states.unsqueeze(0))
+        return pooled

@@ -1,0 +1,265 @@
+"""Converting a checkpoint of the original program into a folder that the Auto classes load.
+
+A checkpoint is a folder with `model_config.yml`, `collator_config.yml`, `vocab.json` and its weights:
+`model.safetensors`, a Composer pickle (`best-model.pt`, or any other single `*.pt`), or the pieces of a sharded
+Composer checkpoint. With a drug encoder, `drug_to_id_pad.json` and `drug_fps_pad.npy` may be beside them. Tensors are
+read, converted and written one at a time.
+"""
+
+import json
+import logging
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from tqdm import tqdm
+
+from tahoex1_hf.configuration_tahoe_x1 import TahoeX1Config
+from tahoex1_hf.original.config import translate_collator_config, translate_model_config
+from tahoex1_hf.original.tensor_names import (
+    check_tensors,
+    convert_tensor,
+    name_rules,
+    original_shapes,
+    our_shapes,
+)
+from tahoex1_hf.original.verify import Verification, verify_conversion, write_manifest
+from tahoex1_hf.original.weights import SHARDED_METADATA, TensorReader, open_weights
+from tahoex1_hf.original.writing import TensorSpec, describe_files, workspace, write_tensors
+from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
+
+logger = logging.getLogger(__name__)
+
+MODEL_CONFIG, COLLATOR_CONFIG, VOCAB = "model_config.yml", "collator_config.yml", "vocab.json"
+SAFETENSORS, PICKLE, DRUG_TABLE = "model.safetensors", "best-model.pt", "drug_to_id_pad.json"
+DRUG_FINGERPRINTS = "drug_fps_pad.npy"
+MAX_SHARD_SIZE = 5_000_000_000
+_DRUG_WEIGHT = "model.chem_encoder.embedding.weight"
+
+
+@dataclass(frozen=True)
+class OriginalCheckpoint:
+    """A checkpoint of the original, opened: its settings translated, its tensors yet to be read.
+
+    Args:
+        model_settings: contents of `model_config.yml`.
+        collator_settings: contents of `collator_config.yml`.
+        config: shape of the model.
+        tokenizer_arguments: arguments of `TahoeX1Tokenizer`, `vocab_file` excepted.
+        vocab: token to id.
+        weights: the original's tensors.
+        files: every file that was read, by its name.
+    """
+
+    model_settings: dict[str, Any]
+    collator_settings: dict[str, Any]
+    config: TahoeX1Config
+    tokenizer_arguments: dict[str, Any]
+    vocab: dict[str, int]
+    weights: TensorReader
+    files: dict[str, Path]
+
+    def converted(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+        """Our tensors, one at a time, in the order of `name_rules`."""
+        shapes = our_shapes(self.config)
+        for rule in name_rules(self.config):
+            pieces = convert_tensor(rule, self.weights.read(rule.original), shapes)
+            for name, tensor in pieces.items():
+                yield name, tensor if dtype is None else tensor.to(dtype)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The widest type of the original's tensors."""
+        types = list(self.weights.dtypes.values())
+        widest = types[0]
+        for dtype in types[1:]:
+            widest = torch.promote_types(widest, dtype)
+        return widest
+
+
+@dataclass(frozen=True)
+class ConvertedCheckpoint:
+    """A checkpoint of the original in our terms, in memory.
+
+    Args:
+        config: shape of the model.
+        tokenizer_arguments: arguments of `TahoeX1Tokenizer`, `vocab_file` excepted.
+        vocab: token to id.
+        state_dict: tensors of `TahoeX1ForPreTraining`.
+    """
+
+    config: TahoeX1Config
+    tokenizer_arguments: dict[str, Any]
+    vocab: dict[str, int]
+    state_dict: dict[str, torch.Tensor]
+
+
+def is_original_folder(folder: Path) -> bool:
+    """Whether a folder holds a checkpoint of the original (its own settings, and no config.json)."""
+    return (folder / MODEL_CONFIG).is_file() and not (folder / "config.json").is_file()
+
+
+def open_original(source: str | Path) -> OriginalCheckpoint:
+    """Open a checkpoint of the original: a folder, or its `*.pt` file or sharded folder with the settings beside it.
+
+    Raises:
+        FileNotFoundError: naming the file that is missing.
+        ValueError: where a setting is unknown, the weights are not those of the settings, or a pickle holds more
+            than data.
+    """
+    folder, weights_path = _locate(Path(source))
+    files = {name: folder / name for name in (MODEL_CONFIG, COLLATOR_CONFIG, VOCAB)}
+    model_settings, collator_settings = _read_yaml(files[MODEL_CONFIG]), _read_yaml(files[COLLATOR_CONFIG])
+    vocab = _read_json(files[VOCAB])
+    weights = open_weights(weights_path)
+    files |= {path.name: path for path in weights.files}
+    drug_table, drug_to_id = None, None
+    if _DRUG_WEIGHT in weights.shapes:
+        num_drugs, fingerprint_size = weights.shapes[_DRUG_WEIGHT]
+        drug_table = (num_drugs, fingerprint_size)
+        drug_to_id = _read_drug_table(folder / DRUG_TABLE, num_drugs)
+        _check_fingerprints(folder / DRUG_FINGERPRINTS, drug_table)
+        files |= {n: folder / n for n in (DRUG_TABLE, DRUG_FINGERPRINTS) if (folder / n).is_file()}
+    elif collator_settings.get("use_chem_token"):
+        logger.warning("The weights have no drug encoder, though the settings name one: converted without drugs.")
+    config = translate_model_config(model_settings, collator_settings, vocab, drug_table)
+    arguments = translate_collator_config(collator_settings, vocab, drug_to_id)
+    check_tensors(weights.shapes, original_shapes(config), "the original checkpoint")
+    return OriginalCheckpoint(model_settings, collator_settings, config, arguments, vocab, weights, files)
+
+
+def read_original_folder(folder: str | Path) -> ConvertedCheckpoint:
+    """Read and translate a whole checkpoint of the original; errors as `open_original`."""
+    opened = open_original(folder)
+    return ConvertedCheckpoint(opened.config, opened.tokenizer_arguments, opened.vocab, dict(opened.converted()))
+
+
+def convert_original_folder(
+    source: str | Path,
+    destination: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_size: int = MAX_SHARD_SIZE,
+    label: str | None = None,
+) -> TahoeX1Config:
+    """Convert a checkpoint of the original into a folder for AutoModel, AutoModelForPreTraining and AutoTokenizer.
+
+    The folder is written under a temporary name, compared with the original on a small batch, and moved into place,
+    so that a half-written or wrong one is never there. `conversion.json` in it says what was read and written.
+
+    Args:
+        source: as for `open_original`.
+        destination: folder to make.
+        dtype: type of the converted tensors; that of the original by default.
+        max_shard_size: most bytes of one file of weights.
+        label: what the manifest names as the source, where that is not `source`.
+
+    Raises:
+        FileExistsError: when `destination` exists and is not an empty folder.
+        FileNotFoundError: as `open_original`.
+        ValueError: as `open_original`, and where the converted model does not compute what the original does.
+    """
+    destination = Path(destination)
+    with workspace(destination) as folder:
+        config, _ = convert_into(
+            source, folder / "result", dtype=dtype, max_shard_size=max_shard_size, label=label or str(source)
+        )
+    return config
+
+
+def convert_into(
+    source: str | Path, folder: Path, *, dtype: torch.dtype | None, max_shard_size: int, label: str
+) -> tuple[TahoeX1Config, Verification]:
+    """Convert into an empty folder that is there, and verify; otherwise as `convert_original_folder`."""
+    checkpoint = open_original(source)
+    _save(checkpoint, folder, dtype or checkpoint.dtype, max_shard_size)
+    verification = verify_conversion(
+        checkpoint.model_settings, checkpoint.collator_settings, checkpoint.weights, checkpoint.config, folder
+    )
+    logger.info("%s", verification.summary())
+    write_manifest(folder, label, describe_files(checkpoint.files), dtype or checkpoint.dtype, verification)
+    return checkpoint.config, verification
+
+
+def _save(checkpoint: OriginalCheckpoint, folder: Path, dtype: torch.dtype, max_shard_size: int) -> None:
+    shapes = our_shapes(checkpoint.config)
+    order = [name for rule in name_rules(checkpoint.config) for name in rule.ours]
+    specs = [TensorSpec(name, shapes[name], dtype) for name in order]
+    tensors = tqdm(checkpoint.converted(dtype), total=len(specs), desc="converting", unit=" tensors", disable=None)
+    write_tensors(folder, specs, tensors, max_shard_size)
+    with tempfile.TemporaryDirectory() as vocab_folder:
+        vocab_file = Path(vocab_folder) / VOCAB
+        vocab_file.write_text(json.dumps(checkpoint.vocab), encoding="utf-8")
+        TahoeX1Tokenizer(str(vocab_file), **checkpoint.tokenizer_arguments).save_pretrained(folder)
+    checkpoint.config.architectures = ["TahoeX1ForPreTraining"]
+    checkpoint.config.dtype = dtype
+    checkpoint.config.save_pretrained(folder)
+
+
+def _locate(source: Path) -> tuple[Path, Path]:
+    """The folder of the settings, and the weights."""
+    if source.is_file():
+        return source.parent, source
+    if (source / SHARDED_METADATA).is_file():
+        return (source if (source / MODEL_CONFIG).is_file() else source.parent), source
+    for name in (SAFETENSORS, PICKLE):
+        if (source / name).is_file():
+            return source, source / name
+    if not source.is_dir():
+        raise FileNotFoundError(f"{source} is neither a file nor a folder.")
+    pickles = sorted(source.glob("*.pt"))
+    sharded = sorted(path.parent for path in source.glob(f"*/{SHARDED_METADATA}"))
+    if len(pickles) + len(sharded) == 1:
+        return source, (pickles + sharded)[0]
+    if pickles or sharded:
+        names = ", ".join(path.name for path in pickles + sharded)
+        raise FileNotFoundError(f"{source} holds several checkpoints: name the one you want ({names}).")
+    raise FileNotFoundError(
+        f"{source} has no weights: neither {SAFETENSORS} nor {PICKLE}, nor another *.pt, nor a sharded checkpoint."
+    )
+
+
+def _check_fingerprints(path: Path, drug_table: tuple[int, int]) -> None:
+    if not path.is_file():
+        return
+    try:
+        shape = np.load(path, allow_pickle=False, mmap_mode="r").shape
+    except (ValueError, OSError, EOFError) as error:
+        raise ValueError(f"{path} could not be read as an array of numbers: {error}") from error
+    if shape != drug_table:
+        raise ValueError(f"{path} has shape {list(shape)}; the drug table of the weights has {list(drug_table)}.")
+
+
+def _read_drug_table(path: Path, num_drugs: int) -> dict[str, int] | None:
+    if not path.is_file():
+        logger.warning(
+            "%s is missing: the converted model keeps its drug encoder, but its tokenizer knows no drug by name.", path
+        )
+        return None
+    drug_to_id = _read_json(path)
+    if max(drug_to_id.values()) >= num_drugs:
+        raise ValueError(f"{path} numbers drugs up to {max(drug_to_id.values())}; the weights hold {num_drugs} rows.")
+    return drug_to_id
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing from the checkpoint's folder.")
+    settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} does not hold settings (key: value), but {type(settings).__name__}.")
+    return settings
+
+
+def _read_json(path: Path) -> dict[str, int]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing from the checkpoint's folder.")
+    mapping = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(mapping, dict) or not all(isinstance(value, int) for value in mapping.values()):
+        raise ValueError(f"{path} does not hold a mapping of names to ids.")
+    return mapping

@@ -1,0 +1,197 @@
+"""Converting from wherever a checkpoint of the original lies: a folder or file, a Hub repository, an S3 bucket."""
+
+import logging
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tahoex1_hf.hub.loading import SAME_SIZE, download_snapshot
+from tahoex1_hf.original.convert import (
+    COLLATOR_CONFIG,
+    DRUG_FINGERPRINTS,
+    DRUG_TABLE,
+    MAX_SHARD_SIZE,
+    MODEL_CONFIG,
+    PICKLE,
+    SAFETENSORS,
+    VOCAB,
+    convert_into,
+)
+from tahoex1_hf.original.verify import Verification
+from tahoex1_hf.original.weights import SHARDED_METADATA
+from tahoex1_hf.original.writing import workspace
+
+logger = logging.getLogger(__name__)
+
+_SMALL_FILES = (MODEL_CONFIG, COLLATOR_CONFIG, VOCAB, DRUG_TABLE, DRUG_FINGERPRINTS)
+
+
+def convert_checkpoint(
+    source: str | Path,
+    destination: str | Path,
+    *,
+    size: str | None = None,
+    revision: str | None = None,
+    dtype: torch.dtype | None = None,
+    max_shard_size: int = MAX_SHARD_SIZE,
+) -> Verification:
+    """Convert a checkpoint of the original into a folder that the Auto classes load.
+
+    Args:
+        source: a folder in the original's layout (or one that holds several, as `<size>-model/`), a Composer `*.pt` or
+            the folder of a sharded Composer checkpoint, with the settings beside it; the id of a Hub repository; or
+            `s3://bucket/prefix` (needs the extra `s3`).
+        destination: folder to make.
+        size: which of several sizes, for instance `70m`.
+        revision: branch, tag or commit of a Hub repository.
+        dtype: type of the converted tensors; that of the original by default.
+        max_shard_size: most bytes of one file of weights.
+
+    Raises:
+        FileExistsError: when `destination` exists and is not an empty folder.
+        FileNotFoundError: for a repository, bucket, size or file that is not there; sizes that are there are listed.
+        PermissionError: for a repository or bucket that may not be read.
+        ConnectionError: where the network, or the server, does not answer.
+        ValueError: where the checkpoint cannot be converted without guessing, or is damaged.
+    """
+    with workspace(Path(destination)) as folder:
+        found, label = _fetch(source, size, revision, folder / "download")
+        _, verification = convert_into(
+            found, folder / "result", dtype=dtype, max_shard_size=max_shard_size, label=label
+        )
+    return verification
+
+
+def _fetch(source: str | Path, size: str | None, revision: str | None, download: Path) -> tuple[Path, str]:
+    """Where the files are, fetched first if need be, and how the manifest is to name their origin."""
+    name = str(source)
+    is_s3 = name.startswith("s3://")
+    if revision is not None and (is_s3 or Path(source).exists()):
+        raise ValueError(f"revision={revision!r} is for Hub repositories; {name} is none.")
+    if is_s3:
+        label = _fetch_s3(name, size, download)
+        return download, label
+    path = Path(source)
+    if path.exists():
+        if path.is_dir() and not (path / SHARDED_METADATA).is_file():
+            configs = [p.relative_to(path).as_posix() for p in path.glob(f"**/{MODEL_CONFIG}")]
+            path = path / choose_size(configs, size, name)
+        return path, str(path.resolve())
+    if name.count("/") != 1 or name.startswith((".", "~", "/")):
+        raise FileNotFoundError(f"{name} is neither a folder or file, nor a Hub repository (owner/name), nor s3://.")
+    snapshot = download_snapshot(name, size, revision, {})
+    configs = [p.relative_to(snapshot).as_posix() for p in snapshot.glob(f"**/{MODEL_CONFIG}")]
+    folder = choose_size(configs, size, f"The Hub repository {name}")
+    if size is None and folder:  # the only size there is; its weights were not asked for
+        snapshot = download_snapshot(name, folder, revision, {})
+    return snapshot / folder, f"https://huggingface.co/{name}/tree/{snapshot.name}/{folder}".rstrip("/")
+
+
+def choose_size(configs: Iterable[str], size: str | None, source: str) -> str:
+    """Choose a size's folder, "" for the root.
+
+    Args:
+        configs: path of every `model_config.yml`, from the root of the source.
+        size: `70m`, `1b` (or `1.3b`), `3b`, or the name of a folder; None for the only one there is.
+        source: how to name the source in errors.
+
+    Raises:
+        FileNotFoundError: listing the sizes that there are.
+    """
+    folders = {config.removesuffix(MODEL_CONFIG).rstrip("/") for config in configs}
+    names = {folder.removesuffix("-model"): folder for folder in sorted(folders) if folder.count("/") == 0}
+    if size is None and ("" in folders or len(names) == 1):
+        return names[""] if "" in folders else next(iter(names.values()))
+    if size is not None:
+        wanted = size.removesuffix("-model")
+        for name in (wanted, SAME_SIZE.get(wanted)):
+            if name in names:
+                return names[name]
+    there = ", ".join(sorted(name for name in names if name))
+    if not names:
+        raise FileNotFoundError(f"{source} has no {MODEL_CONFIG}: it holds no checkpoint of the original.")
+    if not there:
+        raise FileNotFoundError(f"{source} has no size {size!r}; its only checkpoint is at its root: leave size out.")
+    problem = f"has no size {size!r}" if size is not None else "holds several sizes"
+    raise FileNotFoundError(f"{source} {problem}; the sizes are: {there}. Pass one of them as size.")
+
+
+def _fetch_s3(url: str, size: str | None, download: Path) -> str:
+    """Fetch the files of one size; return where they were."""
+    try:
+        import s3fs  # noqa: F401
+        from botocore.exceptions import BotoCoreError, ClientError
+    except ImportError as error:
+        raise ImportError(f"Reading {url} needs s3fs: pip install 'tahoex1_hf[s3]'.") from error
+    root = url.removeprefix("s3://").strip("/")
+    try:
+        files, filesystem = _list_s3(root)
+        configs = [name for name in files if name.rsplit("/", 1)[-1] == MODEL_CONFIG]
+        folder = choose_size(configs, size, url)
+        prefix = f"{folder}/" if folder else ""
+        inside = {name.removeprefix(prefix): name for name in files if name.startswith(prefix)}
+        download.mkdir()
+        for name in _needed(inside, url):
+            target = download / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            logger.info("Fetching s3://%s/%s", root, inside[name])
+            filesystem.get_file(f"{root}/{inside[name]}", str(target))
+            if target.stat().st_size != files[inside[name]]:
+                raise ConnectionError(f"s3://{root}/{inside[name]} arrived incomplete: try again.")
+    except FileNotFoundError as error:
+        shutil.rmtree(download, ignore_errors=True)
+        if "bucket" in str(error).lower() and "does not exist" in str(error).lower():
+            raise FileNotFoundError(f"There is no S3 bucket {root.split('/')[0]}: check the address {url}.") from error
+        raise
+    except PermissionError as error:
+        raise PermissionError(f"{url} may not be read with your AWS credentials, nor without: {error}") from error
+    except (BotoCoreError, ClientError) as error:
+        raise ConnectionError(f"{url} could not be reached: {error}") from error
+    return f"s3://{root}/{folder}".rstrip("/")
+
+
+def _list_s3(root: str) -> tuple[dict[str, int], Any]:
+    """Size of every object below a prefix, with the credentials there are, or unsigned."""
+    import botocore.session
+    import s3fs
+
+    signed = botocore.session.get_session().get_credentials() is not None
+    for anonymous in (False, True) if signed else (True,):
+        filesystem = s3fs.S3FileSystem(anon=anonymous, skip_instance_cache=True, use_listings_cache=False)
+        try:
+            found = filesystem.find(root, detail=True)
+        except PermissionError:
+            if anonymous:
+                raise
+            continue  # a public bucket refuses credentials that are of no account of it
+        if not found:
+            bucket = root.split("/")[0]
+            filesystem.ls(bucket)  # raises where there is no such bucket
+            raise FileNotFoundError(f"s3://{root} holds no file: check the address.")
+        return {name.removeprefix(root).lstrip("/"): entry["size"] for name, entry in found.items()}, filesystem
+    raise AssertionError("unreachable")
+
+
+def _needed(names: Iterable[str], source: str) -> list[str]:
+    """The files to fetch of those in a checkpoint's folder: the settings, and the weights in one form."""
+    here = {name for name in names if name.count("/") <= 1 and ".." not in name.split("/")}
+    small = [name for name in _SMALL_FILES if name in here]
+    for name in (SAFETENSORS, PICKLE):
+        if name in here:
+            return [*small, name]
+    pickles = sorted(name for name in here if name.endswith(".pt") and "/" not in name)
+    sharded = sorted(name.removesuffix(SHARDED_METADATA) for name in here if name.endswith(SHARDED_METADATA))
+    if len(pickles) == 1 and not sharded:
+        return [*small, *pickles]
+    if len(sharded) == 1 and not pickles:
+        folder = sharded[0]
+        pieces = {name for name in here if name.startswith(folder) and name.endswith((SHARDED_METADATA, ".distcp"))}
+        return [*small, *sorted(pieces)]
+    if pickles or sharded:
+        raise FileNotFoundError(
+            f"{source} holds several checkpoints ({', '.join(pickles + sharded)}): leave only one."
+        )
+    raise FileNotFoundError(f"{source} has no weights: neither {SAFETENSORS} nor {PICKLE}, nor a sharded checkpoint.")

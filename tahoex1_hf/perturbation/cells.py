@@ -1,0 +1,311 @@
+# Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
+"""Cells with changed counts, encoded as the tokenizer would encode them, beside the same cells unchanged.
+
+A perturbation changes raw counts. Bins, or log1p values, are computed anew from the whole changed cell, as they would
+be for a cell that was measured like that. Cells longer than the context are sampled by the tokenizer's own rule, with
+one addition: the perturbed genes are always in the sample, and leave the other places to the same genes before and
+after. What is left of a difference is then the perturbation's.
+"""
+
+import copy
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from transformers.utils import logging
+
+from tahoex1_hf.cells.inputs import EncodeOptions
+from tahoex1_hf.encoding_tahoe_x1 import (
+    EncodedCells,
+    GeneMatch,
+    GeneRows,
+    count_hint,
+    count_problem,
+    kept_genes,
+    matrix_rows,
+    merge_repeats,
+    mix64,
+    to_csr,
+)
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+PerturbationMode = Literal["delete", "overexpress", "set"]
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Change:
+    """What becomes of the raw count of a perturbed gene.
+
+    Attributes:
+        mode: `"delete"`: 0. `"overexpress"`: the largest count of the cell, so that the gene comes into its top bin,
+            expressed before or not. `"set"`: `value`.
+        value: the raw count to set.
+    """
+
+    mode: PerturbationMode
+    value: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("delete", "overexpress", "set"):
+            raise ValueError(f'mode={self.mode!r}: pass "delete", "overexpress" or "set".')
+        if (self.mode == "set") != (self.value is not None):
+            raise ValueError(f'value={self.value}: pass the raw count with mode="set", and with no other.')
+        if self.value is not None and not 0 <= self.value < np.inf:
+            raise ValueError(f"value={self.value}: pass a raw count, zero or more.")
+
+    def counts(self, highest: np.ndarray) -> np.ndarray:
+        """New counts, float32, of cells with these largest counts."""
+        if self.mode == "overexpress":
+            return highest.astype(np.float32)
+        return np.full(len(highest), self.value or 0.0, dtype=np.float32)
+
+
+class CellRows:
+    """The counts of some cells.
+
+    Attributes:
+        rows: their genes, in the order of the columns.
+        numbers: `(cells,)` number of each cell in its data set.
+        drug_ids: `(cells,)`, or None.
+        keep: `(total,)` bool, which genes the tokenizer takes into its sample.
+        highest: `(cells,)` largest count of each cell, 0 where it has none.
+    """
+
+    def __init__(self, source: "CellSource", rows: GeneRows, numbers: np.ndarray, drug_ids: np.ndarray | None):
+        self.source, self.rows, self.numbers, self.drug_ids = source, rows, numbers, drug_ids
+        keep = None
+        if source.room is not None:
+            keep = kept_genes(rows, numbers, source.options.seed, source.room, source.tokenizer.overflow)
+        self.keep = np.ones(len(rows.tokens), dtype=bool) if keep is None else keep
+        self.highest = np.zeros(len(numbers), dtype=np.float32)
+        np.maximum.at(self.highest, rows.cells(), rows.counts)
+
+    @property
+    def num_cells(self) -> int:
+        """Number of cells."""
+        return len(self.numbers)
+
+    def encoded(self) -> EncodedCells:
+        """The cells as they are, as the tokenizer encodes them."""
+        return self.source.encode(self.rows, self.keep, self.numbers, self.drug_ids)
+
+    def counts_of(self, tokens: np.ndarray) -> np.ndarray:
+        """`(cells, tokens)` counts of a few genes; `tokens` are distinct."""
+        slots = np.full(self.source.num_tokens, -1)
+        slots[tokens] = np.arange(len(tokens))
+        places = np.flatnonzero(slots[self.rows.tokens] >= 0)
+        counts = np.zeros((self.num_cells, len(tokens)), dtype=np.float32)
+        counts[self.rows.cells()[places], slots[self.rows.tokens[places]]] = self.rows.counts[places]
+        return counts
+
+
+class CellSource:
+    """The cells of an AnnData, in memory or backed, of which a few are read at a time.
+
+    Args:
+        adata: with raw counts.
+        options: how cells are encoded.
+
+    Attributes:
+        genes: the token of every column.
+        tokens: `(genes,)` distinct tokens of the data, in the order of their first columns.
+    """
+
+    genes: GeneMatch
+
+    def __init__(self, adata: "AnnData", options: EncodeOptions):
+        tokenizer = self.tokenizer = options.tokenizer
+        self.options, self.adata = options, adata
+        if tokenizer.first_gene_raw and options.drugs is None:
+            raise ValueError(
+                "tokenizer.first_gene_raw is on: the raw count of whichever gene comes first would be mistaken for "
+                "an effect of the perturbation. Set it to False."
+            )
+        self._matrix, self.genes = tokenizer.read_anndata(
+            adata, options.gene_id_column, options.layer, options.gene_symbols
+        )
+        if getattr(self._matrix, "format", None) == "csc":
+            self._matrix = to_csr(self._matrix.to_memory() if hasattr(self._matrix, "to_memory") else self._matrix)
+        self._drugs = tokenizer.resolve_drugs(adata, options.drugs)
+        special = 1 if self._drugs is None else 2
+        self.room = None if tokenizer.context_length is None else tokenizer.context_length - special
+        self.num_tokens = max(tokenizer.get_vocab().values()) + 1
+        known = self.genes.token_ids[self.genes.token_ids >= 0]
+        self.tokens = known[np.sort(np.unique(known, return_index=True)[1])]
+        self.column_of = np.full(self.num_tokens, -1)
+        self.column_of[self.tokens] = np.arange(len(self.tokens))
+        self._names = {token: name for name, token in tokenizer.get_vocab().items()}
+        self._whole = copy.copy(tokenizer)
+        self._whole.context_length = None
+
+    def read(self, numbers: np.ndarray) -> CellRows:
+        """Read cells by their numbers, which rise."""
+        rows, repeats = matrix_rows(self._matrix[numbers], self.genes)
+        drug_ids = None
+        if self._drugs is not None:
+            drugs = self._drugs if isinstance(self._drugs, str) else [self._drugs[number] for number in numbers]
+            drug_ids = self.tokenizer.drug_ids(drugs, len(numbers))
+        return CellRows(self, merge_repeats(rows) if repeats else rows, numbers, drug_ids)
+
+    def check(self, cells: CellRows) -> None:
+        """Raise ValueError for counts that cannot be encoded; warn, once, of counts that look wrong."""
+        lookup = self._names
+        error, warning = count_problem(cells.rows, 0, lookup)
+        if error is not None:  # the message is to name the cell by its number in the data
+            for cell in range(cells.num_cells):
+                one = cells.rows.select(cells.rows.cells() == cell)
+                part = GeneRows(one.tokens, one.counts, np.array([0, len(one.tokens)]))
+                error, _ = count_problem(part, int(cells.numbers[cell]), lookup)
+                if error is not None:
+                    raise ValueError(error + count_hint(self.adata, self.options.layer))
+        if warning is not None and self.tokenizer.value_encoding != "raw":
+            logger.warning_once(warning + count_hint(self.adata, self.options.layer))
+
+    def encode(
+        self, rows: GeneRows, keep: np.ndarray, numbers: np.ndarray, drug_ids: np.ndarray | None
+    ) -> EncodedCells:
+        """Encode whole cells, then leave genes out.
+
+        Args:
+            rows: all genes of the cells, none with count 0.
+            keep: `(total,)` bool, the genes to keep.
+            numbers: `(cells,)` numbers of the cells.
+            drug_ids: `(cells,)`, or None.
+        """
+        whole = self._whole.encode_rows(rows, drug_ids=drug_ids, warn=lambda message: None)  # `check` has warned
+        special = 1 if drug_ids is None else 2
+        kept = np.ones(len(whole.input_ids), dtype=bool)
+        kept[gene_places(rows.offsets, special)] = keep
+        offsets = np.concatenate([[0], np.cumsum(kept)])[whole.offsets]
+        return EncodedCells(
+            whole.input_ids[kept], whole.expression_values[kept], offsets, drug_ids, numbers, whole.empty_cells
+        )
+
+
+def gene_places(offsets: np.ndarray, special: int) -> np.ndarray:
+    """Where the genes of cells with these offsets lie once every cell has `special` tokens in front."""
+    cells = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
+    return np.arange(offsets[-1]) + special * (cells + 1)
+
+
+def halves(cells: np.ndarray, tokens: np.ndarray, numbers: np.ndarray, seed: int) -> np.ndarray:
+    """`(total,)` 0 or 1: each gene of a cell falls into one of two halves, by a hash of seed, cell and gene alone."""
+    streams = mix64(mix64(np.array([seed], dtype=np.uint64)) + numbers.astype(np.uint64))
+    return (mix64(streams[cells] + tokens.astype(np.uint64)) & np.uint64(1)).astype(np.int64)
+
+
+class Pairs:
+    """Cells with a perturbation, and the same cells without it ("before").
+
+    All arrays of genes are `(total,)`, over the genes that a cell has before or after.
+
+    Args:
+        cells: the cells, unperturbed.
+        chosen: `(pairs,)` row of the cell of each pair in `cells`.
+        members: `(pairs, genes)` tokens that are perturbed together; each pair has one at least whose count changes.
+        change: what becomes of them.
+
+    Attributes:
+        pair: the pair of every gene.
+        tokens: the genes.
+        index: where the gene lies in `cells.rows`; -1 for one that the cell did not express.
+        touched: which genes are perturbed.
+        keep: which genes are in the sample.
+        own_before: `(pairs,)` bool, where "before" is not the cell as the tokenizer encodes it: a cell longer than the
+            context whose sample had to be changed to hold the perturbed genes.
+
+    Raises:
+        ValueError: where the context has no room for the perturbed genes.
+    """
+
+    def __init__(self, cells: CellRows, chosen: np.ndarray, members: np.ndarray, change: Change):
+        self.cells, self.chosen, self.members = cells, chosen, members
+        self._join(change.counts(cells.highest[chosen]))
+        self.keep = self._sample()
+        sampled = np.where(self.index >= 0, cells.keep[self.index], False) if len(cells.keep) else self.index >= 0
+        own = (self.keep & (self.before > 0)) != sampled
+        self.own_before = np.bincount(self.pair[own], minlength=len(chosen)) > 0
+
+    def _join(self, new: np.ndarray) -> None:
+        rows, chosen = self.cells.rows, self.chosen
+        lengths = np.diff(rows.offsets)[chosen]
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        pair = np.repeat(np.arange(len(chosen)), lengths)
+        index = np.repeat(rows.offsets[chosen] - offsets[:-1], lengths) + np.arange(offsets[-1])
+        tokens, before = rows.tokens[index], rows.counts[index]
+        after, touched = before.copy(), np.zeros(len(tokens), dtype=bool)
+        added_pairs, added_tokens = [], []
+        for member in self.members.T:
+            hits = np.flatnonzero(tokens == member[pair])
+            touched[hits], after[hits] = True, new[pair[hits]]
+            missing = new > 0
+            missing[pair[hits]] = False
+            added_pairs.append(np.flatnonzero(missing))
+            added_tokens.append(member[missing])
+        extra = np.concatenate(added_pairs)
+        if len(extra):  # a gene that the cell did not express comes where its column is
+            pair, tokens = np.append(pair, extra), np.append(tokens, np.concatenate(added_tokens))
+            order = np.lexsort((self.cells.source.column_of[tokens], pair))
+            blank = np.zeros(len(extra), dtype=np.float32)
+            before, after = np.append(before, blank)[order], np.append(after, new[extra])[order]
+            touched = np.append(touched, np.ones(len(extra), dtype=bool))[order]
+            index = np.append(index, np.full(len(extra), -1))[order]
+            pair, tokens = pair[order], tokens[order]
+        self.pair, self.tokens, self.index, self.touched = pair, tokens, index, touched
+        self.before, self.after = before, after
+        self.offsets = np.searchsorted(pair, np.arange(len(chosen) + 1))
+
+    def _sample(self) -> np.ndarray:
+        """The perturbed genes, and of the others as many as there is room for, the same before and after."""
+        source = self.cells.source
+        keep = np.ones(len(self.tokens), dtype=bool)
+        if source.room is None or np.diff(self.offsets).max(initial=0) <= source.room:
+            return keep
+        numbers = self.cells.numbers[self.chosen]
+        num_touched = np.bincount(self.pair[self.touched], minlength=len(self.chosen))
+        for number in np.unique(num_touched).tolist():
+            if number > source.room:
+                raise ValueError(
+                    f"{number} genes are perturbed together in a cell, and the context has room for {source.room}: "
+                    "pass a larger max_length."
+                )
+            others = (num_touched == number)[self.pair] & ~self.touched
+            rows = GeneRows(self.tokens, self.before, self.offsets).select(others)
+            kept = kept_genes(rows, numbers, source.options.seed, source.room - number, source.tokenizer.overflow)
+            if kept is not None:
+                keep[others] = kept
+        return keep
+
+    def perturbed(self) -> tuple[EncodedCells, np.ndarray]:
+        """The perturbed cells, and `(genes in them,)` where each of their genes lies in the arrays of this class."""
+        return self._encoded(self.after, np.ones(len(self.chosen), dtype=bool))
+
+    def unperturbed(self, pairs: np.ndarray) -> tuple[EncodedCells, np.ndarray]:
+        """The same of "before", of some of the pairs, `(pairs,)` bool."""
+        return self._encoded(self.before, pairs)
+
+    def _encoded(self, counts: np.ndarray, pairs: np.ndarray) -> tuple[EncodedCells, np.ndarray]:
+        there = np.flatnonzero((counts > 0) & pairs[self.pair])
+        upto = np.searchsorted(self.pair[there], np.append(np.flatnonzero(pairs), len(pairs)))
+        rows, chosen = GeneRows(self.tokens[there], counts[there], upto), self.chosen[pairs]
+        drug_ids = None if self.cells.drug_ids is None else self.cells.drug_ids[chosen]
+        kept = self.keep[there]
+        return self.cells.source.encode(rows, kept, self.cells.numbers[chosen], drug_ids), there[kept]
+
+    def hidden(self) -> tuple[np.ndarray, np.ndarray]:
+        """Which genes are to be predicted from the rest, and which pairs need a "before" of their own for it.
+
+        Hidden is the half of the cell in which the (first) perturbed gene is not; a perturbed gene never is.
+
+        Returns:
+            `(total,)` and `(pairs,)` bool.
+        """
+        numbers, seed = self.cells.numbers[self.chosen], self.cells.source.options.seed
+        seen = halves(np.arange(len(self.chosen)), self.members[:, 0], numbers, seed)
+        other = halves(self.pair, self.tokens, numbers, seed) != seen[self.pair]
+        own = np.bincount(self.pair[other & self.touched & (self.before > 0)], minlength=len(self.chosen)) > 0
+        return other & ~self.touched & self.keep, own | self.own_before

@@ -1,0 +1,92 @@
+# Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
+"""Finished perturbations of a run, kept on disk: a run that was stopped goes on where it was."""
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+from filelock import FileLock, Timeout
+
+from tahoex1_hf.perturbation.plan import Task
+
+
+class Journal:
+    """A file with a line of JSON for the settings of the run, and one for each finished perturbation.
+
+    To be used as a context manager, which keeps a second run away from the file.
+
+    Args:
+        path: of the file, made where it does not exist; None keeps all in memory.
+        settings: all that decides the result.
+        restart: throw away what a run with other settings left.
+
+    Raises:
+        ValueError: on entering, where the file is of a run with other settings, which the message names, or another
+            run holds it.
+    """
+
+    def __init__(self, path: str | Path | None, settings: Mapping[str, Any], restart: bool = False):
+        self.path = None if path is None else Path(path)
+        self.finished: dict[Task, dict[str, Any]] = {}
+        self._settings: dict[str, Any] = json.loads(json.dumps(settings))  # tuples become lists, as they come back
+        self._restart = restart
+        self._lock: FileLock | None = None
+
+    def __enter__(self) -> Self:
+        if self.path is None:
+            return self
+        self._lock = FileLock(f"{self.path}.lock")
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise ValueError(f"{self.path}: another run is writing there.") from None
+        try:
+            if self.path.exists():
+                self._read(self.path)
+            if not self.path.exists():
+                self._write(self.path, [self._settings])
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._lock is not None:
+            Path(self._lock.lock_file).unlink(missing_ok=True)
+            self._lock.release()
+
+    def _read(self, path: Path) -> None:
+        complete = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line[-1] == "\n"]
+        before = json.loads(complete[0]) if complete else {}
+        if before != self._settings:
+            if complete and not self._restart:
+                other = sorted(key for key in {*before, *self._settings} if before.get(key) != self._settings.get(key))
+                raise ValueError(
+                    f"{path} is of an unfinished run with another {', '.join(other)}: give the same arguments to "
+                    "go on, or restart=True (--restart) to throw it away."
+                )
+            path.unlink()
+            return
+        for line in complete[1:]:
+            record = json.loads(line)
+            self.finished[Task(record.pop("group"), tuple(record.pop("genes")), record.pop("control"))] = record
+        os.truncate(path, len("".join(complete).encode()))  # without a line that a kill cut off
+
+    @staticmethod
+    def _write(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+        with path.open("a", encoding="utf-8") as file:
+            file.write("".join(f"{json.dumps(record)}\n" for record in records))
+            file.flush()
+            os.fsync(file.fileno())
+
+    def add(self, records: Mapping[Task, Mapping[str, Any]]) -> None:
+        """Keep finished perturbations."""
+        self.finished.update({task: dict(record) for task, record in records.items()})
+        if self.path is not None:
+            lines = (
+                {"group": task.group, "genes": task.genes, "control": task.control, **record}
+                for task, record in records.items()
+            )
+            self._write(self.path, lines)

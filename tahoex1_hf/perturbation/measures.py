@@ -1,0 +1,288 @@
+# Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
+"""What a perturbation does to cells: shift of their embeddings, and change of the expression that the model predicts.
+
+Cells come in chunks, and of perturbed ones only sums are kept. Of each cell of a group as it is, its embedding is
+kept, and, where expression is predicted, a number per gene that it expresses.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+from tahoex1_hf.encoding_tahoe_x1 import EncodedCells
+from tahoex1_hf.inference.encoder import CellEncoder, length_sorted_batches
+from tahoex1_hf.perturbation.cells import CellRows, Change, Pairs, gene_places, halves
+
+Item = TypeVar("Item")
+
+# Genes of perturbed cells that are encoded at a time: tens of megabytes with all that is computed on the way.
+PIECE_TOKENS = 2**19
+
+
+class Moments:
+    """Mean and standard error of values that come in parts, for several groups of values at once."""
+
+    def __init__(self, size: int):
+        self.count, self.mean, self.squares = np.zeros((3, size))
+
+    def add(self, groups: np.ndarray, values: np.ndarray) -> None:
+        """Add `(values,)` numbers, each to its group (Chan, Golub and LeVeque 1983, doi:10.2307/2683386)."""
+        size = len(self.count)
+        count = np.bincount(groups, minlength=size).astype(np.float64)
+        mean = np.bincount(groups, weights=values, minlength=size) / np.maximum(count, 1)
+        squares = np.bincount(groups, weights=(values - mean[groups]) ** 2, minlength=size)
+        total = self.count + count
+        step, share = mean - self.mean, count / np.maximum(total, 1)
+        self.squares += squares + step**2 * self.count * share
+        self.mean += step * share
+        self.count = total
+
+    def standard_error(self) -> np.ndarray:
+        """Of the mean; NaN for fewer than two values."""
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return np.where(self.count > 1, np.sqrt(self.squares / (self.count - 1) / self.count), np.nan)
+
+    def of(self, group: int) -> tuple[float, float]:
+        """Mean and standard error of one group; NaN where there are too few values."""
+        mean = self.mean[group] if self.count[group] else np.nan
+        return float(mean), float(self.standard_error()[group])
+
+
+class Forward:
+    """The model, run over encoded cells.
+
+    Args:
+        encoder: of the cells.
+        decoder: the expression decoder, where predictions are wanted.
+        bins_per_unit: of the predictions.
+    """
+
+    def __init__(self, encoder: CellEncoder, decoder: torch.nn.Module | None = None, bins_per_unit: float = 1.0):
+        self.encoder, self.bins_per_unit = encoder, bins_per_unit
+        self.decoder = None if decoder is None else decoder.to(encoder.device).eval()
+
+    def pooled(self, cells: EncodedCells) -> np.ndarray:
+        """`(cells, width)` float32 embeddings, not normalised."""
+        embeddings = np.empty((cells.num_cells, self.encoder.width), dtype=np.float32)
+        for rows, pooled in self.encoder.pooled_batches(cells):
+            embeddings[rows] = pooled.float().cpu().numpy()
+        return embeddings
+
+    @torch.inference_mode()
+    def predictions(self, cells: EncodedCells, hidden: np.ndarray) -> np.ndarray:
+        """Predict the expression of hidden genes, as in the model's training.
+
+        Args:
+            cells: encoded cells.
+            hidden: `(tokens,)` bool, whose expression is hidden from the model.
+
+        Returns:
+            `(tokens,)` float32, in bins where the model has bins; NaN where nothing is hidden.
+        """
+        if self.decoder is None:
+            raise ValueError("there is no expression decoder")
+        predicted = np.full(len(hidden), np.nan, dtype=np.float32)
+        device = self.encoder.device
+        for rows in length_sorted_batches(cells.lengths, self.encoder.batch_tokens, padded=False):
+            lengths = cells.lengths[rows]
+            offsets = np.concatenate([[0], np.cumsum(lengths)])
+            index = np.repeat(cells.offsets[rows] - offsets[:-1], lengths) + np.arange(offsets[-1])
+            drug_ids = None if cells.drug_ids is None else torch.from_numpy(cells.drug_ids[rows]).to(device)
+            with self.encoder.precision():
+                states = self.encoder.model(
+                    torch.from_numpy(cells.input_ids[index]).to(device).unsqueeze(0),
+                    torch.from_numpy(cells.expression_values[index]).to(device).unsqueeze(0),
+                    target_mask=torch.from_numpy(hidden[index]).to(device).unsqueeze(0),
+                    drug_ids=drug_ids,
+                    cu_seq_lens_q=torch.from_numpy(offsets).to(device),
+                ).last_hidden_state
+                values = self.decoder(states)[0].float().cpu().numpy()
+            predicted[index[hidden[index]]] = values[hidden[index]] * self.bins_per_unit
+        return predicted
+
+
+@dataclass
+class Unperturbed:
+    """Some cells as they are, and what the model makes of them.
+
+    Attributes:
+        numbers: `(cells,)` their numbers in the data.
+        pooled: `(cells, width)` float32 embeddings, not normalised.
+        predicted: `(genes of the cells,)` float32, each gene predicted while its half of the cell is hidden.
+    """
+
+    numbers: np.ndarray
+    pooled: np.ndarray
+    predicted: np.ndarray | None
+
+
+def unperturbed(cells: CellRows, forward: Forward) -> Unperturbed:
+    """Run the model over cells as they are."""
+    encoded = cells.encoded()
+    predicted = None
+    if forward.decoder is not None:
+        predicted = np.full(len(cells.rows.tokens), np.nan, dtype=np.float32)
+        places = np.flatnonzero(cells.keep)
+        half = halves(cells.rows.cells(), cells.rows.tokens, cells.numbers, cells.source.options.seed)[places]
+        for side in (0, 1):
+            predicted[places[half == side]] = predict_genes(forward, encoded, half == side)[half == side]
+    return Unperturbed(cells.numbers, forward.pooled(encoded), predicted)
+
+
+def predict_genes(forward: Forward, cells: EncodedCells, hidden: np.ndarray) -> np.ndarray:
+    """`Forward.predictions` for arrays over the genes of the cells, without the special tokens."""
+    special = 1 if cells.drug_ids is None else 2
+    places = gene_places(cells.offsets - special * np.arange(cells.num_cells + 1), special)
+    everywhere = np.zeros(len(cells.input_ids), dtype=bool)
+    everywhere[places] = hidden
+    return forward.predictions(cells, everywhere)[places]
+
+
+def unit(vectors: np.ndarray) -> np.ndarray:
+    """Rows of length 1, float64."""
+    wide = vectors.astype(np.float64)
+    return wide / np.maximum(np.linalg.norm(wide, axis=-1, keepdims=True), 1e-12)
+
+
+def ahead(items: Iterator[Item]) -> Iterator[Item]:
+    """The same items; the next one is made in a thread while this one is used."""
+    with ThreadPoolExecutor(1, thread_name_prefix="encode-cells") as pool:
+        end: Any = object()
+        coming = pool.submit(next, items, end)
+        while (item := coming.result()) is not end:
+            coming = pool.submit(next, items, end)
+            yield item
+
+
+@dataclass
+class Piece:
+    """Pairs that are run together."""
+
+    pairs: Pairs
+    tasks: np.ndarray  # (pairs,) which perturbation
+    perturbed: EncodedCells
+    perturbed_genes: np.ndarray  # where the genes of `perturbed` lie in `pairs`
+    chunk: Unperturbed
+
+
+class BlockMeasures:
+    """Measures of several perturbations of the cells of one group.
+
+    Args:
+        members: `(perturbations, genes)` tokens that are perturbed together.
+        change: what becomes of them.
+        forward: the model.
+        target: `(width,)` embedding of the state toward which shifts are measured, of length 1.
+        affected: `(tokens,)` slot of every gene whose predicted change is to be known; -1 for none.
+    """
+
+    def __init__(
+        self,
+        members: np.ndarray,
+        change: Change,
+        forward: Forward,
+        target: np.ndarray | None,
+        affected: np.ndarray | None,
+    ):
+        self.members, self.change, self.forward, self.target = members, change, forward, target
+        size = len(members)
+        self.num_cells = 0
+        self.num_expressing = np.zeros(size, dtype=np.int64)
+        self.cosine, self.euclidean, self.toward = Moments(size), Moments(size), Moments(size)
+        self.absolute, self.signed = Moments(size), Moments(size)
+        self.slots = affected
+        self.num_slots = 0 if affected is None else int(affected.max()) + 1
+        self.by_gene = Moments(size * self.num_slots)
+
+    def add(self, read: Callable[[np.ndarray], CellRows], chunks: Sequence[Unperturbed]) -> Iterator[int]:
+        """Measure the cells of a group.
+
+        Args:
+            read: reads the counts of cells.
+            chunks: the cells as they are.
+
+        Yields:
+            Now and then, the number of perturbed cells since the last time.
+        """
+        for piece in ahead(self._pieces(read, chunks)):
+            if isinstance(piece, Unperturbed):
+                self.num_cells += len(piece.numbers)
+            else:
+                self._measure(piece)
+                yield len(piece.tasks)
+
+    def _pieces(
+        self, read: Callable[[np.ndarray], CellRows], chunks: Sequence[Unperturbed]
+    ) -> Iterator[Piece | Unperturbed]:
+        """The pairs of each chunk in pieces, and behind them the chunk itself."""
+        genes, slots = np.unique(self.members, return_inverse=True)
+        slots = slots.reshape(self.members.shape)
+        for chunk in chunks:
+            cells = read(chunk.numbers)
+            counts = cells.counts_of(genes)
+            new = self.change.counts(cells.highest)[:, None]
+            self.num_expressing += np.array([(counts[:, own] > 0).any(1).sum() for own in slots], dtype=np.int64)
+            changed = np.array([(counts[:, own] != new).any(1) for own in slots])  # (perturbations, cells)
+            tasks, chosen = np.nonzero(changed)
+            upto = np.cumsum(np.diff(cells.rows.offsets)[chosen] + 1) // PIECE_TOKENS
+            for part in np.split(np.arange(len(tasks)), np.flatnonzero(np.diff(upto)) + 1):
+                if len(part):
+                    pairs = Pairs(cells, chosen[part], self.members[tasks[part]], self.change)
+                    yield Piece(pairs, tasks[part], *pairs.perturbed(), chunk)
+            yield chunk
+
+    def _measure(self, piece: Piece) -> None:
+        pairs, expression = piece.pairs, self.forward.decoder is not None and self.slots is not None
+        before = piece.chunk.pooled[pairs.chosen]
+        hidden, own = pairs.hidden() if expression else (None, pairs.own_before)
+        encoded_own, own_genes = pairs.unperturbed(own)
+        if own.any():
+            before[own] = self.forward.pooled(encoded_own)
+        after = self.forward.pooled(piece.perturbed)
+        unit_before, unit_after = unit(before), unit(after)
+        # 1 - cos = |u - v|^2 / 2 for vectors of length 1, without the cancellation.
+        self.cosine.add(piece.tasks, ((unit_after - unit_before) ** 2).sum(1) / 2)
+        shift = after.astype(np.float64) - before
+        self.euclidean.add(piece.tasks, np.linalg.norm(shift, axis=1))
+        if self.target is not None:
+            self.toward.add(piece.tasks, (unit_after - unit_before) @ self.target)
+        if hidden is None or piece.chunk.predicted is None:
+            return
+        known = pairs.index >= 0
+        predicted = np.full(len(pairs.tokens), np.nan, dtype=np.float32)
+        predicted[known] = piece.chunk.predicted[pairs.index[known]]
+        if own.any():
+            predicted[own_genes] = predict_genes(self.forward, encoded_own, hidden[own_genes])
+        genes = piece.perturbed_genes
+        now = predict_genes(self.forward, piece.perturbed, hidden[genes])
+        places = np.flatnonzero(hidden[genes])
+        self._add_predictions(
+            piece, genes[places], now[places].astype(np.float64) - predicted[genes[places]].astype(np.float64)
+        )
+
+    def _add_predictions(self, piece: Piece, genes: np.ndarray, difference: np.ndarray) -> None:
+        """Add the change of hidden genes, `genes` being their places in the arrays of the pairs."""
+        pair = piece.pairs.pair[genes]
+        counts = np.bincount(pair, minlength=len(piece.tasks))
+        some = counts > 0
+        for moments, values in ((self.absolute, np.abs(difference)), (self.signed, difference)):
+            sums = np.bincount(pair, weights=values, minlength=len(piece.tasks))
+            moments.add(piece.tasks[some], sums[some] / counts[some])
+        if self.slots is not None:
+            slots = self.slots[piece.pairs.tokens[genes]]
+            self.by_gene.add(piece.tasks[pair] * self.num_slots + slots, difference)
+
+    def affected(self, perturbation: int, number: int) -> list[tuple[int, float, float, int]]:
+        """The genes whose predicted expression changes most: slot, mean change, its standard error, cells.
+
+        A gene is taken into account if it was predicted in three cells and in a twentieth of those perturbed.
+        """
+        part = slice(perturbation * self.num_slots, (perturbation + 1) * self.num_slots)
+        mean, error, count = self.by_gene.mean[part], self.by_gene.standard_error()[part], self.by_gene.count[part]
+        enough = np.flatnonzero(count >= max(3, self.cosine.count[perturbation] / 20))
+        best = enough[np.argsort(-np.abs(mean[enough]), kind="stable")[:number]]
+        return [(int(slot), float(mean[slot]), float(error[slot]), int(count[slot])) for slot in best]

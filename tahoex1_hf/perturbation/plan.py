@@ -1,0 +1,271 @@
+# Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
+"""Which perturbations are made, in which cells, and which genes of like expression each is compared with."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tahoex1_hf.cells.inputs import CHUNK_CELLS
+from tahoex1_hf.perturbation.cells import CellSource
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+# Perturbations that are made together, and are kept together when they are done: up to so many perturbed cells, enough
+# for full batches; and up to so many perturbations, fewer where the change of every gene is summed up.
+_BLOCK_CELLS, _BLOCK, _BLOCK_EVERY_GENE = 2048, 512, 32
+# Columns of `var` in which files usually keep symbols beside Ensembl ids.
+_SYMBOL_COLUMNS = ("gene_symbol", "gene_symbols", "feature_name", "gene_name", "gene_names", "symbol", "SYMBOL")
+
+
+@dataclass(frozen=True)
+class Task:
+    """Genes (their tokens) that are perturbed together in the cells of one group."""
+
+    group: int
+    genes: tuple[int, ...]
+    control: bool = False
+
+
+@dataclass
+class Groups:
+    """The cells that are perturbed.
+
+    Attributes:
+        names: of the groups.
+        numbers: of each group, the rising numbers of its cells.
+    """
+
+    names: list[str]
+    numbers: list[np.ndarray]
+
+    def chunks(self, group: int) -> Iterator[np.ndarray]:
+        """The cells of a group, a few at a time."""
+        yield from chunks(self.numbers[group])
+
+
+def chunks(numbers: np.ndarray) -> Iterator[np.ndarray]:
+    """Cells by their numbers, a few at a time."""
+    for start in range(0, len(numbers), CHUNK_CELLS):
+        yield numbers[start : start + CHUNK_CELLS]
+
+
+def choose_cells(adata: "AnnData", cells: Any, name: str) -> np.ndarray:
+    """`(cells,)` bool of a mask, of a comparison over columns of `obs`, or of None for all.
+
+    Args:
+        adata: the cells.
+        cells: the choice.
+        name: of the argument, for messages.
+
+    Raises:
+        ValueError: for a mask of another length, an expression that does not fit `obs`, and where no cell is left.
+    """
+    if cells is None:
+        mask = np.ones(adata.n_obs, dtype=bool)
+    elif isinstance(cells, str):
+        mask = _query(adata, cells, name)
+    else:
+        mask = np.asarray(cells)
+        if mask.dtype != bool or mask.shape != (adata.n_obs,):
+            raise ValueError(
+                f"{name} has shape {mask.shape} and dtype {mask.dtype}: pass True or False for each of the "
+                f"{adata.n_obs} cells, or a comparison like 'cell_type == \"B\"'."
+            )
+    if not mask.any():
+        raise ValueError(f"{name}={cells!r} leaves none of the {adata.n_obs} cells.")
+    return mask
+
+
+def _query(adata: "AnnData", expression: str, name: str) -> np.ndarray:
+    from tahoex1_hf.data.columns import filter_mask
+    from tahoex1_hf.data.config import filter_columns
+
+    try:
+        missing = [column for column in filter_columns(expression) if column not in adata.obs.columns]
+        if missing:
+            raise ValueError(f"{missing[0]!r} is not in adata.obs: it has {list(adata.obs.columns)}.")
+        return filter_mask(adata.obs, expression)
+    except ValueError as error:
+        raise ValueError(f"{name}={expression!r}: {error}") from None
+
+
+def make_groups(adata: "AnnData", mask: np.ndarray, groupby: str | None) -> Groups:
+    """The chosen cells by a column of `obs`; those without a value there are left out."""
+    numbers = np.flatnonzero(mask)
+    if groupby is None:
+        return Groups(["all"], [numbers])
+    if groupby not in adata.obs.columns:
+        raise ValueError(f"groupby={groupby!r} is not in adata.obs: it has {list(adata.obs.columns)}.")
+    column = adata.obs[groupby].iloc[numbers]
+    values = column.astype(object).where(column.notna(), None).map(lambda value: None if value is None else str(value))
+    names = sorted({value for value in values if value is not None})
+    if not names:
+        raise ValueError(f"groupby={groupby!r} is missing for all of the chosen cells.")
+    return Groups(names, [numbers[(values == name).to_numpy()] for name in names])
+
+
+class GeneNames:
+    """Tokens of genes by what a user calls them, and the other way round.
+
+    Args:
+        adata: the cells; symbols are also looked for in the columns of `var`.
+        source: the same cells, with the tokens of their columns.
+    """
+
+    def __init__(self, adata: "AnnData", source: CellSource):
+        self.adata, self.source = adata, source
+        self.symbols: Mapping[str, str] = source.options.gene_symbols or {}
+
+    def tokens(self, names: Sequence[str]) -> list[int]:
+        """Tokens of genes named by Ensembl id or symbol.
+
+        Raises:
+            ValueError: naming those that the data or the vocabulary lacks, and those that mean several genes.
+        """
+        wanted = [str(name) for name in names]
+        if not wanted:
+            raise ValueError('genes is empty: name genes, or pass "all".')
+        found = {}
+        for name in wanted:
+            token = self.source.tokenizer._gene_token(name, self.symbols)
+            if token >= 0 and self.source.column_of[token] >= 0:
+                found[name] = token
+        missing = [name for name in wanted if name not in found]
+        for column in [self.adata.var_names.to_series(), *(self.adata.var[name] for name in self.adata.var.columns)]:
+            texts = column.astype(str).to_numpy()
+            for name in missing:
+                tokens = {int(token) for token in self.source.genes.token_ids[texts == name] if token >= 0}
+                if len(tokens) > 1:
+                    raise ValueError(f"genes: {name!r} is {len(tokens)} genes of the data: name it by its Ensembl id.")
+                if tokens:
+                    found[name] = tokens.pop()
+            missing = [name for name in wanted if name not in found]
+        if missing:
+            raise ValueError(
+                f"genes: {missing} are not among the genes that data and model have in common. Name them by Ensembl "
+                "id, by a name in adata.var, or pass gene_symbols=."
+            )
+        tokens_of = [found[name] for name in wanted]
+        twice = sorted({name for name, token in zip(wanted, tokens_of, strict=True) if tokens_of.count(token) > 1})
+        if twice:
+            raise ValueError(f"genes names a gene twice: {twice}.")
+        return tokens_of
+
+    def labels(self) -> dict[int, str]:
+        """What to call each gene of the data: its symbol where there is one."""
+        shown = self.adata.var_names.astype(str).to_numpy()
+        if all(name.startswith("ENS") for name in shown[:20]):
+            column = next((name for name in _SYMBOL_COLUMNS if name in self.adata.var.columns), None)
+            if column is not None:
+                shown = self.adata.var[column].astype(str).to_numpy()
+            elif self.symbols:
+                reverse = {gene: symbol for symbol, gene in self.symbols.items()}
+                shown = np.array([reverse.get(name, name) for name in shown], dtype=object)
+        labels: dict[int, str] = {}
+        for token, name in zip(self.source.genes.token_ids.tolist(), shown, strict=True):
+            if token >= 0:
+                labels.setdefault(token, str(name))
+        return labels
+
+
+@dataclass
+class Levels:
+    """How much each gene is expressed in each group.
+
+    Attributes:
+        cells: `(groups,)` number of cells.
+        expressing: `(groups, genes)` cells that express the gene; genes in the order of `CellSource.tokens`.
+        sums: `(groups, genes)` sum of its counts.
+    """
+
+    cells: np.ndarray
+    expressing: np.ndarray
+    sums: np.ndarray
+
+    @classmethod
+    def measure(cls, source: CellSource, groups: Groups) -> "Levels":
+        """Read all cells once; counts that cannot be encoded are found here."""
+        shape = (len(groups.names), len(source.tokens))
+        expressing, sums = np.zeros(shape, dtype=np.int64), np.zeros(shape)
+        for group in range(len(groups.names)):
+            for numbers in groups.chunks(group):
+                cells = source.read(numbers)
+                source.check(cells)
+                columns = source.column_of[cells.rows.tokens]
+                expressing[group] += np.bincount(columns, minlength=shape[1])
+                sums[group] += np.bincount(columns, weights=cells.rows.counts, minlength=shape[1])
+        return cls(np.array([len(numbers) for numbers in groups.numbers]), expressing, sums)
+
+    def coordinates(self, group: int) -> np.ndarray:
+        """`(genes, 2)` log2 of the share of cells that express a gene, and of its mean count in these."""
+        expressing = self.expressing[group]
+        share = np.log2((expressing + 1) / (self.cells[group] + 1))
+        return np.stack([share, np.log2((self.sums[group] + 1) / (expressing + 1))], axis=1)
+
+
+class Controls:
+    """Genes of like expression, whose perturbation shows what shift to expect from any gene of that expression.
+
+    Candidates are genes that at least `min_cells` cells express, without those that are tested, unless all genes are.
+    The nearest are taken: by the squared difference of the log2 share of cells that express a gene, plus that of its
+    log2 mean count in these cells.
+
+    Args:
+        levels: of the genes.
+        tested: `(tested,)` columns of the genes that are not to be controls.
+        number: of controls per perturbation.
+        min_cells: see above.
+        everywhere: count the expressing cells of all groups, not of the group alone: for perturbations that reach the
+            cells which do not express the gene.
+        ties: `(genes,)` whichever is lower is taken of genes that are equally near: many that few cells express are.
+    """
+
+    def __init__(
+        self, levels: Levels, tested: np.ndarray, number: int, min_cells: int, everywhere: bool, ties: np.ndarray
+    ):
+        self.levels, self.number, self.ties = levels, number, ties
+        total = levels.expressing.sum(0)
+        self.expressed = np.stack([total if everywhere else row for row in levels.expressing]) >= min_cells
+        """`(groups, genes)` bool, which genes enough cells express."""
+        self.free = np.ones(levels.expressing.shape[1], dtype=bool)
+        self.free[tested] = False
+
+    def of(self, group: int, columns: Sequence[int]) -> list[tuple[int, ...]]:
+        """Columns of up to `number` controls, each of as many genes as `columns` has, the nearest first."""
+        allowed = self.free & self.expressed[group]
+        allowed[list(columns)] = False
+        candidates, places = np.flatnonzero(allowed), self.levels.coordinates(group)
+        nearest = []
+        for column in columns:
+            distance = ((places[candidates] - places[column]) ** 2).sum(1)
+            nearest.append(candidates[np.lexsort((self.ties[candidates], distance))].tolist())
+        sets: list[tuple[int, ...]] = []
+        for start in range(min(self.number, len(candidates) // max(1, len(columns)))):
+            chosen: list[int] = []
+            for order in nearest:  # the start-th nearest of each that is not in the set already
+                chosen.append(next(gene for gene in order[start:] + order[:start] if gene not in chosen))
+            sets.append(tuple(chosen))
+        return list(dict.fromkeys(sets))
+
+
+def blocks(tasks: Sequence[Task], num_cells: Sequence[int], every_gene: bool) -> Iterator[list[Task]]:
+    """Cut tasks into blocks, always the same: together they make better batches.
+
+    Args:
+        tasks: of one group, with equally many genes each.
+        num_cells: of each, about how many cells it changes.
+        every_gene: whether the change of every gene is summed up, in memory of the size of a block times the genes.
+    """
+    block: list[Task] = []
+    total, most = 0, _BLOCK_EVERY_GENE if every_gene else _BLOCK
+    for task, cells in zip(tasks, num_cells, strict=True):
+        if block and (len(block) == most or total + cells > _BLOCK_CELLS):
+            yield block
+            block, total = [], 0
+        block.append(task)
+        total += cells
+    if block:
+        yield block

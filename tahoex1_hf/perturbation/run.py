@@ -1,0 +1,417 @@
+# Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
+"""In-silico perturbation: genes are deleted, overexpressed or set in cells, and the model says what that changes."""
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from tahoex1_hf.cells.inputs import EncodeOptions
+from tahoex1_hf.embedding.in_memory import with_context
+from tahoex1_hf.encoding_tahoe_x1 import mix64
+from tahoex1_hf.inference.encoder import CellEncoder, DtypeName
+from tahoex1_hf.modeling_tahoe_x1 import TahoeX1ForPreTraining, TahoeX1PreTrainedModel
+from tahoex1_hf.perturbation.cells import CellSource, Change, PerturbationMode
+from tahoex1_hf.perturbation.journal import Journal
+from tahoex1_hf.perturbation.measures import BlockMeasures, Forward, Unperturbed, ahead, unit, unperturbed
+from tahoex1_hf.perturbation.plan import (
+    Controls,
+    GeneNames,
+    Groups,
+    Levels,
+    Task,
+    blocks,
+    choose_cells,
+    chunks,
+    make_groups,
+)
+from tahoex1_hf.perturbation.tables import affected_table, ranked_table
+from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+    from pandas import DataFrame
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class PerturbationResult:
+    """What `perturb_genes` returns.
+
+    Attributes:
+        table: a row per perturbation and group of cells, ranked within the group; see `perturb_genes`.
+        affected: with `expression`, a row per perturbation and gene whose predicted expression changes most: `group`,
+            `gene`, `gene_id`, `affected_gene`, `affected_gene_id`, `mean_change` and `standard_error` (over cells, in
+            bins), `n_cells` (in which the gene was predicted).
+    """
+
+    table: "DataFrame"
+    affected: "DataFrame | None"
+
+
+def perturb_genes(
+    adata: "AnnData | str | Path",
+    model: TahoeX1PreTrainedModel | str | Path,
+    tokenizer: TahoeX1Tokenizer | None = None,
+    genes: Sequence[str] | Literal["all"] = "all",
+    *,
+    mode: PerturbationMode = "delete",
+    value: float | None = None,
+    together: bool = False,
+    cells: Any = None,
+    groupby: str | None = None,
+    target: Any = None,
+    expression: bool = False,
+    num_affected: int = 20,
+    null_genes: int = 50,
+    min_cells: int = 10,
+    layer: str | None = None,
+    gene_id_column: str | None = None,
+    gene_symbols: Mapping[str, str] | None = None,
+    drugs: str | Sequence[str | None] | None = None,
+    max_length: int | None = None,
+    seed: int = 0,
+    batch_tokens: int | None = None,
+    device: str | torch.device | None = None,
+    dtype: DtypeName = "float32",
+    partial: str | Path | None = None,
+    restart: bool = False,
+    progress: bool = True,
+) -> PerturbationResult:
+    """Change the counts of genes in cells, and measure how far the cells' embeddings move.
+
+    A changed cell is encoded as if it had been measured so: bins are computed anew from all its counts. In cells
+    longer than the context, the other genes of the sample are the same with and without the perturbation, and the
+    perturbed gene is always in it. Means are over the cells whose counts change: to delete a gene from a cell that
+    does not express it is no perturbation.
+
+    The null distribution of a perturbation are the shifts by `null_genes` other genes, perturbed in the same way in
+    the cells of the same group, whose expression is nearest (share of cells that express them, and mean count
+    there; see `Controls`). With named genes these are perturbed in addition, which is most of the work.
+
+    The table has, per perturbation and group: `group`, `rank`, `gene`, `gene_id`; `n_cells`,
+    `n_cells_expressing` (one of the genes at least), `n_cells_changed`; `cosine_distance` (1 - cosine of the cell
+    embeddings before and after) and `euclidean_shift` (of the embeddings as the model gives them, not normalised),
+    means over the changed cells, with `_se`, their standard errors; with `target`, `target_change` (of the cosine
+    to the target's mean embedding; positive is toward it); with `expression`, `predicted_abs_change` and
+    `predicted_change` (of the other genes, in bins: mean over a cell's genes, then over cells); `n_null`,
+    `null_mean`, `null_sd`, `z_score`, `p_value` and `q_value`. Rows are ranked by `target_change` where there is a
+    target, else by `cosine_distance`, and the null is of the same quantity. `p_value` is empirical, (1 + controls
+    that are as extreme) / (1 + controls), one-sided for the distance and two-sided, about the controls' median, for
+    the target; it cannot be less than 1 / (1 + controls). `q_value` is Benjamini and Hochberg's, over the table.
+    Perturbations that change fewer than `min_cells` cells are not compared with controls, and ranked last.
+
+    Predicted expression is that of the expression decoder for genes that are hidden from the model, as in its
+    training: the half of the cell in which the perturbed gene is not. At genes that it sees, the decoder was never
+    trained.
+
+    Args:
+        adata: cells with raw counts, in memory or backed, or the path of an .h5ad file; left as it is.
+        model: a Tahoe-x1 model, or where `find_model` finds one.
+        tokenizer: of the same checkpoint; by default loaded with the model.
+        genes: Ensembl ids or symbols (from `gene_symbols`, `var_names` or a column of `var`), one perturbation each;
+            or `"all"` that at least `min_cells` cells express.
+        mode: `"delete"`: the count becomes 0. `"overexpress"`: it becomes the cell's largest count, so that the gene
+            is in the top bin, whether the cell expressed it or not. `"set"`: it becomes `value`.
+        value: the raw count for `"set"`.
+        together: perturb all genes at once, as one perturbation.
+        cells: which cells to perturb: a comparison over columns of `obs` (`'cell_type == "B" and n_genes > 500'`), or
+            a mask; by default all.
+        groupby: column of `obs`; the genes are ranked in each of its groups.
+        target: cells, chosen like `cells`, toward whose mean embedding the shift is measured.
+        expression: also measure predicted expression. Needs the pretraining head; takes about four times as long.
+        num_affected: with `expression`, most affected genes to list per perturbation.
+        null_genes: controls per perturbation; 0 for none.
+        min_cells: fewest cells that express a gene for it to be a control, or one of `"all"`: cells of the group, or,
+            unless genes are deleted, of all groups. Also fewest changed cells of a perturbation that is compared.
+        layer: as in `embed_anndata`.
+        gene_id_column: as in `embed_anndata`.
+        gene_symbols: as in `embed_anndata`.
+        drugs: as in `embed_anndata`.
+        max_length: as in `embed_anndata`.
+        seed: as in `embed_anndata`; also of the halves of cells in predictions, and of the choice among controls that
+            are equally near.
+        batch_tokens: as in `embed_anndata`; changes nothing but rounding.
+        device: as in `embed_anndata`.
+        dtype: as in `embed_anndata`, but float32 by default: bfloat16 moves embeddings as far as many a gene does.
+        partial: file in which finished perturbations are kept: the same call goes on from it. Remove it afterwards.
+        restart: throw away what an unfinished run with other arguments left in `partial`.
+        progress: whether to show a progress bar.
+
+    Raises:
+        ValueError: for genes that are unknown or that no chosen cell expresses (when deleting), for a choice without
+            cells, for a model without pretraining head where `expression` is asked for, and for counts and arguments
+            that cannot be used.
+    """
+    change = Change(mode, value)
+    if null_genes < 0 or min_cells < 1 or num_affected < 1:
+        raise ValueError(
+            f"null_genes={null_genes}, min_cells={min_cells}, num_affected={num_affected}: pass at least 0, 1 and 1."
+        )
+    with ExitStack() as stack:
+        if isinstance(adata, (str, Path)):
+            from anndata import read_h5ad
+
+            adata = read_h5ad(adata, backed="r")
+            stack.callback(adata.file.close)
+        if isinstance(model, (str, Path)):
+            model, loaded = load_for_perturbation(model, expression=expression)
+            tokenizer = tokenizer or loaded
+        if tokenizer is None:
+            raise ValueError("tokenizer is missing: pass that of the model, or a path or Hub repository as model.")
+        options = EncodeOptions(with_context(tokenizer, max_length), drugs, seed, gene_id_column, gene_symbols, layer)
+        forward = _forward(model, options.tokenizer, expression, batch_tokens, device, dtype)
+        source = CellSource(adata, options)
+        groups = make_groups(adata, choose_cells(adata, cells, "cells"), groupby)
+        toward = None if target is None else np.flatnonzero(choose_cells(adata, target, "target"))
+        levels = Levels.measure(source, groups)
+        names = GeneNames(adata, source)
+        controls = _plan(genes, names, groups, levels, change, together, null_genes, min_cells)
+        asked = list(controls)
+        everything = list(dict.fromkeys([*asked, *(other for others in controls.values() for other in others)]))
+        run = _Run(source, groups, levels, forward, change, everything, num_affected)
+        settings = {"mode": mode, "value": value, "expression": expression, "num_affected": num_affected}
+        journal = stack.enter_context(Journal(partial, {**settings, **run.identity(model, toward)}, restart))
+        run.carry_out(journal, toward, progress)
+    labels = names.labels()
+    if not isinstance(genes, str):  # as the caller calls them
+        labels.update(zip(names.tokens(genes), map(str, genes), strict=True))
+    table = ranked_table(journal.finished, controls, groups.names, labels, options.tokenizer, min_cells)
+    affected = None
+    if expression:
+        affected = affected_table(journal.finished, asked, groups.names, labels, options.tokenizer)
+    return PerturbationResult(table, affected)
+
+
+def load_for_perturbation(
+    model: str | Path, *, size: str | None = None, revision: str | None = None, expression: bool = False
+) -> tuple[TahoeX1PreTrainedModel, TahoeX1Tokenizer]:
+    """Load a model, with its pretraining head where expression is to be predicted, and its tokenizer.
+
+    Args:
+        model: a folder or the id of a Hub repository, or the folder of an adapter.
+        size: as for `find_model`.
+        revision: as for `find_model`.
+        expression: whether the expression decoder is needed.
+
+    Raises:
+        ValueError: for a checkpoint without that decoder.
+    """
+    from tahoex1_hf.hub.loading import find_model, load_model_and_tokenizer
+
+    if (Path(model) / "adapter_config.json").is_file():
+        from tahoex1_hf.finetuning.adapters import load_adapter
+
+        adapted, tokenizer = load_adapter(model)
+        return adapted, tokenizer
+    if not expression:
+        return load_model_and_tokenizer(model, size=size, revision=revision)
+    folder = find_model(model, size=size, revision=revision)
+    loaded, info = TahoeX1ForPreTraining.from_pretrained(folder, output_loading_info=True)
+    if any(name.startswith("expression_decoder.") for name in info["missing_keys"]):
+        raise ValueError(_no_head(f"the checkpoint {model}"))
+    return loaded, TahoeX1Tokenizer.from_pretrained(folder)
+
+
+def _no_head(what: str) -> str:
+    return (
+        f"expression needs the pretraining head, which {what} lacks: pass a TahoeX1ForPreTraining "
+        "(AutoModelForPreTraining), or leave expression out."
+    )
+
+
+def _forward(
+    model: TahoeX1PreTrainedModel,
+    tokenizer: TahoeX1Tokenizer,
+    expression: bool,
+    batch_tokens: int | None,
+    device: str | torch.device | None,
+    dtype: DtypeName,
+) -> Forward:
+    unwrap: Any = getattr(model, "get_base_model", None)  # a PeftModel's, with the adapters in it
+    model = model if unwrap is None else unwrap()
+    if model.config.cell_pooling == "mean_with_padding":
+        raise ValueError(
+            'cell_pooling="mean_with_padding" makes an embedding depend on the cells it shares a batch with, more '
+            'than on a gene: set model.config.cell_pooling = "mean".'
+        )
+    decoder = getattr(model, "expression_decoder", None)
+    if expression and decoder is None:
+        raise ValueError(_no_head(f"a {type(model).__name__}"))
+    if expression and model.config._attn_implementation != "sdpa":
+        raise ValueError(
+            f"expression with attn_implementation={model.config._attn_implementation!r}: load the model with "
+            'attn_implementation="sdpa".'
+        )
+    encoder = CellEncoder(model, tokenizer, batch_tokens=batch_tokens, device=device, dtype=dtype)
+    # Scaled targets run from -1 to 1 over the bins 1 to num_bins - 1.
+    bins_per_unit = (model.config.num_bins - 2) / 2 if model.config.scale_targets else 1.0
+    return Forward(encoder, decoder if expression else None, bins_per_unit)
+
+
+def _plan(
+    genes: Sequence[str] | str,
+    names: GeneNames,
+    groups: Groups,
+    levels: Levels,
+    change: Change,
+    together: bool,
+    null_genes: int,
+    min_cells: int,
+) -> dict[Task, list[Task]]:
+    """The perturbations asked for, and the controls of each."""
+    source, all_genes = names.source, isinstance(genes, str)
+    members: list[list[tuple[int, ...]]]
+    if all_genes:
+        if genes != "all" or together:
+            raise ValueError(f'genes={genes!r}, together={together}: pass a list of genes, or "all" one at a time.')
+        tested = np.zeros(0, dtype=np.int64)
+    else:
+        tested = source.column_of[names.tokens(genes)]
+    deleting = change.mode == "delete"
+    seed = np.array([source.options.seed], dtype=np.uint64)
+    ties = mix64(mix64(seed) + source.tokens.astype(np.uint64))  # at random, but the same for any order of the genes
+    finder = Controls(levels, tested, null_genes, min_cells, everywhere=not deleting, ties=ties)
+    if all_genes:
+        members = [[(column,) for column in np.flatnonzero(row).tolist()] for row in finder.expressed]
+        if not any(members):
+            raise ValueError(
+                f"No gene is expressed by min_cells={min_cells} cells: choose more cells, or a lower one."
+            )
+    else:
+        silent = [
+            str(name) for name, column in zip(genes, tested, strict=True) if not levels.expressing[:, column].any()
+        ]
+        if silent and deleting:
+            raise ValueError(f"None of the chosen cells expresses {silent}: there is nothing to delete.")
+        each: list[tuple[int, ...]] = [tuple(tested.tolist())] if together else [(n,) for n in tested.tolist()]
+        members = [each] * len(groups.names)
+    controls: dict[Task, list[Task]] = {}
+    for group, perturbations in enumerate(members):
+        for columns in perturbations:
+            task = Task(group, tuple(source.tokens[list(columns)].tolist()))
+            few = deleting and len(columns) == 1 and levels.expressing[group, columns[0]] < min_cells
+            controls[task] = [
+                Task(group, tuple(source.tokens[list(control)].tolist()), control=not all_genes)
+                for control in ([] if few else finder.of(group, columns))
+            ]
+    return controls
+
+
+class _Run:
+    """All perturbations of one call."""
+
+    def __init__(
+        self,
+        source: CellSource,
+        groups: Groups,
+        levels: Levels,
+        forward: Forward,
+        change: Change,
+        tasks: list[Task],
+        num_affected: int,
+    ):
+        self.source, self.groups, self.levels, self.forward, self.change = source, groups, levels, forward, change
+        self.tasks, self.num_affected = tasks, num_affected
+
+    def identity(self, model: torch.nn.Module, toward: np.ndarray | None) -> dict[str, Any]:
+        """All that decides the result, apart from the kind of device."""
+        from tahoex1_hf.embedding.files import json_digest, tokenizer_digest, weights_digest
+
+        options = self.source.options
+        numbers = [each.tolist() for each in self.groups.numbers]
+        return {
+            "model": weights_digest(model),
+            "tokenizer": tokenizer_digest(options.tokenizer),
+            "cells": json_digest([self.groups.names, numbers]),
+            "counts": json_digest([self.levels.expressing.tolist(), self.levels.sums.tolist()]),
+            "target": None if toward is None else json_digest(toward.tolist()),
+            "genes": json_digest([[task.group, task.genes, task.control] for task in self.tasks]),
+            "drugs": options.drugs if options.drugs is None or isinstance(options.drugs, str) else list(options.drugs),
+            "seed": options.seed,
+            "dtype": self.forward.encoder.dtype_name,
+        }
+
+    def carry_out(self, journal: Journal, toward: np.ndarray | None, progress: bool) -> None:
+        """Do what the journal lacks."""
+        total, done = sum(map(self._reach, self.tasks)), sum(map(self._reach, journal.finished))
+        with tqdm(total=total, initial=done, unit="cell", desc="Perturbing", disable=not progress) as bar:
+            aim = (
+                self._mean_embedding(toward)
+                if toward is not None and len(journal.finished) < len(self.tasks)
+                else None
+            )
+            for group in range(len(self.groups.names)):
+                todo = [block for block in self._blocks(group) if any(task not in journal.finished for task in block)]
+                cells = self._unperturbed(group) if todo else []
+                for block in todo:
+                    journal.add(self._measure(block, cells, aim, bar))
+
+    def _blocks(self, group: int) -> Iterator[Sequence[Task]]:
+        for control in (False, True):
+            tasks = [task for task in self.tasks if task.group == group and task.control == control]
+            yield from blocks(tasks, [self._reach(task) for task in tasks], self._predicts(control))
+
+    def _reach(self, task: Task) -> int:
+        """At most so many cells does a perturbation change."""
+        if self.change.mode != "delete":
+            return len(self.groups.numbers[task.group])
+        expressing = self.levels.expressing[task.group, self.source.column_of[list(task.genes)]]
+        return min(int(expressing.sum()), len(self.groups.numbers[task.group]))
+
+    def _predicts(self, control: bool) -> bool:
+        return self.forward.decoder is not None and not control
+
+    def _mean_embedding(self, numbers: np.ndarray) -> np.ndarray:
+        """`(width,)` mean of the cells' embeddings of length 1, of length 1 itself."""
+        total = np.zeros(self.forward.encoder.width)
+        for cells in ahead(self.source.read(part) for part in chunks(numbers)):
+            self.source.check(cells)
+            total += unit(self.forward.pooled(cells.encoded())).sum(0)
+        return unit(total)
+
+    def _unperturbed(self, group: int) -> list[Unperturbed]:
+        reading = (self.source.read(numbers) for numbers in self.groups.chunks(group))
+        return [unperturbed(cells, self.forward) for cells in ahead(reading)]
+
+    def _measure(
+        self, block: Sequence[Task], cells: Sequence[Unperturbed], toward: np.ndarray | None, bar: tqdm
+    ) -> dict[Task, dict[str, Any]]:
+        members = np.array([task.genes for task in block])
+        slots = self.source.column_of if self._predicts(block[0].control) else None
+        measures = BlockMeasures(members, self.change, self.forward, toward, slots)
+        expected = sum(map(self._reach, block))
+        for num_cells in measures.add(self.source.read, cells):
+            expected -= num_cells
+            bar.update(num_cells)
+        bar.update(expected)  # cells that turned out not to change
+        records = {}
+        for number, task in enumerate(block):
+            record: dict[str, Any] = {
+                "n_cells": measures.num_cells,
+                "n_cells_expressing": int(measures.num_expressing[number]),
+                "n_cells_changed": int(measures.cosine.count[number]),
+                "cosine_distance": measures.cosine.of(number),
+                "euclidean_shift": measures.euclidean.of(number),
+            }
+            if toward is not None:
+                record["target_change"] = measures.toward.of(number)
+            if slots is not None:
+                record["predicted_abs_change"] = measures.absolute.of(number)
+                record["predicted_change"] = measures.signed.of(number)
+                record["affected"] = [
+                    (int(self.source.tokens[slot]), mean, error, count)
+                    for slot, mean, error, count in measures.affected(number, self.num_affected)
+                ]
+            records[task] = record
+        return records
+
+
+__all__ = ["PerturbationResult", "load_for_perturbation", "perturb_genes"]

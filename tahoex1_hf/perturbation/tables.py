@@ -1,0 +1,138 @@
+# Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
+"""Tables of finished perturbations: ranked, compared with their controls, and written."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tahoex1_hf.perturbation.plan import Task
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+    from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
+
+_MEASURES = ("cosine_distance", "euclidean_shift", "target_change", "predicted_abs_change", "predicted_change")
+_NULL = ("n_null", "null_mean", "null_sd", "z_score", "p_value", "q_value")
+_FORMATS = (".csv", ".parquet")
+
+
+def compared(observed: float, null: np.ndarray, two_sided: bool) -> dict[str, float]:
+    """Compare a shift with those of its controls.
+
+    Args:
+        observed: mean shift.
+        null: `(controls,)` mean shifts of the controls.
+        two_sided: whether a shift is extreme in both directions from the controls' median, or upwards only.
+
+    Returns:
+        `n_null`; `null_mean`, `null_sd` and `z_score`; `p_value`: (1 + controls as extreme) / (1 + controls), which
+        counts the observed one among them (North, Curtis and Sham 2002, doi:10.1086/341527). NaN where there are too
+        few controls.
+    """
+    null = null[np.isfinite(null)]
+    values = {"n_null": len(null)} | dict.fromkeys(_NULL[1:5], float("nan"))
+    if not len(null) or not np.isfinite(observed):
+        return values
+    values["null_mean"] = float(null.mean())
+    if len(null) > 1:
+        values["null_sd"] = float(null.std(ddof=1))
+        if values["null_sd"] > 0:
+            values["z_score"] = (observed - values["null_mean"]) / values["null_sd"]
+    middle = np.median(null)
+    extreme = (np.abs(null - middle) >= abs(observed - middle)) if two_sided else null >= observed
+    values["p_value"] = float((1 + extreme.sum()) / (1 + len(null)))
+    return values
+
+
+def ranked_table(
+    finished: Mapping[Task, Mapping[str, Any]],
+    controls: Mapping[Task, Sequence[Task]],
+    group_names: Sequence[str],
+    labels: Mapping[int, str],
+    tokenizer: "TahoeX1Tokenizer",
+    min_cells: int,
+) -> "DataFrame":
+    """The table that `perturb_genes` describes.
+
+    Args:
+        finished: measures of each perturbation.
+        controls: the perturbations asked for, and the controls of each.
+        group_names: of the groups.
+        labels: token -> name of the gene.
+        tokenizer: for the Ensembl ids.
+        min_cells: fewest changed cells of a perturbation that is compared with controls.
+    """
+    import pandas as pd
+    from scipy.stats import false_discovery_control
+
+    toward = any("target_change" in finished[task] for task in controls)
+    ranking = "target_change" if toward else "cosine_distance"
+    rows = []
+    for task, others in controls.items():
+        record = finished[task]
+        row: dict[str, Any] = {
+            "_group": task.group,
+            "_few": record["n_cells_changed"] < min_cells,
+            "group": group_names[task.group],
+            "gene": "+".join(labels[token] for token in task.genes),
+            "gene_id": "+".join(tokenizer.convert_ids_to_tokens(list(task.genes))),
+            **{name: record[name] for name in ("n_cells", "n_cells_expressing", "n_cells_changed")},
+        }
+        for name in _MEASURES:
+            if name in record:
+                row[name], row[f"{name}_se"] = record[name]
+        # A mean over one cell is no match for means over many.
+        null = np.array([finished[other][ranking][0] for other in ([] if row["_few"] else others)], dtype=np.float64)
+        rows.append(row | compared(row[ranking], null, two_sided=toward))
+    table = pd.DataFrame(rows).sort_values(["_group", "_few", ranking], ascending=[True, True, False])
+    table = table.reset_index(drop=True)
+    table.insert(3, "rank", table.groupby("_group").cumcount() + 1)
+    table["q_value"] = np.nan
+    tested = table["p_value"].notna()
+    if tested.any():
+        table.loc[tested, "q_value"] = false_discovery_control(table.loc[tested, "p_value"].to_numpy())
+    return table.drop(columns=["_group", "_few"])
+
+
+def affected_table(
+    finished: Mapping[Task, Mapping[str, Any]],
+    tasks: Sequence[Task],
+    group_names: Sequence[str],
+    labels: Mapping[int, str],
+    tokenizer: "TahoeX1Tokenizer",
+) -> "DataFrame":
+    """The genes whose predicted expression changes most, by perturbation, the most affected first."""
+    import pandas as pd
+
+    columns = ["group", "gene", "gene_id", "affected_gene", "affected_gene_id"]
+    columns += ["mean_change", "standard_error", "n_cells"]
+    rows = []
+    for task in tasks:
+        gene = "+".join(labels[token] for token in task.genes)
+        gene_id = "+".join(tokenizer.convert_ids_to_tokens(list(task.genes)))
+        for token, mean, error, count in finished[task]["affected"]:
+            name = tokenizer.convert_ids_to_tokens(int(token))
+            rows.append([group_names[task.group], gene, gene_id, labels[token], name, mean, error, count])
+    return pd.DataFrame(rows, columns=columns)
+
+
+def check_table(path: str | Path) -> None:
+    """Raise ValueError for a table that could not be written, before any work is done."""
+    if Path(path).suffix not in _FORMATS:
+        raise ValueError(f"{path}: a table must end in .csv or .parquet.")
+    if not Path(path).parent.is_dir():
+        raise ValueError(f"The folder {Path(path).parent} of {path} does not exist.")
+
+
+def write_table(table: "DataFrame", path: str | Path) -> None:
+    """Write a table as CSV or Parquet, by the end of its name, in place when complete."""
+    check_table(path)
+    unfinished = Path(path).with_name(f".{Path(path).name}.unfinished")
+    if Path(path).suffix == ".csv":
+        table.to_csv(unfinished, index=False)
+    else:
+        table.to_parquet(unfinished, index=False)
+    unfinished.replace(path)

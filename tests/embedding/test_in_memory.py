@@ -1,0 +1,248 @@
+"""embed_anndata against the original's recorded embeddings, and what its results must not depend on."""
+
+import logging
+from pathlib import Path
+
+import anndata
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import GOLDEN
+from scipy.sparse import csc_matrix, csr_matrix
+
+from tahoex1_hf import TahoeX1Model, TahoeX1Tokenizer, embed_anndata
+from tahoex1_hf.cells import inputs as cell_inputs
+from tahoex1_hf.inference.encoder import CellEncoder, GeneMeans, choose_dtype, length_sorted_batches
+from tahoex1_hf.original.convert import convert_original_folder
+
+KEY = "X_tahoe_x1"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory):
+    """Load a converted golden checkpoint, by variant."""
+    loaded = {}
+
+    def load(variant: str) -> tuple[TahoeX1Model, TahoeX1Tokenizer]:
+        if variant not in loaded:
+            folder = tmp_path_factory.mktemp("converted") / variant
+            convert_original_folder(GOLDEN / variant / "model", folder)
+            loaded[variant] = (TahoeX1Model.from_pretrained(folder), TahoeX1Tokenizer.from_pretrained(folder))
+        return loaded[variant]
+
+    return load
+
+
+def golden_cells(variant: str) -> anndata.AnnData:
+    return anndata.read_h5ad(GOLDEN / variant / "adata.h5ad")
+
+
+def embedded(adata: anndata.AnnData, checkpoint, **options) -> np.ndarray:
+    # By itself it takes bfloat16 on CPUs that are fast at it.
+    options = {"dtype": "float32", **options}
+    embed_anndata(adata, *checkpoint, gene_id_column="ensembl_id", progress=False, **options)
+    return adata.obsm[KEY]
+
+
+def test_equals_the_originals_cell_and_gene_embeddings(checkpoint) -> None:
+    adata, expected = golden_cells("a_70m_like"), np.load(GOLDEN / "a_70m_like" / "emb_flash.npz")
+    cells = embedded(adata, checkpoint("a_70m_like"), gene_embeddings=True)
+    assert cells.dtype == np.float32
+    assert np.abs(cells - expected["cell_embs"]).max() < 1e-6
+    tokenizer = checkpoint("a_70m_like")[1]
+    # The file's rows are in the order of vocab.json, which is that of get_vocab().
+    row_of = {token: row for row, token in enumerate(tokenizer.get_vocab())}
+    genes = expected["gene_embs"][[row_of[gene] for gene in adata.var["ensembl_id"]]]
+    assert np.isnan(genes).any()
+    np.testing.assert_allclose(adata.varm[KEY], genes, atol=1e-5, rtol=0)
+
+
+def test_drug_model_with_unknown_drugs_equals_the_original(checkpoint) -> None:
+    adata, expected = golden_cells("b_3b_like_chem"), np.load(GOLDEN / "b_3b_like_chem" / "emb_flash.npz")
+    cells = embedded(adata, checkpoint("b_3b_like_chem"), drugs=[None] * adata.n_obs)
+    difference = np.abs(cells - expected["cell_embs"]).max(1)
+    # In each of its batches of 8 the original cuts one gene off the longest cell (upstream-facts, fault 6).
+    genes = np.diff(adata.X.indptr)
+    cut = [
+        start + np.flatnonzero(genes[start : start + 8] == genes[start : start + 8].max()) for start in range(0, 50, 8)
+    ]
+    kept = np.setdiff1d(np.arange(50), np.concatenate(cut))
+    assert len(kept) > 40
+    assert difference[kept].max() < 1e-6
+
+
+def test_drug_model_without_drugs_equals_the_original_with_its_first_gene_quirk(checkpoint) -> None:
+    adata, expected = golden_cells("b_3b_like_chem"), np.load(GOLDEN / "b_3b_like_chem" / "emb_flash_nochem.npz")
+    model, tokenizer = checkpoint("b_3b_like_chem")
+    plain = embedded(adata, (model, tokenizer))
+    try:
+        tokenizer.first_gene_raw = True
+        quirky = embedded(adata, (model, tokenizer))
+    finally:
+        tokenizer.first_gene_raw = False
+    assert np.abs(quirky - expected["cell_embs"]).max() < 1e-6
+    assert np.abs(plain - expected["cell_embs"]).max() > 1e-3
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 700, 100_000])
+def test_does_not_depend_on_the_batches(checkpoint, batch_tokens: int) -> None:
+    reference = embedded(golden_cells("a_70m_like"), checkpoint("a_70m_like"), gene_embeddings=True)
+    adata = golden_cells("a_70m_like")
+    cells = embedded(adata, checkpoint("a_70m_like"), batch_tokens=batch_tokens, gene_embeddings=True)
+    np.testing.assert_allclose(cells, reference, atol=1e-6, rtol=0)
+
+
+def test_does_not_depend_on_the_order_of_cells_and_genes(checkpoint) -> None:
+    reference, adata = golden_cells("a_70m_like"), golden_cells("a_70m_like")
+    random = np.random.default_rng(0)
+    cells, genes = random.permutation(adata.n_obs), random.permutation(adata.n_vars)
+    shuffled = adata[cells][:, genes].copy()
+    embedded(reference, checkpoint("a_70m_like"), gene_embeddings=True)
+    embedded(shuffled, checkpoint("a_70m_like"), gene_embeddings=True)
+    np.testing.assert_allclose(shuffled.obsm[KEY], reference.obsm[KEY][cells], atol=2e-6, rtol=0)
+    np.testing.assert_allclose(shuffled.varm[KEY], reference.varm[KEY][genes], atol=1e-5, rtol=0)
+
+
+def test_does_not_depend_on_the_chunks_even_when_genes_are_sampled(checkpoint, monkeypatch) -> None:
+    reference = embedded(golden_cells("a_70m_like"), checkpoint("a_70m_like"), max_length=64, seed=3)
+    monkeypatch.setattr("tahoex1_hf.cells.inputs.CHUNK_CELLS", 7)
+    chunked = embedded(golden_cells("a_70m_like"), checkpoint("a_70m_like"), max_length=64, seed=3)
+    np.testing.assert_allclose(chunked, reference, atol=1e-6, rtol=0)
+    other_seed = embedded(golden_cells("a_70m_like"), checkpoint("a_70m_like"), max_length=64, seed=4)
+    assert np.abs(other_seed - reference).max() > 1e-3
+    assert checkpoint("a_70m_like")[1].context_length == 1024
+
+
+def test_does_not_depend_on_compiled_encoding(checkpoint, monkeypatch) -> None:
+    whole = embedded(golden_cells("a_70m_like"), checkpoint("a_70m_like"), max_length=40)
+    done = cell_inputs._Compilation()
+    done.done.set()
+    monkeypatch.setattr(cell_inputs, "_compilation", done)
+    monkeypatch.setattr("tahoex1_hf.cells.inputs.CHUNK_CELLS", 7)
+    compiled = embedded(golden_cells("a_70m_like"), checkpoint("a_70m_like"), max_length=40)
+    np.testing.assert_allclose(compiled, whole, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("convert", [csr_matrix, csc_matrix, lambda x: x.toarray(), lambda x: x.astype(np.int64)])
+def test_does_not_depend_on_how_the_counts_are_stored(checkpoint, convert) -> None:
+    adata = golden_cells("a_70m_like")
+    adata.X.data[:] = np.rint(adata.X.data) + 1
+    reference = embedded(adata.copy(), checkpoint("a_70m_like"))
+    other = anndata.AnnData(convert(adata.X), adata.obs, adata.var)
+    np.testing.assert_array_equal(embedded(other, checkpoint("a_70m_like")), reference)
+
+
+def test_changes_nothing_else(checkpoint) -> None:
+    adata = golden_cells("a_70m_like")
+    adata.layers["counts"], adata.uns["kept"] = adata.X.copy(), "as it was"
+    before = adata.copy()
+    embedded(adata, checkpoint("a_70m_like"), gene_embeddings=True)
+    assert set(adata.obsm) == set(adata.varm) == {KEY}
+    assert set(adata.uns) == {"kept", "tahoe_x1"}
+    assert (adata.X != before.X).nnz == 0
+    assert (adata.layers["counts"] != before.layers["counts"]).nnz == 0
+    pd.testing.assert_frame_equal(adata.obs, before.obs)
+    pd.testing.assert_frame_equal(adata.var, before.var)
+
+
+def test_provenance_says_what_made_the_embeddings(checkpoint) -> None:
+    adata = golden_cells("a_70m_like")
+    embedded(adata, checkpoint("a_70m_like"), seed=5, max_length=100)
+    provenance = adata.uns["tahoe_x1"]
+    assert Path(provenance["model"]).name == "a_70m_like"
+    assert provenance["matched_genes"] == 600
+    assert (provenance["seed"], provenance["max_length"], provenance["dtype"]) == (5, 100, "float32")
+    embedded(adata, checkpoint("a_70m_like"), key_added="X_mine")
+    assert {"tahoe_x1", "mine"} <= set(adata.uns)
+
+
+def test_an_empty_cell_is_embedded_and_reported(checkpoint, caplog) -> None:
+    adata = golden_cells("a_70m_like")
+    adata.X[3] = 0
+    adata.X.eliminate_zeros()
+    with caplog.at_level(logging.WARNING):
+        cells = embedded(adata, checkpoint("a_70m_like"))
+    assert np.isfinite(cells).all()
+    assert adata.uns["tahoe_x1"]["cells_without_known_genes"] == 1
+    assert "express no gene" in caplog.text
+
+
+def test_bfloat16_is_close_to_float32(checkpoint) -> None:
+    reference = embedded(golden_cells("a_70m_like"), checkpoint("a_70m_like"), dtype="float32")
+    cells = embedded(golden_cells("a_70m_like"), checkpoint("a_70m_like"), dtype="bfloat16")
+    assert (cells * reference).sum(1).min() > 0.999
+    assert 0 < np.abs(cells - reference).max() < 2e-2
+
+
+def test_attention_backends_agree(checkpoint) -> None:
+    model, tokenizer = checkpoint("a_70m_like")
+    reference = embedded(golden_cells("a_70m_like"), (model, tokenizer))
+    try:
+        model.set_attn_implementation("eager")
+        eager = embedded(golden_cells("a_70m_like"), (model, tokenizer))
+    finally:
+        model.set_attn_implementation("sdpa")
+    np.testing.assert_allclose(eager, reference, atol=1e-6, rtol=0)
+
+
+def test_an_interrupted_run_leaves_adata_as_it_was(checkpoint, monkeypatch) -> None:
+    adata = golden_cells("a_70m_like")
+    monkeypatch.setattr(CellEncoder, "embed", lambda *args, **kwargs: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        embedded(adata, checkpoint("a_70m_like"))
+    assert not adata.obsm
+    assert not adata.uns
+
+
+def test_errors_name_the_way_out(checkpoint) -> None:
+    model, tokenizer = checkpoint("a_70m_like")
+    adata = golden_cells("a_70m_like")
+    with pytest.raises(ValueError, match=r"gene_id_column"):
+        embed_anndata(adata, model, tokenizer, progress=False)  # var_names are symbols
+    for option, value in {"batch_tokens": 0, "max_length": 2, "dtype": "float8"}.items():
+        with pytest.raises(ValueError, match=option):
+            embedded(adata, (model, tokenizer), **{option: value})
+    for count in (49, 51):
+        with pytest.raises(ValueError, match=f"drugs has {count} entries for 50 cells"):
+            embedded(golden_cells("b_3b_like_chem"), checkpoint("b_3b_like_chem"), drugs=[None] * count)
+    with pytest.raises(ValueError, match="different checkpoints"):
+        embedded(adata, (model, checkpoint("b_3b_like_chem")[1]))
+    assert not adata.obsm
+
+
+def test_padding_dependent_pooling_is_warned_of(checkpoint, caplog) -> None:
+    with caplog.at_level(logging.WARNING):
+        embedded(golden_cells("a_70m_like"), (checkpoint("a_70m_like")[0], checkpoint("a_70m_like")[1]))
+        assert "mean_with_padding" not in caplog.text
+        model, tokenizer = checkpoint("c_glu_post_gqa_avgpool")
+        adata = golden_cells("a_70m_like")
+        adata.var["known"] = [token for token in tokenizer.get_vocab() if token.startswith("ENSG")][:600]
+        embed_anndata(adata, model, tokenizer, gene_id_column="known", progress=False)
+    assert "mean_with_padding" in caplog.text
+
+
+def test_batches_hold_every_cell_once_within_the_budget() -> None:
+    lengths = np.array([5, 90, 17, 300, 17, 1, 44])
+    batches = list(length_sorted_batches(lengths, 100))
+    assert sorted(np.concatenate(batches)) == list(range(7))
+    assert all(len(rows) == 1 or len(rows) * lengths[rows].max() <= 100 for rows in batches)
+
+
+def test_auto_dtype_on_a_cpu_follows_the_hardware(monkeypatch) -> None:
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
+    assert choose_dtype("auto", cpu) == torch.bfloat16
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True}, raising=False)
+    assert choose_dtype("auto", cpu) == torch.float32
+
+
+def test_gene_means_of_a_brute_force_loop() -> None:
+    ids, hidden = torch.tensor([[1, 5, 3], [1, 3, 0]]), torch.randn(2, 3, 4)
+    means = GeneMeans(np.array([3, -1, 5, 7, 3]), 10, 4, torch.device("cpu"))
+    means.add(ids, hidden)
+    result = means.means(np.array([3, -1, 5, 7, 3]))
+    np.testing.assert_allclose(result[0], (hidden[0, 2] + hidden[1, 1]) / 2, rtol=1e-6)
+    np.testing.assert_array_equal(result[0], result[4])
+    np.testing.assert_allclose(result[2], hidden[0, 1], rtol=1e-6)
+    assert np.isnan(result[[1, 3]]).all()

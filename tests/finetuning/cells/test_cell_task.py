@@ -1,0 +1,567 @@
+"""Fine-tuning runs: tasks, methods, resuming, processes, early stopping, folds."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import anndata
+import numpy as np
+import pytest
+import torch
+import yaml
+from finetuning_runs import (
+    KINDS,
+    RECIPES,
+    ROOT,
+    SCRIPT,
+    command,
+    digest,
+    labelled_cells,
+    make_config,
+    result,
+    settings,
+    start,
+    write_base,
+)
+from helpers import gradients, largest_difference, largest_relative_difference
+from safetensors.torch import load_file
+from scipy.sparse import csc_matrix
+
+from tahoex1_hf import TahoeX1ForPreTraining, TahoeX1ForSequenceClassification, embed_anndata
+from tahoex1_hf.finetuning.adapters import load_adapter, read_record
+from tahoex1_hf.finetuning.bases import load_base, load_tokenizer
+from tahoex1_hf.finetuning.batches import TrainingBatches, epoch_order
+from tahoex1_hf.finetuning.cells.labelled import read_cells
+from tahoex1_hf.finetuning.cells.masked_expression import model_errors
+from tahoex1_hf.finetuning.cells.predicting import load_predictor, predict_file
+from tahoex1_hf.finetuning.config import FinetuneConfig, read_finetune_config
+from tahoex1_hf.finetuning.finetune import finetune
+from tahoex1_hf.finetuning.methods import (
+    TARGET_MODULES,
+    adapt,
+    bitsandbytes_config,
+    torchao_config,
+    trainable_parameters,
+)
+from tahoex1_hf.finetuning.objectives import HELD_OUT, Objective, class_weights
+from tahoex1_hf.finetuning.splits import Split
+from tahoex1_hf.finetuning.trainer import FinetuneTrainer
+
+METHODS = ["lora", "dora", "rslora", "full", "head_only", "linear_probe"]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_base(tmp_path_factory.mktemp("models") / "base")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("cells") / "cells.h5ad"
+    labelled_cells(120).write_h5ad(path)
+    return path
+
+
+def accuracy(folder: Path) -> float:
+    arrays = result(folder)[1]
+    return float((arrays["outputs"].argmax(1) == arrays["test"] % 3).mean())  # the kinds take turns
+
+
+# Tasks and methods --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_methods_learn_and_leave_the_base_alone(method: str, base: Path, data: Path, tmp_path: Path) -> None:
+    before = digest(base / "model.safetensors")
+    epochs, rate = (30, 0.1) if method == "head_only" else (6, 0.01)
+    config = make_config(base, data, tmp_path / "run", method=method, epochs=epochs, learning_rate=rate)
+    assert finetune(config) == 0
+    assert digest(base / "model.safetensors") == before
+    facts, arrays = result(tmp_path / "run")
+    assert accuracy(tmp_path / "run") > (0.7 if method == "head_only" else 0.8)  # a third is of each kind
+    model, tokenizer = load_adapter(tmp_path / "run")
+    assert [model.config.id2label[i] for i in range(3)] == KINDS
+    assert tokenizer.context_length == 48
+    adapter = (tmp_path / "run" / "adapter_config.json").is_file()
+    assert adapter == (method != "full")
+    cells = read_cells(config, load_tokenizer(config), tmp_path)
+    batch = cells.batch(arrays["test"])
+    batch.pop("labels")
+    with torch.no_grad():
+        outputs = model(**batch).logits
+    assert largest_difference(outputs, arrays["outputs"]) < 1e-4  # the tested model is the one that was saved
+    head = 32 * 3 + 3
+    if method in ("head_only", "linear_probe"):
+        assert facts["trainable_parameters"] == head
+    elif method != "full":
+        per_layer = 4 * (4 * (32 + 32)) + 2 * (4 * (32 + 128))  # rank times inputs and outputs
+        dora = 2 * (4 * 32 + 128 + 32) if method == "dora" else 0
+        assert facts["trainable_parameters"] == head + 2 * per_layer + dora
+
+
+def test_adapters_are_where_they_belong(base: Path, data: Path, tmp_path: Path) -> None:
+    config = make_config(base, data, tmp_path)
+    model = adapt(load_base(config, TahoeX1ForSequenceClassification, num_labels=3), config)
+    adapted = {
+        name.split(".lora_A")[0].rpartition(".")[2] for name, _ in model.named_parameters() if ".lora_A" in name
+    }
+    assert adapted == {"q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"}
+    assert adapted <= set(TARGET_MODULES)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert all(".lora_" in name or ".classifier.modules_to_save." in name for name in trained)
+    assert trainable_parameters(model) == sum(dict(model.named_parameters())[name].numel() for name in trained)
+
+
+def test_regression_predicts_in_the_units_of_the_column(base: Path, data: Path, tmp_path: Path) -> None:
+    doses = labelled_cells(120).obs["dose"].to_numpy()
+    for method in ("lora", "linear_probe"):
+        folder = tmp_path / method
+        finetune(make_config(base, data, folder, task="regression", label="dose", method=method, epochs=20))
+        arrays = result(folder)[1]
+        predicted, truth = arrays["outputs"][:, 0], doses[arrays["test"]]
+        assert np.abs(predicted - truth).mean() < 0.5 * np.abs(truth - truth.mean()).mean()
+        model, _ = load_adapter(folder)
+        assert model.config.problem_type == "regression"
+
+
+def objective_of(config: FinetuneConfig, folder: Path, train: np.ndarray) -> Objective:
+    return Objective(config, read_cells(config, load_tokenizer(config), folder), train)
+
+
+def test_masked_expression_fits_the_cells_better_than_the_base(base: Path, data: Path, tmp_path: Path) -> None:
+    config = make_config(base, data, tmp_path / "run", task="masked_expression", label=None, epochs=6, report=True)
+    assert finetune(config) == 0
+    facts, arrays = result(tmp_path / "run")
+    test = facts["test"]
+    assert test["model"] < 0.8 * test["base"]
+    batch = objective_of(config, tmp_path, arrays["train"]).batch(arrays["test"], HELD_OUT)
+    everything = read_cells(config, load_tokenizer(config), tmp_path).encoded(arrays["train"])
+    bins = everything.expression_values[everything.expression_values > 0].mean()
+    expected = ((batch["labels"] - bins)[batch["target_mask"]] ** 2).mean()
+    assert test["mean"] == pytest.approx(float(expected), rel=1e-3)
+    plain = TahoeX1ForPreTraining.from_pretrained(base)  # not the one below the adapters
+    read = read_cells(config, load_tokenizer(config), tmp_path)
+    split = Split(arrays["train"], arrays["validation"], arrays["test"])
+    assert test["base"] == pytest.approx(model_errors(config, read, split, plain)[0], rel=1e-6)
+    model, _ = load_adapter(tmp_path / "run")
+    assert isinstance(model.get_base_model(), TahoeX1ForPreTraining)
+    report = (tmp_path / "run" / "report.md").read_text()
+    assert f"| this model, mean of both decoders | {test['model']:.4f} |" in report
+    assert "The model beats the base" in report
+    does = "beats" if test["model_expression"] < test["gene_mean"] else "does not beat"
+    assert f"The model {does} the constants" in report
+    assert read_record(tmp_path / "run")["metrics"]["model"] == test["model"]
+    assert "The model beats the base" in (tmp_path / "run" / "README.md").read_text()
+    # As the card says: embed with it, and train on from it.
+    merged, tokenizer = model.merge_and_unload(), load_tokenizer(config)
+    cells = labelled_cells(12)
+    embed_anndata(cells, merged, tokenizer, dtype="float32", progress=False)
+    assert cells.obsm["X_tahoe_x1"].shape == (12, 32)
+    merged.save_pretrained(tmp_path / "merged")
+    tokenizer.save_pretrained(tmp_path / "merged")
+    assert finetune(make_config(tmp_path / "merged", data, tmp_path / "next", method="linear_probe")) == 0
+
+
+def test_predict_gives_what_was_tested(base: Path, data: Path, tmp_path: Path) -> None:
+    config = make_config(base, data, tmp_path / "run", method="linear_probe", context_length=12)  # cells are sampled
+    finetune(config)
+    arrays = result(tmp_path / "run")[1]
+    predict_file(data, tmp_path / "out.h5ad", load_predictor(tmp_path / "run"), dtype="float32", progress=False)
+    predicted = anndata.read_h5ad(tmp_path / "out.h5ad").obsm["tahoex1_kind_probabilities"]
+    tested = torch.from_numpy(arrays["outputs"]).softmax(1)
+    assert largest_difference(np.asarray(predicted)[arrays["test"]], tested) < 1e-5
+
+
+def test_cells_with_drugs(data: Path, tmp_path: Path) -> None:
+    base = write_base(tmp_path / "drug_base", num_drugs=4)
+    cells = labelled_cells(60)
+    drugs = ["", "aspirin", "caffeine", "taxol"]
+    cells.obs["drug"] = [drugs[i % 4] for i in range(60)]
+    cells.write_h5ad(tmp_path / "treated.h5ad")
+    config = make_config(base, tmp_path / "treated.h5ad", tmp_path / "run", drugs="drug", epochs=1)
+    read = read_cells(config, load_tokenizer(config), tmp_path)
+    batch = read.batch(np.array([1, 4, 7]))
+    assert batch["drug_ids"].tolist() == [1, 0, 3]
+    assert (batch["input_ids"][:, 1] == load_tokenizer(config).get_vocab()["<drug>"]).all()
+    expected = load_tokenizer(config)(cells[[1, 4, 7]], drugs="drug", padding=True, return_tensors="pt")
+    assert torch.equal(batch["input_ids"], expected["input_ids"])
+    assert torch.equal(batch["expression_values"], expected["expression_values"])
+    assert finetune(config) == 0
+    masked = make_config(
+        base, tmp_path / "treated.h5ad", tmp_path / "mlm", task="masked_expression", label=None, epochs=1
+    )
+    assert finetune(masked) == 0
+
+
+@pytest.mark.slow
+def test_the_report_stands_beside_the_adapter(base: Path, data: Path, tmp_path: Path) -> None:
+    config = make_config(base, data, tmp_path / "run", method="linear_probe", folds=3, report=True)
+    assert finetune(config) == 0
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    truth = np.arange(120) % 3
+    hits = []
+    for fold in range(3):
+        arrays = result(tmp_path / "run" / "folds" / str(fold))[1]
+        hits.append(float((arrays["outputs"].argmax(1) == truth[arrays["test"]]).mean()))
+    assert report["metrics"]["model"]["accuracy"]["values"] == pytest.approx(hits)
+    assert {"PCA + logistic regression", "majority class"} < set(report["metrics"])
+    assert report["comparison"]["text"] in (tmp_path / "run" / "README.md").read_text()
+    assert read_record(tmp_path / "run")["metrics"]["accuracy"] == pytest.approx(np.mean(hits))
+
+
+def test_masks_follow_from_seed_epoch_and_cell(base: Path, data: Path, tmp_path: Path) -> None:
+    config = make_config(base, data, tmp_path, task="masked_expression", label=None)
+    cells = read_cells(config, load_tokenizer(config), tmp_path)
+    objective = Objective(config, cells, np.arange(100))
+    together, alone = objective.batch(np.array([3, 70, 5]), 2), objective.batch(np.array([70]), 2)
+    length = int(alone["attention_mask"].sum())
+    for name in ("input_ids", "target_mask", "labels"):
+        assert torch.equal(together[name][1, :length], alone[name][0, :length])
+    assert 0.4 < float(alone["target_mask"].sum()) / (length - 1) <= 0.5
+    later = objective.batch(np.array([70]), 3)
+    assert not torch.equal(later["target_mask"], alone["target_mask"])
+
+
+# Data ---------------------------------------------------------------------------------------------
+
+
+def test_cells_are_encoded_as_the_tokenizer_does_it(base: Path, data: Path, tmp_path: Path) -> None:
+    config = make_config(base, data, tmp_path, context_length=12)  # cells have about 20 genes: they are sampled
+    tokenizer = load_tokenizer(config)
+    assert tokenizer.context_length == 12
+    cells = read_cells(config, tokenizer, tmp_path)
+    rows = np.array([7, 100, 2])
+    some, alone = cells.encoded(rows), cells.encoded(rows[1:2])
+    assert np.array_equal(some.input_ids[12:24], alone.input_ids)
+    assert np.array_equal(some.expression_values[12:24], alone.expression_values)
+    assert (cells.lengths[rows] == np.diff(some.offsets)).all()
+    whole = load_tokenizer(make_config(base, data, tmp_path))
+    every = read_cells(make_config(base, data, tmp_path), whole, tmp_path).encoded(rows)
+    expected = whole(labelled_cells(120)[rows], padding=False)
+    assert np.array_equal(every.input_ids, np.concatenate(expected["input_ids"]))
+    assert np.array_equal(every.expression_values, np.concatenate(expected["expression_values"]).astype(np.float32))
+    counts = cells.csr()
+    assert counts.shape == (120, len(tokenizer))
+    assert counts.sum() == labelled_cells(120).X.sum()
+
+
+def test_counts_stored_by_gene_or_dense_are_the_same_cells(base: Path, data: Path, tmp_path: Path) -> None:
+    expected = None
+    for kind in ("csr", "csc", "dense", "compressed"):
+        adata = labelled_cells(120)
+        adata.X = {"csc": csc_matrix, "dense": lambda x: x.toarray()}.get(kind, lambda x: x)(adata.X)
+        path = tmp_path / f"{kind}.h5ad"
+        adata.write_h5ad(path, compression="gzip" if kind == "compressed" else None)
+        config = make_config(base, path, tmp_path)
+        cells = read_cells(config, load_tokenizer(config), tmp_path)
+        encoded = cells.encoded(np.arange(120))
+        expected = expected or encoded
+        assert np.array_equal(encoded.input_ids, expected.input_ids)
+        assert np.array_equal(encoded.expression_values, expected.expression_values)
+        assert cells.names.tolist() == adata.obs_names.tolist()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        f"{k}.h5ad" for k in ("compressed", "csc", "csr", "dense")
+    ]
+
+
+def test_padding_changes_no_loss(base: Path, data: Path, tmp_path: Path) -> None:
+    config = make_config(base, data, tmp_path)
+    cells = read_cells(config, load_tokenizer(config), tmp_path)
+    objective = Objective(config, cells, np.arange(100))
+    model = load_base(config, TahoeX1ForSequenceClassification, num_labels=3).eval()
+    rows = np.arange(40)
+    with torch.no_grad():
+        whole = objective.sums(model, objective.batch(rows, HELD_OUT))
+        parts = sum(objective.sums(model, objective.batch(part, HELD_OUT)) for part in np.split(rows, [3, 17]))
+    assert largest_difference(whole, parts) < 1e-4
+    assert objective.metrics(whole, 40)["accuracy"] == pytest.approx(float(whole[2]) / 40)
+
+
+def test_order_of_the_cells_is_a_function_of_the_seed() -> None:
+    rows, lengths = np.arange(10, 110), np.random.default_rng(0).integers(5, 50, 200)
+    first = epoch_order(rows, lengths, 8, seed=3, epoch=1)
+    assert np.array_equal(first, epoch_order(rows, lengths, 8, seed=3, epoch=1))
+    assert first.shape == (12, 8)
+    assert len(np.unique(first)) == 96
+    assert set(first.ravel()) <= set(rows)
+    assert not np.array_equal(first, epoch_order(rows, lengths, 8, seed=3, epoch=2))
+    assert np.ptp(lengths[first], axis=1).mean() < 0.3 * np.ptp(lengths[rows])  # similar lengths share a batch
+
+
+def test_steps_are_shared_by_processes_and_gone_on_with() -> None:
+    lengths = np.full(40, 9)
+
+    def steps(rank: int, processes: int, done: int = 0) -> list[np.ndarray]:
+        batches = TrainingBatches(lambda rows, _: {"rows": rows}, np.arange(40), lengths, 8, 0, (rank, processes))
+        batches.max_steps, batches.done = 12, lambda: done
+        return [batch["rows"] for batch in batches]
+
+    alone, (first, second) = steps(0, 1), (steps(0, 2), steps(1, 2))
+    assert len(alone) == 12
+    for whole, *halves in zip(alone, first, second, strict=True):
+        assert set(whole) == set(np.concatenate(halves))
+    assert all(np.array_equal(a, b) for a, b in zip(alone[7:], steps(0, 1, done=7), strict=True))
+    with pytest.raises(ValueError, match="batch_size=8 cannot be shared evenly by 3 processes"):
+        steps(0, 3)
+
+
+def test_class_weights_let_every_class_count_the_same() -> None:
+    labels = np.repeat([0, 1, 3], [60, 30, 10])
+    weights = class_weights(labels, 4, "balanced")
+    assert np.allclose([weights[i] * (labels == i).sum() for i in (0, 1, 3)], 100 / 3)
+    assert weights[2] == 1
+    assert np.array_equal(class_weights(labels, 4, "none"), np.ones(4))
+
+
+# Training -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "full"])
+def test_gradient_checkpointing_gives_the_same_gradients(method: str, base: Path, data: Path, tmp_path: Path) -> None:
+    config = make_config(base, data, tmp_path, method=method)
+    cells = read_cells(config, load_tokenizer(config), tmp_path)
+    batch = cells.batch(np.arange(8))
+    found = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        model: Any = adapt(load_base(config, TahoeX1ForSequenceClassification, num_labels=3), config)
+        if method != "full":
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:  # which are zeros, and leave no gradient to the others
+                    torch.nn.init.normal_(parameter, std=0.05)
+        if checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+            if method != "full":
+                model.enable_input_require_grads()
+            inner = model.get_base_model() if method != "full" else model
+            assert inner.tahoe.layers[0].gradient_checkpointing
+        model.train()
+        found.append(gradients(model, [batch]))
+    without, with_checkpointing = found
+    assert all(value.abs().max() > 0 for name, value in with_checkpointing.items() if "flag_embedding" not in name)
+    assert largest_relative_difference(with_checkpointing, without) < 1e-5
+
+
+def test_gradient_checkpointing_run_ends_at_the_same_weights(base: Path, data: Path, tmp_path: Path) -> None:
+    for name, checkpointing in (("off", False), ("on", True)):
+        finetune(make_config(base, data, tmp_path / name, gradient_checkpointing=checkpointing))
+    off, on = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("off", "on"))
+    assert largest_relative_difference(on, off) < 1e-3
+
+
+@pytest.mark.parametrize(("task", "label"), [("classification", "kind"), ("masked_expression", None)])
+def test_microbatches_change_no_step(task: str, label: str | None, base: Path, data: Path, tmp_path: Path) -> None:
+    for size in (None, 5):
+        changes = {"task": task, "label": label, "microbatch_size": size, "epochs": 1}
+        finetune(make_config(base, data, tmp_path / str(size), **changes))
+    whole, parts = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("None", "5"))
+    # Adam's first steps have the size of the rate even where a gradient is nothing but rounding.
+    assert largest_relative_difference(parts, whole) < 1e-2
+    facts = [result(tmp_path / name)[0] for name in ("None", "5")]
+    assert facts[0]["steps"] == facts[1]["steps"]
+    assert facts[0]["validation_loss"] == pytest.approx(facts[1]["validation_loss"], rel=1e-5)
+
+
+def test_best_weights_are_kept_and_training_stops_early(base: Path, data: Path, tmp_path: Path) -> None:
+    # At this rate the loss on the validation cells soon rises.
+    folder = tmp_path / "run"
+    config = make_config(base, data, folder, learning_rate=0.3, epochs=40, early_stopping_patience=2)
+    finetune(config)
+    facts, arrays = result(folder)
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    losses = {line["step"]: line["eval_loss"] for line in history if "eval_loss" in line}
+    assert facts["steps"] < 40 * 5
+    assert losses[facts["best_step"]] == min(losses.values())
+    assert [step for step in losses if step > facts["best_step"]][-1] == facts["steps"]
+    assert len([step for step in losses if step > facts["best_step"]]) == 2
+    assert not list(folder.glob("checkpoint-*"))
+    objective, model = objective_of(config, tmp_path, arrays["train"]), load_adapter(folder)[0]
+    with torch.no_grad():
+        sums = objective.sums(model, objective.batch(arrays["validation"], HELD_OUT))
+    assert objective.metrics(sums, 1)["loss"] == pytest.approx(min(losses.values()), rel=1e-4)
+
+
+def test_the_same_run_gives_the_same_weights(base: Path, data: Path, tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        finetune(make_config(base, data, tmp_path / name))
+    first, second = (digest(tmp_path / name / "adapter_model.safetensors") for name in ("first", "second"))
+    assert first == second
+
+
+def test_folds_test_on_every_cell_and_the_last_model_knows_all(base: Path, data: Path, tmp_path: Path) -> None:
+    config = make_config(base, data, tmp_path / "run", folds=3, method="linear_probe", group="donor")
+    assert finetune(config) == 0
+    donors = labelled_cells(120).obs["donor"].to_numpy()
+    tested = []
+    for fold in range(3):
+        _, arrays = result(tmp_path / "run" / "folds" / str(fold))
+        tested.append(arrays["test"])
+        assert len(arrays["outputs"]) == len(arrays["test"]) == len(arrays["before"]) == len(arrays["after"])
+        assert not set(donors[arrays["test"]]) & set(donors[arrays["train"]])
+    assert np.array_equal(np.sort(np.concatenate(tested)), np.arange(120))
+    facts, arrays = result(tmp_path / "run")
+    assert len(arrays["train"]) + len(arrays["validation"]) == 120
+    assert read_record(tmp_path / "run")["training_cells"] == facts["training_cells"] == len(arrays["train"])
+    before = digest(tmp_path / "run" / "adapter_model.safetensors")
+    assert finetune(config) == 0  # the same command finds all done
+    assert digest(tmp_path / "run" / "adapter_model.safetensors") == before
+
+
+@pytest.mark.parametrize(
+    ("task", "method"),
+    [("regression", "dora"), ("masked_expression", "full"), ("classification", "head_only")],
+)
+def test_a_run_that_was_cut_short_goes_on_exactly(
+    task: str, method: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = write_base(tmp_path / "base", expression_encoder_dropout=0.1)
+    label = {"regression": "dose", "classification": "kind"}.get(task)
+    changes = {"task": task, "method": method, "label": label, "epochs": 3, "head_start": "probe"}
+    finetune(make_config(base, data, tmp_path / "whole", **changes))
+    config = make_config(base, data, tmp_path / "cut", **changes)
+    clip = FinetuneTrainer._clip_grad_norm
+
+    def cut(self: FinetuneTrainer, model: Any) -> Any:
+        if self.state.global_step == 8:
+            raise KeyboardInterrupt
+        return clip(self, model)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FinetuneTrainer, "_clip_grad_norm", cut)
+        with pytest.raises(KeyboardInterrupt):
+            finetune(config)
+    torch.manual_seed(99)  # whatever the state of the process that goes on
+    assert finetune(config) == 0
+    name = "model.safetensors" if method == "full" else "adapter_model.safetensors"
+    whole, gone_on = load_file(tmp_path / "whole" / name), load_file(tmp_path / "cut" / name)
+    assert gone_on.keys() == whole.keys()
+    assert all(torch.equal(gone_on[key], whole[key]) for key in whole)
+
+
+def test_a_run_that_stopped_early_is_not_trained_further(
+    base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = {"learning_rate": 0.3, "epochs": 40, "early_stopping_patience": 1}
+    finetune(make_config(base, data, tmp_path / "whole", **changes))
+    config = make_config(base, data, tmp_path / "cut", **changes)
+    with monkeypatch.context() as patch:
+        patch.setattr("tahoex1_hf.finetuning.cells.task.save_adapter", lambda *_: 1 / 0)  # killed behind the training
+        with pytest.raises(ZeroDivisionError):
+            finetune(config)
+    finetune(config)
+    steps = [result(tmp_path / name)[0]["steps"] for name in ("whole", "cut")]
+    assert steps[0] == steps[1] < 200
+    whole, cut = (digest(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "cut"))
+    assert whole == cut
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_exactly(data: Path, tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", expression_encoder_dropout=0.1)
+    given = settings(base, data, tmp_path / "killed", epochs=4)
+    values = {name: json.dumps(value) for name, value in given.items()}
+    # In a process of its own too: libraries that this one has loaded may let it round otherwise.
+    whole_run = start(command(SCRIPT, **values | {"output_dir": json.dumps(str(tmp_path / "whole"))}))
+    assert whole_run.returncode == 0, whole_run.stderr[-2000:]
+    for kill_in, kill_at in (("step", "7"), ("save", "15")):
+        killer = command(ROOT / "tests" / "killed_finetuning.py", **values)
+        assert start(killer, KILL_IN=kill_in, KILL_AT=kill_at).returncode == -9
+    cut_short = tmp_path / "killed" / "checkpoint-15"
+    assert cut_short.is_dir()
+    assert not (cut_short / "complete.json").exists()
+    done = start(command(SCRIPT, **values))
+    assert done.returncode == 0, done.stderr[-2000:]
+    name = "adapter_model.safetensors"
+    whole, gone_on = load_file(tmp_path / "whole" / name), load_file(tmp_path / "killed" / name)
+    assert all(torch.equal(gone_on[key], whole[key]) for key in whole)
+    assert gone_on.keys() == whole.keys()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["classification", "masked_expression"])
+def test_two_processes_learn_the_same(task: str, base: Path, data: Path, tmp_path: Path) -> None:
+    label = "kind" if task == "classification" else None
+    changes = {"task": task, "label": label, "epochs": 1, "head_start": "probe"}
+    for name, processes in (("one", 1), ("two", 2)):
+        given = settings(base, data, tmp_path / name, **changes)
+        values = {key: json.dumps(value) for key, value in given.items()} | {"label": json.dumps(label)}
+        done = start(command(SCRIPT, processes=processes, **values))
+        assert done.returncode == 0, done.stderr[-2000:]
+    one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
+    assert largest_relative_difference(two, one) < 1e-3
+    facts = [result(tmp_path / name)[0] for name in ("one", "two")]
+    assert [each["processes"] for each in facts] == [1, 2]
+    losses = [each["validation_loss"] for each in facts]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+# QLoRA --------------------------------------------------------------------------------------------
+
+
+def test_qlora_asks_for_four_bits_and_spares_the_small_layers() -> None:
+    pytest.importorskip("transformers.utils.quantization_config")
+    settings_of = bitsandbytes_config().to_dict()
+    assert settings_of["load_in_4bit"]
+    assert settings_of["bnb_4bit_quant_type"] == "nf4"
+    assert settings_of["bnb_4bit_compute_dtype"] == "bfloat16"
+    assert "classifier" in settings_of["llm_int8_skip_modules"]
+
+
+def test_adapters_learn_on_a_quantised_base(
+    base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("torchao")
+    config = make_config(base, data, tmp_path, method="qlora")
+    monkeypatch.setattr(
+        "tahoex1_hf.finetuning.bases.quantization", lambda _: {"quantization_config": torchao_config()}
+    )
+    quantised = load_base(config, TahoeX1ForSequenceClassification, num_labels=3)
+    weight = quantised.tahoe.layers[0].self_attn.q_proj.weight
+    assert type(weight) is not torch.nn.Parameter
+    assert type(quantised.classifier.weight) is torch.nn.Parameter
+    model = adapt(quantised, config)
+    cells = read_cells(config, load_tokenizer(config), tmp_path)
+    batch = cells.batch(np.arange(16))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    losses = []
+    for _ in range(15):
+        loss = model(**batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.7 * losses[0]
+
+
+@pytest.mark.gpu
+def test_qlora_run(base: Path, data: Path, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    finetune(make_config(base, data, tmp_path / "run", method="qlora", epochs=6))
+    assert accuracy(tmp_path / "run") > 0.8
+
+
+# Recipes ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task", ["masked_expression", "classification", "regression"])
+def test_recipes(task: str) -> None:
+    path = RECIPES / f"{task}.yaml"
+    config = read_finetune_config(path, ["learning_rate=1e-4", "output_dir=elsewhere"])
+    assert config.task == task
+    assert config.learning_rate == 1e-4
+    assert config.output_dir == "elsewhere"
+    assert (ROOT / config.model).is_dir()
+    assert (ROOT / str(config.gene_symbols)).is_file()
+    lines = path.read_text().splitlines()
+    keys = [line for line in lines if re.match(r"[a-z_]+:", line)]
+    undocumented = [
+        line for line in keys if "#" not in line and not line.startswith(("task", "output_dir", "seed", "weight"))
+    ]
+    assert not undocumented
+
+
+def test_configuration_goes_through_yaml(tmp_path: Path) -> None:
+    config = read_finetune_config(RECIPES / "classification.yaml")
+    config.write(tmp_path / "config.yaml")
+    assert FinetuneConfig(**yaml.safe_load((tmp_path / "config.yaml").read_text())) == config

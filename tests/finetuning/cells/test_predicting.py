@@ -1,0 +1,320 @@
+"""`tahoex1 predict`: what is written, and that a cell's prediction depends on the cell alone."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import anndata
+import h5py
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from cells import GENES
+from finetuning_runs import KINDS, labelled_cells, make_config, write_base
+from helpers import tiny_model
+from scipy.sparse import csc_matrix, csr_matrix
+from typer.testing import CliRunner, Result
+
+from tahoex1_hf import TahoeX1Config, TahoeX1ForSequenceClassification, TahoeX1Tokenizer
+from tahoex1_hf.cli.app import app
+from tahoex1_hf.encoding_tahoe_x1 import GeneRows
+from tahoex1_hf.finetuning.adapters import load_adapter
+from tahoex1_hf.finetuning.cells.predicting import load_predictor, predict_file
+from tahoex1_hf.finetuning.finetune import finetune
+from tahoex1_hf.finetuning.sampling import content_numbers
+
+COLUMN = "tahoex1_kind"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_base(tmp_path_factory.mktemp("models") / "base")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Cells of which many are longer than the context of the fine-tuned models, and one has no known gene."""
+    adata = labelled_cells(100)
+    counts = adata.X.toarray()
+    counts[7] = 0
+    adata.X = csr_matrix(counts)
+    adata.layers["counts"], adata.uns["note"] = adata.X.copy(), {"by": "someone"}
+    adata.obsm["X_pca"] = np.ones((100, 2), dtype=np.float32)
+    path = tmp_path_factory.mktemp("cells") / "cells.h5ad"
+    adata.write_h5ad(path)
+    return path
+
+
+def tuned(base: Path, data: Path, folder: Path, **changes: Any) -> Path:
+    usual = {"context_length": 16, "epochs": 6, "early_stopping_patience": None}
+    assert finetune(make_config(base, data, folder, **{**usual, **changes})) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adapter(base: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tuned(base, data, tmp_path_factory.mktemp("adapters") / "kind")
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, ["predict", *map(str, arguments)])
+
+
+def predict(source: Path, output: Path, *more: object) -> anndata.AnnData:
+    result = run(source, output, "--dtype", "float32", *more)
+    assert result.exit_code == 0, result.output
+    return anndata.read_h5ad(output)
+
+
+def probabilities(adata: anndata.AnnData, column: str = COLUMN) -> np.ndarray:
+    return np.asarray(adata.obsm[f"{column}_probabilities"])
+
+
+def test_output_is_the_input_plus_predictions(data: Path, adapter: Path, tmp_path: Path) -> None:
+    before, source = data.read_bytes(), anndata.read_h5ad(data)
+    result = predict(data, tmp_path / "out.h5ad", "--adapter", adapter)
+    assert data.read_bytes() == before
+    assert {path.name for path in tmp_path.iterdir()} == {"out.h5ad"}
+    pd.testing.assert_frame_equal(result.obs.drop(columns=COLUMN), source.obs)
+    assert (result.X != source.X).nnz == 0
+    assert (result.layers["counts"] != source.X).nnz == 0
+    assert result.uns["note"] == {"by": "someone"}
+    assert set(result.obsm) == {"X_pca", f"{COLUMN}_probabilities"}
+    chances, facts = probabilities(result), result.uns[COLUMN]
+    assert facts["classes"].tolist() == KINDS
+    np.testing.assert_allclose(chances.sum(1), 1, atol=1e-6)
+    predicted = result.obs[COLUMN]
+    assert predicted.cat.categories.tolist() == KINDS
+    assert predicted.tolist() == [KINDS[k] for k in chances.argmax(1)]
+    assert (predicted.astype(str) == source.obs["kind"].astype(str)).mean() > 0.8  # it has learnt something
+    assert facts["adapter"] == str(adapter)
+    assert facts["label"] == "kind"
+    assert facts["max_length"] == 16
+    assert facts["cells_without_known_genes"] == 1
+
+
+def test_predictions_are_those_of_the_model(data: Path, adapter: Path, tmp_path: Path) -> None:
+    """Cell by cell through `forward`, with nothing of our batching."""
+    result = predict(data, tmp_path / "out.h5ad", "--adapter", adapter)
+    model, tokenizer = load_adapter(adapter)
+    counts = csr_matrix(anndata.read_h5ad(data).X)
+    genes = tokenizer.match_genes(GENES)
+    for row in (0, 7, 42, 99):
+        cell = counts[row]
+        tokens = genes.token_ids[cell.indices]
+        number = content_numbers(GeneRows(tokens, cell.data, np.array([0, len(tokens)])))
+        encoded = tokenizer.encode_rows(
+            GeneRows(tokens, cell.data, np.array([0, len(tokens)])), cell_numbers=number, seed=0
+        )
+        batch = encoded.padded(pad_token_id=tokenizer.pad_token_id, pad_value=tokenizer.pad_value)
+        with torch.no_grad():
+            expected = model(**batch).logits.softmax(1)[0].numpy()
+        np.testing.assert_allclose(probabilities(result)[row], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 100, 100_000])
+def test_batches_change_nothing(data: Path, adapter: Path, tmp_path: Path, batch_tokens: int) -> None:
+    expected = probabilities(predict(data, tmp_path / "a.h5ad", "--adapter", adapter))
+    other = predict(data, tmp_path / "b.h5ad", "--adapter", adapter, "--batch-tokens", batch_tokens)
+    np.testing.assert_allclose(probabilities(other), expected, atol=1e-6)
+
+
+def test_order_and_company_change_nothing(
+    data: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = probabilities(predict(data, tmp_path / "a.h5ad", "--adapter", adapter))
+    source = anndata.read_h5ad(data)
+    assert (np.diff(source.X.indptr) > 15).any()  # cells of which genes are chosen
+    order = np.random.default_rng(0).permutation(100)[:60]
+    source[order].copy().write_h5ad(tmp_path / "shuffled.h5ad")
+    monkeypatch.setattr("tahoex1_hf.cells.inputs.CHUNK_CELLS", 7)
+    monkeypatch.setattr("tahoex1_hf.cells.inputs.BLOCK_ELEMENTS", 300)
+    shuffled = predict(tmp_path / "shuffled.h5ad", tmp_path / "b.h5ad", "--adapter", adapter)
+    np.testing.assert_allclose(probabilities(shuffled), expected[order], atol=1e-6)
+
+
+def test_number_of_a_cell_is_its_content() -> None:
+    random = np.random.default_rng(0)
+    tokens, counts = random.permutation(1000)[:30], random.integers(1, 9, 30).astype(np.float32)
+    offsets = np.array([0, 10, 10, 30])
+    numbers = content_numbers(GeneRows(tokens, counts, offsets))
+    assert (numbers >= 0).all()
+    assert len(set(numbers.tolist())) == 3
+    assert numbers[1] == 0  # an empty cell
+    alone = content_numbers(GeneRows(tokens[10:], counts[10:], np.array([0, 20])))
+    assert alone[0] == numbers[2]
+    turned = content_numbers(GeneRows(tokens[::-1], counts[::-1], np.array([0, 20, 20, 30])))
+    assert turned[0] == numbers[2]
+    counts[0] += 1
+    assert content_numbers(GeneRows(tokens, counts, offsets))[0] != numbers[0]
+
+
+@pytest.mark.parametrize("kind", ["csc", "dense", "layer"])
+def test_counts_wherever_they_are(data: Path, adapter: Path, tmp_path: Path, kind: str) -> None:
+    expected = probabilities(predict(data, tmp_path / "a.h5ad", "--adapter", adapter))
+    source = anndata.read_h5ad(data)
+    source.X = {"csc": csc_matrix, "dense": lambda x: x.toarray(), "layer": lambda x: x * 0}[kind](source.X)
+    source.write_h5ad(tmp_path / "in.h5ad")
+    options = ["--layer", "counts"] if kind == "layer" else []
+    other = predict(tmp_path / "in.h5ad", tmp_path / "b.h5ad", "--adapter", adapter, *options)
+    np.testing.assert_allclose(probabilities(other), expected, atol=1e-6)
+
+
+def test_settings_of_the_training_hold(base: Path, data: Path, tmp_path: Path) -> None:
+    source = anndata.read_h5ad(data)
+    source.var["id"], source.var_names = GENES, [f"name{i}" for i in range(len(GENES))]
+    source.X = source.X * 0
+    source.write_h5ad(tmp_path / "in.h5ad")
+    folder = tuned(
+        base, tmp_path / "in.h5ad", tmp_path / "model", layer="counts", gene_id_column="id", method="linear_probe"
+    )
+    here = predict(tmp_path / "in.h5ad", tmp_path / "a.h5ad", "--adapter", folder)
+    # A file that is laid out otherwise: "" is what would hold without the training.
+    there = predict(data, tmp_path / "b.h5ad", "--adapter", folder, "--layer", "", "--gene-id-column", "")
+    np.testing.assert_allclose(probabilities(there), probabilities(here), atol=1e-6)
+    assert probabilities(here).std() > 0.05
+
+
+def test_a_whole_model(base: Path, data: Path, tmp_path: Path) -> None:
+    folder = tuned(base, data, tmp_path / "model", method="full", epochs=1)
+    found = predict(data, tmp_path / "a.h5ad", "--model", folder)
+    # A folder that transformers wrote, with nothing of ours: the label has no name, the classes have.
+    model = TahoeX1ForSequenceClassification.from_pretrained(folder)
+    model.save_pretrained(tmp_path / "plain")
+    TahoeX1Tokenizer.from_pretrained(folder).save_pretrained(tmp_path / "plain")
+    plain = predict(data, tmp_path / "b.h5ad", "--model", tmp_path / "plain")
+    np.testing.assert_allclose(probabilities(plain, "tahoex1_prediction"), probabilities(found), atol=1e-6)
+    assert plain.uns["tahoex1_prediction"]["classes"].tolist() == KINDS
+
+
+def test_a_number(base: Path, data: Path, tmp_path: Path) -> None:
+    folder = tuned(base, data, tmp_path / "model", task="regression", label="dose", method="linear_probe")
+    found = predict(data, tmp_path / "a.h5ad", "--adapter", folder)
+    assert found.obs["tahoex1_dose"].dtype == np.float32
+    assert np.corrcoef(found.obs["tahoex1_dose"], found.obs["dose"])[0, 1] > 0.7
+    assert 100 < found.obs["tahoex1_dose"].mean() < 200  # in the label's own unit
+    assert set(found.obsm) == {"X_pca"}
+    assert "classes" not in found.uns["tahoex1_dose"]
+
+
+def test_as_the_report_says(base: Path, data: Path, tmp_path: Path) -> None:
+    """The engine's predictions for its test cells are those of the command."""
+    folder = tuned(base, data, tmp_path / "model", epochs=2)
+    with np.load(folder / "result.npz") as arrays:
+        rows, logits = arrays["test"], arrays["outputs"]
+    found = predict(data, tmp_path / "a.h5ad", "--adapter", folder)
+    expected = torch.from_numpy(logits).softmax(1).numpy()
+    np.testing.assert_allclose(probabilities(found)[rows], expected, atol=1e-5)
+
+
+def test_in_place_and_again(data: Path, adapter: Path, tmp_path: Path) -> None:
+    path = tmp_path / "cells.h5ad"
+    shutil.copyfile(data, path)
+    first = predict(path, path, "--adapter", adapter)
+    again = predict(path, path, "--adapter", adapter)
+    np.testing.assert_array_equal(probabilities(again), probabilities(first))
+    assert list(again.obs.columns) == list(first.obs.columns)
+    assert [p.name for p in tmp_path.iterdir()] == ["cells.h5ad"]
+
+
+def test_obs_of_an_old_anndata(data: Path, adapter: Path, tmp_path: Path) -> None:
+    """anndata 0.7 kept categories apart; new columns are written its successor's way."""
+    shutil.copyfile(data, tmp_path / "old.h5ad")
+    source = anndata.read_h5ad(data)
+    with h5py.File(tmp_path / "old.h5ad", "r+") as file:
+        obs = file["obs"]
+        codes, names = obs["kind/codes"][:], obs["kind/categories"].asstr()[:]
+        del obs["kind"]
+        obs["kind"] = codes
+        obs["__categories/kind"] = names.astype(object)
+        obs["__categories/kind"].attrs["ordered"] = False
+        obs["kind"].attrs["categories"] = obs["__categories/kind"].ref
+        obs.attrs["encoding-version"] = "0.1.0"
+    result = predict(tmp_path / "old.h5ad", tmp_path / "out.h5ad", "--adapter", adapter)
+    expected = predict(data, tmp_path / "new.h5ad", "--adapter", adapter)
+    assert result.obs[COLUMN].tolist() == expected.obs[COLUMN].tolist()
+    assert result.obs["kind"].tolist() == source.obs["kind"].tolist()
+    assert result.obs_names.tolist() == source.obs_names.tolist()
+
+
+# Errors -----------------------------------------------------------------------------------------------
+
+
+def test_nothing_is_left_behind_by_a_failure(
+    data: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr("tahoex1_hf.finetuning.cells.prediction_output.PredictionWriter.finish", fail)
+    result = run(data, tmp_path / "out.h5ad", "--adapter", adapter)
+    assert result.exit_code == 1
+    assert "Error: the disk is full" in result.output
+    assert not list(tmp_path.iterdir())
+
+
+def test_arguments_that_cannot_be_used(data: Path, adapter: Path, base: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.h5ad"
+    for arguments, message in (
+        ([data, out], "pass --adapter, or --model"),
+        ([data, out, "--adapter", adapter, "--model", base], "pass --adapter, or --model"),
+        ([data, out, "--model", base, "--base", base], "--base goes with --adapter"),
+        ([tmp_path / "no.h5ad", out, "--adapter", adapter], "does not exist"),
+        ([data, tmp_path / "out.csv", "--adapter", adapter], "must be an .h5ad file"),
+        ([data, tmp_path / "no" / "out.h5ad", "--adapter", adapter], "folder"),
+        ([data, out, "--adapter", tmp_path / "nothing"], "neither a folder nor a Hub repository"),
+        ([data, out, "--model", base], "has no head to predict with"),
+        ([data, out, "--adapter", adapter, "--layer", "spliced"], "spliced"),
+        ([data, out, "--adapter", adapter, "--gene-id-column", "ensembl"], "ensembl"),
+    ):
+        result = run(*arguments)
+        assert result.exit_code == 1, arguments
+        assert message in result.output.replace("\n", " "), result.output
+        assert "Traceback" not in result.output
+    assert not out.exists()
+
+
+def test_an_adapter_of_another_task_or_size(base: Path, data: Path, adapter: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(adapter, tmp_path / "other")
+    record = json.loads((other / "finetuning.json").read_text())
+    changed = {**record, "task": "masked_expression", "model_class": "TahoeX1ForPreTraining"}
+    (other / "finetuning.json").write_text(json.dumps(changed))
+    with pytest.raises(ValueError, match="was trained for masked_expression"):
+        load_predictor(other)
+    wider = write_base(tmp_path / "wider", hidden_size=64)
+    with pytest.raises(ValueError, match="another size or vocabulary"):
+        load_predictor(adapter, base=wider)
+    assert TahoeX1Config.from_pretrained(base).hidden_size == 32
+
+
+def test_a_progress_bar_counts_cells(data: Path, adapter: Path, tmp_path: Path, capsys: Any) -> None:
+    assert predict_file(data, tmp_path / "out.h5ad", load_predictor(adapter), dtype="float32") == COLUMN
+    assert "100/100" in capsys.readouterr().err
+    predict_file(data, tmp_path / "out.h5ad", load_predictor(adapter), dtype="float32", progress=False)
+    assert "Predicting" not in capsys.readouterr().err
+
+
+def test_models_with_drugs(data: Path, tmp_path: Path) -> None:
+    """The drug of the training holds for the prediction; another one changes it."""
+    from cells import write_vocab
+    from helpers import tiny_config
+
+    vocab = write_vocab(tmp_path / "vocab", drug_token=True)
+    tokenizer = TahoeX1Tokenizer(vocab, context_length=48, drug_to_id={"<pad>": 0, "aspirin": 1, "taxol": 2})
+    drug_token = tokenizer.get_vocab()["<drug>"]
+    config = tiny_config(
+        vocab_size=len(tokenizer), num_drugs=3, drug_fingerprint_size=16, drug_token_id=drug_token, num_labels=3
+    )
+    model = tiny_model(config, TahoeX1ForSequenceClassification)
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    found = [
+        probabilities(
+            predict(data, tmp_path / "out.h5ad", "--model", tmp_path / "model", "--drugs", drug), "tahoex1_prediction"
+        )
+        for drug in ("aspirin", "taxol", "aspirin")
+    ]
+    np.testing.assert_array_equal(found[0], found[2])
+    assert np.abs(found[0] - found[1]).max() > 1e-4

@@ -1,0 +1,440 @@
+"""Loading from the Hub: from its cache, over HTTP, without the package, and in the layout that is published today."""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from elsewhere import run_elsewhere
+from helpers import REPO_ROOT, Variant
+from hub_server import Hub, commit_of, fill_cache, read_files, serve
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoModelForPreTraining, AutoModelForSequenceClassification, AutoTokenizer
+
+from tahoex1_hf import TahoeX1Config, TahoeX1ForPreTraining, TahoeX1Model, TahoeX1Tokenizer
+from tahoex1_hf.hub import export as hub_export
+from tahoex1_hf.hub import loading as model_loading
+from tahoex1_hf.hub.loading import find_model, load_model_and_tokenizer
+from tahoex1_hf.original.convert import convert_original_folder
+
+REPO_ID = "tahoebio/Tahoe-x1"
+SMALL, LARGE = Variant("a_70m_like", "flash"), Variant("b_3b_like_chem", "flash")
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folders = {name: tmp_path_factory.mktemp("converted") / name for name in ("70m", "3b")}
+    for variant, folder in zip((SMALL, LARGE), folders.values(), strict=True):
+        convert_original_folder(variant.checkpoint, folder)
+    return folders
+
+
+@pytest.fixture(scope="module")
+def exported(converted: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """70m at the root, 3b in a sub-folder; that it loads is for these tests to prove."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hub_export, "smoke_load", lambda repository, sources: dict.fromkeys(sources, 0.0))
+        folder = tmp_path_factory.mktemp("exported") / "repository"
+        hub_export.build_repository(
+            converted, folder, default="70m", license_file=REPO_ROOT / "LICENSE", cards={"70m": "# card"}
+        )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def filled(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
+    """The cache with two revisions: in `old`, the final norm's weights are doubled."""
+    old = tmp_path_factory.mktemp("old") / "repository"
+    for name, content in read_files(exported).items():
+        (old / name).parent.mkdir(parents=True, exist_ok=True)
+        (old / name).write_bytes(content)
+    tensors = load_file(old / "model.safetensors")
+    save_file(
+        {**tensors, "tahoe.norm.weight": 2 * tensors["tahoe.norm.weight"]}, old / "model.safetensors", {"format": "pt"}
+    )
+    cache = tmp_path_factory.mktemp("hub")
+    return cache, fill_cache(cache, REPO_ID, {"main": exported, "old": old})
+
+
+@pytest.fixture
+def hub_cache(filled: tuple[Path, dict[str, str]], monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(filled[0]))
+    return filled[1]
+
+
+@pytest.fixture
+def hf_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where checkpoints of the original are converted to, and the Hub's cache with one of today's repositories."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "hf_home"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hf_home" / "hub"))
+    today = todays_repository(tmp_path / "today")
+    fill_cache(tmp_path / "hf_home" / "hub", REPO_ID, {"main": today})
+    return tmp_path / "hf_home"
+
+
+def todays_repository(folder: Path) -> Path:
+    for name, variant in (("70m-model", SMALL), ("3b-model", LARGE)):
+        (folder / name).mkdir(parents=True)
+        for path in variant.checkpoint.iterdir():
+            (folder / name / path.name).write_bytes(path.read_bytes())
+    (folder / "README.md").write_text("# today")
+    return folder
+
+
+def embed(model: torch.nn.Module, variant: Variant) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(**variant.batch("collate_bin")).pooler_output
+
+
+def own(converted: Path, variant: Variant) -> torch.Tensor:
+    return embed(TahoeX1Model.from_pretrained(converted), variant)
+
+
+def conversions(hf_home: Path) -> list[Path]:
+    return sorted((hf_home / "tahoex1_hf" / "converted").rglob("model.safetensors"))
+
+
+def test_auto_classes_from_the_cache(hub_cache: dict[str, str], converted: dict[str, Path]) -> None:
+    expected = own(converted["70m"], SMALL)
+    model = AutoModel.from_pretrained(REPO_ID)
+    assert type(model) is TahoeX1Model
+    assert torch.equal(embed(model, SMALL), expected)
+    assert torch.equal(embed(AutoModel.from_pretrained(REPO_ID, revision=hub_cache["main"]), SMALL), expected)
+    old = embed(AutoModel.from_pretrained(REPO_ID, revision="old"), SMALL)
+    assert (old - expected).abs().max() > 0.1
+    assert torch.equal(old, embed(AutoModel.from_pretrained(REPO_ID, revision=hub_cache["old"]), SMALL))
+    large = AutoModelForPreTraining.from_pretrained(REPO_ID, subfolder="3b")
+    assert type(large) is TahoeX1ForPreTraining
+    assert torch.equal(embed(large, LARGE), own(converted["3b"], LARGE))
+    half = AutoModel.from_pretrained(REPO_ID, dtype=torch.bfloat16, device_map="auto")
+    assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
+    assert {parameter.device.type for parameter in half.parameters()} <= {"cpu", "cuda"}
+    classifier = AutoModelForSequenceClassification.from_pretrained(REPO_ID, num_labels=7)
+    assert classifier.config.num_labels == 7
+    assert torch.equal(embed(classifier.base_model, SMALL), expected)
+
+
+def test_tokenizers_and_sizes_from_the_cache(hub_cache: dict[str, str], converted: dict[str, Path]) -> None:
+    for subfolder, name in (("", "70m"), ("3b", "3b")):
+        tokenizer = AutoTokenizer.from_pretrained(REPO_ID, subfolder=subfolder)
+        own_tokenizer = TahoeX1Tokenizer.from_pretrained(converted[name])
+        assert type(tokenizer) is TahoeX1Tokenizer
+        assert tokenizer.get_vocab() == own_tokenizer.get_vocab()
+        assert tokenizer.drug_to_id == own_tokenizer.drug_to_id
+    assert find_model(REPO_ID, size="3b").name == "3b"
+    assert find_model(REPO_ID, size="70m") == find_model(REPO_ID)  # what lies at the root has a name too
+    assert torch.equal(
+        embed(TahoeX1Model.from_pretrained(REPO_ID, subfolder="70m"), SMALL), own(converted["70m"], SMALL)
+    )
+    with pytest.raises(FileNotFoundError, match="has no size '1b'; it has the sizes 3b, 70m"):
+        TahoeX1Model.from_pretrained(REPO_ID, subfolder="1b")
+
+
+@pytest.mark.slow
+def test_without_the_package(tmp_path: Path, filled: tuple[Path, dict[str, str]], converted: dict[str, Path]) -> None:
+    cache, _ = filled
+    (tmp_path / "hf_home").mkdir()
+    (tmp_path / "hf_home" / "hub").symlink_to(cache)
+    for name, variant in (("small", SMALL), ("large", LARGE)):
+        save_file(variant.batch("collate_bin"), tmp_path / f"{name}.safetensors")
+    run_elsewhere(
+        """
+        import torch, transformers
+        from safetensors.torch import load_file, save_file
+        torch.set_num_threads(1)
+        batches = {name: load_file(name + ".safetensors") for name in ("small", "large")}
+        results = {}
+        cases = {
+            "root": ("AutoModel", "small", {}),
+            "head": ("AutoModelForPreTraining", "small", {}),
+            "old": ("AutoModel", "small", {"revision": "old"}),
+            "subfolder": ("AutoModelForPreTraining", "large", {"subfolder": "3b"}),
+            "classifier": ("AutoModelForSequenceClassification", "small", {}),
+            "bfloat16": ("AutoModel", "small", {"dtype": "bfloat16", "device_map": "auto"}),
+        }
+        for case, (auto_class, batch, options) in cases.items():
+            cls = getattr(transformers, auto_class)
+            model = cls.from_pretrained("tahoebio/Tahoe-x1", trust_remote_code=True, **options).eval()
+            assert type(model).__module__.startswith("transformers_modules."), type(model)
+            with torch.no_grad():
+                results[case] = model.base_model(**batches[batch]).pooler_output.contiguous()
+        for subfolder in ("", "3b"):
+            tokenizer = transformers.AutoTokenizer.from_pretrained(
+                "tahoebio/Tahoe-x1", subfolder=subfolder, trust_remote_code=True)
+            assert type(tokenizer).__module__.startswith("transformers_modules."), type(tokenizer)
+            assert (tokenizer.drug_to_id is None) == (subfolder == "")
+        save_file(results, "results.safetensors")
+        """,
+        tmp_path,
+    )
+    results, expected = load_file(tmp_path / "results.safetensors"), own(converted["70m"], SMALL)
+    for case in ("root", "head", "classifier"):
+        assert torch.equal(results[case], expected), case
+    assert torch.equal(results["subfolder"], own(converted["3b"], LARGE))
+    assert (results["old"] - expected).abs().max() > 0.1
+    assert results["bfloat16"].dtype == torch.bfloat16
+
+
+# Over HTTP ----------------------------------------------------------------------------------------
+
+OVER_HTTP = """
+    import httpx2
+    from huggingface_hub import constants
+    constants.DOWNLOAD_CHUNK_SIZE = 2**14  # what has arrived is kept in such pieces
+    import torch, transformers
+    from safetensors.torch import load_file, save_file
+    torch.set_num_threads(1)
+
+    def load():
+        model = transformers.AutoModel.from_pretrained("tahoebio/Tahoe-x1", trust_remote_code=True).eval()
+        transformers.AutoTokenizer.from_pretrained("tahoebio/Tahoe-x1", trust_remote_code=True)
+        return model
+
+    model = load()
+    with torch.no_grad():
+        result = model(**load_file("small.safetensors")).pooler_output
+    save_file({"result": result.contiguous()}, "results.safetensors")
+    for step in ("/again", "/new-commit"):
+        httpx2.get(constants.ENDPOINT + step)
+        load()
+"""
+
+
+@pytest.mark.slow
+def test_over_http_with_a_broken_connection(
+    tmp_path: Path, exported: Path, converted: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = read_files(exported)
+    hub = Hub({REPO_ID: files}, cut={"model.safetensors": 100_000})
+    changed = files["config.json"] + b"\n"
+    hub.on_request["/new-commit"] = lambda: files.update({"config.json": changed})
+    save_file(SMALL.batch("collate_bin"), tmp_path / "small.safetensors")
+    with serve(hub):
+        online = {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_ENDPOINT": hub.url}
+        for name, value in online.items():
+            monkeypatch.setenv(name, value)
+        run_elsewhere("import os; os.environ['HF_HUB_OFFLINE'] = '0'\n" + textwrap.dedent(OVER_HTTP), tmp_path)
+    assert torch.equal(load_file(tmp_path / "results.safetensors")["result"], own(converted["70m"], SMALL))
+    paths = [request.path for request in hub.requests]
+    again, new_commit = paths.index("/again"), paths.index("/new-commit")
+    first, second, third = hub.requests[:again], hub.requests[again:new_commit], hub.requests[new_commit:]
+    weights = [request for request in first if request.is_download and request.path.endswith("/model.safetensors")]
+    size = len(files["model.safetensors"])
+    assert [request.status for request in weights] == [200, 206]  # cut, then the rest and no more
+    assert weights[0].sent == 100_000
+    start = int(weights[1].range.removeprefix("bytes=").partition("-")[0])
+    assert 0 < start <= 100_000
+    assert weights[1].sent == size - start
+    assert not [path for path in paths if "/3b/" in path]
+    assert len(second) > 1  # it asked whether anything is new
+    assert sum(request.sent for request in second) == 0  # and fetched nothing
+    # Of a new commit, what has the ETag of what is there is not fetched either.
+    assert [request.path for request in third if request.method == "HEAD" and "model.safetensors" in request.path]
+    assert sum(request.sent for request in third) == len(changed)
+
+
+ERRORS = """
+    import json, sys, time
+    from pathlib import Path
+    from tahoex1_hf import TahoeX1ForPreTraining, TahoeX1Model, TahoeX1Tokenizer
+    from tahoex1_hf.hub.loading import find_model
+
+    def message(function, *arguments, **options):
+        try:
+            function(*arguments, **options)
+        except OSError as error:
+            return [type(error).__name__, str(error)]
+        return ["", ""]
+
+    load = TahoeX1Model.from_pretrained
+    results = {
+        "missing": message(load, "tahoebio/missing", subfolder="70m-model"),
+        "gated": message(load, "tahoebio/gated", subfolder="70m-model"),
+        "gated tokenizer": message(TahoeX1Tokenizer.from_pretrained, "tahoebio/gated"),
+        "revision": message(load, "tahoebio/today", subfolder="70m-model", revision="v9"),
+        "size": message(load, "tahoebio/today", subfolder="7b"),
+        "no size": message(TahoeX1ForPreTraining.from_pretrained, "tahoebio/today"),
+        "file": message(load, "tahoebio/broken", subfolder="70m-model"),
+        "command": message(find_model, "tahoebio/gated", size="70m"),
+        "good": message(load, "tahoebio/today", subfolder="70m-model"),
+        "pickle": message(load, "tahoebio/pickled", subfolder="70m-model"),
+    }
+    Path("server-may-stop").touch()
+    while not Path("server-stopped").exists():
+        time.sleep(0.05)
+    results["network"] = message(load, "tahoebio/new", subfolder="70m-model")
+    results["cached"] = message(load, "tahoebio/today", subfolder="70m-model")
+    Path("results.json").write_text(json.dumps(results))
+"""
+
+
+@pytest.mark.slow
+def test_every_failure_says_what_it_is(tmp_path: Path) -> None:
+    today = read_files(todays_repository(tmp_path / "today"))
+    broken = {name: content for name, content in today.items() if name != "70m-model/collator_config.yml"}
+    # Beside safetensors a pickle is not even fetched; without them it is what there is.
+    pickled = {name: content for name, content in today.items() if not name.endswith(".safetensors")}
+    torch.save({"state": {"model": load_file(SMALL.checkpoint / "model.safetensors")}}, tmp_path / "best-model.pt")
+    pickled["70m-model/best-model.pt"] = (tmp_path / "best-model.pt").read_bytes()
+    today["70m-model/best-model.pt"] = b"not asked for"
+    hub = Hub(
+        {"tahoebio/pickled": pickled, "tahoebio/today": today, "tahoebio/broken": broken, "tahoebio/gated": today},
+        gated={"tahoebio/gated"},
+    )
+    environment = os.environ | {"PYTHONPATH": str(REPO_ROOT), "HF_HOME": str(tmp_path / "hf_home")}
+    environment |= {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1"}
+    with serve(hub):
+        environment["HF_ENDPOINT"] = hub.url
+        process = subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(ERRORS)], env=environment, cwd=tmp_path, stderr=subprocess.PIPE
+        )
+        while process.poll() is None and not (tmp_path / "server-may-stop").exists():
+            time.sleep(0.05)
+    (tmp_path / "server-stopped").touch()
+    _, stderr = process.communicate(timeout=300)
+    assert process.returncode == 0, stderr.decode()
+    weights = [r for r in hub.requests if r.is_download and r.path.endswith("model.safetensors")]
+    pickles = [request.path for request in hub.requests if request.is_download and request.path.endswith(".pt")]
+    assert {path.split("/")[2] for path in pickles} == {"pickled"}
+    assert not [request for request in weights if "3b-model" in request.path]  # no size but the one asked for
+    results = json.loads((tmp_path / "results.json").read_text())
+    expected = {
+        "missing": ("FileNotFoundError", "no repository tahoebio/missing that you may see"),
+        "gated": ("PermissionError", "is gated: ask for access at"),
+        "gated tokenizer": ("PermissionError", "is gated"),
+        "revision": ("FileNotFoundError", "has no revision 'v9'"),
+        "size": ("FileNotFoundError", "has no size '7b'; it has the sizes 3b, 70m"),
+        "no size": ("FileNotFoundError", "has no model at its root; it has the sizes 3b, 70m"),
+        "file": ("FileNotFoundError", "collator_config.yml is missing"),
+        "command": ("PermissionError", "is gated"),
+        "network": ("ConnectionError", "could not be reached"),
+        "good": ("", ""),
+        "pickle": ("", ""),
+        "cached": ("", ""),
+    }
+    for case, (kind, text) in expected.items():
+        assert results[case][0] == kind, (case, results[case])
+        assert text in results[case][1], (case, results[case])
+
+
+# Today's layout -----------------------------------------------------------------------------------
+
+
+def test_todays_layout(hf_home: Path, converted: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = TahoeX1Model.from_pretrained(REPO_ID, subfolder="70m-model")
+    assert torch.equal(embed(model, SMALL), own(converted["70m"], SMALL))
+    commit = commit_of(read_files(hf_home.parent / "today"))
+    assert [path.parent.name for path in conversions(hf_home)] == [commit]
+    stamp = conversions(hf_home)[0].stat().st_mtime_ns
+    monkeypatch.setattr(model_loading, "convert_original_folder", lambda *a: pytest.fail("converted again"))
+    # The other ways in find what is there; the size may be spelt as in the new layout.
+    for subfolder in ("70m", "70m-model"):
+        head, report = TahoeX1ForPreTraining.from_pretrained(
+            REPO_ID, subfolder=subfolder, revision="main", dtype=torch.float64, output_loading_info=True
+        )
+        assert not any(report.values())
+        assert head.dtype == torch.float64
+    tokenizer = TahoeX1Tokenizer.from_pretrained(REPO_ID, subfolder="70m")
+    assert tokenizer.get_vocab() == TahoeX1Tokenizer.from_pretrained(converted["70m"]).get_vocab()
+    config = TahoeX1Config.from_pretrained(converted["70m"])
+    explicit = TahoeX1Model.from_pretrained(REPO_ID, subfolder="70m-model", config=config)
+    assert torch.equal(embed(explicit, SMALL), embed(model, SMALL))
+    load_model_and_tokenizer(REPO_ID, size="70m")
+    assert [path.stat().st_mtime_ns for path in conversions(hf_home)] == [stamp]
+    assert [path.name for path in conversions(hf_home)[0].parents[1].glob(".*")] == []
+
+
+def test_todays_layout_with_drugs_and_in_a_folder(hf_home: Path, converted: dict[str, Path]) -> None:
+    tokenizer = TahoeX1Tokenizer.from_pretrained(REPO_ID, subfolder="3b-model")
+    assert tokenizer.drug_to_id == TahoeX1Tokenizer.from_pretrained(converted["3b"]).drug_to_id
+    assert torch.equal(
+        embed(TahoeX1Model.from_pretrained(REPO_ID, subfolder="3b-model"), LARGE), own(converted["3b"], LARGE)
+    )
+    assert len(conversions(hf_home)) == 1
+    local = TahoeX1Model.from_pretrained(hf_home.parent / "today", subfolder="70m-model")
+    direct = TahoeX1Model.from_pretrained(str(hf_home.parent / "today" / "70m-model"))
+    assert torch.equal(embed(local, SMALL), embed(direct, SMALL))
+    assert len(conversions(hf_home)) == 2
+    with pytest.raises(FileNotFoundError, match="has no model at its root; it has the sizes 3b, 70m"):
+        TahoeX1Tokenizer.from_pretrained(hf_home.parent / "today")
+    with pytest.raises(ConnectionError, match="HF_HUB_OFFLINE"):
+        TahoeX1Model.from_pretrained("tahoebio/elsewhere", subfolder="70m-model")
+
+
+def test_what_is_not_ours_is_left_to_transformers(tmp_path: Path, hf_home: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(OSError, match="it holds no Tahoe-x1 model"):
+        TahoeX1Model.from_pretrained(tmp_path / "empty")
+    with pytest.raises((OSError, ValueError)):
+        TahoeX1Model.from_pretrained("no-such-folder")
+    with pytest.raises((OSError, ValueError)):
+        AutoModel.from_pretrained(REPO_ID, subfolder="70m-model")  # it looks for config.json
+    assert not conversions(hf_home)
+
+
+def test_a_failed_conversion_leaves_nothing(hf_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(source: Path, destination: Path) -> None:
+        destination.mkdir(parents=True)
+        (destination / "config.json").write_text("{}")
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model_loading, "convert_original_folder", fail)
+        with pytest.raises(OSError, match="disk full"):
+            TahoeX1Model.from_pretrained(REPO_ID, subfolder="70m-model")
+    left = [path for path in (hf_home / "tahoex1_hf").rglob("*") if path.is_file()]
+    assert all(path.suffix == ".lock" for path in left)
+    TahoeX1Model.from_pretrained(REPO_ID, subfolder="70m-model")
+
+
+PROCESS = """
+    import os, signal, sys, time
+    from pathlib import Path
+    from tahoex1_hf import TahoeX1Model
+    from tahoex1_hf.hub import loading as model_loading
+
+    convert, role = model_loading.convert_original_folder, sys.argv[1]
+
+    def slowly(source, destination):
+        with open("conversions", "a") as file:
+            file.write(role + "\\n")
+        if role == "killed":
+            destination.mkdir(parents=True)
+            (destination / "config.json").write_text("{}")
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(0.5)
+        return convert(source, destination)
+
+    model_loading.convert_original_folder = slowly
+    Path("ready-" + role).touch()
+    while role != "killed" and not (Path("ready-one").exists() and Path("ready-two").exists()):
+        time.sleep(0.01)
+    TahoeX1Model.from_pretrained("tahoebio/Tahoe-x1", subfolder="70m-model")
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_at_once_after_one_was_killed(tmp_path: Path, hf_home: Path) -> None:
+    environment = os.environ | {"PYTHONPATH": str(REPO_ROOT), "HF_HOME": str(hf_home), "OMP_NUM_THREADS": "1"}
+
+    def start(role: str) -> subprocess.Popen:
+        command = [sys.executable, "-c", textwrap.dedent(PROCESS), role]
+        return subprocess.Popen(command, env=environment, cwd=tmp_path, stderr=subprocess.PIPE)
+
+    killed = start("killed")
+    killed.communicate(timeout=300)
+    assert killed.returncode == -9
+    assert not conversions(hf_home)
+    processes = [start(role) for role in ("one", "two")]
+    for process in processes:
+        _, stderr = process.communicate(timeout=300)
+        assert process.returncode == 0, stderr.decode()
+    assert (tmp_path / "conversions").read_text().splitlines()[0] == "killed"
+    assert len((tmp_path / "conversions").read_text().splitlines()) == 2  # one of the two waited for the other
+    assert len(conversions(hf_home)) == 1
+    assert not list((hf_home / "tahoex1_hf").rglob("*.partial"))

@@ -1,0 +1,66 @@
+"""Int8 weights: close to float32, a quarter of the layers' memory, and the model itself left as it is."""
+
+import copy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from cells import NUM_GENES, make_cells, write_vocab
+from helpers import tiny_config, tiny_model
+
+from tahoex1_hf import TahoeX1Model, TahoeX1Tokenizer, embed_anndata
+from tahoex1_hf.inference import quantization
+from tahoex1_hf.inference.encoder import CellEncoder
+
+pytest.importorskip("torchao", reason="torchao is not installed (extra int8)")
+KEY = "X_tahoe_x1"
+
+
+@pytest.fixture
+def parts(tmp_path: Path) -> tuple[TahoeX1Model, TahoeX1Tokenizer]:
+    config = tiny_config(vocab_size=NUM_GENES + 3, hidden_size=64, num_hidden_layers=3)
+    return tiny_model(config, TahoeX1Model), TahoeX1Tokenizer(str(write_vocab(tmp_path)))
+
+
+def test_embeddings_are_close_and_the_model_is_left_alone(parts) -> None:
+    model, tokenizer = parts
+    before = copy.deepcopy(model.state_dict())
+    results = []
+    for dtype in ("float32", "int8", "float32"):
+        cells = make_cells(60)
+        embed_anndata(cells, model, tokenizer, dtype=dtype, device="cpu", gene_embeddings=True, progress=False)
+        results.append(cells.obsm[KEY])
+    np.testing.assert_array_equal(results[0], results[2])
+    cosines = (results[0] * results[1]).sum(1)
+    assert 0.999 < cosines.min() < 1 - 1e-7  # close, and not the same
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_layers_take_a_quarter_and_the_rest_is_shared(parts) -> None:
+    model, tokenizer = parts
+    encoder = CellEncoder(model, tokenizer, device="cpu", dtype="int8")
+    ours, theirs = encoder.model, model
+    assert ours.embeddings.gene_encoder.embedding.weight is theirs.embeddings.gene_encoder.embedding.weight
+    projection = ours.layers[0].mlp.up_proj
+    assert projection.bias is theirs.layers[0].mlp.up_proj.bias
+    quantised, scale = projection.weight.qdata, projection.weight.scale
+    assert quantised.dtype == torch.int8
+    assert quantised.shape == theirs.layers[0].mlp.up_proj.weight.shape
+    assert scale.numel() == quantised.shape[0]  # one per output
+    assert encoder.dtype_name in ("int8 weights, float32", "int8 weights, bfloat16")  # as the CPU is faster
+
+
+def test_without_torchao(parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    import builtins
+
+    real = builtins.__import__
+
+    def missing(name: str, *arguments, **options):
+        if name.startswith("torchao"):
+            raise ImportError(name)
+        return real(name, *arguments, **options)
+
+    monkeypatch.setattr(builtins, "__import__", missing)
+    with pytest.raises(ValueError, match=r"needs torchao: pip install 'tahoex1_hf\[int8\]'"):
+        quantization.with_int8_weights(parts[0])

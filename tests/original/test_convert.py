@@ -1,0 +1,319 @@
+"""Converting checkpoints of the original program: nothing lost, nothing guessed, nothing half done."""
+
+import json
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import typer
+import yaml
+from helpers import GOLDEN, GOLDEN_VARIANTS, REPO_ROOT, Variant, without_labels
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModel, AutoModelForPreTraining, AutoTokenizer
+
+from tahoex1_hf import TahoeX1Config, TahoeX1ForPreTraining, TahoeX1Model, TahoeX1Tokenizer
+from tahoex1_hf.original.convert import convert_original_folder, is_original_folder, read_original_folder
+from tahoex1_hf.original.tensor_names import (
+    convert_state_dict,
+    name_rules,
+    original_shapes,
+    our_shapes,
+    restore_state_dict,
+)
+
+every_variant = pytest.mark.parametrize("variant", GOLDEN_VARIANTS, ids=lambda variant: variant.name)
+PLAIN, WITH_DRUGS = GOLDEN / "a_70m_like" / "model", GOLDEN / "b_3b_like_chem" / "model"
+EDITED = "model.transformer_encoder.norm.weight"
+
+
+def equal_tensors(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool:
+    return ours.keys() == theirs.keys() and all(
+        ours[name].dtype == theirs[name].dtype and torch.equal(ours[name], theirs[name]) for name in theirs
+    )
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """A copy of a golden checkpoint, to be spoilt."""
+    return Path(shutil.copytree(PLAIN, tmp_path / "source"))
+
+
+def edit_yaml(path: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
+    settings = yaml.safe_load(path.read_text())
+    edit(settings)
+    path.write_text(yaml.safe_dump(settings))
+
+
+def assert_refused(source: Path, error: type[Exception], match: str) -> None:
+    """Conversion fails with this message, and leaves nothing behind."""
+    destination = source.parent / "out" / "converted"
+    with pytest.raises(error, match=match):
+        convert_original_folder(source, destination)
+    assert not destination.exists()
+    assert list(destination.parent.glob("*")) == []
+
+
+@every_variant
+def test_every_tensor_both_ways(variant: Variant) -> None:
+    original = load_file(variant.checkpoint / "model.safetensors")
+    checkpoint = read_original_folder(variant.checkpoint)
+    rules = name_rules(checkpoint.config)
+    assert sorted(rule.original for rule in rules) == sorted(original)
+    our_names = [name for rule in rules for name in rule.ours]
+    assert sorted(our_names) == sorted(our_shapes(checkpoint.config)) == sorted(checkpoint.state_dict)
+    assert equal_tensors(restore_state_dict(checkpoint.state_dict, checkpoint.config), original)
+    assert equal_tensors(
+        convert_state_dict(restore_state_dict(checkpoint.state_dict, checkpoint.config), checkpoint.config),
+        checkpoint.state_dict,
+    )
+
+
+def test_fused_rows_are_query_key_value() -> None:
+    checkpoint = read_original_folder(GOLDEN / "c_glu_post_gqa_avgpool" / "model")
+    fused = load_file(GOLDEN / "c_glu_post_gqa_avgpool" / "model" / "model.safetensors")[
+        "model.transformer_encoder.layers.1.self_attn.Wqkv.weight"
+    ]
+    query, key, value = (checkpoint.state_dict[f"tahoe.layers.1.self_attn.{p}_proj.weight"] for p in "qkv")
+    assert (len(query), len(key), len(value)) == (64, 32, 32)  # two key-value heads of four
+    assert torch.equal(fused[:64], query)
+    assert torch.equal(fused[64:96], key)
+    assert torch.equal(fused[96:], value)
+
+
+@every_variant
+def test_auto_classes_load_what_is_written(variant: Variant, tmp_path: Path) -> None:
+    config = convert_original_folder(variant.checkpoint, tmp_path / "converted")
+    checkpoint = read_original_folder(variant.checkpoint)
+    assert is_original_folder(variant.checkpoint)
+    assert not is_original_folder(tmp_path / "converted")
+    loaded_config = AutoConfig.from_pretrained(tmp_path / "converted")
+    for name in TahoeX1Config.__dataclass_fields__:
+        if name not in ("architectures", "dtype", "transformers_version"):
+            assert getattr(loaded_config, name) == getattr(config, name) == getattr(checkpoint.config, name), name
+
+    model, report = AutoModelForPreTraining.from_pretrained(tmp_path / "converted", output_loading_info=True)
+    assert not any(report.values()), report
+    assert type(model) is TahoeX1ForPreTraining
+    assert equal_tensors(model.state_dict(), checkpoint.state_dict)
+
+    base, report = AutoModel.from_pretrained(tmp_path / "converted", output_loading_info=True)
+    assert type(base) is TahoeX1Model
+    assert not any(report.values()), report  # that the decoders are left out is meant, and goes without saying
+    assert equal_tensors(base.state_dict(), model.tahoe.state_dict())
+    batch = without_labels(variant.batch("batch_masked", targets=True))
+    with torch.no_grad():
+        assert torch.equal(base(**batch).pooler_output, model(**batch).pooler_output)
+
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "converted")
+    assert type(tokenizer) is TahoeX1Tokenizer
+    assert tokenizer.get_vocab() == json.loads((variant.checkpoint / "vocab.json").read_text())
+
+
+def test_pickle_gives_the_same_folder_as_safetensors(source: Path, tmp_path: Path) -> None:
+    convert_original_folder(source, tmp_path / "from_safetensors")
+    tensors = load_file(source / "model.safetensors")
+    (source / "model.safetensors").unlink()
+    torch.save({"state": {"model": tensors}}, source / "best-model.pt")
+    convert_original_folder(source, tmp_path / "from_pickle")
+    written = {path.name for path in (tmp_path / "from_pickle").iterdir()}
+    assert written == {path.name for path in (tmp_path / "from_safetensors").iterdir()}
+    for name in written - {"conversion.json"}:  # which names what was read
+        from_pickle = (tmp_path / "from_pickle" / name).read_bytes()
+        assert from_pickle == (tmp_path / "from_safetensors" / name).read_bytes(), name
+
+
+class RunsACommand:
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (f"touch {self.marker}",)
+
+
+def test_pickle_runs_nothing(source: Path) -> None:
+    marker = source.parent / "it_ran"
+    tensors = load_file(source / "model.safetensors")
+    (source / "model.safetensors").unlink()
+    torch.save({"state": {"model": tensors, "extra": RunsACommand(marker)}}, source / "best-model.pt")
+    assert_refused(source, ValueError, "tensors alone")
+    assert not marker.exists()
+    torch.load(source / "best-model.pt", weights_only=False)  # it would have run
+    assert marker.exists()
+
+
+def test_pickle_of_something_else(source: Path) -> None:
+    (source / "model.safetensors").unlink()
+    torch.save({"model": {}}, source / "best-model.pt")
+    assert_refused(source, ValueError, r"not a Composer checkpoint")
+
+
+def test_every_tensor_that_does_not_fit_is_listed(source: Path) -> None:
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.surprise"] = torch.zeros(3)
+    tensors.pop("model.flag_encoder.weight")
+    tensors["model.mvc_decoder.W.weight"] = torch.zeros(64, 63)
+    save_file(tensors, source / "model.safetensors")
+    assert_refused(source, ValueError, r"(?s)missing: model\.flag_encoder\.weight \[2, 64\]")
+    assert_refused(source, ValueError, r"(?s)unexpected: model\.surprise \[3\]")
+    assert_refused(source, ValueError, r"(?s)wrong shape: model\.mvc_decoder\.W\.weight is \[64, 63\].*\[64, 64\]")
+
+
+@pytest.mark.parametrize(
+    ("file", "edit", "match"),
+    [
+        ("model_config.yml", lambda y: y.update(rope=True), r"model_config\.yml has keys.*rope"),
+        ("model_config.yml", lambda y: y["attn_config"].update(alibi=True), r"attn_config has keys.*alibi"),
+        ("model_config.yml", lambda y: y["expression_encoder"].update(x=1), r"expression_encoder has keys.*x"),
+        ("model_config.yml", lambda y: y["norm_config"].update(norm_type="rmsnorm"), r"norm_type = 'rmsnorm'"),
+        ("model_config.yml", lambda y: y.update(cell_emb_style="w-pool"), r"cell_emb_style = 'w-pool'"),
+        ("model_config.yml", lambda y: y.pop("d_model"), r"model_config\.yml lacks the key 'd_model'"),
+        ("model_config.yml", lambda y: y.pop("mvc"), r"model_config\.yml lacks the key 'mvc'"),
+        ("model_config.yml", lambda y: y.update(vocab_size=600), r"vocab_size = 600, but vocab\.json has 603"),
+        ("model_config.yml", lambda y: y.update(n_layers=2), r"unexpected: model\.transformer_encoder\.layers\.2"),
+        ("model_config.yml", lambda y: y.update(n_layers=4), r"missing: model\.transformer_encoder\.layers\.3"),
+        ("collator_config.yml", lambda y: y.update(colour=1), r"collator_config\.yml has keys.*colour"),
+        ("collator_config.yml", lambda y: y.update(pad_token_id=3), r"pad_token_id = 3, but <pad> is 600"),
+        ("collator_config.yml", lambda y: y.update(keep_first_n_tokens=2), r"keep_first_n_tokens = 2"),
+        ("collator_config.yml", lambda y: y.update(use_chem_token=True), r"keep_first_n_tokens = 1"),
+        ("collator_config.yml", lambda y: y.pop("max_length"), r"lacks the key 'max_length'"),
+    ],
+)
+def test_settings_that_are_unknown_or_contradict(source: Path, file: str, edit: Callable, match: str) -> None:
+    edit_yaml(source / file, edit)
+    assert_refused(source, ValueError, match)
+
+
+@pytest.mark.parametrize(
+    ("use_attn_mask", "style"), [(None, "observed_or_self"), (True, "observed_or_self"), (False, "full")]
+)
+def test_attention_mask_of_the_original(source: Path, use_attn_mask: bool | None, style: str) -> None:
+    # The published 70M and 1.3B settings leave it out, and were trained with the mask.
+    def edit(settings: dict[str, Any]) -> None:
+        del settings["attn_config"]["use_attn_mask"]
+        settings["attn_config"]["attn_impl"] = "triton"
+        if use_attn_mask is not None:
+            settings["attn_config"]["use_attn_mask"] = use_attn_mask
+
+    edit_yaml(source / "model_config.yml", edit)
+    assert read_original_folder(source).config.attention_mask_style == style
+
+
+@pytest.mark.parametrize("file", ["model_config.yml", "collator_config.yml", "vocab.json", "model.safetensors"])
+def test_missing_file(source: Path, file: str) -> None:
+    (source / file).unlink()
+    assert_refused(source, FileNotFoundError, file)
+
+
+def test_vocabulary_with_a_hole(source: Path) -> None:
+    vocab = json.loads((source / "vocab.json").read_text())
+    last = max(vocab, key=vocab.get)
+    vocab[last] += 1
+    (source / "vocab.json").write_text(json.dumps(vocab))
+    assert_refused(source, ValueError, "not the numbers 0 to 602")
+
+
+def test_drug_names(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    source = Path(shutil.copytree(WITH_DRUGS, tmp_path / "source"))
+    drugs = json.loads((source / "drug_to_id_pad.json").read_text())
+    convert_original_folder(source, tmp_path / "converted")
+    assert AutoTokenizer.from_pretrained(tmp_path / "converted").drug_to_id == drugs
+
+    (source / "drug_to_id_pad.json").write_text(json.dumps(drugs | {"one more": 20}))
+    assert_refused(source, ValueError, "numbers drugs up to 20; the weights hold 20 rows")
+
+    (source / "drug_to_id_pad.json").unlink()
+    assert convert_original_folder(source, tmp_path / "nameless").num_drugs == 20
+    assert "knows no drug by name" in caplog.text
+
+
+def test_destination_that_is_there(source: Path, tmp_path: Path) -> None:
+    destination = tmp_path / "there"
+    destination.mkdir()
+    convert_original_folder(source, destination)  # an empty folder is as good as none
+    before = {path.name: path.read_bytes() for path in destination.iterdir()}
+    with pytest.raises(FileExistsError, match="exists already"):
+        convert_original_folder(source, destination)
+    assert {path.name: path.read_bytes() for path in destination.iterdir()} == before
+    (tmp_path / "file").touch()
+    with pytest.raises(FileExistsError, match="exists already"):
+        convert_original_folder(source, tmp_path / "file")
+
+
+def test_a_failure_while_writing_leaves_nothing(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails_after_writing(self: TahoeX1Tokenizer, folder: Path, **kwargs: Any) -> None:
+        assert any(Path(folder).iterdir())
+        raise OSError("disk full")
+
+    monkeypatch.setattr(TahoeX1Tokenizer, "save_pretrained", fails_after_writing)
+    assert_refused(source, OSError, "disk full")
+
+
+PRE_NORM = {"hidden_act": "relu", "attention_mask_style": "observed_or_self"}
+RELEASED = {
+    "70M": {"hidden_size": 512, "num_hidden_layers": 12, "num_attention_heads": 8, **PRE_NORM},
+    "1.3B": {"hidden_size": 2048, "num_hidden_layers": 24, "num_attention_heads": 16, **PRE_NORM},
+    "3B": {
+        "hidden_size": 2560,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 20,
+        "hidden_act": "gelu",
+        "num_drugs": 379,
+        "drug_fingerprint_size": 2048,
+        "drug_token_id": 2,
+    },
+}
+
+
+def expected_parameters(config: TahoeX1Config) -> int:
+    """Added up from the table of the architecture, not from our modules."""
+    d, vocab, norm = config.hidden_size, config.vocab_size, 2 * config.hidden_size
+    square = d * d + d
+    encoders = vocab * d + norm + 2 * d + (2 * d + square + norm)
+    if config.num_drugs:
+        encoders += config.num_drugs * 2048 + (2048 * d + d) + square + norm
+    layer = 3 * square + square + (4 * d * d + 4 * d) + (4 * d * d + d) + 2 * norm
+    decoders = square + (d + 1) + square + d * d
+    return encoders + config.num_hidden_layers * layer + norm + decoders
+
+
+@pytest.mark.parametrize("size", RELEASED)
+def test_released_shapes(size: str) -> None:
+    config = TahoeX1Config(vocab_size=62720, **RELEASED[size])
+    ours = our_shapes(config)
+    with torch.device("meta"):
+        model = TahoeX1ForPreTraining(config)
+        original = {name: torch.empty(shape) for name, shape in original_shapes(config).items()}
+        assert model.num_parameters() == expected_parameters(config)
+        converted = convert_state_dict(original, config)
+        assert {name: tensor.shape for name, tensor in converted.items()} == ours
+        restored = restore_state_dict(converted, config)
+    assert {name: t.shape for name, t in restored.items()} == {name: t.shape for name, t in original.items()}
+    if size == "70M":
+        assert model.num_parameters() == 70_996_993
+        assert TahoeX1Config(attention_mask_style="observed_or_self").to_dict() == config.to_dict()
+
+
+def test_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    script = REPO_ROOT / "conversion" / "convert_checkpoint.py"
+    run = subprocess.run(
+        [sys.executable, script, PLAIN, tmp_path / "out"],
+        env=os.environ | {"PYTHONPATH": str(REPO_ROOT)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    assert "205,825 parameters" in run.stdout
+    assert AutoModel.from_pretrained(tmp_path / "out").config.num_hidden_layers == 3
+    with pytest.raises(typer.Exit) as again:
+        runpy.run_path(str(script))["main"](PLAIN, tmp_path / "out")
+    assert again.value.exit_code == 1
+    assert "exists already" in capsys.readouterr().err

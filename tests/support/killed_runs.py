@@ -1,0 +1,33 @@
+"""Pretraining runs that are killed."""
+
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from training_runs import command, environment
+
+KILLED = Path(__file__).parents[1] / "support" / "killed_run.py"
+
+
+def killed(
+    kind: str, output: Path, training_dataset: Path, signal: str, step: int, rank: int = 0, **changes: Any
+) -> int:
+    done = subprocess.run(
+        command(kind, output, training_dataset, KILLED, **changes),
+        env={
+            **environment(kind), "KILL_AT": str(step), "KILL_SIGNAL": signal, "KILL_RANK": str(rank)
+        },
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode != 0, done.stderr[-2000:]
+    return done.returncode
+
+
+def same_weights(a: Path, b: Path) -> bool:
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (a, b))
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)

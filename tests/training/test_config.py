@@ -1,0 +1,211 @@
+"""Settings of pretraining that must not change what is learnt, and ends of a run that must do no harm."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from fixed_steps import FixedSteps, fixed_trainer, tiny
+from helpers import GOLDEN_VARIANTS, make_batch, packed, tiny_config, tiny_model
+from killed_runs import killed, same_weights
+from safetensors.torch import load_file
+from torch._dynamo.eval_frame import OptimizedModule
+from training_runs import RECIPE, ROOT, command, curve, environment, finished, run, status
+
+from tahoex1_hf.training.checkpoints import is_whole
+from tahoex1_hf.training.pretraining import training_arguments
+from tahoex1_hf.training.trainer import PretrainingTrainer
+
+CONFIGS = ROOT / "examples" / "configs" / "accelerate"
+WITHOUT_DROPOUT = {"model__expression_encoder_dropout": 0.0}
+
+
+def configured(name: str, output: Path, dataset: Path, **changes: Any) -> str:
+    """A run of two processes, arranged by one of the example files."""
+    start = command("ddp", output, dataset, **changes)
+    place = start.index("--multi_gpu")
+    file = ["--config_file", str(CONFIGS / f"{name}.yaml"), "--num_processes", "2"]
+    done = subprocess.run(
+        [*start[:place], *file, *start[place + 3 :]],
+        env=environment("single"), capture_output=True, text=True, timeout=240, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stderr
+
+
+def test_checkpointed_activations_change_nothing(tmp_path: Path) -> None:
+    config = tiny_config(expression_encoder_dropout=0.0)
+    batch, ends, calls = packed(make_batch(config)), [], []
+    for checkpointed in ("false", "true"):
+        model, number = tiny_model(config), []
+        trainer = fixed_trainer(model, batch, tmp_path, 3, 2, activation_checkpointing=checkpointed)
+        model.tahoe.layers[0].mlp.register_forward_pre_hook(lambda *_, number=number: number.append(1))
+        trainer.train()
+        ends.append(model.state_dict())
+        calls.append(len(number))
+    assert calls[1] == 2 * calls[0]
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+def test_compiled_steps_are_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the compiler's first half alone: making machine code takes minutes."""
+    config = tiny_config(expression_encoder_dropout=0.0, attention_mask_style="observed_or_self")
+    batch = make_batch(config, lengths=[12, 9, 12, 7])
+    batch["labels"] = batch["labels"].masked_fill(~batch["target_mask"], -100.0)
+    curves = {}
+    for compiled in ("false", "true"):
+        monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "NO")  # Trainer writes it, and another at the end undoes that
+        args = training_arguments(tiny(Path("unused"), tmp_path, compile=compiled, logging_steps=1, eval_cells=0), 3)
+        if args.torch_compile:
+            monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "AOT_EAGER")
+        model = tiny_model(config)
+        trainer = PretrainingTrainer(model, args, lambda _: FixedSteps(batch, 3), microbatch_size=4)
+        trainer.train()
+        assert (type(trainer.model_wrapped) is OptimizedModule) == (compiled == "true")
+        curves[compiled] = [(line["loss"], line["grad_norm"]) for line in trainer.state.log_history if "loss" in line]
+    np.testing.assert_allclose(curves["true"], curves["false"], rtol=1e-5)
+
+
+def test_half_precision_and_the_examples_of_fsdp_and_fp8(training_dataset: Path, tmp_path: Path) -> None:
+    """The files as they are, on CPUs. torch computes FP8 products there too: that they run on a GPU is not shown."""
+    pytest.importorskip("torchao")
+    finished("single", tmp_path / "single", training_dataset, **WITHOUT_DROPOUT)
+    finished("single", tmp_path / "bf16", training_dataset, precision="bf16", **WITHOUT_DROPOUT)
+    for name in ("fsdp2", "fp8_fsdp2"):
+        configured(name, tmp_path / name, training_dataset, precision="launcher", **WITHOUT_DROPOUT)
+    losses = {
+        name: [line[key] for line in curve(tmp_path / name) for key in ("loss", "eval_loss") if key in line]
+        for name in ("single", "bf16", "fsdp2", "fp8_fsdp2")
+    }
+    for name, limit in (("bf16", 0.02), ("fsdp2", 0.02), ("fp8_fsdp2", 0.1)):
+        assert losses[name] == pytest.approx(losses["single"], rel=limit)
+        assert losses[name] != losses["single"]
+    assert losses["fp8_fsdp2"] != pytest.approx(losses["fsdp2"], rel=1e-5)
+    for name in losses:
+        weights = load_file(tmp_path / name / "model.safetensors")
+        assert {weight.dtype for weight in weights.values()} == {torch.float32}
+    assert len(list((tmp_path / "fsdp2" / "checkpoint-8" / "pytorch_model_fsdp_0").glob("*.distcp"))) == 2
+
+
+def test_fp8_takes_the_layers_that_it_can() -> None:
+    pytest.importorskip("torchao")
+    from accelerate.utils.ao import convert_model_to_fp8_ao
+    from torchao.float8 import Float8LinearConfig
+
+    settings = yaml.safe_load((CONFIGS / "fp8_fsdp2.yaml").read_text())["fp8_config"]
+    assert settings["backend"] == "AO"
+    assert settings["pad_inner_dim"]  # the number of tokens of a micro-batch is any
+    config = tiny_config(hidden_size=32, expression_encoder_dropout=0.0)
+    batch, expected = packed(make_batch(config, lengths=[5, 9, 12, 11])), tiny_model(config)
+    model = tiny_model(config)
+    convert_model_to_fp8_ao(model, config=Float8LinearConfig(pad_inner_dim=settings["pad_inner_dim"]))
+    converted = {name for name, module in model.named_modules() if type(module).__name__ == "Float8Linear"}
+    for layer in range(config.num_hidden_layers):
+        assert {f"tahoe.layers.{layer}.self_attn.{part}_proj" for part in "qkvo"} <= converted
+        assert {f"tahoe.layers.{layer}.mlp.{part}_proj" for part in ("up", "down")} <= converted
+    # Values in and out keep their digits.
+    assert not converted & {"tahoe.embeddings.expression_encoder.linear1", "expression_decoder.output"}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = model(**batch).loss
+    loss.backward()
+    assert loss.item() == pytest.approx(expected(**batch).loss.item(), rel=0.05)
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
+def test_an_original_checkpoint_is_gone_on_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf_home"))
+    original = next(v.checkpoint for v in GOLDEN_VARIANTS if v.name.startswith("a_"))
+    vocab = json.loads((original / "vocab.json").read_text())
+    genes = [token for token in vocab if not token.startswith("<")]
+    dataset = prepared(tmp_path, genes, original / "vocab.json")
+    settings = command("single", tmp_path / "run", dataset, init_from=original, max_steps=2)
+    settings = [each for each in settings if not each.startswith("model.")]
+    settings += ["learning_rate=1e-6", "attention=sdpa"]
+    settings[settings.index(str(RECIPE))] = str(RECIPE.with_name("3b-stage2.yaml"))
+    done = subprocess.run(
+        settings, env=environment("single"), capture_output=True, text=True, timeout=240, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    ours = load_file(tmp_path / "run" / "model.safetensors")
+    (converted,) = (tmp_path / "hf_home" / "tahoex1_hf" / "converted").glob("*/model.safetensors")
+    theirs = load_file(converted)
+    assert ours.keys() == theirs.keys()
+    for name, weight in theirs.items():  # two steps of a learning rate of 1e-6, in bfloat16
+        torch.testing.assert_close(ours[name], weight, rtol=1e-5, atol=1e-5)
+    assert not all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def prepared(folder: Path, genes: list[str], vocab: Path) -> Path:
+    """A dataset of 40 cells of these genes."""
+    import anndata
+    import numpy as np
+    from scipy.sparse import random as random_sparse
+
+    from tahoex1_hf.data.config import parse_config
+    from tahoex1_hf.data.preparation import prepare
+
+    counts = random_sparse(40, len(genes), density=0.1, format="csr", dtype=np.float32, rng=np.random.default_rng(0))
+    counts.data = np.ceil(counts.data * 9)
+    adata = anndata.AnnData(counts)
+    adata.var_names = genes
+    adata.write_h5ad(folder / "cells.h5ad")
+    source = {"kind": "anndata", "paths": [str(folder / "cells.h5ad")], "min_known_genes": 0}
+    settings = {"sources": [source], "output": str(folder / "set"), "vocab": str(vocab)}
+    prepare(parse_config({**settings, "validation": {"fraction": 0.2}}, "test"))
+    return folder / "set"
+
+
+def test_a_process_that_dies_ends_the_run_and_harms_nothing(training_dataset: Path, tmp_path: Path) -> None:
+    finished("ddp", tmp_path / "whole", training_dataset)
+    killed("ddp", tmp_path / "killed", training_dataset, "SIGKILL", 5, rank=1)
+    folders = list((tmp_path / "killed").glob("checkpoint-*"))
+    assert [folder.name for folder in folders] == ["checkpoint-3"]
+    assert is_whole(folders[0])
+    finished("ddp", tmp_path / "killed", training_dataset)
+    assert same_weights(tmp_path / "killed", tmp_path / "whole")
+
+
+def test_a_damaged_shard_ends_the_run_and_says_which(training_dataset: Path, tmp_path: Path) -> None:
+    shutil.copytree(training_dataset, tmp_path / "set")
+    shard = next(path for path in (tmp_path / "set").rglob("*.arrow") if "train" in str(path))
+    with shard.open("rb+") as file:
+        file.truncate(shard.stat().st_size // 2)
+    done = run("single", tmp_path / "run", tmp_path / "set")
+    assert done.returncode != 0
+    assert shard.name in "".join(done.stderr.replace("│", "").split())
+    assert not list((tmp_path / "run").glob("checkpoint-*"))
+    assert status(tmp_path / "run")["status"] == "running"
+
+
+def test_trackers_get_the_log(training_dataset: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    finished("single", tmp_path, training_dataset, report_to="[tensorboard]")
+    (events,) = tmp_path.rglob("events.out.tfevents.*")
+    log = EventAccumulator(str(events))
+    log.Reload()
+    assert {"train/loss", "train/cells_per_second", "train/learning_rate", "eval/spearman"} <= set(
+        log.Tags()["scalars"]
+    )
+    assert [event.step for event in log.Scalars("train/loss")] == [2, 4, 6, 8]
+
+
+def test_the_script_names_the_wrong_key() -> None:
+    script = [sys.executable, str(ROOT / "examples" / "pretrain.py")]
+    done = subprocess.run(
+        [*script, str(RECIPE), "learning_rat=1"],
+        env=environment("single"),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "learning_rat: unknown key" in done.stderr
+    assert "Traceback" not in done.stderr
