@@ -16,12 +16,12 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 import tahoex1_hf
+from tahoex1_hf.common.files import write_json
 from tahoex1_hf.configuration_tahoe_x1 import TahoeX1Config
 from tahoex1_hf.finetuning.bases import vocabulary_digest
 from tahoex1_hf.finetuning.drugs.table import add_saved
 from tahoex1_hf.hub.loading import find_model
 from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
-from tahoex1_hf.training.checkpoints import write_atomically
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -70,7 +70,7 @@ def save_adapter(model: Any, tokenizer: TahoeX1Tokenizer, folder: Path, record: 
         model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     (folder / "README.md").write_text(adapter_card(record), encoding="utf-8")
-    write_atomically(folder / RECORD, record)
+    write_json(folder / RECORD, record)
 
 
 def add_results(folder: Path, metrics: dict[str, float], verdict: str) -> None:
@@ -85,7 +85,7 @@ def add_results(folder: Path, metrics: dict[str, float], verdict: str) -> None:
 
     record = {**read_record(folder), "metrics": metrics, "verdict": verdict}
     (folder / "README.md").write_text(adapter_card(record), encoding="utf-8")
-    write_atomically(folder / RECORD, record)
+    write_json(folder / RECORD, record)
 
 
 def is_peft(model: Any) -> bool:

@@ -14,6 +14,7 @@ import torch
 from accelerate import PartialState
 from transformers import set_seed
 
+from tahoex1_hf.common.files import write_json
 from tahoex1_hf.finetuning.adapters import is_peft
 from tahoex1_hf.finetuning.batches import TrainingBatches
 from tahoex1_hf.finetuning.config import FinetuneConfig
@@ -31,7 +32,6 @@ from tahoex1_hf.finetuning.runs import (
 )
 from tahoex1_hf.finetuning.splits import Split
 from tahoex1_hf.finetuning.trainer import FinetuneTrainer
-from tahoex1_hf.training.checkpoints import write_atomically
 from tahoex1_hf.training.monitors import PREEMPTED, Preemption
 
 logger = logging.getLogger(__name__)
@@ -139,7 +139,7 @@ def write_result(folder: Path, split: Split, facts: dict[str, Any], **arrays: np
     folder.mkdir(parents=True, exist_ok=True)
     everything: dict[str, Any] = {**arrays, **split.parts()}
     np.savez(folder / ARRAYS, **everything)
-    write_atomically(folder / RESULT, facts)
+    write_json(folder / RESULT, facts)
 
 
 def read_result(folder: Path, split: Split) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tahoex1_hf.common.files import write_json
 from tahoex1_hf.common.plots import draw_confusion, draw_predicted, draw_umaps
 from tahoex1_hf.finetuning.baselines import classification_baselines, regression_baselines
 from tahoex1_hf.finetuning.metrics import (
@@ -24,7 +25,6 @@ from tahoex1_hf.finetuning.metrics import (
     summarize,
 )
 from tahoex1_hf.finetuning.splits import Split
-from tahoex1_hf.training.checkpoints import write_atomically
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
@@ -103,7 +103,7 @@ def write_report(
         "comparison": compare(scores, task),
         "cost": [dict(each) for each in cost],
     }
-    write_atomically(folder / REPORT, report)
+    write_json(folder / REPORT, report)
     table = format_report(report)
     (folder / TABLE).write_text(table, encoding="utf-8")
     write_predictions(folder / PREDICTIONS, classes, labels, names, splits, predictions)

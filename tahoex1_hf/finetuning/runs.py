@@ -13,8 +13,9 @@ import torch
 import yaml
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
 
+from tahoex1_hf.common.files import write_json
 from tahoex1_hf.finetuning.config import FinetuneConfig
-from tahoex1_hf.training.checkpoints import STATUS, write_atomically
+from tahoex1_hf.runs.checkpoints import STATUS
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +62,7 @@ def has_begun(output_dir: Path) -> bool:
 
 def say(config: FinetuneConfig, status: str, **more: Any) -> None:
     """Leave word for launchers, which turn every exit code into 1."""
-    write_atomically(Path(config.output_dir) / STATUS, {"status": status, **more})
+    write_json(Path(config.output_dir) / STATUS, {"status": status, **more})
 
 
 def steps_of(config: FinetuneConfig, steps_per_epoch: int) -> tuple[int, int]:

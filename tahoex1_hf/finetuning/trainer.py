@@ -22,7 +22,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from tahoex1_hf.finetuning.batches import TrainingBatches
 from tahoex1_hf.finetuning.objectives import HELD_OUT, Objective
 from tahoex1_hf.inference.encoder import length_sorted_batches
-from tahoex1_hf.training import checkpoints
+from tahoex1_hf.runs import checkpoints
 
 logger = logging.getLogger(__name__)
 

@@ -13,13 +13,14 @@ from accelerate import PartialState
 from transformers import TrainingArguments, set_seed
 from transformers.utils.logging import disable_progress_bar
 
+from tahoex1_hf.common.files import write_json
 from tahoex1_hf.configuration_tahoe_x1 import TahoeX1Config
 from tahoex1_hf.data.collator import CellCollator
 from tahoex1_hf.data.feeding import CellBatches
 from tahoex1_hf.hub.loading import find_model
 from tahoex1_hf.modeling_tahoe_x1 import TahoeX1ForPreTraining
+from tahoex1_hf.runs import checkpoints
 from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
-from tahoex1_hf.training import checkpoints
 from tahoex1_hf.training.baselines import baseline_losses
 from tahoex1_hf.training.config import PretrainConfig
 from tahoex1_hf.training.curve import draw_curve
@@ -256,4 +257,4 @@ def _facts(trainer: PretrainingTrainer, config: PretrainConfig, results: dict[st
 
 def _say(output_dir: Path, status: str, **more: Any) -> None:
     """Leave word for launchers, which turn every exit code into 1."""
-    checkpoints.write_atomically(output_dir / checkpoints.STATUS, {"status": status, **more})
+    write_json(output_dir / checkpoints.STATUS, {"status": status, **more})

@@ -24,9 +24,10 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import Trainer, TrainingArguments
 
+from tahoex1_hf.common.files import write_json
 from tahoex1_hf.modeling_tahoe_x1 import TahoeX1ForPreTraining
+from tahoex1_hf.runs import checkpoints
 from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
-from tahoex1_hf.training import checkpoints
 from tahoex1_hf.training.flops import training_flops
 from tahoex1_hf.training.metrics import MetricSums, batch_sums
 from tahoex1_hf.training.microbatches import (
@@ -301,11 +302,11 @@ class PretrainingTrainer(Trainer):
         try:
             super()._save_checkpoint(model, trial)
             progress = {"microbatch_size": self.microbatch_size, "window": self.window.state()}
-            checkpoints.write_atomically(folder / f"{self.args.process_index}-{PROGRESS}", progress)
+            write_json(folder / f"{self.args.process_index}-{PROGRESS}", progress)
             if self.args.should_save:
                 self._save_tokenizer(folder)
                 run = {"data": self.steps.identity(), "processes": self.args.world_size}
-                checkpoints.write_atomically(folder / PROGRESS, run)
+                write_json(folder / PROGRESS, run)
         except Exception as error:
             free = shutil.disk_usage(output_dir).free / 1e9
             error.add_note(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tahoex1_hf.finetuning import trainer
-from tahoex1_hf.training import checkpoints
+from tahoex1_hf.runs import checkpoints
 
 clip, seal = trainer.FinetuneTrainer._clip_grad_norm, checkpoints.seal
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch._dynamo.eval_frame import OptimizedModule
 from training_runs import RECIPE, ROOT, command, curve, environment, finished, run, status
 
-from tahoex1_hf.training.checkpoints import is_whole
+from tahoex1_hf.runs.checkpoints import is_whole
 from tahoex1_hf.training.pretraining import training_arguments
 from tahoex1_hf.training.trainer import PretrainingTrainer
 

@@ -12,7 +12,7 @@ from killed_runs import killed, same_weights
 from safetensors.torch import load_file
 from training_runs import command, curve, environment, finished, run, status
 
-from tahoex1_hf.training.checkpoints import is_whole, last_whole, remove_old, seal
+from tahoex1_hf.runs.checkpoints import is_whole, last_whole, remove_old, seal
 
 
 @pytest.mark.parametrize(("kind", "step"), [("single", 5), ("ddp", 8), ("fsdp", 6)])

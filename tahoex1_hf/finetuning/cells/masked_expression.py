@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from tahoex1_hf.common.files import write_json
 from tahoex1_hf.configuration_tahoe_x1 import TahoeX1Config
 from tahoex1_hf.data.collator import CellCollator
 from tahoex1_hf.finetuning.cells.labelled import LabelledCells
@@ -16,7 +17,6 @@ from tahoex1_hf.finetuning.config import FinetuneConfig
 from tahoex1_hf.finetuning.objectives import HELD_OUT, Objective
 from tahoex1_hf.finetuning.splits import Split
 from tahoex1_hf.inference.encoder import length_sorted_batches
-from tahoex1_hf.training.checkpoints import write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -120,7 +120,7 @@ def write_masked_report(folder: Path, losses: list[dict[str, float]]) -> tuple[d
         *verdicts,
     ]
     (folder / "report.md").write_text("\n".join(text) + "\n", encoding="utf-8")
-    write_atomically(folder / "report.json", {"task": "masked_expression", "means": means, "splits": losses})
+    write_json(folder / "report.json", {"task": "masked_expression", "means": means, "splits": losses})
     for line in [*lines, *verdicts]:
         logger.info(line)
     return means, " ".join(verdicts)

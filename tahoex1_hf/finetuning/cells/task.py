@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 
+from tahoex1_hf.common.files import write_json
 from tahoex1_hf.finetuning.adapters import add_results, is_peft, save_adapter
 from tahoex1_hf.finetuning.bases import base_name, load_base, load_tokenizer
 from tahoex1_hf.finetuning.cells.labelled import read_cells
@@ -32,7 +33,7 @@ from tahoex1_hf.finetuning.runs import (
 from tahoex1_hf.finetuning.splits import Split, check_duplicates, given_split, make_splits, train_and_validation
 from tahoex1_hf.inference.encoder import CellEncoder, DtypeName
 from tahoex1_hf.modeling_tahoe_x1 import TahoeX1ForPreTraining, TahoeX1ForSequenceClassification
-from tahoex1_hf.training.checkpoints import last_whole, write_atomically
+from tahoex1_hf.runs.checkpoints import last_whole
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +83,7 @@ class CellRun:
             )
         self.processes.wait_for_everyone()
         if self.processes.is_main_process:
-            write_atomically(path, here)
+            write_json(path, here)
 
     def splits(self) -> list[Split]:
         """Those of the folds, or the one.

@@ -41,8 +41,8 @@ from tahoex1_hf.finetuning.sampling import content_numbers
 from tahoex1_hf.finetuning.splits import Split, given_split, make_splits, train_and_validation
 from tahoex1_hf.inference.encoder import CellEncoder, DtypeName, GeneMeans
 from tahoex1_hf.modeling_tahoe_x1 import TahoeX1ForTokenClassification
+from tahoex1_hf.runs.checkpoints import last_whole
 from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
-from tahoex1_hf.training.checkpoints import last_whole
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -11,7 +11,8 @@ import os
 import re
 import shutil
 from pathlib import Path
-from typing import Any
+
+from tahoex1_hf.common.files import write_json
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ def seal(folder: Path) -> None:
             with path.open("rb") as file:
                 os.fsync(file.fileno())
             sizes[path.relative_to(folder).as_posix()] = path.stat().st_size
-    write_atomically(folder / COMPLETE, {"files": sizes})
+    write_json(folder / COMPLETE, {"files": sizes})
 
 
 def is_whole(folder: Path) -> bool:
@@ -67,13 +68,3 @@ def remove_old(output_dir: Path, limit: int) -> None:
         # First what makes it whole: a removal that is cut short must not leave a checkpoint that seems to be one.
         (folder / COMPLETE).unlink()
         shutil.rmtree(folder)
-
-
-def write_atomically(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file that is there whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
