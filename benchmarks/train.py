@@ -196,7 +196,7 @@ def loop(suite: Suite) -> list[Row]:
     config = read_pretrain_config(recipe, [f"output_dir={suite.folder}", "eval_cells=0", "logging_steps=1"])
     turns = Turns(bare, cells, steps)
     arguments = training_arguments(config, steps)
-    trainer = PretrainingTrainer(model, arguments, lambda _: turns, microbatch_size=CELLS, callbacks=[turns])
+    trainer = PretrainingTrainer(model, arguments, turns, microbatch_size=CELLS, callbacks=[turns])
     trainer._save_checkpoint = lambda *_: None  # not of every step
     progress("  loop")
     turns.begun = time.perf_counter()
@@ -213,16 +213,21 @@ class Turns(TrainerCallback):
     """The same cells at every step of Trainer; after each, a bare step on them. Seconds of both."""
 
     def __init__(self, bare: Trainer, cells: dict[str, Any], steps: int):
-        self.make_bare_step, self.cells, self.steps = bare.step, cells, steps
+        self.make_bare_step, self.cells, self.max_steps, self.steps_per_epoch = bare.step, cells, steps, steps
         self.begun, self.loop, self.bare = 0.0, [], []
         self.dataset: list[int] = []
+        self.done: Callable[[], int] = lambda: 0
 
     def __len__(self) -> int:
-        return self.steps
+        return self.max_steps
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        for _ in range(self.steps):
+        for _ in range(self.max_steps):
             yield self.cells
+
+    def identity(self) -> dict[str, Any]:
+        """Nothing: this run is never gone on with."""
+        return {}
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         """Take the time, and a turn."""

@@ -1,6 +1,7 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
 """Training batches by step: which cells a step sees follows from seed and number, so that nothing is saved for it."""
 
+import hashlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -80,6 +81,11 @@ class TrainingBatches:
 
     def __len__(self) -> int:
         return self.max_steps * self.per_step
+
+    def identity(self) -> dict[str, Any]:
+        """Return what decides the order of the cells: the rows to train on, and the seed."""
+        rows = np.ascontiguousarray(self.dataset, dtype=np.int64)
+        return {"rows": hashlib.sha256(rows.tobytes()).hexdigest(), "seed": self.seed}
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         # The next batches are made in a thread while the model works on this one; none depends on when it is made.

@@ -22,17 +22,16 @@ from tahoex1_hf.finetuning.methods import adapt, set_dropout, trainable_paramete
 from tahoex1_hf.finetuning.objectives import Objective
 from tahoex1_hf.finetuning.runs import (
     RESULT,
-    Preempted,
     early_stopping,
     open_run,
-    peak_memory_gb,
-    say,
     steps_of,
     training_arguments,
 )
 from tahoex1_hf.finetuning.splits import Split
 from tahoex1_hf.finetuning.trainer import FinetuneTrainer
-from tahoex1_hf.training.monitors import PREEMPTED, Preemption
+from tahoex1_hf.runs.memory import peak_memory_gb
+from tahoex1_hf.runs.preemption import PREEMPTED, Preempted
+from tahoex1_hf.runs.status import write_status
 
 logger = logging.getLogger(__name__)
 
@@ -75,19 +74,18 @@ def fit(
         objective.batch, rows, objective.cells.lengths, config.batch_size, config.seed, world, config.microbatch_size
     )
     max_steps, eval_steps = steps_of(config, batches.steps_per_epoch)
-    preemption = Preemption()
     trainer = trainer_class(
         model,
         training_arguments(config, folder, max_steps, eval_steps, batches.per_step),
         batches,
         objective,
         validation,
-        callbacks=[preemption, *early_stopping(config)],
+        callbacks=early_stopping(config),
     )
     if config.gradient_checkpointing and is_peft(model):
         model.enable_input_require_grads()
     trainer.run()
-    if preemption.agreed:
+    if trainer.preempted:
         raise Preempted(f"at step {trainer.state.global_step}")
     if trainer.args.should_save:
         trainer.state.save_to_json(str(folder / "trainer_state.json"))
@@ -118,19 +116,19 @@ def run_task(config: FinetuneConfig, work: Callable[[PartialState], dict[str, An
         0; or 75 where SIGTERM ended it after a checkpoint.
     """
     processes = PartialState(cpu=not torch.cuda.is_available())
-    first = processes.is_main_process
+    first, output_dir = processes.is_main_process, Path(config.output_dir)
     open_run(config, first)
     processes.wait_for_everyone()
     if first:
-        say(config, "running")
+        write_status(output_dir, "running")
     try:
         metrics = work(processes)
     except Preempted as stopped:
         if first:
-            say(config, "preempted", where=str(stopped))
+            write_status(output_dir, "preempted", where=str(stopped))
         return PREEMPTED
     if first:
-        say(config, "finished", metrics=metrics)
+        write_status(output_dir, "finished", metrics=metrics)
     return 0
 
 

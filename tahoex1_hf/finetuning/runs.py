@@ -4,28 +4,19 @@
 import logging
 import math
 import os
-import resource
-import sys
 from pathlib import Path
-from typing import Any
 
-import torch
 import yaml
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
 
-from tahoex1_hf.common.files import write_json
 from tahoex1_hf.finetuning.config import FinetuneConfig
-from tahoex1_hf.runs.checkpoints import STATUS
+from tahoex1_hf.runs.arguments import run_arguments
 
 logger = logging.getLogger(__name__)
 
 RESOLVED = "config.resolved.yaml"
 RESULT = "result.json"  # the last thing written of a split
 _HARMLESS = {"output_dir", "report"}  # keys that may differ when a run goes on
-
-
-class Preempted(Exception):
-    """SIGTERM ended the run after a checkpoint."""
 
 
 def open_run(config: FinetuneConfig, first: bool) -> None:
@@ -60,11 +51,6 @@ def has_begun(output_dir: Path) -> bool:
     return any(any(output_dir.glob(pattern)) for pattern in ("checkpoint-*", "folds", RESULT))
 
 
-def say(config: FinetuneConfig, status: str, **more: Any) -> None:
-    """Leave word for launchers, which turn every exit code into 1."""
-    write_json(Path(config.output_dir) / STATUS, {"status": status, **more})
-
-
 def steps_of(config: FinetuneConfig, steps_per_epoch: int) -> tuple[int, int]:
     """Steps of a run at most, and between two evaluations."""
     max_steps = max(1, math.ceil(config.epochs * steps_per_epoch))
@@ -76,8 +62,9 @@ def training_arguments(
 ) -> TrainingArguments:
     """Trainer's options, for steps of `per_step` batches."""
     schedule = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}[config.schedule]
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    arguments = TrainingArguments(
+    return run_arguments(
+        precision=config.precision,
+        activation_checkpointing=config.gradient_checkpointing,
         output_dir=str(folder),
         max_steps=max_steps,
         gradient_accumulation_steps=per_step,
@@ -86,47 +73,27 @@ def training_arguments(
         warmup_steps=round(config.warmup_fraction * max_steps),
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
-        activation_checkpointing=config.gradient_checkpointing,
-        activation_checkpointing_kwargs={"use_reentrant": False} if config.gradient_checkpointing else None,
         seed=config.seed,
         logging_steps=eval_steps,
-        logging_nan_inf_filter=False,
         eval_strategy="steps",
         eval_steps=eval_steps,
         save_strategy="steps",
         save_steps=eval_steps,
+        save_total_limit=2,  # the last, to go on from, and the best
         load_best_model_at_end=True,
         metric_for_best_model="eval_loss",
         greater_is_better=False,
         restore_callback_states_from_checkpoint=True,
         report_to="none",
-        use_cpu=not torch.cuda.is_available(),
-        ddp_backend="gloo" if several and not torch.cuda.is_available() else None,
         # Whole models have parts that a task does not use: the flag of hidden genes, say.
         ddp_find_unused_parameters=config.method == "full",
-        ignore_data_skip=True,  # the batches know where to begin
-        remove_unused_columns=False,
-        disable_tqdm=not os.isatty(2),
-        bf16=config.precision == "bf16",
-        fp16=config.precision == "fp16",
     )
-    if config.precision == "no":  # else it would be the launcher's
-        arguments.mixed_precision = "no"
-    return arguments
 
 
 def early_stopping(config: FinetuneConfig) -> list[TrainerCallback]:
     """The callback, where it is wanted."""
     patience = config.early_stopping_patience
     return [] if patience is None else [EarlyStoppingCallback(patience)]
-
-
-def peak_memory_gb() -> float:
-    """Most memory so far: of the CUDA device where there is one, else of this process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 1e9
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 def computes_in(config: FinetuneConfig) -> str:

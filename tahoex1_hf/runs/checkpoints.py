@@ -17,12 +17,11 @@ from tahoex1_hf.common.files import write_json
 logger = logging.getLogger(__name__)
 
 COMPLETE = "complete.json"
-STATUS = "run_status.json"
 _NAME = re.compile(r"checkpoint-(\d+)$")
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
-    """Folders of checkpoints, whole or not, oldest first."""
+    """Return the folders of all checkpoints, whole or not, oldest first."""
     found = [(int(match[1]), path) for path in output_dir.glob("checkpoint-*") if (match := _NAME.search(path.name))]
     return [path for _, path in sorted(found)]
 
@@ -39,7 +38,7 @@ def seal(folder: Path) -> None:
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether every file of a checkpoint is there, as long as it was."""
+    """Return whether every file of a checkpoint is there, with the size that it had."""
     try:
         sizes = json.loads((folder / COMPLETE).read_text(encoding="utf-8"))["files"]
         return all((folder / name).stat().st_size == size for name, size in sizes.items())
@@ -48,7 +47,7 @@ def is_whole(folder: Path) -> bool:
 
 
 def last_whole(output_dir: Path) -> Path | None:
-    """The newest checkpoint to resume from."""
+    """Return the newest checkpoint that can be resumed from, or None."""
     for folder in reversed(checkpoints(output_dir)):
         if is_whole(folder):
             return folder
@@ -56,15 +55,28 @@ def last_whole(output_dir: Path) -> Path | None:
     return None
 
 
-def remove_old(output_dir: Path, limit: int) -> None:
-    """Keep the newest whole checkpoints, and nothing that was cut short."""
+def remove_old(output_dir: Path, limit: int, best: Path | None = None) -> None:
+    """Remove old checkpoints, and all that were cut short.
+
+    Args:
+        output_dir: Folder of the run.
+        limit: Number of whole checkpoints to keep, at least 1. The newest always stays.
+        best: A checkpoint that stays however old it is; it counts as one of `limit`, unless that is 1.
+    """
     whole = []
     for folder in checkpoints(output_dir):
         if is_whole(folder):
             whole.append(folder)
         else:
             shutil.rmtree(folder, ignore_errors=True)
-    for folder in whole[:-limit]:
-        # First what makes it whole: a removal that is cut short must not leave a checkpoint that seems to be one.
-        (folder / COMPLETE).unlink()
-        shutil.rmtree(folder)
+    kept = whole[-1:] + [folder for folder in whole[:-1] if best is not None and folder.name == best.name]
+    for folder in reversed(whole):
+        if len(kept) >= limit:
+            break
+        if folder not in kept:
+            kept.append(folder)
+    for folder in whole:
+        if folder not in kept:
+            # What makes it whole goes first: a removal that is cut short must not leave what seems to be a checkpoint.
+            (folder / COMPLETE).unlink()
+            shutil.rmtree(folder)

@@ -3,23 +3,17 @@
 
 import logging
 import math
-import resource
-import signal
 import statistics
-import sys
-import threading
 import time
 from collections import deque
-from types import FrameType
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-logger = logging.getLogger(__name__)
+from tahoex1_hf.runs.memory import peak_memory_gb
 
-PREEMPTED = 75  # exit code: try again later (EX_TEMPFAIL of sysexits.h)
+logger = logging.getLogger(__name__)
 
 # Dense bfloat16 rates in TFLOP/s, from NVIDIA's data sheets (without sparsity).
 _PEAKS = {"H100 PCIe": 756, "H100": 989, "H200": 989, "A100": 312, "L40S": 362, "L4": 121, "B200": 2250}
@@ -51,11 +45,10 @@ class SpeedMonitor(TrainerCallback):
     Args:
         args: of the run.
         peak: FLOP/s of one device, for the model FLOP utilisation.
-        steps_per_epoch: of the data.
     """
 
-    def __init__(self, args: TrainingArguments, peak: float, steps_per_epoch: int):
-        self.args, self.peak, self.steps_per_epoch = args, peak, steps_per_epoch
+    def __init__(self, args: TrainingArguments, peak: float):
+        self.args, self.peak = args, peak
         self.started = self.line = time.perf_counter()
         self.first_step = self.last_step = self.evaluating = 0.0
         self.steps = 0
@@ -67,11 +60,10 @@ class SpeedMonitor(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> TrainerControl:
-        """Count; the data's epoch is not that of Trainer, for which the whole run is one."""
+        """Count the steps, and time the first."""
         self.steps += 1
         if self.steps == 1:
             self.first_step = time.perf_counter() - self.started
-        state.epoch = state.global_step / self.steps_per_epoch
         return control
 
     def extended(self, logs: dict[str, float], state: TrainerState) -> dict[str, float]:
@@ -83,17 +75,11 @@ class SpeedMonitor(TrainerCallback):
         cells, tokens = logs.pop("cells"), logs.pop("tokens")
         seconds, self.line = now - self.line, now
         rate = self.steps / (now - self.started)
-        device = self.args.device
-        if device.type == "cuda":
-            memory = torch.cuda.max_memory_allocated(device)
-        else:
-            unit = 1 if sys.platform == "darwin" else 1024
-            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
         logs |= {
             "cells_per_second": cells / seconds,
             "tokens_per_second": tokens / seconds,
             "flop_utilisation": flops / seconds / (self.peak * self.args.world_size),
-            "peak_memory_gb": memory / 1e9,
+            "peak_memory_gb": peak_memory_gb(),
             "hours_left": (state.max_steps - state.global_step) / rate / 3600,
         }
         if self.first_step:
@@ -130,43 +116,3 @@ class SpikeWarning(TrainerCallback):
                     value / usual,
                 )
             recent.append(float(value))
-
-
-class Preemption(TrainerCallback):
-    """On SIGTERM, saves after the present step and ends, in all processes alike.
-
-    Attributes:
-        agreed: whether the run was asked to end.
-    """
-
-    def __init__(self) -> None:
-        self.asked = self.agreed = False
-        self._before: Any = None
-
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        self.asked = True
-
-    def on_train_begin(self, *_: Any, **__: Any) -> None:
-        """Take the signal over (only the main thread can)."""
-        if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGTERM, self._ask)
-
-    def on_train_end(self, *_: Any, **__: Any) -> None:
-        """Give the signal back."""
-        if self._before is not None:
-            signal.signal(signal.SIGTERM, self._before)
-            self._before = None
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> TrainerControl:
-        """The signal reaches processes at different steps: they end together once one was asked."""
-        asked = self.asked
-        if args.world_size > 1:
-            flag = torch.tensor(float(asked), device=args.device)
-            dist.all_reduce(flag, dist.ReduceOp.MAX)
-            asked = bool(flag.item())
-        if asked and state.global_step < state.max_steps:
-            self.agreed = True
-            control.should_save = control.should_training_stop = True
-        return control

@@ -13,19 +13,20 @@ from accelerate import PartialState
 from transformers import TrainingArguments, set_seed
 from transformers.utils.logging import disable_progress_bar
 
-from tahoex1_hf.common.files import write_json
 from tahoex1_hf.configuration_tahoe_x1 import TahoeX1Config
 from tahoex1_hf.data.collator import CellCollator
 from tahoex1_hf.data.feeding import CellBatches
 from tahoex1_hf.hub.loading import find_model
 from tahoex1_hf.modeling_tahoe_x1 import TahoeX1ForPreTraining
-from tahoex1_hf.runs import checkpoints
+from tahoex1_hf.runs.arguments import run_arguments
+from tahoex1_hf.runs.preemption import PREEMPTED
+from tahoex1_hf.runs.status import write_status
 from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
 from tahoex1_hf.training.baselines import baseline_losses
 from tahoex1_hf.training.config import PretrainConfig
 from tahoex1_hf.training.curve import draw_curve
 from tahoex1_hf.training.evaluation import CellTypeEvaluation, GeneEssentialityEvaluation
-from tahoex1_hf.training.monitors import PREEMPTED, Preemption, SpeedMonitor, SpikeWarning, peak_flops
+from tahoex1_hf.training.monitors import SpeedMonitor, SpikeWarning, peak_flops
 from tahoex1_hf.training.run_card import card_facts, write_facts
 from tahoex1_hf.training.stream import StepBatches, ValidationCells, training_cells
 from tahoex1_hf.training.trainer import PretrainingTrainer
@@ -85,11 +86,12 @@ def make_model(config: PretrainConfig, tokenizer: TahoeX1Tokenizer) -> TahoeX1Fo
 
 
 def training_arguments(config: PretrainConfig, max_steps: int) -> TrainingArguments:
-    """Trainer's options."""
+    """Return Trainer's options for a run of `max_steps` steps."""
     schedule = {"cosine": "cosine_with_min_lr", "constant": "constant_with_warmup"}[config.schedule]
     floor = {"min_lr_rate": config.min_learning_rate_fraction} if config.schedule == "cosine" else {}
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    arguments = TrainingArguments(
+    return run_arguments(
+        precision=config.precision,
+        activation_checkpointing=config.activation_checkpointing,
         output_dir=config.output_dir,
         max_steps=max_steps,
         learning_rate=config.learning_rate,
@@ -102,29 +104,17 @@ def training_arguments(config: PretrainConfig, max_steps: int) -> TrainingArgume
         adam_beta2=config.betas[1],
         adam_epsilon=config.epsilon,
         max_grad_norm=config.max_grad_norm,
-        activation_checkpointing=config.activation_checkpointing,
         torch_compile=config.compile,
         seed=config.seed,
         logging_steps=config.logging_steps,
-        logging_nan_inf_filter=False,  # the trainer ends the run instead
         eval_strategy="steps" if config.eval_cells and config.eval_steps else "no",
         eval_steps=config.eval_steps,
         save_steps=config.save_steps,
         save_total_limit=config.save_total_limit,
         report_to=list(config.report_to) or "none",
         run_name=config.run_name,
-        use_cpu=not torch.cuda.is_available(),
-        ddp_backend="gloo" if several and not torch.cuda.is_available() else None,
         ddp_find_unused_parameters=False,
-        ignore_data_skip=True,  # the steps know where to begin
-        remove_unused_columns=False,
-        disable_tqdm=not os.isatty(2),
-        bf16=config.precision == "bf16",
-        fp16=config.precision == "fp16",
     )
-    if config.precision == "no":  # else it would be the launcher's
-        arguments.mixed_precision = "no"
-    return arguments
 
 
 def pretrain(config: PretrainConfig) -> int:
@@ -144,7 +134,7 @@ def pretrain(config: PretrainConfig) -> int:
     if processes.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
         config.write(output_dir / "config.resolved.yaml")
-        _say(output_dir, "running")
+        write_status(output_dir, "running")
     if not os.isatty(2):
         disable_progress_bar()
     set_seed(config.seed)
@@ -157,17 +147,11 @@ def pretrain(config: PretrainConfig) -> int:
     if config.baselines and validation and processes.is_main_process:
         baselines = baseline_losses(config, model.config, collator, validation)
         logger.info("Loss of constants on the validation cells: %s", baselines)
-    preemption = Preemption()
-    trainer = _trainer(config, model, tokenizer, cells, validation, preemption)
-    begin = checkpoints.last_whole(output_dir) or (Path(config.resume_from) if config.resume_from else None)
-    if begin is None:
-        trainer.train()
-    else:
-        logger.info("Going on from %s.", begin)
-        trainer.resume(begin)
-    if preemption.agreed:
+    trainer = _trainer(config, model, tokenizer, cells, validation)
+    trainer.run(Path(config.resume_from) if config.resume_from else None)
+    if trainer.preempted:
         if processes.is_main_process:
-            _say(output_dir, "preempted", step=trainer.state.global_step)
+            write_status(output_dir, "preempted", step=trainer.state.global_step)
         return PREEMPTED
     _finish(trainer, config, baselines)
     return 0
@@ -198,12 +182,11 @@ def _trainer(
     tokenizer: TahoeX1Tokenizer,
     cells: CellBatches,
     validation: ValidationCells | None,
-    preemption: Preemption,
 ) -> PretrainingTrainer:
     max_steps = config.max_steps or round((config.epochs or 0) * len(cells))
     args = training_arguments(config, max_steps)
     peak = peak_flops(args.device, torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32)
-    speed = SpeedMonitor(args, config.peak_tflops * 1e12 if config.peak_tflops else peak, len(cells))
+    speed = SpeedMonitor(args, config.peak_tflops * 1e12 if config.peak_tflops else peak)
     evaluations: list[Any] = [
         *(CellTypeEvaluation(each) for each in config.cell_types),
         *(GeneEssentialityEvaluation(each) for each in config.gene_essentiality),
@@ -211,10 +194,10 @@ def _trainer(
     trainer = PretrainingTrainer(
         model,
         args,
-        lambda done: StepBatches(cells, max_steps, done),
+        StepBatches(cells, max_steps),
         validation=validation,
         microbatch_size=None if config.microbatch_size == "auto" else config.microbatch_size,
-        callbacks=[preemption, speed, SpikeWarning(config.spike_factor), *evaluations],
+        callbacks=[speed, SpikeWarning(config.spike_factor), *evaluations],
         tokenizer=tokenizer,
     )
     trainer.report = lambda logs: speed.extended(logs, trainer.state)
@@ -239,7 +222,7 @@ def _finish(trainer: PretrainingTrainer, config: PretrainConfig, baselines: dict
         write_facts(_facts(trainer, config, {**metrics, **baselines}), output_dir)
         for name, value in [*metrics.items(), *baselines.items()]:
             logger.info("%s: %.4f", name, value)
-        _say(output_dir, "finished", step=trainer.state.global_step, metrics=metrics, baselines=baselines)
+        write_status(output_dir, "finished", step=trainer.state.global_step, metrics=metrics, baselines=baselines)
 
 
 def _facts(trainer: PretrainingTrainer, config: PretrainConfig, results: dict[str, float]) -> dict[str, Any]:
@@ -249,12 +232,7 @@ def _facts(trainer: PretrainingTrainer, config: PretrainConfig, results: dict[st
         model.config,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         steps=trainer.state.global_step,
-        steps_per_epoch=trainer.steps.steps_per_epoch,
-        cells=(trainer.steps.cells.num_cells, trainer.validation.cells.num_cells if trainer.validation else 0),
+        steps_per_epoch=trainer.batches.steps_per_epoch,
+        cells=(trainer.batches.cells.num_cells, trainer.validation.cells.num_cells if trainer.validation else 0),
         results=results,
     )
-
-
-def _say(output_dir: Path, status: str, **more: Any) -> None:
-    """Leave word for launchers, which turn every exit code into 1."""
-    write_json(output_dir / checkpoints.STATUS, {"status": status, **more})

@@ -18,11 +18,14 @@ class StepBatches:
     Args:
         cells: of all epochs, one batch per step.
         max_steps: of the run.
-        done: number of steps made so far, asked for when the iteration begins.
+
+    Attributes:
+        done: Function that returns the number of steps made so far, asked when an iteration begins.
     """
 
-    def __init__(self, cells: CellBatches, max_steps: int, done: Callable[[], int]):
-        self.cells, self.max_steps, self.done = cells, max_steps, done
+    def __init__(self, cells: CellBatches, max_steps: int):
+        self.cells, self.max_steps = cells, max_steps
+        self.done: Callable[[], int] = lambda: 0
         self.steps_per_epoch = len(cells)
         self.dataset = cells  # Trainer reads the number of examples there
 

@@ -7,11 +7,9 @@ over all targets of the step. (The original averages the means of micro-batches,
 
 import contextlib
 import dataclasses
-import json
 import logging
 import math
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,11 +20,11 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, convert_to_fp32
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 
-from tahoex1_hf.common.files import write_json
 from tahoex1_hf.modeling_tahoe_x1 import TahoeX1ForPreTraining
-from tahoex1_hf.runs import checkpoints
+from tahoex1_hf.runs.log_window import LogWindow
+from tahoex1_hf.runs.trainer import ResumableTrainer
 from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
 from tahoex1_hf.training.flops import training_flops
 from tahoex1_hf.training.metrics import MetricSums, batch_sums
@@ -41,67 +39,42 @@ from tahoex1_hf.training.stream import StepBatches, ValidationCells
 
 logger = logging.getLogger(__name__)
 
-PROGRESS = "progress.json"  # in a checkpoint: of each process, what the log needs to go on in the middle of a window
 
-
-class Window:
-    """What has happened since the last line of the log, on this process."""
-
-    def __init__(self) -> None:
-        self.losses = [0.0, 0.0]  # sums over steps of this process's part of the means
-        self.pending: list[torch.Tensor] = []  # the same, still on the device: reading them would wait for it
-        self.steps = self.cells = self.tokens = 0
-        self.flops = 0.0
-
-    def settle(self) -> None:
-        """Bring what is on the device here."""
-        for pair in self.pending:
-            self.losses = [a + b for a, b in zip(self.losses, pair.tolist(), strict=True)]
-        self.pending.clear()
-
-    def state(self) -> dict[str, Any]:
-        """All of it, for a checkpoint."""
-        self.settle()
-        return {name: value for name, value in vars(self).items() if name != "pending"}
-
-    @classmethod
-    def restored(cls, state: dict[str, Any]) -> "Window":
-        """As it was saved."""
-        window = cls()
-        vars(window).update(state)
-        return window
-
-
-class PretrainingTrainer(Trainer):
+class PretrainingTrainer(ResumableTrainer):
     """Trainer of `TahoeX1ForPreTraining`.
 
     Args:
-        model: to train.
-        args: of Trainer, with `max_steps`, and `gradient_accumulation_steps` left at 1.
-        steps: makes the batches, given a function that tells the steps made so far.
-        validation: cells to evaluate on, or None.
-        microbatch_size: most cells of a forward pass, or None to find it.
-        tokenizer: to be saved with the model. (As Trainer's `processing_class`, its special tokens would be written
-            into the model's configuration.)
+        model: Model to train.
+        args: Trainer's options, with `max_steps`, and `gradient_accumulation_steps` left at 1.
+        batches: Batches of all steps.
+        validation: Cells to evaluate on, or None.
+        microbatch_size: Largest number of cells in a forward pass, or None to find it.
+        tokenizer: Tokenizer to be saved with the model. (As Trainer's `processing_class`, its special tokens would be
+            written into the model's configuration.)
         **trainer: `callbacks` of Trainer.
+
+    Attributes:
+        report: Function that returns a line of the log with what is to be added to it.
+        on_found: Function that is told the microbatch size when it was found.
     """
+
+    num_losses = 2
 
     def __init__(
         self,
         model: TahoeX1ForPreTraining,
         args: TrainingArguments,
-        steps: Callable[[Callable[[], int]], StepBatches],
+        batches: StepBatches,
         *,
         validation: ValidationCells | None = None,
         microbatch_size: int | None = None,
         tokenizer: TahoeX1Tokenizer | None = None,
         **trainer: Any,
     ):
-        super().__init__(model, args, eval_dataset=validation and validation.cells, **trainer)
-        self.steps = steps(lambda: self.state.global_step)
+        super().__init__(model, args, batches, eval_dataset=validation and validation.cells, **trainer)
         self.validation, self.microbatch_size, self.tokenizer = validation, microbatch_size, tokenizer
-        self.window = Window()
         self.report: Callable[[dict[str, float]], dict[str, float]] = lambda logs: logs
+        self.on_found: Callable[[int], None] = discard
 
     # Arrangement ------------------------------------------------------------------------------------
 
@@ -129,15 +102,6 @@ class PretrainingTrainer(Trainer):
         """All: Composer's rule spares neither biases nor norms."""
         return [name for name, _ in model.named_parameters()]
 
-    def get_train_dataloader(self) -> Any:
-        """The steps; not Accelerate's to divide, since each process makes its own part."""
-        return self.steps
-
-    @property
-    def world(self) -> tuple[int, int]:
-        """Number of this process, and of all."""
-        return self.args.process_index, self.args.world_size
-
     # A step -----------------------------------------------------------------------------------------
 
     def training_step(
@@ -157,7 +121,6 @@ class PretrainingTrainer(Trainer):
         if self.microbatch_size is None:
             self.microbatch_size = self._fitting_microbatch(model, num_cells(inputs))
         lengths = inputs["cu_seq_lens_q"].diff() if "cu_seq_lens_q" in inputs else inputs["attention_mask"].sum(1)
-        self.window.steps += 1
         self.window.cells += len(lengths)
         self.window.tokens += int(lengths.sum())
         self.window.flops += training_flops(self.accelerator.unwrap_model(model).config, lengths.cpu().numpy())
@@ -167,7 +130,7 @@ class PretrainingTrainer(Trainer):
         losses = torch.zeros(2, device=self.args.device)
         for number, part in enumerate(parts):
             losses += self._pass(model, part, targets, last=number == len(parts) - 1)
-        self.window.pending.append(losses)
+        self.window.add_losses(losses)
         return losses.mean()
 
     def _pass(self, model: torch.nn.Module, part: dict[str, Any], targets: torch.Tensor, last: bool) -> torch.Tensor:
@@ -193,7 +156,7 @@ class PretrainingTrainer(Trainer):
 
     def _fitting_microbatch(self, model: torch.nn.Module, cells: int) -> int:
         config, memory = self.accelerator.unwrap_model(model).config, PassMemory(self.args.device)
-        collator = self.steps.cells.collator
+        collator = self.batches.cells.collator
         state = {"cpu": torch.get_rng_state()}
         if self.args.device.type == "cuda":
             state["cuda"] = torch.cuda.get_rng_state(self.args.device)
@@ -208,7 +171,7 @@ class PretrainingTrainer(Trainer):
             )
             batch, one = self._prepare_inputs(batch), torch.tensor(1.0, device=self.args.device)
             # FSDP2 keeps gradients that wait for the last pass where zero_grad does not find them.
-            needed = memory(lambda: void(self._pass(model, batch, one, last=self.accelerator.is_fsdp2)))
+            needed = memory(lambda: discard(self._pass(model, batch, one, last=self.accelerator.is_fsdp2)))
             model.zero_grad(set_to_none=True)
             return self._most(needed)
 
@@ -244,116 +207,54 @@ class PretrainingTrainer(Trainer):
             )
         return norm
 
-    # What is said about it --------------------------------------------------------------------------
+    # Log and evaluation -----------------------------------------------------------------------------
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Replace Trainer's mean of losses by that of the window, which survives an interruption."""
-        if "loss" in logs and self.window.steps:
-            logs = {**logs, **self._window_means()}
-            self.window = Window()
-        super().log(self.report(logs), start_time)
+    def extended(self, logs: dict[str, float]) -> dict[str, float]:
+        """Return a line of the log with speed and memory."""
+        return self.report(logs)
 
-    def _window_means(self) -> dict[str, float]:
-        self.window.settle()
-        sums = torch.tensor(
-            [*self.window.losses, self.window.cells, self.window.tokens, self.window.flops], dtype=torch.float64
-        )
-        if self.args.world_size > 1:
-            sums = sums.to(self.args.device)
-            dist.all_reduce(sums)
-        expression, cell = (value / self.window.steps for value in sums[:2].tolist())
-        totals = dict(zip(("cells", "tokens", "flops"), sums[2:].tolist(), strict=True))
+    def window_means(self, window: LogWindow) -> dict[str, float]:
+        """Return the loss and the two errors that it is made of, and sums from which the speed follows."""
+        expression, cell = (value / window.steps for value in window.losses)
+        totals = {"cells": window.cells, "tokens": window.tokens, "flops": window.flops}
         return {"loss": (expression + cell) / 2, "masked_mse": expression, "mvc_mse": cell, **totals}
 
-    @torch.no_grad()
-    def evaluate(self, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> dict[str, float]:
-        """Metrics on the validation cells, the same for any number of processes; logged, and given to callbacks."""
-        metrics: dict[str, float] = {}
-        if self.validation is not None:
-            model, config = self.model_wrapped, self.accelerator.unwrap_model(self.model).config
-            was_training = model.training
-            model.eval()
-            unit = 2 / (config.num_bins - 2) if config.scale_targets else 1.0
-            scale = (unit, -unit - 1 if config.scale_targets else 0.0)
-            sums = MetricSums.zero(self.args.device)
-            for batch, counts, does_count in self.validation.batches(*self.world):
-                batch = self._prepare_inputs(batch)
-                outputs = self._outputs(model, batch)
-                if does_count:
-                    sums.values += batch_sums(outputs, batch, counts.to(self.args.device), scale).values
-            if self.args.world_size > 1:
-                dist.all_reduce(sums.values)
-            model.train(was_training)
-            metrics = {f"{metric_key_prefix}_{name}": value for name, value in sums.means().items()}
-            self.log(dict(metrics))
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
+    def validation_metrics(self) -> dict[str, float]:
+        """Return losses and the rank correlation on the validation cells; empty where there are none."""
+        if self.validation is None:
+            return {}
+        model, config = self.model_wrapped, self.accelerator.unwrap_model(self.model).config
+        was_training = model.training
+        model.eval()
+        unit = 2 / (config.num_bins - 2) if config.scale_targets else 1.0
+        scale = (unit, -unit - 1 if config.scale_targets else 0.0)
+        sums = MetricSums.zero(self.args.device)
+        for batch, counts, does_count in self.validation.batches(*self.world):
+            batch = self._prepare_inputs(batch)
+            outputs = self._outputs(model, batch)
+            if does_count:
+                sums.values += batch_sums(outputs, batch, counts.to(self.args.device), scale).values
+        if self.args.world_size > 1:
+            dist.all_reduce(sums.values)
+        model.train(was_training)
+        return sums.means()
 
     # Checkpoints ------------------------------------------------------------------------------------
 
-    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        """Write a checkpoint, and declare it whole when all processes are done; then remove old ones."""
-        output_dir = Path(str(self.args.output_dir))
-        folder = output_dir / f"checkpoint-{self.state.global_step}"
-        if self.args.should_save and folder.exists():
-            shutil.rmtree(folder)
-        self.accelerator.wait_for_everyone()
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        try:
-            super()._save_checkpoint(model, trial)
-            progress = {"microbatch_size": self.microbatch_size, "window": self.window.state()}
-            write_json(folder / f"{self.args.process_index}-{PROGRESS}", progress)
-            if self.args.should_save:
-                self._save_tokenizer(folder)
-                run = {"data": self.steps.identity(), "processes": self.args.world_size}
-                write_json(folder / PROGRESS, run)
-        except Exception as error:
-            free = shutil.disk_usage(output_dir).free / 1e9
-            error.add_note(
-                f"{folder} could not be written ({free:.1f} GB are free there); it will not be resumed from. Make "
-                "room, and give the same command again: it goes on from the last whole checkpoint."
-            )
-            raise
-        finally:
-            self.args.save_total_limit = limit
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            checkpoints.seal(folder)
-            checkpoints.remove_old(output_dir, limit or 1)
-        self.accelerator.wait_for_everyone()
+    def progress(self) -> dict[str, Any]:
+        """Return the state of the log, and the microbatch size: another one adds gradients up in another order."""
+        return {"microbatch_size": self.microbatch_size, **super().progress()}
 
-    def _save_tokenizer(self, folder: Path) -> None:
+    def restore_progress(self, state: dict[str, Any]) -> None:
+        """Go on from what `progress` returned; a microbatch size that was given stays."""
+        super().restore_progress(state)
+        if self.microbatch_size is None:
+            self.microbatch_size = state["microbatch_size"]
+
+    def save_beside(self, folder: Path) -> None:
+        """Save the tokenizer."""
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(folder)
-
-    def resume(self, folder: Path) -> None:
-        """Train on from a checkpoint, to the end.
-
-        Raises:
-            ValueError: where it was made with other data.
-        """
-        run = json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
-        here = self.steps.identity()
-        different = sorted(key for key in here if run["data"].get(key) != here[key])
-        if different:
-            raise ValueError(
-                f"{folder} was made with other {', '.join(different)}: give the datasets and settings of that run, "
-                "or begin a new one with init_from."
-            )
-        mine = folder / f"{self.args.process_index}-{PROGRESS}"
-        if run["processes"] == self.args.world_size:
-            progress = json.loads(mine.read_text(encoding="utf-8"))
-            self.window = Window.restored(progress["window"])
-            self.microbatch_size = progress["microbatch_size"]
-        else:
-            logger.warning(
-                "%s is of %d processes, this run has %d. The cells and their order stay the same; dropout and "
-                "the order of sums change, and the next line of the log covers the steps from here on.",
-                folder,
-                run["processes"],
-                self.args.world_size,
-            )
-        self.train(resume_from_checkpoint=str(folder))
 
     def save_final(self, output_dir: Path) -> None:
         """Write the model, whole, and its tokenizer for `from_pretrained`."""
@@ -365,7 +266,7 @@ class PretrainingTrainer(Trainer):
                 model = TahoeX1ForPreTraining(self.accelerator.unwrap_model(self.model).config)
             model.load_state_dict({name: value.cpu() for name, value in state.items()}, assign=True)
             model.save_pretrained(output_dir)
-            self._save_tokenizer(output_dir)
+            self.save_beside(output_dir)
         self.accelerator.wait_for_everyone()
 
 
@@ -385,5 +286,5 @@ def local(parameter: torch.Tensor) -> torch.Tensor:
     return part
 
 
-def void(_: Any) -> None:
+def discard(_: Any) -> None:
     """Drop a value at once, and with it what it keeps alive."""

@@ -1,6 +1,6 @@
 """A trainer whose batches are given."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +23,18 @@ def tiny(dataset: Path, output: Path, **changes: Any) -> PretrainConfig:
 
 
 class FixedSteps:
-    """Stands for StepBatches: the same batches at every step."""
+    """Stands for StepBatches: the same batch at every step."""
 
     def __init__(self, batch: dict[str, Any], steps: int):
-        self.batch, self.steps = batch, steps
+        self.batch, self.max_steps, self.steps_per_epoch = batch, steps, steps
         self.dataset: list[int] = []
+        self.done: Callable[[], int] = lambda: 0
 
     def __len__(self) -> int:
-        return self.steps
+        return self.max_steps
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        for _ in range(self.steps):
+        for _ in range(self.done(), self.max_steps):
             yield self.batch
 
     def identity(self) -> dict[str, Any]:
@@ -47,4 +48,4 @@ def fixed_trainer(
     config = tiny(Path("unused"), output, **changes)
     batch = {**batch, "labels": batch["labels"].masked_fill(~batch["target_mask"], -100.0)}
     args = training_arguments(config, steps)
-    return PretrainingTrainer(model, args, lambda _: FixedSteps(batch, steps), microbatch_size=microbatch)
+    return PretrainingTrainer(model, args, FixedSteps(batch, steps), microbatch_size=microbatch)

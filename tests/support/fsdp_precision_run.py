@@ -68,7 +68,7 @@ def trained(batch: dict[str, Any], size: int | None) -> Watched:
     model = tiny_model(tiny_config(expression_encoder_dropout=0.0, attention_mask_style="observed_or_self"))
     steps: Any = FixedSteps(batch, 3)
     steps.cells = SimpleNamespace(collator=SimpleNamespace(context_length=16, packed=True, drug_token=None))
-    trainer = Watched(model, training_arguments(config, 3), lambda _: steps, microbatch_size=size)
+    trainer = Watched(model, training_arguments(config, 3), steps, microbatch_size=size)
     trainer.train()
     return trainer
 

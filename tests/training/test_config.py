@@ -65,7 +65,7 @@ def test_compiled_steps_are_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyP
         if args.torch_compile:
             monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "AOT_EAGER")
         model = tiny_model(config)
-        trainer = PretrainingTrainer(model, args, lambda _: FixedSteps(batch, 3), microbatch_size=4)
+        trainer = PretrainingTrainer(model, args, FixedSteps(batch, 3), microbatch_size=4)
         trainer.train()
         assert (type(trainer.model_wrapped) is OptimizedModule) == (compiled == "true")
         curves[compiled] = [(line["loss"], line["grad_norm"]) for line in trainer.state.log_history if "loss" in line]

@@ -28,12 +28,12 @@ from tahoex1_hf.finetuning.probe import fit_probe, in_units, set_head, some_of_e
 from tahoex1_hf.finetuning.runs import (
     computes_in,
     has_begun,
-    peak_memory_gb,
 )
 from tahoex1_hf.finetuning.splits import Split, check_duplicates, given_split, make_splits, train_and_validation
 from tahoex1_hf.inference.encoder import CellEncoder, DtypeName
 from tahoex1_hf.modeling_tahoe_x1 import TahoeX1ForPreTraining, TahoeX1ForSequenceClassification
 from tahoex1_hf.runs.checkpoints import last_whole
+from tahoex1_hf.runs.memory import peak_memory_gb
 
 logger = logging.getLogger(__name__)
 

@@ -36,12 +36,13 @@ from tahoex1_hf.finetuning.genes.table import GeneTable, read_gene_table
 from tahoex1_hf.finetuning.methods import adapt, trainable_parameters
 from tahoex1_hf.finetuning.objectives import HELD_OUT, Objective, class_weights
 from tahoex1_hf.finetuning.probe import fit_probe, set_head
-from tahoex1_hf.finetuning.runs import computes_in, peak_memory_gb
+from tahoex1_hf.finetuning.runs import computes_in
 from tahoex1_hf.finetuning.sampling import content_numbers
 from tahoex1_hf.finetuning.splits import Split, given_split, make_splits, train_and_validation
 from tahoex1_hf.inference.encoder import CellEncoder, DtypeName, GeneMeans
 from tahoex1_hf.modeling_tahoe_x1 import TahoeX1ForTokenClassification
 from tahoex1_hf.runs.checkpoints import last_whole
+from tahoex1_hf.runs.memory import peak_memory_gb
 from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
 
 if TYPE_CHECKING:

@@ -1,0 +1,296 @@
+# Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
+"""A transformers Trainer whose runs can be interrupted at any moment and go on as if nothing had happened.
+
+What a step sees follows from its number, checkpoints are whole or not there, SIGTERM ends a run after a checkpoint,
+and the log does not depend on interruptions. Pretraining and fine-tuning add their data and their losses.
+"""
+
+import json
+import logging
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from transformers import (
+    EarlyStoppingCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from tahoex1_hf.common.files import write_json
+from tahoex1_hf.runs import checkpoints
+from tahoex1_hf.runs.log_window import LogWindow
+from tahoex1_hf.runs.preemption import Preemption
+
+logger = logging.getLogger(__name__)
+
+PROGRESS = "progress.json"  # in a checkpoint: what the run and, with its number before the name, each process needs
+
+
+class StepBatches(Protocol):
+    """This process's batches of every step of a run; Trainer takes them for a data loader of one long epoch.
+
+    Attributes:
+        dataset: Cells of an epoch, of which Trainer reads the number.
+        max_steps: Number of steps of the run.
+        steps_per_epoch: Number of steps in which every cell is seen once.
+        done: Function that returns the number of steps made so far, asked when an iteration begins.
+    """
+
+    dataset: Any
+    max_steps: int
+    steps_per_epoch: int
+    done: Any
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[dict[str, Any]]: ...
+
+    def identity(self) -> dict[str, Any]:
+        """Return what decides the order of the cells, by name; a checkpoint with other values is refused."""
+        ...
+
+
+class StepCounter(TrainerCallback):
+    """Counts steps for the log, and epochs of the data: Trainer takes the whole run for one.
+
+    Args:
+        trainer: Trainer of the run.
+    """
+
+    def __init__(self, trainer: "ResumableTrainer"):
+        self.trainer = trainer
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Count the step."""
+        self.trainer.window.steps += 1
+        state.epoch = state.global_step / self.trainer.batches.steps_per_epoch
+
+
+class ResumableTrainer(Trainer):
+    """Trainer with whole checkpoints, a log and an order of the cells that survive interruptions, and preemption.
+
+    Subclasses define `validation_metrics` and, where a step has other losses than Trainer's, `num_losses`,
+    `training_step` and `window_means`.
+
+    Args:
+        model: Model to train.
+        args: Trainer's options, with `max_steps` (see `run_arguments`).
+        batches: Batches of all steps.
+        callbacks: Callbacks of Trainer.
+        **trainer: Other arguments of Trainer.
+
+    Attributes:
+        window: Sums over the steps since the last line of the log.
+    """
+
+    num_losses = 1
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        args: TrainingArguments,
+        batches: StepBatches,
+        *,
+        callbacks: Sequence[TrainerCallback] = (),
+        **trainer: Any,
+    ):
+        self._preemption = Preemption()
+        super().__init__(model, args, callbacks=[self._preemption, StepCounter(self), *callbacks], **trainer)
+        self.batches = batches
+        batches.max_steps, batches.done = args.max_steps, lambda: self.state.global_step
+        self.window = LogWindow(self.num_losses)
+
+    @property
+    def preempted(self) -> bool:
+        """Whether SIGTERM ended the training after a checkpoint."""
+        return self._preemption.agreed
+
+    @property
+    def world(self) -> tuple[int, int]:
+        """Number of this process, and of all processes."""
+        return self.args.process_index, self.args.world_size
+
+    def get_train_dataloader(self) -> Any:
+        """Return the batches; Accelerate is not to divide them, since each process makes its own."""
+        return self.batches
+
+    # Steps, log and evaluation ----------------------------------------------------------------------
+
+    def training_step(
+        self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """Run the forward and backward pass of Trainer, and note the loss."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        # Trainer scales each process's loss so that their mean is the loss of the step.
+        self.window.add_losses((loss / self.args.world_size).reshape(1))
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log with means that survive interruptions: Trainer's know only the steps since the last start."""
+        if "loss" in logs and self.window.steps:
+            logs = {**logs, **self.window_means(self._whole_window())}
+            self.window = LogWindow(self.num_losses)
+        if "train_loss" in logs:
+            logs = {**logs, "train_loss": self._mean_loss()}
+        super().log(self.extended(logs), start_time)
+
+    def window_means(self, window: LogWindow) -> dict[str, float]:
+        """Return what a line of the log says of its steps, `loss` at least.
+
+        Args:
+            window: Sums over the steps, of all processes.
+        """
+        return {"loss": window.losses[0] / window.steps}
+
+    def extended(self, logs: dict[str, float]) -> dict[str, float]:
+        """Return a line of the log with what a subclass adds to it."""
+        return logs
+
+    def _whole_window(self) -> LogWindow:
+        return self.window.totals(self.args.device, self.args.world_size)
+
+    def _mean_loss(self) -> float:
+        """Return the mean loss over all steps of the run, those before an interruption among them."""
+        total, last = 0.0, 0
+        for line in self.state.log_history:
+            if "loss" in line:
+                total, last = total + line["loss"] * (line["step"] - last), line["step"]
+        if self.window.steps:
+            total += self.window_means(self._whole_window())["loss"] * (self.state.global_step - last)
+        return total / max(self.state.global_step, 1)
+
+    def validation_metrics(self) -> dict[str, float]:
+        """Return metrics on the validation cells, the same for any number of processes; empty without any cells."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def evaluate(self, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> dict[str, float]:
+        """Return the metrics on the validation cells; they are logged, and given to callbacks."""
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.validation_metrics().items()}
+        if metrics:
+            self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    # Checkpoints ------------------------------------------------------------------------------------
+
+    def progress(self) -> dict[str, Any]:
+        """Return what this process needs to go on from a checkpoint, beside what Trainer saves."""
+        return {"window": self.window.state()}
+
+    def restore_progress(self, state: dict[str, Any]) -> None:
+        """Go on from what `progress` returned in this process."""
+        self.window = LogWindow.restored(state["window"])
+
+    def save_beside(self, folder: Path) -> None:
+        """Save what goes with the model, such as its tokenizer; called in the process that saves."""
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        """Write a checkpoint, and declare it whole when all processes are done; then remove old ones."""
+        output_dir = Path(str(self.args.output_dir))
+        folder = output_dir / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save and folder.exists():
+            shutil.rmtree(folder)
+        self.accelerator.wait_for_everyone()
+        limit, self.args.save_total_limit = self.args.save_total_limit, None  # Trainer would remove old ones too early
+        try:
+            super()._save_checkpoint(model, trial)
+            write_json(folder / f"{self.args.process_index}-{PROGRESS}", self.progress())
+            if self.args.should_save:
+                self.save_beside(folder)
+                run = {"data": self.batches.identity(), "processes": self.args.world_size}
+                write_json(folder / PROGRESS, run)
+        except Exception as error:
+            free = shutil.disk_usage(output_dir).free / 1e9
+            error.add_note(
+                f"{folder} could not be written ({free:.1f} GB are free there); it will not be resumed from. Make "
+                "room, and give the same command again: it goes on from the last whole checkpoint."
+            )
+            raise
+        finally:
+            self.args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            checkpoints.seal(folder)
+            best = self.state.best_model_checkpoint
+            checkpoints.remove_old(output_dir, limit or 1, Path(best) if best else None)
+        self.accelerator.wait_for_everyone()
+
+    def _load_best_model(self) -> None:
+        """Load the best weights; Trainer goes on with the last ones where they are gone, with a warning."""
+        best = self.state.best_model_checkpoint
+        if best is None or not Path(best).is_dir():
+            raise FileNotFoundError(
+                f"The checkpoint with the best weights, {best}, is gone: was the run's folder moved, or tidied? Begin "
+                "anew in another output_dir."
+            )
+        super()._load_best_model()
+
+    def run(self, begin: Path | None = None) -> None:
+        """Train to the last step, from the newest whole checkpoint in the run's folder where there is one.
+
+        Args:
+            begin: Checkpoint of another run to begin with, where this one has none yet.
+
+        Raises:
+            ValueError: If the checkpoint was made with other data.
+        """
+        folder = checkpoints.last_whole(Path(str(self.args.output_dir))) or begin
+        if folder is None:
+            self.train()
+            return
+        logger.info("Going on from %s.", folder)
+        self._restore(folder)
+        state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
+        if self.args.load_best_model_at_end and (stopped_early(state) or state.global_step >= self.args.max_steps):
+            self.state = state
+            if state.best_model_checkpoint is not None:
+                self._load_best_model()
+            self.model.to(self.args.device)
+            return
+        self.train(resume_from_checkpoint=str(folder))
+
+    def _restore(self, folder: Path) -> None:
+        """See that a checkpoint is of the same data, and go on from its progress."""
+        if not (folder / PROGRESS).is_file():
+            return  # fine-tuning runs of earlier versions wrote none
+        run = json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
+        here = self.batches.identity()
+        different = sorted(key for key in here if run["data"].get(key) != here[key])
+        if different:
+            raise ValueError(
+                f"{folder} was made with other {', '.join(different)}: give the data and settings of that run, "
+                "or begin a new run in another output_dir."
+            )
+        states = [
+            json.loads((folder / f"{number}-{PROGRESS}").read_text(encoding="utf-8"))
+            for number in range(run["processes"])
+        ]
+        rank, processes = self.world
+        if len(states) == processes:
+            self.restore_progress(states[rank])
+            return
+        logger.warning(
+            "%s is of %d processes, this run has %d. The cells and their order stay the same; dropout and the order "
+            "of sums change.",
+            folder,
+            len(states),
+            processes,
+        )
+        self.window = LogWindow.merged([state["window"] for state in states], first=rank == 0)
+
+
+def stopped_early(state: TrainerState) -> bool:
+    """Return whether early stopping had ended a run when its state was saved: it is not to be trained further."""
+    callbacks: Any = state.stateful_callbacks  # read from a file, they are by name
+    saved = callbacks.get(EarlyStoppingCallback.__name__)
+    if saved is None:
+        return False
+    patience: int = saved["args"]["early_stopping_patience"]
+    return bool(saved["attributes"]["early_stopping_patience_counter"] >= patience)
