@@ -1,52 +1,30 @@
 """Tahoe-x1 single-cell foundation models in the Hugging Face ecosystem.
 
-Importing the package registers the model type `tahoe_x1` with transformers' Auto classes.
+Importing the package makes the model type `tahoe_x1` known to transformers' Auto classes. Nothing else is imported
+before it is used.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForPreTraining,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-    AutoTokenizer,
-)
-
-from tahoex1_hf.configuration_tahoe_x1 import TahoeX1Config
-from tahoex1_hf.modeling_tahoe_x1 import (
-    TahoeX1ForPreTraining,
-    TahoeX1ForSequenceClassification,
-    TahoeX1ForTokenClassification,
-    TahoeX1Model,
-    TahoeX1PreTrainedModel,
-)
-from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
+from tahoex1_hf.hub.registration import register_when_used
 
 if TYPE_CHECKING:
+    from tahoex1_hf.configuration_tahoe_x1 import TahoeX1Config
+    from tahoex1_hf.embedding.files import embed_files
     from tahoex1_hf.embedding.in_memory import embed_anndata
+    from tahoex1_hf.finetuning.adapters import load_adapter
+    from tahoex1_hf.modeling_tahoe_x1 import (
+        TahoeX1ForPreTraining,
+        TahoeX1ForSequenceClassification,
+        TahoeX1ForTokenClassification,
+        TahoeX1Model,
+    )
+    from tahoex1_hf.original.sources import convert_checkpoint
     from tahoex1_hf.perturbation.run import perturb_genes
+    from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
 
 __version__ = "0.1.0"
-
-AutoConfig.register(TahoeX1Config.model_type, TahoeX1Config, exist_ok=True)
-AutoModel.register(TahoeX1Config, TahoeX1Model, exist_ok=True)
-AutoModelForPreTraining.register(TahoeX1Config, TahoeX1ForPreTraining, exist_ok=True)
-AutoModelForSequenceClassification.register(TahoeX1Config, TahoeX1ForSequenceClassification, exist_ok=True)
-AutoModelForTokenClassification.register(TahoeX1Config, TahoeX1ForTokenClassification, exist_ok=True)
-AutoTokenizer.register(TahoeX1Config, tokenizer_class=TahoeX1Tokenizer, exist_ok=True)
-
-
-def _locate_checkpoint(name: Any, marker: str, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    from tahoex1_hf.hub.loading import locate_checkpoint
-
-    return locate_checkpoint(name, marker, options)
-
-
-# from_pretrained also reads what the original published; the files that travel to the Hub do without.
-TahoeX1PreTrainedModel._locate_checkpoint = staticmethod(_locate_checkpoint)
-TahoeX1Tokenizer._locate_checkpoint = staticmethod(_locate_checkpoint)
 
 __all__ = [
     "TahoeX1Config",
@@ -55,19 +33,38 @@ __all__ = [
     "TahoeX1ForTokenClassification",
     "TahoeX1Model",
     "TahoeX1Tokenizer",
+    "convert_checkpoint",
     "embed_anndata",
+    "embed_files",
+    "load_adapter",
     "perturb_genes",
 ]
 
+# Public name -> module, for __getattr__; the imports above say the same to type checkers.
+_MODULES = {
+    "TahoeX1Config": "configuration_tahoe_x1",
+    "TahoeX1ForPreTraining": "modeling_tahoe_x1",
+    "TahoeX1ForSequenceClassification": "modeling_tahoe_x1",
+    "TahoeX1ForTokenClassification": "modeling_tahoe_x1",
+    "TahoeX1Model": "modeling_tahoe_x1",
+    "TahoeX1Tokenizer": "tokenization_tahoe_x1",
+    "convert_checkpoint": "original.sources",
+    "embed_anndata": "embedding.in_memory",
+    "embed_files": "embedding.files",
+    "load_adapter": "finetuning.adapters",
+    "perturb_genes": "perturbation.run",
+}
+
+register_when_used()
+
 
 def __getattr__(name: str) -> Any:
-    # Loaded on first use: importing the model must not import what only embedding AnnData needs.
-    if name == "embed_anndata":
-        from tahoex1_hf.embedding.in_memory import embed_anndata
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    globals()[name] = value
+    return value
 
-        return embed_anndata
-    if name == "perturb_genes":
-        from tahoex1_hf.perturbation.run import perturb_genes
 
-        return perturb_genes
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,84 @@
+# Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
+"""The model type `tahoe_x1` in transformers' Auto classes, without importing either before it is used.
+
+`import tahoex1_hf` would take as long as importing torch and transformers' models if it registered classes at once.
+"""
+
+from typing import Any
+
+from tahoex1_hf.common.imports import call_after_import
+
+_AUTO = "transformers.models.auto"
+
+
+def register_when_used() -> None:
+    """Register each class with transformers as soon as something that may ask for it is imported or made.
+
+    transformers imports its Auto models in the midst of modules that ours need, so that ours cannot be imported right
+    after them. They are imported with the first configuration of a Tahoe-x1 model instead, without which no Auto class
+    looks for them.
+    """
+    call_after_import(f"{_AUTO}.configuration_auto", _register_configuration)
+    call_after_import(f"{_AUTO}.tokenization_auto", _register_tokenizer)
+    call_after_import("tahoex1_hf.configuration_tahoe_x1", _import_models_with_first_configuration)
+    call_after_import("tahoex1_hf.modeling_tahoe_x1", _register_models)
+    call_after_import("tahoex1_hf.tokenization_tahoe_x1", _let_tokenizer_read_originals)
+
+
+def _register_configuration() -> None:
+    from transformers import AutoConfig
+
+    from tahoex1_hf.configuration_tahoe_x1 import TahoeX1Config
+
+    AutoConfig.register(TahoeX1Config.model_type, TahoeX1Config, exist_ok=True)
+
+
+def _register_tokenizer() -> None:
+    from transformers import AutoTokenizer
+
+    from tahoex1_hf.configuration_tahoe_x1 import TahoeX1Config
+    from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
+
+    AutoTokenizer.register(TahoeX1Config, tokenizer_class=TahoeX1Tokenizer, exist_ok=True)
+
+
+def _import_models_with_first_configuration() -> None:
+    from tahoex1_hf.configuration_tahoe_x1 import TahoeX1Config
+
+    def new(cls: type[TahoeX1Config], *args: Any, **kwargs: Any) -> TahoeX1Config:
+        import tahoex1_hf.modeling_tahoe_x1  # noqa: F401 - registers the models
+
+        return object.__new__(cls)
+
+    TahoeX1Config.__new__ = new  # type: ignore[method-assign, assignment]
+
+
+def _register_models() -> None:
+    from transformers import (
+        AutoModel,
+        AutoModelForPreTraining,
+        AutoModelForSequenceClassification,
+        AutoModelForTokenClassification,
+    )
+
+    from tahoex1_hf import modeling_tahoe_x1 as ours
+    from tahoex1_hf.configuration_tahoe_x1 import TahoeX1Config
+
+    AutoModel.register(TahoeX1Config, ours.TahoeX1Model, exist_ok=True)
+    AutoModelForPreTraining.register(TahoeX1Config, ours.TahoeX1ForPreTraining, exist_ok=True)
+    AutoModelForSequenceClassification.register(TahoeX1Config, ours.TahoeX1ForSequenceClassification, exist_ok=True)
+    AutoModelForTokenClassification.register(TahoeX1Config, ours.TahoeX1ForTokenClassification, exist_ok=True)
+    ours.TahoeX1PreTrainedModel._locate_checkpoint = staticmethod(_locate_checkpoint)
+
+
+def _let_tokenizer_read_originals() -> None:
+    from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
+
+    TahoeX1Tokenizer._locate_checkpoint = staticmethod(_locate_checkpoint)
+
+
+def _locate_checkpoint(name: Any, marker: str, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Let `from_pretrained` also read what the original published; the files that travel to the Hub do without."""
+    from tahoex1_hf.hub.loading import locate_checkpoint
+
+    return locate_checkpoint(name, marker, options)

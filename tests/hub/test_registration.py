@@ -1,0 +1,55 @@
+"""The Auto classes know the model type, in whatever order things are imported, and nothing is imported early."""
+
+import os
+import pickle
+import subprocess
+import sys
+
+from helpers import REPO_ROOT
+
+from tahoex1_hf import TahoeX1Config
+
+DEMO = REPO_ROOT / "examples" / "demo_checkpoint"
+LOAD = f"""
+import tahoex1_hf, transformers
+kinds = {{'AutoConfig': {{}}, 'AutoTokenizer': {{}}, 'AutoModel': {{}}, 'AutoModelForPreTraining': {{}}}}
+kinds |= dict.fromkeys(['AutoModelForSequenceClassification', 'AutoModelForTokenClassification'], {{'num_labels': 2}})
+for kind, options in kinds.items():
+    made = getattr(transformers, kind).from_pretrained({str(DEMO)!r}, **options)
+    assert type(made).__module__.startswith('tahoex1_hf.'), (kind, type(made))
+"""
+
+
+def run(code: str, given: bytes = b"") -> None:
+    """Run code in a process of its own, since what is imported stays imported."""
+    environment = {**os.environ, "PYTHONPATH": str(REPO_ROOT), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, input=given, capture_output=True, timeout=240, check=False
+    )
+    assert done.returncode == 0, done.stderr.decode()[-3000:]
+
+
+def test_the_package_imports_nothing_before_it_is_used_and_is_known_then() -> None:
+    run(
+        "import sys, tahoex1_hf\n"
+        "found = {'torch', 'transformers', 'numpy', 'typer', 'accelerate'} & set(sys.modules)\n"
+        "assert not found, found\n"
+        # BERT's module imports the Auto models in the midst of what our models need.
+        "from transformers import BertModel\n" + LOAD
+    )
+
+
+def test_it_is_known_where_transformers_was_imported_first() -> None:
+    run("from transformers import AutoModel, AutoTokenizer\n" + LOAD)
+
+
+def test_a_configuration_from_another_process_finds_its_model() -> None:
+    """A worker that gets a pickled configuration makes none by itself."""
+    config = TahoeX1Config(vocab_size=8, hidden_size=8, num_attention_heads=2, num_hidden_layers=1)
+    run(
+        "import pickle, sys\n"
+        "config = pickle.load(sys.stdin.buffer)\n"
+        "from transformers import AutoModel\n"
+        "assert type(AutoModel.from_config(config)).__name__ == 'TahoeX1Model'\n",
+        pickle.dumps(config),
+    )
