@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 REPO_ROOT = Path(__file__).resolve().parents[1]
+pytest_plugins = ["cpu_times"]
 GOLDEN = REPO_ROOT / "tests" / "golden"
 SHARED_DATA = Path(os.environ.get("TAHOEX1_SHARED_DATA", REPO_ROOT.parent / "shared" / "data"))
 

@@ -1,8 +1,6 @@
 """Training batches from prepared datasets: the same for any number of processes and workers, and after any stop."""
 
 import json
-import os
-import subprocess
 import sys
 from collections import Counter
 from itertools import pairwise, zip_longest
@@ -14,6 +12,7 @@ import pyarrow as pa
 import pytest
 import torch
 from cells import expressed_in, make_cells, read_dataset, write_vocab
+from forked import Forked
 from preparing import run, source
 from torch.utils.data import DataLoader
 
@@ -175,11 +174,7 @@ def test_one_two_and_four_processes_see_the_same_global_batches(folder: Path, tm
     results = []
     for world in (1, 2, 4):
         arguments = [str(folder), str(tmp_path / f"{world}.pt"), str(tmp_path / f"store{world}")]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        processes = [
-            subprocess.Popen([sys.executable, "-c", PROCESS, *arguments, str(rank), str(world)], env=environment)
-            for rank in range(world)
-        ]
+        processes = [Forked([sys.executable, "-c", PROCESS, *arguments, rank, world]) for rank in range(world)]
         assert [process.wait(timeout=300) for process in processes] == [0] * world
         results.append(torch.load(tmp_path / f"{world}.pt", weights_only=True))
     assert results[0].shape[:3] == (num_cells(folder) // 32, 4, 32)

@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from cells import expressed, expressed_in, file_bytes, make_cells, read_dataset, write_10x_h5, write_cells, write_vocab
+from forked import Forked
 from preparing import METADATA, manifest_of, run, source
 from scipy.sparse import csr_matrix
 
@@ -136,7 +137,7 @@ def test_a_run_killed_outright_goes_on_without_redoing_or_doubling(tmp_path: Pat
         "from tahoex1_hf.data.config import read_config\n"
         f"p.prepare(read_config({str(tmp_path / 'config.yaml')!r}))\n"
     )
-    process = subprocess.Popen([sys.executable, "-c", code])
+    process = Forked([sys.executable, "-c", code])
     pieces = tmp_path / "cut" / ".prepare" / "pieces"
     deadline = time.monotonic() + 120
     while len(list(pieces.glob("*.arrow"))) < 5 and time.monotonic() < deadline and process.poll() is None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import anndata
+import forked
 import h5py
 import numpy as np
 import pandas as pd
@@ -405,7 +406,7 @@ def test_killed_and_started_again(tmp_path: Path, cells: anndata.AnnData, vocab:
     path = write_cells(cells, tmp_path / "cells", "csr")
     command = [sys.executable, driver, path, tmp_path / "out.npy", vocab]
     shards = tmp_path / "out.npy.shards"
-    process = subprocess.Popen([*command, "0.3"], env=environment(), stderr=subprocess.DEVNULL)
+    process = forked.Forked([*command, "0.3"])
     try:
         deadline = time.monotonic() + 120
         while len(list(shards.glob("chunks-*"))) < 3:
@@ -418,7 +419,7 @@ def test_killed_and_started_again(tmp_path: Path, cells: anndata.AnnData, vocab:
     before = {shard.name: shard.stat().st_mtime_ns for shard in shards.glob("chunks-*")}
     assert 3 <= len(before) < 7
     watched: dict[str, int] = {}
-    process = subprocess.Popen([*command, "0.1"], env=environment(), stderr=subprocess.PIPE, text=True)
+    process = forked.Forked([*command, "0.1"])
     while process.poll() is None:
         for shard in list(shards.glob("chunks-*")):
             try:
@@ -426,9 +427,9 @@ def test_killed_and_started_again(tmp_path: Path, cells: anndata.AnnData, vocab:
             except FileNotFoundError:
                 continue
         time.sleep(0.02)
-    assert process.returncode == 0, process.stderr.read()
+    assert process.returncode == 0, process.completed().stderr
     assert {name: watched[name] for name in before} == before  # none was written again
-    subprocess.run([*command[:3], tmp_path / "whole.npy", vocab, "0"], env=environment(), check=True)
+    forked.run([*command[:3], tmp_path / "whole.npy", vocab, "0"]).check_returncode()
     assert (tmp_path / "out.npy").read_bytes() == (tmp_path / "whole.npy").read_bytes()
 
 
@@ -462,7 +463,8 @@ def test_an_error_of_the_first_process_ends_all(tmp_path: Path, vocab: Path, dri
     shards = tmp_path / "out.npy.shards"
     shards.mkdir()
     (shards / "run.json").write_text('{"seed": 5}')
-    result = launch(2, driver, path, tmp_path / "out.npy", vocab, 0)
+    arguments = [sys.executable, driver, path, tmp_path / "out.npy", vocab, 0]
+    result = forked.launch(2, arguments, forked.environment())
     assert result.returncode != 0
     assert result.stderr.count("holds an unfinished run with other settings") >= 1
 

@@ -1,11 +1,10 @@
 """The demo, its checkpoint, and the script that trains it."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 from transformers import AutoModel, AutoModelForPreTraining, AutoTokenizer
@@ -28,15 +27,8 @@ def examples_on_path(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def run_example(name: str, *arguments: str | Path) -> str:
     """Run a script as a user does, but where a download fails."""
-    blocked = {"HF_HUB_OFFLINE": "1", "HTTPS_PROXY": "http://127.0.0.1:9", "HTTP_PROXY": "http://127.0.0.1:9"}
-    blocked["OMP_NUM_THREADS"] = "1"  # more threads wait for one another where the cores are shared
-    result = subprocess.run(
-        [sys.executable, EXAMPLES / name, *arguments],
-        env={**os.environ, **blocked, "PYTHONPATH": str(EXAMPLES.parent)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    blocked = {"HTTPS_PROXY": "http://127.0.0.1:9", "HTTP_PROXY": "http://127.0.0.1:9"}
+    result = forked.run([sys.executable, EXAMPLES / name, *arguments], forked.environment(**blocked))
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
 

@@ -2,14 +2,13 @@
 
 import importlib.util
 import json
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -253,10 +252,9 @@ def test_every_example_runs(tmp_path: Path) -> None:
     for folder, (name, subfolder, variant) in cards.items():
         code = prepare(tmp_path / folder, name, subfolder, variant)
         (tmp_path / folder / "card.py").write_text(code, encoding="utf-8")
-    environment = os.environ | {"PYTHONPATH": str(REPO_ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     folders = [str(tmp_path / folder) for folder in cards]
     command = [sys.executable, "-c", RUNNER, *folders]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    result = forked.run(command)
     assert result.returncode == 0, result.stderr
     assert result.stdout.split("\n")[:-1] == ["4 True"] * len(cards)
     for folder in folders:

@@ -4,12 +4,12 @@ import json
 import os
 import runpy
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
 import typer
@@ -302,14 +302,7 @@ def test_released_shapes(size: str) -> None:
 
 def test_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     script = REPO_ROOT / "conversion" / "convert_checkpoint.py"
-    run = subprocess.run(
-        [sys.executable, script, PLAIN, tmp_path / "out"],
-        env=os.environ | {"PYTHONPATH": str(REPO_ROOT)},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    run = forked.run([sys.executable, script, PLAIN, tmp_path / "out"], cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     assert "205,825 parameters" in run.stdout
     assert AutoModel.from_pretrained(tmp_path / "out").config.num_hidden_layers == 3

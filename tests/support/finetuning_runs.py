@@ -2,13 +2,13 @@
 
 import hashlib
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import anndata
+import forked
 import numpy as np
 import pandas as pd
 from cells import GENES, write_vocab
@@ -116,11 +116,12 @@ def command(script: Path, processes: int = 1, **values: Any) -> list[str]:
 
 
 def start(arguments: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
-    quiet = {
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests' / 'support'}{os.pathsep}{ROOT / 'tests'}",
-    }
+    """Run a command to its end in a forked process."""
+    return forked.run(arguments, forked.environment(**environment))
+
+
+def start_launcher(arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end in processes of its own, as a user starts it."""
     return subprocess.run(
-        arguments, env={**os.environ, **quiet, **environment}, capture_output=True, text=True, timeout=300, check=False
+        arguments, env=forked.environment(), capture_output=True, text=True, timeout=300, check=False
     )

@@ -1,12 +1,11 @@
 """Pretraining runs that are killed."""
 
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from training_runs import command, environment
+from training_runs import run
 
 KILLED = Path(__file__).parents[1] / "support" / "killed_run.py"
 
@@ -14,16 +13,8 @@ KILLED = Path(__file__).parents[1] / "support" / "killed_run.py"
 def killed(
     kind: str, output: Path, training_dataset: Path, signal: str, step: int, rank: int = 0, **changes: Any
 ) -> int:
-    done = subprocess.run(
-        command(kind, output, training_dataset, KILLED, **changes),
-        env={
-            **environment(kind), "KILL_AT": str(step), "KILL_SIGNAL": signal, "KILL_RANK": str(rank)
-        },
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )  # fmt: skip
+    kill = {"KILL_AT": str(step), "KILL_SIGNAL": signal, "KILL_RANK": str(rank)}
+    done = run(kind, output, training_dataset, KILLED, kill, **changes)
     assert done.returncode != 0, done.stderr[-2000:]
     return done.returncode
 

@@ -1,13 +1,14 @@
 """Pretraining runs in processes of their own, as a user starts them."""
 
 import json
-import os
 import socket
 import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import forked
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "examples" / "pretrain.py"
@@ -46,6 +47,7 @@ def free_port() -> int:
 
 
 def command(kind: str, output: Path, dataset: Path, script: Path = SCRIPT, **changes: Any) -> list[str]:
+    """Return the command as a user gives it, with the launcher unless the kind of run is "single"."""
     settings = {
         **TINY,
         "dataset": dataset,
@@ -60,23 +62,16 @@ def command(kind: str, output: Path, dataset: Path, script: Path = SCRIPT, **cha
 
 
 def environment(kind: str) -> dict[str, str]:
-    quiet = {
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests" / "support"), str(ROOT / "tests")]),
-    }
-    return {**os.environ, **quiet, **(FSDP if kind == "fsdp" else {})}
+    return forked.environment(**(FSDP if kind == "fsdp" else {}))
 
 
-def run(kind: str, output: Path, dataset: Path, **changes: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(kind, output, dataset, **changes),
-        env=environment(kind),
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
+def run(
+    kind: str, output: Path, dataset: Path, script: Path = SCRIPT, env: Mapping[str, str] = {}, **changes: Any
+) -> subprocess.CompletedProcess[str]:
+    """Run to the end, in one forked process or (other kinds than "single") in two."""
+    arguments = command("single", output, dataset, script, **changes)
+    whole = {**environment(kind), **env}
+    return forked.run(arguments, whole) if kind == "single" else forked.launch(2, arguments, whole)
 
 
 def finished(kind: str, output: Path, dataset: Path, **changes: Any) -> str:

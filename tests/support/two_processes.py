@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import torch
 from finetuning_runs import ROOT, SCRIPT, start
 from safetensors.torch import load_file
@@ -13,11 +14,10 @@ from tahoex1_hf.finetuning.config import FinetuneConfig
 
 
 def in_processes(config: FinetuneConfig, number: int) -> subprocess.CompletedProcess[str]:
-    """The run of a configuration. `accelerate launch --cpu --num_processes 2` would start one process."""
+    """Run a configuration in several processes that find one another."""
     recipe = Path(config.output_dir).with_suffix(".yaml")
     config.write(recipe)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(number)]
-    return start([*launcher, str(SCRIPT), str(recipe)])
+    return forked.launch(number, [sys.executable, str(SCRIPT), str(recipe)], forked.environment())
 
 
 def killed_run_goes_on(config: FinetuneConfig, whole: FinetuneConfig, step: int) -> None:

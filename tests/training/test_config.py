@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -198,14 +199,7 @@ def test_trackers_get_the_log(training_dataset: Path, tmp_path: Path) -> None:
 
 
 def test_the_script_names_the_wrong_key() -> None:
-    script = [sys.executable, str(ROOT / "examples" / "pretrain.py")]
-    done = subprocess.run(
-        [*script, str(RECIPE), "learning_rat=1"],
-        env=environment("single"),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = forked.run([sys.executable, ROOT / "examples" / "pretrain.py", RECIPE, "learning_rat=1"])
     assert done.returncode == 2
     assert "learning_rat: unknown key" in done.stderr
     assert "Traceback" not in done.stderr

@@ -1,17 +1,17 @@
 """FSDP2 in half precision: what is rounded and what is not; and what memory a micro-batch is found to need."""
 
 import json
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
 from helpers import tiny_config
 from training_memory import line, loss, training_model
-from training_runs import environment, free_port
+from training_runs import environment
 
 from benchmarks import memory_model as memory
 from benchmarks.memory_model import CPU_FLOAT32
@@ -21,12 +21,7 @@ CHILD = Path(__file__).parents[1] / "support" / "fsdp_precision_run.py"
 
 
 def run_of_two(precision: str, place: Path) -> dict[str, Any]:
-    launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu"]
-    launch += ["--num_processes", "2", "--main_process_port", str(free_port())]
-    done = subprocess.run(
-        [*launch, str(CHILD), precision, str(place / "seen.json")],
-        env=environment("fsdp"), capture_output=True, text=True, timeout=240, check=False,
-    )  # fmt: skip
+    done = forked.launch(2, [sys.executable, CHILD, precision, place / "seen.json"], environment("fsdp"))
     assert done.returncode == 0, done.stderr[-3000:]
     return dict(json.loads((place / "seen.json").read_text(encoding="utf-8")))
 

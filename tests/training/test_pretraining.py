@@ -3,11 +3,11 @@
 import json
 import logging
 import math
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -23,7 +23,7 @@ from helpers import (
     tiny_model,
 )
 from scipy.stats import spearmanr
-from training_runs import RECIPE, ROOT, TINY, environment
+from training_runs import RECIPE, ROOT, TINY
 from transformers import AutoModelForPreTraining, AutoTokenizer
 
 from tahoex1_hf import TahoeX1Config, TahoeX1ForPreTraining
@@ -308,7 +308,7 @@ def test_a_run_leaves_a_model_that_loads(training_dataset: Path, tmp_path: Path)
 
 def test_the_loss_on_real_cells_falls_below_a_constant(tmp_path: Path) -> None:
     script = [sys.executable, str(ROOT / "examples" / "prepare_debug_cells.py"), str(tmp_path / "cells")]
-    subprocess.run(script, check=True, env=environment("single"), capture_output=True, timeout=240)
+    forked.run(script).check_returncode()
     changes = {"max_steps": 60, "eval_steps": 60, "save_steps": 60, "learning_rate": 3e-3, "context_length": 128}
     pretrain(tiny(tmp_path / "cells", tmp_path / "run", baselines="true", global_batch_size=16, **changes))
     status = json.loads((tmp_path / "run" / "run_status.json").read_text())

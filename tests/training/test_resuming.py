@@ -3,16 +3,17 @@
 import json
 import os
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 from killed_runs import killed, same_weights
 from safetensors.torch import load_file
-from training_runs import command, curve, environment, finished, run, status
+from training_runs import ROOT, curve, finished, run, status
 
 from tahoex1_hf.runs.checkpoints import is_whole, last_whole, remove_old, seal
+
+LIMITED = ROOT / "tests" / "support" / "limited_run.py"
 
 
 @pytest.mark.parametrize(("kind", "step"), [("single", 5), ("ddp", 8), ("fsdp", 6)])
@@ -106,11 +107,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(training_dataset: Path, tmp_path
     finished("single", tmp_path / "run", training_dataset, max_steps=3)
     size = (tmp_path / "run" / "checkpoint-3" / "model.safetensors").stat().st_size
     shutil.rmtree(tmp_path / "run" / "checkpoint-3")
-    full = ["bash", "-c", f'ulimit -f {int(size * 1.3) // 1024}; exec "$@"', "bash"]
-    done = subprocess.run(
-        [*full, *command("single", tmp_path / "run", training_dataset, max_steps=6)],
-        env=environment("single"), capture_output=True, text=True, timeout=240, check=False,
-    )  # fmt: skip
+    done = run("single", tmp_path / "run", training_dataset, LIMITED, {"LIMIT": str(int(size * 1.3))}, max_steps=6)
     assert done.returncode != 0
     assert "could not be written" in " ".join(done.stderr.split())
     assert last_whole(tmp_path / "run") is None

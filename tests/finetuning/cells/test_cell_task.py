@@ -22,6 +22,7 @@ from finetuning_runs import (
     result,
     settings,
     start,
+    start_launcher,
     write_base,
 )
 from helpers import gradients, largest_difference, largest_relative_difference
@@ -465,7 +466,7 @@ def test_a_killed_run_goes_on_exactly(data: Path, tmp_path: Path) -> None:
     whole_run = start(command(SCRIPT, **values | {"output_dir": json.dumps(str(tmp_path / "whole"))}))
     assert whole_run.returncode == 0, whole_run.stderr[-2000:]
     for kill_in, kill_at in (("step", "7"), ("save", "15")):
-        killer = command(ROOT / "tests" / "killed_finetuning.py", **values)
+        killer = command(ROOT / "tests" / "support" / "killed_finetuning.py", **values)
         assert start(killer, KILL_IN=kill_in, KILL_AT=kill_at).returncode == -9
     cut_short = tmp_path / "killed" / "checkpoint-15"
     assert cut_short.is_dir()
@@ -486,7 +487,7 @@ def test_two_processes_learn_the_same(task: str, base: Path, data: Path, tmp_pat
     for name, processes in (("one", 1), ("two", 2)):
         given = settings(base, data, tmp_path / name, **changes)
         values = {key: json.dumps(value) for key, value in given.items()} | {"label": json.dumps(label)}
-        done = start(command(SCRIPT, processes=processes, **values))
+        done = start_launcher(command(SCRIPT, processes=processes, **values))
         assert done.returncode == 0, done.stderr[-2000:]
     one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
     assert largest_relative_difference(two, one) < 1e-3

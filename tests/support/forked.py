@@ -1,0 +1,217 @@
+"""Commands that run as forks of a process that has imported everything (`fork_server.py`), as `subprocess` runs them.
+
+A command costs 1.5 CPU seconds so, and 9 as a process that begins with importing torch and the package. What a fork
+cannot show is how a process starts: the order of imports, hash seeds that differ, what the launcher hands on.
+A few tests start true processes for that.
+"""
+
+import atexit
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+SUPPORT = Path(__file__).parent
+ROOT = SUPPORT.parents[1]
+# Read while libraries are imported: a command that wants others than the server has must be a process of its own.
+READ_AT_IMPORT = ("HF_", "MKL_", "NUMBA_", "OMP_", "OPENBLAS_", "PYTHON", "TORCH_", "TORCHAO_", "TRANSFORMERS_")
+SERVER_ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": os.pathsep.join(map(str, (ROOT, SUPPORT, SUPPORT.parent))),
+    "TOKENIZERS_PARALLELISM": "false",
+    "TORCHAO_FORCE_SKIP_LOADING_SO_FILES": "1",
+}
+FIRST_ENVIRONMENT = {**os.environ, **SERVER_ENVIRONMENT}  # before tests change theirs
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """Return the environment of a command: that of the tests, with what the server's imports have seen."""
+    return {**os.environ, **SERVER_ENVIRONMENT, **changes}
+
+
+class ForkServer:
+    """The process that forks, and the socket through which it is asked to."""
+
+    def __init__(self) -> None:
+        self.cpu_seconds = 0.0  # of the commands that have ended
+        self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            command = [sys.executable, str(SUPPORT / "fork_server.py"), str(theirs.fileno())]
+            self.log = tempfile.TemporaryFile()
+            self.process = subprocess.Popen(
+                command, env=FIRST_ENVIRONMENT, pass_fds=[theirs.fileno()], stdout=self.log, stderr=self.log
+            )
+        if self.control.recv(16) != b"ready":
+            self.log.seek(0)
+            raise RuntimeError(f"the fork server could not import everything:\n{self.log.read().decode()}")
+        atexit.register(self.stop)
+
+    def stop(self) -> None:
+        """End the server, and with it the commands that still run."""
+        self.control.close()
+        self.process.wait()
+
+    def check(self, environment: Mapping[str, str]) -> None:
+        """Raise where a command's environment has what the server's imports should have seen."""
+        names = [name for name in {*environment, *FIRST_ENVIRONMENT} if name.startswith(READ_AT_IMPORT)]
+        other = sorted(name for name in names if environment.get(name) != FIRST_ENVIRONMENT.get(name))
+        if other:
+            raise ValueError(f"{', '.join(other)}: other than the fork server's; start a process with subprocess")
+
+
+_server: ForkServer | None = None
+
+
+def cpu_seconds() -> float:
+    """Return the CPU seconds of the commands that have ended."""
+    return _server.cpu_seconds if _server else 0.0
+
+
+def server() -> ForkServer:
+    """Return this process's fork server, which the first call starts."""
+    global _server
+    if _server is None:
+        _server = ForkServer()
+    return _server
+
+
+class Forked:
+    """A running command, as `subprocess.Popen` is one; its output goes to temporary files."""
+
+    def __init__(
+        self, arguments: Sequence[object], env: Mapping[str, str] | None = None, cwd: str | Path | None = None
+    ) -> None:
+        python, *rest = map(str, arguments)
+        if python != sys.executable:
+            raise ValueError(f"{python}: the fork server runs the Python of the tests alone, {sys.executable}")
+        env = environment() if env is None else dict(env)
+        server().check(env)
+        self.args, self.returncode = [python, *rest], None
+        self._files = [tempfile.TemporaryFile(), tempfile.TemporaryFile()]
+        self._answer, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        request = {"arguments": rest, "environment": env, "folder": str(cwd or Path.cwd())}
+        with theirs:
+            descriptors = [*(file.fileno() for file in self._files), theirs.fileno()]
+            socket.send_fds(server().control, [json.dumps(request).encode()], descriptors)
+        self.pid = int(self._answer.recv(32))
+
+    def poll(self) -> int | None:
+        """Return the status of a command that has ended, or None."""
+        try:
+            return self.wait(timeout=0)
+        except subprocess.TimeoutExpired:
+            return None
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Wait for the end and return the status: negative is the number of the signal that ended it."""
+        if self.returncode is None:
+            self._answer.settimeout(timeout)
+            try:
+                answer = self._answer.recv(64)
+            except (TimeoutError, BlockingIOError):
+                raise subprocess.TimeoutExpired(self.args, timeout or 0.0) from None
+            if not answer:
+                raise RuntimeError("the fork server ended before the command did")
+            status, seconds = answer.split()
+            self.returncode = int(status)
+            self._answer.close()
+            server().cpu_seconds += float(seconds)
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        """Send a signal, unless the command has ended."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """Send SIGKILL."""
+        self.send_signal(signal.SIGKILL)
+
+    def completed(self, timeout: float | None = None) -> subprocess.CompletedProcess[str]:
+        """Wait for the end, kill what takes longer than `timeout` seconds, and return status and output."""
+        try:
+            self.wait(timeout)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            self.wait()
+            raise
+        texts = []
+        for file in self._files:
+            file.seek(0)
+            texts.append(file.read().decode("utf-8", "replace"))
+            file.close()
+        assert self.returncode is not None
+        return subprocess.CompletedProcess(self.args, self.returncode, *texts)
+
+
+def run(
+    arguments: Sequence[object],
+    env: Mapping[str, str] | None = None,
+    cwd: str | Path | None = None,
+    timeout: float = 300,
+) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end, as `subprocess.run(..., capture_output=True, text=True)` does."""
+    return Forked(arguments, env, cwd).completed(timeout)
+
+
+def launch(
+    processes: int, arguments: Sequence[object], env: Mapping[str, str], timeout: float = 300
+) -> subprocess.CompletedProcess[str]:
+    """Run a command in several processes that find one another, as `torchrun` and `accelerate launch` start them.
+
+    As there, where one fails the others are sent SIGTERM, and the status is 1. Their outputs follow one another.
+    """
+    from torch.distributed import TCPStore
+
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    shared = {
+        "ACCELERATE_DYNAMO_BACKEND": "NO",
+        "ACCELERATE_MIXED_PRECISION": "no",
+        "GROUP_RANK": "0",
+        "GROUP_WORLD_SIZE": "1",
+        "LOCAL_WORLD_SIZE": str(processes),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "ROLE_NAME": "default",
+        "ROLE_WORLD_SIZE": str(processes),
+        "TORCHELASTIC_MAX_RESTARTS": "0",
+        "TORCHELASTIC_RESTART_COUNT": "0",
+        "TORCHELASTIC_RUN_ID": "none",
+        "TORCHELASTIC_USE_AGENT_STORE": "True",  # the launcher holds the store, no process of the group
+        "WORLD_SIZE": str(processes),
+    }
+    group = []
+    for rank in map(str, range(processes)):
+        ranks = {"RANK": rank, "LOCAL_RANK": rank, "ROLE_RANK": rank}
+        group.append(Forked(arguments, {**shared, **env, **ranks}))
+    _wait_for_all(group, time.monotonic() + timeout)
+    done = [each.completed(timeout) for each in group]
+    texts = ("".join(each.stdout for each in done), "".join(each.stderr for each in done))
+    return subprocess.CompletedProcess(list(map(str, arguments)), int(any(each.returncode for each in done)), *texts)
+
+
+def _wait_for_all(group: list[Forked], deadline: float) -> None:
+    """Wait until all have ended; end the others where one fails."""
+    states: list[Any] = [None]
+    while None in states and not any(states):
+        if time.monotonic() > deadline:
+            for each in group:
+                each.kill()
+            raise subprocess.TimeoutExpired(group[0].args, 0.0)
+        time.sleep(0.01)
+        states = [each.poll() for each in group]
+    for each in group:
+        each.send_signal(signal.SIGTERM)
+    for each in group:
+        try:
+            each.wait(30)
+        except subprocess.TimeoutExpired:
+            each.kill()
