@@ -15,8 +15,8 @@ from typing import Annotated
 import torch
 import typer
 
+from tahoex1_hf.hub.sources import convert_checkpoint
 from tahoex1_hf.original.restore import restore_original_folder
-from tahoex1_hf.original.sources import convert_checkpoint
 
 
 class Dtype(str, Enum):  # noqa: UP042 - typer wants a str

@@ -15,6 +15,7 @@ from typing import Annotated
 import typer
 from accelerate import PartialState
 
+from tahoex1_hf.hub.export import export_repository, push_repository
 from tahoex1_hf.training.config import read_pretrain_config
 from tahoex1_hf.training.pretraining import pretrain
 
@@ -43,11 +44,9 @@ def main(
 
 def upload(folder: Path, repository: str, private: bool) -> None:
     """Build the repository beside the model, see that it loads without this package, and upload it."""
-    sys.path.append(str(Path(__file__).resolve().parents[1] / "conversion"))
-    from export_to_hub import main as export
-
-    name, card = repository.rpartition("/")[2], folder / "card.yaml"
-    export([f"{name}={folder}"], folder / "hub", default=name, card=card, push=repository, private=private)
+    name = repository.rpartition("/")[2]
+    exported = export_repository([f"{name}={folder}"], folder / "hub", card=folder / "card.yaml", repo_id=repository)
+    logging.info("Uploaded: %s", push_repository(exported.folder, repository, private=private))
 
 
 if __name__ == "__main__":

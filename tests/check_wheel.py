@@ -75,7 +75,9 @@ def check_contents(wheel: Path) -> None:
         files = {name for name in archive.namelist() if ".dist-info/" not in name}
     package = ROOT / "tahoex1_hf"
     expected = {f"tahoex1_hf/{path.relative_to(package).as_posix()}" for path in package.rglob("*.py")}
-    expected.add("tahoex1_hf/py.typed")
+    expected |= {"tahoex1_hf/py.typed", "tahoex1_hf/hub/LICENSE"}
+    cards = package / "hub" / "cards"
+    expected |= {f"tahoex1_hf/hub/cards/{path.name}" for path in cards.iterdir() if path.is_file()}
     if files != expected:
         sys.exit(
             f"wheel check FAILED: contents of {wheel.name}: "

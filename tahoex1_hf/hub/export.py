@@ -1,4 +1,5 @@
-"""Building the folder of a Hub repository from converted checkpoints, and proving that it loads without the package.
+# Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
+"""Publishing converted checkpoints: building the folder of a Hub repository, proving that it loads, uploading it.
 
 One size lies at the root, the others in sub-folders (`subfolder=`). The code lies at the root only: transformers looks
 for it there, whatever the sub-folder.
@@ -8,21 +9,20 @@ import json
 import logging
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 
-from tahoex1_hf.hub.loading import SIZES_FILE
-from tahoex1_hf.modeling_tahoe_x1 import TahoeX1ForPreTraining
+from tahoex1_hf.hub.cards.rendering import card_text
+from tahoex1_hf.hub.download import SIZES_FILE
+from tahoex1_hf.hub.isolated_load import compare_isolated_load
 from tahoex1_hf.original.verify import MANIFEST
-from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -42,20 +42,121 @@ CODE_FILES = (
     "packing_tahoe_x1.py",
     "tokenization_tahoe_x1.py",
 )
+LICENSE = Path(__file__).with_name("LICENSE")
 CONFIG, TOKENIZER_CONFIG, VOCAB, INDEX = (
     "config.json",
     "tokenizer_config.json",
     "vocab.json",
     "model.safetensors.index.json",
 )
-RUN_STATUS = "run_status.json"  # in the folder of a training run
-_OF_A_RUN = {RUN_STATUS, "trainer_state.json"}
-_PACKAGE = Path(__file__).resolve().parent
-_TOLERANCE = 1e-6
+RUN_STATUS = "run_status.json"
+_FILES_OF_A_RUN = {RUN_STATUS, "trainer_state.json"}  # of no use to those who load the model
+_PACKAGE = Path(__file__).resolve().parents[1]
 
 
-def size_names(folders: list[str]) -> dict[str, Path]:
-    """Name each converted folder: `NAME=FOLDER`, or the folder's own name (without `-model`).
+@dataclass(frozen=True)
+class ExportedRepository:
+    """A folder that is ready to be uploaded.
+
+    Args:
+        folder: the repository.
+        differences: largest difference between the embeddings without and with the package, by size.
+        has_card: whether there is a README.md at the root.
+    """
+
+    folder: Path
+    differences: dict[str, float]
+    has_card: bool
+
+    @property
+    def files(self) -> list[Path]:
+        """All files of the repository, sorted."""
+        return sorted(path for path in self.folder.rglob("*") if path.is_file())
+
+
+def export_repository(
+    converted: Sequence[str | Path],
+    destination: str | Path,
+    *,
+    default: str | None = None,
+    card: str | Path | None = None,
+    repo_id: str | None = None,
+) -> ExportedRepository:
+    """Build the folder of a Hub repository from converted checkpoints, with a model card for each size.
+
+    The result is loaded in a process without this package, through every Auto class, and its embeddings are compared
+    with the package's, before it is moved to `destination`. Nothing is uploaded: see `push_repository`.
+
+    Args:
+        converted: converted folders, or `NAME=FOLDER`, as for `size_names`.
+        destination: folder to build; an earlier export there is replaced.
+        default: name of the size at the root; by default the first one.
+        card: facts (`.yaml`) or a ready README (`.md`) of the size at the root. By default, and for the other sizes,
+            the card of the released size of that name, or the README.md in the converted folder.
+        repo_id: Hub repository that the folder is for. Its cards name it, and the size at the root must have a card.
+
+    Raises:
+        FileExistsError: when `destination` holds something other than an earlier export.
+        FileNotFoundError: where a converted folder lacks a file.
+        ValueError: where a folder, a name or a card cannot be used.
+        RuntimeError: where the export does not load without the package, or gives other numbers.
+    """
+    sizes = size_names([str(folder) for folder in converted])
+    default = default or next(iter(sizes))
+    own_card = None if card is None else Path(card)
+    cards = {}
+    for name, folder in sizes.items():
+        at_root = name == default
+        text = card_text(
+            name, folder, own_card if at_root else None, subfolder="" if at_root else name, repo_id=repo_id
+        )
+        if text is not None:
+            cards[name] = text
+    if repo_id is not None and default in sizes and default not in cards:
+        raise ValueError(
+            f"There is no model card for {default!r}: pass facts (.yaml) or a README (.md) as card (--card)."
+        )
+    destination = Path(destination)
+    differences = build_repository(sizes, destination, default=default, cards=cards)
+    return ExportedRepository(destination, differences, default in cards)
+
+
+def push_repository(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    commit_message: str = "Tahoe-x1 for transformers",
+) -> str:
+    """Upload a folder that `export_repository` built, and return the address of the commit.
+
+    Args:
+        folder: the built folder.
+        repo_id: repository, as `owner/name`; it is created where it is not there.
+        private: whether to create it as a private one.
+        revision: branch to upload to; by default `main`.
+        commit_message: message of the commit.
+
+    Raises:
+        ConnectionError: where the upload stopped; what has arrived is kept, and the next call goes on from there.
+    """
+    api = HfApi()
+    try:
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        commit = api.upload_folder(
+            repo_id=repo_id, folder_path=folder, revision=revision, commit_message=commit_message
+        )
+    except HfHubHTTPError as error:
+        raise ConnectionError(
+            f"The upload to {repo_id} stopped: {error}\nWhat has arrived is kept: run the same command again to go "
+            "on, after logging in (hf auth login) if that is what is missing."
+        ) from error
+    return str(commit.commit_url)
+
+
+def size_names(folders: Sequence[str]) -> dict[str, Path]:
+    """Name each converted folder: as `NAME=FOLDER` says, or by the folder's own name (without `-model`).
 
     Raises:
         ValueError: where two have the same name.
@@ -82,7 +183,7 @@ def check_converted(folder: Path) -> None:
     """
     for name in (CONFIG, TOKENIZER_CONFIG, VOCAB):
         if not (folder / name).is_file():
-            hint = "convert it first, with conversion/convert_checkpoint.py" if name == CONFIG else "convert it again"
+            hint = "convert it first (tahoex1 convert)" if name == CONFIG else "convert it again"
             raise FileNotFoundError(f"{folder} has no {name}, so it is not a converted checkpoint: {hint}.")
     model_type = _read_json(folder / CONFIG).get("model_type")
     if model_type != "tahoe_x1":
@@ -112,28 +213,24 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def build_repository(
-    sizes: Mapping[str, Path], destination: Path, *, default: str, license_file: Path, cards: Mapping[str, str]
+    sizes: Mapping[str, Path], destination: Path, *, default: str, cards: Mapping[str, str]
 ) -> dict[str, float]:
     """Build the folder of a Hub repository, and load it in a process that lacks the package.
 
     It is built beside `destination` and moved into place when it has loaded and agrees. An earlier export there is
-    replaced; weights are hard links where the file system can.
+    replaced; weights are hard links where the file system allows them.
 
     Args:
-        sizes: name to converted folder, as `size_names` gives them.
+        sizes: the converted folder of each size, as `size_names` gives them.
         destination: folder of the repository.
-        default: the size at the root; the others lie in sub-folders of their names.
-        license_file: what becomes LICENSE.
+        default: name of the size at the root; the others lie in sub-folders of their names.
         cards: text of README.md, by size.
 
     Returns:
-        The largest difference to the package's own embeddings, by size.
+        The largest difference from the package's own embeddings, by size.
 
     Raises:
-        FileExistsError: when `destination` holds something else.
-        FileNotFoundError: where a converted folder lacks a file.
-        ValueError: where a folder or a name cannot be used.
-        RuntimeError: where the export does not load without the package, or gives other numbers.
+        FileExistsError, FileNotFoundError, ValueError, RuntimeError: as `export_repository`.
     """
     if default not in sizes:
         raise ValueError(f"default={default!r} is not one of the sizes: pass one of {', '.join(sizes)}.")
@@ -141,7 +238,7 @@ def build_repository(
         check_converted(folder)
     destination = destination.absolute()
     if destination.exists() and not (destination / SIZES_FILE).is_file() and any(destination.iterdir()):
-        raise FileExistsError(f"{destination} is there and is not an earlier export: choose another, or remove it.")
+        raise FileExistsError(f"{destination} exists and is not an earlier export: choose another, or remove it.")
     destination.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{destination.name}-", dir=destination.parent) as work:
         repository = Path(work) / "repository"
@@ -151,11 +248,11 @@ def build_repository(
             _add_checkpoint(folder, repository / places[name])
         for name in CODE_FILES:
             shutil.copyfile(_PACKAGE / name, repository / name)
-        shutil.copyfile(license_file, repository / "LICENSE")
+        shutil.copyfile(LICENSE, repository / "LICENSE")
         for name, text in cards.items():
             (repository / places[name] / "README.md").write_text(text, encoding="utf-8")
         _write_json(places, repository / SIZES_FILE)
-        differences = smoke_load(repository, {places[name]: folder for name, folder in sizes.items()})
+        differences = compare_isolated_load(repository, {places[name]: folder for name, folder in sizes.items()})
         if destination.exists():
             destination.rename(Path(work) / "replaced")
         repository.rename(destination)
@@ -168,13 +265,13 @@ def _add_checkpoint(source: Path, folder: Path) -> None:
     for path in sorted(source.iterdir()):
         if path in weights:
             _link_or_copy(path.resolve(), folder / path.name)
-        elif path.name in _OF_A_RUN:
+        elif path.name in _FILES_OF_A_RUN:
             continue
         elif path.suffix == ".json" and path.is_file():
             shutil.copyfile(path, folder / path.name)
         elif path.name != "README.md" and not (source / RUN_STATUS).is_file():
             logger.warning("%s is left out: it is not part of a converted checkpoint.", path)
-    if (manifest := folder / MANIFEST).is_file():  # it is public from here on: no folder names of this machine
+    if (manifest := folder / MANIFEST).is_file():  # what is published names no folders of this machine
         record = _read_json(manifest)
         if Path(str(record["source"])).is_absolute():
             _write_json(record | {"source": Path(record["source"]).name}, manifest)
@@ -188,98 +285,6 @@ def _link_or_copy(source: Path, destination: Path) -> None:
         os.link(source, destination)
     except OSError:  # another file system, or one without links
         shutil.copyfile(source, destination)
-
-
-# The proof: the same cells through the package here, and through the Auto classes where the package is not ---------
-
-
-def smoke_load(repository: Path, sources: Mapping[str, Path]) -> dict[str, float]:
-    """Load every sub-folder through every Auto class without the package, and compare with the package's numbers.
-
-    Args:
-        repository: folder of the repository.
-        sources: sub-folder (`""` for the root) to the converted folder that it was made from.
-
-    Returns:
-        The largest difference, by sub-folder.
-
-    Raises:
-        RuntimeError: where something does not load, or differs.
-    """
-    with tempfile.TemporaryDirectory() as work:
-        cells, expected = {}, {}
-        for subfolder, source in sources.items():
-            cells[subfolder], expected[subfolder] = _own_results(source)
-        (Path(work) / "cells.json").write_text(json.dumps(cells), encoding="utf-8")
-        results = _results_elsewhere(repository, list(sources), Path(work))
-        return {
-            subfolder: _largest_difference(results[subfolder], expected[subfolder], subfolder) for subfolder in sources
-        }
-
-
-def example_cells(tokenizer: TahoeX1Tokenizer, num_cells: int = 4) -> dict[str, Any]:
-    """Made-up cells of the tokenizer's own genes: the same ones each time."""
-    genes = [token for token in sorted(tokenizer.get_vocab()) if token.startswith("ENS")] or [
-        token for token in sorted(tokenizer.get_vocab()) if not token.startswith("<")
-    ]
-    cells = []
-    for number in range(num_cells):
-        chosen = genes[number :: max(1, len(genes) // (40 + 8 * number))][: 40 + 8 * number]
-        cells.append((chosen, [1 + (index * 7919 + number) % 23 for index in range(len(chosen))]))
-    drugs = None
-    if tokenizer.drug_to_id is not None:
-        names = sorted(tokenizer.drug_to_id, key=lambda name: tokenizer.drug_to_id[name])  # type: ignore[index]
-        drugs = [names[-1 - number % len(names)] for number in range(num_cells - 1)] + [None]
-    return {"cells": cells, "drugs": drugs}
-
-
-def _own_results(source: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    tokenizer = TahoeX1Tokenizer.from_pretrained(source)
-    cells = example_cells(tokenizer)
-    batch = tokenizer(cells["cells"], drugs=cells["drugs"], padding=True, return_tensors="pt")
-    model, report = TahoeX1ForPreTraining.from_pretrained(source, output_loading_info=True)
-    problems = {kind: names for kind, names in report.items() if names}
-    if problems:
-        raise RuntimeError(f"{source} does not load cleanly: {problems}")
-    with torch.no_grad():
-        outputs = model.eval()(**batch)
-    names = ("pooler_output", "expression_predictions", "cell_expression_predictions")
-    return cells, {**batch, **{name: outputs[name] for name in names}}
-
-
-def _results_elsewhere(
-    repository: Path, subfolders: list[str], work: Path
-) -> dict[str, dict[str, dict[str, torch.Tensor]]]:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
-    environment |= {"HF_HOME": str(work / "hf_home"), "HF_HUB_OFFLINE": "1"}
-    environment["OMP_NUM_THREADS"] = str(torch.get_num_threads())  # the same sums in the same order
-    script = (_PACKAGE / "hub_smoke_load.py").read_text(encoding="utf-8")
-    # Isolated, from text: neither this folder nor PYTHONPATH nor the current folder is searched for modules.
-    command = [sys.executable, "-I", "-c", script, str(repository), str(work)]
-    run = subprocess.run(command, env=environment, cwd=work, capture_output=True, text=True, check=False)
-    if run.returncode != 0:
-        raise RuntimeError(f"The export does not load without the package:\n{run.stderr[-4000:]}")
-    return {
-        subfolder: {path.stem: load_file(path) for path in sorted((work / f"results{number}").iterdir())}
-        for number, subfolder in enumerate(subfolders)
-    }
-
-
-def _largest_difference(
-    results: Mapping[str, Mapping[str, torch.Tensor]], expected: Mapping[str, torch.Tensor], subfolder: str
-) -> float:
-    largest = 0.0
-    for auto_class, tensors in results.items():
-        for name, tensor in tensors.items():
-            same_shape = tensor.shape == expected[name].shape
-            difference = (tensor.double() - expected[name].double()).abs().max().item() if same_shape else float("inf")
-            if not difference <= _TOLERANCE:  # NaN too
-                raise RuntimeError(
-                    f"Without the package, {auto_class} gives another {name} than the package does (sub-folder "
-                    f"{subfolder!r}, difference {difference:.3g}): the converted folder or the code was changed."
-                )
-            largest = max(largest, difference)
-    return largest
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -5,7 +5,6 @@ how `from_pretrained` of the package's classes, and the command, read what is pu
 """
 
 import hashlib
-import json
 import logging
 import os
 import shutil
@@ -14,21 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
-from huggingface_hub import constants, hf_hub_download, snapshot_download, try_to_load_from_cache
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub import constants
 
+from tahoex1_hf.hub.download import SAME_SIZE, download_snapshot, hub_has, is_repo_id, read_sizes_file
 from tahoex1_hf.modeling_tahoe_x1 import TahoeX1Model
-from tahoex1_hf.original.convert import (
+from tahoex1_hf.original.convert import convert_original_folder
+from tahoex1_hf.original.files import (
     COLLATOR_CONFIG,
     DRUG_FINGERPRINTS,
     DRUG_TABLE,
@@ -36,16 +26,13 @@ from tahoex1_hf.original.convert import (
     PICKLE,
     SAFETENSORS,
     VOCAB,
-    convert_original_folder,
     is_original_folder,
 )
 from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
 
 logger = logging.getLogger(__name__)
 
-SIZES_FILE = "sizes.json"  # in an exported repository: size -> its sub-folder, "" for the one at the root
 _ORIGINAL_FILES = (MODEL_CONFIG, COLLATOR_CONFIG, VOCAB, SAFETENSORS, PICKLE, DRUG_TABLE, DRUG_FINGERPRINTS)
-SAME_SIZE = {"1b": "1.3b", "1.3b": "1b"}  # both are in use
 _HUB_OPTIONS = ("cache_dir", "token", "local_files_only")
 _CONVERSION = 1  # to be raised when the conversion comes to write something else
 
@@ -75,7 +62,7 @@ def find_model(model: str | Path, *, size: str | None = None, revision: str | No
     if Path(model).exists():
         folder = _size_folder(Path(model), size, str(model))
         return _converted(folder, None) if is_original_folder(folder) else folder
-    if not _is_repo_id(str(model)):
+    if not is_repo_id(str(model)):
         raise FileNotFoundError(f"model {str(model)!r} is neither a folder nor a Hub repository (owner/name).")
     snapshot = download_snapshot(str(model), size, revision, hub)
     folder = _size_folder(snapshot, size, str(model))
@@ -112,7 +99,7 @@ def locate_checkpoint(name: Any, marker: str, options: Mapping[str, Any]) -> tup
         if not path.is_dir() or (path / (size or "") / marker).is_file():
             return name, options
         root = path
-    elif not _is_repo_id(str(name)) or _hub_has(str(name), f"{size}/{marker}" if size else marker, revision, hub):
+    elif not is_repo_id(str(name)) or hub_has(str(name), f"{size}/{marker}" if size else marker, revision, hub):
         return name, options
     else:
         root = download_snapshot(str(name), size, revision, hub)
@@ -126,18 +113,10 @@ def locate_checkpoint(name: Any, marker: str, options: Mapping[str, Any]) -> tup
     return str(folder), {key: value for key, value in options.items() if key not in ("subfolder", "revision")}
 
 
-def _is_repo_id(name: str) -> bool:
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return name.count("/") == 1
-
-
 def _size_folder(root: Path, size: str | None, model: str) -> Path:
     at = {path.parent for path in _model_files(root)}
     names = {folder.name.removesuffix("-model"): folder for folder in sorted(at) if folder != root}
-    names |= {name: root / folder for name, folder in _sizes_file(root).items()}
+    names |= {name: root / folder for name, folder in read_sizes_file(root).items()}
     if size is None and root in at:
         return root
     if size is not None:
@@ -155,78 +134,8 @@ def _size_folder(root: Path, size: str | None, model: str) -> Path:
     raise FileNotFoundError(f"{model} has no {wanted}; {there}.")
 
 
-def _sizes_file(root: Path) -> dict[str, str]:
-    path = root / SIZES_FILE
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
 def _model_files(root: Path) -> list[Path]:
     return [path for name in ("config.json", MODEL_CONFIG) for path in (*root.glob(name), *root.glob(f"*/{name}"))]
-
-
-def _hub_has(repo_id: str, filename: str, revision: str | None, hub: Mapping[str, Any]) -> bool:
-    """Whether a repository has a file, as far as can be told; it is in the cache afterwards."""
-    cached = try_to_load_from_cache(repo_id, filename, cache_dir=hub.get("cache_dir"), revision=revision)
-    if isinstance(cached, str):
-        return True
-    try:
-        hf_hub_download(repo_id, filename, revision=revision, **hub)
-    except EntryNotFoundError:  # without a network too: then what is in the cache decides
-        return False
-    except (HfHubHTTPError, OfflineModeIsEnabled) as error:
-        raise _hub_error(repo_id, revision, error) from error
-    return True
-
-
-def download_snapshot(repo_id: str, size: str | None, revision: str | None, hub: Mapping[str, Any]) -> Path:
-    """Fetch what one size of a Hub repository needs, converted or in the original's layout, and nothing more."""
-    sizes = [] if size is None else [size, size.removesuffix("-model")]
-    sizes += [SAME_SIZE[name] for name in sizes if name in SAME_SIZE]
-    folders = [""] if size is None else [f"{name}{suffix}/" for name in sizes for suffix in ("", "-model")]
-    names = (COLLATOR_CONFIG, DRUG_FINGERPRINTS, "*.json", "model*.safetensors")
-    # The small files of every size come along, so that an error can name the sizes that there are.
-    small = ["*config.json", f"*{MODEL_CONFIG}", SIZES_FILE]
-    of_size: dict[str, Any] = {"allow_patterns": [f"{folder}{name}" for folder in folders for name in names] + small}
-    # fnmatch's * crosses folders: for the root, keep the weights of the sub-folders out.
-    of_root: dict[str, Any] = {
-        "allow_patterns": [*names, *small],
-        "ignore_patterns": ["*/*.safetensors"],
-    }
-    wanted = of_root if size is None else of_size
-    try:
-        snapshot = Path(snapshot_download(repo_id, revision=revision, **wanted, **hub))
-        if size is not None and "" in {_sizes_file(snapshot).get(name) for name in sizes}:
-            snapshot = Path(snapshot_download(repo_id, revision=revision, **of_root, **hub))
-        there = [folder for folder in folders if is_original_folder(snapshot / folder)]
-        pickles = [f"{folder}{PICKLE}" for folder in there if not any((snapshot / folder).glob("*.safetensors"))]
-        if pickles:  # only where there is nothing better
-            snapshot_download(repo_id, revision=revision, allow_patterns=pickles, **hub)
-        return snapshot
-    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
-        raise _hub_error(repo_id, revision, error) from error
-
-
-def _hub_error(repo_id: str, revision: str | None, error: Exception) -> OSError:
-    """What went wrong, in words that say what to do."""
-    page = f"{constants.ENDPOINT}/{repo_id}"
-    if isinstance(error, GatedRepoError):
-        return PermissionError(
-            f"The Hub repository {repo_id} is gated: ask for access at {page}, then log in (hf auth login)."
-        )
-    if isinstance(error, RepositoryNotFoundError):
-        return FileNotFoundError(
-            f"The Hub has no repository {repo_id} that you may see: check the name, and log in (hf auth login) if it "
-            "is private."
-        )
-    if isinstance(error, RevisionNotFoundError):
-        return FileNotFoundError(f"The Hub repository {repo_id} has no revision {revision!r}: see {page}.")
-    if isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled)):
-        offline = " (HF_HUB_OFFLINE is set)" if constants.is_offline_mode() else ""
-        return ConnectionError(
-            f"The Hub repository {repo_id} could not be reached{offline} and is not in the cache, or not all of it "
-            f"({constants.HF_HUB_CACHE})."
-        )
-    return ConnectionError(f"The Hub could not give {repo_id} now: {error}")
 
 
 def _converted(folder: Path, name: Path | None) -> Path:

@@ -21,6 +21,16 @@ from tqdm import tqdm
 
 from tahoex1_hf.configuration_tahoe_x1 import TahoeX1Config
 from tahoex1_hf.original.config import translate_collator_config, translate_model_config
+from tahoex1_hf.original.files import (
+    COLLATOR_CONFIG,
+    DRUG_FINGERPRINTS,
+    DRUG_TABLE,
+    MODEL_CONFIG,
+    PICKLE,
+    SAFETENSORS,
+    SHARDED_METADATA,
+    VOCAB,
+)
 from tahoex1_hf.original.tensor_names import (
     check_tensors,
     convert_tensor,
@@ -29,15 +39,12 @@ from tahoex1_hf.original.tensor_names import (
     our_shapes,
 )
 from tahoex1_hf.original.verify import Verification, verify_conversion, write_manifest
-from tahoex1_hf.original.weights import SHARDED_METADATA, TensorReader, open_weights
+from tahoex1_hf.original.weights import TensorReader, open_weights
 from tahoex1_hf.original.writing import TensorSpec, describe_files, workspace, write_tensors
 from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
 
 logger = logging.getLogger(__name__)
 
-MODEL_CONFIG, COLLATOR_CONFIG, VOCAB = "model_config.yml", "collator_config.yml", "vocab.json"
-SAFETENSORS, PICKLE, DRUG_TABLE = "model.safetensors", "best-model.pt", "drug_to_id_pad.json"
-DRUG_FINGERPRINTS = "drug_fps_pad.npy"
 MAX_SHARD_SIZE = 5_000_000_000
 _DRUG_WEIGHT = "model.chem_encoder.embedding.weight"
 
@@ -97,11 +104,6 @@ class ConvertedCheckpoint:
     tokenizer_arguments: dict[str, Any]
     vocab: dict[str, int]
     state_dict: dict[str, torch.Tensor]
-
-
-def is_original_folder(folder: Path) -> bool:
-    """Whether a folder holds a checkpoint of the original (its own settings, and no config.json)."""
-    return (folder / MODEL_CONFIG).is_file() and not (folder / "config.json").is_file()
 
 
 def open_original(source: str | Path) -> OriginalCheckpoint:

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from tahoex1_hf.configuration_tahoe_x1 import TahoeX1Config
 from tahoex1_hf.original.config import translate_collator_config, translate_model_config
-from tahoex1_hf.original.convert import COLLATOR_CONFIG, DRUG_TABLE, MODEL_CONFIG, PICKLE, SAFETENSORS, VOCAB
+from tahoex1_hf.original.files import COLLATOR_CONFIG, DRUG_TABLE, MODEL_CONFIG, PICKLE, SAFETENSORS, VOCAB
 from tahoex1_hf.original.tensor_names import check_tensors, name_rules, original_shapes, our_shapes, restore_tensor
 from tahoex1_hf.original.verify import (
     Verification,

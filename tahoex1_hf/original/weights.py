@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-SHARDED_METADATA = ".metadata"
+from tahoex1_hf.original.files import SHARDED_METADATA
+
 _SHARDED_PREFIX = "state.model."
 _TORCH_DTYPES = {
     "F64": torch.float64,

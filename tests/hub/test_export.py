@@ -42,11 +42,11 @@ def sizes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture
 def unproven(monkeypatch: pytest.MonkeyPatch) -> None:
     """For tests of what comes before the proof, which takes a second process."""
-    monkeypatch.setattr(hub_export, "smoke_load", lambda repository, sources: dict.fromkeys(sources, 0.0))
+    monkeypatch.setattr(hub_export, "compare_isolated_load", lambda repository, sources: dict.fromkeys(sources, 0.0))
 
 
 def build(sizes: dict[str, Path], destination: Path, default: str = "small", card: str = "# card") -> dict[str, float]:
-    return build_repository(sizes, destination, default=default, license_file=LICENSE, cards={default: card})
+    return build_repository(sizes, destination, default=default, cards={default: card})
 
 
 def export(*arguments: object, **environment: str) -> subprocess.CompletedProcess:
@@ -83,7 +83,7 @@ def command(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
     spec = importlib.util.spec_from_file_location("export_to_hub", REPO_ROOT / "conversion" / "export_to_hub.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    monkeypatch.setattr(module, "HfApi", lambda: pytest.fail("the Hub was called"))
+    monkeypatch.setattr(hub_export, "HfApi", lambda: pytest.fail("the Hub was called"))
     app = typer.Typer()
     app.command()(module.main)
     return lambda *arguments: CliRunner().invoke(app, [str(argument) for argument in arguments])
@@ -119,7 +119,7 @@ def test_a_push_without_a_card_is_refused_before_anything_is_done(
 ) -> None:
     run = command(sizes["small"], tmp_path / "repository", "--push", "tahoebio/new")
     assert run.exit_code == 1
-    assert "pass --card" in run.output
+    assert "(--card)" in run.output
     assert list(tmp_path.iterdir()) == []
 
 

@@ -38,11 +38,9 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def exported(converted: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """70m at the root, 3b in a sub-folder; that it loads is for these tests to prove."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hub_export, "smoke_load", lambda repository, sources: dict.fromkeys(sources, 0.0))
+        patch.setattr(hub_export, "compare_isolated_load", lambda repository, sources: dict.fromkeys(sources, 0.0))
         folder = tmp_path_factory.mktemp("exported") / "repository"
-        hub_export.build_repository(
-            converted, folder, default="70m", license_file=REPO_ROOT / "LICENSE", cards={"70m": "# card"}
-        )
+        hub_export.build_repository(converted, folder, default="70m", cards={"70m": "# card"})
     return folder
 
 

@@ -1,22 +1,24 @@
 """The model cards: strict facts, valid metadata, and examples that run."""
 
-import importlib.util
 import json
 import re
+import runpy
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import forked
 import numpy as np
 import pytest
 import torch
+import typer
 import yaml
 from conftest import GOLDEN, REPO_ROOT
 from typer.testing import CliRunner
 
 from tahoex1_hf import TahoeX1Config, TahoeX1ForPreTraining
+from tahoex1_hf.hub.cards.facts import load_facts
+from tahoex1_hf.hub.cards.rendering import check_card, render_card
 from tahoex1_hf.original.convert import convert_original_folder
 
 anndata = pytest.importorskip("anndata")
@@ -41,18 +43,6 @@ SECTIONS = [
 ]
 
 
-def load_render() -> ModuleType:
-    """Import the script as a module."""
-    spec = importlib.util.spec_from_file_location("model_cards_render", CARDS / "render.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # its dataclasses look their types up there
-    spec.loader.exec_module(module)
-    return module
-
-
-render = load_render()
-
-
 def facts_with(folder: Path, name: str = "70m", **changes: Any) -> Path:
     """Write a size's facts with some keys changed (None: left out)."""
     facts = yaml.safe_load((CARDS / f"{name}.yaml").read_text(encoding="utf-8")) | changes
@@ -67,7 +57,7 @@ def python_blocks(card: str) -> list[str]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_parameters_are_those_of_the_shape(name: str) -> None:
-    facts = render.load_facts(CARDS / f"{name}.yaml")
+    facts = load_facts(CARDS / f"{name}.yaml")
     with torch.device("meta"):
         model = TahoeX1ForPreTraining(TahoeX1Config(**vars(facts.shape)))
     assert facts.parameters == sum(parameter.numel() for parameter in model.parameters())
@@ -76,7 +66,7 @@ def test_parameters_are_those_of_the_shape(name: str) -> None:
 
 
 def test_demo_facts_are_those_of_the_checkpoint() -> None:
-    facts = render.load_facts(CARDS / "demo.yaml")
+    facts = load_facts(CARDS / "demo.yaml")
     config = json.loads((DEMO / "config.json").read_text(encoding="utf-8"))
     assert {key: config[key] for key in vars(facts.shape)} == vars(facts.shape)
     log = json.loads((DEMO / "training_log.json").read_text(encoding="utf-8"))
@@ -92,7 +82,7 @@ def test_work_per_cell_is_what_the_benchmark_counts(monkeypatch: pytest.MonkeyPa
     from tahoex1_hf.training.flops import embedding_flops
 
     for name in NAMES:
-        shape = render.load_facts(CARDS / f"{name}.yaml").shape
+        shape = load_facts(CARDS / f"{name}.yaml").shape
         assert shape.embedding_flops(1000) == embedding_flops(TahoeX1Config(**vars(shape)), np.array([1000]))
 
 
@@ -115,17 +105,17 @@ def test_work_per_cell_is_what_the_benchmark_counts(monkeypatch: pytest.MonkeyPa
 )
 def test_facts_are_strict(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        render.render_card(facts_with(tmp_path, **changes))
+        render_card(facts_with(tmp_path, **changes))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_card_is_complete(name: str) -> None:
-    text = render.render_card(CARDS / f"{name}.yaml")
+    text = render_card(CARDS / f"{name}.yaml")
     headings = re.findall(r"^## (.*)$", text, flags=re.MULTILINE)
     assert headings == SECTIONS
     assert not re.search(r"TODO|\{%|Undefined", text)
     assert not re.search(r"\n\n\n|[ \t]\n", text)
-    facts = render.load_facts(CARDS / f"{name}.yaml")
+    facts = load_facts(CARDS / f"{name}.yaml")
     assert f"{facts.parameters:,}" in text
     assert "Ensembl" in text
     assert "computed: 4 bytes per parameter" in text
@@ -137,7 +127,7 @@ def test_card_is_complete(name: str) -> None:
 def test_metadata_are_what_the_hub_knows(name: str) -> None:
     from transformers.pipelines import SUPPORTED_TASKS
 
-    data = render.check_card(render.render_card(CARDS / f"{name}.yaml")).data
+    data = check_card(render_card(CARDS / f"{name}.yaml")).data
     assert data.license == "apache-2.0"
     assert data.library_name == "transformers"
     assert data.pipeline_tag in SUPPORTED_TASKS
@@ -146,7 +136,7 @@ def test_metadata_are_what_the_hub_knows(name: str) -> None:
     assert data.base_model is None
     # A figure without a source that the Hub could show is in the text alone.
     assert data.eval_results is None
-    copy = render.check_card(render.render_card(CARDS / f"{name}.yaml", repo_id="someone/copy")).data
+    copy = check_card(render_card(CARDS / f"{name}.yaml", repo_id="someone/copy")).data
     assert copy.base_model == ("tahoebio/Tahoe-x1" if name in RELEASED else None)
 
 
@@ -160,25 +150,25 @@ def test_sourced_results_go_into_the_model_index(tmp_path: Path) -> None:
         "task_type": "feature-extraction",
         "dataset_id": "someone/cells",
     }
-    card = render.check_card(render.render_card(facts_with(tmp_path, results=[result])))
+    card = check_card(render_card(facts_with(tmp_path, results=[result])))
     (entry,) = card.data.to_dict()["model-index"][0]["results"]
     assert entry["source"] == {"url": "https://example.org/report", "name": "A report"}
     assert entry["metrics"] == [{"type": "f1", "value": 0.5}]
     assert "| Cell types | f1 | 0.5 | [A report](https://example.org/report) |" in card.text
     del result["url"]
     with pytest.raises(ValueError, match="needs url"):
-        render.render_card(facts_with(tmp_path, results=[result]))
+        render_card(facts_with(tmp_path, results=[result]))
 
 
 def test_command_writes_the_card_and_a_page(tmp_path: Path) -> None:
     pytest.importorskip("markdown_it")
-    app = render.typer.Typer()
-    app.command()(render.main)
+    app = typer.Typer()
+    app.command()(runpy.run_path(str(CARDS / "render.py"))["main"])
     output, page = tmp_path / "README.md", tmp_path / "card.html"
     arguments = [str(CARDS / "3b.yaml"), str(output), "--subfolder", "3b", "--repo-id", "me/mine", "--html", str(page)]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
-    assert output.read_text() == render.render_card(CARDS / "3b.yaml", repo_id="me/mine", subfolder="3b")
+    assert output.read_text() == render_card(CARDS / "3b.yaml", repo_id="me/mine", subfolder="3b")
     assert "<h1>Tahoe-x1 3B</h1>" in page.read_text()
     assert "<table>" in page.read_text()
     wrong = CliRunner().invoke(app, [str(facts_with(tmp_path, tags=None))])
@@ -187,7 +177,7 @@ def test_command_writes_the_card_and_a_page(tmp_path: Path) -> None:
 
 
 def test_demo_checkpoint_has_the_card_that_its_facts_make() -> None:
-    assert (DEMO / "README.md").read_text(encoding="utf-8") == render.render_card(CARDS / "demo.yaml"), (
+    assert (DEMO / "README.md").read_text(encoding="utf-8") == render_card(CARDS / "demo.yaml"), (
         "run `python model_cards/render.py model_cards/demo.yaml examples/demo_checkpoint/README.md`"
     )
 
@@ -205,7 +195,7 @@ def prepare(folder: Path, name: str, subfolder: str, variant: str | None) -> str
         cells.var_names = cells.var.pop("ensembl_id").astype(str)
         cells.obs["drug"] = ["Drug 1", "Drug 2"] * 25
     cells.write_h5ad(folder / "cells.h5ad")
-    blocks = python_blocks(render.render_card(CARDS / f"{name}.yaml", subfolder=subfolder))
+    blocks = python_blocks(render_card(CARDS / f"{name}.yaml", subfolder=subfolder))
     assert len([line for line in blocks[0].splitlines() if line]) <= 10
     code, count = re.subn(r'^model_id = ".*"$', f"model_id = {str(model_id)!r}", "\n".join(blocks), flags=re.MULTILINE)
     assert count == 1

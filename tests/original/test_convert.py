@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForPreTraining, AutoTokenizer
 
 from tahoex1_hf import TahoeX1Config, TahoeX1ForPreTraining, TahoeX1Model, TahoeX1Tokenizer
-from tahoex1_hf.original.convert import convert_original_folder, is_original_folder, read_original_folder
+from tahoex1_hf.original.convert import convert_original_folder, read_original_folder
+from tahoex1_hf.original.files import is_original_folder
 from tahoex1_hf.original.tensor_names import (
     convert_state_dict,
     name_rules,

@@ -1,25 +1,14 @@
 """The card of a pretraining run, and its way to the Hub."""
 
-import importlib.util
 import re
 import subprocess
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 from hub_server import Hub, serve
-from training_runs import ROOT, command, environment
+from training_runs import command, environment
 
-
-def renderer() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("model_card_render", ROOT / "model_cards" / "render.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+from tahoex1_hf.hub.cards.facts import load_facts
 
 
 @pytest.mark.slow
@@ -48,6 +37,6 @@ def test_a_run_is_pushed_with_its_card(training_dataset: Path, tmp_path: Path) -
     assert "3 steps; AdamW" in text
     assert "a constant per gene: its mean bin" in text
     assert "someone/mine" in text
-    facts = renderer().load_facts(run / "card.yaml")
+    facts = load_facts(run / "card.yaml")
     assert facts.shape.hidden_size == 32
     assert facts.recipe[0].cells_per_step == 8

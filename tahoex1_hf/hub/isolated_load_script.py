@@ -1,6 +1,7 @@
-"""What `hub_export` runs in a process without the package: load through every Auto class, write what comes out.
+"""Load an exported repository through every Auto class where the package is not, and write what comes out.
 
-Arguments: folder of the repository; folder with cells.json (by sub-folder), where the results go.
+`isolated_load` runs this text in a process of its own. Arguments: the folder of the repository, and a folder that
+holds cells.json (made-up cells by sub-folder) and receives the results.
 """
 
 import importlib
@@ -18,13 +19,13 @@ OUTPUTS = ("pooler_output", "expression_predictions", "cell_expression_predictio
 
 
 def check(good: bool, problem: object) -> None:
-    """Unlike assert, also under -O."""
+    """End the process with `problem` unless `good`; unlike assert, also under `python -O`."""
     if not good:
         raise SystemExit(str(problem))
 
 
 def hide_the_package() -> None:
-    """Installed or not, it cannot be imported from here on."""
+    """Make sure that the package cannot be imported from here on, whether it is installed or not."""
     check("tahoex1_hf" not in sys.modules, "the package is loaded already")
     sys.modules["tahoex1_hf"] = None  # type: ignore[assignment]
     try:
@@ -35,20 +36,20 @@ def hide_the_package() -> None:
 
 
 def is_remote(thing: object) -> bool:
-    """Whether the class of something comes from the repository."""
+    """Return whether the class of an object comes from the repository."""
     return type(thing).__module__.startswith("transformers_modules.")
 
 
-def load(repository: str, subfolder: str, cells: dict, work: Path) -> None:
-    """Write one file of tensors per Auto class."""
-    work.mkdir()
+def load(repository: str, subfolder: str, cells: dict, results_folder: Path) -> None:
+    """Load one size, and write one file of tensors per Auto class."""
+    results_folder.mkdir()
     where = {"subfolder": subfolder, "trust_remote_code": True}
     tokenizer = transformers.AutoTokenizer.from_pretrained(repository, **where)
     check(is_remote(tokenizer), f"AutoTokenizer gave {type(tokenizer)}")
     batch = tokenizer(
         [tuple(cell) for cell in cells["cells"]], drugs=cells["drugs"], padding=True, return_tensors="pt"
     )
-    save_file(dict(batch), work / "AutoTokenizer.safetensors")
+    save_file(dict(batch), results_folder / "AutoTokenizer.safetensors")
     config = transformers.AutoConfig.from_pretrained(repository, **where)
     check(is_remote(config), f"AutoConfig gave {type(config)}")
     for name in AUTO_CLASSES:
@@ -60,12 +61,12 @@ def load(repository: str, subfolder: str, cells: dict, work: Path) -> None:
         unexpected = report["unexpected_keys"] if name == "AutoModelForPreTraining" else ()
         check(not unexpected, f"{name} finds weights too many: {unexpected}")
         model.eval()
-        # A new classifier has random weights: what stands below it is compared.
+        # A new classifier has random weights, so the model below it is compared.
         model = model.base_model if name in CLASSIFIERS else model
         with torch.no_grad():
             outputs = model(**batch)
         results = {key: outputs[key].contiguous() for key in OUTPUTS if outputs.get(key) is not None}
-        save_file(results, work / f"{name}.safetensors")
+        save_file(results, results_folder / f"{name}.safetensors")
         del model
 
 

@@ -15,8 +15,8 @@ from huggingface_hub import constants
 from safetensors.torch import load_file
 
 from tahoex1_hf import TahoeX1ForPreTraining
+from tahoex1_hf.hub.sources import choose_size, convert_checkpoint
 from tahoex1_hf.original.convert import convert_original_folder
-from tahoex1_hf.original.sources import choose_size, convert_checkpoint
 
 PLAIN, WITH_DRUGS = GOLDEN / "a_70m_like" / "model", GOLDEN / "b_3b_like_chem" / "model"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

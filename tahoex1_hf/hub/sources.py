@@ -8,20 +8,19 @@ from typing import Any
 
 import torch
 
-from tahoex1_hf.hub.loading import SAME_SIZE, download_snapshot
-from tahoex1_hf.original.convert import (
+from tahoex1_hf.hub.download import SAME_SIZE, download_snapshot
+from tahoex1_hf.original.convert import MAX_SHARD_SIZE, convert_into
+from tahoex1_hf.original.files import (
     COLLATOR_CONFIG,
     DRUG_FINGERPRINTS,
     DRUG_TABLE,
-    MAX_SHARD_SIZE,
     MODEL_CONFIG,
     PICKLE,
     SAFETENSORS,
+    SHARDED_METADATA,
     VOCAB,
-    convert_into,
 )
 from tahoex1_hf.original.verify import Verification
-from tahoex1_hf.original.weights import SHARDED_METADATA
 from tahoex1_hf.original.writing import workspace
 
 logger = logging.getLogger(__name__)
