@@ -7,6 +7,7 @@ be checked offline.
 
 import html
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
@@ -136,7 +137,7 @@ def check_card(text: str) -> ModelCard:
         ValueError: naming what is wrong.
     """
     card = ModelCard(text)
-    data = card.data
+    data: Any = card.data  # a ModelCardData, which huggingface_hub types as its base class
     for name in ("license", "library_name", "pipeline_tag", "tags"):
         if not getattr(data, name):
             raise ValueError(f"The card's metadata lack {name}.")
