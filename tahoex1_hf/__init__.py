@@ -14,13 +14,13 @@ if TYPE_CHECKING:
     from tahoex1_hf.embedding.files import embed_files
     from tahoex1_hf.embedding.in_memory import embed_anndata
     from tahoex1_hf.finetuning.adapters import load_adapter
+    from tahoex1_hf.hub.sources import convert_checkpoint
     from tahoex1_hf.modeling_tahoe_x1 import (
         TahoeX1ForPreTraining,
         TahoeX1ForSequenceClassification,
         TahoeX1ForTokenClassification,
         TahoeX1Model,
     )
-    from tahoex1_hf.original.sources import convert_checkpoint
     from tahoex1_hf.perturbation.run import perturb_genes
     from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
 
@@ -48,7 +48,7 @@ _MODULES = {
     "TahoeX1ForTokenClassification": "modeling_tahoe_x1",
     "TahoeX1Model": "modeling_tahoe_x1",
     "TahoeX1Tokenizer": "tokenization_tahoe_x1",
-    "convert_checkpoint": "original.sources",
+    "convert_checkpoint": "hub.sources",
     "embed_anndata": "embedding.in_memory",
     "embed_files": "embedding.files",
     "load_adapter": "finetuning.adapters",
