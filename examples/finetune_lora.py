@@ -4,7 +4,7 @@
         data=FILE.h5ad label=COLUMN model=PATH output_dir=DIR
 
 Any key of the recipe can be given as `key=value` behind it. The same command on the same `output_dir` goes on where
-the run was; in the end `tahoex1_hf.finetuning.adapters.load_adapter(output_dir)` loads what was learnt.
+the run was; in the end `tahoex1_hf.load_adapter(output_dir)` loads what was learnt.
 """
 
 import logging

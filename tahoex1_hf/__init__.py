@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from tahoex1_hf.configuration_tahoe_x1 import TahoeX1Config
     from tahoex1_hf.embedding.files import embed_files
     from tahoex1_hf.embedding.in_memory import embed_anndata
-    from tahoex1_hf.finetuning.adapters import load_adapter
+    from tahoex1_hf.hub.adapters import load_adapter
     from tahoex1_hf.hub.sources import convert_checkpoint
     from tahoex1_hf.modeling_tahoe_x1 import (
         TahoeX1ForPreTraining,
@@ -51,7 +51,7 @@ _MODULES = {
     "convert_checkpoint": "hub.sources",
     "embed_anndata": "embedding.in_memory",
     "embed_files": "embedding.files",
-    "load_adapter": "finetuning.adapters",
+    "load_adapter": "hub.adapters",
     "perturb_genes": "perturbation.run",
 }
 

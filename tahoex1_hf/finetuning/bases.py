@@ -1,8 +1,6 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
 """The model that fine-tuning starts from, and its tokenizer."""
 
-import hashlib
-import json
 import os
 from pathlib import Path
 from typing import Any, TypeVar
@@ -78,9 +76,3 @@ def load_base(config: FinetuneConfig, model_class: type[Model], **options: Any) 
 def base_name(config: FinetuneConfig) -> str:
     """How an adapter names its base: the id on the Hub, or the absolute path of a folder."""
     return str(Path(config.model).resolve()) if Path(config.model).exists() else config.model
-
-
-def vocabulary_digest(tokenizer: TahoeX1Tokenizer) -> str:
-    """Tells vocabularies apart: sha256 of tokens and ids."""
-    table = json.dumps(sorted(tokenizer.get_vocab().items()))
-    return hashlib.sha256(table.encode()).hexdigest()

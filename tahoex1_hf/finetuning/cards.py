@@ -40,7 +40,7 @@ table = predict_gene_classes("FOLDER OR HUB ID OF THIS ADAPTER", adata)
 ```
 
 `table` has a row for every gene that some cell of `adata` (raw counts) expresses: its class is that of the mean of its
-logits over these cells. `load_adapter(FOLDER)` of `tahoex1_hf.finetuning.adapters` gives the model, a
+logits over these cells. `load_adapter(FOLDER)` of `tahoex1_hf` gives the model, a
 `TahoeX1ForTokenClassification`, and the tokenizer."""
 
 _CELL_USAGE = """## Use
@@ -50,7 +50,7 @@ tahoex1 predict IN.h5ad OUT.h5ad --adapter "FOLDER OR HUB ID OF THIS ADAPTER"
 ```
 
 ```python
-from tahoex1_hf.finetuning.adapters import load_adapter
+from tahoex1_hf import load_adapter
 
 model, tokenizer = load_adapter("FOLDER OR HUB ID OF THIS ADAPTER")
 logits = model(**tokenizer(adata, padding=True, return_tensors="pt")).logits
@@ -59,7 +59,7 @@ _EMBEDDING_USAGE = """## Use
 
 ```python
 from tahoex1_hf import embed_anndata
-from tahoex1_hf.finetuning.adapters import load_adapter
+from tahoex1_hf import load_adapter
 
 model, tokenizer = load_adapter("FOLDER OR HUB ID OF THIS ADAPTER")
 merged = model.merge_and_unload()

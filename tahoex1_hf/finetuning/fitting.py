@@ -15,7 +15,6 @@ from accelerate import PartialState
 from transformers import set_seed
 
 from tahoex1_hf.common.files import write_json
-from tahoex1_hf.finetuning.adapters import is_peft
 from tahoex1_hf.finetuning.batches import TrainingBatches
 from tahoex1_hf.finetuning.config import FinetuneConfig
 from tahoex1_hf.finetuning.methods import adapt, set_dropout, trainable_parameters
@@ -29,6 +28,7 @@ from tahoex1_hf.finetuning.runs import (
 )
 from tahoex1_hf.finetuning.splits import Split
 from tahoex1_hf.finetuning.trainer import FinetuneTrainer
+from tahoex1_hf.hub.adapters import is_peft
 from tahoex1_hf.runs.memory import peak_memory_gb
 from tahoex1_hf.runs.preemption import PREEMPTED, Preempted
 from tahoex1_hf.runs.status import write_status

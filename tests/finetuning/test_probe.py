@@ -12,13 +12,13 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import log_loss
 
 from tahoex1_hf.finetuning import probe
-from tahoex1_hf.finetuning.adapters import load_adapter
 from tahoex1_hf.finetuning.bases import load_tokenizer
 from tahoex1_hf.finetuning.cells.labelled import read_cells
 from tahoex1_hf.finetuning.finetune import finetune
 from tahoex1_hf.finetuning.probe import fit_probe, some_of_each
 from tahoex1_hf.finetuning.splits import Split
 from tahoex1_hf.finetuning.trainer import FinetuneTrainer
+from tahoex1_hf.hub.adapters import load_adapter
 
 TRAIN, VALIDATION, TEST = np.arange(150), np.arange(150, 200), np.arange(200, 260)
 SPLIT = Split(TRAIN, VALIDATION, TEST)

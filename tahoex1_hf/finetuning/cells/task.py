@@ -16,7 +16,7 @@ import torch
 from accelerate import PartialState
 
 from tahoex1_hf.common.files import write_json
-from tahoex1_hf.finetuning.adapters import add_results, is_peft, save_adapter
+from tahoex1_hf.finetuning.adapters import add_results, save_adapter
 from tahoex1_hf.finetuning.bases import base_name, load_base, load_tokenizer
 from tahoex1_hf.finetuning.cells.labelled import read_cells
 from tahoex1_hf.finetuning.cells.masked_expression import constant_errors, model_errors, write_masked_report
@@ -30,6 +30,7 @@ from tahoex1_hf.finetuning.runs import (
     has_begun,
 )
 from tahoex1_hf.finetuning.splits import Split, check_duplicates, given_split, make_splits, train_and_validation
+from tahoex1_hf.hub.adapters import is_peft
 from tahoex1_hf.inference.encoder import CellEncoder, DtypeName
 from tahoex1_hf.modeling_tahoe_x1 import TahoeX1ForPreTraining, TahoeX1ForSequenceClassification
 from tahoex1_hf.runs.checkpoints import last_whole

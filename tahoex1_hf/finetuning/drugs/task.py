@@ -34,19 +34,21 @@ from accelerate import PartialState
 
 from tahoex1_hf.configuration_tahoe_x1 import TahoeX1Config
 from tahoex1_hf.encoding_tahoe_x1 import EncodedCells, matrix_rows, merge_repeats, mix64
-from tahoex1_hf.finetuning.adapters import find_adapter, is_peft, load_adapter, read_record, save_adapter
+from tahoex1_hf.finetuning.adapters import save_adapter
 from tahoex1_hf.finetuning.bases import base_name, load_base, load_tokenizer
 from tahoex1_hf.finetuning.cells.labelled import LabelledCells, read_cells
 from tahoex1_hf.finetuning.config import FinetuneConfig
 from tahoex1_hf.finetuning.drugs.report import write_drug_report
 from tahoex1_hf.finetuning.drugs.screen import Screen, read_screen
-from tahoex1_hf.finetuning.drugs.table import add_drugs, new_fingerprints, save_added, teach_tokenizer
+from tahoex1_hf.finetuning.drugs.table import new_fingerprints, teach_tokenizer
 from tahoex1_hf.finetuning.fitting import drop_checkpoints, fit, read_result, run_task, write_result
 from tahoex1_hf.finetuning.objectives import HELD_OUT, Objective
 from tahoex1_hf.finetuning.runs import computes_in
 from tahoex1_hf.finetuning.sampling import content_numbers
 from tahoex1_hf.finetuning.splits import Split, make_splits, train_and_validation
 from tahoex1_hf.finetuning.trainer import FinetuneTrainer
+from tahoex1_hf.hub.adapters import find_adapter, is_peft, load_adapter, read_record
+from tahoex1_hf.hub.added_drugs import add_drugs, save_added_drugs
 from tahoex1_hf.hub.loading import find_model
 from tahoex1_hf.inference.encoder import CellEncoder, DtypeName
 from tahoex1_hf.modeling_tahoe_x1 import TahoeX1ForPreTraining
@@ -252,7 +254,7 @@ class DrugRun:
             if keep:
                 save_adapter(model, self.tokenizer, self.folder, self.record(facts))
                 if self.added is not None and is_peft(model):
-                    save_added(self.folder, self.added, self.num_known)
+                    save_added_drugs(self.folder, self.added, self.num_known)
             write_result(folder, split, facts, changes=changes)
             drop_checkpoints(folder)
         self.processes.wait_for_everyone()

@@ -24,7 +24,7 @@ from accelerate import PartialState
 from torch.nn.functional import cross_entropy
 
 from tahoex1_hf.encoding_tahoe_x1 import GeneRows, matrix_rows, merge_repeats, mix64
-from tahoex1_hf.finetuning.adapters import find_adapter, is_peft, load_adapter, read_record, save_adapter
+from tahoex1_hf.finetuning.adapters import save_adapter
 from tahoex1_hf.finetuning.bases import base_name, load_base, load_tokenizer
 from tahoex1_hf.finetuning.cells.labelled import LabelledCells, read_cells
 from tahoex1_hf.finetuning.cells.long_cells import encode_in_parts
@@ -39,6 +39,7 @@ from tahoex1_hf.finetuning.probe import fit_probe, set_head
 from tahoex1_hf.finetuning.runs import computes_in
 from tahoex1_hf.finetuning.sampling import content_numbers
 from tahoex1_hf.finetuning.splits import Split, given_split, make_splits, train_and_validation
+from tahoex1_hf.hub.adapters import find_adapter, is_peft, load_adapter, read_record
 from tahoex1_hf.inference.encoder import CellEncoder, DtypeName, GeneMeans
 from tahoex1_hf.modeling_tahoe_x1 import TahoeX1ForTokenClassification
 from tahoex1_hf.runs.checkpoints import last_whole

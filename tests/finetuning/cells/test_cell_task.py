@@ -30,7 +30,6 @@ from safetensors.torch import load_file
 from scipy.sparse import csc_matrix
 
 from tahoex1_hf import TahoeX1ForPreTraining, TahoeX1ForSequenceClassification, embed_anndata
-from tahoex1_hf.finetuning.adapters import load_adapter, read_record
 from tahoex1_hf.finetuning.bases import load_base, load_tokenizer
 from tahoex1_hf.finetuning.batches import TrainingBatches, epoch_order
 from tahoex1_hf.finetuning.cells.labelled import read_cells
@@ -48,6 +47,7 @@ from tahoex1_hf.finetuning.methods import (
 from tahoex1_hf.finetuning.objectives import HELD_OUT, Objective, class_weights
 from tahoex1_hf.finetuning.splits import Split
 from tahoex1_hf.finetuning.trainer import FinetuneTrainer
+from tahoex1_hf.hub.adapters import load_adapter, read_record
 
 METHODS = ["lora", "dora", "rslora", "full", "head_only", "linear_probe"]
 

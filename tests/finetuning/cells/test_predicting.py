@@ -20,10 +20,10 @@ from typer.testing import CliRunner, Result
 from tahoex1_hf import TahoeX1Config, TahoeX1ForSequenceClassification, TahoeX1Tokenizer
 from tahoex1_hf.cli.app import app
 from tahoex1_hf.encoding_tahoe_x1 import GeneRows
-from tahoex1_hf.finetuning.adapters import load_adapter
 from tahoex1_hf.finetuning.cells.predicting import load_predictor, predict_file
 from tahoex1_hf.finetuning.finetune import finetune
 from tahoex1_hf.finetuning.sampling import content_numbers
+from tahoex1_hf.hub.adapters import load_adapter
 
 COLUMN = "tahoex1_kind"
 

@@ -28,7 +28,6 @@ from scipy.sparse import csr_matrix
 from two_processes import in_processes, killed_run_goes_on
 
 from tahoex1_hf import TahoeX1ForPreTraining
-from tahoex1_hf.finetuning.adapters import load_adapter, read_record
 from tahoex1_hf.finetuning.config import FinetuneConfig, read_finetune_config
 from tahoex1_hf.finetuning.drugs import screen as drug_screen
 from tahoex1_hf.finetuning.drugs.metrics import (
@@ -40,11 +39,12 @@ from tahoex1_hf.finetuning.drugs.metrics import (
     pearson_rows,
     score,
 )
-from tahoex1_hf.finetuning.drugs.table import ADDED, add_drugs, add_saved
 from tahoex1_hf.finetuning.drugs.task import DrugObjective, DrugRun, inner_model, predict_drug_response
 from tahoex1_hf.finetuning.finetune import finetune
 from tahoex1_hf.finetuning.objectives import HELD_OUT
 from tahoex1_hf.finetuning.splits import Split
+from tahoex1_hf.hub.adapters import load_adapter, read_record
+from tahoex1_hf.hub.added_drugs import ADDED, add_drugs, add_saved_drugs
 
 
 @pytest.fixture(scope="module")
@@ -351,12 +351,12 @@ def test_a_planted_effect_is_learnt_for_drugs_that_the_base_never_saw(place: Pat
     assert {name.split(".")[-2] for name in weights if "lora" not in name} == {"gene_query", "cell_proj"}
     # A base that has the drugs is left as it is; one that has others in their place is refused.
     base = run.base()
-    add_saved(tmp_path / "run", base)
+    add_saved_drugs(tmp_path / "run", base)
     assert base.config.num_drugs == run.base().config.num_drugs
     other = TahoeX1ForPreTraining.from_pretrained(place / "base")
     add_drugs(other, np.ones((len(NEW), 16), dtype=np.float32))
     with pytest.raises(ValueError, match="others there"):
-        add_saved(tmp_path / "run", other)
+        add_saved_drugs(tmp_path / "run", other)
 
 
 @pytest.mark.parametrize("method", ["lora", "full", "head_only"])

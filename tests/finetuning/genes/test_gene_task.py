@@ -19,7 +19,6 @@ from scipy.sparse import csr_matrix
 from two_processes import in_processes, killed_run_goes_on
 
 from tahoex1_hf import TahoeX1ForPreTraining, TahoeX1Tokenizer
-from tahoex1_hf.finetuning.adapters import load_adapter, read_record
 from tahoex1_hf.finetuning.cells.long_cells import encode_in_parts
 from tahoex1_hf.finetuning.config import FinetuneConfig
 from tahoex1_hf.finetuning.finetune import finetune
@@ -35,6 +34,7 @@ from tahoex1_hf.finetuning.genes.task import (
 )
 from tahoex1_hf.finetuning.objectives import HELD_OUT
 from tahoex1_hf.finetuning.splits import Split
+from tahoex1_hf.hub.adapters import load_adapter, read_record
 
 HIGH = np.arange(len(GENES)) % 3 == 0  # genes that are strongly expressed where they are: what is to be learnt
 UNEXPRESSED = [7, 30]  # HIGH is true of the second
