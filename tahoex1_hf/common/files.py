@@ -1,17 +1,106 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""Files that are there whole or not at all."""
+"""Files and folders that appear whole or not at all, also when the process or the machine is stopped."""
 
 import json
 import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file that is there whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+class WholeFile:
+    """A file that is written beside its place and moved there by `finish`, in place of what was there.
+
+    As a context manager, it gives the path to write to, finishes when the block ends, and discards on an error:
+
+        with WholeFile("table.csv") as partial:
+            table.to_csv(partial)
+
+    Several processes may write the same file: each has a partial file of its own, and the last one to finish stays.
+
+    Args:
+        path: place of the file; its folder must exist.
+
+    Attributes:
+        path: place of the file.
+        partial: path to write to, a hidden file in the same folder.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.partial = partial_path(self.path)
+
+    def finish(self) -> None:
+        """Move the file, which must be closed, into place, and wait until the disk has it."""
+        sync(self.partial)
+        os.replace(self.partial, self.path)
+        sync(self.path.parent)
+
+    def discard(self) -> None:
+        """Remove the partial file, if there is one; what is at the file's place stays."""
+        self.partial.unlink(missing_ok=True)
+
+    def __enter__(self) -> Path:
+        return self.partial
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        try:
+            if kind is None:
+                self.finish()
+        finally:
+            self.discard()  # nothing is there after a move
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Give a new folder beside `path` to write to, and move it there when the block ends without an error.
+
+    Args:
+        path: place of the folder, where nothing may be at the end, or an empty folder.
+
+    Raises:
+        OSError: at the end, for a place that is taken.
+    """
+    partial = partial_path(path)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        for folder, _, names in os.walk(partial):
+            for name in names:
+                sync(Path(folder, name))
+            sync(Path(folder))
+        partial.rename(path)
+        sync(path.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def partial_path(path: Path) -> Path:
+    """Return a path beside `path` that no other process and no earlier run uses."""
+    return path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.partial")
+
+
+def sync(path: Path) -> None:
+    """Wait until the disk has a file's content, or a folder's entries."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        # Some network file systems, and Windows, cannot sync a folder: there is nothing to wait for then.
+        with suppress(OSError) if path.is_dir() else nullcontext():
+            os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_json(path: Path, content: Any, **style: Any) -> None:
+    """Write a JSON file that is there whole or not at all.
+
+    Args:
+        path: place of the file.
+        content: value to write.
+        **style: arguments of `json.dumps`; by default `indent=1`.
+    """
+    with WholeFile(path) as partial:
+        partial.write_text(json.dumps(content, **{"indent": 1, **style}), encoding="utf-8")

@@ -13,13 +13,14 @@ import numpy as np
 
 from tahoex1_hf.encoding_tahoe_x1 import mix64
 
-# Positions after which the proportions of a weighted mixture are met exactly.
-_MIX_BLOCK = 8192
+# Every block of this many positions of a weighted mixture has each dataset in its exact proportion.
+MIX_BLOCK = 8192
+# Each purpose draws from a stream of its own.
 _SHARDS, _WINDOW, _MIX, _CELL = (np.uint64(stage) for stage in range(1, 5))
 
 
 def _stream(*numbers: int | np.integer) -> np.ndarray:
-    """A uint64 that depends on all the numbers and their order."""
+    """Return a uint64 that depends on all the numbers and their order."""
     state = np.zeros(1, dtype=np.uint64)
     for number in numbers:
         state = mix64(state + np.uint64(number))
@@ -31,14 +32,20 @@ def _permutation(stream: np.ndarray, size: int) -> np.ndarray:
 
 
 class Cells(NamedTuple):
-    """Cells of one dataset, `(cells,)` each: which shard, which row of it, and where its random numbers start."""
+    """Cells of one dataset.
+
+    Attributes:
+        shards: `(cells,)` shard of each cell.
+        rows: `(cells,)` row of each cell in its shard.
+        streams: `(cells,)` uint64, where the random numbers of each cell start.
+    """
 
     shards: np.ndarray
     rows: np.ndarray
     streams: np.ndarray
 
     def select(self, places: "slice | np.ndarray") -> "Cells":
-        """Some of them."""
+        """Return some of the cells."""
         return Cells(self.shards[places], self.rows[places], self.streams[places])
 
 
@@ -50,12 +57,12 @@ def _joined(parts: Sequence[Cells]) -> Cells:
 
 
 class CellOrder:
-    """The order of one dataset: in each epoch shards are permuted, and cells within windows of the result.
+    """The order of one dataset: in each epoch, shards are permuted, then cells within windows of the result.
 
     Args:
-        shard_sizes: cells of each shard.
-        seed: of the order.
-        window: cells that are shuffled together; a batch's cells lie this far apart at most.
+        shard_sizes: number of cells of each shard.
+        seed: seed of the order.
+        window: number of cells that are shuffled together; the cells of a batch lie at most this far apart.
         shuffle: False reads the shards in their order.
     """
 
@@ -66,16 +73,19 @@ class CellOrder:
         self.num_cells = int(self.sizes.sum())
         self.first_cells = np.cumsum(self.sizes) - self.sizes
         self.seed, self.window, self.shuffle = seed, window, shuffle
-        # A few windows are in use at a time: this batch's, and those of batches that are made ahead.
+        # A few windows are in use at a time: that of the current batch, and those of batches that are made ahead.
         self._shard_order = lru_cache(maxsize=4)(self._make_shard_order)
         self._cells_of = lru_cache(maxsize=8)(self._window_cells)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Caches stay behind when a data loader's worker process gets a copy."""
+        """Pickle the settings without the caches, for the worker processes of a data loader."""
         return CellOrder, (self.sizes.tolist(), self.seed, self.window, self.shuffle)
 
     def cells(self, epoch: int, start: int, stop: int) -> Cells:
-        """Cells at positions `start` to `stop` of an epoch. Their streams depend on seed, epoch and cell alone."""
+        """Return the cells at positions `start` to `stop` of an epoch.
+
+        The streams of random numbers depend on seed, epoch and cell alone.
+        """
         windows = range(start // self.window, -(-stop // self.window))
         first = windows.start * self.window
         return _joined([self._cells_of(epoch, window) for window in windows]).select(
@@ -83,7 +93,7 @@ class CellOrder:
         )
 
     def shards_near(self, epoch: int, position: int, cells: int) -> list[int]:
-        """Shards that hold the cells from a position on, for so many cells, in the order in which they are needed."""
+        """Return the shards that hold the next `cells` cells from a position on, in the order of their use."""
         if not self.num_cells:
             return []
         shards, starts = self._shard_order(epoch)
@@ -93,14 +103,14 @@ class CellOrder:
         return [int(shard) for shard in shards[low : high + 1]]
 
     def _make_shard_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Shards in the order of an epoch, and the position of the first cell of each."""
-        shards = np.flatnonzero(self.sizes)  # an empty shard has no place in it
+        """Return the shards in the order of an epoch, and the position of the first cell of each."""
+        shards = np.flatnonzero(self.sizes)  # an empty shard has no position in the order
         if self.shuffle:
             shards = shards[_permutation(_stream(self.seed, _SHARDS, epoch), len(shards))]
         return shards, np.cumsum(self.sizes[shards]) - self.sizes[shards]
 
     def _window_cells(self, epoch: int, window: int) -> Cells:
-        """All cells of a window, in their order."""
+        """Return all cells of a window, in their order."""
         shards, starts = self._shard_order(epoch)
         first = window * self.window
         size = min(self.window, self.num_cells - first)
@@ -114,16 +124,16 @@ class CellOrder:
 
 
 class MixedOrder:
-    """Several datasets by weight: which dataset comes at a position, and which of its cells.
+    """A mixture of datasets by weight: which dataset, and which of its cells, comes at a position.
 
-    In every block of 8,192 positions each dataset has its share exactly. Datasets start over, in another order, when
-    they are through, each at its own time.
+    In every block of 8,192 positions each dataset has its exact share. A dataset whose cells have all been seen starts
+    over in another order, independently of the others.
 
     Args:
-        orders: of the datasets.
-        weights: share of each, in any unit.
-        num_cells: positions of an epoch of the mixture.
-        seed: of the mixture.
+        orders: order of each dataset.
+        weights: share of each dataset, in any unit.
+        num_cells: number of positions in an epoch of the mixture.
+        seed: seed of the mixture.
     """
 
     def __init__(self, orders: Sequence[CellOrder], weights: Sequence[float], num_cells: int, seed: int) -> None:
@@ -131,46 +141,46 @@ class MixedOrder:
             raise ValueError(
                 f"weights={list(weights)}: pass a positive number for each of the {len(orders)} datasets."
             )
-        shares = np.asarray(weights, dtype=np.float64) / sum(weights) * _MIX_BLOCK
+        shares = np.asarray(weights, dtype=np.float64) / sum(weights) * MIX_BLOCK
         self.quotas = np.floor(shares).astype(np.int64)
-        for dataset in np.argsort(self.quotas - shares, kind="stable")[: _MIX_BLOCK - int(self.quotas.sum())]:
+        for dataset in np.argsort(self.quotas - shares, kind="stable")[: MIX_BLOCK - int(self.quotas.sum())]:
             self.quotas[dataset] += 1  # the largest remainders
         if (self.quotas == 0).any():
-            raise ValueError(f"weights={list(weights)}: a share below 1 in {_MIX_BLOCK} cannot be mixed.")
+            raise ValueError(f"weights={list(weights)}: a share below 1 in {MIX_BLOCK} cannot be mixed.")
         self.orders, self.num_cells, self.seed = list(orders), num_cells, seed
         self.weights = list(weights)
         self._block = lru_cache(maxsize=8)(self._make_block)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """The same."""
+        """Pickle the settings without the caches, for the worker processes of a data loader."""
         return MixedOrder, (self.orders, self.weights, self.num_cells, self.seed)
 
     def cells(self, epoch: int, start: int, stop: int) -> list[tuple[np.ndarray, Cells]]:
-        """Cells at positions `start` to `stop` of an epoch: per dataset, their rows among these and the cells."""
+        """Return, for each dataset, its cells at positions `start` to `stop` of an epoch, after their row numbers."""
         first, last = epoch * self.num_cells + start, epoch * self.num_cells + stop
-        blocks = range(first // _MIX_BLOCK, -(-last // _MIX_BLOCK))
+        blocks = range(first // MIX_BLOCK, -(-last // MIX_BLOCK))
         parts = [self._block(block) for block in blocks]
-        offset = blocks.start * _MIX_BLOCK
+        offset = blocks.start * MIX_BLOCK
         datasets = np.concatenate([part[0] for part in parts])[first - offset : last - offset]
         places = np.concatenate([part[1] for part in parts])[first - offset : last - offset]
         result = []
         for number, order in enumerate(self.orders):
             rows = np.flatnonzero(datasets == number)
-            result.append((rows, _endless(order, places[rows])))
+            result.append((rows, _cells_across_epochs(order, places[rows])))
         return result
 
     def _make_block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
-        """The dataset of each position of a block, and the position in the dataset's own endless row of epochs."""
+        """Return the dataset of each position of a block, and the position in the dataset's own sequence of epochs."""
         datasets = np.repeat(np.arange(len(self.quotas)), self.quotas)
-        datasets = datasets[_permutation(_stream(self.seed, _MIX, block), _MIX_BLOCK)]
-        places = np.empty(_MIX_BLOCK, dtype=np.int64)
+        datasets = datasets[_permutation(_stream(self.seed, _MIX, block), MIX_BLOCK)]
+        places = np.empty(MIX_BLOCK, dtype=np.int64)
         for number, quota in enumerate(self.quotas):
             places[datasets == number] = block * quota + np.arange(quota)
         return datasets, places
 
 
-def _endless(order: CellOrder, places: np.ndarray) -> Cells:
-    """Cells at rising positions of a row of epochs."""
+def _cells_across_epochs(order: CellOrder, places: np.ndarray) -> Cells:
+    """Return the cells at increasing positions in a sequence of epochs."""
     epochs, within = places // order.num_cells, places % order.num_cells
     parts = []
     for epoch in np.unique(epochs):

@@ -7,8 +7,6 @@ numbers depend on its cells alone, so the result is the same, bit for bit, on th
 run was stopped and whatever the number of processes.
 """
 
-import hashlib
-import json
 import logging
 import tempfile
 import time
@@ -27,11 +25,13 @@ from tqdm.auto import tqdm
 from tahoex1_hf.cells import inputs as cell_inputs
 from tahoex1_hf.cells.files import StoredInput, open_inputs
 from tahoex1_hf.cells.inputs import CellInput, EncodeOptions
+from tahoex1_hf.common.digests import json_digest, tokenizer_digest, weights_digest
 from tahoex1_hf.common.processes import Processes
-from tahoex1_hf.embedding.in_memory import embed_chunks, provenance, with_context
 from tahoex1_hf.embedding.shards import Shard, ShardFolder
 from tahoex1_hf.embedding.writers import EmbeddingWriter, check_output, open_writer
+from tahoex1_hf.inference.chunks import embed_chunks, with_context
 from tahoex1_hf.inference.encoder import CellEncoder, DtypeName, GeneMeans
+from tahoex1_hf.inference.provenance import provenance
 from tahoex1_hf.modeling_tahoe_x1 import TahoeX1PreTrainedModel
 from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
 
@@ -40,19 +40,6 @@ logger = logging.getLogger(__name__)
 # A shard is written when so many seconds have passed since the last, or so many numbers have come together (32 MB).
 _SHARD_SECONDS = 30.0
 _SHARD_NUMBERS = 2**23
-
-# Of the tokenizer: what decides the encoding of a cell.
-_ENCODING_SETTINGS = (
-    "value_encoding",
-    "num_bins",
-    "right_binning",
-    "target_sum",
-    "context_length",
-    "overflow",
-    "pad_value",
-    "drug_to_id",
-    "first_gene_raw",
-)
 
 
 class Plan:
@@ -334,31 +321,6 @@ def _identity(run: _Run, model: TahoeX1PreTrainedModel, more: dict[str, Any]) ->
         "names": run.names,
         **more,
     }
-
-
-def json_digest(value: Any) -> str:
-    """SHA-256 of a value as JSON."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def tokenizer_digest(tokenizer: TahoeX1Tokenizer) -> str:
-    """SHA-256 of all that decides how a tokenizer encodes cells."""
-    settings = {name: getattr(tokenizer, name) for name in _ENCODING_SETTINGS}
-    special = [str(tokenizer.cls_token), str(tokenizer.pad_token)]
-    return json_digest([settings, special, sorted(tokenizer.get_vocab().items())])
-
-
-def weights_digest(model: torch.nn.Module) -> str:
-    """SHA-256 of names, shapes and a thousand numbers of every tensor of a model: it tells trainings apart.
-
-    Reading all numbers of a large model would take longer than to begin.
-    """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        flat = tensor.detach().flatten()
-        some = flat[:: max(1, len(flat) // 1024)].double().cpu().numpy()
-        digest.update(f"{name} {tuple(tensor.shape)}".encode() + some.tobytes())
-    return digest.hexdigest()
 
 
 class _Lock:

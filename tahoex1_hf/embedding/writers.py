@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from tahoex1_hf.embedding.in_memory import provenance_key
+from tahoex1_hf.inference.provenance import provenance_key
 
 logger = logging.getLogger(__name__)
 

@@ -2,12 +2,13 @@
 """Training batches by step: which cells a step sees follows from seed and number, so that nothing is saved for it."""
 
 import hashlib
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
+
+from tahoex1_hf.common.prefetch import prefetch_calls
 
 # Batches whose cells are sorted by length together: similar lengths leave little padding, and the order stays random.
 _WINDOW = 50
@@ -88,15 +89,9 @@ class TrainingBatches:
         return {"rows": hashlib.sha256(rows.tobytes()).hexdigest(), "seed": self.seed}
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        # The next batches are made in a thread while the model works on this one; none depends on when it is made.
-        with ThreadPoolExecutor(1, thread_name_prefix="training-batches") as pool:
-            coming: deque[Future[dict[str, Any]]] = deque()
-            for rows, epoch in self._plan():
-                coming.append(pool.submit(self.make_batch, rows, epoch))
-                if len(coming) > _AHEAD:
-                    yield coming.popleft().result()
-            while coming:
-                yield coming.popleft().result()
+        # The next batches are made while the model works on this one; no batch depends on when it is made.
+        calls = (partial(self.make_batch, rows, epoch) for rows, epoch in self._plan())
+        yield from prefetch_calls(calls, _AHEAD, name="training-batches")
 
     def _plan(self) -> Iterator[tuple[np.ndarray, int]]:
         """Rows and epoch of every batch."""

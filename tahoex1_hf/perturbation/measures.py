@@ -6,18 +6,15 @@ kept, and, where expression is predicted, a number per gene that it expresses.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
+from tahoex1_hf.common.prefetch import prefetch
 from tahoex1_hf.encoding_tahoe_x1 import EncodedCells
 from tahoex1_hf.inference.encoder import CellEncoder, length_sorted_batches
 from tahoex1_hf.perturbation.cells import CellRows, Change, Pairs, gene_places, halves
-
-Item = TypeVar("Item")
 
 # Genes of perturbed cells that are encoded at a time: tens of megabytes with all that is computed on the way.
 PIECE_TOKENS = 2**19
@@ -148,16 +145,6 @@ def unit(vectors: np.ndarray) -> np.ndarray:
     return wide / np.maximum(np.linalg.norm(wide, axis=-1, keepdims=True), 1e-12)
 
 
-def ahead(items: Iterator[Item]) -> Iterator[Item]:
-    """The same items; the next one is made in a thread while this one is used."""
-    with ThreadPoolExecutor(1, thread_name_prefix="encode-cells") as pool:
-        end: Any = object()
-        coming = pool.submit(next, items, end)
-        while (item := coming.result()) is not end:
-            coming = pool.submit(next, items, end)
-            yield item
-
-
 @dataclass
 class Piece:
     """Pairs that are run together."""
@@ -208,7 +195,7 @@ class BlockMeasures:
         Yields:
             Now and then, the number of perturbed cells since the last time.
         """
-        for piece in ahead(self._pieces(read, chunks)):
+        for piece in prefetch(self._pieces(read, chunks)):
             if isinstance(piece, Unperturbed):
                 self.num_cells += len(piece.numbers)
             else:

@@ -13,13 +13,15 @@ import torch
 from tqdm.auto import tqdm
 
 from tahoex1_hf.cells.inputs import EncodeOptions
-from tahoex1_hf.embedding.in_memory import with_context
+from tahoex1_hf.common.digests import json_digest, tokenizer_digest, weights_digest
+from tahoex1_hf.common.prefetch import prefetch
 from tahoex1_hf.encoding_tahoe_x1 import mix64
+from tahoex1_hf.inference.chunks import with_context
 from tahoex1_hf.inference.encoder import CellEncoder, DtypeName
 from tahoex1_hf.modeling_tahoe_x1 import TahoeX1ForPreTraining, TahoeX1PreTrainedModel
 from tahoex1_hf.perturbation.cells import CellSource, Change, PerturbationMode
 from tahoex1_hf.perturbation.journal import Journal
-from tahoex1_hf.perturbation.measures import BlockMeasures, Forward, Unperturbed, ahead, unit, unperturbed
+from tahoex1_hf.perturbation.measures import BlockMeasures, Forward, Unperturbed, unit, unperturbed
 from tahoex1_hf.perturbation.plan import (
     Controls,
     GeneNames,
@@ -207,7 +209,7 @@ def load_for_perturbation(
     from tahoex1_hf.hub.loading import find_model, load_model_and_tokenizer
 
     if (Path(model) / "adapter_config.json").is_file():
-        from tahoex1_hf.finetuning.adapters import load_adapter
+        from tahoex1_hf.hub.adapters import load_adapter
 
         adapted, tokenizer = load_adapter(model)
         return adapted, tokenizer
@@ -323,8 +325,6 @@ class _Run:
 
     def identity(self, model: torch.nn.Module, toward: np.ndarray | None) -> dict[str, Any]:
         """All that decides the result, apart from the kind of device."""
-        from tahoex1_hf.embedding.files import json_digest, tokenizer_digest, weights_digest
-
         options = self.source.options
         numbers = [each.tolist() for each in self.groups.numbers]
         return {
@@ -372,14 +372,14 @@ class _Run:
     def _mean_embedding(self, numbers: np.ndarray) -> np.ndarray:
         """`(width,)` mean of the cells' embeddings of length 1, of length 1 itself."""
         total = np.zeros(self.forward.encoder.width)
-        for cells in ahead(self.source.read(part) for part in chunks(numbers)):
+        for cells in prefetch(self.source.read(part) for part in chunks(numbers)):
             self.source.check(cells)
             total += unit(self.forward.pooled(cells.encoded())).sum(0)
         return unit(total)
 
     def _unperturbed(self, group: int) -> list[Unperturbed]:
         reading = (self.source.read(numbers) for numbers in self.groups.chunks(group))
-        return [unperturbed(cells, self.forward) for cells in ahead(reading)]
+        return [unperturbed(cells, self.forward) for cells in prefetch(reading)]
 
     def _measure(
         self, block: Sequence[Task], cells: Sequence[Unperturbed], toward: np.ndarray | None, bar: tqdm

@@ -3,7 +3,6 @@
 import json
 import sys
 from collections import Counter
-from itertools import pairwise, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -192,87 +191,6 @@ def test_a_data_loaders_workers_change_nothing(folder: Path, collator: CellColla
     state["cells"] = 5 * 16  # loaded here, before there are workers
     batches.load_state_dict(state)
     assert steps_of(DataLoader(batches, batch_size=None, num_workers=workers)) == expected[5:]
-
-
-# Batches of so many tokens --------------------------------------------------------------------------
-
-
-def packs_of(batches: Any) -> list[list[tuple]]:
-    """The cells of packed batches."""
-    result = []
-    for batch in batches:
-        bounds = batch["cu_seq_lens_q"].tolist()
-        result.append([tuple(tuple(batch[k][0, a:b].tolist()) for k in BATCH_KEYS) for a, b in pairwise(bounds)])
-    return result
-
-
-@pytest.fixture(scope="module")
-def packing(folder: Path) -> CellCollator:
-    return CellCollator(TahoeX1Tokenizer(str(folder / "vocab.json"), context_length=25), packed=True)
-
-
-@pytest.mark.parametrize("tokens", [25, 60, 300, 10**6])
-def test_token_batches_are_as_full_as_can_be_and_lose_no_cell(
-    folder: Path, packing: CellCollator, tokens: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("tahoex1_hf.data.feeding._LENGTHS_AHEAD", 17)
-    packs = packs_of(CellBatches(folder, packing, batch_tokens=tokens))
-    cells = CellBatches(folder, packing, batch_size=num_cells(folder))
-    assert joined(packs) == joined(packs_of(cells))
-    lengths = [[len(cell[0]) for cell in pack] for pack in packs]
-    assert max(sum(pack) for pack in lengths) <= tokens
-    assert all(sum(pack) + after[0] > tokens for pack, after in pairwise(lengths))
-
-
-@pytest.mark.parametrize("world", [2, 3, 4])
-def test_token_batches_are_the_same_for_any_number_of_ranks(folder: Path, packing: CellCollator, world: int) -> None:
-    expected = packs_of(CellBatches(folder, packing, batch_tokens=200))
-    for drop_last in (True, False):
-        ranks = [
-            packs_of(CellBatches(folder, packing, batch_tokens=200, rank=r, world_size=world, drop_last=drop_last))
-            for r in range(world)
-        ]
-        ours = [pack for step in zip_longest(*ranks) for pack in step if pack is not None]
-        kept = len(expected) // world * world if drop_last else len(expected)
-        assert ours == expected[:kept]
-
-
-def test_token_batches_resume_exactly_also_in_workers(folder: Path, packing: CellCollator) -> None:
-    def make(**settings: Any) -> CellBatches:
-        return CellBatches(folder, packing, batch_tokens=150, **settings)
-
-    expected = packs_of(make())
-    assert packs_of(DataLoader(make(), batch_size=None, num_workers=2)) == expected
-    batches = make()
-    iterator = iter(batches)
-    for _ in range(11):
-        next(iterator)
-    resumed = make()
-    resumed.load_state_dict(batches.state_dict())
-    assert packs_of(resumed) == expected[11:]
-    ranks = [make(rank=r, world_size=2) for r in range(2)]
-    for rank in ranks:
-        rank.load_state_dict(batches.state_dict())
-    pairs = zip(*(packs_of(rank) for rank in ranks), strict=True)
-    assert [pack for pair in pairs for pack in pair] == expected[11 : 11 + (len(expected) - 11) // 2 * 2]
-    loaders = pytest.importorskip("torchdata.stateful_dataloader")
-    first = loaders.StatefulDataLoader(make(), batch_size=None, num_workers=2)
-    iterator = iter(first)
-    seen = packs_of(next(iterator) for _ in range(5))
-    again = loaders.StatefulDataLoader(make(), batch_size=None, num_workers=2)
-    again.load_state_dict(first.state_dict())
-    assert seen + packs_of(again) == expected
-
-
-def test_token_batches_need_packing_and_room_for_a_cell(folder: Path, packing: CellCollator) -> None:
-    with pytest.raises(ValueError, match="batch_tokens=24 needs a collator with packed=True"):
-        CellBatches(folder, packing, batch_tokens=24)
-    with pytest.raises(ValueError, match="pass one of them"):
-        CellBatches(folder, packing, batch_tokens=100, batch_size=4)
-    with pytest.raises(ValueError, match="do not make a batch for each of 400 processes"):
-        list(CellBatches(folder, packing, batch_tokens=100, world_size=400))
-    with pytest.raises(TypeError, match="not known with batch_tokens"):
-        len(CellBatches(folder, packing, batch_tokens=100))
 
 
 def test_a_trainer_takes_rows_of_datasets_through_the_collator(folder: Path, collator: CellCollator) -> None:

@@ -396,6 +396,7 @@ def driver(tmp_path: Path) -> Path:
 def environment(**more: str) -> dict[str, str]:
     paths = [
         str(Path(__file__).parents[1] / "support"),
+        str(Path(__file__).parents[1]),
         str(Path(__file__).parents[2]),
         os.environ.get("PYTHONPATH", ""),
     ]

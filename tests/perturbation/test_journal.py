@@ -20,10 +20,10 @@ from tahoex1_hf import (
     TahoeX1ForPreTraining,
     TahoeX1Tokenizer,
     perturb_genes,
-    perturbation,
 )
 from tahoex1_hf.cells.inputs import EncodeOptions
 from tahoex1_hf.cli.app import app
+from tahoex1_hf.perturbation import run as perturbation_run
 from tahoex1_hf.perturbation.cells import CellSource
 from tahoex1_hf.perturbation.journal import Journal
 from tahoex1_hf.perturbation.measures import Moments
@@ -154,7 +154,7 @@ def test_a_killed_run_goes_on_and_gives_the_same_bits(
 ) -> None:
     adata, partial = make_cells(40, seed=5), tmp_path / "out.csv.partial"
     reference = run_all(adata, model, tokenizer)
-    measure, calls = perturbation._Run._measure, []
+    measure, calls = perturbation_run._Run._measure, []
 
     def killed(self: Any, block: Any, *arguments: Any) -> Any:
         if len(calls) == 3:
@@ -162,14 +162,14 @@ def test_a_killed_run_goes_on_and_gives_the_same_bits(
         calls.append(block)
         return measure(self, block, *arguments)
 
-    monkeypatch.setattr(perturbation._Run, "_measure", killed)
+    monkeypatch.setattr(perturbation_run._Run, "_measure", killed)
     with pytest.raises(KeyboardInterrupt):
         run_all(adata, model, tokenizer, partial=partial)
     with partial.open("a") as file:
         file.write('{"group": 0, "genes": [4')  # the kill came while a line was written
     seen: list[Any] = []
     monkeypatch.setattr(
-        perturbation._Run, "_measure", lambda self, block, *rest: seen.append(block) or measure(self, block, *rest)
+        perturbation_run._Run, "_measure", lambda self, block, *rest: seen.append(block) or measure(self, block, *rest)
     )
     resumed = run_all(adata, model, tokenizer, partial=partial)
     pd.testing.assert_frame_equal(resumed, reference, check_exact=True)

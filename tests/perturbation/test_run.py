@@ -18,9 +18,9 @@ from tahoex1_hf import (
     TahoeX1Tokenizer,
     embed_anndata,
     perturb_genes,
-    perturbation,
 )
 from tahoex1_hf.cells.inputs import EncodeOptions
+from tahoex1_hf.inference.chunks import with_context
 from tahoex1_hf.perturbation.cells import CellSource, Change, Pairs, halves
 
 QUIET: dict[str, Any] = {"null_genes": 0, "device": "cpu", "progress": False}
@@ -250,7 +250,7 @@ def test_predicted_expression_equals_a_plain_forward_pass(
     )
     token = tokenizer.get_vocab()[GENES[gene]]
     absolute, signed, by_gene = [], [], {}
-    source = CellSource(adata, EncodeOptions(perturbation.with_context(tokenizer, context), seed=seed))
+    source = CellSource(adata, EncodeOptions(with_context(tokenizer, context), seed=seed))
     for number in np.flatnonzero(counts[:, gene]):
         cells = source.read(np.array([number]))
         pairs = Pairs(cells, np.array([0]), np.array([[token]]), Change("delete"))
@@ -266,7 +266,7 @@ def test_predicted_expression_equals_a_plain_forward_pass(
         ):
             there = np.flatnonzero(now)
             tokens = np.array([tokenizer.get_vocab()[GENES[g]] for g in there])
-            batch = perturbation.with_context(tokenizer, 1024)([(tokens, now[there])], return_tensors="pt")
+            batch = with_context(tokenizer, 1024)([(tokens, now[there])], return_tensors="pt")
             stay = np.isin(batch["input_ids"][0].numpy(), ids)
             batch = {key: tensor[:, torch.from_numpy(stay)] for key, tensor in batch.items()}
             tokens = batch["input_ids"][0, 1:].numpy()
@@ -363,7 +363,7 @@ def test_shift_of_long_cells_is_not_that_of_another_sample(tokenizer: TahoeX1Tok
     noise = (((embeddings[1] - embeddings[0]) ** 2).sum(1) / 2).mean()
     assert exact["cosine_distance"].mean() < noise / 2
     # And the shifts are those between the cells whose sampling the test above looks at.
-    source = CellSource(adata, EncodeOptions(perturbation.with_context(tokenizer, 10)))
+    source = CellSource(adata, EncodeOptions(with_context(tokenizer, 10)))
     cells = source.read(np.arange(60))
     for gene in (3, 30):
         moved = np.flatnonzero(counts[:, gene])

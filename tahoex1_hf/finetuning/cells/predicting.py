@@ -19,15 +19,15 @@ from transformers.utils import logging
 
 from tahoex1_hf.cells.files import StoredInput, open_inputs
 from tahoex1_hf.cells.inputs import Chunk, EncodeOptions
-from tahoex1_hf.embedding.in_memory import provenance
+from tahoex1_hf.common.prefetch import prefetch
 from tahoex1_hf.encoding_tahoe_x1 import EncodedCells, GeneRows
-from tahoex1_hf.finetuning.adapters import ADAPTER_CONFIG, RECORD, find_adapter, is_peft, load_adapter, read_record
 from tahoex1_hf.finetuning.cells.labelled import SAMPLE_SEED
 from tahoex1_hf.finetuning.cells.prediction_output import PredictionWriter
 from tahoex1_hf.finetuning.sampling import content_numbers
+from tahoex1_hf.hub.adapters import ADAPTER_CONFIG, RECORD, find_adapter, is_peft, load_adapter, read_record
 from tahoex1_hf.inference.encoder import CellEncoder, DtypeName
+from tahoex1_hf.inference.provenance import provenance
 from tahoex1_hf.modeling_tahoe_x1 import TahoeX1ForSequenceClassification
-from tahoex1_hf.perturbation.measures import ahead
 from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
 
 logger = logging.get_logger(__name__)
@@ -190,7 +190,7 @@ class CellPredictor:
         self, chunks: Iterator[Chunk], on_batch: Any = lambda num_cells: None
     ) -> Iterator[tuple[EncodedCells, np.ndarray]]:
         """Encoded cells and predictions, chunk after chunk; the next is read while the model works on this one."""
-        for cells in ahead(self.encode(chunk.cells) for chunk in chunks):
+        for cells in prefetch(self.encode(chunk.cells) for chunk in chunks):
             yield cells, self.predict(cells, on_batch)
 
 

@@ -1,0 +1,66 @@
+# Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
+"""Making items ahead of their use in threads: reading and encoding go on while the model computes."""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from functools import partial
+from itertools import repeat
+from typing import Any, TypeVar
+
+Item = TypeVar("Item")
+
+
+def prefetch(items: Iterable[Item], ahead: int = 1) -> Iterator[Item]:
+    """Yield the items of an iterable in order, making the next ones in a thread while one is used.
+
+    An exception of the iterable is raised where its item would have come, with its own traceback. When the consumer
+    stops early, or the iterator is garbage collected, the thread ends and a generator given as `items` is closed.
+
+    Args:
+        items: iterable that makes the items; only the thread runs it.
+        ahead: most items that are made before they are asked for.
+    """
+    iterator, end = iter(items), object()
+    calls: Iterable[Callable[[], Any]] = repeat(partial(next, iterator, end))
+    try:
+        with closing(prefetch_calls(calls, ahead)) as made:
+            for item in made:
+                if item is end:
+                    return
+                yield item
+    finally:
+        if hasattr(iterator, "close"):
+            iterator.close()
+
+
+def prefetch_calls(
+    calls: Iterable[Callable[[], Item]], ahead: int, num_threads: int = 1, name: str = "prefetch"
+) -> Iterator[Item]:
+    """Yield the results of calls in the order of the calls, which threads make ahead.
+
+    Exceptions and early stops are handled as in `prefetch`: calls that have not started are dropped, calls that run
+    are waited for.
+
+    Args:
+        calls: functions without arguments; the iterable itself is run by the consumer's thread.
+        ahead: most calls that are started before their results are asked for.
+        num_threads: number of threads; with 0, each call is made when its result is asked for.
+        name: beginning of the threads' names.
+    """
+    if not num_threads:
+        for call in calls:
+            yield call()
+        return
+    waiting: deque[Future[Item]] = deque()
+    pool = ThreadPoolExecutor(num_threads, thread_name_prefix=name)
+    try:
+        for call in calls:
+            waiting.append(pool.submit(call))
+            if len(waiting) > ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)

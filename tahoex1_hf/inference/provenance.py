@@ -1,0 +1,63 @@
+# Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
+"""A record of what made embeddings or predictions, kept beside them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import try_to_load_from_cache
+
+from tahoex1_hf.cells.inputs import CellInput, EncodeOptions
+from tahoex1_hf.inference.encoder import CellEncoder
+
+
+def provenance(
+    model_name: str, encoder: CellEncoder, options: EncodeOptions, inputs: Sequence[CellInput], num_empty: int
+) -> dict[str, Any]:
+    """Describe what made embeddings, in types that an h5ad file holds.
+
+    Args:
+        model_name: folder or Hub name of the model.
+        encoder: model that was run.
+        options: how the cells were encoded.
+        inputs: where the cells come from.
+        num_empty: number of cells in which no known gene is expressed.
+    """
+    from tahoex1_hf import __version__
+
+    tokenizer = options.tokenizer
+    genes = [each.genes for each in inputs if each.genes is not None]
+    counts = {
+        "matched_genes": [match.num_matched for match in genes],
+        "unknown_genes": [match.num_unknown for match in genes],
+        "duplicate_genes": [match.num_duplicates for match in genes],
+    }
+    return {
+        "model": model_name,
+        "revision": model_revision(model_name),
+        "package_version": __version__,
+        **{name: values[0] if len(inputs) == 1 else values for name, values in counts.items() if values},
+        "cells_without_known_genes": num_empty,
+        "value_encoding": tokenizer.value_encoding,
+        "max_length": tokenizer.context_length or 0,
+        "overflow": tokenizer.overflow,
+        "seed": options.seed,
+        "dtype": encoder.dtype_name,
+        "device": encoder.device.type,
+        "attention": str(encoder.config._attn_implementation),
+        "normalized": "L2",
+    }
+
+
+def model_revision(name_or_path: str) -> str:
+    """Return the commit of a model in the Hugging Face cache, given its path there or its Hub name; otherwise ""."""
+    path: Any = name_or_path
+    if name_or_path.count("/") == 1 and not Path(name_or_path).exists():
+        path = try_to_load_from_cache(name_or_path, "config.json")
+    parts = Path(path).parts if isinstance(path, str) else ()
+    return parts[parts.index("snapshots") + 1] if "snapshots" in parts[:-1] else ""
+
+
+def provenance_key(key_added: str) -> str:
+    """Return the slot of `uns` that goes with a slot of `obsm`."""
+    return key_added.removeprefix("X_")
