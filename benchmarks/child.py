@@ -23,6 +23,7 @@ class Run:
 
     code: int
     seconds: float
+    cpu_seconds: float
     peak_mb: float
     output: str
 
@@ -78,7 +79,9 @@ def _launch(command: list[str]) -> dict[str, float]:
     _, status, usage = os.wait4(process.pid, 0)
     seconds = time.perf_counter() - start
     process.returncode = os.waitstatus_to_exitcode(status)
-    return {"code": process.returncode, "seconds": seconds, "peak_mb": usage.ru_maxrss / 1024}
+    cpu_seconds = usage.ru_utime + usage.ru_stime
+    peak_mb = usage.ru_maxrss / 1024
+    return {"code": process.returncode, "seconds": seconds, "cpu_seconds": cpu_seconds, "peak_mb": peak_mb}
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Compare ways of fine-tuning with each other and with classical baselines, on the same folds of the same cells.
 
     python examples/demo_cells.py data/pbmc68k.h5ad
-    python examples/compare_finetuning.py examples/configs/finetune/classification.yaml runs/compare
+    python examples/compare_finetuning.py classification runs/compare
 
-Every method is a run of `examples/finetune_lora.py` in a process of its own, so that its peak memory is its own. The
+Every method is a run of `tahoex1 finetune` in a process of its own, so that its peak memory is its own. The
 same command goes on where it was. In the end the folder holds comparison.json, comparison.md and comparison.png, and a
 report of each method.
 """
@@ -38,9 +38,8 @@ def run_method(recipe: str, overrides: list[str], config: FinetuneConfig, method
     """Run one method over the folds at a learning rate, and return its report."""
     folder = Path(config.output_dir) / method
     own = [f"method={method}", f"learning_rate={rate}", f"folds={config.folds}", f"output_dir={folder}", "report=true"]
-    script = Path(__file__).with_name("finetune_lora.py")
     started = time.perf_counter()
-    subprocess.run([sys.executable, str(script), recipe, *overrides, *own], check=True)
+    subprocess.run([sys.executable, "-m", "tahoex1_hf", "finetune", recipe, *overrides, *own], check=True)
     print(f"{TITLES[method]}: {time.perf_counter() - started:.0f} s", flush=True)
     return read_report(folder)
 

@@ -4,4 +4,4 @@
 from tahoex1_hf.cli.app import app
 
 if __name__ == "__main__":
-    app()
+    app(prog_name="tahoex1")

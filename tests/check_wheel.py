@@ -1,7 +1,8 @@
 """Build the wheel, install it by itself into an empty folder, and use it from there.
 
-Run by ``make test``. It finds what an editable install hides: a module or py.typed that is not packaged, an
-import of a file that only the repository has, an optional dependency imported by ``import tahoex1_hf``.
+Run by ``make test``. It finds what an editable install hides: a module, a recipe or py.typed that is not packaged, an
+import of a file that only the repository has, an optional dependency imported by ``import tahoex1_hf``. The last check
+pretrains a small model from the empty folder and uploads it to a stand-in for the Hub.
 """
 
 import os
@@ -11,20 +12,15 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import Any
+
+sys.path.append(str(Path(__file__).with_name("support")))
+from cells import make_cells, write_cells, write_vocab
+from hub_server import Hub, serve
 
 ROOT = Path(__file__).resolve().parents[1]
-NOT_SOURCE = (
-    ".*",
-    "build",
-    "dist",
-    "*.egg-info",
-    "__pycache__",
-    "demo_output",
-    "outputs",
-    "runs",
-    "wandb",
-    "venv",
-)
+# What lies beside the source in the root folder: hidden things, and what was built or made there.
+NOT_SOURCE = {"build", "dist", "demo_output", "outputs", "runs", "wandb", "venv"}
 
 # Run with the folder that the wheel was installed into as its argument.
 USE_IT = """
@@ -69,21 +65,77 @@ def run_python(what: str, *arguments: str | Path, **options) -> str:
     return result.stdout
 
 
+def check(condition: bool, what: str, output: object) -> None:
+    """End the check with an output where a condition on it does not hold."""
+    if not condition:
+        sys.exit(f"{output}\nwheel check FAILED: {what}")
+
+
+def not_source(folder: str, names: list[str]) -> set[str]:
+    """Tell shutil.copytree what to leave out; a folder of the package may be called `runs`."""
+    left_out = {name for name in names if name == "__pycache__" or name.endswith(".egg-info")}
+    if Path(folder) == ROOT:
+        left_out |= {name for name in names if name in NOT_SOURCE or name.startswith(".")}
+    return left_out
+
+
 def check_contents(wheel: Path) -> None:
-    """Only the package may be in the wheel, and all of it."""
+    """Only the package may be in the wheel, and all of it: modules, recipes, cards, a license."""
     with zipfile.ZipFile(wheel) as archive:
         files = {name for name in archive.namelist() if ".dist-info/" not in name}
     package = ROOT / "tahoex1_hf"
-    expected = {f"tahoex1_hf/{path.relative_to(package).as_posix()}" for path in package.rglob("*.py")}
-    expected |= {"tahoex1_hf/py.typed", "tahoex1_hf/hub/LICENSE"}
-    cards = package / "hub" / "cards"
-    expected |= {f"tahoex1_hf/hub/cards/{path.name}" for path in cards.iterdir() if path.is_file()}
-    if files != expected:
-        sys.exit(
-            f"wheel check FAILED: contents of {wheel.name}: "
-            f"missing {sorted(expected - files)}, not expected {sorted(files - expected)}"
-        )
+    paths = [path.relative_to(ROOT) for path in package.rglob("*") if path.is_file()]
+    expected = {path.as_posix() for path in paths if "__pycache__" not in path.parts}
+    difference = f"missing {sorted(expected - files)}, not expected {sorted(files - expected)}"
+    check(files == expected, f"contents of {wheel.name}", difference)
+    recipes = [name for name in files if "/recipes/" in name]
+    check(len(recipes) >= 17, f"{wheel.name} holds the recipes", recipes)
     print(f"wheel check: {wheel.name} holds the package and nothing else: ok", flush=True)
+
+
+def check_command(target: Path, away: dict[str, Any]) -> None:
+    """The command as it was installed, and as a module."""
+    version = run_python("the script tahoex1", target / "bin" / "tahoex1", "--version", **away)
+    check(version.startswith("tahoex1_hf "), "tahoex1 --version", version)
+    for module in ("tahoex1_hf", "tahoex1_hf.cli"):
+        text = run_python(f"python -m {module} --help", "-m", module, "--help", **away)
+        check("Usage: tahoex1 " in text, f"python -m {module} --help", text)
+    names = run_python("tahoex1 recipes", "-m", "tahoex1_hf", "recipes", **away)
+    wanted = ("pretrain  70m ", "finetune  classification ", "prepare   tahoe_100m ")
+    check(all(name in names for name in wanted), "tahoex1 recipes lists recipes of three commands", names)
+    recipe = run_python("tahoex1 recipes 70m", "-m", "tahoex1_hf", "recipes", "70m", **away)
+    check(recipe == (ROOT / "tahoex1_hf/training/recipes/70m.yaml").read_text(), "tahoex1 recipes 70m", recipe)
+    words = {"_TAHOEX1_COMPLETE": "complete_bash", "COMP_WORDS": "tahoex1 pre", "COMP_CWORD": "1"}
+    completing = {**away, "env": {**away["env"], **words}}
+    completed = run_python("shell completion", "-m", "tahoex1_hf", **completing)
+    check(set(completed.split()) == {"predict", "prepare", "pretrain"}, "shell completion", completed)
+
+
+def check_pretraining(away: dict[str, Any]) -> None:
+    """Prepare cells, pretrain on them under Accelerate's launcher and push the model, with nothing of the clone."""
+    folder, hub = Path(away["cwd"]), Hub()
+    vocab = write_vocab(folder)
+    write_cells(make_cells(100), folder / "cells", "csr")
+    # Sixty genes: fewer than the usual minimum of a cell.
+    (folder / "set.yaml").write_text(
+        f"output: set\nvocab: {vocab}\nvalidation: {{fraction: 0.2}}\n"
+        "sources: [{kind: anndata, paths: [cells.h5ad], min_known_genes: 0}]\n"
+    )
+    run_python("tahoex1 prepare", "-m", "tahoex1_hf", "prepare", "--config", "set.yaml", **away)
+    small = ["model.hidden_size=32", "model.num_hidden_layers=1", "model.num_attention_heads=4", "context_length=32"]
+    run = ["dataset=set", "output_dir=mine", "global_batch_size=8", "microbatch_size=4", "max_steps=2", *small]
+    with serve(hub):
+        online = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": "hf_test"}
+        online["HF_HOME"] = str(folder / "hf_home")
+        launch = ["-m", "accelerate.commands.accelerate_cli", "launch", "--num_processes", "1", "-m", "tahoex1_hf"]
+        output = run_python(
+            "accelerate launch -m tahoex1_hf pretrain --push-to-hub",
+            *launch, "pretrain", "debug", *run, "--push-to-hub", "someone/mine",
+            **{**away, "env": {**away["env"], **online}},
+        )  # fmt: skip
+    uploaded = hub.repos.get("someone/mine", {})
+    wanted = {"README.md", "LICENSE", "config.json", "model.safetensors", "modeling_tahoe_x1.py"}
+    check(wanted <= uploaded.keys(), "the model is uploaded with its code and a card", f"{output}\n{[*uploaded]}")
 
 
 def main() -> None:
@@ -92,7 +144,7 @@ def main() -> None:
         source, dist, target, elsewhere = (tmp / name for name in ("source", "dist", "target", "elsewhere"))
         elsewhere.mkdir()
         # From a copy, since setuptools also packs what an earlier build left in build/.
-        shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(*NOT_SOURCE))
+        shutil.copytree(ROOT, source, ignore=not_source)
         run_python("builds", "-m", "build", "--wheel", "--no-isolation", "--outdir", dist, source)
         (wheel,) = dist.glob("*.whl")
         check_contents(wheel)
@@ -101,9 +153,8 @@ def main() -> None:
         # PYTHONPATH comes before the editable install of the environment that runs this.
         away = {"cwd": elsewhere, "env": {**os.environ, "PYTHONPATH": str(target), "HF_HUB_OFFLINE": "1"}}
         run_python("is imported and known to transformers", "-c", USE_IT, target, **away)
-        help_text = run_python("tahoex1 --help", "-m", "tahoex1_hf", "--help", **away)
-        if "usage" not in help_text.lower():
-            sys.exit(f"{help_text}\nwheel check FAILED: python -m tahoex1_hf --help printed no usage")
+        check_command(target, away)
+        check_pretraining(away)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 #!/bin/bash
 # Pretraining on machines reached by SSH, with the same paths on all of them; the first is the meeting point.
-#   HOSTS="node1 node2" GPUS=8 examples/launch/ssh_nodes.sh examples/configs/pretrain/3b-stage1.yaml dataset=DIR output_dir=DIR
+#   HOSTS="node1 node2" GPUS=8 examples/launch/ssh_nodes.sh 3b-stage1 dataset=DIR output_dir=DIR
 # SSH and ACCELERATE can be set, for instance to a virtual environment's accelerate.
 set -euo pipefail
 
@@ -19,7 +19,7 @@ trap 'kill "${children[@]}" 2>/dev/null || true' EXIT INT TERM
 for rank in "${!hosts[@]}"; do
   command="cd $(printf '%q' "$PWD") && $ACCELERATE launch $LAUNCH_OPTIONS --num_machines ${#hosts[@]} \
     --num_processes $((GPUS * ${#hosts[@]})) --machine_rank $rank --main_process_ip ${MAIN_IP:-${hosts[0]}} \
-    --main_process_port $PORT examples/pretrain.py $arguments"
+    --main_process_port $PORT -m tahoex1_hf pretrain $arguments"
   # shellcheck disable=SC2086
   $SSH "${hosts[$rank]}" "$command" &
   children+=($!)

@@ -1,24 +1,54 @@
-"""The command `tahoex1`."""
+# Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
+"""The command `tahoex1`.
+
+What a command works with is imported when it runs, so that `--help` and shell completion need not wait for torch.
+"""
+
+from typing import Annotated
 
 import typer
 
+from tahoex1_hf import __version__
+from tahoex1_hf.cli.convert import convert
 from tahoex1_hf.cli.embed import embed
+from tahoex1_hf.cli.export import export
+from tahoex1_hf.cli.finetune import finetune
 from tahoex1_hf.cli.perturb import perturb
 from tahoex1_hf.cli.predict import predict
 from tahoex1_hf.cli.prepare import prepare
-from tahoex1_hf.cli.vocabulary import build_vocab, drug_fingerprints_command
+from tahoex1_hf.cli.pretrain import pretrain
+from tahoex1_hf.cli.recipes import recipes
+from tahoex1_hf.cli.vocabulary import build_vocab, drug_fingerprints
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(name="tahoex1", no_args_is_help=True, pretty_exceptions_enable=False)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"tahoex1_hf {__version__}")
+        raise typer.Exit
 
 
 @app.callback()
-def main() -> None:
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
     """Tahoe-x1 single-cell foundation models."""
 
 
-app.command()(embed)
-app.command()(perturb)
-app.command()(predict)
-app.command()(prepare)
-app.command("build-vocab")(build_vocab)
-app.command("drug-fingerprints")(drug_fingerprints_command)
+for name, function in {
+    "embed": embed,
+    "perturb": perturb,
+    "predict": predict,
+    "prepare": prepare,
+    "pretrain": pretrain,
+    "finetune": finetune,
+    "recipes": recipes,
+    "convert": convert,
+    "export": export,
+    "build-vocab": build_vocab,
+    "drug-fingerprints": drug_fingerprints,
+}.items():
+    app.command(name)(function)

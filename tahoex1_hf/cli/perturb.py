@@ -1,18 +1,19 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
 """The command `tahoex1 perturb`."""
 
-import logging
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from tahoex1_hf.cli.embed import Dtype
+from tahoex1_hf.cli import options
+from tahoex1_hf.cli.options import Dtype
+from tahoex1_hf.cli.running import command
 
 
 class Mode(StrEnum):
-    """What becomes of the count of a gene."""
+    """How the count of a perturbed gene changes."""
 
     delete = "delete"
     overexpress = "overexpress"
@@ -20,10 +21,10 @@ class Mode(StrEnum):
 
 
 def read_genes(genes: str) -> list[str] | str:
-    """The genes of the option: `all`, names with commas between, or a file with a name per line.
+    """Read the option `--genes`: `all`, names with commas between, or a file with a name per line.
 
     Raises:
-        ValueError: where there is no name.
+        ValueError: If it names no gene.
     """
     if genes == "all":
         return genes
@@ -35,6 +36,7 @@ def read_genes(genes: str) -> list[str] | str:
     return names
 
 
+@command()
 def perturb(
     source: Annotated[
         Path, typer.Argument(metavar="IN.h5ad", exists=True, dir_okay=False, help="Cells with raw counts.")
@@ -46,8 +48,8 @@ def perturb(
     genes: Annotated[
         str, typer.Option(help='Names with commas between, a file with a name per line, or "all" expressed genes.')
     ],
-    size: Annotated[str | None, typer.Option(help="Which size, where there are several: 70m, 1b, 3b.")] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the Hub repository.")] = None,
+    size: options.Size = None,
+    revision: options.Revision = None,
     mode: Annotated[
         Mode, typer.Option(help="Count becomes 0; the cell's largest (its top bin); or --value.")
     ] = Mode.delete,
@@ -74,93 +76,71 @@ def perturb(
         int, typer.Option(help="Genes of like expression, perturbed to compare each gene with. 0: none.")
     ] = 50,
     min_cells: Annotated[int, typer.Option(help="Fewest cells that express a gene of the null, or of all.")] = 10,
-    gene_id_column: Annotated[
-        str | None, typer.Option(help="Column of var with Ensembl ids.", show_default="var_names")
-    ] = None,
-    gene_symbols: Annotated[
-        Path | None, typer.Option(help="CSV with the columns symbol, Ensembl id, for genes named by symbol.")
-    ] = None,
-    layer: Annotated[str | None, typer.Option(help="Layer with the counts.", show_default="X")] = None,
-    drugs: Annotated[str | None, typer.Option(help="Column of obs with drugs, or one drug for all cells.")] = None,
-    max_length: Annotated[
-        int | None, typer.Option(help="Most tokens per cell.", show_default="the model's context")
-    ] = None,
+    gene_id_column: options.GeneIdColumn = None,
+    gene_symbols: options.GeneSymbols = None,
+    layer: options.Layer = None,
+    drugs: options.Drugs = None,
+    max_length: options.MaxLength = None,
     dtype: Annotated[
         Dtype, typer.Option(help="bfloat16 moves embeddings as far as many a gene does.")
     ] = Dtype.float32,
-    device: Annotated[str | None, typer.Option(help="cuda, mps or cpu.", show_default="the fastest there is")] = None,
-    batch_tokens: Annotated[
-        int | None, typer.Option(help="Tokens per batch; less needs less memory.", show_default="fit for the device")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the sampling of cells longer than the context.")] = 0,
-    restart: Annotated[
-        bool, typer.Option("--restart", help="Throw away what an unfinished run with other settings left.")
-    ] = False,
-) -> None:
+    device: options.Device = None,
+    batch_tokens: options.BatchTokens = None,
+    seed: options.Seed = 0,
+    restart: options.Restart = False,
+) -> str:
     """Delete, overexpress or set genes in cells, and rank them by how far the cells' embeddings move.
 
     Finished genes are kept in OUT.partial: the same command goes on after a stop.
     """
-    # What the command needs is imported here, so that --help answers at once.
-    try:
-        from tahoex1_hf.perturbation.run import load_for_perturbation, perturb_genes
-        from tahoex1_hf.perturbation.tables import check_table, write_table
-    except ImportError as error:
-        typer.echo(f"Error: {error.name} is missing: pip install 'tahoex1_hf[data]'.", err=True)
-        raise typer.Exit(1) from None
     from tahoex1_hf.cells.gene_symbols import read_gene_symbols
+    from tahoex1_hf.inference.encoder import choose_device
+    from tahoex1_hf.perturbation.run import load_for_perturbation, perturb_genes
+    from tahoex1_hf.perturbation.tables import check_table, write_table
 
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
     partial = output.with_name(f"{output.name}.partial")
-    try:
-        for table in (output, affected):
-            if table is not None:
-                check_table(table)
-        if plot is not None:
-            from tahoex1_hf.perturbation.plot import check_plot, plot_ranking
+    for table in (output, affected):
+        if table is not None:
+            check_table(table)
+    if plot is not None:
+        from tahoex1_hf.perturbation.plot import check_plot, plot_ranking
 
-            check_plot(plot)
-        if affected is not None and not expression:
-            raise ValueError("--affected needs --expression.")
-        loaded, tokenizer = load_for_perturbation(model, size=size, revision=revision, expression=expression)
-        result = perturb_genes(
-            source,
-            loaded,
-            tokenizer,
-            read_genes(genes),
-            mode=mode.value,
-            value=value,
-            together=together,
-            cells=cells,
-            groupby=groupby,
-            target=target,
-            expression=expression,
-            num_affected=num_affected,
-            null_genes=null_genes,
-            min_cells=min_cells,
-            layer=layer,
-            gene_id_column=gene_id_column,
-            gene_symbols=read_gene_symbols(gene_symbols),
-            drugs=drugs,
-            max_length=max_length,
-            seed=seed,
-            batch_tokens=batch_tokens,
-            device=device,
-            dtype=dtype.value,
-            partial=partial,
-            restart=restart,
-        )
-        write_table(result.table, output)
-        if affected is not None and result.affected is not None:
-            write_table(result.affected, affected)
-        if plot is not None:
-            plot_ranking(result.table, plot)
-        partial.unlink(missing_ok=True)
-    except (ImportError, OSError, ValueError) as error:  # ImportError: names the extra
-        typer.echo(f"Error: {error}", err=True)
-        raise typer.Exit(1) from None
-    except KeyboardInterrupt:
-        typer.echo("Stopped. The same command goes on from here.", err=True)
-        raise typer.Exit(130) from None
-    written = [str(path) for path in (output, affected, plot) if path is not None]
-    typer.echo(f"Wrote {', '.join(written)}")
+        check_plot(plot)
+    if affected is not None and not expression:
+        raise ValueError("--affected needs --expression.")
+    choose_device(device)
+    loaded, tokenizer = load_for_perturbation(model, size=size, revision=revision, expression=expression)
+    result = perturb_genes(
+        source,
+        loaded,
+        tokenizer,
+        read_genes(genes),
+        mode=mode.value,
+        value=value,
+        together=together,
+        cells=cells,
+        groupby=groupby,
+        target=target,
+        expression=expression,
+        num_affected=num_affected,
+        null_genes=null_genes,
+        min_cells=min_cells,
+        layer=layer,
+        gene_id_column=gene_id_column,
+        gene_symbols=read_gene_symbols(gene_symbols),
+        drugs=drugs,
+        max_length=max_length,
+        seed=seed,
+        batch_tokens=batch_tokens,
+        device=device,
+        dtype=dtype.value,
+        partial=partial,
+        restart=restart,
+    )
+    write_table(result.table, output)
+    if affected is not None and result.affected is not None:
+        write_table(result.affected, affected)
+    if plot is not None:
+        plot_ranking(result.table, plot)
+    partial.unlink(missing_ok=True)
+    return f"Wrote {', '.join(str(path) for path in (output, affected, plot) if path is not None)}"

@@ -1,12 +1,14 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
 """The command `tahoex1 prepare`."""
 
-import logging
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from tahoex1_hf.cli import options
+from tahoex1_hf.cli.running import command
 
 
 class Format(StrEnum):
@@ -16,6 +18,7 @@ class Format(StrEnum):
     parquet = "parquet"
 
 
+@command(errors=(RuntimeError,))
 def prepare(
     inputs: Annotated[
         list[str] | None,
@@ -27,72 +30,60 @@ def prepare(
     output: Annotated[str | None, typer.Option(help="Folder of the dataset.")] = None,
     vocab: Annotated[str | None, typer.Option(help="The model's vocab.json.")] = None,
     config: Annotated[
-        Path | None, typer.Option(help="YAML file with everything, in place of INPUT; see examples/configs/data.")
+        str | None,
+        typer.Option(
+            metavar="RECIPE",
+            help="YAML file that names sources and settings, in place of INPUT; or a recipe of the package "
+            "(tahoex1 recipes).",
+        ),
     ] = None,
     num_proc: Annotated[int, typer.Option(help="Processes; the result is the same for any number.")] = 1,
     seed: Annotated[int | None, typer.Option(help="Seed of shuffling and split.", show_default="0")] = None,
     validation_fraction: Annotated[
-        float | None, typer.Option(help="Share of the cells kept for validation.", show_default="0.01")
+        float | None, typer.Option(help="Share of the cells to keep for validation.", show_default="0.01")
     ] = None,
     metadata: Annotated[
         list[str] | None,
         typer.Option(help="Column of obs to keep, or NEW=OLD; _index is the cell's name. Can be repeated."),
     ] = None,
-    gene_id_column: Annotated[
-        str | None, typer.Option(help="Column of var with Ensembl ids.", show_default="var_names")
-    ] = None,
-    gene_symbols: Annotated[
-        str | None, typer.Option(help="CSV with the columns symbol, Ensembl id, for genes named by symbol.")
-    ] = None,
-    layer: Annotated[str | None, typer.Option(help="Layer with the counts.", show_default="X")] = None,
+    gene_id_column: options.GeneIdColumn = None,
+    gene_symbols: options.GeneSymbols = None,
+    layer: options.Layer = None,
     format: Annotated[Format | None, typer.Option(help="File format of the shards.", show_default="arrow")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin anew where OUTPUT holds a dataset.")] = False,
-) -> None:
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Begin anew if the output folder holds a dataset.")
+    ] = False,
+) -> str:
     """Turn single-cell files into a shuffled Arrow dataset for training.
 
     A run that was stopped goes on where it was when the same command is given again.
     """
-    try:
-        from tahoex1_hf.data.config import parse_config, read_config
-        from tahoex1_hf.data.preparation import prepare as prepare_dataset
-    except ImportError as error:
-        typer.echo(f"Error: {error.name} is missing: pip install 'tahoex1_hf[data]'.", err=True)
-        raise typer.Exit(1) from None
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
+    from tahoex1_hf.data.config import parse_config, read_config
+    from tahoex1_hf.data.preparation import prepare as prepare_dataset
+
     simple: dict[str, Any] = {
         "metadata": metadata,
         "gene_id_column": gene_id_column,
-        "gene_symbols": gene_symbols,
+        "gene_symbols": None if gene_symbols is None else str(gene_symbols),
         "layer": layer,
     }
-    validation = None if validation_fraction is None else {"fraction": validation_fraction}
     common = {
         "output": output,
         "vocab": vocab,
         "seed": seed,
         "format": format.value if format else None,
-        "validation": validation,
+        "validation": None if validation_fraction is None else {"fraction": validation_fraction},
     }
-    try:
-        if config is not None:
-            misplaced = [f"--{name.replace('_', '-')}" for name, value in simple.items() if value]
-            if inputs or misplaced:
-                raise ValueError(
-                    f"{'INPUT' if inputs else misplaced[0]} and --config exclude each other: name the "
-                    "sources in the file."
-                )
-            parsed = read_config(config, **common)
-        else:
-            given = {key: value for key, value in common.items() if value is not None}
-            parsed = parse_config({**given, "sources": simple_sources(inputs or [], **simple)}, "tahoex1 prepare")
-        manifest = prepare_dataset(parsed, num_proc, overwrite)
-    except (ImportError, OSError, ValueError, RuntimeError) as error:  # ImportError: names the extra
-        typer.echo(f"Error: {error}", err=True)
-        raise typer.Exit(1) from None
-    except KeyboardInterrupt:
-        typer.echo("Stopped. The same command goes on from here.", err=True)
-        raise typer.Exit(130) from None
-    typer.echo(_summary(parsed.output, manifest))
+    if config is not None:
+        misplaced = ["INPUT"] if inputs else []
+        misplaced += [f"--{name.replace('_', '-')}" for name, value in simple.items() if value]
+        if misplaced:
+            raise ValueError(f"{misplaced[0]} and --config exclude each other: name the sources in the file.")
+        parsed = read_config(config, **common)
+    else:
+        given = {key: value for key, value in common.items() if value is not None}
+        parsed = parse_config({**given, "sources": simple_sources(inputs or [], **simple)}, "tahoex1 prepare")
+    return _summary(parsed.output, prepare_dataset(parsed, num_proc, overwrite))
 
 
 def simple_sources(
@@ -102,11 +93,11 @@ def simple_sources(
     gene_symbols: str | None = None,
     layer: str | None = None,
 ) -> list[dict[str, Any]]:
-    """Sources for the command line: what an input is shows in its name, or in what a folder holds.
+    """Return the sources that a command line names; of which kind each is shows in its name or its content.
 
     Raises:
-        ValueError: where there is no input, or it cannot be told what it is.
-        FileNotFoundError: for an input that does not exist.
+        ValueError: If there is no input, or an input whose kind cannot be told.
+        FileNotFoundError: If an input does not exist.
     """
     from tahoex1_hf.data.sources.anndata_files import is_anndata
     from tahoex1_hf.data.sources.files import expand_paths

@@ -1,7 +1,7 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
 """Configuration of `tahoex1 prepare`: typed, strict (an unknown key is an error), read from YAML.
 
-`examples/configs/data/` has a commented file for every kind of source.
+`recipes/` has a commented file for every kind of source; `tahoex1 recipes` prints them.
 """
 
 import ast
@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from tahoex1_hf.common.recipes import read_recipe
 
 Config = TypeVar("Config", bound=BaseModel)
 
@@ -246,18 +248,6 @@ def validated(kind: type[Config], values: dict[str, Any], origin: str) -> Config
         raise ValueError(f"{origin}:\n" + "\n".join(lines)) from None
 
 
-def read_yaml(path: str | Path, examples: str) -> dict[str, Any]:
-    """Keys and values of a YAML file; `examples` is where such files are to be seen."""
-    with Path(path).open(encoding="utf-8") as file:
-        try:
-            values = yaml.safe_load(file)
-        except yaml.YAMLError as error:
-            raise ValueError(f"{path} is no YAML: {error}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold keys and values, as the files in {examples} do.")
-    return values
-
-
 def with_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """Put `key=value` into the keys and values of a YAML file.
 
@@ -301,6 +291,6 @@ def parse_config(values: dict[str, Any], origin: str) -> PrepareConfig:
 
 
 def read_config(path: str | Path, **changes: Any) -> PrepareConfig:
-    """Read a YAML file; `changes` that are not None replace its keys."""
-    values = read_yaml(path, "examples/configs/data")
+    """Read a recipe, a YAML file or the name of one of the package's; `changes` that are not None replace its keys."""
+    values = read_recipe(path, "prepare")
     return parse_config({**values, **{key: value for key, value in changes.items() if value is not None}}, str(path))

@@ -1,7 +1,7 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
 """Configuration of fine-tuning: typed, strict (an unknown key is an error), read from YAML, changed by `key=value`.
 
-`examples/configs/finetune/` has a commented recipe for every task.
+`recipes/` has a commented recipe for every task; `tahoex1 recipes` prints them.
 """
 
 from collections.abc import Sequence
@@ -11,9 +11,8 @@ from typing import Any, Literal, Self
 import yaml
 from pydantic import Field, field_validator, model_validator
 
-from tahoex1_hf.data.config import Strict, read_yaml, validated, with_overrides
-
-EXAMPLES = "examples/configs/finetune"
+from tahoex1_hf.common.recipes import read_recipe
+from tahoex1_hf.data.config import Strict, validated, with_overrides
 
 Task = Literal["masked_expression", "classification", "regression", "gene_classification", "drug_response"]
 Method = Literal["lora", "dora", "rslora", "qlora", "full", "linear_probe", "head_only"]
@@ -207,11 +206,11 @@ def read_finetune_config(path: str | Path, overrides: Sequence[str] = ()) -> Fin
     """Read a recipe.
 
     Args:
-        path: YAML file.
+        path: YAML file, or the name of a recipe of the package.
         overrides: `key=value`; values are YAML.
 
     Raises:
         ValueError: for an override that is no `key=value`, and naming every key that is unknown, missing or wrong.
     """
-    values = with_overrides(read_yaml(path, EXAMPLES), overrides)
+    values = with_overrides(read_recipe(path, "finetune"), overrides)
     return validated(FinetuneConfig, values, str(path))

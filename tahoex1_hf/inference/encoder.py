@@ -24,12 +24,36 @@ _DEFAULT_BATCH_TOKENS = {"cuda": 65536, "cpu": 8192}
 
 
 def choose_device(device: str | torch.device | None = None) -> torch.device:
-    """Return the device asked for, or the fastest there is: CUDA, then Apple's GPU, then the CPU."""
+    """Return the device asked for, or the fastest there is: CUDA, then Apple's GPU, then the CPU.
+
+    Raises:
+        ValueError: If PyTorch does not know the device or has none of its kind here.
+    """
     if device is not None:
-        return torch.device(device)
+        return _check_device(device)
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def _check_device(device: str | torch.device) -> torch.device:
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device={device!r} is none that PyTorch knows: pass cuda, mps or cpu. ({error})") from None
+    way_out = "pass cpu, or leave the device out for the fastest there is."
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        build = (
+            "this PyTorch was built without CUDA" if torch.version.cuda is None else "no CUDA GPU or driver was found"
+        )
+        raise ValueError(f"device={str(device)!r} cannot be used, {build}: {way_out}")
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device={str(device)!r} is not there, only {torch.cuda.device_count()} CUDA GPUs are: {way_out}"
+        )
+    if chosen.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError(f"device={str(device)!r} cannot be used, there is no Apple GPU here: {way_out}")
+    return chosen
 
 
 def choose_dtype(dtype: DtypeName, device: torch.device) -> torch.dtype:

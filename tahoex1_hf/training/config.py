@@ -1,7 +1,7 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
 """Configuration of pretraining: typed, strict (an unknown key is an error), read from YAML, changed by `key=value`.
 
-`examples/configs/pretrain/` has a commented recipe for every size.
+`recipes/` has a commented recipe for every size; `tahoex1 recipes` prints them.
 """
 
 from collections.abc import Sequence
@@ -11,10 +11,9 @@ from typing import Any, Literal, Self
 import yaml
 from pydantic import Field, field_validator, model_validator
 
-from tahoex1_hf.data.config import Strict, read_yaml, validated, with_overrides
+from tahoex1_hf.common.recipes import read_recipe
+from tahoex1_hf.data.config import Strict, validated, with_overrides
 from tahoex1_hf.training.evaluation import CellTypeConfig, GeneEssentialityConfig
-
-EXAMPLES = "examples/configs/pretrain"
 
 
 class PretrainConfig(Strict):
@@ -152,13 +151,13 @@ def read_pretrain_config(path: str | Path, overrides: Sequence[str] = ()) -> Pre
     """Read a recipe.
 
     Args:
-        path: YAML file.
+        path: YAML file, or the name of a recipe of the package.
         overrides: `key=value`, with dots for keys within keys (`model.hidden_size=64`); values are YAML.
 
     Raises:
         ValueError: for an override that is no `key=value`, and naming every key that is unknown, missing or wrong.
     """
-    values = with_overrides(read_yaml(path, EXAMPLES), overrides)
+    values = with_overrides(read_recipe(path, "pretrain"), overrides)
     if "max_steps" in [
         o.partition("=")[0] for o in overrides
     ]:  # a recipe's epochs give way to a given number of steps

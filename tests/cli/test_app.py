@@ -1,158 +1,187 @@
-"""`tahoex1 embed` as a user runs it, on files."""
+"""What all commands share: help, messages, errors, interruption."""
 
-import json
-import shutil
+import ast
+import importlib
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
-import anndata
-import numpy as np
-import pandas as pd
-import pyarrow.parquet as pq
 import pytest
-from conftest import GOLDEN
+import torch
+import typer
+from helpers import GOLDEN, REPO_ROOT
+from typer.main import get_command
 from typer.testing import CliRunner, Result
 
-from tahoex1_hf.cells.gene_symbols import read_gene_symbols
+import tahoex1_hf
 from tahoex1_hf.cli.app import app
-from tahoex1_hf.original.convert import convert_original_folder
+from tahoex1_hf.cli.running import command
 
-CELLS, MODEL = GOLDEN / "a_70m_like" / "adata.h5ad", GOLDEN / "a_70m_like" / "model"
-EXPECTED = np.load(GOLDEN / "a_70m_like" / "emb_flash.npz")["cell_embs"]
-
-
-@pytest.fixture(scope="module")
-def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("converted") / "70m"
-    convert_original_folder(MODEL, folder)
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "hf_home"))
-    return tmp_path / "hf_home"
+CELLS, MODEL = GOLDEN / "a_70m_like" / "adata.h5ad", REPO_ROOT / "examples" / "demo_checkpoint"
+COMMANDS = {
+    *("embed", "perturb", "predict", "prepare", "pretrain", "finetune", "recipes", "convert", "export"),
+    *("build-vocab", "drug-fingerprints"),
+}
 
 
 def run(*arguments: object) -> Result:
-    return CliRunner().invoke(app, ["embed", *map(str, arguments)])
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
-def embed(source: Path, output: Path, model: Path, *more: object) -> Result:
-    # By itself it takes bfloat16 on CPUs that are fast at it.
-    result = run(source, output, "--model", model, "--gene-id-column", "ensembl_id", "--dtype", "float32", *more)
-    assert result.exit_code == 0, result.output
-    return result
+@pytest.fixture(autouse=True)
+def messages_as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """`--verbose` and `--quiet` change what all tests of a process share."""
+    monkeypatch.setenv("TQDM_DISABLE", "")
+    yield
+    logging.getLogger("tahoex1_hf").setLevel(logging.NOTSET)
 
 
-def test_h5ad_is_the_input_plus_the_new_slots(tmp_path: Path, converted: Path) -> None:
-    source = anndata.read_h5ad(CELLS)
-    source.layers["counts"], source.uns["note"] = source.X.copy(), {"by": "someone"}
-    source.obsm["X_pca"] = np.ones((50, 2), dtype=np.float32)
-    source.write_h5ad(tmp_path / "in.h5ad")
-    embed(tmp_path / "in.h5ad", tmp_path / "out.h5ad", converted, "--gene-embeddings")
-    result = anndata.read_h5ad(tmp_path / "out.h5ad")
-    assert np.abs(result.obsm["X_tahoe_x1"] - EXPECTED).max() < 1e-6
-    assert result.varm["X_tahoe_x1"].shape == (600, 64)
-    assert result.uns["tahoe_x1"]["matched_genes"] == 600
-    assert (result.X != source.X).nnz == 0
-    assert (result.layers["counts"] != source.X).nnz == 0
-    assert result.uns["note"] == {"by": "someone"}
-    assert set(result.obsm) == {"X_pca", "X_tahoe_x1"}
-    pd.testing.assert_frame_equal(result.obs, source.obs)
-    assert {path.name for path in tmp_path.iterdir()} == {"in.h5ad", "out.h5ad"}
+def test_every_command_has_the_shared_options() -> None:
+    commands = get_command(app).commands  # type: ignore[attr-defined]
+    assert set(commands) == COMMANDS
+    for name, each in commands.items():
+        options = {option for parameter in each.params for option in parameter.opts}
+        assert {"--quiet", "--verbose"} <= options, name
+        assert all(getattr(parameter, "help", None) for parameter in each.params), name
+        assert run(name, "--help").exit_code == 0, name
 
 
-def test_parquet_and_npy_hold_the_same_numbers(tmp_path: Path, converted: Path) -> None:
-    embed(CELLS, tmp_path / "out.npy", converted)
-    embed(CELLS, tmp_path / "out.parquet", converted, "--key-added", "X_mine")
-    assert np.abs(np.load(tmp_path / "out.npy") - EXPECTED).max() < 1e-6
-    table = pd.read_parquet(tmp_path / "out.parquet")
-    assert table["cell"].tolist() == anndata.read_h5ad(CELLS).obs_names.tolist()
-    assert table.columns[1] == "X_mine_0"
-    np.testing.assert_array_equal(table.iloc[:, 1:].to_numpy(), np.load(tmp_path / "out.npy"))
-    metadata = pq.read_metadata(tmp_path / "out.parquet").metadata
-    assert json.loads(metadata[b"mine"])["matched_genes"] == 600
+def test_what_commands_import_when_they_run_exists() -> None:
+    """Nothing but running a command would notice that a function which it imports has moved."""
+    for path in (REPO_ROOT / "tahoex1_hf" / "cli").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("tahoex1_hf"):
+                module = importlib.import_module(node.module or "")
+                for alias in node.names:
+                    assert hasattr(module, alias.name), f"{path.name} imports {alias.name} of {node.module}"
 
 
-def test_in_place_and_again(tmp_path: Path, converted: Path) -> None:
-    shutil.copyfile(CELLS, tmp_path / "cells.h5ad")
-    for seed in (0, 1):  # the second run replaces the first one's slots
-        embed(tmp_path / "cells.h5ad", tmp_path / "cells.h5ad", converted, "--seed", seed, "--gene-embeddings")
-    result = anndata.read_h5ad(tmp_path / "cells.h5ad")
-    assert np.abs(result.obsm["X_tahoe_x1"] - EXPECTED).max() < 1e-6
-    assert result.uns["tahoe_x1"]["seed"] == 1
+def test_public_names() -> None:
+    assert set(tahoex1_hf.__all__) <= set(dir(tahoex1_hf))
+    for name in tahoex1_hf.__all__:
+        assert getattr(tahoex1_hf, name).__name__ == name
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = tahoex1_hf.no_such_name
 
 
-def test_a_folder_in_the_originals_layout_is_converted_once(tmp_path: Path, cache: Path) -> None:
-    shutil.copytree(MODEL, tmp_path / "models" / "70m-model")
-    embed(CELLS, tmp_path / "out.npy", tmp_path / "models", "--size", "70m")
-    converted = list((cache / "tahoex1_hf" / "converted").glob("*/model.safetensors"))
-    assert len(converted) == 1
-    stamp = converted[0].stat().st_mtime_ns
-    embed(CELLS, tmp_path / "again.npy", tmp_path / "models" / "70m-model")
-    assert np.abs(np.load(tmp_path / "out.npy") - EXPECTED).max() < 1e-6
-    assert [path.stat().st_mtime_ns for path in (cache / "tahoex1_hf" / "converted").glob("*/model.safetensors")] == [
-        stamp
-    ]
+def test_version() -> None:
+    assert run("--version").output == f"tahoex1_hf {tahoex1_hf.__version__}\n"
 
 
-def test_a_hub_repository_in_the_cache(tmp_path: Path, cache: Path, converted: Path, monkeypatch) -> None:
-    hub = tmp_path / "hub"
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(hub))
-    for repo, folder, content in (("new", "", converted), ("today", "70m-model", MODEL)):
-        snapshot = hub / f"models--tahoebio--{repo}" / "snapshots" / "0123456789abcdef0123456789abcdef01234567"
-        shutil.copytree(content, snapshot / folder, dirs_exist_ok=True)
-        refs = snapshot.parents[1] / "refs"
-        refs.mkdir()
-        (refs / "main").write_text(snapshot.name)
-    embed(CELLS, tmp_path / "new.h5ad", Path("tahoebio/new"))
-    embed(CELLS, tmp_path / "today.npy", Path("tahoebio/today"), "--size", "70m")
-    assert np.abs(np.load(tmp_path / "today.npy") - EXPECTED).max() < 1e-6
-    result = anndata.read_h5ad(tmp_path / "new.h5ad")
-    assert np.abs(result.obsm["X_tahoe_x1"] - EXPECTED).max() < 1e-6
-    assert result.uns["tahoe_x1"]["revision"] == "0123456789abcdef0123456789abcdef01234567"
-    missing = run(CELLS, tmp_path / "x.npy", "--model", "tahoebio/today", "--size", "7b")
-    assert missing.exit_code == 1
-    assert "it has the sizes 70m" in missing.output
-    unreachable = run(CELLS, tmp_path / "x.npy", "--model", "tahoebio/nowhere")
-    assert "could not be reached" in unreachable.output
+def test_completion_knows_the_commands_and_imports_no_torch() -> None:
+    code = "import sys; sys.argv = ['tahoex1']; import tahoex1_hf.cli.app as cli\n"
+    code += "try: cli.app(prog_name='tahoex1')\nfinally: assert 'torch' not in sys.modules, 'torch'"
+    completion = {"_TAHOEX1_COMPLETE": "complete_bash", "COMP_WORDS": "tahoex1 pre", "COMP_CWORD": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(REPO_ROOT), **completion}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert set(done.stdout.split()) == {"predict", "prepare", "pretrain"}, done.stderr
+    environment |= {"COMP_WORDS": "tahoex1 pretrain 3b", "COMP_CWORD": "2"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert set(done.stdout.split()) == {"3b-stage1", "3b-stage2"}, done.stderr
 
 
-def test_a_failed_run_leaves_no_file(tmp_path: Path, converted: Path) -> None:
-    adata = anndata.read_h5ad(CELLS)
-    adata.X.data[-1] = -1
-    adata.write_h5ad(tmp_path / "negative.h5ad")
-    result = run(
-        tmp_path / "negative.h5ad", tmp_path / "out.h5ad", "--model", converted, "--gene-id-column", "ensembl_id"
-    )
-    assert result.exit_code == 1
-    assert "negative" in result.output
-    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["negative.h5ad"]
+@pytest.mark.parametrize("module", ["tahoex1_hf", "tahoex1_hf.cli"])
+def test_the_package_can_be_run(module: str) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(REPO_ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", module, "--help"],
+        env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "Usage: tahoex1 " in done.stdout
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "typer" in imported
+    assert not {"torch", "transformers", "numpy", "pydantic", "yaml"} & imported  # what makes --help slow
+
+
+# A command of its own for the rest ----------------------------------------------------------------------------------
+
+
+def command_that(raises: BaseException | None, **settings: object) -> typer.Typer:
+    made = typer.Typer()
+
+    @made.command()
+    @command(**settings)  # type: ignore[arg-type]
+    def work() -> str:
+        """Do something."""
+        logging.getLogger("tahoex1_hf.test").info("a step is done")
+        if raises is not None:
+            raise raises
+        return "Wrote it"
+
+    return made
+
+
+def test_an_interrupted_command_says_that_it_goes_on() -> None:
+    result = CliRunner().invoke(command_that(KeyboardInterrupt()))
+    assert result.exit_code == 130
+    assert result.output == "Stopped. The same command goes on from here.\n"
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("error", "settings", "code", "message"),
     [
-        ((CELLS, "out.txt", "--model", MODEL), "must end in .h5ad, .parquet or .npy"),
-        ((CELLS, "out.npy", "--model", MODEL, "--gene-embeddings"), "need an output that ends in .h5ad"),
-        (("nothing.h5ad", "out.npy", "--model", MODEL), "nothing.h5ad does not exist"),
-        ((CELLS, "nowhere/out.npy", "--model", MODEL), "folder nowhere does not exist"),
-        ((CELLS, "out.npy", "--model", "no-such-folder"), "neither a folder nor a Hub repository"),
-        ((CELLS, "out.npy", "--model", MODEL), "gene_id_column"),
-        ((CELLS, "out.npy", "--model", MODEL, "--size", "3b"), "has no size '3b'"),
+        (ValueError("seed=-1: pass 0 or more."), {}, 1, "Error: seed=-1: pass 0 or more.\n"),
+        (FileNotFoundError("a.h5ad does not exist"), {"error_code": 2}, 2, "Error: a.h5ad does not exist\n"),
+        (RuntimeError("shards differ"), {"errors": (RuntimeError,)}, 1, "Error: shards differ\n"),
+        (
+            ModuleNotFoundError("No module named 'rdkit'", name="rdkit"),
+            {"extra": "drugs"},
+            1,
+            "Error: rdkit is missing: pip install 'tahoex1_hf[drugs]'.\n",
+        ),
     ],
 )
-def test_errors(tmp_path: Path, monkeypatch, arguments: tuple, message: str) -> None:
-    monkeypatch.chdir(tmp_path)
-    result = run(*arguments)
-    assert result.exit_code == 1
-    assert message in " ".join(result.output.split())
+def test_errors_are_sentences(error: Exception, settings: dict[str, object], code: int, message: str) -> None:
+    result = CliRunner().invoke(command_that(error, **settings))
+    assert (result.exit_code, result.output) == (code, message)
 
 
-def test_gene_symbols_in_either_order(tmp_path: Path) -> None:
-    table = tmp_path / "genes.csv"
-    table.write_text("symbol,id\nENSA,ENSG00000143420\nENSG00000188290,HES4,x\n")
-    assert read_gene_symbols(table) == {"ENSA": "ENSG00000143420", "HES4": "ENSG00000188290"}
-    table.write_text("a,b\n")
-    with pytest.raises(ValueError, match="no line with a gene symbol"):
-        read_gene_symbols(table)
+def test_a_fault_of_the_program_keeps_its_traceback() -> None:
+    for error in (RuntimeError("a bug"), ModuleNotFoundError("no", name="tahoex1_hf.nowhere")):
+        assert CliRunner().invoke(command_that(error)).exception is error
+
+
+def test_an_exit_code_of_its_own_is_kept() -> None:
+    assert CliRunner().invoke(command_that(typer.Exit(75), errors=(RuntimeError,))).exit_code == 75
+
+
+def test_quiet_and_verbose(caplog: pytest.LogCaptureFixture) -> None:
+    assert CliRunner().invoke(command_that(None)).output == "Wrote it\n"
+    assert CliRunner().invoke(command_that(None), ["--quiet"]).output == ""
+    assert os.environ["TQDM_DISABLE"] == "1"
+    caplog.clear()
+    assert CliRunner().invoke(command_that(ValueError("wrong")), ["--verbose"]).exit_code == 1
+    (record,) = [record for record in caplog.records if record.exc_info]
+    assert isinstance(record.exc_info[1], ValueError)  # type: ignore[index]
+
+
+def test_messages_of_other_libraries_about_themselves_are_left_out() -> None:
+    """In a process of its own, since a library says such things once, when it is imported."""
+    pytest.importorskip("torchao")
+    code = "import tahoex1_hf.cli.running as running; running.set_up_logging(False, False)\n"
+    code += "import logging, transformers.modeling_utils\n"
+    code += "logging.getLogger('torchao').warning('something else')\n"
+    environment = {**os.environ, "PYTHONPATH": str(REPO_ROOT)}
+    environment.pop("TORCHAO_FORCE_SKIP_LOADING_SO_FILES", None)
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == "WARNING: something else\n"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_device_that_is_not_there_is_told_in_a_sentence(tmp_path: Path) -> None:
+    out = ["--device", "cuda"]
+    for arguments in (
+        ("embed", CELLS, tmp_path / "out.npy", "--model", MODEL, *out),
+        ("perturb", CELLS, tmp_path / "out.csv", "--model", MODEL, "--genes", "all", *out),
+        ("predict", CELLS, tmp_path / "out.h5ad", "--model", MODEL, *out),
+    ):
+        result = run(*arguments)
+        assert result.exit_code == 1, result.output
+        message = " ".join(result.output.split())
+        assert "device='cuda' cannot be used" in message
+        assert "pass cpu, or leave the device out" in message

@@ -10,7 +10,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from tahoex1_hf.cli.vocabulary import drug_fingerprints_command
+from tahoex1_hf.cli.vocabulary import drug_fingerprints as drug_fingerprints_command
 from tahoex1_hf.data.fingerprints import drug_fingerprints
 
 pytest.importorskip("rdkit", reason="rdkit is not installed (extra drugs)")

@@ -85,7 +85,7 @@ def command(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
     spec.loader.exec_module(module)
     monkeypatch.setattr(hub_export, "HfApi", lambda: pytest.fail("the Hub was called"))
     app = typer.Typer()
-    app.command()(module.main)
+    app.command()(module.export)
     return lambda *arguments: CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 

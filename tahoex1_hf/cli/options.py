@@ -1,0 +1,80 @@
+# Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
+"""Options that several commands have, each declared once."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+class Dtype(StrEnum):
+    """Precision of the matrix products; int8 quantises the weights."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    int8 = "int8"
+
+
+class FloatDtype(StrEnum):
+    """Precision of the matrix products, for models whose weights stay as they are."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+# Every command -------------------------------------------------------------------------------------------------------
+
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", help="Print warnings and errors only.", rich_help_panel="Messages")
+]
+Verbose = Annotated[
+    bool,
+    typer.Option("--verbose", "-v", help="Print details, and where an error arose.", rich_help_panel="Messages"),
+]
+
+# The model -----------------------------------------------------------------------------------------------------------
+
+Model = Annotated[
+    str, typer.Option(help="Folder or Hub repository of the model, converted or in the original layout.")
+]
+Size = Annotated[
+    str | None, typer.Option(help="Size to take from a model that holds several: 70m, 1b or 3b.", show_default=False)
+]
+Revision = Annotated[
+    str | None, typer.Option(help="Branch, tag or commit of the Hub repository.", show_default="main")
+]
+
+# The cells -----------------------------------------------------------------------------------------------------------
+
+GeneIdColumn = Annotated[
+    str | None, typer.Option(help="Column of var that holds the Ensembl ids.", show_default="var_names")
+]
+GeneSymbols = Annotated[
+    Path | None,
+    typer.Option(help="CSV file with a symbol and an Ensembl id per line, for cells whose genes are symbols."),
+]
+Layer = Annotated[str | None, typer.Option(help="Layer that holds the raw counts.", show_default="X")]
+Drugs = Annotated[str | None, typer.Option(help="Column of obs that holds the drugs, or one drug for all cells.")]
+MaxLength = Annotated[
+    int | None, typer.Option(help="Largest number of tokens of a cell.", show_default="the model's context length")
+]
+Seed = Annotated[int, typer.Option(help="Seed of the sampling of cells longer than the context.")]
+
+# The work ------------------------------------------------------------------------------------------------------------
+
+Device = Annotated[str | None, typer.Option(help="cuda, mps or cpu.", show_default="the fastest there is")]
+BatchTokens = Annotated[
+    int | None,
+    typer.Option(help="Tokens of a batch; a smaller number needs less memory.", show_default="fit for the device"),
+]
+Restart = Annotated[
+    bool, typer.Option("--restart", help="Discard what an unfinished run with other settings has left.")
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a result that is there and differs.")]
+Private = Annotated[bool, typer.Option("--private", help="Create the Hub repository as a private one.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="KEY=VALUE...", help="Keys of the recipe to change, as in seed=1.")
+]

@@ -1,0 +1,111 @@
+# Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
+"""What all commands share: messages, errors, interruption."""
+
+import functools
+import inspect
+import logging
+import os
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import typer
+
+from tahoex1_hf.cli.options import Quiet, Verbose
+
+logger = logging.getLogger(__name__)
+
+GOES_ON = "Stopped. The same command goes on from here."
+NOTHING_WRITTEN = "Stopped. Nothing was written."
+
+_SHORT, _TIMED = "%(levelname)s: %(message)s", "%(asctime)s %(levelname)s %(name)s: %(message)s"
+_ERRORS = (ImportError, OSError, ValueError)
+
+# Messages of libraries about themselves, which no user of a command can act on: logger, and a part of the message.
+_NOISE = (
+    ("torchao", "Skipping import of cpp extensions"),
+    ("torchao", "Failed to load "),
+    ("torchao.kernel.intmm", "Detected no triton"),
+    ("torch.utils._pytree", "is an Enum subclass and is now natively supported"),
+)
+
+
+def command(
+    *,
+    extra: str = "data",
+    interrupted: str = GOES_ON,
+    errors: tuple[type[Exception], ...] = (),
+    error_code: int = 1,
+    timed: bool = False,
+) -> Callable[[Callable[..., str | None]], Callable[..., None]]:
+    """Turn a function into a command that has `--quiet` and `--verbose` and ends with a sentence, not a traceback.
+
+    The text that the function returns is printed to standard output.
+
+    Args:
+        extra: Extra of the package that the command needs.
+        interrupted: Message after Ctrl-C; the command then exits with 130.
+        errors: Further exceptions that are told in a sentence.
+        error_code: Exit code of such a command.
+        timed: Whether each message begins with the time.
+    """
+
+    def decorate(function: Callable[..., str | None]) -> Callable[..., None]:
+        @functools.wraps(function)
+        def run(*args: Any, quiet: bool = False, verbose: bool = False, **kwargs: Any) -> None:
+            set_up_logging(quiet, verbose, timed)
+            try:
+                result = function(*args, **kwargs)
+            except typer.Exit:  # a RuntimeError
+                raise
+            except ModuleNotFoundError as error:
+                if error.name is None or error.name.startswith("tahoex1_hf"):
+                    raise  # a fault of ours, not a package to install
+                fail(f"{error.name} is missing: pip install 'tahoex1_hf[{extra}]'.", error_code)
+            except (*_ERRORS, *errors) as error:
+                fail(error, error_code)
+            except KeyboardInterrupt:
+                typer.echo(interrupted, err=True)
+                raise typer.Exit(130) from None
+            if result is not None and not quiet and _is_first_process():
+                typer.echo(result)
+
+        shared = {"quiet": Quiet, "verbose": Verbose}
+        own = inspect.signature(function)
+        more = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=kind)
+            for name, kind in shared.items()
+        ]
+        run.__signature__ = own.replace(parameters=[*own.parameters.values(), *more])  # type: ignore[attr-defined]
+        run.__annotations__ = {**function.__annotations__, **shared, "return": None}
+        return run
+
+    return decorate
+
+
+def fail(error: Exception | str, code: int = 1) -> NoReturn:
+    """Print what is wrong and end the command; `--verbose` shows where it arose."""
+    typer.echo(f"Error: {error}", err=True)
+    logger.debug("It arose here:", exc_info=True)
+    raise typer.Exit(code) from None
+
+
+def set_up_logging(quiet: bool, verbose: bool, timed: bool = False) -> None:
+    """Send log messages to standard error; of several processes, all but the first send warnings and errors only."""
+    level = logging.WARNING if quiet or not _is_first_process() else logging.INFO
+    logging.basicConfig(level=level, format=_TIMED if timed else _SHORT, stream=sys.stderr)
+    if quiet:
+        os.environ["TQDM_DISABLE"] = "1"  # no progress bars, ours or transformers'
+    if verbose:
+        logging.getLogger("tahoex1_hf").setLevel(logging.DEBUG)
+        return
+    for name, part in _NOISE:
+        logging.getLogger(name).addFilter(functools.partial(_lacks, part))
+
+
+def _lacks(part: str, record: logging.LogRecord) -> bool:
+    return part not in record.getMessage()
+
+
+def _is_first_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"
