@@ -36,6 +36,6 @@ def finetune(
 
     config = read_finetune_config(recipe, overrides or [])
 
-    from tahoex1_hf.finetuning.finetune import finetune as run
+    from tahoex1_hf.finetuning.running import finetune as run
 
     raise typer.Exit(run(config))

@@ -10,7 +10,12 @@ from torch.nn.functional import cross_entropy
 
 from tahoex1_hf.data.collator import CellCollator
 from tahoex1_hf.finetuning.cells.labelled import LabelledCells
-from tahoex1_hf.finetuning.config import FinetuneConfig
+from tahoex1_hf.finetuning.config import (
+    ClassificationConfig,
+    FinetuneConfig,
+    MaskedExpressionConfig,
+    RegressionConfig,
+)
 
 # Number of the "epoch" from which the hidden genes of validation and test cells are drawn: the same whenever.
 HELD_OUT = 2**32
@@ -51,14 +56,14 @@ class Objective:
         self.mean, self.scale = 0.0, 1.0
         self.weights: torch.Tensor | None = None
         self.collator: CellCollator | None = None
-        if config.task == "classification":
+        if isinstance(config, ClassificationConfig):
             labels = cast(np.ndarray, cells.labels)[train]
             weights = class_weights(labels, len(cells.classes or ()), config.class_weights)
             self.weights = torch.from_numpy(weights)
-        elif config.task == "regression":
+        elif isinstance(config, RegressionConfig):
             labels = cast(np.ndarray, cells.labels)[train]
             self.mean, self.scale = float(labels.mean()), float(labels.std()) or 1.0
-        else:
+        elif isinstance(config, MaskedExpressionConfig):
             self.collator = CellCollator(cells.tokenizer, mlm_probability=config.mlm_probability)
 
     def batch(self, rows: np.ndarray, epoch: int) -> dict[str, Any]:

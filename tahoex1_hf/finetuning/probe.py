@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from tahoex1_hf.finetuning.cells.labelled import LabelledCells
-from tahoex1_hf.finetuning.config import FinetuneConfig
+from tahoex1_hf.finetuning.config import ClassesConfig, FinetuneConfig
 from tahoex1_hf.finetuning.splits import Split
 
 logger = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ def fit_probe(
     scaler = StandardScaler().fit(train)
     x, y = scaler.transform(train), labels[split.train]
     seen = scaler.transform(validation), labels[split.validation]
-    model = _regression() if config.task == "regression" else _classifier(config)
+    model = _classifier(config) if isinstance(config, ClassesConfig) else _regression()
     best, lowest = _STRENGTHS[0], np.inf
     for strength in _STRENGTHS:
         loss = _loss(*_fit(model, strength, _SEARCH_TOLERANCE, x, y, cells), *seen, config.task)
@@ -68,7 +68,7 @@ def some_of_each(rows: np.ndarray, cells: LabelledCells, seed: int) -> np.ndarra
     return np.sort(np.concatenate([shuffled[labels == kind][:share] for kind in range(len(cells.classes))]))
 
 
-def _classifier(config: FinetuneConfig) -> Any:
+def _classifier(config: ClassesConfig) -> Any:
     from sklearn.linear_model import LogisticRegression
 
     balanced = "balanced" if config.class_weights == "balanced" else None

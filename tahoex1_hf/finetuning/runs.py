@@ -5,6 +5,7 @@ import logging
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 import yaml
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
@@ -16,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 RESOLVED = "config.resolved.yaml"
 RESULT = "result.json"  # the last thing written of a split
-_HARMLESS = {"output_dir", "report"}  # keys that may differ when a run goes on
+_MAY_DIFFER = {"output_dir", "report"}  # keys that decide nothing about the weights
 
 
 def open_run(config: FinetuneConfig, first: bool) -> None:
@@ -34,9 +35,7 @@ def open_run(config: FinetuneConfig, first: bool) -> None:
     output_dir = Path(config.output_dir)
     earlier = output_dir / RESOLVED
     if earlier.is_file() and has_begun(output_dir):
-        before = yaml.safe_load(earlier.read_text(encoding="utf-8"))
-        now = config.model_dump(mode="json")
-        changed = sorted(k for k in {*before, *now} - _HARMLESS if before.get(k) != now.get(k))
+        changed = changed_settings(config, yaml.safe_load(earlier.read_text(encoding="utf-8")))
         if changed:
             raise ValueError(
                 f"output_dir={config.output_dir} holds a run with another {', '.join(changed)}: choose another "
@@ -44,6 +43,20 @@ def open_run(config: FinetuneConfig, first: bool) -> None:
             )
     output_dir.mkdir(parents=True, exist_ok=True)
     config.write(earlier)
+
+
+def changed_settings(config: FinetuneConfig, before: dict[str, Any]) -> list[str]:
+    """Return the keys of a configuration whose values differ from those that a run began with.
+
+    Args:
+        config: Configuration given now.
+        before: Content of the run's `config.resolved.yaml`. Keys of other tasks, which version 0.1 wrote too, do not
+            count; a key that is missing is at its default.
+    """
+    now, defaults = config.model_dump(mode="json"), type(config).model_fields
+    return sorted(
+        name for name in now if name not in _MAY_DIFFER and before.get(name, defaults[name].default) != now[name]
+    )
 
 
 def has_begun(output_dir: Path) -> bool:

@@ -17,8 +17,8 @@ from transformers import AutoModelForSequenceClassification
 from tahoex1_hf import TahoeX1ForPreTraining, TahoeX1ForSequenceClassification, TahoeX1Tokenizer
 from tahoex1_hf.finetuning.adapters import save_adapter
 from tahoex1_hf.finetuning.cards import adapter_card
-from tahoex1_hf.finetuning.finetune import finetune
 from tahoex1_hf.finetuning.methods import adapt
+from tahoex1_hf.finetuning.running import finetune
 from tahoex1_hf.hub.adapters import add_adapter, load_adapter, read_record, use_adapter
 from tahoex1_hf.hub.export import AUTO_MAP, CODE_FILES
 

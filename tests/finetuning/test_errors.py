@@ -16,11 +16,10 @@ from safetensors.torch import load_file, save_file
 from scipy.sparse import csr_matrix
 from transformers import TrainerState
 
-from tahoex1_hf.data.config import validated
 from tahoex1_hf.finetuning.bases import load_tokenizer
 from tahoex1_hf.finetuning.cells.labelled import LabelledCells, read_cells
-from tahoex1_hf.finetuning.config import FinetuneConfig, read_finetune_config
-from tahoex1_hf.finetuning.finetune import finetune
+from tahoex1_hf.finetuning.config import parse_finetune_config, read_finetune_config
+from tahoex1_hf.finetuning.running import finetune
 from tahoex1_hf.finetuning.trainer import FinetuneTrainer
 
 
@@ -173,20 +172,24 @@ def test_log_normalised_counts_are_warned_of(read: Callable[..., LabelledCells],
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"lora_rnk": 4}, "lora_rnk: unknown key"),
+        ({"lora_rnk": 4}, "lora_rnk: unknown key; is lora_rank or lora_dropout meant"),
         ({"lora_rank": 0}, "lora_rank: .*greater than 0"),
         ({"method": "prefix"}, "method: .*'lora'"),
         ({"task": "clustering"}, "task: "),
-        ({"label": None}, "task=classification needs label"),
-        ({"task": "masked_expression"}, "label=kind: masked_expression learns from the counts"),
-        ({"task": "masked_expression", "label": None, "method": "linear_probe"}, "needs a head"),
+        ({"label": None}, "label: task=classification needs it"),
+        (
+            {"task": "masked_expression"},
+            "label=kind is for task=classification.*not for masked_expression: leave it out",
+        ),
+        ({"task": "regression", "class_weights": "none"}, "class_weights=none is for task=classification and gene_cl"),
+        ({"task": "masked_expression", "label": None, "method": "linear_probe"}, "masked_expression has none"),
         ({"split": "part", "folds": 5}, "folds=5 does not go with it"),
         ({"test_fraction": 0.9}, "test_fraction: "),
     ],
 )
 def test_settings(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        validated(FinetuneConfig, settings(Path("m"), Path("d"), Path("o"), **changes), "test")
+        parse_finetune_config(settings(Path("m"), Path("d"), Path("o"), **changes), "test")
 
 
 @pytest.mark.parametrize(("override", "message"), [("epochs", "is no key=value"), ("epoch=3", "epoch: unknown key")])

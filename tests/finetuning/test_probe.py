@@ -14,8 +14,8 @@ from sklearn.metrics import log_loss
 from tahoex1_hf.finetuning import probe
 from tahoex1_hf.finetuning.bases import load_tokenizer
 from tahoex1_hf.finetuning.cells.labelled import read_cells
-from tahoex1_hf.finetuning.finetune import finetune
 from tahoex1_hf.finetuning.probe import fit_probe, some_of_each
+from tahoex1_hf.finetuning.running import finetune
 from tahoex1_hf.finetuning.splits import Split
 from tahoex1_hf.finetuning.trainer import FinetuneTrainer
 from tahoex1_hf.hub.adapters import load_adapter

@@ -17,7 +17,7 @@ from scipy.sparse import csr_matrix
 from training_runs import free_port
 
 from tahoex1_hf import TahoeX1ForPreTraining, TahoeX1Tokenizer
-from tahoex1_hf.finetuning.config import FinetuneConfig
+from tahoex1_hf.finetuning.config import FinetuneConfig, parse_finetune_config
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "examples" / "finetune_lora.py"
@@ -78,11 +78,13 @@ def settings(base: Path, data: Path, output: Path, **changes: Any) -> dict[str, 
         "report": False,
     }
     chosen = {**usual, **changes}
+    if chosen["task"] == "masked_expression":
+        del chosen["head_start"]
     return {name: value for name, value in chosen.items() if value is not None}
 
 
 def make_config(base: Path, data: Path, output: Path, **changes: Any) -> FinetuneConfig:
-    return FinetuneConfig(**settings(base, data, output, **changes))
+    return parse_finetune_config(settings(base, data, output, **changes))
 
 
 def result(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:

@@ -21,7 +21,13 @@ from tahoex1_hf.cells.inputs import CellInput, EncodeOptions
 from tahoex1_hf.data.collator import CellCollator, CountRows
 from tahoex1_hf.encoding_tahoe_x1 import EncodedCells, GeneRows, count_problem, mix64
 from tahoex1_hf.finetuning.cells.labels import class_labels, group_names, number_labels, read_obs_column
-from tahoex1_hf.finetuning.config import FinetuneConfig
+from tahoex1_hf.finetuning.config import (
+    ClassificationConfig,
+    DrugResponseConfig,
+    FinetuneConfig,
+    MaskedExpressionConfig,
+    RegressionConfig,
+)
 from tahoex1_hf.finetuning.sampling import content_numbers
 from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
 
@@ -192,15 +198,19 @@ def read_cells(config: FinetuneConfig, tokenizer: TahoeX1Tokenizer, folder: Path
     if not Path(config.data).exists():
         raise FileNotFoundError(f"data={config.data} does not exist.")
     labels = classes = rows = None
-    if config.label is not None:
+    if isinstance(config, ClassificationConfig | RegressionConfig):
         column = read_obs_column(config.data, config.label, "label")
-        found = class_labels(column, config) if config.task == "classification" else number_labels(column, config)
+        found = (
+            class_labels(column, config)
+            if isinstance(config, ClassificationConfig)
+            else number_labels(column, config.label)
+        )
         labels, classes, rows = found.values, found.classes, found.rows
     raw = copy.copy(tokenizer)
     raw.value_encoding, raw.context_length, raw.first_gene_raw = "raw", None, False
     options = EncodeOptions(
         raw,
-        drugs=config.drugs,
+        drugs=None if isinstance(config, DrugResponseConfig) else config.drugs,
         gene_id_column=config.gene_id_column,
         gene_symbols=read_gene_symbols(config.gene_symbols),
         layer=config.layer,
@@ -211,10 +221,13 @@ def read_cells(config: FinetuneConfig, tokenizer: TahoeX1Tokenizer, folder: Path
             raise ValueError(f"data={config.data} stands for {len(inputs)} files: name one.")
         rows = np.arange(inputs[0].num_cells) if rows is None else rows
         groups = parts = None
-        if config.group is not None:
-            groups = group_names(read_obs_column(config.data, config.group, "group"), rows, config.group)
-        if config.split is not None:
-            column = read_obs_column(config.data, config.split, "split")
+        group = split = None
+        if isinstance(config, ClassificationConfig | RegressionConfig | MaskedExpressionConfig):
+            group, split = config.group, config.split
+        if group is not None:
+            groups = group_names(read_obs_column(config.data, group, "group"), rows, group)
+        if split is not None:
+            column = read_obs_column(config.data, split, "split")
             parts = column.iloc[rows].astype(object).astype(str).to_numpy(dtype=object)
         inputs[0].sort_by_cell()
         stored = StoredCounts(inputs[0], tokenizer, folder)

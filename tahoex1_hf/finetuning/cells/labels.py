@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tahoex1_hf.finetuning.config import FinetuneConfig
+from tahoex1_hf.finetuning.config import ClassesConfig
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -66,7 +66,7 @@ def read_obs_column(path: str, name: str, role: str) -> "pd.Series":
     raise ValueError(f"{role}={name} is no column of obs of {path}; there are {', '.join(sorted(columns))}.")
 
 
-def class_labels(column: "pd.Series", config: FinetuneConfig, of: str = "cells") -> Labels:
+def class_labels(column: "pd.Series", config: ClassesConfig, of: str = "cells") -> Labels:
     """Classes of the cells, or of what else has a row (`of`); those without are left out with a warning.
 
     Raises:
@@ -106,7 +106,7 @@ def class_labels(column: "pd.Series", config: FinetuneConfig, of: str = "cells")
     return Labels(rows, np.argsort(order)[codes], [str(kind) for kind in kinds[order]])
 
 
-def number_labels(column: "pd.Series", config: FinetuneConfig) -> Labels:
+def number_labels(column: "pd.Series", label: str) -> Labels:
     """Numbers of the cells; those without are left out with a warning.
 
     Raises:
@@ -114,18 +114,18 @@ def number_labels(column: "pd.Series", config: FinetuneConfig) -> Labels:
     """
     import pandas as pd
 
-    rows = _labelled(column, config.label, "cells")
+    rows = _labelled(column, label, "cells")
     values = column.iloc[rows].astype(object)
     numbers = pd.to_numeric(values, errors="coerce").to_numpy(dtype=np.float64)
     wrong = ~np.isfinite(numbers)
     if wrong.any():
         example = values.iloc[int(np.flatnonzero(wrong)[0])]
         raise ValueError(
-            f"label={config.label}: {wrong.sum()} values are no finite numbers, {example!r} for one. Choose a column "
+            f"label={label}: {wrong.sum()} values are no finite numbers, {example!r} for one. Choose a column "
             "of numbers, or task=classification."
         )
     if len(np.unique(numbers)) < 2:
-        raise ValueError(f"label={config.label} is {numbers[0]:g} in all cells: there is nothing to predict.")
+        raise ValueError(f"label={label} is {numbers[0]:g} in all cells: there is nothing to predict.")
     return Labels(rows, numbers, None)
 
 

@@ -274,7 +274,7 @@ class CellRun:
         config = self.config
         kept = ("task", "label", "method", "size", "layer", "gene_id_column", "drugs", "group", "seed")
         return {
-            **{name: getattr(config, name) for name in kept},
+            **{name: getattr(config, name, None) for name in kept},
             "model": base_name(config),
             "context_length": self.tokenizer.context_length,
             "classes": self.cells.classes,

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from tahoex1_hf.finetuning.adapters import add_results
-from tahoex1_hf.finetuning.config import FinetuneConfig
+from tahoex1_hf.finetuning.config import DrugResponseConfig
 from tahoex1_hf.finetuning.drugs.metrics import NULL, by_unit, change_baselines, score
 from tahoex1_hf.finetuning.drugs.screen import Screen
 from tahoex1_hf.finetuning.metrics import paired_difference
@@ -28,7 +28,7 @@ _FALLBACK = {
 
 def write_drug_report(
     folder: Path,
-    config: FinetuneConfig,
+    config: DrugResponseConfig,
     screen: Screen,
     tokenizer: TahoeX1Tokenizer,
     splits: dict[str, list[Split]],

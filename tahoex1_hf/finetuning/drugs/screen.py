@@ -15,7 +15,7 @@ import numpy as np
 from tahoex1_hf.encoding_tahoe_x1 import log_normalize
 from tahoex1_hf.finetuning.cells.labelled import LabelledCells
 from tahoex1_hf.finetuning.cells.labels import read_obs_column
-from tahoex1_hf.finetuning.config import FinetuneConfig
+from tahoex1_hf.finetuning.config import DrugResponseConfig
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ class Screen:
         return len(self.drugs)
 
 
-def read_screen(config: FinetuneConfig, cells: LabelledCells) -> Screen:
+def read_screen(config: DrugResponseConfig, cells: LabelledCells) -> Screen:
     """Make conditions of cells.
 
     Args:
@@ -114,7 +114,7 @@ def read_screen(config: FinetuneConfig, cells: LabelledCells) -> Screen:
     )
 
 
-def _columns(config: FinetuneConfig) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def _columns(config: DrugResponseConfig) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Drug, context and batch of every cell, and where one of them is missing."""
     drugs, contexts = _column(config, config.drugs, "drugs"), _column(config, config.context, "context")
     missing = np.isin(drugs, _MISSING) | np.isin(contexts, _MISSING)
@@ -124,7 +124,7 @@ def _columns(config: FinetuneConfig) -> tuple[np.ndarray, np.ndarray, np.ndarray
     return drugs, contexts, batches, missing | np.isin(batches, _MISSING)
 
 
-def _column(config: FinetuneConfig, name: str | None, role: str) -> np.ndarray:
+def _column(config: DrugResponseConfig, name: str | None, role: str) -> np.ndarray:
     column = read_obs_column(config.data, str(name), role)
     return column.astype(object).astype(str).to_numpy(dtype=object)
 

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import numpy as np
 
-from tahoex1_hf.finetuning.config import FinetuneConfig
+from tahoex1_hf.finetuning.config import DrugResponseConfig
 from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
 
 
-def new_fingerprints(config: FinetuneConfig, tokenizer: TahoeX1Tokenizer, drugs: list[str]) -> dict[str, np.ndarray]:
+def new_fingerprints(
+    config: DrugResponseConfig, tokenizer: TahoeX1Tokenizer, drugs: list[str]
+) -> dict[str, np.ndarray]:
     """Fingerprints of those drugs that the tokenizer does not know.
 
     Args:

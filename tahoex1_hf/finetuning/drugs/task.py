@@ -37,7 +37,7 @@ from tahoex1_hf.encoding_tahoe_x1 import EncodedCells, matrix_rows, merge_repeat
 from tahoex1_hf.finetuning.adapters import save_adapter
 from tahoex1_hf.finetuning.bases import base_name, load_base, load_tokenizer
 from tahoex1_hf.finetuning.cells.labelled import LabelledCells, read_cells
-from tahoex1_hf.finetuning.config import FinetuneConfig
+from tahoex1_hf.finetuning.config import DrugResponseConfig
 from tahoex1_hf.finetuning.drugs.report import write_drug_report
 from tahoex1_hf.finetuning.drugs.screen import Screen, read_screen
 from tahoex1_hf.finetuning.drugs.table import new_fingerprints, teach_tokenizer
@@ -91,7 +91,7 @@ class DrugObjective(Objective):
 
     def __init__(
         self,
-        config: FinetuneConfig,
+        config: DrugResponseConfig,
         cells: LabelledCells,
         screen: Screen,
         ids: tuple[np.ndarray, int],
@@ -179,7 +179,7 @@ def mean_embedding(encoder: CellEncoder, cells: EncodedCells) -> torch.Tensor:
 class DrugRun:
     """Cells, conditions, and how a model is made of a split."""
 
-    config: FinetuneConfig
+    config: DrugResponseConfig
     processes: PartialState
 
     def __post_init__(self) -> None:
@@ -192,7 +192,7 @@ class DrugRun:
             raise ValueError(
                 f"model={config.model} has no drug encoder (num_drugs is 0): use one that has, such as the 3B model."
             )
-        self.cells = read_cells(config.model_copy(update={"drugs": None}), self.tokenizer, self.folder)
+        self.cells = read_cells(config, self.tokenizer, self.folder)
         self.screen = read_screen(config, self.cells)
         names = sorted({*self.screen.drugs})
         new = new_fingerprints(config, self.tokenizer, names)
@@ -289,7 +289,7 @@ class DrugRun:
         names = {token: name for name, token in self.tokenizer.get_vocab().items()}
         costs = ("seconds", "peak_memory_gb")
         return {
-            **{name: getattr(config, name) for name in kept},
+            **{name: getattr(config, name, None) for name in kept},
             "label": None,
             "model": base_name(config),
             "context_length": self.tokenizer.context_length,
@@ -316,7 +316,7 @@ def _in_units(model: TahoeX1ForPreTraining, scale: float) -> None:
     trained.cell_proj.weight.mul_(scale)
 
 
-def finetune_drugs(config: FinetuneConfig) -> int:
+def finetune_drugs(config: DrugResponseConfig) -> int:
     """Run, or go on with a run, to its end.
 
     Args:

@@ -12,7 +12,7 @@ from scipy.special import softmax
 from tahoex1_hf.common.plots import draw_confusion
 from tahoex1_hf.finetuning.adapters import add_results
 from tahoex1_hf.finetuning.cells.labelled import LabelledCells
-from tahoex1_hf.finetuning.config import FinetuneConfig
+from tahoex1_hf.finetuning.config import GeneClassificationConfig
 from tahoex1_hf.finetuning.genes.baselines import expression_features, gene_baselines
 from tahoex1_hf.finetuning.genes.table import GeneTable
 from tahoex1_hf.finetuning.metrics import classification_metrics, paired_difference, summarize
@@ -58,7 +58,7 @@ def gene_metrics(truth: np.ndarray, probabilities: np.ndarray, sought: int | Non
 
 def write_gene_report(
     folder: Path,
-    config: FinetuneConfig,
+    config: GeneClassificationConfig,
     cells: LabelledCells,
     genes: GeneTable,
     splits: list[Split],
@@ -100,7 +100,7 @@ def write_gene_report(
 
 
 def _report(
-    config: FinetuneConfig,
+    config: GeneClassificationConfig,
     genes: GeneTable,
     splits: list[Split],
     predictions: dict[str, list[np.ndarray]],

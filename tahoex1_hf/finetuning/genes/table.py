@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tahoex1_hf.finetuning.cells.labels import class_labels, group_names
-from tahoex1_hf.finetuning.config import FinetuneConfig
+from tahoex1_hf.finetuning.config import GeneClassificationConfig
 from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
 
 if TYPE_CHECKING:
@@ -46,7 +46,9 @@ class GeneTable:
         return len(self.names)
 
 
-def read_gene_table(config: FinetuneConfig, tokenizer: TahoeX1Tokenizer, cells_expressing: np.ndarray) -> GeneTable:
+def read_gene_table(
+    config: GeneClassificationConfig, tokenizer: TahoeX1Tokenizer, cells_expressing: np.ndarray
+) -> GeneTable:
     """Read the table of a run.
 
     Args:
@@ -92,7 +94,7 @@ def read_gene_table(config: FinetuneConfig, tokenizer: TahoeX1Tokenizer, cells_e
     )
 
 
-def _read(config: FinetuneConfig) -> "pd.DataFrame":
+def _read(config: GeneClassificationConfig) -> "pd.DataFrame":
     from tahoex1_hf.data.vocabulary import read_table
 
     path = Path(str(config.genes))
@@ -115,7 +117,7 @@ def _present(column: "pd.Series") -> np.ndarray:
     return np.asarray(text.notna() & ~text.astype(str).isin(("", "nan", "None", "<NA>")), dtype=bool)
 
 
-def _tokens(table: "pd.DataFrame", config: FinetuneConfig, tokenizer: TahoeX1Tokenizer) -> np.ndarray:
+def _tokens(table: "pd.DataFrame", config: GeneClassificationConfig, tokenizer: TahoeX1Tokenizer) -> np.ndarray:
     names = table[config.genes_id_column]
     try:
         return tokenizer.match_genes(names.astype(str)).token_ids
@@ -124,7 +126,7 @@ def _tokens(table: "pd.DataFrame", config: FinetuneConfig, tokenizer: TahoeX1Tok
 
 
 def _without_repeats(
-    table: "pd.DataFrame", tokens: np.ndarray, config: FinetuneConfig, left_out: dict[str, int]
+    table: "pd.DataFrame", tokens: np.ndarray, config: GeneClassificationConfig, left_out: dict[str, int]
 ) -> tuple["pd.DataFrame", np.ndarray]:
     """Each gene once; ValueError where its rows contradict each other."""
     import pandas as pd

@@ -29,7 +29,7 @@ from tahoex1_hf.finetuning.bases import base_name, load_base, load_tokenizer
 from tahoex1_hf.finetuning.cells.labelled import LabelledCells, read_cells
 from tahoex1_hf.finetuning.cells.long_cells import encode_in_parts
 from tahoex1_hf.finetuning.cells.task import head_of
-from tahoex1_hf.finetuning.config import FinetuneConfig
+from tahoex1_hf.finetuning.config import GeneClassificationConfig
 from tahoex1_hf.finetuning.fitting import drop_checkpoints, fit, read_result, run_task, write_result
 from tahoex1_hf.finetuning.genes.report import write_gene_report
 from tahoex1_hf.finetuning.genes.table import GeneTable, read_gene_table
@@ -68,7 +68,7 @@ class GeneObjective(Objective):
         split: of the genes.
     """
 
-    def __init__(self, config: FinetuneConfig, cells: LabelledCells, genes: GeneTable, split: Split):
+    def __init__(self, config: GeneClassificationConfig, cells: LabelledCells, genes: GeneTable, split: Split):
         self.config, self.cells, self.collator = config, cells, None
         size = len(cells.tokenizer)
         self.classes = torch.full((size,), -100)
@@ -130,16 +130,14 @@ class GeneObjective(Objective):
 class GeneRun:
     """Cells, genes, and how a model is made of a split."""
 
-    config: FinetuneConfig
+    config: GeneClassificationConfig
     processes: PartialState
 
     def __post_init__(self) -> None:
         config = self.config
         self.folder = Path(config.output_dir)
         self.tokenizer = load_tokenizer(config)
-        # Labels, groups and splits are those of the genes.
-        of_cells = config.model_copy(update={"label": None, "group": None, "split": None})
-        self.cells = read_cells(of_cells, self.tokenizer, self.folder)
+        self.cells = read_cells(config, self.tokenizer, self.folder)
         expressing = np.zeros(len(self.tokenizer), dtype=np.int64)
         np.add.at(expressing, self.cells.stored.tokens, 1)
         self.genes = read_gene_table(config, self.tokenizer, expressing)
@@ -275,7 +273,7 @@ class GeneRun:
         kept = ("task", "label", "method", "size", "layer", "gene_id_column", "drugs", "group", "genes", "seed")
         costs = ("seconds", "peak_memory_gb")
         return {
-            **{name: getattr(config, name) for name in kept},
+            **{name: getattr(config, name, None) for name in kept},
             "model": base_name(config),
             "context_length": self.tokenizer.context_length,
             "classes": self.genes.classes,
@@ -391,7 +389,7 @@ def predict_gene_classes(
     return pd.DataFrame({**columns, "cells": expressing[genes]}, index=names)
 
 
-def finetune_genes(config: FinetuneConfig) -> int:
+def finetune_genes(config: GeneClassificationConfig) -> int:
     """Run, or go on with a run, to its end.
 
     Args:

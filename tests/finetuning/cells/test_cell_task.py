@@ -9,7 +9,6 @@ import anndata
 import numpy as np
 import pytest
 import torch
-import yaml
 from finetuning_runs import (
     KINDS,
     RECIPES,
@@ -36,7 +35,6 @@ from tahoex1_hf.finetuning.cells.labelled import read_cells
 from tahoex1_hf.finetuning.cells.masked_expression import model_errors
 from tahoex1_hf.finetuning.cells.predicting import load_predictor, predict_file
 from tahoex1_hf.finetuning.config import FinetuneConfig, read_finetune_config
-from tahoex1_hf.finetuning.finetune import finetune
 from tahoex1_hf.finetuning.methods import (
     TARGET_MODULES,
     adapt,
@@ -45,6 +43,7 @@ from tahoex1_hf.finetuning.methods import (
     trainable_parameters,
 )
 from tahoex1_hf.finetuning.objectives import HELD_OUT, Objective, class_weights
+from tahoex1_hf.finetuning.running import finetune
 from tahoex1_hf.finetuning.splits import Split
 from tahoex1_hf.finetuning.trainer import FinetuneTrainer
 from tahoex1_hf.hub.adapters import load_adapter, read_record
@@ -565,4 +564,4 @@ def test_recipes(task: str) -> None:
 def test_configuration_goes_through_yaml(tmp_path: Path) -> None:
     config = read_finetune_config(RECIPES / "classification.yaml")
     config.write(tmp_path / "config.yaml")
-    assert FinetuneConfig(**yaml.safe_load((tmp_path / "config.yaml").read_text())) == config
+    assert read_finetune_config(tmp_path / "config.yaml") == config

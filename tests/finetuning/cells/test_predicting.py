@@ -21,7 +21,7 @@ from tahoex1_hf import TahoeX1Config, TahoeX1ForSequenceClassification, TahoeX1T
 from tahoex1_hf.cli.app import app
 from tahoex1_hf.encoding_tahoe_x1 import GeneRows
 from tahoex1_hf.finetuning.cells.predicting import load_predictor, predict_file
-from tahoex1_hf.finetuning.finetune import finetune
+from tahoex1_hf.finetuning.running import finetune
 from tahoex1_hf.finetuning.sampling import content_numbers
 from tahoex1_hf.hub.adapters import load_adapter
 

@@ -28,7 +28,7 @@ from scipy.sparse import csr_matrix
 from two_processes import in_processes, killed_run_goes_on
 
 from tahoex1_hf import TahoeX1ForPreTraining
-from tahoex1_hf.finetuning.config import FinetuneConfig, read_finetune_config
+from tahoex1_hf.finetuning.config import DrugResponseConfig, parse_finetune_config, read_finetune_config
 from tahoex1_hf.finetuning.drugs import screen as drug_screen
 from tahoex1_hf.finetuning.drugs.metrics import (
     CONTEXT_MEAN,
@@ -40,8 +40,8 @@ from tahoex1_hf.finetuning.drugs.metrics import (
     score,
 )
 from tahoex1_hf.finetuning.drugs.task import DrugObjective, DrugRun, inner_model, predict_drug_response
-from tahoex1_hf.finetuning.finetune import finetune
 from tahoex1_hf.finetuning.objectives import HELD_OUT
+from tahoex1_hf.finetuning.running import finetune
 from tahoex1_hf.finetuning.splits import Split
 from tahoex1_hf.hub.adapters import load_adapter, read_record
 from tahoex1_hf.hub.added_drugs import ADDED, add_drugs, add_saved_drugs
@@ -56,7 +56,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def make_config(place: Path, output: Path, **changes: Any) -> FinetuneConfig:
+def make_config(place: Path, output: Path, **changes: Any) -> DrugResponseConfig:
     usual: dict[str, Any] = {
         "task": "drug_response",
         "model": str(place / "base"),
@@ -75,7 +75,7 @@ def make_config(place: Path, output: Path, **changes: Any) -> FinetuneConfig:
         "precision": "no",
         "report": False,
     }
-    return FinetuneConfig(**{**usual, **changes})
+    return parse_finetune_config({**usual, **changes})  # type: ignore[return-value]
 
 
 def make_run(place: Path, output: Path, **changes: Any) -> DrugRun:
@@ -299,13 +299,16 @@ def test_fingerprints_of_another_length(place: Path) -> None:
 
 def test_settings_that_do_not_go_together(place: Path, tmp_path: Path) -> None:
     for changes, said in (
-        ({"control": None}, "needs control"),
-        ({"context": None}, "needs context"),
+        ({"control": None}, "control: task=drug_response needs it"),
+        ({"context": None}, "context: task=drug_response needs it"),
         ({"label": "line"}, "leave it out"),
         ({"group": "line"}, "leave it out"),
         ({"held_out": []}, "held_out"),
         ({"drug_table": None}, "go together"),
-        ({"task": "masked_expression"}, "are for task=drug_response"),
+        (
+            {"task": "masked_expression"},
+            "control=DMSO is for task=drug_response, not for masked_expression: leave it out",
+        ),
     ):
         with pytest.raises(ValueError, match=said):
             make_config(place, tmp_path, **changes)

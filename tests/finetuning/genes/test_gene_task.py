@@ -20,8 +20,7 @@ from two_processes import in_processes, killed_run_goes_on
 
 from tahoex1_hf import TahoeX1ForPreTraining, TahoeX1Tokenizer
 from tahoex1_hf.finetuning.cells.long_cells import encode_in_parts
-from tahoex1_hf.finetuning.config import FinetuneConfig
-from tahoex1_hf.finetuning.finetune import finetune
+from tahoex1_hf.finetuning.config import GeneClassificationConfig, parse_finetune_config
 from tahoex1_hf.finetuning.genes.baselines import expression_features, gene_baselines
 from tahoex1_hf.finetuning.genes.report import gene_metrics, sought_class
 from tahoex1_hf.finetuning.genes.table import read_gene_table
@@ -33,6 +32,7 @@ from tahoex1_hf.finetuning.genes.task import (
     predict_genes,
 )
 from tahoex1_hf.finetuning.objectives import HELD_OUT
+from tahoex1_hf.finetuning.running import finetune
 from tahoex1_hf.finetuning.splits import Split
 from tahoex1_hf.hub.adapters import load_adapter, read_record
 
@@ -81,7 +81,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def make_config(place: Path, output: Path, **changes: Any) -> FinetuneConfig:
+def make_config(place: Path, output: Path, **changes: Any) -> GeneClassificationConfig:
     usual: dict[str, Any] = {
         "task": "gene_classification",
         "model": str(place / "base"),
@@ -96,7 +96,7 @@ def make_config(place: Path, output: Path, **changes: Any) -> FinetuneConfig:
         "precision": "no",
         "report": False,
     }
-    return FinetuneConfig(**{**usual, **changes})
+    return parse_finetune_config({**usual, **changes})  # type: ignore[return-value]
 
 
 def chunks_of(run: GeneRun) -> Any:
@@ -188,7 +188,7 @@ def test_bad_tables(changes: dict[str, str], said: str, place: Path, tmp_path: P
 
 
 def test_settings_that_do_not_go_together(place: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="gene_classification needs genes"):
+    with pytest.raises(ValueError, match="genes: task=gene_classification needs it"):
         make_config(place, tmp_path, genes=None)
     with pytest.raises(ValueError, match=r"genes=.* is for task=gene_classification"):
         make_config(place, tmp_path, task="classification")
@@ -487,7 +487,7 @@ def test_depmap_genes_in_heart_cells(shared_data: Callable[[str], Path], tmp_pat
     expressing = np.zeros(len(tokenizer), dtype=np.int64)
     tokens = tokenizer.match_genes(matrix.var_names).token_ids
     np.add.at(expressing, tokens, np.asarray((matrix.X > 0).sum(axis=0)).ravel())
-    config = FinetuneConfig(
+    config = GeneClassificationConfig(
         task="gene_classification",
         model="none",
         data=str(cells),
