@@ -38,13 +38,14 @@ class CellLayout:
         """Give each token its cell's vector: `(cells, width)` to `(batch, length or 1, width)`."""
         if self.token_cells is None:
             return cell_vectors.unsqueeze(1)
-        return cell_vectors[self.token_cells.to(cell_vectors.device)]
+        # Not cell_vectors[token_cells]: where two threads meet in a cell, its gradient is added up in a random order.
+        return cell_vectors.index_select(0, self.token_cells[0].to(cell_vectors.device)).unsqueeze(0)
 
     def first(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Each cell's first token: `(batch, length, width)` to `(cells, width)`."""
         if self.boundaries is None:
             return hidden_states[:, 0].clone()  # a view would keep all tokens
-        return hidden_states.flatten(0, 1)[self.boundaries[:-1].to(hidden_states.device)]
+        return hidden_states.flatten(0, 1).index_select(0, self.boundaries[:-1].to(hidden_states.device))
 
     def mean(self, hidden_states: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
         """Mean over each cell's valid tokens, in float32: `(batch, length, width)` to `(cells, width)`."""
