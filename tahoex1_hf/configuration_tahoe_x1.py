@@ -1,16 +1,30 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""Configuration of the Tahoe-x1 single-cell foundation models.
+"""Configuration of the Tahoe-x1 single-cell foundation models, and what their tokenizer may be set to.
 
 This file travels to the Hugging Face Hub beside the weights: it imports nothing but transformers.
 """
 
 import difflib
+import math
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 Activation = Literal["relu", "leaky_relu", "gelu", "silu", "tanh", "sigmoid"]
+
+# Choices among the settings of the tokenizer.
+VALUE_ENCODINGS = ("bins", "log1p", "raw")
+OVERFLOWS = ("sample", "first", "top")
+# Its settings in the original's spelling, which would otherwise vanish among transformers' own keyword arguments.
+_ORIGINAL_TOKENIZER_NAMES = {
+    "max_length": "context_length",
+    "n_bins": "num_bins",
+    "sampling": "overflow",
+    "do_binning": "value_encoding",
+    "log_transform": "value_encoding",
+}
 
 # Keys that transformers itself (or quantisation) stores in config.json without declaring them as fields.
 _TRANSFORMERS_KEYS = frozenset(
@@ -215,3 +229,50 @@ class TahoeX1Config(PreTrainedConfig):
 
 
 __all__ = ["TahoeX1Config"]
+
+
+def similar_names(name: Any, choices: Iterable[str]) -> str:
+    """Return the close matches of a name, as the end of a sentence."""
+    close = difflib.get_close_matches(str(name), [str(choice) for choice in choices])
+    return f"; did you mean {' or '.join(map(repr, close))}?" if close else "."
+
+
+def refuse_misspelt_settings(kwargs: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+    """Raise ValueError for options that transformers would take without a word; its own keyword arguments pass."""
+    for name in kwargs:
+        close = _ORIGINAL_TOKENIZER_NAMES.get(name) or next(
+            iter(difflib.get_close_matches(name, options, cutoff=0.8)), None
+        )
+        if close is not None:
+            raise ValueError(f"{name}= is not an option of TahoeX1Tokenizer: use {close}=.")
+
+
+def check_tokenizer_settings(options: Mapping[str, Any]) -> None:
+    """Raise ValueError for a setting of the tokenizer that cannot work."""
+
+    def require(name: str, good: bool, wanted: str) -> None:
+        if not good:
+            raise ValueError(f"{name}={options[name]!r}: pass {wanted}.")
+
+    def is_int(value: Any, least: int) -> bool:
+        return type(value) is int and value >= least
+
+    def is_number(value: Any) -> bool:
+        return type(value) in (int, float) and math.isfinite(value)
+
+    require("value_encoding", options["value_encoding"] in VALUE_ENCODINGS, f"one of {VALUE_ENCODINGS}")
+    require("overflow", options["overflow"] in OVERFLOWS, f"one of {OVERFLOWS}")
+    require("num_bins", is_int(options["num_bins"], 3), "a whole number of at least 3")
+    length = options["context_length"]
+    require(
+        "context_length", length is None or is_int(length, 3), "a whole number of at least 3, or None for whole cells"
+    )
+    require("target_sum", is_number(options["target_sum"]) and options["target_sum"] > 0, "a positive number")
+    require("pad_value", is_number(options["pad_value"]) and options["pad_value"] < 0, "a negative number")
+    for name in ("right_binning", "first_gene_raw"):
+        require(name, type(options[name]) is bool, "True or False")
+    table = options["drug_to_id"]
+    if table is not None:
+        good = isinstance(table, Mapping) and all(type(k) is str and is_int(v, 0) for k, v in table.items())
+        require("drug_to_id", good and len(set(table.values())) == len(table), "a dict name -> id with distinct ids")
+        require("drug_to_id", 0 in table.values(), "a table in which id 0 is there, for cells without a drug")

@@ -1,11 +1,14 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""Counts of cells as ragged arrays, and what becomes of them: expression values, a choice of genes, padded batches.
+"""Genes and their tokens, counts of cells as ragged arrays, and what becomes of them: values, a choice, batches.
 
-Pure functions on flat arrays with offsets, vectorised over the cells; the tokenizer is made of them. This file travels
+All but the vocabulary are pure functions on flat arrays with offsets, vectorised over the cells. This file travels
 to the Hugging Face Hub beside the weights: it imports only numpy, torch and transformers.
 """
 
-from collections.abc import Mapping, Sequence
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,6 +18,10 @@ from transformers import BatchEncoding
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
+
+_VERSION_SUFFIX = re.compile(r"\.\d+$")
+_SPECIAL_TOKEN = re.compile(r"^<.*>$")
+_OTHER_SPECIES = re.compile(r"^ENS[A-Z]{3,4}G\d+")
 
 
 def bin_expression(values: np.ndarray, offsets: np.ndarray, num_bins: int = 51, right: bool = False) -> np.ndarray:
@@ -157,6 +164,109 @@ class GeneMatch:
     num_unknown: int
     num_duplicates: int
     unknown_examples: tuple[str, ...]
+
+
+class Vocabulary:
+    """Tokens of a vocabulary file, and the genes among them.
+
+    Attributes:
+        ids: token -> id.
+        tokens: id -> token.
+        is_gene: `(largest id + 1,)` bool, which ids are genes: neither special tokens nor fillers.
+    """
+
+    def __init__(self, ids: dict[str, int]):
+        self.ids, self.tokens = ids, {index: token for token, index in ids.items()}
+        self.is_gene = np.zeros(max(self.tokens) + 1, dtype=bool)
+        self.is_gene[[index for token, index in ids.items() if not _SPECIAL_TOKEN.match(token)]] = True
+
+    @classmethod
+    def read(cls, path: str | os.PathLike) -> "Vocabulary":
+        """Read `vocab.json`, or raise ValueError."""
+        if not isinstance(path, (str, os.PathLike)) or not os.path.isfile(path):
+            raise ValueError(f"vocab_file={path!r} is not a file: pass the path of the model's vocab.json.")
+        with open(path, encoding="utf-8") as file:
+            vocabulary = json.load(file)
+        if not isinstance(vocabulary, dict) or not all(type(i) is int and i >= 0 for i in vocabulary.values()):
+            raise ValueError(f"vocab_file={path!r} must hold a JSON object token -> id with ids from 0.")
+        if len(set(vocabulary.values())) < len(vocabulary):
+            raise ValueError(
+                f"vocab_file={path!r} gives the same id to several tokens: every token needs an id of its own."
+            )
+        return cls(vocabulary)
+
+    def match(
+        self, gene_ids: Iterable[str], symbols: Mapping[str, str] | None, advice: Callable[[], str] = str
+    ) -> GeneMatch:
+        """Look up genes, as `TahoeX1Tokenizer.match_genes` does; `advice` ends the message where few are found."""
+        if isinstance(gene_ids, (str, bytes)):
+            raise TypeError(f"gene_ids={gene_ids!r} is one string: pass a sequence of gene ids.")
+        names = [str(name) for name in gene_ids]
+        token_ids = np.array([self.gene_token(name, symbols) for name in names], dtype=np.int64)
+        known = token_ids[token_ids >= 0]
+        matched = len(np.unique(known))
+        unknown = [name for name, token in zip(names, token_ids, strict=True) if token < 0]
+        # Some symbol columns hold Ensembl ids where a gene has no symbol: a few known names do not make them ids.
+        symbols_unread = symbols is None and 2 * sum(not name.startswith("ENS") for name in unknown) > len(names)
+        if 100 * len(known) < len(names) or symbols_unread or not names:
+            raise ValueError(self._explain_no_match(names, unknown, symbols) + advice())
+        if unknown:
+            level = logging.WARNING if 2 * len(known) < len(names) else logging.INFO
+            logger.log(
+                level,
+                f"{len(unknown)} of {len(names)} genes are not in the vocabulary and are left out: {unknown[:5]}",
+            )
+        if len(known) > matched:
+            logger.warning(f"{len(known) - matched} gene columns repeat another gene: their counts are added up.")
+        return GeneMatch(token_ids, len(names), matched, len(unknown), len(known) - matched, tuple(unknown[:5]))
+
+    def gene_token(self, name: str, symbols: Mapping[str, str] | None = None) -> int:
+        """Return the id of a gene, -1 where it is unknown."""
+        if symbols is not None:
+            name = symbols.get(name, name)
+        token = self.ids.get(name)
+        if token is None:
+            token = self.ids.get(_VERSION_SUFFIX.sub("", name), -1)
+        return token if token >= 0 and self.is_gene[token] else -1
+
+    def _explain_no_match(self, names: list[str], unknown: list[str], symbols: Mapping[str, str] | None) -> str:
+        vocabulary = [self.tokens[int(i)] for i in np.flatnonzero(self.is_gene)[:3]]
+        start = f"{len(names) - len(unknown)} of {len(names)} genes are in the vocabulary"
+        if not names:
+            return "gene_ids is empty: pass one Ensembl gene id per matrix column."
+        foreign = sum(bool(_OTHER_SPECIES.match(name)) for name in unknown)
+        if 2 * foreign >= len(unknown):
+            return (
+                f"{start}: {unknown[:3]} are Ensembl ids of another species, and the vocabulary is human (like "
+                f"{vocabulary}). Map the genes to human orthologues first."
+            )
+        if symbols is None and 2 * sum(not name.startswith("ENS") for name in unknown) > len(unknown):
+            return (
+                f"{start}: {unknown[:3]} look like gene symbols, and the vocabulary has Ensembl ids (like "
+                f"{vocabulary}). Pass Ensembl ids, or gene_symbols= with a table symbol -> Ensembl id."
+            )
+        return f"{start}: they are like {unknown[:3]}, the vocabulary like {vocabulary}. Pass human Ensembl gene ids."
+
+    def knows_most(self, names: Iterable[Any]) -> bool:
+        """Return whether more than half of some names are genes of the vocabulary."""
+        tokens = [self.gene_token(str(name)) for name in names]
+        return 2 * sum(token >= 0 for token in tokens) > len(tokens)
+
+    def cell_tokens(self, genes: np.ndarray, lookup: Mapping[str, int]) -> np.ndarray:
+        """Return a cell's token ids, given the names of its genes and where to look them up, or token ids to check."""
+        if genes.dtype.kind in "UO":
+            return np.array([lookup[str(name)] for name in genes], dtype=np.int64)
+        if genes.dtype.kind not in "iu" and len(genes):
+            raise TypeError(f"genes have dtype {genes.dtype}: pass Ensembl ids or integer token ids.")
+        tokens = genes.astype(np.int64)
+        wrong = tokens[(tokens < 0) | (tokens >= len(self.is_gene))]
+        wrong = wrong if len(wrong) else tokens[~self.is_gene[tokens]]
+        if len(wrong):
+            raise ValueError(
+                f"genes holds {wrong[0]} ({self.tokens.get(int(wrong[0]))}), which is not the token id of a "
+                "gene: leave special tokens such as <cls> out, they are put in here."
+            )
+        return tokens
 
 
 @dataclass

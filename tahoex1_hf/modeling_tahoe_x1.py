@@ -21,20 +21,23 @@ import torch
 from torch import nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.integrations.sdpa_attention import repeat_kv
-from transformers.masking_utils import and_masks, create_bidirectional_mask, packed_sequence_mask_function
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import ModelOutput, SequenceClassifierOutput, TokenClassifierOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
-from transformers.utils import TransformersKwargs, can_return_tuple
-from transformers.utils.generic import is_flash_attention_requested
+from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_tahoe_x1 import TahoeX1Config
-from .packing_tahoe_x1 import CellLayout, PackedAttention
-
-# What a forward may be given beyond its own arguments; anything else is a misspelt name.
-_FORWARD_KWARGS = frozenset(TransformersKwargs.__annotations__) | {"inputs_embeds", "return_dict", "use_cache"}
+from .packing_tahoe_x1 import (
+    CellLayout,
+    PackedAttention,
+    check_arguments,
+    check_shape,
+    eager_attention_forward,
+    lay_out_cells,
+    make_attention_mask,
+    masked_mse,
+)
 
 
 @dataclass
@@ -60,58 +63,6 @@ class TahoeX1ForPreTrainingOutput(ModelOutput):
     pooler_output: torch.Tensor | None = None  # (cells, hidden_size): cell embeddings, not normalised
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
-
-
-def observed_or_self(observed: torch.Tensor) -> Callable:
-    """Mask rule of the 70M and 1.3B models' training: a token sees the observed tokens and itself.
-
-    Args:
-        observed (`torch.BoolTensor` of shape `(batch, length)`): where the expression is given, not to be predicted.
-    """
-
-    def inner_mask(batch_idx: Any, head_idx: Any, q_idx: Any, kv_idx: Any) -> Any:
-        return observed[batch_idx, kv_idx] | (q_idx == kv_idx)
-
-    return inner_mask
-
-
-def check_shape(input_ids: torch.Tensor, **tensors: torch.Tensor | None) -> None:
-    """Raise ValueError for the first of `tensors` that is not shaped like `input_ids`."""
-    for name, tensor in tensors.items():
-        if tensor is not None and tensor.shape != input_ids.shape:
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, input_ids has {tuple(input_ids.shape)}.")
-
-
-def masked_mse(
-    predictions: torch.Tensor, labels: torch.Tensor, target_mask: torch.Tensor, num_targets: torch.Tensor | float
-) -> torch.Tensor:
-    """Squared error summed over the targets in float32, divided by `num_targets`. All inputs `(batch, length)`."""
-    predictions = predictions.float()
-    # Both sides are zeroed before the difference: a label that is no target may be anything, NaN included.
-    zero = predictions.new_zeros(())
-    difference = torch.where(target_mask, predictions, zero) - torch.where(target_mask, labels.float(), zero)
-    return difference.square().sum() / num_targets
-
-
-def eager_attention_forward(
-    module: "TahoeX1Attention",
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention in plain torch; the only backend that returns its weights. `(B, H, S, D)` to `(B, S, H, D)`."""
-    key = repeat_kv(key, module.num_key_value_groups)
-    value = repeat_kv(value, module.num_key_value_groups)
-    attn_weights = torch.matmul(query, key.transpose(2, 3)) * scaling
-    if attention_mask is not None:
-        attn_weights = attn_weights + attention_mask
-    attn_weights = nn.functional.softmax(attn_weights, dim=-1, dtype=torch.float32).to(query.dtype)
-    attn_weights = nn.functional.dropout(attn_weights, p=dropout, training=module.training)
-    return torch.matmul(attn_weights, value).transpose(1, 2).contiguous(), attn_weights
 
 
 class TahoeX1GeneEncoder(nn.Module):
@@ -228,10 +179,12 @@ class TahoeX1MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
         self.act_fn = ACT2FN[config.hidden_act]
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, overwrite: bool = False) -> torch.Tensor:
+        """Return `(..., hidden_size)`; with `overwrite`, activations take no memory of their own where they can."""
         up = self.up_proj(hidden_states)
         if self.gate_proj is None:
-            return self.down_proj(self.act_fn(up))
+            in_place = overwrite and type(self.act_fn) is nn.ReLU
+            return self.down_proj(torch.relu_(up) if in_place else self.act_fn(up))
         return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * up)
 
 
@@ -297,13 +250,28 @@ class TahoeX1Layer(GradientCheckpointingLayer):
         query_mask: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
+        attn_output, _ = self.self_attn(self.before_attention(hidden_states), attention_mask, query_mask, **kwargs)
+        return self.after_attention(hidden_states, attn_output)
+
+    def before_attention(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Return what the attention block reads."""
+        return self.attention_norm(hidden_states) if self.pre_norm else hidden_states
+
+    def after_attention(
+        self, hidden_states: torch.Tensor, attn_output: torch.Tensor, overwrite: bool = False
+    ) -> torch.Tensor:
+        """Return the layer's output, token by token.
+
+        Args:
+            hidden_states: `(..., hidden_size)`, the layer's input.
+            attn_output: `(..., hidden_size)`, output of the attention block at the same tokens.
+            overwrite: as for `TahoeX1MLP`.
+        """
+        hidden_states = hidden_states + attn_output
         if self.pre_norm:
-            attn_output, _ = self.self_attn(self.attention_norm(hidden_states), attention_mask, query_mask, **kwargs)
-            hidden_states = hidden_states + attn_output
-            return hidden_states + self.mlp(self.mlp_norm(hidden_states))
-        attn_output, _ = self.self_attn(hidden_states, attention_mask, query_mask, **kwargs)
-        hidden_states = self.attention_norm(hidden_states + attn_output)
-        return self.mlp_norm(hidden_states + self.mlp(hidden_states))
+            return hidden_states + self.mlp(self.mlp_norm(hidden_states), overwrite)
+        hidden_states = self.attention_norm(hidden_states)
+        return self.mlp_norm(hidden_states + self.mlp(hidden_states, overwrite))
 
 
 class TahoeX1PreTrainedModel(PreTrainedModel):
@@ -399,17 +367,9 @@ class TahoeX1Model(TahoeX1PreTrainedModel):
             ValueError: for an argument that does not exist, shapes that do not agree, or a combination that the
                 attention backend cannot compute.
         """
-        unknown = sorted(set(kwargs) - _FORWARD_KWARGS)
-        if unknown:
-            raise ValueError(f"TahoeX1Model.forward has no argument {', '.join(unknown)}.")
-        if kwargs.pop("inputs_embeds", None) is not None:
-            raise ValueError("inputs_embeds is not supported: pass input_ids and expression_values.")
-        check_shape(
-            input_ids, expression_values=expression_values, attention_mask=attention_mask, target_mask=target_mask
-        )
-        if target_mask is not None and target_mask.dtype != torch.bool:
-            raise ValueError(f"target_mask must be bool, got {target_mask.dtype}: use target_mask.bool().")
-        layout, valid = self._cell_layout(input_ids, attention_mask, drug_ids, kwargs)
+        check_arguments(input_ids, expression_values, attention_mask, target_mask, kwargs)
+        kwargs.pop("inputs_embeds", None)
+        layout, valid = lay_out_cells(self.config, input_ids, attention_mask, drug_ids, kwargs)
 
         unread = torch.zeros_like(input_ids, dtype=torch.bool) if target_mask is None else target_mask
         if valid is not None and self.config.cell_pooling != "mean_with_padding":
@@ -417,7 +377,7 @@ class TahoeX1Model(TahoeX1PreTrainedModel):
         hidden_states, gene_embeddings = self.embeddings(
             input_ids, expression_values.masked_fill(unread, 0.0), target_mask, drug_ids, layout
         )
-        mask = self._attention_mask(hidden_states, valid, target_mask, layout, kwargs.get("max_length_q"))
+        mask = make_attention_mask(self.config, hidden_states, valid, target_mask, layout, kwargs.get("max_length_q"))
         # The original's mean over padding takes the attention output there as zero, as flash attention leaves it.
         query_mask = valid if self.config.cell_pooling == "mean_with_padding" else None
         for layer in self.layers:
@@ -425,83 +385,9 @@ class TahoeX1Model(TahoeX1PreTrainedModel):
         hidden_states = self.norm(hidden_states)
         return TahoeX1ModelOutput(
             last_hidden_state=hidden_states,
-            pooler_output=self._pool(hidden_states, valid, layout),
+            pooler_output=layout.pool(hidden_states, valid, self.config.cell_pooling),
             gene_embeddings=gene_embeddings,
         )
-
-    def _cell_layout(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        drug_ids: torch.Tensor | None,
-        kwargs: dict[str, Any],
-    ) -> tuple[CellLayout, torch.Tensor | None]:
-        """Return the layout of the cells, and where tokens are: `(batch, length)` bool, or None for everywhere."""
-        cu_seq_lens = kwargs.get("cu_seq_lens_q")
-        if cu_seq_lens is not None:
-            if attention_mask is not None:
-                raise ValueError("attention_mask does not go with cu_seq_lens_q: a packed row has no padding.")
-            if self.config.cell_pooling == "mean_with_padding":
-                raise ValueError(
-                    'cell_pooling="mean_with_padding" counts padding, which packed rows lack: set '
-                    'config.cell_pooling = "mean", or pass padded rows.'
-                )
-            if is_flash_attention_requested(self.config):
-                missing = {"cu_seq_lens_k", "max_length_q", "max_length_k"} - {
-                    k for k, v in kwargs.items() if v is not None
-                }
-                if missing:  # transformers would then attend across the whole row
-                    raise ValueError(f"Flash attention on packed rows needs {', '.join(sorted(missing))} too.")
-            layout, valid = CellLayout.packed(cu_seq_lens, input_ids.shape), None
-        else:
-            layout, valid = CellLayout(input_ids.shape[0]), None
-            if attention_mask is not None:
-                valid = attention_mask.bool()
-            elif self.config.pad_token_id is not None:
-                valid = input_ids != self.config.pad_token_id
-        if drug_ids is not None and self.config.num_drugs == 0:
-            raise ValueError("drug_ids was given, but this model has no drug encoder (config.num_drugs is 0).")
-        if drug_ids is not None and drug_ids.shape != (layout.num_cells,):
-            raise ValueError(f"drug_ids has shape {tuple(drug_ids.shape)}, expected ({layout.num_cells},).")
-        return layout, valid
-
-    def _attention_mask(
-        self,
-        hidden_states: torch.Tensor,
-        valid: torch.Tensor | None,
-        target_mask: torch.Tensor | None,
-        layout: CellLayout,
-        longest: int | None,
-    ) -> Any:
-        """Return the mask in the form that the configured attention backend reads."""
-        is_flash = is_flash_attention_requested(self.config)
-        observed = None
-        if self.config.attention_mask_style == "observed_or_self" and target_mask is not None:
-            observed = ~target_mask
-        if is_flash and observed is not None:
-            raise ValueError(
-                'attention_mask_style="observed_or_self" with target_mask cannot run on flash attention, which would '
-                'attend to the targets. Load the model with attn_implementation="sdpa" (or "flex_attention" or '
-                '"eager"), or leave target_mask out when nothing is to be predicted.'
-            )
-        # A compiled graph has no loop over lengths: there, cells are told apart by a mask as large as the row squared.
-        by_cell = self.config._attn_implementation == "sdpa" and not torch.compiler.is_compiling()
-        if layout.boundaries is not None and by_cell:
-            return PackedAttention.make(layout.boundaries, longest, observed, hidden_states.device)
-        rules = [] if observed is None else [observed_or_self(observed)]
-        if layout.token_cells is not None and not is_flash:  # flash attention reads cu_seq_lens itself
-            rules.append(packed_sequence_mask_function(layout.token_cells))
-        return create_bidirectional_mask(
-            config=self.config,
-            inputs_embeds=hidden_states,
-            attention_mask=valid,
-            and_mask_function=and_masks(*rules) if rules else None,
-        )
-
-    def _pool(self, hidden_states: torch.Tensor, valid: torch.Tensor | None, layout: CellLayout) -> torch.Tensor:
-        if self.config.cell_pooling == "cls":
-            return layout.first(hidden_states)
-        return layout.mean(hidden_states, valid if self.config.cell_pooling == "mean" else None)
 
 
 class TahoeX1ExpressionDecoder(nn.Module):
@@ -583,7 +469,7 @@ class TahoeX1ForPreTraining(TahoeX1PreTrainedModel):
             raise ValueError("labels was given without target_mask, which says where they are to be predicted.")
         check_shape(input_ids, labels=labels)
         outputs = self.tahoe(input_ids, expression_values, attention_mask, target_mask, drug_ids, **kwargs)
-        layout, valid = self.tahoe._cell_layout(input_ids, attention_mask, drug_ids, kwargs)
+        layout, valid = lay_out_cells(self.config, input_ids, attention_mask, drug_ids, kwargs)
         expression_predictions = self.expression_decoder(outputs.last_hidden_state)
         cell_expression_predictions = self.cell_decoder(outputs.pooler_output, outputs.gene_embeddings, layout)
         loss = expression_loss = cell_expression_loss = None
@@ -689,7 +575,7 @@ class TahoeX1ForTokenClassification(TahoeX1PreTrainedModel):
         logits = self.classifier(self.dropout(outputs.last_hidden_state))
         loss = None
         if labels is not None:
-            _, valid = self.tahoe._cell_layout(input_ids, attention_mask, drug_ids, kwargs)
+            _, valid = lay_out_cells(self.config, input_ids, attention_mask, drug_ids, kwargs)
             labels = labels.to(logits.device)
             labels = labels if valid is None else labels.masked_fill(~valid.to(labels.device), -100)
             total = nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum")

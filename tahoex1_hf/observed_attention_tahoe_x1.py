@@ -64,7 +64,7 @@ class _ObservedOrSelf(torch.autograd.Function):
         attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         parts = [attend(q, k, v, scale=scaling) for q, k, v in keys.by_cell([query], seen)]
         output, logsumexp = (torch.cat(part, dim=2)[0] for part in zip(*parts, strict=True))
-        q, k, v, of_others = (_wide(tensor[:, keys.targets]) for tensor in (query, key, value, output))
+        q, k, v, of_others = (_at_least_float32(tensor[:, keys.targets]) for tensor in (query, key, value, output))
         itself, others = (q * k).sum(-1) * scaling, logsumexp[:, keys.targets]
         both = torch.logaddexp(others, itself)
         weights = (itself - both).exp().unsqueeze(-1)
@@ -86,7 +86,9 @@ class _ObservedOrSelf(torch.autograd.Function):
             for g, q, o, sums, k, v in keys.by_cell([gradient, query, output, logsumexp], seen)
         ]
         of_query, of_seen_keys, of_seen_values = (torch.cat(part, dim=2)[0] for part in zip(*parts, strict=True))
-        g, q, k, v, o = (_wide(tensor[:, keys.targets]) for tensor in (gradient, query, key, value, output))
+        g, q, k, v, o = (
+            _at_least_float32(tensor[:, keys.targets]) for tensor in (gradient, query, key, value, output)
+        )
         weights = ((q * k).sum(-1) * scaling - logsumexp[:, keys.targets]).exp().unsqueeze(-1)
         of_scores = weights * (g * (v - o)).sum(-1, keepdim=True) * scaling
         of_query[:, keys.targets] += (of_scores * k).to(of_query.dtype)
@@ -96,6 +98,6 @@ class _ObservedOrSelf(torch.autograd.Function):
         return of_query, of_key, of_value, None, None
 
 
-def _wide(tensor: torch.Tensor) -> torch.Tensor:
-    """In float32 at least."""
+def _at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the tensor in float32, or in float64 where it has that."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -1,17 +1,27 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""Which token belongs to which cell, and attention within the cells of a packed row.
+"""What the model does with the layout of a batch: the cell of each token, what it sees, attention, and targets.
 
 This file travels to the Hugging Face Hub beside the weights.
 """
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
+from transformers.integrations.sdpa_attention import repeat_kv
+from transformers.masking_utils import and_masks, create_bidirectional_mask, packed_sequence_mask_function
+from transformers.utils import TransformersKwargs
+from transformers.utils.generic import is_flash_attention_requested
 
+from .configuration_tahoe_x1 import TahoeX1Config
 from .observed_attention_tahoe_x1 import ObservedKeys
 
+# What a forward may be given beyond its own arguments; anything else is a misspelt name.
+_FORWARD_KWARGS = frozenset(TransformersKwargs.__annotations__) | {"inputs_embeds", "return_dict", "use_cache"}
 # Below, what is saved is less than what gathering the observed keys costs (benchmarks/attention.py).
 SHORTEST_WITH_OBSERVED_KEYS = 256
 
@@ -41,6 +51,12 @@ class CellLayout:
         # Not cell_vectors[token_cells]: where two threads meet in a cell, its gradient is added up in a random order.
         return cell_vectors.index_select(0, self.token_cells[0].to(cell_vectors.device)).unsqueeze(0)
 
+    def pool(self, hidden_states: torch.Tensor, valid: torch.Tensor | None, pooling: str) -> torch.Tensor:
+        """Return cell embeddings, `(cells, width)`, given `config.cell_pooling` and where tokens are."""
+        if pooling == "cls":
+            return self.first(hidden_states)
+        return self.mean(hidden_states, valid if pooling == "mean" else None)
+
     def first(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Each cell's first token: `(batch, length, width)` to `(cells, width)`."""
         if self.boundaries is None:
@@ -58,6 +74,82 @@ class CellLayout:
         sums = values.new_zeros(self.num_cells, values.shape[1]).index_add(0, cells, values * weights)
         counts = values.new_zeros(self.num_cells, 1).index_add(0, cells, weights)
         return (sums / counts.clamp(min=1)).to(hidden_states.dtype)
+
+
+def check_shape(input_ids: torch.Tensor, **tensors: torch.Tensor | None) -> None:
+    """Raise ValueError for the first of `tensors` that is not shaped like `input_ids`."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.shape != input_ids.shape:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, input_ids has {tuple(input_ids.shape)}.")
+
+
+def check_arguments(
+    input_ids: torch.Tensor,
+    expression_values: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    target_mask: torch.Tensor | None,
+    kwargs: dict[str, Any],
+) -> None:
+    """Raise ValueError for arguments of `TahoeX1Model.forward` that do not exist, or are of a wrong shape or type."""
+    unknown = sorted(set(kwargs) - _FORWARD_KWARGS)
+    if unknown:
+        raise ValueError(f"TahoeX1Model.forward has no argument {', '.join(unknown)}.")
+    if kwargs.get("inputs_embeds") is not None:
+        raise ValueError("inputs_embeds is not supported: pass input_ids and expression_values.")
+    check_shape(input_ids, expression_values=expression_values, attention_mask=attention_mask, target_mask=target_mask)
+    if target_mask is not None and target_mask.dtype != torch.bool:
+        raise ValueError(f"target_mask must be bool, got {target_mask.dtype}: use target_mask.bool().")
+
+
+def lay_out_cells(
+    config: TahoeX1Config,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    drug_ids: torch.Tensor | None,
+    kwargs: dict[str, Any],
+) -> tuple[CellLayout, torch.Tensor | None]:
+    """Find the cells and the tokens of a batch.
+
+    Args:
+        config: the model's configuration.
+        input_ids: `(batch, length)` int64.
+        attention_mask: `(batch, length)`, nonzero at tokens; None for all that is not the padding token.
+        drug_ids: `(cells,)` int64, whose number is checked.
+        kwargs: the further arguments of the model, among them, for a packed row, `cu_seq_lens_q`.
+
+    Returns:
+        The layout of the cells, and where tokens are: `(batch, length)` bool, or None for everywhere.
+
+    Raises:
+        ValueError: for arguments that do not go together, or do not fit the model.
+    """
+    cu_seq_lens = kwargs.get("cu_seq_lens_q")
+    if cu_seq_lens is not None:
+        if attention_mask is not None:
+            raise ValueError("attention_mask does not go with cu_seq_lens_q: a packed row has no padding.")
+        if config.cell_pooling == "mean_with_padding":
+            raise ValueError(
+                'cell_pooling="mean_with_padding" counts padding, which packed rows lack: set '
+                'config.cell_pooling = "mean", or pass padded rows.'
+            )
+        if is_flash_attention_requested(config):
+            missing = {"cu_seq_lens_k", "max_length_q", "max_length_k"} - {
+                k for k, v in kwargs.items() if v is not None
+            }
+            if missing:  # transformers would then attend across the whole row
+                raise ValueError(f"Flash attention on packed rows needs {', '.join(sorted(missing))} too.")
+        layout, valid = CellLayout.packed(cu_seq_lens, input_ids.shape), None
+    else:
+        layout, valid = CellLayout(input_ids.shape[0]), None
+        if attention_mask is not None:
+            valid = attention_mask.bool()
+        elif config.pad_token_id is not None:
+            valid = input_ids != config.pad_token_id
+    if drug_ids is not None and config.num_drugs == 0:
+        raise ValueError("drug_ids was given, but this model has no drug encoder (config.num_drugs is 0).")
+    if drug_ids is not None and drug_ids.shape != (layout.num_cells,):
+        raise ValueError(f"drug_ids has shape {tuple(drug_ids.shape)}, expected ({layout.num_cells},).")
+    return layout, valid
 
 
 def equal_runs(lengths: list[int]) -> list[tuple[int, int]]:
@@ -146,3 +238,94 @@ def _observed_or_self(observed: torch.Tensor, cells: int, length: int) -> torch.
         if keys is not None:
             return keys
     return observed.view(cells, 1, 1, length) | torch.eye(length, dtype=torch.bool, device=observed.device)
+
+
+def observed_or_self(observed: torch.Tensor) -> Callable:
+    """Mask rule of the 70M and 1.3B models' training: a token sees the observed tokens and itself.
+
+    Args:
+        observed (`torch.BoolTensor` of shape `(batch, length)`): where the expression is given, not to be predicted.
+    """
+
+    def inner_mask(batch_idx: Any, head_idx: Any, q_idx: Any, kv_idx: Any) -> Any:
+        return observed[batch_idx, kv_idx] | (q_idx == kv_idx)
+
+    return inner_mask
+
+
+def make_attention_mask(
+    config: TahoeX1Config,
+    hidden_states: torch.Tensor,
+    valid: torch.Tensor | None,
+    target_mask: torch.Tensor | None,
+    layout: CellLayout,
+    longest: int | None,
+) -> Any:
+    """Return the mask in the form that the configured attention backend reads.
+
+    Args:
+        config: the model's configuration.
+        hidden_states: `(batch, length, hidden_size)`, of which the type and the device are read.
+        valid: `(batch, length)` bool, where tokens are; None for everywhere.
+        target_mask: `(batch, length)` bool, where the expression is hidden.
+        layout: the layout of the cells.
+        longest: the length of the longest cell of a packed row, where it is known.
+
+    Raises:
+        ValueError: for a mask that the backend cannot apply.
+    """
+    is_flash = is_flash_attention_requested(config)
+    observed = None
+    if config.attention_mask_style == "observed_or_self" and target_mask is not None:
+        observed = ~target_mask
+    if is_flash and observed is not None:
+        raise ValueError(
+            'attention_mask_style="observed_or_self" with target_mask cannot run on flash attention, which would '
+            'attend to the targets. Load the model with attn_implementation="sdpa" (or "flex_attention" or '
+            '"eager"), or leave target_mask out when nothing is to be predicted.'
+        )
+    # A compiled graph has no loop over lengths: there, cells are told apart by a mask as large as the row squared.
+    by_cell = config._attn_implementation == "sdpa" and not torch.compiler.is_compiling()
+    if layout.boundaries is not None and by_cell:
+        return PackedAttention.make(layout.boundaries, longest, observed, hidden_states.device)
+    rules = [] if observed is None else [observed_or_self(observed)]
+    if layout.token_cells is not None and not is_flash:  # flash attention reads cu_seq_lens itself
+        rules.append(packed_sequence_mask_function(layout.token_cells))
+    return create_bidirectional_mask(
+        config=config,
+        inputs_embeds=hidden_states,
+        attention_mask=valid,
+        and_mask_function=and_masks(*rules) if rules else None,
+    )
+
+
+def eager_attention_forward(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention in plain torch; the only backend that returns its weights. `(B, H, S, D)` to `(B, S, H, D)`."""
+    key = repeat_kv(key, module.num_key_value_groups)
+    value = repeat_kv(value, module.num_key_value_groups)
+    attn_weights = torch.matmul(query, key.transpose(2, 3)) * scaling
+    if attention_mask is not None:
+        attn_weights = attn_weights + attention_mask
+    attn_weights = nn.functional.softmax(attn_weights, dim=-1, dtype=torch.float32).to(query.dtype)
+    attn_weights = nn.functional.dropout(attn_weights, p=dropout, training=module.training)
+    return torch.matmul(attn_weights, value).transpose(1, 2).contiguous(), attn_weights
+
+
+def masked_mse(
+    predictions: torch.Tensor, labels: torch.Tensor, target_mask: torch.Tensor, num_targets: torch.Tensor | float
+) -> torch.Tensor:
+    """Squared error summed over the targets in float32, divided by `num_targets`. All inputs `(batch, length)`."""
+    predictions = predictions.float()
+    # Both sides are zeroed before the difference: a label that is no target may be anything, NaN included.
+    zero = predictions.new_zeros(())
+    difference = torch.where(target_mask, predictions, zero) - torch.where(target_mask, labels.float(), zero)
+    return difference.square().sum() / num_targets

@@ -2,7 +2,7 @@
 """Cell tokenizer of the Tahoe-x1 models: count matrices in, gene tokens with expression values out.
 
 This file travels to the Hugging Face Hub beside the weights: it imports only numpy, torch, transformers and
-`encoding_tahoe_x1.py`.
+the files that travel with it.
 
 - A token is a gene (Ensembl id without version). A cell is `<cls>`, optionally `<drug>`, then its expressed known
   genes in column order; the order means nothing to the model, which has no positional encoding.
@@ -12,10 +12,8 @@ This file travels to the Hugging Face Hub beside the weights: it imports only nu
   in which the matrix is stored.
 """
 
-import difflib
 import json
 import os
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -23,10 +21,12 @@ import numpy as np
 from transformers import BatchEncoding, PreTrainedTokenizer
 from transformers.utils import logging
 
+from .configuration_tahoe_x1 import check_tokenizer_settings, refuse_misspelt_settings, similar_names
 from .encoding_tahoe_x1 import (
     EncodedCells,
     GeneMatch,
     GeneRows,
+    Vocabulary,
     as_batch,
     as_counts,
     bin_expression,
@@ -44,24 +44,10 @@ from .encoding_tahoe_x1 import (
 logger = logging.get_logger(__name__)
 
 DRUG_TOKEN = "<drug>"
-VALUE_ENCODINGS = ("bins", "log1p", "raw")
-OVERFLOWS = ("sample", "first", "top")
-
-_VERSION_SUFFIX = re.compile(r"\.\d+$")
-_SPECIAL_TOKEN = re.compile(r"^<.*>$")
-_OTHER_SPECIES = re.compile(r"^ENS[A-Z]{3,4}G\d+")
 # How the missing values of Python, numpy and pandas print themselves.
 _MISSING = ("None", "nan", "<NA>")
 # Matrix elements read at once: bounds the memory of a dense or backed matrix to about 128 MB of float32.
 _CHUNK_ELEMENTS = 2**25
-# Spellings of the original code base, which would otherwise vanish among transformers' own keyword arguments.
-_ORIGINAL_NAMES = {
-    "max_length": "context_length",
-    "n_bins": "num_bins",
-    "sampling": "overflow",
-    "do_binning": "value_encoding",
-    "log_transform": "value_encoding",
-}
 
 
 def report_empty(encoded: EncodedCells) -> None:
@@ -72,63 +58,6 @@ def report_empty(encoded: EncodedCells) -> None:
             f"{len(encoded.empty_cells)} of {encoded.num_cells} cells express no gene of the vocabulary and consist "
             f"of special tokens only (the first: {numbers})."
         )
-
-
-def _similar(name: Any, choices: Iterable[str]) -> str:
-    """A close match as the end of a sentence."""
-    close = difflib.get_close_matches(str(name), [str(choice) for choice in choices])
-    return f"; did you mean {' or '.join(map(repr, close))}?" if close else "."
-
-
-def _read_vocabulary(path: str | os.PathLike) -> dict[str, int]:
-    if not isinstance(path, (str, os.PathLike)) or not os.path.isfile(path):
-        raise ValueError(f"vocab_file={path!r} is not a file: pass the path of the model's vocab.json.")
-    with open(path, encoding="utf-8") as file:
-        vocabulary = json.load(file)
-    if not isinstance(vocabulary, dict) or not all(type(i) is int and i >= 0 for i in vocabulary.values()):
-        raise ValueError(f"vocab_file={path!r} must hold a JSON object token -> id with ids from 0.")
-    if len(set(vocabulary.values())) < len(vocabulary):
-        raise ValueError(
-            f"vocab_file={path!r} gives the same id to several tokens: every token needs an id of its own."
-        )
-    return vocabulary
-
-
-def _refuse_misspelt(kwargs: Mapping[str, Any], options: Mapping[str, Any]) -> None:
-    """Catch options that transformers would take without a word; its own keyword arguments must pass."""
-    for name in kwargs:
-        close = _ORIGINAL_NAMES.get(name) or next(iter(difflib.get_close_matches(name, options, cutoff=0.8)), None)
-        if close is not None:
-            raise ValueError(f"{name}= is not an option of TahoeX1Tokenizer: use {close}=.")
-
-
-def _check_options(options: Mapping[str, Any]) -> None:
-    def require(name: str, good: bool, wanted: str) -> None:
-        if not good:
-            raise ValueError(f"{name}={options[name]!r}: pass {wanted}.")
-
-    def is_int(value: Any, least: int) -> bool:
-        return type(value) is int and value >= least
-
-    def is_number(value: Any) -> bool:
-        return type(value) in (int, float) and bool(np.isfinite(value))
-
-    require("value_encoding", options["value_encoding"] in VALUE_ENCODINGS, f"one of {VALUE_ENCODINGS}")
-    require("overflow", options["overflow"] in OVERFLOWS, f"one of {OVERFLOWS}")
-    require("num_bins", is_int(options["num_bins"], 3), "a whole number of at least 3")
-    length = options["context_length"]
-    require(
-        "context_length", length is None or is_int(length, 3), "a whole number of at least 3, or None for whole cells"
-    )
-    require("target_sum", is_number(options["target_sum"]) and options["target_sum"] > 0, "a positive number")
-    require("pad_value", is_number(options["pad_value"]) and options["pad_value"] < 0, "a negative number")
-    for name in ("right_binning", "first_gene_raw"):
-        require(name, type(options[name]) is bool, "True or False")
-    table = options["drug_to_id"]
-    if table is not None:
-        good = isinstance(table, Mapping) and all(type(k) is str and is_int(v, 0) for k, v in table.items())
-        require("drug_to_id", good and len(set(table.values())) == len(table), "a dict name -> id with distinct ids")
-        require("drug_to_id", 0 in table.values(), "a table in which id 0 is there, for cells without a drug")
 
 
 class TahoeX1Tokenizer(PreTrainedTokenizer):
@@ -177,7 +106,7 @@ class TahoeX1Tokenizer(PreTrainedTokenizer):
         eos_token: str | None = "<eoc>",
         **kwargs: Any,
     ) -> None:
-        self._token_to_id = _read_vocabulary(vocab_file)
+        self._vocabulary = Vocabulary.read(vocab_file)
         options = {
             "value_encoding": value_encoding,
             "num_bins": num_bins,
@@ -189,26 +118,23 @@ class TahoeX1Tokenizer(PreTrainedTokenizer):
             "drug_to_id": drug_to_id,
             "first_gene_raw": first_gene_raw,
         }
-        _refuse_misspelt(kwargs, options)
-        _check_options(options)
+        refuse_misspelt_settings(kwargs, options)
+        check_tokenizer_settings(options)
         self.value_encoding, self.overflow = value_encoding, overflow
         self.num_bins, self.right_binning, self.first_gene_raw = num_bins, right_binning, first_gene_raw
         self.target_sum, self.pad_value = float(target_sum), float(pad_value)
         self.context_length = context_length
         self.drug_to_id = None if drug_to_id is None else dict(drug_to_id)
         for role, token in (("pad_token", pad_token), ("cls_token", cls_token)):
-            if str(token) not in self._token_to_id:
+            if str(token) not in self._vocabulary.ids:
                 raise ValueError(f"{role}={str(token)!r} is not in {vocab_file}: name the token that it has instead.")
-        if drug_to_id is not None and DRUG_TOKEN not in self._token_to_id:
+        if drug_to_id is not None and DRUG_TOKEN not in self._vocabulary.ids:
             raise ValueError(
                 f"drug_to_id needs the token {DRUG_TOKEN!r}, which {vocab_file} lacks: use the vocabulary of a model "
                 "with drug token, or leave drug_to_id out."
             )
-        if eos_token is not None and str(eos_token) not in self._token_to_id:
+        if eos_token is not None and str(eos_token) not in self._vocabulary.ids:
             eos_token = None
-        self._id_to_token = {index: token for token, index in self._token_to_id.items()}
-        self._is_gene = np.zeros(max(self._id_to_token) + 1, dtype=bool)
-        self._is_gene[[i for token, i in self._token_to_id.items() if not _SPECIAL_TOKEN.match(token)]] = True
         # transformers saves the arguments that reach its constructor, and no others
         super().__init__(pad_token=pad_token, cls_token=cls_token, eos_token=eos_token, **options, **kwargs)
         if self.padding_side != "right":
@@ -229,25 +155,25 @@ class TahoeX1Tokenizer(PreTrainedTokenizer):
     @property
     def vocab_size(self) -> int:
         """Number of tokens in the vocabulary file."""
-        return len(self._token_to_id)
+        return len(self._vocabulary.ids)
 
     @property
     def is_gene(self) -> np.ndarray:
         """`(largest id + 1,)` bool, which ids are genes: neither special tokens nor fillers."""
-        return self._is_gene
+        return self._vocabulary.is_gene
 
     def get_vocab(self) -> dict[str, int]:
         """Token -> id, a copy."""
-        return dict(self._token_to_id)
+        return dict(self._vocabulary.ids)
 
     def _convert_token_to_id(self, token: str) -> int | None:
-        return self._token_to_id.get(token)
+        return self._vocabulary.ids.get(token)
 
     def _convert_id_to_token(self, index: int) -> str:
-        return self._id_to_token[int(index)]
+        return self._vocabulary.tokens[int(index)]
 
     def _add_tokens(self, new_tokens: Any, special_tokens: bool = False) -> int:
-        missing = [str(token) for token in new_tokens if str(token) not in self._token_to_id]
+        missing = [str(token) for token in new_tokens if str(token) not in self._vocabulary.ids]
         if missing:
             raise ValueError(f"{missing} cannot be added: the model has embeddings for its vocabulary file only.")
         return super()._add_tokens(new_tokens, special_tokens=special_tokens)
@@ -257,7 +183,7 @@ class TahoeX1Tokenizer(PreTrainedTokenizer):
         name = f"{filename_prefix}-" if filename_prefix else ""
         path = os.path.join(save_directory, name + self.vocab_files_names["vocab_file"])
         with open(path, "w", encoding="utf-8") as file:
-            json.dump(dict(sorted(self._token_to_id.items(), key=lambda item: item[1])), file, indent=0)
+            json.dump(dict(sorted(self._vocabulary.ids.items(), key=lambda item: item[1])), file, indent=0)
         return (path,)
 
     def _refuse_text(self, *args: Any, **kwargs: Any) -> NoReturn:
@@ -283,58 +209,11 @@ class TahoeX1Tokenizer(PreTrainedTokenizer):
         Raises:
             ValueError: if less than one in a hundred of the genes is known, or most are symbols; the message says why.
         """
-        return self._match_genes(gene_ids, gene_symbols)
+        return self._vocabulary.match(gene_ids, gene_symbols)
 
-    def _match_genes(
-        self, gene_ids: Iterable[str], symbols: Mapping[str, str] | None, advice: Callable[[], str] = str
-    ) -> GeneMatch:
-        if isinstance(gene_ids, (str, bytes)):
-            raise TypeError(f"gene_ids={gene_ids!r} is one string: pass a sequence of gene ids.")
-        names = [str(name) for name in gene_ids]
-        token_ids = np.array([self._gene_token(name, symbols) for name in names], dtype=np.int64)
-        known = token_ids[token_ids >= 0]
-        matched = len(np.unique(known))
-        unknown = [name for name, token in zip(names, token_ids, strict=True) if token < 0]
-        # Some symbol columns hold Ensembl ids where a gene has no symbol: a few known names do not make them ids.
-        symbols_unread = symbols is None and 2 * sum(not name.startswith("ENS") for name in unknown) > len(names)
-        if 100 * len(known) < len(names) or symbols_unread or not names:
-            raise ValueError(self._explain_no_match(names, unknown, symbols) + advice())
-        if unknown:
-            level = logging.WARNING if 2 * len(known) < len(names) else logging.INFO
-            logger.log(
-                level,
-                f"{len(unknown)} of {len(names)} genes are not in the vocabulary and are left out: {unknown[:5]}",
-            )
-        if len(known) > matched:
-            logger.warning(f"{len(known) - matched} gene columns repeat another gene: their counts are added up.")
-        return GeneMatch(token_ids, len(names), matched, len(unknown), len(known) - matched, tuple(unknown[:5]))
-
-    def _gene_token(self, name: str, symbols: Mapping[str, str] | None) -> int:
-        """Vocabulary id of a gene name, -1 if unknown."""
-        if symbols is not None:
-            name = symbols.get(name, name)
-        token = self._token_to_id.get(name)
-        if token is None:
-            token = self._token_to_id.get(_VERSION_SUFFIX.sub("", name), -1)
-        return token if token >= 0 and self._is_gene[token] else -1
-
-    def _explain_no_match(self, names: list[str], unknown: list[str], symbols: Mapping[str, str] | None) -> str:
-        vocabulary = [self._id_to_token[int(i)] for i in np.flatnonzero(self._is_gene)[:3]]
-        start = f"{len(names) - len(unknown)} of {len(names)} genes are in the vocabulary"
-        if not names:
-            return "gene_ids is empty: pass one Ensembl gene id per matrix column."
-        foreign = sum(bool(_OTHER_SPECIES.match(name)) for name in unknown)
-        if 2 * foreign >= len(unknown):
-            return (
-                f"{start}: {unknown[:3]} are Ensembl ids of another species, and the vocabulary is human (like "
-                f"{vocabulary}). Map the genes to human orthologues first."
-            )
-        if symbols is None and 2 * sum(not name.startswith("ENS") for name in unknown) > len(unknown):
-            return (
-                f"{start}: {unknown[:3]} look like gene symbols, and the vocabulary has Ensembl ids (like "
-                f"{vocabulary}). Pass Ensembl ids, or gene_symbols= with a table symbol -> Ensembl id."
-            )
-        return f"{start}: they are like {unknown[:3]}, the vocabulary like {vocabulary}. Pass human Ensembl gene ids."
+    def gene_token(self, name: str, gene_symbols: Mapping[str, str] | None = None) -> int:
+        """Return the id of a gene's token, -1 where the vocabulary has none."""
+        return self._vocabulary.gene_token(name, gene_symbols)
 
     # Cells ----------------------------------------------------------------------------------------
 
@@ -411,7 +290,7 @@ class TahoeX1Tokenizer(PreTrainedTokenizer):
         for name, number in (("first_cell", first_cell), ("seed", seed)):
             if not 0 <= number < 2**63:
                 raise ValueError(f"{name}={number}: pass a non-negative integer.")
-        error, warning = count_problem(rows, first_cell, self._id_to_token)
+        error, warning = count_problem(rows, first_cell, self._vocabulary.tokens)
         if error is not None:
             raise ValueError(error + advice())
         if warning is not None and self.value_encoding != "raw":
@@ -429,11 +308,11 @@ class TahoeX1Tokenizer(PreTrainedTokenizer):
             values, rows = values[keep], rows.select(keep)
         offsets = rows.offsets + special * np.arange(num_cells + 1)
         places = np.arange(len(values)) + special * (rows.cells() + 1)
-        input_ids = np.full(offsets[-1], self._token_to_id[str(self.cls_token)], dtype=np.int64)
+        input_ids = np.full(offsets[-1], self._vocabulary.ids[str(self.cls_token)], dtype=np.int64)
         expression_values = np.full(offsets[-1], self.pad_value, dtype=np.float32)
         input_ids[places], expression_values[places] = rows.tokens, values
         if drug_ids is not None:
-            input_ids[offsets[:-1] + 1] = self._token_to_id[DRUG_TOKEN]
+            input_ids[offsets[:-1] + 1] = self._vocabulary.ids[DRUG_TOKEN]
         empty = np.flatnonzero(np.diff(rows.offsets) == 0)
         return EncodedCells(input_ids, expression_values, offsets, drug_ids, numbers, empty)
 
@@ -465,8 +344,8 @@ class TahoeX1Tokenizer(PreTrainedTokenizer):
         unknown = next((name for name in names if name != "" and name not in self.drug_to_id), None)
         if unknown is not None:
             raise ValueError(
-                f"drugs: {unknown!r} is not in the drug table{_similar(unknown, self.drug_to_id)} List the names with "
-                "tokenizer.drug_to_id, or pass None for no drug."
+                f"drugs: {unknown!r} is not in the drug table{similar_names(unknown, self.drug_to_id)} List the names "
+                "with tokenizer.drug_to_id, or pass None for no drug."
             )
         return np.array([0 if name == "" else self.drug_to_id[name] for name in names], dtype=np.int64)
 
@@ -560,15 +439,11 @@ class TahoeX1Tokenizer(PreTrainedTokenizer):
             raise ValueError(f"adata.X is empty: name the counts with layer=, one of {list(adata.layers)}.")
 
         def advice() -> str:
-            columns = [name for name in adata.var.columns if self._are_known(adata.var[name][:200])]
+            columns = [name for name in adata.var.columns if self._vocabulary.knows_most(adata.var[name][:200])]
             return f" Its var columns with Ensembl ids: {columns}; pass gene_id_column=." if columns else ""
 
         names = adata.var_names if gene_id_column is None else adata.var[gene_id_column]
-        return matrix, self._match_genes(names, gene_symbols, advice)
-
-    def _are_known(self, names: Iterable[Any]) -> bool:
-        tokens = [self._gene_token(str(name), None) for name in names]
-        return 2 * sum(token >= 0 for token in tokens) > len(tokens)
+        return matrix, self._vocabulary.match(names, gene_symbols, advice)
 
     def resolve_drugs(self, adata: Any, drugs: Any) -> Any:
         """A string is a column of obs or the name of a drug; anything else stays as it is."""
@@ -583,7 +458,7 @@ class TahoeX1Tokenizer(PreTrainedTokenizer):
         if drugs not in self.drug_to_id:
             raise ValueError(
                 f"drugs={drugs!r} is neither a column of adata.obs nor in the drug table"
-                f"{_similar(drugs, [*adata.obs.columns, *self.drug_to_id])} See tokenizer.drug_to_id for the names."
+                f"{similar_names(drugs, [*adata.obs.columns, *self.drug_to_id])} Names: see tokenizer.drug_to_id."
             )
         return drugs
 
@@ -615,25 +490,12 @@ class TahoeX1Tokenizer(PreTrainedTokenizer):
         texts = dict.fromkeys(str(name) for genes in names if genes.dtype.kind in "UO" for name in genes)
         match = self.match_genes(texts, gene_symbols=symbols).token_ids if texts else ()
         lookup = dict(zip(texts, match, strict=True))
-        tokens = np.concatenate([np.zeros(0, dtype=np.int64), *(self._cell_tokens(genes, lookup) for genes in names)])
+        tokens = np.concatenate(
+            [np.zeros(0, dtype=np.int64), *(self._vocabulary.cell_tokens(genes, lookup) for genes in names)]
+        )
         offsets = np.concatenate([[0], np.cumsum([len(genes) for genes in names], dtype=np.int64)])
         rows = GeneRows(tokens, np.concatenate([np.zeros(0, dtype=np.float32), *counts]), offsets)
         return rows.select((rows.tokens >= 0) & (rows.counts != 0))
-
-    def _cell_tokens(self, genes: np.ndarray, lookup: Mapping[str, int]) -> np.ndarray:
-        if genes.dtype.kind in "UO":
-            return np.array([lookup[str(name)] for name in genes], dtype=np.int64)
-        if genes.dtype.kind not in "iu" and len(genes):
-            raise TypeError(f"genes have dtype {genes.dtype}: pass Ensembl ids or integer token ids.")
-        tokens = genes.astype(np.int64)
-        wrong = tokens[(tokens < 0) | (tokens >= len(self._is_gene))]
-        wrong = wrong if len(wrong) else tokens[~self._is_gene[tokens]]
-        if len(wrong):
-            raise ValueError(
-                f"genes holds {wrong[0]} ({self._id_to_token.get(int(wrong[0]))}), which is not the token id of a "
-                "gene: leave special tokens such as <cls> out, they are put in here."
-            )
-        return tokens
 
     def _encode_pieces(
         self,
@@ -699,7 +561,7 @@ class TahoeX1Tokenizer(PreTrainedTokenizer):
             return BatchEncoding(data)
         if not padding and len(set(encoded.lengths.tolist())) > 1:
             raise ValueError(f"return_tensors={return_tensors!r} with cells of different lengths: pass padding=True.")
-        pad_id = self._token_to_id[str(self.pad_token)]
+        pad_id = self._vocabulary.ids[str(self.pad_token)]
         batch = encoded.padded(pad_token_id=pad_id, pad_value=self.pad_value, pad_to_multiple_of=multiple)
         return as_batch(batch, return_tensors)
 
@@ -732,6 +594,6 @@ class TahoeX1Tokenizer(PreTrainedTokenizer):
                 f'padding={padding!r}, max_length={max_length}: pass True or "longest" alone, or "max_length" '
                 "together with max_length=."
             )
-        fills = {"input_ids": self._token_to_id[str(self.pad_token)], "expression_values": self.pad_value}
+        fills = {"input_ids": self._vocabulary.ids[str(self.pad_token)], "expression_values": self.pad_value}
         batch = pad_features(encoded_inputs, fills, max_length, pad_to_multiple_of)
         return as_batch(batch, return_tensors)

@@ -18,7 +18,7 @@ from helpers import (
 from transformers.masking_utils import create_bidirectional_mask
 
 from tahoex1_hf import TahoeX1ForPreTraining, TahoeX1Model
-from tahoex1_hf.modeling_tahoe_x1 import observed_or_self
+from tahoex1_hf.packing_tahoe_x1 import observed_or_self
 
 CLOSE = 1e-5  # absolute, on float32 outputs of order one
 CLOSE_GRADIENTS = 2e-5  # relative to the largest of each tensor

@@ -20,7 +20,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import is_flash_attention_requested
 
-from tahoex1_hf.modeling_tahoe_x1 import TahoeX1Attention, TahoeX1Layer, TahoeX1MLP, TahoeX1Model
+from tahoex1_hf.modeling_tahoe_x1 import TahoeX1Attention, TahoeX1Layer, TahoeX1Model
 from tahoex1_hf.packing_tahoe_x1 import CellLayout, PackedAttention, equal_runs
 
 # Numbers of a feed-forward block's inner layer that are in memory at once, on CPUs: 16 MB in float32. Larger arrays
@@ -73,7 +73,7 @@ def ragged_forward(
     if shorten:
         return model.norm(_cls_layer(layers[-1], hidden_states, cells)), None
     hidden_states = model.norm(hidden_states)
-    pooled = model._pool(hidden_states.unsqueeze(0), None, layout)
+    pooled = layout.pool(hidden_states.unsqueeze(0), None, model.config.cell_pooling)
     return pooled, hidden_states if all_tokens else None
 
 
@@ -84,21 +84,13 @@ class _Cells:
         self.boundaries, self.lengths = boundaries, lengths.tolist()
         self.longest, self.runs = max(self.lengths), equal_runs(self.lengths)
         self.flash = is_flash_attention_requested(model.config)
-        self.packed = PackedAttention.make(boundaries, self.longest, None, boundaries.device)
+        # Flash attention reads the boundaries itself.
+        self.mask = None if self.flash else PackedAttention.make(boundaries, self.longest, None, boundaries.device)
+        self.flash_arguments = self._flash_arguments(boundaries, self.longest) if self.flash else {}
 
     @property
     def on_cpu(self) -> bool:
         return self.boundaries.device.type == "cpu"
-
-    def attend(self, attention: TahoeX1Attention, states: torch.Tensor) -> torch.Tensor:
-        """Every token to its cell: `(tokens, hidden_size)`, before the output projection."""
-        query, key, value = (
-            self._heads(attention, project(states))
-            for project in (attention.q_proj, attention.k_proj, attention.v_proj)
-        )
-        if self.flash:
-            return self._flash(attention, query, key, value, self.boundaries, self.longest)
-        return self.packed(query, key, value, attention.scaling)[0].flatten(2)[0]
 
     def attend_from_cls(self, attention: TahoeX1Attention, states: torch.Tensor) -> torch.Tensor:
         """Every `<cls>` to its cell: `(cells, hidden_size)`, before the output projection."""
@@ -111,7 +103,11 @@ class _Cells:
         )
         if self.flash:
             ones = torch.arange(len(queries) + 1, device=query.device)
-            return self._flash(attention, query, key, value, ones, 1)
+            output, _ = ALL_ATTENTION_FUNCTIONS[attention.config._attn_implementation](
+                attention, query, key, value, None, dropout=0.0, scaling=attention.scaling,
+                **self._flash_arguments(ones, 1),
+            )  # fmt: skip
+            return output.flatten(2)[0]
         outputs = []
         for q, k, v in zip(
             query.split(1, dim=2),
@@ -127,21 +123,13 @@ class _Cells:
     def _heads(attention: TahoeX1Attention, projected: torch.Tensor) -> torch.Tensor:
         return projected.view(1, len(projected), -1, attention.head_dim).transpose(1, 2)
 
-    def _flash(
-        self,
-        attention: TahoeX1Attention,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        queries: torch.Tensor,
-        longest_query: int,
-    ) -> torch.Tensor:
-        output, _ = ALL_ATTENTION_FUNCTIONS[attention.config._attn_implementation](
-            attention, query, key, value, None, dropout=0.0, scaling=attention.scaling,
-            cu_seq_lens_q=queries.int(), cu_seq_lens_k=self.boundaries.int(),
-            max_length_q=longest_query, max_length_k=self.longest,
-        )  # fmt: skip
-        return output.flatten(2)[0]
+    def _flash_arguments(self, queries: torch.Tensor, longest_query: int) -> dict[str, Any]:
+        return {
+            "cu_seq_lens_q": queries.int(),
+            "cu_seq_lens_k": self.boundaries.int(),
+            "max_length_q": longest_query,
+            "max_length_k": self.longest,
+        }
 
     def _without_keys(self, attention: TahoeX1Attention, queries: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
         """The key's bias adds the same to all scores of a query, and the softmax takes it away again."""
@@ -188,32 +176,15 @@ def _embeddings(
 
 
 def _whole_layer(layer: TahoeX1Layer, states: torch.Tensor, cells: _Cells) -> torch.Tensor:
-    """One layer on all tokens. `states` is overwritten."""
-    attended = cells.attend(layer.self_attn, layer.attention_norm(states) if layer.pre_norm else states)
-    states.add_(layer.self_attn.o_proj(attended))
-    del attended
+    """Run one layer on all tokens. `states` is overwritten."""
+    attended, _ = layer.self_attn(layer.before_attention(states).unsqueeze(0), cells.mask, **cells.flash_arguments)
     block = max(256, _BLOCK_NUMBERS // layer.mlp.up_proj.out_features) if cells.on_cpu else len(states)
-    for part in states.split(block):
-        if layer.pre_norm:
-            part.add_(_feed_forward(layer.mlp, layer.mlp_norm(part)))
-        else:
-            part.copy_(layer.attention_norm(part))
-            part.copy_(layer.mlp_norm(part + _feed_forward(layer.mlp, part)))
+    for part, attended_part in zip(states.split(block), attended[0].split(block), strict=True):
+        part.copy_(layer.after_attention(part, attended_part, overwrite=True))
     return states
 
 
 def _cls_layer(layer: TahoeX1Layer, states: torch.Tensor, cells: _Cells) -> torch.Tensor:
-    """One layer, for each cell's first token alone: `(cells, hidden_size)`."""
-    first = states[cells.boundaries[:-1]]
-    attention = layer.self_attn
-    if layer.pre_norm:
-        first = first + attention.o_proj(cells.attend_from_cls(attention, layer.attention_norm(states)))
-        return first + layer.mlp(layer.mlp_norm(first))
-    first = layer.attention_norm(first + attention.o_proj(cells.attend_from_cls(attention, states)))
-    return layer.mlp_norm(first + layer.mlp(first))
-
-
-def _feed_forward(mlp: TahoeX1MLP, states: torch.Tensor) -> torch.Tensor:
-    if mlp.gate_proj is None and type(mlp.act_fn) is nn.ReLU:
-        return mlp.down_proj(torch.relu_(mlp.up_proj(states)))
-    return mlp(states)
+    """Run one layer for each cell's first token alone: `(cells, hidden_size)`."""
+    attended = cells.attend_from_cls(layer.self_attn, layer.before_attention(states))
+    return layer.after_attention(states[cells.boundaries[:-1]], layer.self_attn.o_proj(attended))

@@ -130,7 +130,7 @@ class GeneNames:
             raise ValueError('genes is empty: name genes, or pass "all".')
         found = {}
         for name in wanted:
-            token = self.source.tokenizer._gene_token(name, self.symbols)
+            token = self.source.tokenizer.gene_token(name, self.symbols)
             if token >= 0 and self.source.column_of[token] >= 0:
                 found[name] = token
         missing = [name for name in wanted if name not in found]
