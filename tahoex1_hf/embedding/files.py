@@ -159,6 +159,8 @@ def embed_files(
         with_names = copied is None and not target.endswith(".npy")
         run = _Run(inputs, shards, encoder, options, gene_embeddings, with_names)
         identity = _identity(run, model, {"key_added": key_added})
+        if batch_tokens is not None:  # it moves last digits, see CellEncoder; the default depends on the device alone
+            identity["batch_tokens"] = batch_tokens
         todo = run.begin(stack.enter_context(_Lock(shards)), identity, restart, processes)
 
         def open_output() -> EmbeddingWriter:
