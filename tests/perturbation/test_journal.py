@@ -221,7 +221,9 @@ def test_genes_are_found_by_symbol_column_and_version(tokenizer: TahoeX1Tokenize
     symbols = {f"OTHER{i}": gene for i, gene in enumerate(GENES)}
     named = perturb_genes(adata, model, tokenizer, ["OTHER3"], gene_symbols=symbols, **QUIET).table
     assert named["gene_id"][0] == GENES[3]
-    assert named["cosine_distance"][0] == table["cosine_distance"]["SYM3"]
+    # In other batches the last bits of float32 embeddings differ: by some 1e-6 of their length, which moves a
+    # distance d by up to 1e-6 * sqrt(2 d), here 1.4e-5 of it.
+    assert named["cosine_distance"][0] == pytest.approx(table["cosine_distance"]["SYM3"], rel=1e-4)
     everything = perturb_genes(adata, model, tokenizer, "all", min_cells=3, **QUIET).table
     assert set(everything["gene"]) <= set(adata.var["feature_name"])
     adata.var["feature_name"] = ["twin"] * 60

@@ -24,7 +24,7 @@ from finetuning_runs import (
     start_launcher,
     write_base,
 )
-from helpers import gradients, largest_difference, largest_relative_difference
+from helpers import gradients, largest_departure_of_weights, largest_difference, largest_relative_difference
 from safetensors.torch import load_file
 from scipy.sparse import csc_matrix
 
@@ -347,7 +347,7 @@ def test_gradient_checkpointing_run_ends_at_the_same_weights(base: Path, data: P
     for name, checkpointing in (("off", False), ("on", True)):
         finetune(make_config(base, data, tmp_path / name, gradient_checkpointing=checkpointing))
     off, on = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("off", "on"))
-    assert largest_relative_difference(on, off) < 1e-3
+    assert largest_departure_of_weights(on, off) < 1e-3
 
 
 @pytest.mark.parametrize(("task", "label"), [("classification", "kind"), ("masked_expression", None)])
@@ -356,8 +356,7 @@ def test_microbatches_change_no_step(task: str, label: str | None, base: Path, d
         changes = {"task": task, "label": label, "microbatch_size": size, "epochs": 1}
         finetune(make_config(base, data, tmp_path / str(size), **changes))
     whole, parts = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("None", "5"))
-    # Adam's first steps have the size of the rate even where a gradient is nothing but rounding.
-    assert largest_relative_difference(parts, whole) < 1e-2
+    assert largest_departure_of_weights(parts, whole) < 3e-3
     facts = [result(tmp_path / name)[0] for name in ("None", "5")]
     assert facts[0]["steps"] == facts[1]["steps"]
     assert facts[0]["validation_loss"] == pytest.approx(facts[1]["validation_loss"], rel=1e-5)
@@ -489,7 +488,7 @@ def test_two_processes_learn_the_same(task: str, base: Path, data: Path, tmp_pat
         done = start_launcher(command(SCRIPT, processes=processes, **values))
         assert done.returncode == 0, done.stderr[-2000:]
     one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
-    assert largest_relative_difference(two, one) < 1e-3
+    assert largest_departure_of_weights(two, one) < 1e-3
     facts = [result(tmp_path / name)[0] for name in ("one", "two")]
     assert [each["processes"] for each in facts] == [1, 2]
     losses = [each["validation_loss"] for each in facts]
