@@ -1,4 +1,4 @@
-"""The cell tokenizer: upstream's collations, every way to hand in cells, sampling, drugs, saving and padding."""
+"""The cell tokenizer: every way to hand in cells, sampling, drugs, saving and padding."""
 
 import json
 import logging
@@ -9,22 +9,11 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 import torch
-import yaml
+from golden_tokenizers import VARIANTS, examples, make, same_batch
 from transformers import AutoTokenizer, DataCollatorWithPadding
 
 from tahoex1_hf import TahoeX1Tokenizer
-from tahoex1_hf.data.collator import CellCollator
 from tahoex1_hf.encoding_tahoe_x1 import EncodedCells
-
-VARIANTS = ("a_70m_like", "b_3b_like_chem", "c_glu_post_gqa_avgpool", "d_attn_mask")
-
-
-def make(golden, variant="a_70m_like", **options):
-    folder = golden / variant / "model"
-    table = folder / "drug_to_id_pad.json"
-    if table.exists():
-        options.setdefault("drug_to_id", json.loads(table.read_text()))
-    return TahoeX1Tokenizer(folder / "vocab.json", **options)
 
 
 @pytest.fixture
@@ -41,115 +30,11 @@ def tokens_of(tokenizer):
     return [token for token in tokenizer.get_vocab() if token.startswith("ENSG")]
 
 
-def examples(golden, variant):
-    """Upstream's raw examples as (token ids, counts) pairs, without their <cls>."""
-    z = np.load(golden / variant / "examples.npz")
-    starts, stops = z["offsets"][:-1] + 1, z["offsets"][1:]
-    return [(z["genes"][a:b], z["expressions"][a:b]) for a, b in zip(starts, stops, strict=True)]
-
-
 def same(one, other):
     """Two encodings hold the same cells."""
     for name in ("input_ids", "expression_values", "offsets", "cell_numbers", "empty_cells"):
         np.testing.assert_array_equal(getattr(one, name), getattr(other, name), err_msg=name)
     np.testing.assert_array_equal(one.drug_ids, other.drug_ids)
-
-
-def same_batch(one, other):
-    assert one.keys() == other.keys()
-    for name in one:
-        assert one[name] == other[name], name
-
-
-# Upstream's collations ----------------------------------------------------------------------------
-
-SETTINGS = {
-    "bin": {},
-    "bin_right": {"flip": True},
-    "log": {"value_encoding": "log1p"},
-    "raw": {"value_encoding": "raw"},
-    "truncate": {"context_length": 24, "overflow": "first"},
-}
-
-
-@pytest.mark.parametrize("by", ["tokenizer", "training collator"])
-@pytest.mark.parametrize("kind", SETTINGS)
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_collations_equal_upstream(golden, variant, kind, by):
-    config = yaml.safe_load((golden / variant / "model" / "collator_config.yml").read_text())
-    options = {"num_bins": config["num_bins"], "right_binning": config["right_binning"], **SETTINGS[kind]}
-    if options.pop("flip", False):  # the file of c, whose config bins to the right, is binned to the left
-        options["right_binning"] = not options["right_binning"]
-    tokenizer = make(golden, variant, **options)
-    drugs = None
-    if variant == "b_3b_like_chem":
-        names = json.loads((golden / variant / "examples_drugs.json").read_text())
-        # upstream reads an unknown drug as no drug; here it is an error
-        drugs = [name if name in tokenizer.drug_to_id else None for name in names]
-    if by == "tokenizer":
-        batch = tokenizer(examples(golden, variant), drugs=drugs, padding=True, return_tensors="np")
-    else:
-        rows = [{"genes": genes, "counts": counts} for genes, counts in examples(golden, variant)]
-        rows = rows if drugs is None else [{**row, "drug": drug} for row, drug in zip(rows, drugs, strict=True)]
-        batch = CellCollator(tokenizer, mlm_probability=None)(rows)
-        batch = {name: tensor.numpy() for name, tensor in batch.items()}
-    wanted = np.load(golden / variant / f"collate_{kind}.npz")
-    special = 1 if drugs is None else 2
-    for i, (genes, _) in enumerate(examples(golden, variant)):
-        # Wanted: upstream's row without padding ...
-        real = wanted["gene"][i] != tokenizer.pad_token_id
-        ids, values = wanted["gene"][i][real], wanted["expr"][i][real]
-        raw = wanted["expr_raw"][i][real]
-        # ... and without explicit zeros (example 1), which upstream keeps as genes of bin 1 and we drop by design
-        ids, values = ids[raw != 0], values[raw != 0]
-        ours = batch["attention_mask"][i].sum()
-        got_ids, got_values = batch["input_ids"][i][:ours], batch["expression_values"][i][:ours]
-        if kind == "truncate":
-            # where upstream's 24 tokens hold zeros, ours hold genes that upstream cut off
-            got_ids, got_values = got_ids[: len(ids)], got_values[: len(ids)]
-        elif len(genes) + special > real.sum():
-            # b: the longest example loses its last gene upstream (fault 6), whose batch length forgets the drug token
-            assert variant == "b_3b_like_chem"
-            assert i == 2
-            assert len(got_ids) == len(ids) + 1
-            got_ids, got_values = got_ids[:-1], got_values[:-1]
-        np.testing.assert_array_equal(got_ids, ids)
-        if kind == "log":
-            np.testing.assert_allclose(got_values, values, rtol=1e-6)
-        else:
-            np.testing.assert_array_equal(got_values, values)
-    assert (batch["input_ids"][batch["attention_mask"] == 0] == tokenizer.pad_token_id).all()
-    assert (batch["expression_values"][batch["attention_mask"] == 0] == -2).all()
-    if drugs is not None:
-        np.testing.assert_array_equal(batch["drug_ids"], wanted["drug_ids"])
-
-
-def test_first_gene_raw_equals_upstream_without_drugs(golden):
-    wanted = np.load(golden / "b_3b_like_chem" / "collate_bin_nochem.npz")
-    cells = examples(golden, "b_3b_like_chem")
-    batch = make(golden, "b_3b_like_chem", first_gene_raw=True)(cells, padding=True, return_tensors="np")
-    plain = make(golden, "b_3b_like_chem")(cells, padding=True, return_tensors="np")
-    assert "drug_ids" not in batch
-    differs = 0
-    for i, (_, counts) in enumerate(cells):
-        keep = np.concatenate([[True], counts != 0])
-        n = keep.sum()
-        np.testing.assert_array_equal(batch["input_ids"][i, :n], wanted["gene"][i, : len(keep)][keep])
-        np.testing.assert_array_equal(batch["expression_values"][i, :n], wanted["expr"][i, : len(keep)][keep])
-        differs += (plain["expression_values"][i] != batch["expression_values"][i]).any()
-    assert differs == len(cells)
-
-
-def test_first_gene_raw_leaves_drug_cells_alone_and_survives_sampling(golden):
-    cells = examples(golden, "b_3b_like_chem")
-    raw, plain = (make(golden, "b_3b_like_chem", first_gene_raw=f, context_length=8) for f in (True, False))
-    same_batch(raw(cells, drugs="Drug 1"), plain(cells, drugs="Drug 1"))
-    for overflow in ("sample", "first", "top"):
-        tokenizer = make(golden, "b_3b_like_chem", first_gene_raw=True, context_length=8, overflow=overflow)
-        for (genes, counts), ids, values in zip(
-            cells, *map(tokenizer(cells).get, ("input_ids", "expression_values")), strict=True
-        ):
-            assert (ids[1], values[1]) == (genes[counts != 0][0], counts[counts != 0][0])
 
 
 # Ways to hand in cells ----------------------------------------------------------------------------
@@ -314,14 +199,6 @@ def test_match_genes_counts_what_it_finds(tokenizer, log):
     assert match.unknown_examples == ("ENSG99999999999", "<pad>", "<cls>")
     assert "3 of 7 genes are not in the vocabulary" in log.text
     assert "1 gene columns repeat another" in log.text
-
-
-@pytest.mark.parametrize("variant", VARIANTS[:2])
-def test_match_genes_equals_upstream(golden, variant):
-    var = ad.read_h5ad(golden / variant / "adata.h5ad").var
-    match = make(golden, variant).match_genes(var["ensembl_id"])
-    np.testing.assert_array_equal(match.token_ids, var["id_in_vocab"])
-    assert match.num_unknown == (var["id_in_vocab"] < 0).sum()
 
 
 def test_few_known_genes_are_a_warning(tokenizer, log):
