@@ -163,11 +163,11 @@ def largest_relative_difference(ours: dict[str, torch.Tensor], theirs: dict[str,
 def largest_departure_of_weights(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
     """Compare weights that Adam trained in two ways: the norm of the difference, relative to each tensor's norm.
 
-    Not number by number: Adam divides each gradient by its own size, so where a gradient is hardly more than rounding,
-    the rounding decides over a visible share of a step. That happens to some numbers of every tensor, and to more of
-    those that make the keys, whose gradients nearly cancel: the softmax is blind to what all keys share. How many depends
-    on the kind of CPU. Over a few steps of 0.01 single numbers were seen to depart by 5e-3 of the largest, and a whole
-    tensor by 6e-4 of its norm. Cells that are lost, taken twice or weighted wrongly move it by a tenth and more.
+    Not number by number: Adam divides each gradient by its own size, so where a gradient is hardly more than
+    rounding, the rounding decides over a visible share of a step. That happens to some numbers of every tensor, and to
+    more of those that make the keys, whose gradients nearly cancel: the softmax is blind to what all keys share. How
+    many depends on the kind of CPU. Over a few steps of 0.01 single numbers were seen to depart by 5e-3 of the
+    largest, and a tensor by 6e-4 of its norm. Cells that are lost, taken twice or weighted wrongly move it by a tenth.
     """
     assert ours.keys() == theirs.keys()
     return max(
