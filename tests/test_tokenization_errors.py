@@ -45,7 +45,7 @@ def adata(counts, ids):
 
 @pytest.fixture
 def log(caplog):
-    caplog.set_level(logging.INFO, logger="tahoex1_hf.tokenization_tahoe_x1")
+    caplog.set_level(logging.INFO, logger="tahoex1_hf")
     return caplog
 
 

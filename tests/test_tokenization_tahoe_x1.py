@@ -185,7 +185,7 @@ def test_single_cells_and_no_cells(tokenizer, adata):
 
 @pytest.fixture
 def log(caplog):
-    caplog.set_level(logging.INFO, logger="tahoex1_hf.tokenization_tahoe_x1")
+    caplog.set_level(logging.INFO, logger="tahoex1_hf")
     return caplog
 
 
