@@ -26,7 +26,7 @@ from tahoex1_hf.finetuning.report import read_report
 
 METHODS = ["linear_probe", "lora", "full"]
 TITLES = {"linear_probe": "linear probe", "lora": "LoRA", "full": "full fine-tuning"}
-# What each costs: its heading, and how it is written.
+# Costs of a method: heading and format.
 FACTS = {
     "trainable_parameters": ("trainable parameters", "{:,}"),
     "seconds": ("seconds per fold", "{:.1f}"),
@@ -77,7 +77,7 @@ def gather(reports: dict[str, dict[str, Any]], config: FinetuneConfig) -> dict[s
 
 
 def cost(report: dict[str, Any]) -> dict[str, float]:
-    """Trainable parameters; mean seconds of a fold; the highest peak of memory."""
+    """Return the number of trainable parameters, the mean seconds of a fold and the highest peak of memory."""
     facts = report["cost"]
     return {
         "trainable_parameters": max(each["trainable_parameters"] for each in facts),
@@ -87,7 +87,7 @@ def cost(report: dict[str, Any]) -> dict[str, float]:
 
 
 def format_table(comparison: dict[str, Any]) -> str:
-    """Metrics and costs as Markdown."""
+    """Return metrics and costs as Markdown."""
     columns = [name for name in NAMES if any(name in scores for scores in comparison["metrics"].values())]
     head = [*(NAMES[name] for name in columns), *(heading for heading, _ in FACTS.values())]
     classes = "" if comparison["classes"] is None else f", {comparison['classes']} classes"
@@ -108,7 +108,7 @@ def format_table(comparison: dict[str, Any]) -> str:
 
 
 def written(scores: dict[str, Any]) -> str:
-    """Mean and interval."""
+    """Return the mean with its interval as text."""
     text = f"{scores['mean']:.3f}"
     return text if scores["low"] is None else f"{text} [{scores['low']:.3f}, {scores['high']:.3f}]"
 
@@ -153,7 +153,9 @@ def draw(comparison: dict[str, Any], path: Path) -> None:
 
 
 def main(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE.yaml", help="Of a classification or regression.")],
+    recipe: Annotated[
+        str, typer.Argument(metavar="RECIPE", help="Recipe of a classification or regression, by name or path.")
+    ],
     output_dir: Annotated[Path, typer.Argument(help="Folder for the runs and the comparison.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE...")] = None,
     full_rate: Annotated[
@@ -161,7 +163,7 @@ def main(
         typer.Option(help="Learning rate of full fine-tuning, as a share of the recipe's: less for larger models."),
     ] = 0.5,
 ) -> None:
-    """Linear probe, LoRA and full fine-tuning beside PCA and its classifiers."""
+    """Compare linear probe, LoRA and full fine-tuning with PCA and its classifiers."""
     changes = list(overrides or [])
     if not any(each.startswith("folds=") for each in changes):
         changes.append("folds=5")

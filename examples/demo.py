@@ -49,7 +49,7 @@ PALETTE = [
     "#555555",
 ]
 
-# Of one method: (classifier, metric) -> the scores in the folds.
+# The scores of one method in the folds, by classifier and metric.
 Scores = dict[tuple[str, str], np.ndarray]
 
 
@@ -178,7 +178,9 @@ def main(
     model: Annotated[
         str | None, typer.Option(help="Folder or Hub repository; by default the small model here.")
     ] = None,
-    size: Annotated[str | None, typer.Option(help="Which size, where there are several: 70m, 1b, 3b.")] = None,
+    size: Annotated[
+        str | None, typer.Option(help="Size to take from a model that holds several: 70m, 1b or 3b.")
+    ] = None,
     output_dir: Annotated[Path, typer.Option(help="Folder for the embeddings and the picture.")] = Path("demo_output"),
 ) -> None:
     """Embed 700 real PBMCs, draw them, and say how well cell types can be told apart."""

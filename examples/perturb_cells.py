@@ -1,6 +1,6 @@
-"""Which genes hold cytotoxic T cells apart from naive ones? Delete each in silico, and see which way the cells move.
+"""Rank the genes that tell cytotoxic T cells from naive ones: delete each, and see which way the cells move.
 
-It needs no network: the cells come with scanpy, and the default model is the small one beside this file.
+No network is needed: the cells come with scanpy, and the default model is the small one beside this file.
 """
 
 from pathlib import Path
@@ -18,12 +18,14 @@ CYTOTOXIC, NAIVE = "CD8+ Cytotoxic T", "CD8+/CD45RA+ Naive Cytotoxic"
 
 
 def main(
-    output_dir: Annotated[Path, typer.Option(help="Where the table and the picture go.")] = Path("demo_output"),
+    output_dir: Annotated[Path, typer.Option(help="Folder for the table and the picture.")] = Path("demo_output"),
     model: Annotated[str, typer.Option(help="Folder or Hub repository of the model.")] = str(CHECKPOINT),
     genes: Annotated[str, typer.Option(help='Symbols with commas between, or "all" expressed genes.')] = "all",
-    null_genes: Annotated[int, typer.Option(help="Genes of like expression to compare each gene with.")] = 100,
+    null_genes: Annotated[
+        int, typer.Option(help="Number of genes of similar expression to compare each gene with.")
+    ] = 100,
 ) -> None:
-    """Rank deletions in cytotoxic T cells by how far they move them toward naive ones."""
+    """Rank deletions in cytotoxic T cells by how far they move the cells toward naive ones."""
     output_dir.mkdir(parents=True, exist_ok=True)
     table = perturb_genes(
         load_cells(),

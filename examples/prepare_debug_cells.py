@@ -1,4 +1,4 @@
-"""Real cells for the debug recipe, without a download: scanpy's 700 PBMCs as a prepared dataset, or an .h5ad of yours.
+"""Prepare real cells for the debug recipe: scanpy's 700 PBMCs, which need no download, or an .h5ad file of yours.
 
 python examples/prepare_debug_cells.py data/debug [--h5ad CELLS.h5ad --vocab vocab.json]
 """
@@ -19,7 +19,7 @@ def main(
     output: Annotated[Path, typer.Argument(help="Folder of the dataset.")],
     h5ad: Annotated[Path | None, typer.Option(help="Cells with raw counts, genes by Ensembl id.")] = None,
     vocab: Annotated[Path | None, typer.Option(help="vocab.json for --h5ad.")] = None,
-    validation: Annotated[float, typer.Option(help="Share of the cells kept for validation.")] = 0.15,
+    validation: Annotated[float, typer.Option(help="Share of the cells to keep for validation.")] = 0.15,
 ) -> None:
     if (h5ad is None) != (vocab is None):
         raise typer.BadParameter("--h5ad and --vocab go together.")

@@ -47,7 +47,7 @@ def build_model(tokenizer: TahoeX1Tokenizer, hidden_size: int, layers: int, pool
 
 
 class Cells(Dataset):
-    """Tokenized cells: dicts of `input_ids` and `expression_values`, with `<cls>` first."""
+    """Hold tokenized cells: dicts of `input_ids` and `expression_values`, with `<cls>` first."""
 
     def __init__(self, cells: list[dict[str, np.ndarray]]):
         self.cells = cells
@@ -60,7 +60,7 @@ class Cells(Dataset):
 
 
 class MaskingCollator:
-    """Makes a training batch: hides the expression of a random part of each cell's genes, drawn anew every time.
+    """Make a training batch: hide the expression of a random part of each cell's genes, another part every time.
 
     Args:
         tokenizer: the cells' tokenizer.
@@ -143,7 +143,7 @@ def baseline_losses(
 
 
 class Validation(TrainerCallback):
-    """Every few epochs, records the losses on held-out cells, always hidden in the same places."""
+    """Record the losses on held-out cells every few epochs, with the same genes hidden."""
 
     def __init__(self, batch: dict[str, torch.Tensor], every: int):
         self.batch, self.every = batch, every
@@ -183,10 +183,14 @@ def main(
     learning_rate: Annotated[float, typer.Option(help="Highest learning rate.")] = 3e-3,
     hidden_size: Annotated[int, typer.Option(help="Width of the model.")] = 64,
     layers: Annotated[int, typer.Option(help="Transformer layers.")] = 2,
-    pooling: Annotated[str, typer.Option(help="Where the cell embedding is read: cls or mean.")] = "cls",
-    max_genes: Annotated[int, typer.Option(help="Most genes of a cell in a training step, drawn at random.")] = 128,
+    pooling: Annotated[
+        str, typer.Option(help="Token that the cell embedding is read from: cls, or the mean of all.")
+    ] = "cls",
+    max_genes: Annotated[
+        int, typer.Option(help="Largest number of genes of a cell in a training step; they are sampled.")
+    ] = 128,
     absent: Annotated[float, typer.Option(help="Targets that the cell does not express, per expressed one.")] = 1.0,
-    held_out: Annotated[int, typer.Option(help="Cells not trained on, for the validation loss.")] = 70,
+    held_out: Annotated[int, typer.Option(help="Number of cells to hold out for the validation loss.")] = 70,
     seed: Annotated[int, typer.Option(help="Seed of everything.")] = 0,
 ) -> None:
     """Train on scanpy's 700 PBMCs, and write a checkpoint that the Auto classes load."""

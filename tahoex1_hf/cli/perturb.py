@@ -51,47 +51,56 @@ def perturb(
     size: options.Size = None,
     revision: options.Revision = None,
     mode: Annotated[
-        Mode, typer.Option(help="Count becomes 0; the cell's largest (its top bin); or --value.")
+        Mode,
+        typer.Option(help="What the count becomes: 0, the largest of the cell (its top bin), or --value (mode set)."),
     ] = Mode.delete,
     value: Annotated[float | None, typer.Option(help="Raw count for --mode set.")] = None,
     together: Annotated[bool, typer.Option("--together", help="Perturb all the genes at once.")] = False,
     cells: Annotated[
         str | None,
-        typer.Option(help="Which cells: a comparison over columns of obs: 'cell_type == \"B\"'.", show_default="all"),
+        typer.Option(
+            help="Cells to perturb: a comparison over columns of obs, as in 'cell_type == \"B\"'.", show_default="all"
+        ),
     ] = None,
     groupby: Annotated[str | None, typer.Option(help="Column of obs: rank the genes in each group.")] = None,
     target: Annotated[
-        str | None, typer.Option(help="Measure the shift toward these cells: a comparison, like --cells.")
+        str | None,
+        typer.Option(help="Measure the shift toward the cells that a comparison like that of --cells selects."),
     ] = None,
     expression: Annotated[
-        bool, typer.Option("--expression", help="Also the change of predicted expression; four times the work.")
+        bool,
+        typer.Option(
+            "--expression", help="Measure the change of predicted expression as well, for four times the work."
+        ),
     ] = False,
     affected: Annotated[
         Path | None,
-        typer.Option(help="With --expression: write the most affected genes to this .csv or .parquet."),
+        typer.Option(help="With --expression: file for the most affected genes, .csv or .parquet."),
     ] = None,
-    num_affected: Annotated[int, typer.Option(help="Most affected genes to list per perturbation.")] = 20,
-    plot: Annotated[Path | None, typer.Option(help="Draw the ranking into this .png.")] = None,
+    num_affected: Annotated[int, typer.Option(help="Number of affected genes to list for each perturbation.")] = 20,
+    plot: Annotated[Path | None, typer.Option(help="File for a picture of the ranking, .png.")] = None,
     null_genes: Annotated[
-        int, typer.Option(help="Genes of like expression, perturbed to compare each gene with. 0: none.")
+        int, typer.Option(help="Number of genes of similar expression to perturb for comparison; 0 for none.")
     ] = 50,
-    min_cells: Annotated[int, typer.Option(help="Fewest cells that express a gene of the null, or of all.")] = 10,
+    min_cells: Annotated[
+        int, typer.Option(help="Genes that fewer cells express are left out of the comparison and of 'all'.")
+    ] = 10,
     gene_id_column: options.GeneIdColumn = None,
     gene_symbols: options.GeneSymbols = None,
     layer: options.Layer = None,
     drugs: options.Drugs = None,
     max_length: options.MaxLength = None,
     dtype: Annotated[
-        Dtype, typer.Option(help="bfloat16 moves embeddings as far as many a gene does.")
+        Dtype, typer.Option(help="bfloat16 moves the embeddings as far as perturbing many a gene does.")
     ] = Dtype.float32,
     device: options.Device = None,
     batch_tokens: options.BatchTokens = None,
     seed: options.Seed = 0,
     restart: options.Restart = False,
 ) -> str:
-    """Delete, overexpress or set genes in cells, and rank them by how far the cells' embeddings move.
+    """Delete, overexpress or set genes in cells, and rank the genes by how far the cells' embeddings move.
 
-    Finished genes are kept in OUT.partial: the same command goes on after a stop.
+    Finished genes are kept in OUT.partial, from which the same command goes on after a stop.
     """
     from tahoex1_hf.cells.gene_symbols import read_gene_symbols
     from tahoex1_hf.inference.encoder import choose_device

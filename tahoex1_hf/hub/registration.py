@@ -1,7 +1,7 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""The model type `tahoe_x1` in transformers' Auto classes, without importing either before it is used.
+"""Registration of the model type `tahoe_x1` with transformers' Auto classes, which waits until it is needed.
 
-`import tahoex1_hf` would take as long as importing torch and transformers' models if it registered classes at once.
+If `import tahoex1_hf` registered the classes at once, it would import torch and transformers' models.
 """
 
 from typing import Any
