@@ -41,7 +41,6 @@ class FinetuneTrainer(ResumableTrainer):
         callbacks: Callbacks of Trainer.
     """
 
-    model: Any
     objective: Objective
 
     def __init__(

@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 PROGRESS = "progress.json"  # in a checkpoint: what the run and, with its number before the name, each process needs
 
 
-class StepBatches(Protocol):
+class RunBatches(Protocol):
     """This process's batches of every step of a run; Trainer takes them for a data loader of one long epoch.
 
     Attributes:
@@ -89,13 +89,14 @@ class ResumableTrainer(Trainer):
         window: Sums over the steps since the last line of the log.
     """
 
+    model: Any
     num_losses = 1
 
     def __init__(
         self,
         model: torch.nn.Module,
         args: TrainingArguments,
-        batches: StepBatches,
+        batches: RunBatches,
         *,
         callbacks: Sequence[TrainerCallback] = (),
         **trainer: Any,
@@ -157,10 +158,11 @@ class ResumableTrainer(Trainer):
 
     def _mean_loss(self) -> float:
         """Return the mean loss over all steps of the run, those before an interruption among them."""
-        total, last = 0.0, 0
+        total = last = 0.0
         for line in self.state.log_history:
             if "loss" in line:
-                total, last = total + line["loss"] * (line["step"] - last), line["step"]
+                total += line["loss"] * (line["step"] - last)
+                last = line["step"]
         if self.window.steps:
             total += self.window_means(self._whole_window())["loss"] * (self.state.global_step - last)
         return total / max(self.state.global_step, 1)

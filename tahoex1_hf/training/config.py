@@ -4,6 +4,7 @@
 `recipes/` has a commented recipe for every size; `tahoex1 recipes` prints them.
 """
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -15,6 +16,10 @@ from tahoex1_hf.common.recipes import read_recipe
 from tahoex1_hf.data.config import Strict, validated, with_overrides
 from tahoex1_hf.training.evaluation import CellTypeConfig, GeneEssentialityConfig
 
+logger = logging.getLogger(__name__)
+
+# Keys of earlier versions, with the values that they had where nothing was said.
+_RETIRED = {"peak_tflops": None, "spike_factor": 3.0}
 
 class PretrainConfig(Strict):
     """All that decides the weights that come out of a run, and what is recorded on the way."""
@@ -109,12 +114,19 @@ class PretrainConfig(Strict):
     """Trackers besides the log in `output_dir`."""
     run_name: str | None = None
     """Name of the run for the trackers."""
-    peak_tflops: float | None = Field(None, gt=0)
-    """Rate of the device at the training precision, for the utilisation in the log; by default known or measured."""
-    spike_factor: float = Field(3.0, gt=1)
-    """A loss or gradient norm above so many times its recent median is warned of."""
     baselines: bool = False
     """Print beside the loss what constants would lose: the mean bin, and each gene's mean bin."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_retired(cls, values: Any) -> Any:
+        """Accept the keys of earlier versions, which stand in every config.resolved.yaml that they wrote."""
+        if not isinstance(values, dict):
+            return values
+        for key, default in _RETIRED.items():
+            if values.get(key, default) != default:
+                logger.warning("%s=%s has no effect: this key is gone.", key, values[key])
+        return {key: value for key, value in values.items() if key not in _RETIRED}
 
     @field_validator("precision", mode="before")
     @classmethod

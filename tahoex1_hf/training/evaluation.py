@@ -206,22 +206,26 @@ class CellTypeEvaluation(_Evaluation):
 
     def features(self, model: torch.nn.Module) -> Features:
         """Embeddings of the labelled cells."""
-        from tahoex1_hf.embedding.in_memory import embed_anndata
+        from tahoex1_hf.cells.inputs import AnnDataInput, EncodeOptions
+        from tahoex1_hf.inference.encoder import CellEncoder
 
         assert self.tokenizer is not None
         adata, symbols = self._cells()
-        embed_anndata(
-            adata,
+        config = self.config
+        options = EncodeOptions(
+            self.tokenizer, gene_id_column=config.gene_id_column, gene_symbols=symbols, layer=config.layer
+        )
+        cells = AnnDataInput(adata, options)
+        encoder = CellEncoder(
             model,  # type: ignore[arg-type]
             self.tokenizer,
-            layer=self.config.layer,
-            gene_id_column=self.config.gene_id_column,
-            gene_symbols=symbols,
             device=next(model.parameters()).device,
             dtype="float32",
-            progress=False,
         )
-        return np.asarray(adata.obsm["X_tahoe_x1"]), adata.obs[self.config.label].astype(str).to_numpy()
+        embeddings = np.empty((cells.num_cells, encoder.width), dtype=np.float32)
+        for chunk in cells.chunks(0, cells.num_cells):
+            embeddings[chunk.start : chunk.start + chunk.cells.num_cells] = encoder.embed(chunk.cells)
+        return embeddings, adata.obs[config.label].astype(str).to_numpy()
 
     def _cells(self) -> "tuple[anndata.AnnData, Mapping[str, str] | None]":
         import anndata

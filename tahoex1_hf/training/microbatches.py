@@ -1,7 +1,6 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
 """A process's cells of a step, taken in parts that fit into memory."""
 
-import logging
 import weakref
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -10,8 +9,6 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
-
-logger = logging.getLogger(__name__)
 
 Batch = dict[str, Any]
 
@@ -106,9 +103,7 @@ def largest_microbatch(measure: Callable[[int], float], limit: float, most: int)
     while cells > 2 and measure(cells) > usable:
         cells = cells * 3 // 4
     # Parts of equal size: 4 + 4 + 4 rather than 5 + 5 + 2.
-    cells = -(-most // -(-most // cells))
-    logger.info("microbatch_size: %d cells, of %d per process and step", cells, most)
-    return cells
+    return -(-most // -(-most // cells))
 
 
 class PassMemory:

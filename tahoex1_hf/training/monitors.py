@@ -18,6 +18,8 @@ logger = logging.getLogger(__name__)
 # Dense bfloat16 rates in TFLOP/s, from NVIDIA's data sheets (without sparsity).
 _PEAKS = {"H100 PCIe": 756, "H100": 989, "H200": 989, "A100": 312, "L40S": 362, "L4": 121, "B200": 2250}
 
+_SPIKE = 3.0  # times the median
+
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of the device: of its data sheet, or of a product of matrices where it is not in the table."""
@@ -88,14 +90,9 @@ class SpeedMonitor(TrainerCallback):
 
 
 class SpikeWarning(TrainerCallback):
-    """Warns of a loss or gradient norm far above its recent median.
+    """Warns of a loss or gradient norm that is more than three times its recent median."""
 
-    Args:
-        factor: how far.
-    """
-
-    def __init__(self, factor: float):
-        self.factor = factor
+    def __init__(self) -> None:
         self.recent: dict[str, deque[float]] = {name: deque(maxlen=50) for name in ("loss", "grad_norm")}
 
     def on_log(
@@ -107,7 +104,7 @@ class SpikeWarning(TrainerCallback):
             if value is None:
                 continue
             usual = statistics.median(recent) if len(recent) >= 5 else math.inf
-            if value > self.factor * usual and state.is_world_process_zero:
+            if value > _SPIKE * usual and state.is_world_process_zero:
                 logger.warning(
                     "%s at step %d is %.4g, %.1f times its recent median.",
                     name,

@@ -20,7 +20,6 @@ from tahoex1_hf.hub.loading import find_model
 from tahoex1_hf.modeling_tahoe_x1 import TahoeX1ForPreTraining
 from tahoex1_hf.runs.arguments import run_arguments
 from tahoex1_hf.runs.preemption import PREEMPTED
-from tahoex1_hf.runs.status import write_status
 from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
 from tahoex1_hf.training.baselines import baseline_losses
 from tahoex1_hf.training.config import PretrainConfig
@@ -28,6 +27,7 @@ from tahoex1_hf.training.curve import draw_curve
 from tahoex1_hf.training.evaluation import CellTypeEvaluation, GeneEssentialityEvaluation
 from tahoex1_hf.training.monitors import SpeedMonitor, SpikeWarning, peak_flops
 from tahoex1_hf.training.run_card import card_facts, write_facts
+from tahoex1_hf.training.run_folder import RunFolder
 from tahoex1_hf.training.stream import StepBatches, ValidationCells, training_cells
 from tahoex1_hf.training.trainer import PretrainingTrainer
 
@@ -130,11 +130,10 @@ def pretrain(config: PretrainConfig) -> int:
         ValueError: for settings, data or a checkpoint that do not fit; FloatingPointError: for NaN in a gradient.
     """
     processes = PartialState(cpu=not torch.cuda.is_available())
-    output_dir = Path(config.output_dir)
+    folder = RunFolder(config, processes.num_processes)
+    processes.wait_for_everyone()  # all have read what an earlier start has written
     if processes.is_main_process:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        config.write(output_dir / "config.resolved.yaml")
-        write_status(output_dir, "running")
+        folder.write("running")
     if not os.isatty(2):
         disable_progress_bar()
     set_seed(config.seed)
@@ -147,13 +146,13 @@ def pretrain(config: PretrainConfig) -> int:
     if config.baselines and validation and processes.is_main_process:
         baselines = baseline_losses(config, model.config, collator, validation)
         logger.info("Loss of constants on the validation cells: %s", baselines)
-    trainer = _trainer(config, model, tokenizer, cells, validation)
+    trainer = _trainer(folder, model, tokenizer, cells, validation)
     trainer.run(Path(config.resume_from) if config.resume_from else None)
     if trainer.preempted:
         if processes.is_main_process:
-            write_status(output_dir, "preempted", step=trainer.state.global_step)
+            folder.write("preempted", step=trainer.state.global_step)
         return PREEMPTED
-    _finish(trainer, config, baselines)
+    _finish(trainer, folder, baselines)
     return 0
 
 
@@ -177,16 +176,17 @@ def _validation(config: PretrainConfig, collator: CellCollator) -> ValidationCel
 
 
 def _trainer(
-    config: PretrainConfig,
+    folder: RunFolder,
     model: TahoeX1ForPreTraining,
     tokenizer: TahoeX1Tokenizer,
     cells: CellBatches,
     validation: ValidationCells | None,
 ) -> PretrainingTrainer:
+    config = folder.config
     max_steps = config.max_steps or round((config.epochs or 0) * len(cells))
     args = training_arguments(config, max_steps)
     peak = peak_flops(args.device, torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32)
-    speed = SpeedMonitor(args, config.peak_tflops * 1e12 if config.peak_tflops else peak)
+    speed = SpeedMonitor(args, peak)
     evaluations: list[Any] = [
         *(CellTypeEvaluation(each) for each in config.cell_types),
         *(GeneEssentialityEvaluation(each) for each in config.gene_essentiality),
@@ -196,19 +196,20 @@ def _trainer(
         args,
         StepBatches(cells, max_steps),
         validation=validation,
-        microbatch_size=None if config.microbatch_size == "auto" else config.microbatch_size,
-        callbacks=[speed, SpikeWarning(config.spike_factor), *evaluations],
+        microbatch_size=folder.microbatch_size,
+        callbacks=[speed, SpikeWarning(), *evaluations],
         tokenizer=tokenizer,
     )
     trainer.report = lambda logs: speed.extended(logs, trainer.state)
+    trainer.on_microbatch = folder.note_microbatch
     for evaluation in evaluations:
         evaluation.log, evaluation.tokenizer = trainer.log, tokenizer
     return trainer
 
 
-def _finish(trainer: PretrainingTrainer, config: PretrainConfig, baselines: dict[str, float]) -> None:
-    """Last evaluation, final model, picture."""
-    output_dir = Path(config.output_dir)
+def _finish(trainer: PretrainingTrainer, folder: RunFolder, baselines: dict[str, float]) -> None:
+    """Evaluate a last time, and write the final model and what goes with it."""
+    output_dir = folder.path
     step, history = trainer.state.global_step, trainer.state.log_history
     seen = [line for line in history if line["step"] == step and "eval_loss" in line]
     metrics = {k: v for k, v in seen[-1].items() if k.startswith("eval_")} if seen else trainer.evaluate()
@@ -219,10 +220,10 @@ def _finish(trainer: PretrainingTrainer, config: PretrainConfig, baselines: dict
             draw_curve(trainer.state.log_history, baselines, output_dir / "training_curve.png")
         except ImportError:
             logger.info("No picture of the run: pip install matplotlib.")
-        write_facts(_facts(trainer, config, {**metrics, **baselines}), output_dir)
+        write_facts(_facts(trainer, folder.config, {**metrics, **baselines}), output_dir)
         for name, value in [*metrics.items(), *baselines.items()]:
             logger.info("%s: %.4f", name, value)
-        write_status(output_dir, "finished", step=trainer.state.global_step, metrics=metrics, baselines=baselines)
+        folder.write("finished", step=trainer.state.global_step, metrics=metrics, baselines=baselines)
 
 
 def _facts(trainer: PretrainingTrainer, config: PretrainConfig, results: dict[str, float]) -> dict[str, Any]:

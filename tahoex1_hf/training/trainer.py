@@ -55,9 +55,11 @@ class PretrainingTrainer(ResumableTrainer):
 
     Attributes:
         report: Function that returns a line of the log with what is to be added to it.
-        on_found: Function that is told the microbatch size when it was found.
+        on_microbatch: Function that is told, in the first process, a microbatch size that was found or read from a
+            checkpoint.
     """
 
+    batches: StepBatches
     num_losses = 2
 
     def __init__(
@@ -74,7 +76,7 @@ class PretrainingTrainer(ResumableTrainer):
         super().__init__(model, args, batches, eval_dataset=validation and validation.cells, **trainer)
         self.validation, self.microbatch_size, self.tokenizer = validation, microbatch_size, tokenizer
         self.report: Callable[[dict[str, float]], dict[str, float]] = lambda logs: logs
-        self.on_found: Callable[[int], None] = discard
+        self.on_microbatch: Callable[[int], None] = discard
 
     # Arrangement ------------------------------------------------------------------------------------
 
@@ -118,13 +120,15 @@ class PretrainingTrainer(ResumableTrainer):
             This process's part of the loss.
         """
         model.train()
-        if self.microbatch_size is None:
-            self.microbatch_size = self._fitting_microbatch(model, num_cells(inputs))
+        size = self.microbatch_size
+        if size is None:
+            size = self._fitting_microbatch(model, num_cells(inputs))
+            self._set_microbatch(size)
         lengths = inputs["cu_seq_lens_q"].diff() if "cu_seq_lens_q" in inputs else inputs["attention_mask"].sum(1)
         self.window.cells += len(lengths)
         self.window.tokens += int(lengths.sum())
         self.window.flops += training_flops(self.accelerator.unwrap_model(model).config, lengths.cpu().numpy())
-        parts = list(microbatches(self._prepare_inputs(inputs), self.microbatch_size))
+        parts = list(microbatches(self._prepare_inputs(inputs), size))
         targets = num_items_in_batch if num_items_in_batch is not None else (inputs["labels"] != -100).sum()
         targets = torch.as_tensor(targets, device=self.args.device).clamp(min=1)
         losses = torch.zeros(2, device=self.args.device)
@@ -153,6 +157,11 @@ class PretrainingTrainer(ResumableTrainer):
         """What the model says, in float32: Accelerate sees to that under autocast only, which FSDP2 does without."""
         with self.compute_loss_context_manager():
             return convert_to_fp32(model(**batch, return_dict=True))
+
+    def _set_microbatch(self, size: int) -> None:
+        self.microbatch_size = size
+        if self.args.should_save:
+            self.on_microbatch(size)
 
     def _fitting_microbatch(self, model: torch.nn.Module, cells: int) -> int:
         config, memory = self.accelerator.unwrap_model(model).config, PassMemory(self.args.device)
@@ -249,7 +258,7 @@ class PretrainingTrainer(ResumableTrainer):
         """Go on from what `progress` returned; a microbatch size that was given stays."""
         super().restore_progress(state)
         if self.microbatch_size is None:
-            self.microbatch_size = state["microbatch_size"]
+            self._set_microbatch(state["microbatch_size"])
 
     def save_beside(self, folder: Path) -> None:
         """Save the tokenizer."""

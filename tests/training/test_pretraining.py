@@ -268,7 +268,7 @@ def test_sums_do_not_depend_on_how_cells_are_divided() -> None:
 def test_spikes_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
     from transformers import TrainerControl, TrainerState
 
-    warning, state = SpikeWarning(3.0), TrainerState()
+    warning, state = SpikeWarning(), TrainerState()
     with caplog.at_level(logging.WARNING):
         for loss in [1.0, 1.1, 0.9, 1.0, 1.2, 2.5]:
             warning.on_log(None, state, TrainerControl(), logs={"loss": loss})  # type: ignore[arg-type]

@@ -1,0 +1,93 @@
+# Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
+"""The folder of a pretraining run, and what the run writes there about itself."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tahoex1_hf.runs.status import read_status, write_status
+from tahoex1_hf.training.config import PretrainConfig
+
+logger = logging.getLogger(__name__)
+
+RESOLVED = "config.resolved.yaml"
+
+# Settings on which the memory of a pass depends: a size found with others may not fit.
+_DECIDE_MEMORY = (
+    "model",
+    "init_from",
+    "tokenizer",
+    "drug_table",
+    "context_length",
+    "packed",
+    "unexpressed_padding",
+    "pad_to_multiple_of",
+    "global_batch_size",
+    "precision",
+    "attention",
+    "activation_checkpointing",
+    "compile",
+)
+
+
+class RunFolder:
+    """The folder of a pretraining run.
+
+    Another microbatch size adds gradients up in another order, which changes the last digits of the weights. With
+    `microbatch_size: auto` the size is therefore noted when it is found, and the same command on the same folder takes
+    it again, however much memory there is then.
+
+    Args:
+        config: Configuration of the run.
+        processes: Number of processes. A size that another number of them has found is not taken.
+
+    Attributes:
+        microbatch_size: The size that was given, else the one that this run has found before, else None.
+    """
+
+    def __init__(self, config: PretrainConfig, processes: int):
+        self.config, self.processes = config, processes
+        self.path = Path(config.output_dir)
+        self.automatic = config.microbatch_size == "auto"
+        self.microbatch_size = self._found_before() if config.microbatch_size == "auto" else config.microbatch_size
+
+    def _found_before(self) -> int | None:
+        found = read_status(self.path).get("microbatch")
+        try:
+            earlier = yaml.safe_load((self.path / RESOLVED).read_text(encoding="utf-8"))
+        except (OSError, yaml.YAMLError):
+            return None
+        here = self.config.model_dump(mode="json")
+        same = isinstance(earlier, dict) and all(earlier.get(key) == here[key] for key in _DECIDE_MEMORY)
+        if found is None or not same or found["processes"] != self.processes:
+            return None
+        size = int(found["size"])
+        logger.info("microbatch_size: auto is %d, which this run has found before (%s).", size, self.path)
+        return size
+
+    def write(self, status: str, **more: Any) -> None:
+        """Write all settings, and how the run stands.
+
+        Args:
+            status: See `write_status`.
+            **more: What else is to be known.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        config = self.config
+        if self.automatic and self.microbatch_size is not None:
+            config = config.model_copy(update={"microbatch_size": self.microbatch_size})
+            more = {**more, "microbatch": {"size": self.microbatch_size, "processes": self.processes}}
+        config.write(self.path / RESOLVED)
+        write_status(self.path, status, **more)
+
+    def note_microbatch(self, size: int) -> None:
+        """Keep the size that the run has found, for the next time the command is given."""
+        self.microbatch_size = size
+        self.write("running")
+        logger.info(
+            "microbatch_size: auto has become %d. Pass microbatch_size=%d to repeat this run elsewhere bit for bit.",
+            size,
+            size,
+        )

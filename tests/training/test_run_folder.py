@@ -1,0 +1,111 @@
+"""The folder of a pretraining run, and the microbatch size that is found once and then kept."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from fixed_steps import tiny
+from safetensors.torch import load_file
+
+from tahoex1_hf.training.config import read_pretrain_config
+from tahoex1_hf.training.microbatches import PassMemory
+from tahoex1_hf.training.pretraining import pretrain
+from tahoex1_hf.training.run_folder import RunFolder
+from tahoex1_hf.training.trainer import PretrainingTrainer
+
+
+def automatic(folder: Path, processes: int = 1, **changes: Any) -> RunFolder:
+    return RunFolder(tiny(Path("data"), folder, **{"microbatch_size": "auto", **changes}), processes)
+
+
+def test_a_size_that_was_found_is_kept(tmp_path: Path) -> None:
+    first = automatic(tmp_path)
+    assert first.microbatch_size is None
+    first.write("running")
+    first.note_microbatch(3)
+    first.write("finished", step=8)
+    status = json.loads((tmp_path / "run_status.json").read_text())
+    assert status == {"status": "finished", "step": 8, "microbatch": {"size": 3, "processes": 1}}
+    assert automatic(tmp_path).microbatch_size == 3
+    assert automatic(tmp_path, max_steps=100).microbatch_size == 3
+    assert automatic(tmp_path, microbatch_size=4).microbatch_size == 4
+
+
+def test_the_settings_with_the_size_repeat_the_run_elsewhere(tmp_path: Path) -> None:
+    automatic(tmp_path).note_microbatch(3)
+    settings = read_pretrain_config(tmp_path / "config.resolved.yaml", [f"output_dir={tmp_path / 'other'}"])
+    assert settings.microbatch_size == 3
+    assert RunFolder(settings, 1).microbatch_size == 3
+
+
+@pytest.mark.parametrize("changes", [{"processes": 2}, {"context_length": 64}, {"model__hidden_size": 64}])
+def test_a_size_of_other_circumstances_is_not_taken(changes: dict[str, Any], tmp_path: Path) -> None:
+    automatic(tmp_path).note_microbatch(3)
+    assert automatic(tmp_path, **changes).microbatch_size is None
+
+
+def test_a_size_that_was_given_is_not_taken_for_one_that_was_found(tmp_path: Path) -> None:
+    automatic(tmp_path, microbatch_size=4).write("running")
+    assert json.loads((tmp_path / "run_status.json").read_text()) == {"status": "running"}
+    assert automatic(tmp_path).microbatch_size is None
+
+
+def test_files_of_an_earlier_version_or_none_are_no_obstacle(tmp_path: Path) -> None:
+    (tmp_path / "run_status.json").write_text('{"status": "running"}')
+    (tmp_path / "config.resolved.yaml").write_text(yaml.safe_dump({"microbatch_size": "auto"}))
+    assert automatic(tmp_path).microbatch_size is None
+    assert automatic(tmp_path / "none").microbatch_size is None
+
+
+def test_a_run_takes_the_same_size_whatever_memory_there_is_later(
+    training_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A size is found, the run ends before its first checkpoint; repeated with more memory, and resumed with less."""
+    config = tiny(training_dataset, tmp_path / "auto", microbatch_size="auto", eval_cells=0)
+
+    def memory_for(cells: int) -> None:
+        monkeypatch.setattr(PassMemory, "__call__", lambda self, run: run() or next(needs))
+        monkeypatch.setattr(PassMemory, "available", lambda self, *_: cells * 1000 / 0.85)
+        needs = iter([1000.0, 2000.0, 1000.0 * cells])
+
+    def end_at(step: int) -> None:
+        clip = PretrainingTrainer._clip_grad_norm
+
+        def end(self: PretrainingTrainer, model: Any) -> Any:
+            if self.state.global_step + 1 == step:
+                raise KeyboardInterrupt
+            return clip(self, model)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(PretrainingTrainer, "_clip_grad_norm", end)
+            with pytest.raises(KeyboardInterrupt):
+                pretrain(config)
+
+    with caplog.at_level(logging.INFO):
+        memory_for(3)
+        end_at(2)
+        assert "Pass microbatch_size=3 to repeat this run" in caplog.text
+        memory_for(8)
+        end_at(5)
+        memory_for(2)
+        assert pretrain(config) == 0
+    assert pretrain(tiny(training_dataset, tmp_path / "given", microbatch_size=3, eval_cells=0)) == 0
+    assert pretrain(tiny(training_dataset, tmp_path / "larger", microbatch_size=8, eval_cells=0)) == 0
+    auto, given, larger = (load_file(tmp_path / n / "model.safetensors") for n in ("auto", "given", "larger"))
+    assert all(torch.equal(auto[name], given[name]) for name in given)
+    assert not all(torch.equal(auto[name], larger[name]) for name in larger)
+
+
+def test_keys_of_earlier_versions_are_accepted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """They stand in every config.resolved.yaml that was written then."""
+    tiny(Path("data"), tmp_path).write(tmp_path / "config.yaml")
+    with (tmp_path / "config.yaml").open("a") as file:
+        file.write("peak_tflops: null\nspike_factor: 3.0\n")
+    assert read_pretrain_config(tmp_path / "config.yaml") == tiny(Path("data"), tmp_path)
+    assert not caplog.records
+    read_pretrain_config(tmp_path / "config.yaml", ["spike_factor=5"])
+    assert "spike_factor=5 has no effect" in caplog.text
