@@ -16,8 +16,8 @@ from tahoex1_hf.encoding_tahoe_x1 import EncodedCells, GeneMatch, GeneRows, mix6
 from tahoex1_hf.tokenization_tahoe_x1 import DRUG_TOKEN, TahoeX1Tokenizer, report_empty
 
 try:  # numba comes with the extra "data"
-    from tahoex1_hf.data import kernels
-    from tahoex1_hf.data.ragged import gather_rows
+    from tahoex1_hf.cells import kernels
+    from tahoex1_hf.cells.ragged import gather_rows
 
     HAS_NUMBA = True
 except ImportError:

@@ -22,10 +22,11 @@ from tahoex1_hf.cells.inputs import (
     encode_token_block,
     encoded_blocks,
 )
-from tahoex1_hf.data.config import Tahoe100MSource, TenXSource
-from tahoex1_hf.data.shard_files import DatasetFolder, check_vocabulary
-from tahoex1_hf.data.sources.anndata_files import is_anndata
-from tahoex1_hf.data.sources.anndata_store import (
+from tahoex1_hf.cells.readers.base import INDEX, BadInput
+from tahoex1_hf.cells.readers.by_gene import spool_entries
+from tahoex1_hf.cells.readers.paths import expand_paths, local_fingerprint
+from tahoex1_hf.cells.readers.prepared import PreparedDataset, check_vocabulary
+from tahoex1_hf.cells.readers.stores import (
     column_names,
     csc_entries,
     is_legacy,
@@ -36,9 +37,9 @@ from tahoex1_hf.data.sources.anndata_store import (
     open_store,
     read_column,
 )
-from tahoex1_hf.data.sources.base import INDEX, BadInput, CellSource
-from tahoex1_hf.data.sources.by_gene import spool_entries
-from tahoex1_hf.data.sources.files import expand_paths, local_fingerprint
+from tahoex1_hf.data.config import Tahoe100MSource, TenXSource
+from tahoex1_hf.data.sources.anndata_files import is_anndata
+from tahoex1_hf.data.sources.base import CellSource
 from tahoex1_hf.data.sources.tahoe_100m import SUFFIXES, Tahoe100MFiles
 from tahoex1_hf.data.sources.ten_x import TenXFiles, is_ten_x
 from tahoex1_hf.encoding_tahoe_x1 import GeneRows
@@ -196,7 +197,7 @@ class PreparedInput(CellInput):
         if drugs not in (None, "drug"):
             raise ValueError(f"drugs={drugs!r}: a prepared dataset has its drugs in the column 'drug'.")
         table = options.tokenizer.drug_to_id or {}
-        self.folder = DatasetFolder(
+        self.folder = PreparedDataset(
             location, split, drug_id=None if drugs is None else lambda name: _known_drug(name, table)
         )
         check_vocabulary(self.folder, options.tokenizer)
@@ -356,7 +357,7 @@ def _prepared_splits(path: str) -> list[str]:
             return []
     for split in ("train", "validation"):
         try:
-            splits = DatasetFolder(path, split).manifest["splits"]
+            splits = PreparedDataset(path, split).manifest["splits"]
             return [name for name in ("train", "validation") if splits.get(name, {}).get("shards")]
         except ValueError:
             continue

@@ -189,7 +189,7 @@ class AnnDataInput(CellInput):
     def blocks(self, start: int, stop: int, names: bool) -> Iterator[Block]:
         """A backed CSR matrix is read as a file is; all else is sliced, a chunk at a time."""
         if hasattr(self.matrix, "group"):
-            from tahoex1_hf.data.sources.anndata_store import matrix_blocks
+            from tahoex1_hf.cells.readers.stores import matrix_blocks
 
             rows = matrix_blocks(self.matrix.group, start, stop, elements=BLOCK_ELEMENTS)
         else:

@@ -99,8 +99,8 @@ def simple_sources(
         ValueError: If there is no input, or an input whose kind cannot be told.
         FileNotFoundError: If an input does not exist.
     """
+    from tahoex1_hf.cells.readers.paths import expand_paths
     from tahoex1_hf.data.sources.anndata_files import is_anndata
-    from tahoex1_hf.data.sources.files import expand_paths
     from tahoex1_hf.data.sources.ten_x import is_ten_x
 
     if not inputs:

@@ -2,38 +2,19 @@
 """Counts of cells to batches for pretraining: values, sampling, targets, drugs, padding or packing."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from tahoex1_hf.data import kernels
+from tahoex1_hf.cells import kernels
+from tahoex1_hf.cells.ragged import CountRows
 from tahoex1_hf.encoding_tahoe_x1 import padded_length
 
 if TYPE_CHECKING:
     from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
 
 _ENCODINGS = {"bins": kernels.BINS, "log1p": kernels.LOG1P, "raw": kernels.RAW}
-
-
-@dataclass(frozen=True)
-class CountRows:
-    """Cells as views into flat arrays: genes and counts need not lie side by side, nor the cells in order.
-
-    Attributes:
-        genes: token ids of any integer type.
-        gene_starts: `(cells,)` int64, where each cell's genes start.
-        counts: counts above zero, uint16 or float32.
-        count_starts: `(cells,)` int64, where each cell's counts start.
-        lengths: `(cells,)` int64, genes of each cell.
-    """
-
-    genes: np.ndarray
-    gene_starts: np.ndarray
-    counts: np.ndarray
-    count_starts: np.ndarray
-    lengths: np.ndarray
 
 
 class CellCollator:

@@ -8,8 +8,8 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
+from tahoex1_hf.cells.readers.base import BadInput
 from tahoex1_hf.data.config import CommonSourceConfig, JoinConfig, filter_columns
-from tahoex1_hf.data.sources.base import BadInput
 
 # A column of strings with more distinct values than this (barcodes) is written as it is, not as a dictionary.
 MAX_CATEGORIES = 65536

@@ -17,10 +17,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
+from tahoex1_hf.cells.ragged import CountRows
+from tahoex1_hf.cells.readers.prepared import PreparedDataset, check_vocabulary
 from tahoex1_hf.common.prefetch import prefetch_calls
-from tahoex1_hf.data.collator import CellCollator, CountRows
+from tahoex1_hf.data.collator import CellCollator
 from tahoex1_hf.data.order import MIX_BLOCK, CellOrder, Cells, MixedOrder
-from tahoex1_hf.data.shard_files import DatasetFolder, check_vocabulary
 
 
 class _Position(NamedTuple):
@@ -113,10 +114,10 @@ class CellBatches(IterableDataset):
                 "processes; make it smaller, or set drop_last=False."
             )
 
-    def _open_folders(self, places: list[str | Path], split: str, options: dict[str, Any]) -> list[DatasetFolder]:
+    def _open_folders(self, places: list[str | Path], split: str, options: dict[str, Any]) -> list[PreparedDataset]:
         drug_id = self.collator.drug_id if self.collator.drug_token else None
         max_open = 8 + 4 * len(places)
-        folders = [DatasetFolder(place, split, max_open=max_open, drug_id=drug_id, **options) for place in places]
+        folders = [PreparedDataset(place, split, max_open=max_open, drug_id=drug_id, **options) for place in places]
         for folder in folders:
             check_vocabulary(folder, self.collator.tokenizer)
         return folders

@@ -18,10 +18,11 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
+from tahoex1_hf.cells.ragged import gather_rows, row_sums
+from tahoex1_hf.cells.readers.base import BadInput, CellChunk
 from tahoex1_hf.data.columns import add_joined, filter_mask, output_columns, source_columns, to_arrow
 from tahoex1_hf.data.config import CommonSourceConfig, ValidationSplit
-from tahoex1_hf.data.ragged import gather_rows, row_sums
-from tahoex1_hf.data.sources.base import BadInput, CellChunk, CellSource
+from tahoex1_hf.data.sources.base import CellSource
 from tahoex1_hf.encoding_tahoe_x1 import GeneRows, count_problem, mix64
 
 SPLITS = ("train", "validation")

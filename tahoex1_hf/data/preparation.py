@@ -20,6 +20,7 @@ import pandas as pd
 import pyarrow as pa
 from filelock import FileLock, Timeout
 
+from tahoex1_hf.cells.readers.base import BadInput
 from tahoex1_hf.data.columns import MAX_CATEGORIES, check_joins, common_type
 from tahoex1_hf.data.config import PrepareConfig
 from tahoex1_hf.data.manifest import FileOutcome, build_manifest, write_card
@@ -33,7 +34,7 @@ from tahoex1_hf.data.pieces import (
     write_piece,
 )
 from tahoex1_hf.data.shards import DatasetSchema, ShardRecord, file_sha256, load_record, save_record, write_shard
-from tahoex1_hf.data.sources.base import BadInput, CellSource, FileReport
+from tahoex1_hf.data.sources.base import CellSource, FileReport
 from tahoex1_hf.data.workers import run_tasks
 from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
 

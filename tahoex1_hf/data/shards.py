@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from tahoex1_hf.cells.ragged import gather_rows
 from tahoex1_hf.data.columns import unified
 from tahoex1_hf.data.pieces import partial_path, read_split
-from tahoex1_hf.data.ragged import gather_rows
 
 # Rows of a record batch (Arrow) or row group (Parquet): about 50 MB, what a reader without memory map holds.
 _BATCH_CELLS = 8192

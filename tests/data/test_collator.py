@@ -11,8 +11,9 @@ import torch
 from cells import write_vocab
 
 from tahoex1_hf import TahoeX1Tokenizer
-from tahoex1_hf.data.collator import CellCollator, CountRows
-from tahoex1_hf.data.kernels import NO_LABEL
+from tahoex1_hf.cells.kernels import NO_LABEL
+from tahoex1_hf.cells.ragged import CountRows
+from tahoex1_hf.data.collator import CellCollator
 from tahoex1_hf.encoding_tahoe_x1 import bin_expression, log_normalize
 
 GENES = [f"ENSG{i:011d}" for i in range(3000)]

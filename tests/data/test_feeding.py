@@ -16,10 +16,10 @@ from preparing import run, source
 from torch.utils.data import DataLoader
 
 from tahoex1_hf import TahoeX1Tokenizer
+from tahoex1_hf.cells.readers.prepared import ShardCache
 from tahoex1_hf.data.collator import CellCollator
 from tahoex1_hf.data.feeding import CellBatches
 from tahoex1_hf.data.order import CellOrder, MixedOrder
-from tahoex1_hf.data.shard_files import ShardCache
 
 BATCH_KEYS = ("input_ids", "expression_values", "target_mask", "labels")
 

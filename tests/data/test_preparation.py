@@ -39,8 +39,8 @@ def assert_holds(folder: Path, adata: anndata.AnnData, tmp_path: Path) -> pd.Dat
 @pytest.mark.parametrize("kind", ["csr", "csc", "dense", "zarr", "zarr_csc", "10x_h5", "10x_mtx"])
 def test_every_kind_of_file_gives_the_same_cells(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # Chunks and pieces much smaller than the file, and not divisors of it.
-    for module in ("base", "csr", "anndata_store", "ten_x"):
-        monkeypatch.setattr(f"tahoex1_hf.data.sources.{module}.CHUNK_ELEMENTS", 150, raising=True)
+    for module in ("cells.readers.base", "cells.readers.csr", "cells.readers.stores", "data.sources.ten_x"):
+        monkeypatch.setattr(f"tahoex1_hf.{module}.CHUNK_ELEMENTS", 150, raising=True)
     adata = make_cells(67)
     path = write_cells(adata, tmp_path / "cells", kind)
     folder = run(tmp_path, [source(path, "10x" if "10x" in kind else "anndata")], piece_cells=10)

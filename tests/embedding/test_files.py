@@ -27,9 +27,9 @@ from tahoex1_hf import TahoeX1Model, TahoeX1Tokenizer, embed_anndata
 from tahoex1_hf.cells import inputs as cell_inputs
 from tahoex1_hf.cells.files import PreparedInput, StoredInput
 from tahoex1_hf.cells.inputs import AnnDataInput, EncodeOptions
+from tahoex1_hf.cells.readers.csr import AlignedArray
 from tahoex1_hf.data.config import parse_config
 from tahoex1_hf.data.preparation import prepare
-from tahoex1_hf.data.sources.csr import AlignedArray
 from tahoex1_hf.embedding import files as embed_files
 from tahoex1_hf.embedding.files import Plan
 from tahoex1_hf.embedding.files import embed_files as run

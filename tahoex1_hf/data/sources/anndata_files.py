@@ -10,8 +10,11 @@ import numpy as np
 import pandas as pd
 
 from tahoex1_hf.cells.gene_symbols import read_gene_symbols
-from tahoex1_hf.data.config import AnnDataSource
-from tahoex1_hf.data.sources.anndata_store import (
+from tahoex1_hf.cells.readers.base import INDEX, BadInput, CellChunk, chunk_of_matrix
+from tahoex1_hf.cells.readers.by_gene import spool_entries
+from tahoex1_hf.cells.readers.csr import check_indptr
+from tahoex1_hf.cells.readers.paths import expand_paths, is_zarr_store, local_fingerprint
+from tahoex1_hf.cells.readers.stores import (
     csc_entries,
     matrix_blocks,
     matrix_format,
@@ -20,18 +23,8 @@ from tahoex1_hf.data.sources.anndata_store import (
     open_store,
     read_column,
 )
-from tahoex1_hf.data.sources.base import (
-    INDEX,
-    BadInput,
-    CellChunk,
-    CellSource,
-    FileReport,
-    chunk_of_matrix,
-    matched_genes,
-)
-from tahoex1_hf.data.sources.by_gene import spool_entries
-from tahoex1_hf.data.sources.csr import check_indptr
-from tahoex1_hf.data.sources.files import expand_paths, is_zarr_store, local_fingerprint
+from tahoex1_hf.data.config import AnnDataSource
+from tahoex1_hf.data.sources.base import CellSource, FileReport, matched_genes
 from tahoex1_hf.encoding_tahoe_x1 import GeneMatch
 
 

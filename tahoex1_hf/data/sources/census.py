@@ -13,16 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tahoex1_hf.data.sources.base import (
-    CHUNK_ELEMENTS,
-    INDEX,
-    BadInput,
-    CellChunk,
-    CellSource,
-    FileReport,
-    chunk_of_matrix,
-    matched_genes,
-)
+from tahoex1_hf.cells.readers.base import CHUNK_ELEMENTS, INDEX, BadInput, CellChunk, chunk_of_matrix
+from tahoex1_hf.data.sources.base import CellSource, FileReport, matched_genes
 from tahoex1_hf.encoding_tahoe_x1 import GeneMatch
 
 if TYPE_CHECKING:

@@ -13,18 +13,10 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import pandas as pd
 
+from tahoex1_hf.cells.readers.base import CHUNK_ELEMENTS, INDEX, BadInput, CellChunk, check_counts
+from tahoex1_hf.cells.readers.paths import local_fingerprint
 from tahoex1_hf.data.config import MDSSource
-from tahoex1_hf.data.sources.base import (
-    CHUNK_ELEMENTS,
-    INDEX,
-    BadInput,
-    CellChunk,
-    CellSource,
-    FileReport,
-    check_counts,
-    matched_genes,
-)
-from tahoex1_hf.data.sources.files import local_fingerprint
+from tahoex1_hf.data.sources.base import CellSource, FileReport, matched_genes
 from tahoex1_hf.data.sources.mds_format import (
     INDEX_FILE,
     Shard,

@@ -24,7 +24,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from tahoex1_hf.data.sources.base import BadInput
+from tahoex1_hf.cells.readers.base import BadInput
 from tahoex1_hf.data.sources.restricted_pickle import load_restricted
 
 logger = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from tahoex1_hf.data.sources.base import BadInput
+from tahoex1_hf.cells.readers.base import BadInput
 
 # Plain numbers and strings. Objects (O) would be unpickled inside numpy, and structures have no use here.
 _DTYPE = re.compile(r"b1|\?|[iu][1248]|f[248]|[SU]\d{1,9}")

@@ -19,15 +19,8 @@ from urllib.parse import unquote
 
 import numpy as np
 
-from tahoex1_hf.data.sources.base import (
-    CHUNK_ELEMENTS,
-    INDEX,
-    BadInput,
-    CellChunk,
-    CellSource,
-    FileReport,
-    matched_genes,
-)
+from tahoex1_hf.cells.readers.base import CHUNK_ELEMENTS, INDEX, BadInput, CellChunk
+from tahoex1_hf.data.sources.base import CellSource, FileReport, matched_genes
 from tahoex1_hf.encoding_tahoe_x1 import GeneMatch, GeneRows, as_counts, count_problem, merge_repeats
 
 if TYPE_CHECKING:

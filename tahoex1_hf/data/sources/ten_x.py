@@ -14,20 +14,12 @@ import pandas as pd
 from scipy.sparse import csr_matrix
 
 from tahoex1_hf.cells.gene_symbols import read_gene_symbols
+from tahoex1_hf.cells.readers.base import CHUNK_ELEMENTS, INDEX, BadInput, CellChunk, chunk_of_matrix
+from tahoex1_hf.cells.readers.by_gene import read_spooled, spool_entries
+from tahoex1_hf.cells.readers.csr import check_indptr, read_rows
+from tahoex1_hf.cells.readers.paths import expand_paths, local_fingerprint
 from tahoex1_hf.data.config import TenXSource
-from tahoex1_hf.data.sources.base import (
-    CHUNK_ELEMENTS,
-    INDEX,
-    BadInput,
-    CellChunk,
-    CellSource,
-    FileReport,
-    chunk_of_matrix,
-    matched_genes,
-)
-from tahoex1_hf.data.sources.by_gene import read_spooled, spool_entries
-from tahoex1_hf.data.sources.csr import check_indptr, read_rows
-from tahoex1_hf.data.sources.files import expand_paths, local_fingerprint
+from tahoex1_hf.data.sources.base import CellSource, FileReport, matched_genes
 from tahoex1_hf.encoding_tahoe_x1 import GeneMatch
 
 GENE_EXPRESSION = "Gene Expression"

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 
 from tahoex1_hf.cells.inputs import CellInput, EncodeOptions
-from tahoex1_hf.data.collator import CellCollator, CountRows
+from tahoex1_hf.cells.ragged import CountRows
+from tahoex1_hf.data.collator import CellCollator
 from tahoex1_hf.encoding_tahoe_x1 import EncodedCells, GeneRows, count_problem, mix64
 from tahoex1_hf.finetuning.cells.labels import class_labels, group_names, number_labels, read_obs_column
 from tahoex1_hf.finetuning.config import (
@@ -193,7 +194,7 @@ def read_cells(config: FinetuneConfig, tokenizer: TahoeX1Tokenizer, folder: Path
     """
     from tahoex1_hf.cells.files import open_inputs
     from tahoex1_hf.cells.gene_symbols import read_gene_symbols
-    from tahoex1_hf.data.sources.base import INDEX
+    from tahoex1_hf.cells.readers.base import INDEX
 
     if not Path(config.data).exists():
         raise FileNotFoundError(f"data={config.data} does not exist.")

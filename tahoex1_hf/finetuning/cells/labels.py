@@ -48,9 +48,9 @@ def read_obs_column(path: str, name: str, role: str) -> "pd.Series":
     """
     from pathlib import Path
 
+    from tahoex1_hf.cells.readers.base import INDEX, BadInput
+    from tahoex1_hf.cells.readers.stores import column_names, open_store, read_column
     from tahoex1_hf.data.sources.anndata_files import is_anndata
-    from tahoex1_hf.data.sources.anndata_store import column_names, open_store, read_column
-    from tahoex1_hf.data.sources.base import INDEX, BadInput
 
     if not Path(path).exists():
         raise FileNotFoundError(f"data={path} does not exist.")

@@ -66,8 +66,8 @@ class PredictionWriter:
         import pandas as pd
         from anndata.io import write_elem
 
-        from tahoex1_hf.data.sources.anndata_store import column_names, read_column
-        from tahoex1_hf.data.sources.base import INDEX
+        from tahoex1_hf.cells.readers.base import INDEX
+        from tahoex1_hf.cells.readers.stores import column_names, read_column
 
         obs = self.file["obs"]
         if not hasattr(obs, "dtype") and obs.attrs.get("encoding-version") == "0.2.0":

@@ -17,9 +17,9 @@ import pytest
 from scipy.sparse import csr_matrix
 
 from tahoex1_hf import TahoeX1Tokenizer
+from tahoex1_hf.cells.readers.base import INDEX, BadInput, CellChunk
 from tahoex1_hf.data.config import CensusSource
 from tahoex1_hf.data.sources import census
-from tahoex1_hf.data.sources.base import INDEX, BadInput, CellChunk
 from tahoex1_hf.data.sources.census import CensusExperiment
 
 tiledbsoma = pytest.importorskip("tiledbsoma", reason="tiledbsoma is not installed (extra census)")

@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 
 from tahoex1_hf import TahoeX1Tokenizer
+from tahoex1_hf.cells.readers.base import INDEX, BadInput, CellChunk
 from tahoex1_hf.data.config import MDSSource
 from tahoex1_hf.data.sources import mds
-from tahoex1_hf.data.sources.base import INDEX, BadInput, CellChunk
 from tahoex1_hf.data.sources.mds import MDSFiles
 from tahoex1_hf.data.sources.mds_format import decompress, parse_index
 

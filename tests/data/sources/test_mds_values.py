@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from tahoex1_hf.data.sources.base import BadInput
+from tahoex1_hf.cells.readers.base import BadInput
 from tahoex1_hf.data.sources.mds_format import decoder_of
 from tahoex1_hf.data.sources.restricted_pickle import load_restricted
 

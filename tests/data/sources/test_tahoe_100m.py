@@ -19,9 +19,9 @@ from scipy.sparse import csr_matrix
 from tahoe_100m import NUM_CELLS, NUM_GENES, SHA256, cell_table, fill_cache, write_parquet
 
 from tahoex1_hf import TahoeX1Tokenizer
+from tahoex1_hf.cells.readers.base import INDEX, BadInput, CellChunk, chunk_of_matrix
 from tahoex1_hf.data.config import Tahoe100MSource
 from tahoex1_hf.data.sources import tahoe_100m
-from tahoex1_hf.data.sources.base import INDEX, BadInput, CellChunk, chunk_of_matrix
 from tahoex1_hf.data.sources.tahoe_100m import Tahoe100MFiles
 
 GENES = [f"ENSG{number:011d}" for number in range(NUM_GENES)]

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 from scipy.sparse import csr_matrix
 
-from tahoex1_hf.data.sources.base import BadInput
-from tahoex1_hf.data.sources.csr import chunk_bounds
+from tahoex1_hf.cells.readers.base import BadInput
+from tahoex1_hf.cells.readers.csr import chunk_bounds
 
 _PARTS = {"cells": np.uint32, "genes": np.int32, "counts": np.float32}
 

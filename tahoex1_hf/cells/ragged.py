@@ -1,8 +1,29 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""Loops over ragged rows for which numpy would need arrays of the size of the data."""
+"""Ragged rows, and loops over them for which numpy would need arrays of the size of the data."""
+
+from dataclasses import dataclass
 
 import numba
 import numpy as np
+
+
+@dataclass(frozen=True)
+class CountRows:
+    """Cells as views into flat arrays: genes and counts need not lie side by side, nor the cells in order.
+
+    Attributes:
+        genes: token ids of any integer type.
+        gene_starts: `(cells,)` int64, where each cell's genes start.
+        counts: counts above zero, uint16 or float32.
+        count_starts: `(cells,)` int64, where each cell's counts start.
+        lengths: `(cells,)` int64, genes of each cell.
+    """
+
+    genes: np.ndarray
+    gene_starts: np.ndarray
+    counts: np.ndarray
+    count_starts: np.ndarray
+    lengths: np.ndarray
 
 
 @numba.njit(nogil=True, cache=True)

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from tahoex1_hf.data.sources.base import CHUNK_ELEMENTS, INDEX, BadInput
-from tahoex1_hf.data.sources.by_gene import read_spooled
-from tahoex1_hf.data.sources.csr import AlignedArray, read_rows
+from tahoex1_hf.cells.readers.base import CHUNK_ELEMENTS, INDEX, BadInput
+from tahoex1_hf.cells.readers.by_gene import read_spooled
+from tahoex1_hf.cells.readers.csr import AlignedArray, read_rows
 
 
 @contextmanager

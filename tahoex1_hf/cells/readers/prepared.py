@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from tahoex1_hf.data.collator import CountRows
-from tahoex1_hf.data.ragged import gather_rows
+from tahoex1_hf.cells.ragged import CountRows, gather_rows
 from tahoex1_hf.encoding_tahoe_x1 import GeneRows
 
 if TYPE_CHECKING:
@@ -141,7 +140,7 @@ def _ids(column: pa.ChunkedArray, to_id: Callable[[str | None], int]) -> np.ndar
     return np.concatenate([np.zeros(0, dtype=np.int64), *parts])
 
 
-class DatasetFolder:
+class PreparedDataset:
     """A prepared dataset, local or remote, and its open shards.
 
     Args:
@@ -233,7 +232,7 @@ class DatasetFolder:
             self.cache.prefetch([self.shards[number] for number in numbers])
 
 
-def check_vocabulary(folder: DatasetFolder, tokenizer: "TahoeX1Tokenizer") -> None:
+def check_vocabulary(folder: PreparedDataset, tokenizer: "TahoeX1Tokenizer") -> None:
     """Check that a dataset's ids are the tokenizer's.
 
     Raises:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from scipy.sparse import csr_matrix
 
-from tahoex1_hf.data.sources.base import CHUNK_ELEMENTS, BadInput
+from tahoex1_hf.cells.readers.base import CHUNK_ELEMENTS, BadInput
 
 
 class AlignedArray:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import zarr
 
-from tahoex1_hf.data.sources.csr import AlignedArray
+from tahoex1_hf.cells.readers.csr import AlignedArray
 
 
 class Counting:
