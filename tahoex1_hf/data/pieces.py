@@ -8,7 +8,6 @@ nothing but the seed and the inputs; a piece is an Arrow file in which every sha
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,6 +19,7 @@ import pyarrow as pa
 
 from tahoex1_hf.cells.ragged import gather_rows, row_sums
 from tahoex1_hf.cells.readers.base import BadInput, CellChunk
+from tahoex1_hf.common.files import WholeFile
 from tahoex1_hf.data.columns import add_joined, filter_mask, output_columns, source_columns, to_arrow
 from tahoex1_hf.data.config import CommonSourceConfig, ValidationSplit
 from tahoex1_hf.data.sources.base import CellSource
@@ -138,11 +138,9 @@ def write_piece(
         statistics.genes[name] = int(np.diff(rows.offsets)[order].sum())
         batches.append(batch)
     schema = batches[0].schema.with_metadata({_STATISTICS: json.dumps(asdict(statistics)).encode()})
-    partial = partial_path(target)
-    with pa.ipc.new_file(str(partial), schema) as writer:
+    with WholeFile(target) as partial, pa.ipc.new_file(str(partial), schema) as writer:
         for batch in batches:
             writer.write_batch(batch)
-    os.replace(partial, target)
 
 
 def _kept(
@@ -217,11 +215,6 @@ def _batch(
     }
     taken = {name: column.take(pa.array(order)) for name, column in columns.items()}
     return pa.RecordBatch.from_pydict({**arrays, **taken})
-
-
-def partial_path(target: Path) -> Path:
-    """Where a process writes a file before it is whole: a worker that outlives a killed run may be at the same one."""
-    return target.with_name(f".{target.name}.{os.getpid()}.partial")
 
 
 def read_statistics(path: Path) -> tuple[PieceStatistics, pa.Schema]:

@@ -8,7 +8,6 @@ the vocabulary and the files, and not on the number of processes.
 
 import json
 import logging
-import os
 import shutil
 from dataclasses import dataclass
 from functools import lru_cache
@@ -21,6 +20,7 @@ import pyarrow as pa
 from filelock import FileLock, Timeout
 
 from tahoex1_hf.cells.readers.base import BadInput
+from tahoex1_hf.common.files import WholeFile
 from tahoex1_hf.data.columns import MAX_CATEGORIES, check_joins, common_type
 from tahoex1_hf.data.config import PrepareConfig
 from tahoex1_hf.data.manifest import FileOutcome, build_manifest, write_card
@@ -440,6 +440,5 @@ def _gather(
 
 
 def _write_json(path: Path, value: Any) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    with WholeFile(path) as partial:
+        partial.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

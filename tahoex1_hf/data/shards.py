@@ -3,7 +3,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,8 +11,9 @@ import numpy as np
 import pyarrow as pa
 
 from tahoex1_hf.cells.ragged import gather_rows
+from tahoex1_hf.common.files import WholeFile
 from tahoex1_hf.data.columns import unified
-from tahoex1_hf.data.pieces import partial_path, read_split
+from tahoex1_hf.data.pieces import read_split
 
 # Rows of a record batch (Arrow) or row group (Parquet): about 50 MB, what a reader without memory map holds.
 _BATCH_CELLS = 8192
@@ -88,24 +88,26 @@ def write_shard(
             column = unified(parts, schema.columns[name], schema.categories.get(name))
             arrays.append(column.take(pa.array(order)))
     table = pa.table(arrays, schema=schema.arrow())
-    partial = partial_path(target)
-    if format == "arrow":
-        with pa.ipc.new_file(str(partial), table.schema) as writer:
-            writer.write_table(table, max_chunksize=_BATCH_CELLS)
-    else:
-        import pyarrow.parquet as pq
+    with WholeFile(target) as partial:
+        _write_table(table, partial, schema, format)
+        return ShardRecord(
+            file=f"data/{target.name}",
+            cells=table.num_rows,
+            genes=len(table.column("genes").combine_chunks().flatten()),
+            bytes=partial.stat().st_size,
+            sha256=file_sha256(partial),
+        )
 
-        dictionaries = list(schema.categories) or False
-        pq.write_table(table, partial, row_group_size=_BATCH_CELLS, compression="zstd", use_dictionary=dictionaries)
-    record = ShardRecord(
-        file=f"data/{target.name}",
-        cells=table.num_rows,
-        genes=len(table.column("genes").combine_chunks().flatten()),
-        bytes=partial.stat().st_size,
-        sha256=file_sha256(partial),
-    )
-    os.replace(partial, target)
-    return record
+
+def _write_table(table: pa.Table, path: Path, schema: DatasetSchema, format: str) -> None:
+    if format == "arrow":
+        with pa.ipc.new_file(str(path), table.schema) as writer:
+            writer.write_table(table, max_chunksize=_BATCH_CELLS)
+        return
+    import pyarrow.parquet as pq
+
+    dictionaries = list(schema.categories) or False
+    pq.write_table(table, path, row_group_size=_BATCH_CELLS, compression="zstd", use_dictionary=dictionaries)
 
 
 def _gathered(parts: list[pa.ListArray], order: np.ndarray, dtype: np.dtype) -> pa.ListArray:
@@ -145,9 +147,8 @@ def file_sha256(path: Path) -> str:
 
 def save_record(path: Path, record: ShardRecord) -> None:
     """Note that a shard is finished."""
-    partial = partial_path(path)
-    partial.write_text(json.dumps(asdict(record)))
-    os.replace(partial, path)
+    with WholeFile(path) as partial:
+        partial.write_text(json.dumps(asdict(record)))
 
 
 def load_record(path: Path, folder: Path) -> ShardRecord | None:

@@ -3,9 +3,7 @@
 
 import json
 import logging
-import os
 import re
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +12,8 @@ import numpy as np
 
 if TYPE_CHECKING:
     import pandas as pd
+
+from tahoex1_hf.common.files import WholeFile
 
 logger = logging.getLogger(__name__)
 
@@ -187,22 +187,9 @@ def write_files(contents: dict[Path, bytes], overwrite: bool) -> None:
             raise FileExistsError(f"{path} exists and holds something else: take another name, or set overwrite.")
     for path, data in changed.items():
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-            os.chmod(temporary, 0o666 & ~_umask())  # mkstemp's files are for their owner only
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        with WholeFile(path) as partial:
+            partial.write_bytes(data)
         logger.info("Wrote %s", path)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _repeated(names: Sequence[str]) -> set[str]:

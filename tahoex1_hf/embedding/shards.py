@@ -9,7 +9,6 @@ import io
 import json
 import os
 import re
-import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -17,6 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from tahoex1_hf.common.files import WholeFile
 
 _SHARD = re.compile(r"chunks-(\d{12})-(\d{12})\.parquet")
 _RUN = "run.json"
@@ -69,16 +70,8 @@ class ShardFolder:
             filesystem.pipe_file(f"{root}/{name}", content)
             return
         os.makedirs(root, exist_ok=True)
-        partial = f"{root}/.{name}.{uuid.uuid4().hex}.partial"
-        try:
-            with open(partial, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, f"{root}/{name}")
-        finally:
-            if os.path.exists(partial):
-                os.unlink(partial)
+        with WholeFile(f"{root}/{name}") as partial:
+            partial.write_bytes(content)
 
     def _read(self, name: str) -> bytes:
         filesystem, root = self._filesystem()

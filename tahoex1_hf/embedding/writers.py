@@ -3,7 +3,6 @@
 
 import json
 import logging
-import os
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from tahoex1_hf.common.files import WholeFile
 from tahoex1_hf.inference.provenance import provenance_key
 
 logger = logging.getLogger(__name__)
@@ -40,8 +40,8 @@ class EmbeddingWriter(ABC):
     def __init__(self, output: str, shape: tuple[int, int], key_added: str):
         self.output, self.shape, self.key_added = output, shape, key_added
         self.remote = "://" in output
-        path = Path(output)
-        self.partial = output if self.remote else str(path.with_name(f".{path.name}.{os.getpid()}.partial"))
+        self.whole = None if self.remote else WholeFile(output)
+        self.partial = output if self.whole is None else str(self.whole.partial)
         self.done = 0
 
     def open(self) -> Any:
@@ -69,15 +69,15 @@ class EmbeddingWriter(ABC):
     def finish(self) -> None:
         """Move the finished file into place."""
         self.close()
-        if not self.remote:
-            os.replace(self.partial, self.output)
+        if self.whole is not None:
+            self.whole.finish()
 
     def abandon(self) -> None:
         """Remove the unfinished file."""
         with suppress(Exception):  # what went wrong is on its way already
             self.close()
-        if not self.remote:
-            Path(self.partial).unlink(missing_ok=True)
+        if self.whole is not None:
+            self.whole.discard()
 
 
 class H5adWriter(EmbeddingWriter):

@@ -9,6 +9,7 @@ from typing import Any, Self
 
 from filelock import FileLock, Timeout
 
+from tahoex1_hf.common.files import sync
 from tahoex1_hf.perturbation.plan import Task
 
 
@@ -47,6 +48,7 @@ class Journal:
                 self._read(self.path)
             if not self.path.exists():
                 self._write(self.path, [self._settings])
+                sync(self.path.parent)
         except BaseException:
             self.__exit__()
             raise

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tahoex1_hf.common.files import WholeFile
 from tahoex1_hf.perturbation.plan import Task
 
 if TYPE_CHECKING:
@@ -130,9 +131,8 @@ def check_table(path: str | Path) -> None:
 def write_table(table: "DataFrame", path: str | Path) -> None:
     """Write a table as CSV or Parquet, by the end of its name, in place when complete."""
     check_table(path)
-    unfinished = Path(path).with_name(f".{Path(path).name}.unfinished")
-    if Path(path).suffix == ".csv":
-        table.to_csv(unfinished, index=False)
-    else:
-        table.to_parquet(unfinished, index=False)
-    unfinished.replace(path)
+    with WholeFile(path) as partial:
+        if Path(path).suffix == ".csv":
+            table.to_csv(partial, index=False)
+        else:
+            table.to_parquet(partial, index=False)

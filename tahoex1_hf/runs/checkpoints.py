@@ -7,12 +7,11 @@ without it, or with other files, was cut short and is never resumed from.
 
 import json
 import logging
-import os
 import re
 import shutil
 from pathlib import Path
 
-from tahoex1_hf.common.files import write_json
+from tahoex1_hf.common.files import sync, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -30,9 +29,8 @@ def seal(folder: Path) -> None:
     """Declare that all files of a checkpoint are there."""
     sizes = {}
     for path in sorted(folder.rglob("*")):
+        sync(path)
         if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
             sizes[path.relative_to(folder).as_posix()] = path.stat().st_size
     write_json(folder / COMPLETE, {"files": sizes})
 

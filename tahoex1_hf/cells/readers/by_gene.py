@@ -5,8 +5,6 @@ One pass over the file appends every entry to the intermediate file of its piece
 sorted by itself. Memory is that of a chunk of the file, or of the row numbers of a piece.
 """
 
-import os
-import shutil
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -16,6 +14,7 @@ from scipy.sparse import csr_matrix
 
 from tahoex1_hf.cells.readers.base import BadInput
 from tahoex1_hf.cells.readers.csr import chunk_bounds
+from tahoex1_hf.common.files import whole_folder
 
 _PARTS = {"cells": np.uint32, "genes": np.int32, "counts": np.float32}
 
@@ -33,9 +32,14 @@ def spool_entries(
     """
     if folder.is_dir():
         return
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")  # of this process alone
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    with whole_folder(folder) as partial:
+        _spool(entries, num_cells, piece_cells, partial)
+        (partial / "piece_cells").write_text(str(piece_cells))
+
+
+def _spool(
+    entries: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]], num_cells: int, piece_cells: int, folder: Path
+) -> None:
     for cells, genes, counts in entries:
         if len(cells) and not 0 <= int(cells.min()) <= int(cells.max()) < num_cells:
             raise BadInput(f"an entry belongs to cell {int(cells.max())}, but there are {num_cells}: it is corrupt.")
@@ -48,10 +52,8 @@ def spool_entries(
             chosen = order[start:stop]
             values = {"cells": cells[chosen] - piece * piece_cells, "genes": genes[chosen], "counts": counts[chosen]}
             for name, dtype in _PARTS.items():
-                with (partial / f"{piece}.{name}").open("ab") as file:
+                with (folder / f"{piece}.{name}").open("ab") as file:
                     values[name].astype(dtype).tofile(file)
-    (partial / "piece_cells").write_text(str(piece_cells))
-    partial.rename(folder)
 
 
 def read_spooled(folder: Path, start: int, stop: int, num_genes: int) -> Iterator[csr_matrix]:

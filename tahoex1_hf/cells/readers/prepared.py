@@ -5,7 +5,6 @@ import json
 import logging
 import os
 import threading
-import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from tahoex1_hf.cells.ragged import CountRows, gather_rows
+from tahoex1_hf.common.files import WholeFile
 from tahoex1_hf.encoding_tahoe_x1 import GeneRows
 
 if TYPE_CHECKING:
@@ -318,9 +318,8 @@ class ShardCache:
             return path
         self.folder.mkdir(parents=True, exist_ok=True)
         self._make_room(record["bytes"])
-        partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
         digest = sha256()
-        try:
+        with WholeFile(path) as partial:
             with (
                 fsspec.open(f"{self.url}/{record['file']}", "rb", **self.options) as remote,
                 partial.open("wb") as file,
@@ -330,9 +329,6 @@ class ShardCache:
                     file.write(block)
             if digest.hexdigest() != record["sha256"]:
                 raise ValueError(f"{self.url}/{record['file']} does not have the checksum that its manifest names.")
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
         return path
 
     def _make_room(self, size: int) -> None:

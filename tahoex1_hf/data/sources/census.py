@@ -3,7 +3,6 @@
 
 import hashlib
 import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tahoex1_hf.cells.readers.base import CHUNK_ELEMENTS, INDEX, BadInput, CellChunk, chunk_of_matrix
+from tahoex1_hf.common.files import WholeFile
 from tahoex1_hf.data.sources.base import CellSource, FileReport, matched_genes
 from tahoex1_hf.encoding_tahoe_x1 import GeneMatch
 
@@ -150,10 +150,9 @@ class _Experiment:
             found = [table[JOINID].to_numpy() for table in tables]
             joinids = np.sort(np.concatenate([np.zeros(0, dtype=np.int64), *found]))
             self.spool_folder.mkdir(parents=True, exist_ok=True)
-            handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=self.spool_folder)
-            with os.fdopen(handle, "wb") as file:
+            # Several processes may write it: each replaces it with the same content.
+            with WholeFile(path) as partial, partial.open("wb") as file:
                 np.save(file, joinids)
-            os.replace(temporary, path)  # whole, whichever process comes first
         return np.load(path, mmap_mode="r", allow_pickle=False)
 
     @cached_property

@@ -20,6 +20,7 @@ from urllib.parse import unquote
 import numpy as np
 
 from tahoex1_hf.cells.readers.base import CHUNK_ELEMENTS, INDEX, BadInput, CellChunk
+from tahoex1_hf.common.files import WholeFile
 from tahoex1_hf.data.sources.base import CellSource, FileReport, matched_genes
 from tahoex1_hf.encoding_tahoe_x1 import GeneMatch, GeneRows, as_counts, count_problem, merge_repeats
 
@@ -150,13 +151,10 @@ class Tahoe100MFiles(CellSource):
         target = self.spool_folder / f"tahoe-100m-{key}.arrow"
         if not target.exists():
             self.spool_folder.mkdir(parents=True, exist_ok=True)
-            temporary = target.with_name(f"{target.name}.{os.getpid()}.part")
             filesystem, name = _filesystem(path)
-            try:
-                filesystem.get_file(name, str(temporary))
-                os.replace(temporary, target)  # several processes may copy it: each replaces it with the same
-            finally:
-                temporary.unlink(missing_ok=True)
+            # Several processes may copy it: each replaces it with the same content.
+            with WholeFile(target) as partial:
+                filesystem.get_file(name, str(partial))
         return str(target)
 
 

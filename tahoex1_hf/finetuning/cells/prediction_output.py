@@ -2,7 +2,6 @@
 """The file that predictions are written to: the input and new columns, written piece by piece, moved into place."""
 
 import logging
-import os
 import shutil
 from collections.abc import Sequence
 from contextlib import suppress
@@ -10,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from tahoex1_hf.common.files import WholeFile
 
 logger = logging.getLogger(__name__)
 
@@ -30,11 +31,11 @@ class PredictionWriter:
         import h5py
 
         self.output, self.column, self.classes = output, column, classes
-        self.partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
+        self.whole = WholeFile(output)
         self.done = 0
         try:
-            shutil.copyfile(source, self.partial)
-            self.file = h5py.File(self.partial, "r+")
+            shutil.copyfile(source, self.whole.partial)
+            self.file = h5py.File(self.whole.partial, "r+")
             self._make_column(num_cells)
             if classes is not None:
                 shape = (num_cells, len(classes))
@@ -113,10 +114,10 @@ class PredictionWriter:
         names = {} if self.classes is None else {"classes": np.array(self.classes, dtype=object)}
         write_elem(self.file["uns"], self.column, {**names, **provenance})
         self.file.close()
-        os.replace(self.partial, self.output)
+        self.whole.finish()
 
     def abandon(self) -> None:
         """Remove the unfinished file."""
         with suppress(Exception):  # what went wrong is on its way already
             self.file.close()
-        self.partial.unlink(missing_ok=True)
+        self.whole.discard()
