@@ -29,6 +29,7 @@ from tahoex1_hf.common.digests import json_digest, tokenizer_digest, weights_dig
 from tahoex1_hf.common.processes import Processes
 from tahoex1_hf.embedding.shards import Shard, ShardFolder
 from tahoex1_hf.embedding.writers import EmbeddingWriter, check_output, open_writer
+from tahoex1_hf.hub.models import model_and_tokenizer, model_name, without_peft
 from tahoex1_hf.inference.chunks import embed_chunks, with_context
 from tahoex1_hf.inference.encoder import CellEncoder, DtypeName, GeneMeans
 from tahoex1_hf.inference.provenance import provenance
@@ -88,8 +89,8 @@ class Plan:
 def embed_files(
     sources: str | Path | Sequence[str | Path],
     output: str | Path,
-    model: TahoeX1PreTrainedModel,
-    tokenizer: TahoeX1Tokenizer,
+    model: TahoeX1PreTrainedModel | str | Path,
+    tokenizer: TahoeX1Tokenizer | None = None,
     *,
     key_added: str = "X_tahoe_x1",
     layer: str | None = None,
@@ -113,35 +114,36 @@ def embed_files(
     shared file system or an output in an object store) work on it together.
 
     Args:
-        sources: `.h5ad` files, `.zarr` stores, 10x files, folders and globs of such, prepared datasets, Hub datasets
-            in the form of Tahoe-100M.
-        output: ends in `.h5ad`, `.parquet` or `.npy` (the latter two may be URLs, `s3://…`). For a single `.h5ad`
-            source, an `.h5ad` output is the source plus the new slots; else it has cells without counts.
-        model: any Tahoe-x1 model.
-        tokenizer: the tokenizer of the same checkpoint.
+        sources: `.h5ad` files, `.zarr` stores, 10x files, folders and globs of these, prepared datasets, and Hub
+            datasets in the form of Tahoe-100M.
+        output: path that ends in `.h5ad`, `.parquet` or `.npy`; the latter two may be URLs (`s3://…`). For a single
+            `.h5ad` source, an `.h5ad` output is the source plus the new slots, otherwise cells without counts.
+        model: as in `embed_anndata`.
+        tokenizer: as in `embed_anndata`.
         key_added: slot of `obsm` to write, or the beginning of the table's column names.
         layer: as in `embed_anndata`.
         gene_id_column: as in `embed_anndata`.
         gene_symbols: as in `embed_anndata`.
-        gene_metadata: gene table of a dataset in the form of Tahoe-100M, by default its own on the Hub.
-        drugs: for models with a drug encoder: a column of the cells, or one drug for all.
-        gene_embeddings: as in `embed_anndata`; for a single `.h5ad` source and output.
+        gene_metadata: gene table of a dataset in the form of Tahoe-100M; by default the dataset's own on the Hub.
+        drugs: for models with a drug encoder, a column of the cells, or one drug for all cells.
+        gene_embeddings: as in `embed_anndata`; needs a single `.h5ad` source and an `.h5ad` output.
         max_length: as in `embed_anndata`.
-        seed: as in `embed_anndata`; a cell's number is that in its file.
+        seed: as in `embed_anndata`; a cell is known by its number in its file.
         batch_tokens: as in `embed_anndata`.
-        device: as in `embed_anndata`; with several processes on a machine, by default a GPU each.
+        device: as in `embed_anndata`; several processes on a machine take a GPU each by default.
         dtype: as in `embed_anndata`.
-        restart: throw away what an unfinished run with other arguments left.
+        restart: whether to discard what an unfinished run with other arguments left.
         progress: whether to show a progress bar.
 
     Raises:
         ValueError: for files and arguments that cannot be used; the message says what to do.
-        FileNotFoundError: for a source that does not exist.
+        FileNotFoundError: for a source or a model that does not exist.
     """
     paths = [str(path) for path in ([sources] if isinstance(sources, (str, Path)) else sources)]
     target = str(output)
     check_output(target, gene_embeddings)
     processes = Processes.current()
+    loaded, tokenizer = model_and_tokenizer(model, tokenizer)
     options = EncodeOptions(with_context(tokenizer, max_length), drugs, seed, gene_id_column, gene_symbols, layer)
     with ExitStack() as stack:
         shards = ShardFolder(f"{target}.shards")
@@ -154,11 +156,15 @@ def embed_files(
         if gene_embeddings and copied is None:
             raise ValueError("gene_embeddings needs a single .h5ad file as source: its varm is where they go.")
         encoder = CellEncoder(
-            model, options.tokenizer, batch_tokens=batch_tokens, device=device or processes.device(), dtype=dtype
+            without_peft(loaded),
+            options.tokenizer,
+            batch_tokens=batch_tokens,
+            device=device or processes.device(),
+            dtype=dtype,
         )
         with_names = copied is None and not target.endswith(".npy")
         run = _Run(inputs, shards, encoder, options, gene_embeddings, with_names)
-        identity = _identity(run, model, {"key_added": key_added})
+        identity = _identity(run, loaded, {"key_added": key_added})
         if batch_tokens is not None:  # it moves last digits, see CellEncoder; the default depends on the device alone
             identity["batch_tokens"] = batch_tokens
         todo = run.begin(stack.enter_context(_Lock(shards)), identity, restart, processes)
@@ -167,7 +173,7 @@ def embed_files(
             shape = (run.plan.num_cells, encoder.width)
             return open_writer(target, shape, key_added, copied, [each.path for each in inputs])
 
-        run.carry_out(todo, processes, open_output, model.name_or_path or "", progress)
+        run.carry_out(todo, processes, open_output, model_name(model, loaded), progress)
 
 
 def _is_h5ad(cells: CellInput) -> bool:

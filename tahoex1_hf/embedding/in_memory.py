@@ -2,11 +2,13 @@
 """Embedding the cells of an AnnData."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from tahoex1_hf.cells.inputs import AnnDataInput, EncodeOptions
+from tahoex1_hf.hub.models import model_and_tokenizer, model_name, without_peft
 from tahoex1_hf.inference.chunks import embed_input, with_context
 from tahoex1_hf.inference.encoder import CellEncoder, DtypeName
 from tahoex1_hf.inference.provenance import provenance, provenance_key
@@ -19,8 +21,8 @@ if TYPE_CHECKING:
 
 def embed_anndata(
     adata: "AnnData",
-    model: TahoeX1PreTrainedModel,
-    tokenizer: TahoeX1Tokenizer,
+    model: TahoeX1PreTrainedModel | str | Path,
+    tokenizer: TahoeX1Tokenizer | None = None,
     *,
     key_added: str = "X_tahoe_x1",
     layer: str | None = None,
@@ -42,36 +44,38 @@ def embed_anndata(
 
     Args:
         adata: cells with raw counts, in memory or backed.
-        model: any Tahoe-x1 model; it is moved to the device and set to eval mode.
-        tokenizer: the tokenizer of the same checkpoint.
+        model: folder or Hub name of a Tahoe-x1 model, folder of an adapter, or a loaded model, which is moved to the
+            device and set to eval mode.
+        tokenizer: tokenizer of the model; a loaded model needs one, otherwise the model's own is loaded.
         key_added: slot of `obsm` (and, with `gene_embeddings`, of `varm`) to write.
         layer: layer with the counts; by default `adata.X`.
         gene_id_column: column of `adata.var` with Ensembl ids; by default `adata.var_names`.
-        gene_symbols: gene symbol -> Ensembl id, for genes named by symbol.
-        drugs: for models with a drug encoder: a column of `adata.obs`, the drug of all cells, or one per cell.
-        gene_embeddings: also write each gene's mean contextual embedding over the cells that express it to
-            `adata.varm[key_added]`; NaN where no cell does, or the vocabulary lacks the gene.
+        gene_symbols: mapping from gene symbol to Ensembl id, for genes named by symbol.
+        drugs: for models with a drug encoder, a column of `adata.obs`, the drug of all cells, or one drug per cell.
+        gene_embeddings: whether to write each gene's mean contextual embedding over the cells that express it to
+            `adata.varm[key_added]`; NaN for genes that no cell expresses or the vocabulary lacks.
         max_length: most tokens of a cell; by default the tokenizer's `context_length`.
-        seed: seed of the sampling of cells with more genes than that; the same cells give the same embeddings
-            whatever the batches.
-        batch_tokens: most tokens of a batch, padding included; less needs less memory.
-        device: by default CUDA or Apple's GPU where there is one, else the CPU.
-        dtype: precision of the matrix products; `"auto"` is bfloat16 where the hardware multiplies it faster, and
-            `"int8"` needs a quarter of the memory for the weights (torchao).
+        seed: seed for the sampling of genes in cells longer than `max_length`; the sample does not depend on the
+            batches.
+        batch_tokens: most tokens of a batch, padding included, by default fit for the device; fewer need less memory.
+            It changes embeddings by float32 roundings only.
+        device: device to run on; by default CUDA or Apple's GPU where there is one, otherwise the CPU.
+        dtype: precision of the matrix products: `"float32"`; `"bfloat16"`; `"auto"`, which is bfloat16 where the
+            hardware multiplies it faster; or `"int8"`, which needs a quarter of the memory for the weights (torchao).
         progress: whether to show a progress bar.
 
     Raises:
         ValueError: for counts, genes or arguments that cannot be used; the message says what to do.
     """
+    loaded, tokenizer = model_and_tokenizer(model, tokenizer)
     tokenizer = with_context(tokenizer, max_length)
     options = EncodeOptions(tokenizer, drugs, seed, gene_id_column, gene_symbols, layer)
     cells = AnnDataInput(adata, options)
-    encoder = CellEncoder(model, tokenizer, batch_tokens=batch_tokens, device=device, dtype=dtype)
+    encoder = CellEncoder(without_peft(loaded), tokenizer, batch_tokens=batch_tokens, device=device, dtype=dtype)
     gene_means = encoder.gene_means(cells.genes) if gene_embeddings else None
     embeddings, num_empty = embed_input(encoder, cells, gene_means, progress)
     # Written last, together: an interrupted run leaves adata as it was.
     adata.obsm[key_added] = embeddings
     if gene_means is not None:
         adata.varm[key_added] = gene_means.means(cells.genes.token_ids)
-    name = model.name_or_path or ""
-    adata.uns[provenance_key(key_added)] = provenance(name, encoder, options, [cells], num_empty)
+    adata.uns[provenance_key(key_added)] = provenance(model_name(model, loaded), encoder, options, [cells], num_empty)

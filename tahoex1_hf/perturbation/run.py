@@ -16,9 +16,10 @@ from tahoex1_hf.cells.inputs import EncodeOptions
 from tahoex1_hf.common.digests import json_digest, tokenizer_digest, weights_digest
 from tahoex1_hf.common.prefetch import prefetch
 from tahoex1_hf.encoding_tahoe_x1 import mix64
+from tahoex1_hf.hub.models import model_and_tokenizer, no_expression_head, without_peft
 from tahoex1_hf.inference.chunks import with_context
 from tahoex1_hf.inference.encoder import CellEncoder, DtypeName
-from tahoex1_hf.modeling_tahoe_x1 import TahoeX1ForPreTraining, TahoeX1PreTrainedModel
+from tahoex1_hf.modeling_tahoe_x1 import TahoeX1PreTrainedModel
 from tahoex1_hf.perturbation.cells import CellSource, Change, PerturbationMode
 from tahoex1_hf.perturbation.journal import Journal
 from tahoex1_hf.perturbation.measures import BlockMeasures, Forward, Unperturbed, unit, unperturbed
@@ -163,13 +164,9 @@ def perturb_genes(
 
             adata = read_h5ad(adata, backed="r")
             stack.callback(adata.file.close)
-        if isinstance(model, (str, Path)):
-            model, loaded = load_for_perturbation(model, expression=expression)
-            tokenizer = tokenizer or loaded
-        if tokenizer is None:
-            raise ValueError("tokenizer is missing: pass that of the model, or a path or Hub repository as model.")
+        model, tokenizer = model_and_tokenizer(model, tokenizer, expression=expression)
         options = EncodeOptions(with_context(tokenizer, max_length), drugs, seed, gene_id_column, gene_symbols, layer)
-        forward = _forward(model, options.tokenizer, expression, batch_tokens, device, dtype)
+        forward = _forward(without_peft(model), options.tokenizer, expression, batch_tokens, device, dtype)
         source = CellSource(adata, options)
         groups = make_groups(adata, choose_cells(adata, cells, "cells"), groupby)
         toward = None if target is None else np.flatnonzero(choose_cells(adata, target, "target"))
@@ -192,43 +189,6 @@ def perturb_genes(
     return PerturbationResult(table, affected)
 
 
-def load_for_perturbation(
-    model: str | Path, *, size: str | None = None, revision: str | None = None, expression: bool = False
-) -> tuple[TahoeX1PreTrainedModel, TahoeX1Tokenizer]:
-    """Load a model, with its pretraining head where expression is to be predicted, and its tokenizer.
-
-    Args:
-        model: a folder or the id of a Hub repository, or the folder of an adapter.
-        size: as for `find_model`.
-        revision: as for `find_model`.
-        expression: whether the expression decoder is needed.
-
-    Raises:
-        ValueError: for a checkpoint without that decoder.
-    """
-    from tahoex1_hf.hub.loading import find_model, load_model_and_tokenizer
-
-    if (Path(model) / "adapter_config.json").is_file():
-        from tahoex1_hf.hub.adapters import load_adapter
-
-        adapted, tokenizer = load_adapter(model)
-        return adapted, tokenizer
-    if not expression:
-        return load_model_and_tokenizer(model, size=size, revision=revision)
-    folder = find_model(model, size=size, revision=revision)
-    loaded, info = TahoeX1ForPreTraining.from_pretrained(folder, output_loading_info=True)
-    if any(name.startswith("expression_decoder.") for name in info["missing_keys"]):
-        raise ValueError(_no_head(f"the checkpoint {model}"))
-    return loaded, TahoeX1Tokenizer.from_pretrained(folder)
-
-
-def _no_head(what: str) -> str:
-    return (
-        f"expression needs the pretraining head, which {what} lacks: pass a TahoeX1ForPreTraining "
-        "(AutoModelForPreTraining), or leave expression out."
-    )
-
-
 def _forward(
     model: TahoeX1PreTrainedModel,
     tokenizer: TahoeX1Tokenizer,
@@ -237,8 +197,6 @@ def _forward(
     device: str | torch.device | None,
     dtype: DtypeName,
 ) -> Forward:
-    unwrap: Any = getattr(model, "get_base_model", None)  # a PeftModel's, with the adapters in it
-    model = model if unwrap is None else unwrap()
     if model.config.cell_pooling == "mean_with_padding":
         raise ValueError(
             'cell_pooling="mean_with_padding" makes an embedding depend on the cells it shares a batch with, more '
@@ -246,7 +204,7 @@ def _forward(
         )
     decoder = getattr(model, "expression_decoder", None)
     if expression and decoder is None:
-        raise ValueError(_no_head(f"a {type(model).__name__}"))
+        raise ValueError(no_expression_head(f"a {type(model).__name__}"))
     if expression and model.config._attn_implementation != "sdpa":
         raise ValueError(
             f"expression with attn_implementation={model.config._attn_implementation!r}: load the model with "
@@ -414,4 +372,4 @@ class _Run:
         return records
 
 
-__all__ = ["PerturbationResult", "load_for_perturbation", "perturb_genes"]
+__all__ = ["PerturbationResult", "perturb_genes"]

@@ -1,0 +1,74 @@
+# Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
+"""A model and its tokenizer from whatever a caller has: a folder, a Hub name or a loaded model."""
+
+from pathlib import Path
+from typing import Any
+
+from tahoex1_hf.hub.adapters import ADAPTER_CONFIG, is_peft, load_adapter
+from tahoex1_hf.hub.loading import find_model, load_model_and_tokenizer
+from tahoex1_hf.modeling_tahoe_x1 import TahoeX1ForPreTraining, TahoeX1PreTrainedModel
+from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
+
+
+def model_and_tokenizer(
+    model: TahoeX1PreTrainedModel | str | Path,
+    tokenizer: TahoeX1Tokenizer | None = None,
+    *,
+    size: str | None = None,
+    revision: str | None = None,
+    expression: bool = False,
+) -> tuple[Any, TahoeX1Tokenizer]:
+    """Return a model and its tokenizer, loading what is not loaded yet.
+
+    Args:
+        model: loaded model, which is returned as it is, or a folder (of a model or of an adapter) or Hub name.
+        tokenizer: tokenizer to use; by default the one in the model's folder or repository.
+        size: size of a model by name, where there are several, as for `find_model`.
+        revision: branch, tag or commit of a Hub repository.
+        expression: whether to load the pretraining head, which predicts expression.
+
+    Raises:
+        FileNotFoundError: for a name under which there is no model.
+        ValueError: for a loaded model without a tokenizer, and for a checkpoint without the head that is needed.
+    """
+    if not isinstance(model, (str, Path)):
+        if tokenizer is None:
+            raise ValueError(
+                "tokenizer is missing: pass the tokenizer of the loaded model, or the model's folder or Hub name as "
+                "model."
+            )
+        return model, tokenizer
+    loaded, own = _load(model, size, revision, expression)
+    return loaded, own if tokenizer is None else tokenizer
+
+
+def _load(model: str | Path, size: str | None, revision: str | None, expression: bool) -> tuple[Any, TahoeX1Tokenizer]:
+    if (Path(model) / ADAPTER_CONFIG).is_file():
+        return load_adapter(model)
+    if not expression:
+        return load_model_and_tokenizer(model, size=size, revision=revision)
+    folder = find_model(model, size=size, revision=revision)
+    loaded, info = TahoeX1ForPreTraining.from_pretrained(folder, output_loading_info=True)
+    if any(name.startswith("expression_decoder.") for name in info["missing_keys"]):
+        raise ValueError(no_expression_head(f"the checkpoint {model}"))
+    return loaded, TahoeX1Tokenizer.from_pretrained(folder)
+
+
+def no_expression_head(what: str) -> str:
+    """Return the message for a model or checkpoint, described by `what`, that cannot predict expression."""
+    return (
+        f"expression needs the pretraining head, which {what} lacks: pass a TahoeX1ForPreTraining "
+        "(AutoModelForPreTraining), or leave expression out."
+    )
+
+
+def without_peft(model: Any) -> Any:
+    """Return the model inside a PEFT model, with its adapters in its layers; another model is returned as it is."""
+    return model.get_base_model() if is_peft(model) else model
+
+
+def model_name(given: Any, loaded: Any) -> str:
+    """Return the name to record for a model: the folder of an adapter, or where the model was loaded from."""
+    if isinstance(given, (str, Path)) and is_peft(loaded):
+        return str(given)
+    return str(loaded.name_or_path or "")
