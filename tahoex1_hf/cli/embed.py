@@ -60,13 +60,13 @@ def embed(
     from tahoex1_hf.cells.gene_symbols import read_gene_symbols
     from tahoex1_hf.embedding.files import embed_files
     from tahoex1_hf.embedding.writers import check_output
-    from tahoex1_hf.hub.loading import load_model_and_tokenizer
+    from tahoex1_hf.hub.models import model_and_tokenizer
     from tahoex1_hf.inference.encoder import choose_device
 
     check_output(output, gene_embeddings)
     check_paths(sources)
     choose_device(device)
-    loaded, tokenizer = load_model_and_tokenizer(model, size=size, revision=revision)
+    loaded, tokenizer = model_and_tokenizer(model, size=size, revision=revision)
     embed_files(
         sources,
         output,

@@ -103,8 +103,9 @@ def perturb(
     Finished genes are kept in OUT.partial, from which the same command goes on after a stop.
     """
     from tahoex1_hf.cells.gene_symbols import read_gene_symbols
+    from tahoex1_hf.hub.models import model_and_tokenizer
     from tahoex1_hf.inference.encoder import choose_device
-    from tahoex1_hf.perturbation.run import load_for_perturbation, perturb_genes
+    from tahoex1_hf.perturbation.run import perturb_genes
     from tahoex1_hf.perturbation.tables import check_table, write_table
 
     partial = output.with_name(f"{output.name}.partial")
@@ -118,7 +119,7 @@ def perturb(
     if affected is not None and not expression:
         raise ValueError("--affected needs --expression.")
     choose_device(device)
-    loaded, tokenizer = load_for_perturbation(model, size=size, revision=revision, expression=expression)
+    loaded, tokenizer = model_and_tokenizer(model, size=size, revision=revision, expression=expression)
     result = perturb_genes(
         source,
         loaded,
