@@ -49,6 +49,7 @@ def command(
         error_code: Exit code of such a command.
         timed: Whether each message begins with the time.
     """
+    told: tuple[type[Exception], ...] = (*_ERRORS, *errors)
 
     def decorate(function: Callable[..., str | None]) -> Callable[..., None]:
         @functools.wraps(function)
@@ -62,7 +63,7 @@ def command(
                 if error.name is None or error.name.startswith("tahoex1_hf"):
                     raise  # a fault of ours, not a package to install
                 fail(f"{error.name} is missing: pip install 'tahoex1_hf[{extra}]'.", error_code)
-            except (*_ERRORS, *errors) as error:
+            except told as error:
                 fail(error, error_code)
             except KeyboardInterrupt:
                 typer.echo(interrupted, err=True)

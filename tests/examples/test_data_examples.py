@@ -22,7 +22,7 @@ from tahoex1_hf.data.config import parse_config, read_config
 from tahoex1_hf.data.preparation import prepare
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "configs" / "data"
-SYMBOLS = EXAMPLES.parents[2] / "pbmc68k_symbol_to_ensembl.csv"
+SYMBOLS = EXAMPLES.parents[1] / "pbmc68k_symbol_to_ensembl.csv"
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.stem)
