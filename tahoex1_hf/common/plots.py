@@ -1,5 +1,5 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""Pictures of embeddings and predictions, written as PNG. Nothing here touches pyplot, so any thread may draw."""
+"""Figures of embeddings and predictions, written as PNG. They do without pyplot, so that any thread may draw."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,36 +8,36 @@ from typing import Any
 import numpy as np
 
 _NEIGHBOURS = 15
-_MOST_ANNOTATED = 12  # classes of a confusion matrix whose numbers can still be read
+_MOST_ANNOTATED = 12  # with more classes, the numbers in a confusion matrix are too small to read
 
 
 def umap_places(embeddings: np.ndarray, seed: int) -> np.ndarray:
-    """Coordinates `(cells, 2)` of embeddings `(cells, width)`."""
+    """Return the UMAP coordinates `(cells, 2)` of embeddings `(cells, width)`."""
     import umap
 
     number = min(_NEIGHBOURS, len(embeddings) - 1)
-    # Fewer cells than UMAP's spectral start can do with are placed at random.
+    # UMAP's spectral start needs more cells than this; fewer start at random places.
     start = "spectral" if len(embeddings) > _NEIGHBOURS else "random"
     mapper = umap.UMAP(n_neighbors=number, random_state=seed, n_jobs=1, init=start)
     return np.asarray(mapper.fit_transform(embeddings))
 
 
 def draw_umap(embeddings: np.ndarray, labels: np.ndarray, title: str, path: Path, seed: int) -> None:
-    """UMAP of embeddings `(cells, width)`, coloured by label, as a PNG."""
+    """Draw a UMAP of embeddings `(cells, width)`, coloured by label."""
     draw_umaps([(title, embeddings)], labels, path, seed)
 
 
 def draw_umaps(
     panels: Sequence[tuple[str, np.ndarray]], labels: np.ndarray, path: Path, seed: int, title: str | None = None
 ) -> None:
-    """UMAPs of the same cells, side by side.
+    """Draw UMAPs of the same cells, side by side.
 
     Args:
-        panels: heading and embeddings `(cells, width)` of each.
+        panels: heading and embeddings `(cells, width)` of each UMAP.
         labels: `(cells,)` names of classes, or floats, which get a colour bar.
-        path: of the PNG.
-        seed: of UMAP.
-        title: above all.
+        path: path of the PNG.
+        seed: seed of UMAP.
+        title: title above all panels.
     """
     names = np.unique(labels) if labels.dtype.kind != "f" else np.zeros(0)
     figure = _figure((1.5 + 4.6 * len(panels) + 1.9 * (1 + len(names) // 25), 5.2))
@@ -66,14 +66,14 @@ def draw_umaps(
 
 
 def draw_confusion(counts: np.ndarray, classes: Sequence[str], title: str, path: Path, of: str = "cells") -> None:
-    """Confusion matrix as a PNG: each row is a class, its colours the shares of its cells predicted as each class.
+    """Draw a confusion matrix; the colours of a row are the shares of its class predicted as each class.
 
     Args:
-        counts: `(classes, classes)` cells, by class and predicted class.
-        classes: their names.
-        title: above it.
-        path: of the PNG.
-        of: what is counted.
+        counts: `(classes, classes)` number of cells, by class and predicted class.
+        classes: names of the classes.
+        title: title above the matrix.
+        path: path of the PNG.
+        of: plural noun for what is counted.
     """
     number = len(classes)
     shares = counts / counts.sum(axis=1, keepdims=True).clip(min=1)
@@ -96,7 +96,7 @@ def draw_confusion(counts: np.ndarray, classes: Sequence[str], title: str, path:
 
 
 def draw_predicted(truth: np.ndarray, predicted: np.ndarray, label: str, title: str, path: Path) -> None:
-    """Predicted numbers against the true ones, as a PNG; both `(cells,)`."""
+    """Draw predicted values against the true ones, both `(cells,)`."""
     figure = _figure((5.6, 5.2))
     axes = figure.subplots()
     axes.scatter(truth, predicted, s=_dot(len(truth)), alpha=0.6, linewidths=0)
@@ -109,7 +109,7 @@ def draw_predicted(truth: np.ndarray, predicted: np.ndarray, label: str, title: 
 
 
 def class_colors(number: int) -> list[Any]:
-    """Colours for so many classes; the first sixty differ."""
+    """Return a colour for each of `number` classes; the first sixty differ."""
     import matplotlib as mpl
 
     maps = ["tab10"] if number <= 10 else ["tab20"] if number <= 20 else ["tab20", "tab20b", "tab20c"]

@@ -1,5 +1,5 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""The processes of `accelerate launch` that share a piece of work, as far as inference needs to know of each other."""
+"""The processes of `accelerate launch` that share the work of inference."""
 
 import os
 from collections.abc import Callable
@@ -11,18 +11,18 @@ import torch
 
 Value = TypeVar("Value")
 
-# Processes wait for each other at the beginning and at the end only; in between lie hours.
-_PATIENCE = timedelta(days=30)
+# Processes wait for each other at the beginning and at the end only, and hours may lie between.
+_TIMEOUT = timedelta(days=30)
 
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among all.
+    """This process among all processes of a run.
 
     Attributes:
-        index: its number.
-        count: how many there are.
-        state: of Accelerate; None for a single process.
+        index: number of this process.
+        count: number of processes.
+        state: Accelerate's `PartialState`; None for a single process.
     """
 
     index: int
@@ -31,23 +31,26 @@ class Processes:
 
     @classmethod
     def current(cls) -> "Processes":
-        """Those that a launcher started, connected with each other; this one alone without a launcher."""
+        """Connect the processes that a launcher started; without a launcher, there is this process alone."""
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             return cls(0, 1)
         from accelerate import PartialState
 
-        # Without being told, Accelerate takes each process of a machine without a GPU for the only one.
-        state = PartialState(cpu=not torch.cuda.is_available(), timeout=_PATIENCE)
+        # Without cpu=True, Accelerate takes each process of a machine without a GPU for the only one.
+        state = PartialState(cpu=not torch.cuda.is_available(), timeout=_TIMEOUT)
         if state.num_processes == 1:
-            raise ValueError(f"WORLD_SIZE={os.environ['WORLD_SIZE']}, but Accelerate finds a single process.")
+            raise ValueError(
+                f"WORLD_SIZE={os.environ['WORLD_SIZE']}, but Accelerate finds a single process: start several with "
+                "`accelerate launch`, or unset WORLD_SIZE."
+            )
         return cls(state.process_index, state.num_processes, state)
 
     def device(self) -> torch.device | None:
-        """The device of this process; None where it can choose."""
+        """Return the device of this process; None for a single process, which may choose."""
         return None if self.state is None else self.state.device
 
     def from_first(self, make: Callable[[], Value]) -> Value:
-        """What the first process makes, in all of them; what it raises, all raise."""
+        """Return in every process what the first process makes; an exception there is raised in all."""
         if self.state is None:
             return make()
         from accelerate.utils import broadcast_object_list
@@ -65,6 +68,6 @@ class Processes:
         return value
 
     def wait(self) -> None:
-        """Wait until all have come here."""
+        """Wait until all processes have come here."""
         if self.state is not None:
             self.state.wait_for_everyone()

@@ -1,5 +1,5 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""Counts of cells to batches for pretraining: values, sampling, targets, drugs, padding or packing."""
+"""Batches for pretraining from counts of cells: values, sampling, targets, drugs, padding or packing."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -18,27 +18,27 @@ _ENCODINGS = {"bins": kernels.BINS, "log1p": kernels.LOG1P, "raw": kernels.RAW}
 
 
 class CellCollator:
-    """Makes batches of training cells.
+    """Maker of batches of training cells.
 
-    How counts become values (bins, log1p or raw), and what is done with cells longer than the context, are the
-    tokenizer's settings, so training and inference agree. A cell's values depend on its counts alone; its sample and
-    its targets on its counts and its stream of random numbers: not on the batch, the order, padding or packing.
+    The tokenizer's settings decide how counts become values (bins, log1p or raw) and what happens to cells longer
+    than the context, so training and inference agree. A cell's values depend on its counts alone, its sample and
+    targets on its counts and its stream of random numbers; none of them on the batch, the order, padding or packing.
 
     Args:
-        tokenizer: of the model. Its `overflow` must be `"sample"` or `"first"`.
-        mlm_probability: share of a cell's genes that are to be predicted, rounded down; of several, one is drawn for
-            every cell; None for none. Every gene can be a target, special tokens never.
+        tokenizer: tokenizer of the model, whose `overflow` must be `"sample"` or `"first"`.
+        mlm_probability: share of a cell's genes that are targets, rounded down; of several shares, one is taken at
+            random for each cell; None for no targets. Every gene can be a target, special tokens cannot.
         context_length: most tokens of a cell; by default the tokenizer's.
-        packed: put all cells of a batch behind each other in one row (`cu_seq_lens_q`), without padding.
-        unexpressed_padding: fill every cell up to the context with random genes that it does not express (value 0),
-            instead of padding. (Upstream's `unexp_padding` fills up to the longest cell of the batch, which makes a
-            cell depend on its batch.)
-        pad_to_multiple_of: round the padded length up to a multiple of this.
-        drug_token: begin cells with `<cls>`, `<drug>`; by default where the tokenizer has drugs.
-        mask_value: what stands in `expression_values` at targets; the model does not read it.
+        packed: whether to put all cells of a batch one after the other in one row (`cu_seq_lens_q`), without padding.
+        unexpressed_padding: whether to fill every cell up to the context with random genes that it does not express
+            (value 0), instead of padding. (The original's `unexp_padding` fills up to the longest cell of the batch,
+            which makes a cell depend on its batch.)
+        pad_to_multiple_of: number of which the padded length is a multiple.
+        drug_token: whether cells begin with `<cls>`, `<drug>`; by default if the tokenizer has drugs.
+        mask_value: value of `expression_values` at targets, which the model does not read.
 
     Raises:
-        ValueError: for settings that cannot be used, or not together.
+        ValueError: for settings that cannot be used, or cannot be used together.
     """
 
     def __init__(
@@ -64,11 +64,14 @@ class CellCollator:
         if length is None or length <= len(special):
             raise ValueError(f"context_length={length}: training needs a length above {len(special)}.")
         if tokenizer.overflow not in ("sample", "first"):
-            raise ValueError(f"overflow={tokenizer.overflow!r} of the tokenizer: training samples or takes the first.")
+            raise ValueError(f'tokenizer.overflow={tokenizer.overflow!r}: set it to "sample" or "first" for training.')
         if tokenizer.first_gene_raw:
-            raise ValueError("first_gene_raw of the tokenizer reproduces a fault of inference: training has none.")
+            raise ValueError(
+                "tokenizer.first_gene_raw=True reproduces a fault of the original's inference, not of its training: "
+                "set it to False."
+            )
         if packed and (unexpressed_padding or pad_to_multiple_of):
-            raise ValueError("packed=True leaves no padding, so neither unexpressed_padding nor pad_to_multiple_of.")
+            raise ValueError("packed=True leaves no padding: leave out unexpressed_padding and pad_to_multiple_of.")
         self.tokenizer, self.context_length = tokenizer, length
         self.packed, self.unexpressed_padding, self.pad_to_multiple_of = (
             packed,
@@ -94,7 +97,7 @@ class CellCollator:
         )
 
     def lengths(self, num_genes: np.ndarray) -> np.ndarray:
-        """Tokens of cells with so many genes, before padding."""
+        """Return the numbers of tokens of cells with `num_genes` genes, before padding."""
         if self.unexpressed_padding:
             return np.full(len(num_genes), self.context_length, dtype=np.int64)
         return np.minimum(num_genes, self._settings.room) + len(self._settings.special_tokens)
@@ -108,15 +111,15 @@ class CellCollator:
         """Make a batch.
 
         Args:
-            parts: cells from one or more places: their rows in the batch, `(cells,)`, and the cells.
+            parts: cells from one or more places, each part with the `(cells,)` rows of its cells in the batch.
             streams: `(batch,)` uint64, where the random numbers of each cell start.
-            drug_ids: `(batch,)` int64 ids of the drug table, 0 for none; needed with `drug_token`.
+            drug_ids: `(batch,)` int64 ids of the drug table, 0 for no drug; needed with `drug_token`.
 
         Returns:
             `input_ids`, `expression_values` and, with targets, `target_mask` and `labels` (the targets' values, -100
             elsewhere), each `(batch, length)`, with `attention_mask` (bool); `drug_ids` `(batch,)` with `drug_token`.
-            Packed: `(1, tokens)` each, with `cu_seq_lens_q`, `cu_seq_lens_k`, `max_length_q` and `max_length_k`
-            instead of the mask. The genes of a cell that was sampled are in no particular order.
+            With `packed`, `(1, tokens)` each, with `cu_seq_lens_q`, `cu_seq_lens_k`, `max_length_q` and
+            `max_length_k` instead of the mask. The genes of a sampled cell are in no particular order.
         """
         num_cells = len(streams)
         num_genes = np.zeros(num_cells, dtype=np.int64)
@@ -137,21 +140,7 @@ class CellCollator:
             labels=np.empty(shape, dtype=np.float32),
             attention_mask=np.empty((0, 0) if self.packed else shape, dtype=np.bool_),
         )
-        flat = kernels.Output(*(array.reshape(-1) for array in arrays))
-        for rows, cells in parts:
-            kernels.encode_cells(
-                cells.genes,
-                cells.gene_starts,
-                cells.counts,
-                cells.count_starts,
-                cells.counts.dtype == np.uint16,
-                cells.lengths,
-                streams[rows],
-                starts[rows],
-                stops[rows],
-                self._settings,
-                flat,
-            )
+        self._encode(parts, streams, starts, stops, arrays)
         batch: dict[str, Any] = {"input_ids": arrays.input_ids, "expression_values": arrays.expression_values}
         if len(self._settings.mask_probabilities):
             batch |= {"target_mask": arrays.target_mask, "labels": arrays.labels}
@@ -170,14 +159,40 @@ class CellCollator:
             tensors |= {"max_length_q": longest, "max_length_k": longest}
         return tensors
 
+    def _encode(
+        self,
+        parts: Sequence[tuple[np.ndarray, CountRows]],
+        streams: np.ndarray,
+        starts: np.ndarray,
+        stops: np.ndarray,
+        arrays: kernels.Output,
+    ) -> None:
+        """Fill the arrays of a batch, in which each cell has the places from `starts` to `stops`."""
+        flat = kernels.Output(*(array.reshape(-1) for array in arrays))
+        for rows, cells in parts:
+            kernels.encode_cells(
+                cells.genes,
+                cells.gene_starts,
+                cells.counts,
+                cells.count_starts,
+                cells.counts.dtype == np.uint16,
+                cells.lengths,
+                streams[rows],
+                starts[rows],
+                stops[rows],
+                self._settings,
+                flat,
+            )
+
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Make a batch of rows of a prepared dataset, as `datasets` gives them: `genes`, `counts`, `drug`.
+        """Make a batch of rows of a prepared dataset, with `genes`, `counts` and `drug`, as `datasets` gives them.
 
         Random numbers come from torch's default generator, which data loaders seed for each worker. `CellBatches`
-        makes the same batches many times faster.
+        makes such batches many times faster.
 
         Raises:
-            ValueError: for rows without `genes` or `counts`, of different lengths, or with values that are no counts.
+            ValueError: for rows without `genes` or `counts`, with arrays of different lengths, or with values that
+                are no counts.
         """
         pairs = [self._checked(row, number) for number, row in enumerate(features)]
         lengths = np.array([len(tokens) for tokens, _ in pairs], dtype=np.int64)
@@ -192,7 +207,7 @@ class CellCollator:
         return self.collate([(np.arange(len(lengths)), cells)], streams, drugs)
 
     def _checked(self, row: Mapping[str, Any], number: int) -> tuple[np.ndarray, np.ndarray]:
-        """Genes and counts of a row, without stored zeros."""
+        """Return the genes and counts of a row, without stored zeros."""
         missing = [name for name in ("genes", "counts") if name not in row]
         if missing:
             raise ValueError(
@@ -200,21 +215,24 @@ class CellCollator:
             )
         genes, counts = np.asarray(row["genes"]), np.asarray(row["counts"], dtype=np.float32)
         if genes.shape != counts.shape or genes.ndim != 1:
-            raise ValueError(f"cell {number} has genes of the shape {genes.shape} and counts of {counts.shape}.")
+            raise ValueError(
+                f"cell {number} has genes of the shape {genes.shape} and counts of {counts.shape}: pass two lists of "
+                "one length."
+            )
         if not len(genes):
             return genes.astype(np.int64), counts
         if not (counts.min() >= 0 and counts.max() < np.inf):  # false for NaN too
             raise ValueError(f"cell {number} has a count that is negative, NaN or infinite: pass raw counts.")
         known = self.tokenizer.is_gene
         if genes.dtype.kind not in "iu" or genes.min() < 0 or genes.max() >= len(known) or not known[genes].all():
-            raise ValueError(f"cell {number} has an id that is no gene's: leave <cls> out, it is put in here.")
+            raise ValueError(f"cell {number} has an id that is no gene's: leave <cls> out, it is added here.")
         return genes.astype(np.int64)[counts != 0], counts[counts != 0]
 
     def drug_id(self, drug: str | None) -> int:
-        """Id of a drug, 0 for none.
+        """Return the id of a drug, 0 for no drug.
 
         Raises:
-            ValueError: for a drug that is not in the tokenizer's table.
+            ValueError: for a drug that the tokenizer's table lacks.
         """
         if drug is None or drug == "":
             return 0

@@ -1,5 +1,5 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""Running the tasks of a job in several processes, with a progress bar."""
+"""Running tasks in several processes, with a progress bar."""
 
 import logging
 import multiprocessing
@@ -23,18 +23,18 @@ _PRELOAD = ["tahoex1_hf.data.preparation"]
 def run_tasks(
     function: Callable[[Task], Result], tasks: Sequence[Task], num_proc: int, description: str, done: int = 0
 ) -> Iterator[tuple[Task, Result]]:
-    """Call `function` on every task; results come as they are ready, in any order.
+    """Call a function on every task, and yield each task with its result when it is ready, in any order.
 
     Args:
-        function: of a module, since other processes must find it.
-        tasks: what to call it with.
-        num_proc: processes; 1 runs here.
-        description: beside the progress bar.
-        done: tasks that were done before this run, for the progress bar.
+        function: function of a module, so that other processes can import it.
+        tasks: arguments of the calls.
+        num_proc: number of processes; 1 runs in this process.
+        description: text beside the progress bar.
+        done: number of tasks that were done before this run, for the progress bar.
 
     Raises:
-        RuntimeError: where a process was ended from outside (out of memory).
-        Exception: what a task raises; tasks that have not started are then left undone.
+        RuntimeError: for a process that was ended from outside, for instance for want of memory.
+        Exception: an exception of a task; tasks that have not started are then left undone.
     """
     with tqdm(total=len(tasks) + done, initial=done, desc=description, disable=None, file=sys.stderr) as bar:
         if num_proc == 1 or len(tasks) <= 1:
@@ -61,7 +61,7 @@ def _in_processes(
         running: dict[Future[Result], Task] = {}
         exhausted = False
         while running or not exhausted:
-            # A few tasks ahead only, so that an error or Ctrl-C does not wait for all of them.
+            # Only a few tasks are submitted ahead, so that an error or Ctrl-C does not wait for all of them.
             while not exhausted and len(running) < 2 * num_proc:
                 try:
                     task = next(waiting)
@@ -82,7 +82,7 @@ def _in_processes(
 
 
 def _start_worker() -> None:
-    """Set up a worker process: several share the cores, so none of them needs threads of its own."""
+    """Set up a worker process with one thread, since the processes share the cores."""
     import pyarrow as pa
     import torch
 
@@ -93,7 +93,7 @@ def _start_worker() -> None:
 
 
 def _end_with_parent() -> None:
-    """End this worker where the job was killed outright; it would otherwise wait for tasks for ever."""
+    """End this worker when the parent is killed; otherwise it would wait for tasks for ever."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         multiprocessing.connection.wait([parent.sentinel])

@@ -1,10 +1,10 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""Embedding files of any size, with any number of processes, in a run that can be stopped and goes on where it was.
+"""Embedding files of any size, with any number of processes, in a run that can be stopped and resumed.
 
-The cells are cut into chunks (`cell_inputs.py`). A process embeds a stretch of them and writes a shard every half a
-minute (`embedding_shards.py`); when all chunks are in shards, the first process writes the output from them. A chunk's
-numbers depend on its cells alone, so the result is the same, bit for bit, on the same kind of device, however often a
-run was stopped and whatever the number of processes.
+The cells are cut into chunks (`cells/inputs.py`). Each process embeds some of the chunks and writes a shard every half
+minute (`shards.py`); when all chunks are in shards, the first process writes the output from them. The embeddings of a
+chunk depend on its cells alone. So the result is the same, bit for bit on one kind of device, however often the run
+was stopped and whatever the number of processes.
 """
 
 import logging
@@ -38,13 +38,13 @@ from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
 
 logger = logging.getLogger(__name__)
 
-# A shard is written when so many seconds have passed since the last, or so many numbers have come together (32 MB).
+# A shard is written when this many seconds have passed since the last one, or it holds this many values (32 MB).
 _SHARD_SECONDS = 30.0
-_SHARD_NUMBERS = 2**23
+_SHARD_VALUES = 2**23
 
 
 class Plan:
-    """Chunks of all inputs, numbered through, and who embeds which."""
+    """The chunks of all inputs under consecutive numbers, and their division among processes."""
 
     def __init__(self, inputs: Sequence[CellInput]):
         self.inputs = inputs
@@ -54,14 +54,14 @@ class Plan:
         self.num_cells = sum(each.num_cells for each in inputs)
 
     def cells(self, start: int, stop: int) -> tuple[int, int, int]:
-        """Input of chunks `start` to `stop`, which are all in one, and the numbers of their cells, from and to."""
+        """Return the input that holds chunks `start` to `stop`, and the first and last-plus-one of their cells."""
         number = int(np.searchsorted(self.firsts, start, side="right")) - 1
         low = (start - int(self.firsts[number])) * cell_inputs.CHUNK_CELLS
         high = min((stop - int(self.firsts[number])) * cell_inputs.CHUNK_CELLS, self.inputs[number].num_cells)
         return number, low, high
 
-    def stretches(self, todo: np.ndarray) -> list[tuple[int, int]]:
-        """Runs of consecutive chunks of one input among the given, which are in order."""
+    def ranges(self, todo: np.ndarray) -> list[tuple[int, int]]:
+        """Group chunks, given in order, into ranges (start, stop) of consecutive chunks of one input."""
         if not len(todo):
             return []
         owners = np.searchsorted(self.firsts, todo, side="right")
@@ -70,14 +70,14 @@ class Plan:
         return [(int(todo[a]), int(todo[b - 1]) + 1) for a, b in pairwise(bounds)]
 
     def unfinished(self, finished: Sequence[tuple[int, int]]) -> np.ndarray:
-        """Numbers of the chunks that are in no shard."""
+        """Return the numbers of the chunks that are in no shard."""
         missing = np.ones(self.num_chunks, dtype=bool)
         for start, stop in finished:
             missing[start:stop] = False
         return np.flatnonzero(missing)
 
     def shares(self, todo: np.ndarray, processes: int) -> list[np.ndarray]:
-        """The chunks of each process: consecutive ones, with about equally many tokens."""
+        """Return the chunks of each process: consecutive chunks, with about as many tokens for each process."""
         if processes == 1:
             return [todo]
         tokens = np.concatenate([each.chunk_tokens() for each in self.inputs])[todo].astype(np.float64)
@@ -110,8 +110,8 @@ def embed_files(
     """Embed the cells of files, which may be larger than memory.
 
     Embeddings are kept in the folder `OUTPUT.shards` until all are there. A run that was stopped, in whatever way,
-    goes on with the same arguments. Under `accelerate launch`, all processes (on one or several machines, with a
-    shared file system or an output in an object store) work on it together.
+    resumes when it is called with the same arguments. Under `accelerate launch`, all processes share the work, also on
+    several machines with a shared file system or an output in an object store.
 
     Args:
         sources: `.h5ad` files, `.zarr` stores, 10x files, folders and globs of these, prepared datasets, and Hub
@@ -148,13 +148,13 @@ def embed_files(
     with ExitStack() as stack:
         shards = ShardFolder(f"{target}.shards")
         spool = Path(shards.location) / "by_cell"
-        if not shards.is_local:  # counts that must be sorted by cell are sorted on each machine
+        if not shards.is_local:  # each machine sorts by cell the counts that need it
             spool = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         inputs = open_inputs(paths, options, spool, gene_metadata)
         alone = len(inputs) == 1 and _is_h5ad(inputs[0])
         copied = inputs[0].path if alone and target.endswith(".h5ad") else None
         if gene_embeddings and copied is None:
-            raise ValueError("gene_embeddings needs a single .h5ad file as source: its varm is where they go.")
+            raise ValueError("gene_embeddings needs a single .h5ad file as source, whose varm holds the result.")
         encoder = CellEncoder(
             without_peft(loaded),
             options.tokenizer,
@@ -165,8 +165,7 @@ def embed_files(
         with_names = copied is None and not target.endswith(".npy")
         run = _Run(inputs, shards, encoder, options, gene_embeddings, with_names)
         identity = _identity(run, loaded, {"key_added": key_added})
-        if batch_tokens is not None:  # it moves last digits, see CellEncoder; the default depends on the device alone
-            identity["batch_tokens"] = batch_tokens
+        identity["batch_tokens"] = batch_tokens  # it moves last digits; the default depends on the device alone
         todo = run.begin(stack.enter_context(_Lock(shards)), identity, restart, processes)
 
         def open_output() -> EmbeddingWriter:
@@ -181,7 +180,7 @@ def _is_h5ad(cells: CellInput) -> bool:
 
 
 class _Run:
-    """One run over all inputs."""
+    """One run over all inputs: claims the shards, embeds this process's chunks, writes the output."""
 
     def __init__(
         self,
@@ -200,22 +199,22 @@ class _Run:
         return self.encoder.gene_means(genes) if self.gene_embeddings and genes is not None else None
 
     def begin(self, lock: "_Lock", identity: dict[str, Any], restart: bool, processes: Processes) -> np.ndarray:
-        """Claim the folder of the shards, and return the chunks that this process is to embed."""
+        """Claim the folder of the shards, and return the chunks that this process must embed."""
 
         def first() -> list[np.ndarray]:
             lock.acquire()
             self.shards.claim(identity, restart)
             self._sort_by_cell()
-            # With gene embeddings, a shard of which no sum knows was finished just before a kill, and is made again.
+            # With gene embeddings, a shard that is in no sum was written just before a kill, and is made again.
             finished = self.shards.summed() if self.gene_embeddings else self.shards.finished()
             todo, total = self.plan.unfinished(finished), self.plan.num_chunks
             if len(todo) < total:
                 done = total - len(todo)
-                logger.info("Going on with %s: %d of %d chunks are done.", self.shards.location, done, total)
+                logger.info("Resuming %s: %d of %d chunks are done.", self.shards.location, done, total)
             return self.plan.shares(todo, processes.count)
 
         share = processes.from_first(first)[processes.index]
-        if not self.shards.is_local:  # then the sorted counts lie on each machine, not beside the shards
+        if not self.shards.is_local:  # each machine has its own sorted counts then
             self._sort_by_cell()
         return share
 
@@ -241,19 +240,19 @@ class _Run:
             processes.wait()
         except BaseException:
             if processes.count == 1 and not self.shards.finished():
-                self.shards.remove()  # nothing is in it
+                self.shards.remove()  # it is empty
             raise
 
     def embed(self, todo: np.ndarray, progress: bool, processes: Processes) -> None:
-        """Embed chunks, and write shards of them."""
-        stretches = self.plan.stretches(todo)
-        cells = sum(high - low for _, low, high in (self.plan.cells(*stretch) for stretch in stretches))
+        """Embed chunks, and write them as shards."""
+        ranges = self.plan.ranges(todo)
+        cells = sum(high - low for _, low, high in (self.plan.cells(*stretch) for stretch in ranges))
         title = "Embedding" if processes.count == 1 else f"Embedding ({processes.index + 1}/{processes.count})"
         gene_means, writer, written = self._gene_means(), uuid.uuid4().hex, []
         with tqdm(
             total=cells, unit="cell", desc=title, position=processes.index, disable=not progress, smoothing=0.05
         ) as bar:
-            for start, stop in stretches:
+            for start, stop in ranges:
                 for first, last, shard in self._shards(start, stop, gene_means, bar):
                     self.shards.write(first, last, shard)
                     if gene_means is not None:
@@ -263,7 +262,7 @@ class _Run:
     def _shards(
         self, start: int, stop: int, gene_means: GeneMeans | None, bar: Any
     ) -> Iterator[tuple[int, int, Shard]]:
-        """Shards of a stretch of chunks, as they become full."""
+        """Yield the shards of chunks `start` to `stop`, each with its first and last-plus-one chunk."""
         number, low, high = self.plan.cells(start, stop)
         source = self.plan.inputs[number]
         names: list[str] = []
@@ -274,7 +273,7 @@ class _Run:
             names.extend(chunk.names)
             parts.append(part)
             empty += len(chunk.cells.empty_cells)
-            full = sum(each.size for each in parts) >= _SHARD_NUMBERS or time.monotonic() - since >= _SHARD_SECONDS
+            full = sum(each.size for each in parts) >= _SHARD_VALUES or time.monotonic() - since >= _SHARD_SECONDS
             if full or done == stop:
                 yield first, done, Shard(names, np.concatenate(parts), empty)
                 names, parts, empty, first, since = [], [], 0, done, time.monotonic()
@@ -298,21 +297,25 @@ class _Run:
         at = num_empty = 0
         for start, stop in self.shards.finished():
             if start != at:
-                raise ValueError(f"{self.shards.location} lacks chunks {at} to {start}: run the same command again.")
+                raise ValueError(
+                    f"{self.shards.location} lacks the chunks {at} to {start}: run the same command again."
+                )
             number, low, high = self.plan.cells(start, stop)
             shard = self.shards.read(start, stop)
             if len(shard.embeddings) != high - low:
-                raise ValueError(f"{self.shards.location}: the shard {start}-{stop} is damaged: remove it, and rerun.")
+                raise ValueError(
+                    f"{self.shards.location}: the shard {start}-{stop} is damaged: remove it, and run again."
+                )
             writer.write(shard.names, self.plan.inputs[number].path, shard.embeddings)
             num_empty += shard.num_empty
             at = stop
         if at != self.plan.num_chunks:
-            raise ValueError(f"{self.shards.location} lacks chunks from {at} on: run the same command again.")
+            raise ValueError(f"{self.shards.location} lacks the chunks from {at} on: run the same command again.")
         return num_empty
 
 
 def _identity(run: _Run, model: TahoeX1PreTrainedModel, more: dict[str, Any]) -> dict[str, Any]:
-    """What decides the result, apart from the kind of device."""
+    """Return what decides the result, apart from the kind of device."""
     options, tokenizer = run.options, run.options.tokenizer
     return {
         "cells": [[each.path, each.fingerprint, each.num_cells] for each in run.plan.inputs],
@@ -332,19 +335,21 @@ def _identity(run: _Run, model: TahoeX1PreTrainedModel, more: dict[str, Any]) ->
 
 
 class _Lock:
-    """Keeps a second run away from the same folder, as far as a lock reaches: on one machine, mostly."""
+    """A lock that keeps a second run away from a folder; on many file systems it works on one machine only."""
 
     def __init__(self, shards: ShardFolder):
         self.location = shards.location
         self.lock = FileLock(f"{shards.location}.lock") if shards.is_local else None
 
     def acquire(self) -> None:
-        """Take it, or raise ValueError."""
+        """Take the lock, or raise ValueError where another run holds it."""
         if self.lock is not None:
             try:
                 self.lock.acquire(timeout=0)
             except Timeout:
-                raise ValueError(f"{self.location}: another run is writing there.") from None
+                raise ValueError(
+                    f"{self.location}: another run is writing there; wait for it, or choose another output."
+                ) from None
 
     def __enter__(self) -> "_Lock":
         return self

@@ -1,8 +1,8 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""Finished embeddings of a run that is not: one Parquet file for every stretch of chunks, in a folder or object store.
+"""Shards: the embeddings that an unfinished run has made so far, as Parquet files in a folder or object store.
 
-A shard appears whole or not at all, and is called by the chunks that it holds, so that the names alone say what is
-left to do. Several processes write into one folder; none ever changes what another wrote.
+A shard holds consecutive chunks and appears whole or not at all. It is named after its chunks, so that the names alone
+tell what is left to do. Several processes write into one folder; no process changes what another wrote.
 """
 
 import io
@@ -27,9 +27,9 @@ class Shard(NamedTuple):
     """Embeddings of consecutive cells.
 
     Attributes:
-        names: of the cells; empty where none are kept.
+        names: names of the cells; empty for outputs without names.
         embeddings: `(cells, width)` float32.
-        num_empty: cells in which no known gene is expressed.
+        num_empty: number of cells in which no known gene is expressed.
     """
 
     names: list[str]
@@ -39,17 +39,17 @@ class Shard(NamedTuple):
 
 @dataclass(frozen=True)
 class ShardFolder:
-    """Where the shards of a run lie.
+    """The folder with the shards of a run.
 
     Attributes:
-        location: a local folder or a URL that fsspec knows.
+        location: local folder, or a URL that fsspec can open.
     """
 
     location: str
 
     @property
     def is_local(self) -> bool:
-        """Whether it is a folder on this machine, or on a file system that it shares."""
+        """Whether the folder is on this machine or on a shared file system, not in an object store."""
         return "://" not in self.location
 
     def _filesystem(self) -> tuple[Any, str]:
@@ -66,7 +66,7 @@ class ShardFolder:
 
     def _write(self, name: str, content: bytes) -> None:
         filesystem, root = self._filesystem()
-        if not self.is_local:  # an object appears when it is complete
+        if not self.is_local:  # an object store shows an object when it is complete
             filesystem.pipe_file(f"{root}/{name}", content)
             return
         os.makedirs(root, exist_ok=True)
@@ -78,33 +78,34 @@ class ShardFolder:
         content: bytes = filesystem.cat_file(f"{root}/{name}")
         return content
 
-    # What the run is -------------------------------------------------------------------------------
+    # Identity of the run -----------------------------------------------------------------------------
 
     def claim(self, identity: dict[str, Any], restart: bool) -> None:
-        """Begin a run, or go on with one of the same identity.
+        """Begin a run, or resume one of the same identity.
 
         Args:
-            identity: decides every number of the result, as JSON.
-            restart: remove what another run left.
+            identity: everything that decides the result, as JSON. What the identity of an older run lacks, because it
+                was not recorded then, is taken to be the same.
+            restart: whether to remove what another run left.
 
         Raises:
-            ValueError: where another run's shards are there.
+            ValueError: for a folder with the shards of another run.
         """
         if restart:
             self.remove()
         if _RUN in self._names():
             found = json.loads(self._read(_RUN))
-            different = sorted(key for key in {*found, *identity} if found.get(key) != identity.get(key))
+            different = sorted(key for key, value in found.items() if value != identity.get(key))
             if different:
                 raise ValueError(
                     f"{self.location} holds an unfinished run with other settings ({', '.join(different)}): finish it "
-                    "with its own command, or pass --restart to begin anew."
+                    "with its own command, or pass restart=True (--restart) to begin anew."
                 )
             return
         self._write(_RUN, json.dumps(identity, indent=1).encode())
 
     def remove(self) -> None:
-        """Remove the folder and all in it."""
+        """Remove the folder and everything in it."""
         filesystem, root = self._filesystem()
         filesystem.invalidate_cache()
         if filesystem.exists(root):
@@ -113,7 +114,7 @@ class ShardFolder:
     # Shards ----------------------------------------------------------------------------------------
 
     def finished(self) -> list[tuple[int, int]]:
-        """First and last-plus-one chunk of every shard, in order."""
+        """Return the first and last-plus-one chunk of every shard, in order."""
         found = (_SHARD.fullmatch(name) for name in self._names())
         return sorted((int(match[1]), int(match[2])) for match in found if match)
 
@@ -139,7 +140,10 @@ class ShardFolder:
         return Shard(names, flat.reshape(table.num_rows, -1), int(metadata[b"num_empty"]))
 
     def summed(self) -> list[tuple[int, int]]:
-        """Shards whose cells are in a sum; others, and sums with cells of shards that are gone, are removed."""
+        """Return the shards whose cells are in a sum, and remove the rest.
+
+        The rest is shards whose cells are in no sum, and sums with cells of shards that are gone.
+        """
         finished = set(self.finished())
         filesystem, root = self._filesystem()
         covered: set[tuple[int, int]] = set()
@@ -155,14 +159,14 @@ class ShardFolder:
     # Sums over the cells of shards -----------------------------------------------------------------
 
     def write_sums(self, writer: str, shards: Iterable[tuple[int, int]], sums: dict[str, np.ndarray]) -> None:
-        """Write what a process has added up over the cells of its shards, in place of what it wrote before."""
+        """Write a process's sums over the cells of its shards, in place of the sums that it wrote before."""
         buffer = io.BytesIO()
         arrays: dict[str, Any] = {**sums, "shards": np.array(list(shards), dtype=np.int64).reshape(-1, 2)}
         np.savez(buffer, **arrays)
         self._write(f"sums-{writer}.npz", buffer.getvalue())
 
     def read_sums(self) -> Iterator[tuple[str, set[tuple[int, int]], dict[str, np.ndarray]]]:
-        """Of every process that wrote any: the file's name, the process's shards, and the sums."""
+        """Yield, for every process that wrote sums, the file's name, the process's shards, and the sums."""
         for name in self._names():
             if name.startswith("sums-"):
                 with np.load(io.BytesIO(self._read(name)), allow_pickle=False) as arrays:

@@ -1,5 +1,5 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""The file that a finished embedding run ends with: written from the shards piece by piece, in place when complete."""
+"""Writers of the output of an embedding run, which is written from the shards and appears when it is complete."""
 
 import json
 import logging
@@ -35,7 +35,13 @@ def check_output(output: str, gene_embeddings: bool) -> None:
 
 
 class EmbeddingWriter(ABC):
-    """Writes embeddings in order to a temporary file beside the output, which `finish` moves into place."""
+    """Base of the writers, which write embeddings in order to a partial file that `finish` moves into place.
+
+    Args:
+        output: path, or URL for some formats.
+        shape: numbers of cells and dimensions.
+        key_added: slot of `obsm`, or the beginning of the columns' names.
+    """
 
     def __init__(self, output: str, shape: tuple[int, int], key_added: str):
         self.output, self.shape, self.key_added = output, shape, key_added
@@ -45,14 +51,14 @@ class EmbeddingWriter(ABC):
         self.done = 0
 
     def open(self) -> Any:
-        """The output as a stream: what is written to an object store appears there when it is closed."""
+        """Open the output as a stream; an object store shows what is written when the stream is closed."""
         import fsspec
 
         return fsspec.open(self.partial, "wb").open()
 
     @abstractmethod
     def write(self, names: Sequence[str], source: str, embeddings: np.ndarray) -> None:
-        """Write the next `(cells, width)` embeddings, of cells of one source."""
+        """Write the embeddings, `(cells, width)`, of the next cells, which come from one source."""
 
     def write_genes(self, embeddings: np.ndarray) -> None:
         """Write `(genes, width)` gene embeddings."""
@@ -60,7 +66,7 @@ class EmbeddingWriter(ABC):
 
     @abstractmethod
     def write_provenance(self, provenance: dict[str, Any]) -> None:
-        """Write what made the embeddings, where the format has a place for it."""
+        """Write what made the embeddings, if the format has a place for it."""
 
     @abstractmethod
     def close(self) -> None:
@@ -74,16 +80,20 @@ class EmbeddingWriter(ABC):
 
     def abandon(self) -> None:
         """Remove the unfinished file."""
-        with suppress(Exception):  # what went wrong is on its way already
+        with suppress(Exception):  # the error that matters is being raised already
             self.close()
         if self.whole is not None:
             self.whole.discard()
 
 
 class H5adWriter(EmbeddingWriter):
-    """A copy of the only input with `obsm`, `uns` and perhaps `varm` added, or, of other inputs, cells without counts.
+    """Writer of an `.h5ad` file: a copy of the only `.h5ad` source plus new slots, or cells without counts.
 
-    Such cells have their names and, with several sources, the column `source` in `obs`.
+    Cells without counts have their names and, with several sources, the column `source` in `obs`.
+
+    Args:
+        copied: the `.h5ad` source to copy; None for cells without counts.
+        sources: names of the sources.
     """
 
     def __init__(self, output: str, shape: tuple[int, int], key_added: str, copied: str | None, sources: list[str]):
@@ -101,7 +111,7 @@ class H5adWriter(EmbeddingWriter):
         self.dataset.attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
 
     def _make_frames(self) -> None:
-        """`obs` and `var` as anndata stores them, the names of the cells to be filled in."""
+        """Make `obs` and `var` as anndata stores them; the names of the cells are filled in later."""
         import h5py
         import pandas as pd
         from anndata.io import write_elem
@@ -163,7 +173,7 @@ class H5adWriter(EmbeddingWriter):
 
 
 class ParquetWriter(EmbeddingWriter):
-    """A table: names of the cells (`cell`), with several sources `source`, and a float32 column per dimension."""
+    """Writer of a Parquet table with the columns `cell` (the name), `source` (if several), and one per dimension."""
 
     def __init__(self, output: str, shape: tuple[int, int], key_added: str, sources: list[str]):
         import pyarrow as pa
@@ -186,7 +196,7 @@ class ParquetWriter(EmbeddingWriter):
         self.file.write_table(pa.Table.from_arrays([*labels, *map(pa.array, embeddings.T)], schema=self.schema))
 
     def write_provenance(self, provenance: dict[str, Any]) -> None:
-        """Write it as JSON into the file's metadata, key `tahoe_x1`."""
+        """Write what made the embeddings as JSON into the file's metadata, under `tahoe_x1`."""
         self.file.add_key_value_metadata({provenance_key(self.key_added): json.dumps(provenance)})
 
     def close(self) -> None:
@@ -196,7 +206,7 @@ class ParquetWriter(EmbeddingWriter):
 
 
 class NpyWriter(EmbeddingWriter):
-    """A plain `(cells, width)` array."""
+    """Writer of an `.npy` file with a `(cells, width)` array."""
 
     def __init__(self, output: str, shape: tuple[int, int], key_added: str):
         super().__init__(output, shape, key_added)
@@ -210,8 +220,8 @@ class NpyWriter(EmbeddingWriter):
         self.stream.write(np.ascontiguousarray(embeddings, dtype=np.float32).tobytes())
 
     def write_provenance(self, provenance: dict[str, Any]) -> None:
-        """Log it: the format has no place for it."""
-        logger.info("An .npy file holds numbers alone. They were made by: %s", json.dumps(provenance))
+        """Log what made the embeddings, since the format has no place for it."""
+        logger.info("An .npy file has no place for what made the embeddings: %s", json.dumps(provenance))
 
     def close(self) -> None:
         """Close the stream."""
@@ -221,14 +231,14 @@ class NpyWriter(EmbeddingWriter):
 def open_writer(
     output: str, shape: tuple[int, int], key_added: str, copied: str | None, sources: list[str]
 ) -> EmbeddingWriter:
-    """The writer for an output, by its name.
+    """Open the writer for an output, which the ending of its name decides.
 
     Args:
         output: path or URL, see `check_output`.
-        shape: cells and width.
+        shape: numbers of cells and dimensions.
         key_added: slot of `obsm`, or beginning of the columns' names.
-        copied: the `.h5ad` file that an `.h5ad` output is a copy of.
-        sources: what the cells come from.
+        copied: `.h5ad` source that an `.h5ad` output copies; None for cells without counts.
+        sources: names of the sources.
     """
     if output.endswith(".h5ad"):
         return H5adWriter(output, shape, key_added, copied, sources)

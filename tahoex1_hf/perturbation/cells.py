@@ -1,10 +1,10 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""Cells with changed counts, encoded as the tokenizer would encode them, beside the same cells unchanged.
+"""Cells with changed counts, encoded as the tokenizer would encode them, and the same cells unchanged.
 
-A perturbation changes raw counts. Bins, or log1p values, are computed anew from the whole changed cell, as they would
-be for a cell that was measured like that. Cells longer than the context are sampled by the tokenizer's own rule, with
-one addition: the perturbed genes are always in the sample, and leave the other places to the same genes before and
-after. What is left of a difference is then the perturbation's.
+A perturbation changes raw counts. Bins, or log1p values, are computed anew from the whole changed cell, as for a cell
+that was measured that way. Cells longer than the context are sampled by the tokenizer's own rule, with one addition:
+the perturbed genes are always in the sample, and the other genes of the sample are the same before and after. The
+difference between the two samples is then due to the perturbation alone.
 """
 
 import copy
@@ -38,12 +38,12 @@ logger = logging.get_logger(__name__)
 
 @dataclass(frozen=True)
 class Change:
-    """What becomes of the raw count of a perturbed gene.
+    """The change of a perturbed gene's raw count.
 
     Attributes:
-        mode: `"delete"`: 0. `"overexpress"`: the largest count of the cell, so that the gene comes into its top bin,
-            expressed before or not. `"set"`: `value`.
-        value: the raw count to set.
+        mode: `"delete"` sets the count to 0; `"overexpress"` to the largest count of the cell, so that the gene is in
+            the top bin, whether the cell expressed it or not; `"set"` to `value`.
+        value: raw count for `"set"`; None for the other modes.
     """
 
     mode: PerturbationMode
@@ -58,7 +58,7 @@ class Change:
             raise ValueError(f"value={self.value}: pass a raw count, zero or more.")
 
     def counts(self, highest: np.ndarray) -> np.ndarray:
-        """New counts, float32, of cells with these largest counts."""
+        """Return the new float32 counts in cells with these largest counts."""
         if self.mode == "overexpress":
             return highest.astype(np.float32)
         return np.full(len(highest), self.value or 0.0, dtype=np.float32)
@@ -68,11 +68,11 @@ class CellRows:
     """The counts of some cells.
 
     Attributes:
-        rows: their genes, in the order of the columns.
-        numbers: `(cells,)` number of each cell in its data set.
-        drug_ids: `(cells,)`, or None.
-        keep: `(total,)` bool, which genes the tokenizer takes into its sample.
-        highest: `(cells,)` largest count of each cell, 0 where it has none.
+        rows: genes and counts of the cells, in the order of the data's columns.
+        numbers: `(cells,)` number of each cell in the data.
+        drug_ids: `(cells,)` drug of each cell, or None.
+        keep: `(total genes,)` bool, the genes that the tokenizer takes into its sample.
+        highest: `(cells,)` largest count of each cell, 0 for a cell without counts.
     """
 
     def __init__(self, source: "CellSource", rows: GeneRows, numbers: np.ndarray, drug_ids: np.ndarray | None):
@@ -90,11 +90,11 @@ class CellRows:
         return len(self.numbers)
 
     def encoded(self) -> EncodedCells:
-        """The cells as they are, as the tokenizer encodes them."""
+        """Encode the unchanged cells, as the tokenizer does."""
         return self.source.encode(self.rows, self.keep, self.numbers, self.drug_ids)
 
     def counts_of(self, tokens: np.ndarray) -> np.ndarray:
-        """`(cells, tokens)` counts of a few genes; `tokens` are distinct."""
+        """Return the `(cells, tokens)` counts of a few genes, given by distinct tokens."""
         slots = np.full(self.source.num_tokens, -1)
         slots[tokens] = np.arange(len(tokens))
         places = np.flatnonzero(slots[self.rows.tokens] >= 0)
@@ -104,15 +104,18 @@ class CellRows:
 
 
 class CellSource:
-    """The cells of an AnnData, in memory or backed, of which a few are read at a time.
+    """The cells of an AnnData, in memory or backed, a few of which are read at a time.
 
     Args:
-        adata: with raw counts.
-        options: how cells are encoded.
+        adata: cells with raw counts.
+        options: options of the encoding.
 
     Attributes:
-        genes: the token of every column.
+        genes: token of every column.
         tokens: `(genes,)` distinct tokens of the data, in the order of their first columns.
+        room: most genes of an encoded cell; None for no limit.
+        num_tokens: number of tokens of the vocabulary.
+        column_of: `(num_tokens,)` position of each token in `tokens`, -1 for tokens that the data lacks.
     """
 
     genes: GeneMatch
@@ -143,7 +146,7 @@ class CellSource:
         self._whole.context_length = None
 
     def read(self, numbers: np.ndarray) -> CellRows:
-        """Read cells by their numbers, which rise."""
+        """Read the cells with these numbers, which increase."""
         rows, repeats = matrix_rows(self._matrix[numbers], self.genes)
         drug_ids = None
         if self._drugs is not None:
@@ -152,10 +155,10 @@ class CellSource:
         return CellRows(self, merge_repeats(rows) if repeats else rows, numbers, drug_ids)
 
     def check(self, cells: CellRows) -> None:
-        """Raise ValueError for counts that cannot be encoded; warn, once, of counts that look wrong."""
+        """Raise ValueError for counts that cannot be encoded; warn once of counts that look wrong."""
         lookup = self._names
         error, warning = count_problem(cells.rows, 0, lookup)
-        if error is not None:  # the message is to name the cell by its number in the data
+        if error is not None:  # find the cell, so that the message has its number in the data
             for cell in range(cells.num_cells):
                 one = cells.rows.select(cells.rows.cells() == cell)
                 part = GeneRows(one.tokens, one.counts, np.array([0, len(one.tokens)]))
@@ -172,9 +175,9 @@ class CellSource:
 
         Args:
             rows: all genes of the cells, none with count 0.
-            keep: `(total,)` bool, the genes to keep.
-            numbers: `(cells,)` numbers of the cells.
-            drug_ids: `(cells,)`, or None.
+            keep: `(total genes,)` bool, the genes to keep.
+            numbers: `(cells,)` numbers of the cells in the data.
+            drug_ids: `(cells,)` drug of each cell, or None.
         """
         whole = self._whole.encode_rows(rows, drug_ids=drug_ids, warn=lambda message: None)  # `check` has warned
         special = 1 if drug_ids is None else 2
@@ -187,39 +190,39 @@ class CellSource:
 
 
 def gene_places(offsets: np.ndarray, special: int) -> np.ndarray:
-    """Where the genes of cells with these offsets lie once every cell has `special` tokens in front."""
+    """Return the index of every gene once each cell has `special` tokens in front; `offsets` are without them."""
     cells = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
     return np.arange(offsets[-1]) + special * (cells + 1)
 
 
 def halves(cells: np.ndarray, tokens: np.ndarray, numbers: np.ndarray, seed: int) -> np.ndarray:
-    """`(total,)` 0 or 1: each gene of a cell falls into one of two halves, by a hash of seed, cell and gene alone."""
+    """Return 0 or 1 for each gene: its half of the cell, by a hash of seed, cell and gene alone."""
     streams = mix64(mix64(np.array([seed], dtype=np.uint64)) + numbers.astype(np.uint64))
     return (mix64(streams[cells] + tokens.astype(np.uint64)) & np.uint64(1)).astype(np.int64)
 
 
 class Pairs:
-    """Cells with a perturbation, and the same cells without it ("before").
+    """Pairs of a cell with a perturbation, and the same cell without it ("before").
 
-    All arrays of genes are `(total,)`, over the genes that a cell has before or after.
+    The arrays of genes are `(total genes,)`, over the genes that a cell expresses before or after.
 
     Args:
-        cells: the cells, unperturbed.
-        chosen: `(pairs,)` row of the cell of each pair in `cells`.
-        members: `(pairs, genes)` tokens that are perturbed together; each pair has one at least whose count changes.
-        change: what becomes of them.
+        cells: unperturbed cells.
+        chosen: `(pairs,)` row of each pair's cell in `cells`.
+        members: `(pairs, genes)` tokens that are perturbed together; at least one count of each pair changes.
+        change: change of their counts.
 
     Attributes:
-        pair: the pair of every gene.
-        tokens: the genes.
-        index: where the gene lies in `cells.rows`; -1 for one that the cell did not express.
-        touched: which genes are perturbed.
-        keep: which genes are in the sample.
-        own_before: `(pairs,)` bool, where "before" is not the cell as the tokenizer encodes it: a cell longer than the
-            context whose sample had to be changed to hold the perturbed genes.
+        pair: pair of every gene.
+        tokens: token of every gene.
+        index: index of the gene in `cells.rows`; -1 for a gene that the cell did not express.
+        touched: bool, the genes that are perturbed.
+        keep: bool, the genes in the sample.
+        own_before: `(pairs,)` bool, the pairs whose "before" differs from the cell as the tokenizer encodes it: cells
+            longer than the context whose sample was changed to hold the perturbed genes.
 
     Raises:
-        ValueError: where the context has no room for the perturbed genes.
+        ValueError: for a context that has no room for the perturbed genes.
     """
 
     def __init__(self, cells: CellRows, chosen: np.ndarray, members: np.ndarray, change: Change):
@@ -247,7 +250,7 @@ class Pairs:
             added_pairs.append(np.flatnonzero(missing))
             added_tokens.append(member[missing])
         extra = np.concatenate(added_pairs)
-        if len(extra):  # a gene that the cell did not express comes where its column is
+        if len(extra):  # genes that the cell did not express, inserted in the order of columns
             pair, tokens = np.append(pair, extra), np.append(tokens, np.concatenate(added_tokens))
             order = np.lexsort((self.cells.source.column_of[tokens], pair))
             blank = np.zeros(len(extra), dtype=np.float32)
@@ -260,7 +263,7 @@ class Pairs:
         self.offsets = np.searchsorted(pair, np.arange(len(chosen) + 1))
 
     def _sample(self) -> np.ndarray:
-        """The perturbed genes, and of the others as many as there is room for, the same before and after."""
+        """Sample the perturbed genes, and as many others as there is room for, the same before and after."""
         source = self.cells.source
         keep = np.ones(len(self.tokens), dtype=bool)
         if source.room is None or np.diff(self.offsets).max(initial=0) <= source.room:
@@ -281,11 +284,11 @@ class Pairs:
         return keep
 
     def perturbed(self) -> tuple[EncodedCells, np.ndarray]:
-        """The perturbed cells, and `(genes in them,)` where each of their genes lies in the arrays of this class."""
+        """Encode the perturbed cells; the second array has the index of each of their genes in the arrays here."""
         return self._encoded(self.after, np.ones(len(self.chosen), dtype=bool))
 
     def unperturbed(self, pairs: np.ndarray) -> tuple[EncodedCells, np.ndarray]:
-        """The same of "before", of some of the pairs, `(pairs,)` bool."""
+        """Encode "before", like `perturbed`, of the pairs that are True in `pairs`."""
         return self._encoded(self.before, pairs)
 
     def _encoded(self, counts: np.ndarray, pairs: np.ndarray) -> tuple[EncodedCells, np.ndarray]:
@@ -297,12 +300,12 @@ class Pairs:
         return self.cells.source.encode(rows, kept, self.cells.numbers[chosen], drug_ids), there[kept]
 
     def hidden(self) -> tuple[np.ndarray, np.ndarray]:
-        """Which genes are to be predicted from the rest, and which pairs need a "before" of their own for it.
+        """Choose the genes that are hidden from the model and predicted: the half without the first perturbed gene.
 
-        Hidden is the half of the cell in which the (first) perturbed gene is not; a perturbed gene never is.
+        A perturbed gene is never hidden.
 
         Returns:
-            `(total,)` and `(pairs,)` bool.
+            `(total genes,)` bool, the hidden genes; `(pairs,)` bool, the pairs that need a "before" of their own.
         """
         numbers, seed = self.cells.numbers[self.chosen], self.cells.source.options.seed
         seen = halves(np.arange(len(self.chosen)), self.members[:, 0], numbers, seed)

@@ -1,5 +1,5 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""Finished perturbations of a run, kept on disk: a run that was stopped goes on where it was."""
+"""The journal of a run: finished perturbations on disk, from which a run that was stopped resumes."""
 
 import json
 import os
@@ -14,24 +14,26 @@ from tahoex1_hf.perturbation.plan import Task
 
 
 class Journal:
-    """A file with a line of JSON for the settings of the run, and one for each finished perturbation.
+    """A file with one line of JSON for the settings of the run, and one for each finished perturbation.
 
-    To be used as a context manager, which keeps a second run away from the file.
+    It is used as a context manager, which keeps a second run away from the file.
 
     Args:
-        path: of the file, made where it does not exist; None keeps all in memory.
-        settings: all that decides the result.
-        restart: throw away what a run with other settings left.
+        path: path of the file, which is made if it does not exist; None keeps everything in memory.
+        settings: everything that decides the result.
+        restart: whether to discard what a run with other settings left.
 
     Raises:
-        ValueError: on entering, where the file is of a run with other settings, which the message names, or another
-            run holds it.
+        ValueError: on entering, for the file of a run with other settings, which the message names, and for a file
+            that another run holds.
     """
 
     def __init__(self, path: str | Path | None, settings: Mapping[str, Any], restart: bool = False):
         self.path = None if path is None else Path(path)
         self.finished: dict[Task, dict[str, Any]] = {}
-        self._settings: dict[str, Any] = json.loads(json.dumps(settings))  # tuples become lists, as they come back
+        self._settings: dict[str, Any] = json.loads(
+            json.dumps(settings)
+        )  # makes lists of tuples, as reading the file does
         self._restart = restart
         self._lock: FileLock | None = None
 
@@ -42,7 +44,9 @@ class Journal:
         try:
             self._lock.acquire(timeout=0)
         except Timeout:
-            raise ValueError(f"{self.path}: another run is writing there.") from None
+            raise ValueError(
+                f"{self.path}: another run is writing there; wait for it, or choose another file."
+            ) from None
         try:
             if self.path.exists():
                 self._read(self.path)
@@ -66,15 +70,15 @@ class Journal:
             if complete and not self._restart:
                 other = sorted(key for key in {*before, *self._settings} if before.get(key) != self._settings.get(key))
                 raise ValueError(
-                    f"{path} is of an unfinished run with another {', '.join(other)}: give the same arguments to "
-                    "go on, or restart=True (--restart) to throw it away."
+                    f"{path} belongs to an unfinished run with another {', '.join(other)}: pass the same arguments to "
+                    "resume it, or restart=True (--restart) to discard it."
                 )
             path.unlink()
             return
         for line in complete[1:]:
             record = json.loads(line)
             self.finished[Task(record.pop("group"), tuple(record.pop("genes")), record.pop("control"))] = record
-        os.truncate(path, len("".join(complete).encode()))  # without a line that a kill cut off
+        os.truncate(path, len("".join(complete).encode()))  # removes a line that a kill cut short
 
     @staticmethod
     def _write(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
@@ -84,7 +88,7 @@ class Journal:
             os.fsync(file.fileno())
 
     def add(self, records: Mapping[Task, Mapping[str, Any]]) -> None:
-        """Keep finished perturbations."""
+        """Add finished perturbations."""
         self.finished.update({task: dict(record) for task, record in records.items()})
         if self.path is not None:
             lines = (

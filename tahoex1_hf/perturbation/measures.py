@@ -1,8 +1,8 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""What a perturbation does to cells: shift of their embeddings, and change of the expression that the model predicts.
+"""Measures of perturbations: the shift of cell embeddings, and the change of predicted expression.
 
-Cells come in chunks, and of perturbed ones only sums are kept. Of each cell of a group as it is, its embedding is
-kept, and, where expression is predicted, a number per gene that it expresses.
+Cells come in chunks. Of perturbed cells only sums are kept; of each unperturbed cell of a group, its embedding and, if
+expression is predicted, one value for each gene that it expresses.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -16,18 +16,18 @@ from tahoex1_hf.encoding_tahoe_x1 import EncodedCells
 from tahoex1_hf.inference.encoder import CellEncoder, length_sorted_batches
 from tahoex1_hf.perturbation.cells import CellRows, Change, Pairs, gene_places, halves
 
-# Genes of perturbed cells that are encoded at a time: tens of megabytes with all that is computed on the way.
+# Number of genes of perturbed cells that are encoded together: tens of megabytes with everything computed on the way.
 PIECE_TOKENS = 2**19
 
 
 class Moments:
-    """Mean and standard error of values that come in parts, for several groups of values at once."""
+    """Running mean and standard error of several groups of values."""
 
     def __init__(self, size: int):
         self.count, self.mean, self.squares = np.zeros((3, size))
 
     def add(self, groups: np.ndarray, values: np.ndarray) -> None:
-        """Add `(values,)` numbers, each to its group (Chan, Golub and LeVeque 1983, doi:10.2307/2683386)."""
+        """Add `(values,)` values, each to its group (Chan, Golub and LeVeque 1983, doi:10.2307/2683386)."""
         size = len(self.count)
         count = np.bincount(groups, minlength=size).astype(np.float64)
         mean = np.bincount(groups, weights=values, minlength=size) / np.maximum(count, 1)
@@ -39,23 +39,23 @@ class Moments:
         self.count = total
 
     def standard_error(self) -> np.ndarray:
-        """Of the mean; NaN for fewer than two values."""
+        """Return the standard error of each group's mean; NaN for fewer than two values."""
         with np.errstate(invalid="ignore", divide="ignore"):
             return np.where(self.count > 1, np.sqrt(self.squares / (self.count - 1) / self.count), np.nan)
 
     def of(self, group: int) -> tuple[float, float]:
-        """Mean and standard error of one group; NaN where there are too few values."""
+        """Return the mean and standard error of one group; NaN where there are too few values."""
         mean = self.mean[group] if self.count[group] else np.nan
         return float(mean), float(self.standard_error()[group])
 
 
 class Forward:
-    """The model, run over encoded cells.
+    """A model that embeds encoded cells, and predicts expression if it has the decoder.
 
     Args:
-        encoder: of the cells.
-        decoder: the expression decoder, where predictions are wanted.
-        bins_per_unit: of the predictions.
+        encoder: model that embeds the cells.
+        decoder: expression decoder; None for no predictions.
+        bins_per_unit: number of bins in one unit of the decoder's output.
     """
 
     def __init__(self, encoder: CellEncoder, decoder: torch.nn.Module | None = None, bins_per_unit: float = 1.0):
@@ -63,7 +63,7 @@ class Forward:
         self.decoder = None if decoder is None else decoder.to(encoder.device).eval()
 
     def pooled(self, cells: EncodedCells) -> np.ndarray:
-        """`(cells, width)` float32 embeddings, not normalised."""
+        """Return `(cells, width)` float32 embeddings, not normalised."""
         embeddings = np.empty((cells.num_cells, self.encoder.width), dtype=np.float32)
         for rows, pooled in self.encoder.pooled_batches(cells):
             embeddings[rows] = pooled.float().cpu().numpy()
@@ -75,10 +75,10 @@ class Forward:
 
         Args:
             cells: encoded cells.
-            hidden: `(tokens,)` bool, whose expression is hidden from the model.
+            hidden: `(tokens,)` bool, the tokens whose expression is hidden from the model.
 
         Returns:
-            `(tokens,)` float32, in bins where the model has bins; NaN where nothing is hidden.
+            `(tokens,)` float32 expression of the hidden tokens, in bins if the model has bins; NaN elsewhere.
         """
         if self.decoder is None:
             raise ValueError("there is no expression decoder")
@@ -104,12 +104,12 @@ class Forward:
 
 @dataclass
 class Unperturbed:
-    """Some cells as they are, and what the model makes of them.
+    """Embeddings and predicted expression of unperturbed cells.
 
     Attributes:
-        numbers: `(cells,)` their numbers in the data.
+        numbers: `(cells,)` numbers of the cells in the data.
         pooled: `(cells, width)` float32 embeddings, not normalised.
-        predicted: `(genes of the cells,)` float32, each gene predicted while its half of the cell is hidden.
+        predicted: `(genes of the cells,)` float32 expression, predicted while the gene's half of the cell is hidden.
     """
 
     numbers: np.ndarray
@@ -118,7 +118,7 @@ class Unperturbed:
 
 
 def unperturbed(cells: CellRows, forward: Forward) -> Unperturbed:
-    """Run the model over cells as they are."""
+    """Run the model over unperturbed cells."""
     encoded = cells.encoded()
     predicted = None
     if forward.decoder is not None:
@@ -131,7 +131,7 @@ def unperturbed(cells: CellRows, forward: Forward) -> Unperturbed:
 
 
 def predict_genes(forward: Forward, cells: EncodedCells, hidden: np.ndarray) -> np.ndarray:
-    """`Forward.predictions` for arrays over the genes of the cells, without the special tokens."""
+    """Return `Forward.predictions` for arrays over the genes of the cells, without the special tokens."""
     special = 1 if cells.drug_ids is None else 2
     places = gene_places(cells.offsets - special * np.arange(cells.num_cells + 1), special)
     everywhere = np.zeros(len(cells.input_ids), dtype=bool)
@@ -140,19 +140,27 @@ def predict_genes(forward: Forward, cells: EncodedCells, hidden: np.ndarray) -> 
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:
-    """Rows of length 1, float64."""
-    wide = vectors.astype(np.float64)
-    return wide / np.maximum(np.linalg.norm(wide, axis=-1, keepdims=True), 1e-12)
+    """Return the rows scaled to length 1, in float64."""
+    precise = vectors.astype(np.float64)
+    return precise / np.maximum(np.linalg.norm(precise, axis=-1, keepdims=True), 1e-12)
 
 
 @dataclass
 class Piece:
-    """Pairs that are run together."""
+    """Pairs of cells that are run through the model together.
+
+    Attributes:
+        pairs: cells with and without a perturbation.
+        tasks: `(pairs,)` number of each pair's perturbation.
+        perturbed: the encoded perturbed cells.
+        perturbed_genes: `(genes of the perturbed cells,)` index of each gene in the arrays of `pairs`.
+        chunk: the unperturbed cells.
+    """
 
     pairs: Pairs
-    tasks: np.ndarray  # (pairs,) which perturbation
+    tasks: np.ndarray
     perturbed: EncodedCells
-    perturbed_genes: np.ndarray  # where the genes of `perturbed` lie in `pairs`
+    perturbed_genes: np.ndarray
     chunk: Unperturbed
 
 
@@ -161,10 +169,11 @@ class BlockMeasures:
 
     Args:
         members: `(perturbations, genes)` tokens that are perturbed together.
-        change: what becomes of them.
-        forward: the model.
-        target: `(width,)` embedding of the state toward which shifts are measured, of length 1.
-        affected: `(tokens,)` slot of every gene whose predicted change is to be known; -1 for none.
+        change: change of their counts.
+        forward: model.
+        target: `(width,)` embedding of length 1 toward which shifts are measured; None for none.
+        affected: `(tokens,)` slot of every gene whose predicted change is summed, -1 for other tokens; None for no
+            predictions.
     """
 
     def __init__(
@@ -189,11 +198,11 @@ class BlockMeasures:
         """Measure the cells of a group.
 
         Args:
-            read: reads the counts of cells.
-            chunks: the cells as they are.
+            read: function that reads the counts of cells.
+            chunks: the unperturbed cells.
 
         Yields:
-            Now and then, the number of perturbed cells since the last time.
+            The number of perturbed cells measured since the last time.
         """
         for piece in prefetch(self._pieces(read, chunks)):
             if isinstance(piece, Unperturbed):
@@ -205,7 +214,7 @@ class BlockMeasures:
     def _pieces(
         self, read: Callable[[np.ndarray], CellRows], chunks: Sequence[Unperturbed]
     ) -> Iterator[Piece | Unperturbed]:
-        """The pairs of each chunk in pieces, and behind them the chunk itself."""
+        """Yield the pairs of each chunk in pieces, and after them the chunk itself."""
         genes, slots = np.unique(self.members, return_inverse=True)
         slots = slots.reshape(self.members.shape)
         for chunk in chunks:
@@ -252,7 +261,13 @@ class BlockMeasures:
         )
 
     def _add_predictions(self, piece: Piece, genes: np.ndarray, difference: np.ndarray) -> None:
-        """Add the change of hidden genes, `genes` being their places in the arrays of the pairs."""
+        """Add the change of hidden genes.
+
+        Args:
+            piece: pairs of cells.
+            genes: `(hidden genes,)` index of each gene in the arrays of the pairs.
+            difference: `(hidden genes,)` change of the predicted expression.
+        """
         pair = piece.pairs.pair[genes]
         counts = np.bincount(pair, minlength=len(piece.tasks))
         some = counts > 0
@@ -264,9 +279,9 @@ class BlockMeasures:
             self.by_gene.add(piece.tasks[pair] * self.num_slots + slots, difference)
 
     def affected(self, perturbation: int, number: int) -> list[tuple[int, float, float, int]]:
-        """The genes whose predicted expression changes most: slot, mean change, its standard error, cells.
+        """Return the genes whose predicted expression changes most: slot, mean change, standard error and cells.
 
-        A gene is taken into account if it was predicted in three cells and in a twentieth of those perturbed.
+        Only genes count that were predicted in at least three cells and in a twentieth of the perturbed cells.
         """
         part = slice(perturbation * self.num_slots, (perturbation + 1) * self.num_slots)
         mean, error, count = self.by_gene.mean[part], self.by_gene.standard_error()[part], self.by_gene.count[part]

@@ -1,5 +1,5 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""Which perturbations are made, in which cells, and which genes of like expression each is compared with."""
+"""The plan of a run: perturbations, their cells, and the genes of like expression that each is compared with."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,8 +13,8 @@ from tahoex1_hf.perturbation.cells import CellSource
 if TYPE_CHECKING:
     from anndata import AnnData
 
-# Perturbations that are made together, and are kept together when they are done: up to so many perturbed cells, enough
-# for full batches; and up to so many perturbations, fewer where the change of every gene is summed up.
+# A block of perturbations is measured together, and kept when it is done. A block has at most this many perturbed
+# cells, enough for full batches, and at most this many perturbations, fewer where the change of every gene is summed.
 _BLOCK_CELLS, _BLOCK, _BLOCK_EVERY_GENE = 2048, 512, 32
 # Columns of `var` in which files usually keep symbols beside Ensembl ids.
 _SYMBOL_COLUMNS = ("gene_symbol", "gene_symbols", "feature_name", "gene_name", "gene_names", "symbol", "SYMBOL")
@@ -22,7 +22,13 @@ _SYMBOL_COLUMNS = ("gene_symbol", "gene_symbols", "feature_name", "gene_name", "
 
 @dataclass(frozen=True)
 class Task:
-    """Genes (their tokens) that are perturbed together in the cells of one group."""
+    """Genes that are perturbed together in the cells of one group.
+
+    Attributes:
+        group: number of the group.
+        genes: tokens of the genes.
+        control: whether the genes serve only as a control.
+    """
 
     group: int
     genes: tuple[int, ...]
@@ -34,34 +40,34 @@ class Groups:
     """The cells that are perturbed.
 
     Attributes:
-        names: of the groups.
-        numbers: of each group, the rising numbers of its cells.
+        names: name of each group.
+        numbers: increasing cell numbers of each group.
     """
 
     names: list[str]
     numbers: list[np.ndarray]
 
     def chunks(self, group: int) -> Iterator[np.ndarray]:
-        """The cells of a group, a few at a time."""
+        """Yield the cell numbers of a group, a chunk at a time."""
         yield from chunks(self.numbers[group])
 
 
 def chunks(numbers: np.ndarray) -> Iterator[np.ndarray]:
-    """Cells by their numbers, a few at a time."""
+    """Yield cell numbers, a chunk at a time."""
     for start in range(0, len(numbers), CHUNK_CELLS):
         yield numbers[start : start + CHUNK_CELLS]
 
 
 def choose_cells(adata: "AnnData", cells: Any, name: str) -> np.ndarray:
-    """`(cells,)` bool of a mask, of a comparison over columns of `obs`, or of None for all.
+    """Return the chosen cells as a `(cells,)` bool mask.
 
     Args:
-        adata: the cells.
-        cells: the choice.
-        name: of the argument, for messages.
+        adata: cells to choose from.
+        cells: mask, comparison over columns of `obs`, or None for all cells.
+        name: name of the argument, for messages.
 
     Raises:
-        ValueError: for a mask of another length, an expression that does not fit `obs`, and where no cell is left.
+        ValueError: for a mask of another length, an expression that does not fit `obs`, and a choice without cells.
     """
     if cells is None:
         mask = np.ones(adata.n_obs, dtype=bool)
@@ -75,7 +81,7 @@ def choose_cells(adata: "AnnData", cells: Any, name: str) -> np.ndarray:
                 f"{adata.n_obs} cells, or a comparison like 'cell_type == \"B\"'."
             )
     if not mask.any():
-        raise ValueError(f"{name}={cells!r} leaves none of the {adata.n_obs} cells.")
+        raise ValueError(f"{name}={cells!r} leaves none of the {adata.n_obs} cells: choose others.")
     return mask
 
 
@@ -93,7 +99,7 @@ def _query(adata: "AnnData", expression: str, name: str) -> np.ndarray:
 
 
 def make_groups(adata: "AnnData", mask: np.ndarray, groupby: str | None) -> Groups:
-    """The chosen cells by a column of `obs`; those without a value there are left out."""
+    """Group the chosen cells by a column of `obs`; cells without a value there are left out."""
     numbers = np.flatnonzero(mask)
     if groupby is None:
         return Groups(["all"], [numbers])
@@ -108,10 +114,10 @@ def make_groups(adata: "AnnData", mask: np.ndarray, groupby: str | None) -> Grou
 
 
 class GeneNames:
-    """Tokens of genes by what a user calls them, and the other way round.
+    """Translation between the names that a user gives to genes and their tokens.
 
     Args:
-        adata: the cells; symbols are also looked for in the columns of `var`.
+        adata: cells; symbols are also looked for in the columns of `var`.
         source: the same cells, with the tokens of their columns.
     """
 
@@ -120,10 +126,10 @@ class GeneNames:
         self.symbols: Mapping[str, str] = source.options.gene_symbols or {}
 
     def tokens(self, names: Sequence[str]) -> list[int]:
-        """Tokens of genes named by Ensembl id or symbol.
+        """Return the tokens of genes named by Ensembl id or symbol.
 
         Raises:
-            ValueError: naming those that the data or the vocabulary lacks, and those that mean several genes.
+            ValueError: for genes that the data or the vocabulary lacks, and for names that mean several genes.
         """
         wanted = [str(name) for name in names]
         if not wanted:
@@ -154,8 +160,12 @@ class GeneNames:
             raise ValueError(f"genes names a gene twice: {twice}.")
         return tokens_of
 
-    def labels(self) -> dict[int, str]:
-        """What to call each gene of the data: its symbol where there is one."""
+    def labels(self, asked: Sequence[str] | str = "all") -> dict[int, str]:
+        """Return the name of each gene of the data, by token: its symbol where there is one.
+
+        Args:
+            asked: genes that the user named, which keep these names; or `"all"`.
+        """
         shown = self.adata.var_names.astype(str).to_numpy()
         if all(name.startswith("ENS") for name in shown[:20]):
             column = next((name for name in _SYMBOL_COLUMNS if name in self.adata.var.columns), None)
@@ -168,17 +178,19 @@ class GeneNames:
         for token, name in zip(self.source.genes.token_ids.tolist(), shown, strict=True):
             if token >= 0:
                 labels.setdefault(token, str(name))
+        if not isinstance(asked, str):
+            labels.update(zip(self.tokens(asked), map(str, asked), strict=True))
         return labels
 
 
 @dataclass
 class Levels:
-    """How much each gene is expressed in each group.
+    """Expression of each gene in each group; genes are in the order of `CellSource.tokens`.
 
     Attributes:
         cells: `(groups,)` number of cells.
-        expressing: `(groups, genes)` cells that express the gene; genes in the order of `CellSource.tokens`.
-        sums: `(groups, genes)` sum of its counts.
+        expressing: `(groups, genes)` number of cells that express the gene.
+        sums: `(groups, genes)` sum of the gene's counts.
     """
 
     cells: np.ndarray
@@ -187,7 +199,7 @@ class Levels:
 
     @classmethod
     def measure(cls, source: CellSource, groups: Groups) -> "Levels":
-        """Read all cells once; counts that cannot be encoded are found here."""
+        """Read all cells once, and raise ValueError for counts that cannot be encoded."""
         shape = (len(groups.names), len(source.tokens))
         expressing, sums = np.zeros(shape, dtype=np.int64), np.zeros(shape)
         for group in range(len(groups.names)):
@@ -200,7 +212,7 @@ class Levels:
         return cls(np.array([len(numbers) for numbers in groups.numbers]), expressing, sums)
 
     def coordinates(self, group: int) -> np.ndarray:
-        """`(genes, 2)` log2 of the share of cells that express a gene, and of its mean count in these."""
+        """Return `(genes, 2)`: log2 of the share of cells that express a gene, and log2 of its mean count there."""
         expressing = self.expressing[group]
         share = np.log2((expressing + 1) / (self.cells[group] + 1))
         return np.stack([share, np.log2((self.sums[group] + 1) / (expressing + 1))], axis=1)
@@ -209,18 +221,23 @@ class Levels:
 class Controls:
     """Genes of like expression, whose perturbation shows what shift to expect from any gene of that expression.
 
-    Candidates are genes that at least `min_cells` cells express, without those that are tested, unless all genes are.
-    The nearest are taken: by the squared difference of the log2 share of cells that express a gene, plus that of its
-    log2 mean count in these cells.
+    Candidates are the genes that at least `min_cells` cells express, without the tested genes. The nearest are taken,
+    by the squared difference of the log2 share of cells that express a gene, plus that of the log2 mean count in these
+    cells.
 
     Args:
-        levels: of the genes.
-        tested: `(tested,)` columns of the genes that are not to be controls.
-        number: of controls per perturbation.
-        min_cells: see above.
-        everywhere: count the expressing cells of all groups, not of the group alone: for perturbations that reach the
-            cells which do not express the gene.
-        ties: `(genes,)` whichever is lower is taken of genes that are equally near: many that few cells express are.
+        levels: expression of the genes.
+        tested: `(tested,)` columns of the genes that must not be controls.
+        number: number of controls per perturbation.
+        min_cells: fewest cells that must express a control.
+        everywhere: whether to count the expressing cells of all groups instead of the group alone, for perturbations
+            that also change cells which do not express the gene.
+        ties: `(genes,)` numbers that decide among genes that are equally near, the lower first; many genes that few
+            cells express are equally near.
+
+    Attributes:
+        expressed: `(groups, genes)` bool, the genes that enough cells express.
+        free: `(genes,)` bool, the genes that may be controls.
     """
 
     def __init__(
@@ -229,12 +246,11 @@ class Controls:
         self.levels, self.number, self.ties = levels, number, ties
         total = levels.expressing.sum(0)
         self.expressed = np.stack([total if everywhere else row for row in levels.expressing]) >= min_cells
-        """`(groups, genes)` bool, which genes enough cells express."""
         self.free = np.ones(levels.expressing.shape[1], dtype=bool)
         self.free[tested] = False
 
     def of(self, group: int, columns: Sequence[int]) -> list[tuple[int, ...]]:
-        """Columns of up to `number` controls, each of as many genes as `columns` has, the nearest first."""
+        """Return the columns of up to `number` controls, each with as many genes as `columns`, the nearest first."""
         allowed = self.free & self.expressed[group]
         allowed[list(columns)] = False
         candidates, places = np.flatnonzero(allowed), self.levels.coordinates(group)
@@ -245,19 +261,19 @@ class Controls:
         sets: list[tuple[int, ...]] = []
         for start in range(min(self.number, len(candidates) // max(1, len(columns)))):
             chosen: list[int] = []
-            for order in nearest:  # the start-th nearest of each that is not in the set already
+            for order in nearest:  # of each gene, the start-th nearest that is not in the set yet
                 chosen.append(next(gene for gene in order[start:] + order[:start] if gene not in chosen))
             sets.append(tuple(chosen))
         return list(dict.fromkeys(sets))
 
 
 def blocks(tasks: Sequence[Task], num_cells: Sequence[int], every_gene: bool) -> Iterator[list[Task]]:
-    """Cut tasks into blocks, always the same: together they make better batches.
+    """Cut tasks into blocks that are measured together, which makes fuller batches; the cuts are always the same.
 
     Args:
-        tasks: of one group, with equally many genes each.
-        num_cells: of each, about how many cells it changes.
-        every_gene: whether the change of every gene is summed up, in memory of the size of a block times the genes.
+        tasks: tasks of one group, all with the same number of genes.
+        num_cells: about how many cells each task changes.
+        every_gene: whether the change of every gene is summed, which takes memory for each task of a block and gene.
     """
     block: list[Task] = []
     total, most = 0, _BLOCK_EVERY_GENE if every_gene else _BLOCK

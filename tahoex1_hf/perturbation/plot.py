@@ -1,5 +1,5 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""A picture of ranked perturbations: the shifts beside those of genes of like expression."""
+"""A figure of ranked perturbations: their shifts beside those of genes of like expression."""
 
 import math
 from pathlib import Path
@@ -15,7 +15,7 @@ _BLUE, _ORANGE, _GREY = "#4e79a7", "#f28e2b", "#9a9a9a"
 
 
 def check_plot(path: str | Path) -> None:
-    """Raise ValueError for a picture that could not be drawn, before any work is done."""
+    """Raise ValueError for a figure that could not be written, before any work is done."""
     if Path(path).suffix != ".png":
         raise ValueError(f"{path}: a plot must end in .png.")
     if not Path(path).parent.is_dir():
@@ -27,15 +27,18 @@ def check_plot(path: str | Path) -> None:
 
 
 def plot_ranking(table: "DataFrame", path: str | Path, most: int = 20) -> None:
-    """Draw, for each group of cells, the genes that shift it most, as bars, and the null beside each.
+    """Draw the genes that shift each group of cells most, as bars, with the null distribution beside each bar.
 
-    Perturbations of too few cells to be compared with a null are left out where others are. A group alone also gets a
-    picture of all its genes: shift against z score, the outstanding ones named.
+    Perturbations of too few cells to be compared with controls are left out if others were compared. A single group
+    also gets a scatter plot of all its genes: shift against z score, with the names of the most extreme.
 
     Args:
-        table: of `perturb_genes`.
-        path: of the PNG.
-        most: genes per group; with several groups half of that.
+        table: table that `perturb_genes` returns.
+        path: path of the PNG.
+        most: number of genes in a group; several groups get half as many each.
+
+    Raises:
+        ValueError: for a table in which no perturbation changed a cell.
     """
     from matplotlib.figure import Figure
 
@@ -64,7 +67,7 @@ def plot_ranking(table: "DataFrame", path: str | Path, most: int = 20) -> None:
 
 
 def _strongest(rows: "DataFrame", measure: str, number: int) -> "DataFrame":
-    """With a target, both ends of the ranking."""
+    """Return the first rows; with a target, rows from both ends of the ranking."""
     if measure != "target_change" or len(rows) <= number:
         return rows.head(number)
     return rows.iloc[[*range(number - number // 2), *range(len(rows) - number // 2, len(rows))]]
@@ -101,15 +104,18 @@ def _bars(axis: Any, rows: "DataFrame", measure: str, title: str) -> None:
 
 def _points(axis: Any, table: "DataFrame", measure: str) -> None:
     rows = table[table["z_score"].notna()]
-    outstanding = rows["q_value"].lt(0.1).to_numpy()
-    for chosen, color, label in ((~outstanding, _GREY, "q ≥ 0.1"), (outstanding, _BLUE, "q < 0.1")):
+    extreme = rows["q_value"].lt(0.1).to_numpy()
+    for chosen, color, label in ((~extreme, _GREY, "q ≥ 0.1"), (extreme, _BLUE, "q < 0.1")):
         if chosen.any():
             axis.scatter(rows[measure][chosen], rows["z_score"][chosen], s=10, color=color, alpha=0.7, label=label)
     if measure == "cosine_distance":
         axis.set_xscale("log")
     strongest = rows.iloc[np.argsort(-rows["z_score"].abs().to_numpy(), kind="stable")[:10]].sort_values("z_score")
     for place in range(len(strongest)):
-        row, offset = strongest.iloc[place], 3 if place % 2 else -8  # names of neighbours do not lie on each other
+        row, offset = (
+            strongest.iloc[place],
+            3 if place % 2 else -8,
+        )  # above and below in turn, so that neighbouring names do not overlap
         where = (row[measure], row["z_score"])
         axis.annotate(row["gene"], where, fontsize=7, xytext=(3, offset), textcoords="offset points")
     axis.axhline(0, color="black", linewidth=0.6)

@@ -46,13 +46,28 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class PerturbationResult:
-    """What `perturb_genes` returns.
+    """Tables that `perturb_genes` returns.
 
     Attributes:
-        table: a row per perturbation and group of cells, ranked within the group; see `perturb_genes`.
-        affected: with `expression`, a row per perturbation and gene whose predicted expression changes most: `group`,
-            `gene`, `gene_id`, `affected_gene`, `affected_gene_id`, `mean_change` and `standard_error` (over cells, in
-            bins), `n_cells` (in which the gene was predicted).
+        table: one row per perturbation and group of cells, ranked within the group. Columns:
+
+            - `group`, `rank`, `gene`, `gene_id`; several genes perturbed together are joined by `+`.
+            - `n_cells`; `n_cells_expressing`, the number of cells that express at least one of the genes;
+              `n_cells_changed`.
+            - `cosine_distance`, 1 - cosine of the cell embeddings before and after; `euclidean_shift`, the distance of
+              the embeddings as the model gives them, not normalised; with a target, `target_change`, the change of the
+              cosine to the target's mean embedding (positive is toward the target). All are means over the changed
+              cells; columns with `_se` have their standard errors.
+            - with `expression`, `predicted_abs_change` and `predicted_change`, the change of the predicted expression
+              of the other genes, in bins: the mean over a cell's genes, then over cells.
+            - `n_null`, `null_mean`, `null_sd`, `z_score`, `p_value` and `q_value`: comparison with the controls, by
+              `target_change` where there is a target and by `cosine_distance` otherwise, which is also the order of
+              the rows. `p_value` is (1 + number of controls that are as extreme) / (1 + number of controls): one-sided
+              for the distance, two-sided about the controls' median for the target. `q_value` is Benjamini and
+              Hochberg's, over the table.
+        affected: with `expression`, one row per perturbation and gene whose predicted expression changes most, with
+            the columns `group`, `gene`, `gene_id`, `affected_gene`, `affected_gene_id`, `mean_change` and
+            `standard_error` (over cells, in bins) and `n_cells` (number of cells in which the gene was predicted).
     """
 
     table: "DataFrame"
@@ -90,63 +105,56 @@ def perturb_genes(
 ) -> PerturbationResult:
     """Change the counts of genes in cells, and measure how far the cells' embeddings move.
 
-    A changed cell is encoded as if it had been measured so: bins are computed anew from all its counts. In cells
+    A changed cell is encoded as if it had been measured that way: bins are computed anew from all its counts. In cells
     longer than the context, the other genes of the sample are the same with and without the perturbation, and the
-    perturbed gene is always in it. Means are over the cells whose counts change: to delete a gene from a cell that
-    does not express it is no perturbation.
+    perturbed gene is always in the sample. Means are over the cells whose counts change: deleting a gene from a cell
+    that does not express it is no perturbation.
 
-    The null distribution of a perturbation are the shifts by `null_genes` other genes, perturbed in the same way in
-    the cells of the same group, whose expression is nearest (share of cells that express them, and mean count
-    there; see `Controls`). With named genes these are perturbed in addition, which is most of the work.
+    The null distribution of a perturbation consists of the shifts that `null_genes` other genes cause, perturbed in
+    the same way in the cells of the same group: the genes nearest in expression (share of cells that express them, and
+    mean count there; see `Controls`). Where genes are named, the controls are perturbed in addition, which is most of
+    the work. Perturbations that change fewer than `min_cells` cells are not compared with controls, and ranked last.
 
-    The table has, per perturbation and group: `group`, `rank`, `gene`, `gene_id`; `n_cells`,
-    `n_cells_expressing` (one of the genes at least), `n_cells_changed`; `cosine_distance` (1 - cosine of the cell
-    embeddings before and after) and `euclidean_shift` (of the embeddings as the model gives them, not normalised),
-    means over the changed cells, with `_se`, their standard errors; with `target`, `target_change` (of the cosine
-    to the target's mean embedding; positive is toward it); with `expression`, `predicted_abs_change` and
-    `predicted_change` (of the other genes, in bins: mean over a cell's genes, then over cells); `n_null`,
-    `null_mean`, `null_sd`, `z_score`, `p_value` and `q_value`. Rows are ranked by `target_change` where there is a
-    target, else by `cosine_distance`, and the null is of the same quantity. `p_value` is empirical, (1 + controls
-    that are as extreme) / (1 + controls), one-sided for the distance and two-sided, about the controls' median, for
-    the target; it cannot be less than 1 / (1 + controls). `q_value` is Benjamini and Hochberg's, over the table.
-    Perturbations that change fewer than `min_cells` cells are not compared with controls, and ranked last.
-
-    Predicted expression is that of the expression decoder for genes that are hidden from the model, as in its
-    training: the half of the cell in which the perturbed gene is not. At genes that it sees, the decoder was never
-    trained.
+    Expression is predicted by the expression decoder for genes that are hidden from the model, as in its training: the
+    half of the cell without the perturbed gene. The decoder was never trained on genes that the model sees.
 
     Args:
-        adata: cells with raw counts, in memory or backed, or the path of an .h5ad file; left as it is.
-        model: a Tahoe-x1 model, or where `find_model` finds one.
-        tokenizer: of the same checkpoint; by default loaded with the model.
+        adata: cells with raw counts, in memory or backed, or the path of an `.h5ad` file; it is not changed.
+        model: as in `embed_anndata`.
+        tokenizer: as in `embed_anndata`.
         genes: Ensembl ids or symbols (from `gene_symbols`, `var_names` or a column of `var`), one perturbation each;
-            or `"all"` that at least `min_cells` cells express.
-        mode: `"delete"`: the count becomes 0. `"overexpress"`: it becomes the cell's largest count, so that the gene
-            is in the top bin, whether the cell expressed it or not. `"set"`: it becomes `value`.
-        value: the raw count for `"set"`.
-        together: perturb all genes at once, as one perturbation.
-        cells: which cells to perturb: a comparison over columns of `obs` (`'cell_type == "B" and n_genes > 500'`), or
-            a mask; by default all.
+            or `"all"`, the genes that at least `min_cells` cells express.
+        mode: `"delete"` sets the count to 0. `"overexpress"` sets it to the cell's largest count, so that the gene is
+            in the top bin, whether the cell expressed it or not. `"set"` sets it to `value`.
+        value: raw count for `"set"`.
+        together: whether to perturb all genes at once, as one perturbation.
+        cells: cells to perturb: a comparison over columns of `obs` (`'cell_type == "B" and n_genes > 500'`), or a
+            mask; by default all.
         groupby: column of `obs`; the genes are ranked in each of its groups.
         target: cells, chosen like `cells`, toward whose mean embedding the shift is measured.
-        expression: also measure predicted expression. Needs the pretraining head; takes about four times as long.
-        num_affected: with `expression`, most affected genes to list per perturbation.
-        null_genes: controls per perturbation; 0 for none.
-        min_cells: fewest cells that express a gene for it to be a control, or one of `"all"`: cells of the group, or,
-            unless genes are deleted, of all groups. Also fewest changed cells of a perturbation that is compared.
+        expression: whether to measure predicted expression too. It needs the pretraining head, and takes about four
+            times as long.
+        num_affected: with `expression`, number of most affected genes to list per perturbation.
+        null_genes: number of controls per perturbation; 0 for none.
+        min_cells: fewest cells that must express a gene for it to be a control, or one of `"all"`: cells of the group
+            where genes are deleted, of all groups otherwise. Also the fewest changed cells of a perturbation that is
+            compared with controls.
         layer: as in `embed_anndata`.
         gene_id_column: as in `embed_anndata`.
         gene_symbols: as in `embed_anndata`.
         drugs: as in `embed_anndata`.
         max_length: as in `embed_anndata`.
-        seed: as in `embed_anndata`; also of the halves of cells in predictions, and of the choice among controls that
-            are equally near.
-        batch_tokens: as in `embed_anndata`; changes nothing but rounding.
+        seed: as in `embed_anndata`; also the seed of the halves of cells in predictions, and of the choice among
+            controls that are equally near.
+        batch_tokens: as in `embed_anndata`.
         device: as in `embed_anndata`.
         dtype: as in `embed_anndata`, but float32 by default: bfloat16 moves embeddings as far as many a gene does.
-        partial: file in which finished perturbations are kept: the same call goes on from it. Remove it afterwards.
-        restart: throw away what an unfinished run with other arguments left in `partial`.
+        partial: file that keeps finished perturbations, from which the same call resumes; remove it afterwards.
+        restart: whether to discard what an unfinished run with other arguments left in `partial`.
         progress: whether to show a progress bar.
+
+    Returns:
+        The ranked perturbations, and with `expression` the most affected genes.
 
     Raises:
         ValueError: for genes that are unknown or that no chosen cell expresses (when deleting), for a choice without
@@ -173,20 +181,11 @@ def perturb_genes(
         levels = Levels.measure(source, groups)
         names = GeneNames(adata, source)
         controls = _plan(genes, names, groups, levels, change, together, null_genes, min_cells)
-        asked = list(controls)
-        everything = list(dict.fromkeys([*asked, *(other for others in controls.values() for other in others)]))
-        run = _Run(source, groups, levels, forward, change, everything, num_affected)
+        run = _Run(source, groups, levels, forward, change, controls, num_affected)
         settings = {"mode": mode, "value": value, "expression": expression, "num_affected": num_affected}
         journal = stack.enter_context(Journal(partial, {**settings, **run.identity(model, toward)}, restart))
         run.carry_out(journal, toward, progress)
-    labels = names.labels()
-    if not isinstance(genes, str):  # as the caller calls them
-        labels.update(zip(names.tokens(genes), map(str, genes), strict=True))
-    table = ranked_table(journal.finished, controls, groups.names, labels, options.tokenizer, min_cells)
-    affected = None
-    if expression:
-        affected = affected_table(journal.finished, asked, groups.names, labels, options.tokenizer)
-    return PerturbationResult(table, affected)
+    return run.result(journal.finished, names.labels(genes), min_cells)
 
 
 def _forward(
@@ -226,7 +225,7 @@ def _plan(
     null_genes: int,
     min_cells: int,
 ) -> dict[Task, list[Task]]:
-    """The perturbations asked for, and the controls of each."""
+    """Return the perturbations asked for, and the controls of each."""
     source, all_genes = names.source, isinstance(genes, str)
     members: list[list[tuple[int, ...]]]
     if all_genes:
@@ -237,13 +236,13 @@ def _plan(
         tested = source.column_of[names.tokens(genes)]
     deleting = change.mode == "delete"
     seed = np.array([source.options.seed], dtype=np.uint64)
-    ties = mix64(mix64(seed) + source.tokens.astype(np.uint64))  # at random, but the same for any order of the genes
+    ties = mix64(mix64(seed) + source.tokens.astype(np.uint64))  # random, but the same for any order of genes
     finder = Controls(levels, tested, null_genes, min_cells, everywhere=not deleting, ties=ties)
     if all_genes:
         members = [[(column,) for column in np.flatnonzero(row).tolist()] for row in finder.expressed]
         if not any(members):
             raise ValueError(
-                f"No gene is expressed by min_cells={min_cells} cells: choose more cells, or a lower one."
+                f"No gene is expressed by min_cells={min_cells} cells: choose more cells, or a lower min_cells."
             )
     else:
         silent = [
@@ -275,14 +274,15 @@ class _Run:
         levels: Levels,
         forward: Forward,
         change: Change,
-        tasks: list[Task],
+        controls: dict[Task, list[Task]],
         num_affected: int,
     ):
         self.source, self.groups, self.levels, self.forward, self.change = source, groups, levels, forward, change
-        self.tasks, self.num_affected = tasks, num_affected
+        self.controls, self.num_affected = controls, num_affected
+        self.tasks = list(dict.fromkeys([*controls, *(other for others in controls.values() for other in others)]))
 
     def identity(self, model: torch.nn.Module, toward: np.ndarray | None) -> dict[str, Any]:
-        """All that decides the result, apart from the kind of device."""
+        """Return what decides the result, apart from the kind of device."""
         options = self.source.options
         numbers = [each.tolist() for each in self.groups.numbers]
         return {
@@ -298,27 +298,24 @@ class _Run:
         }
 
     def carry_out(self, journal: Journal, toward: np.ndarray | None, progress: bool) -> None:
-        """Do what the journal lacks."""
-        total, done = sum(map(self._reach, self.tasks)), sum(map(self._reach, journal.finished))
+        """Measure the perturbations that the journal lacks, and add them to it."""
+        total, done = sum(map(self._most_changed, self.tasks)), sum(map(self._most_changed, journal.finished))
         with tqdm(total=total, initial=done, unit="cell", desc="Perturbing", disable=not progress) as bar:
-            aim = (
-                self._mean_embedding(toward)
-                if toward is not None and len(journal.finished) < len(self.tasks)
-                else None
-            )
+            unfinished = len(journal.finished) < len(self.tasks)
+            target = self._mean_embedding(toward) if toward is not None and unfinished else None
             for group in range(len(self.groups.names)):
                 todo = [block for block in self._blocks(group) if any(task not in journal.finished for task in block)]
                 cells = self._unperturbed(group) if todo else []
                 for block in todo:
-                    journal.add(self._measure(block, cells, aim, bar))
+                    journal.add(self._measure(block, cells, target, bar))
 
     def _blocks(self, group: int) -> Iterator[Sequence[Task]]:
         for control in (False, True):
             tasks = [task for task in self.tasks if task.group == group and task.control == control]
-            yield from blocks(tasks, [self._reach(task) for task in tasks], self._predicts(control))
+            yield from blocks(tasks, [self._most_changed(task) for task in tasks], self._predicts(control))
 
-    def _reach(self, task: Task) -> int:
-        """At most so many cells does a perturbation change."""
+    def _most_changed(self, task: Task) -> int:
+        """Return the most cells that a perturbation can change."""
         if self.change.mode != "delete":
             return len(self.groups.numbers[task.group])
         expressing = self.levels.expressing[task.group, self.source.column_of[list(task.genes)]]
@@ -328,7 +325,7 @@ class _Run:
         return self.forward.decoder is not None and not control
 
     def _mean_embedding(self, numbers: np.ndarray) -> np.ndarray:
-        """`(width,)` mean of the cells' embeddings of length 1, of length 1 itself."""
+        """Return the `(width,)` mean of the cells' embeddings of length 1, scaled to length 1."""
         total = np.zeros(self.forward.encoder.width)
         for cells in prefetch(self.source.read(part) for part in chunks(numbers)):
             self.source.check(cells)
@@ -345,7 +342,7 @@ class _Run:
         members = np.array([task.genes for task in block])
         slots = self.source.column_of if self._predicts(block[0].control) else None
         measures = BlockMeasures(members, self.change, self.forward, toward, slots)
-        expected = sum(map(self._reach, block))
+        expected = sum(map(self._most_changed, block))
         for num_cells in measures.add(self.source.read, cells):
             expected -= num_cells
             bar.update(num_cells)
@@ -370,6 +367,23 @@ class _Run:
                 ]
             records[task] = record
         return records
+
+    def result(
+        self, finished: Mapping[Task, Mapping[str, Any]], labels: Mapping[int, str], min_cells: int
+    ) -> PerturbationResult:
+        """Make the tables of finished perturbations.
+
+        Args:
+            finished: measures of each perturbation.
+            labels: names of the genes by token.
+            min_cells: fewest changed cells of a perturbation that is compared with controls.
+        """
+        groups, tokenizer = self.groups.names, self.source.tokenizer
+        table = ranked_table(finished, self.controls, groups, labels, tokenizer, min_cells)
+        affected = None
+        if self.forward.decoder is not None:
+            affected = affected_table(finished, list(self.controls), groups, labels, tokenizer)
+        return PerturbationResult(table, affected)
 
 
 __all__ = ["PerturbationResult", "perturb_genes"]

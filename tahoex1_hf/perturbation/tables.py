@@ -24,14 +24,14 @@ def compared(observed: float, null: np.ndarray, two_sided: bool) -> dict[str, fl
     """Compare a shift with those of its controls.
 
     Args:
-        observed: mean shift.
+        observed: mean shift of the perturbation.
         null: `(controls,)` mean shifts of the controls.
-        two_sided: whether a shift is extreme in both directions from the controls' median, or upwards only.
+        two_sided: whether shifts are extreme in both directions from the controls' median, or upwards only.
 
     Returns:
-        `n_null`; `null_mean`, `null_sd` and `z_score`; `p_value`: (1 + controls as extreme) / (1 + controls), which
-        counts the observed one among them (North, Curtis and Sham 2002, doi:10.1086/341527). NaN where there are too
-        few controls.
+        `n_null`, `null_mean`, `null_sd`, `z_score` and `p_value`, NaN where there are too few controls. `p_value` is
+        (1 + controls that are as extreme) / (1 + controls): the observed shift counts as one of them (North, Curtis
+        and Sham 2002, doi:10.1086/341527).
     """
     null = null[np.isfinite(null)]
     values = {"n_null": len(null)} | dict.fromkeys(_NULL[1:5], float("nan"))
@@ -56,14 +56,14 @@ def ranked_table(
     tokenizer: "TahoeX1Tokenizer",
     min_cells: int,
 ) -> "DataFrame":
-    """The table that `perturb_genes` describes.
+    """Make the table that `PerturbationResult` describes.
 
     Args:
         finished: measures of each perturbation.
-        controls: the perturbations asked for, and the controls of each.
-        group_names: of the groups.
-        labels: token -> name of the gene.
-        tokenizer: for the Ensembl ids.
+        controls: perturbations that were asked for, and the controls of each.
+        group_names: names of the groups.
+        labels: mapping from token to name of the gene.
+        tokenizer: tokenizer, for the Ensembl ids.
         min_cells: fewest changed cells of a perturbation that is compared with controls.
     """
     import pandas as pd
@@ -85,7 +85,7 @@ def ranked_table(
         for name in _MEASURES:
             if name in record:
                 row[name], row[f"{name}_se"] = record[name]
-        # A mean over one cell is no match for means over many.
+        # The mean over a few cells scatters more than the controls' means over many: the two are not compared.
         null = np.array([finished[other][ranking][0] for other in ([] if row["_few"] else others)], dtype=np.float64)
         rows.append(row | compared(row[ranking], null, two_sided=toward))
     table = pd.DataFrame(rows).sort_values(["_group", "_few", ranking], ascending=[True, True, False])
@@ -105,7 +105,7 @@ def affected_table(
     labels: Mapping[int, str],
     tokenizer: "TahoeX1Tokenizer",
 ) -> "DataFrame":
-    """The genes whose predicted expression changes most, by perturbation, the most affected first."""
+    """Make the table of the genes most affected by each perturbation, in the order of the effect."""
     import pandas as pd
 
     columns = ["group", "gene", "gene_id", "affected_gene", "affected_gene_id"]
@@ -129,7 +129,7 @@ def check_table(path: str | Path) -> None:
 
 
 def write_table(table: "DataFrame", path: str | Path) -> None:
-    """Write a table as CSV or Parquet, by the end of its name, in place when complete."""
+    """Write a table as CSV or Parquet, as the ending of its name says; the file appears when it is complete."""
     check_table(path)
     with WholeFile(path) as partial:
         if Path(path).suffix == ".csv":

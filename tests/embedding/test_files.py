@@ -488,7 +488,7 @@ def test_work_is_shared_by_tokens(vocab: Path, tmp_path: Path) -> None:
     sums = [tokens[share].sum() for share in shares]
     assert max(sums) - min(sums) <= 2 * tokens.max()
     assert len(shares[0]) > len(shares[1])  # short cells come first
-    assert plan.stretches(todo) == [(0, 1), (2, 4), (5, 10), (10, 13)]
+    assert plan.ranges(todo) == [(0, 1), (2, 4), (5, 10), (10, 13)]
     assert plan.cells(5, 10) == (0, 5 * CHUNK, 160)
     assert plan.cells(10, 13) == (1, 0, 40)
 
