@@ -341,6 +341,23 @@ def test_other_settings_do_not_go_on_with_it(tmp_path: Path, cells: anndata.AnnD
     np.testing.assert_array_equal(embeddings, expected(make_cells(100, seed=9), parts).obsm[KEY])
 
 
+def test_settings_that_an_older_run_did_not_record_are_taken_to_be_the_same(
+    tmp_path: Path, cells: anndata.AnnData, parts, stopping
+) -> None:
+    path = write_cells(cells, tmp_path / "cells", "csr")
+    stopping(2)
+    with pytest.raises(Stop):
+        embed(path, tmp_path / "out.npy", parts, batch_tokens=200)
+    stopping(None)
+    with pytest.raises(ValueError, match=r"other settings \(batch_tokens\)"):
+        embed(path, tmp_path / "out.npy", parts)
+    record = tmp_path / "out.npy.shards" / "run.json"
+    identity = json.loads(record.read_text())
+    del identity["batch_tokens"]  # as the code of before wrote it
+    record.write_text(json.dumps(identity))
+    assert embed(path, tmp_path / "out.npy", parts, batch_tokens=200).shape == (100, 32)
+
+
 def test_only_one_run_at_a_time(tmp_path: Path, cells: anndata.AnnData, parts) -> None:
     from filelock import FileLock
 
