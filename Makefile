@@ -6,7 +6,7 @@ BIN := $(CURDIR)/.venv/bin
 PIP_INSTALL := "$(BIN)/python" -m pip install -q -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu lint benchmark clean
+.PHONY: help demo test test-cpu test-census test-times test-gpu check-beside check-wheel lint benchmark clean
 
 help: ## list the targets
 	@echo 'Usage: make TARGET [PYTHON=python3.11]    (Python >= 3.11; the first run installs into .venv)'
@@ -16,16 +16,39 @@ help: ## list the targets
 demo: .venv/.installed ## embed real cells and draw them; MODEL=<id or folder> and SIZE=<size> are optional
 	"$(BIN)/python" examples/demo.py $(if $(MODEL),--model "$(MODEL)") $(if $(SIZE),--size "$(SIZE)")
 
-test: export HF_HUB_OFFLINE = 1
-test: export OMP_NUM_THREADS = 1
+# What tests and lint run with: no downloads, one thread each, and threads that wait without burning a core that
+# somebody else could use.
+CHECKS := test test-cpu test-census check-wheel test-times
+$(CHECKS): export HF_HUB_OFFLINE = 1
+$(CHECKS): export OMP_NUM_THREADS = 1
+$(CHECKS): export OMP_WAIT_POLICY = PASSIVE
 # tiledbsoma's reader crashed twice, and only in processes that had torchao's libraries loaded and had run other tests:
 # it runs by itself, and torchao, of which we use the Python part, leaves its libraries out.
-test: export TORCHAO_FORCE_SKIP_LOADING_SO_FILES = 1
-test: SOMA_TESTS = tests/data/sources/test_census.py
-test: lint .venv/.int8 ## all that a change must pass on a CPU: lint, the tests that need no GPU, the wheel
-	"$(BIN)/python" -m pytest -q $(SOMA_TESTS)
-	"$(BIN)/python" -m pytest -m "not gpu" -n auto --maxprocesses 4 --dist loadfile $(SOMA_TESTS:%=--deselect %)
+$(CHECKS): export TORCHAO_FORCE_SKIP_LOADING_SO_FILES = 1
+CENSUS_TESTS = tests/data/sources/test_census.py
+PYTEST_CPU = "$(BIN)/python" -m pytest -m "not gpu" -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder \
+  $(CENSUS_TESTS:%=--ignore=%)
+
+# Two lines of work side by side: the tests, and all else, one after the other.
+test: .venv/.int8 ## all that a change must pass on a CPU: lint, the tests that need no GPU, the wheel
+	+$(MAKE) --no-print-directory -k -j2 test-cpu check-beside
+
+check-beside:
+	@failed=; for each in lint test-census check-wheel; do \
+	  $(MAKE) --no-print-directory $$each || failed="$$failed $$each"; done; \
+	  if test -n "$$failed"; then echo "failed:$$failed" >&2; exit 1; fi
+
+test-cpu: .venv/.int8
+	$(PYTEST_CPU)
+
+test-census: .venv/.int8
+	"$(BIN)/python" -m pytest -q $(CENSUS_TESTS)
+
+check-wheel: .venv/.installed
 	"$(BIN)/python" tests/check_wheel.py
+
+test-times: .venv/.int8 ## the tests that need no GPU, and a list of those that take most CPU seconds
+	$(PYTEST_CPU) --cpu-times 60
 
 test-gpu: export HF_HUB_OFFLINE = 1
 test-gpu: .venv/.installed .venv/.int8 ## the tests that need a CUDA device

@@ -8,6 +8,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,6 +16,25 @@ REPO_ROOT = Path(__file__).resolve().parents[1]
 pytest_plugins = ["cpu_times"]
 GOLDEN = REPO_ROOT / "tests" / "golden"
 SHARED_DATA = Path(os.environ.get("TAHOEX1_SHARED_DATA", REPO_ROOT.parent / "shared" / "data"))
+
+# Files that take long, longest first: begun last, one of them would keep a single core busy at the end.
+LONG_FILES = (
+    "training/test_several_processes.py",
+    "training/test_config.py",
+    "finetuning/cells/test_cell_task.py",
+    "training/test_launchers.py",
+    "training/test_resuming.py",
+    "hub/test_loading.py",
+    "examples/test_demo.py",
+    "embedding/test_files.py",
+    "finetuning/genes/test_gene_task.py",
+    "finetuning/drugs/test_drug_task.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {str(REPO_ROOT / "tests" / name): place for place, name in enumerate(LONG_FILES)}
+    items.sort(key=lambda item: order.get(str(item.path), len(order)))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -86,15 +106,32 @@ def s3(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
 @pytest.fixture(scope="session")
 def training_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """80 training and 20 validation cells, prepared."""
-    from cells import make_cells, write_cells, write_vocab
+    from shared_runs import made_once
 
-    from tahoex1_hf.data.config import parse_config
-    from tahoex1_hf.data.preparation import prepare
+    def make(folder: Path) -> None:
+        from cells import make_cells, write_cells, write_vocab
 
-    folder = tmp_path_factory.mktemp("data")
-    vocab = write_vocab(folder)
-    cells = write_cells(make_cells(100), folder / "cells.h5ad", "csr")
-    source = {"kind": "anndata", "paths": [str(cells)], "min_known_genes": 0}
-    settings = {"sources": [source], "output": str(folder / "set"), "vocab": str(vocab)}
-    prepare(parse_config({**settings, "validation": {"fraction": 0.2}}, "test"))
-    return folder / "set"
+        from tahoex1_hf.data.config import parse_config
+        from tahoex1_hf.data.preparation import prepare
+
+        folder.mkdir()
+        vocab = write_vocab(folder)
+        cells = write_cells(make_cells(100), folder / "cells.h5ad", "csr")
+        source = {"kind": "anndata", "paths": [str(cells)], "min_known_genes": 0}
+        settings = {"sources": [source], "output": str(folder / "set"), "vocab": str(vocab)}
+        prepare(parse_config({**settings, "validation": {"fraction": 0.2}}, "test"))
+
+    return made_once(tmp_path_factory, "training_dataset", make) / "set"
+
+
+@pytest.fixture(scope="session")
+def finished_run(training_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """The output folder of a whole pretraining run, to be read only: ``finished_run("single", max_steps=3)``."""
+    from shared_runs import made_once, name_of_run
+    from training_runs import finished
+
+    def find(kind: str, **changes: Any) -> Path:
+        name = name_of_run(kind, changes)
+        return made_once(tmp_path_factory, name, lambda folder: finished(kind, folder, training_dataset, **changes))
+
+    return find

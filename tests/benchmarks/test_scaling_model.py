@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate.utils import FullyShardedDataParallelPlugin
+from forked import PATIENCE
 from helpers import SHAPES, tiny_config
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -242,7 +243,7 @@ def test_memory_of_a_real_run() -> None:
     # Freed arrays go back to the system at once, so that what is resident is what is used.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
     run = subprocess.run(
-        [sys.executable, "-c", PEAK], capture_output=True, text=True, env=environment, check=False, timeout=300
+        [sys.executable, "-c", PEAK], capture_output=True, text=True, env=environment, check=False, timeout=PATIENCE
     )
     assert run.returncode == 0, run.stderr
     config = TahoeX1Config()

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 import torch
 from cells import expressed_in, make_cells, read_dataset, write_vocab
-from forked import Forked
+from forked import PATIENCE, Forked
 from preparing import run, source
 from torch.utils.data import DataLoader
 
@@ -174,7 +174,7 @@ def test_one_two_and_four_processes_see_the_same_global_batches(folder: Path, tm
     for world in (1, 2, 4):
         arguments = [str(folder), str(tmp_path / f"{world}.pt"), str(tmp_path / f"store{world}")]
         processes = [Forked([sys.executable, "-c", PROCESS, *arguments, rank, world]) for rank in range(world)]
-        assert [process.wait(timeout=300) for process in processes] == [0] * world
+        assert [process.wait(timeout=PATIENCE) for process in processes] == [0] * world
         results.append(torch.load(tmp_path / f"{world}.pt", weights_only=True))
     assert results[0].shape[:3] == (num_cells(folder) // 32, 4, 32)
     assert results[0].equal(results[1])

@@ -129,23 +129,22 @@ def test_a_run_killed_outright_goes_on_without_redoing_or_doubling(tmp_path: Pat
     config = {"sources": [source(tmp_path / "a.h5ad")], "vocab": str(tmp_path / "vocab.json"), **settings}
     config["output"] = str(tmp_path / "cut")
     (tmp_path / "config.yaml").write_text(json.dumps(config))  # JSON is YAML
-    # A pause in every piece, so that the kill comes in the midst of them.
+    # It stops after some pieces, so that the kill comes in the midst of them however busy the machine is.
     code = (
         "import time, tahoex1_hf.data.preparation as p\n"
-        "real = p.write_piece\n"
-        "p.write_piece = lambda *a: (time.sleep(0.05), real(*a))\n"
+        "real, calls = p.write_piece, []\n"
+        "p.write_piece = lambda *a: (calls.append(1), len(calls) > 8 and time.sleep(3600), real(*a))\n"
         "from tahoex1_hf.data.config import read_config\n"
         f"p.prepare(read_config({str(tmp_path / 'config.yaml')!r}))\n"
     )
     process = Forked([sys.executable, "-c", code])
     pieces = tmp_path / "cut" / ".prepare" / "pieces"
-    deadline = time.monotonic() + 120
-    while len(list(pieces.glob("*.arrow"))) < 5 and time.monotonic() < deadline and process.poll() is None:
+    while len(list(pieces.glob("*.arrow"))) < 5 and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
     done = {path: path.stat().st_mtime_ns for path in pieces.glob("*.arrow")}
-    assert 5 <= len(done) < 40
+    assert 5 <= len(done) <= 8
     kept = []
     real = prepare_module.write_piece
 
@@ -182,7 +181,7 @@ def test_workers_end_with_a_run_that_was_killed(tmp_path: Path) -> None:
                 found.append(path.parent.name)
         return found
 
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while not list((tmp_path / "cut").glob(".prepare/pieces/*.arrow")) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert len(others()) >= 3

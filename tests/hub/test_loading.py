@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from elsewhere import run_elsewhere
+from forked import PATIENCE
 from helpers import REPO_ROOT, Variant
 from hub_server import Hub, commit_of, fill_cache, read_files, serve
 from safetensors.torch import load_file, save_file
@@ -294,7 +295,7 @@ def test_every_failure_says_what_it_is(tmp_path: Path) -> None:
         while process.poll() is None and not (tmp_path / "server-may-stop").exists():
             time.sleep(0.05)
     (tmp_path / "server-stopped").touch()
-    _, stderr = process.communicate(timeout=300)
+    _, stderr = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, stderr.decode()
     weights = [r for r in hub.requests if r.is_download and r.path.endswith("model.safetensors")]
     pickles = [request.path for request in hub.requests if request.is_download and request.path.endswith(".pt")]
@@ -425,12 +426,12 @@ def test_two_processes_at_once_after_one_was_killed(tmp_path: Path, hf_home: Pat
         return subprocess.Popen(command, env=environment, cwd=tmp_path, stderr=subprocess.PIPE)
 
     killed = start("killed")
-    killed.communicate(timeout=300)
+    killed.communicate(timeout=PATIENCE)
     assert killed.returncode == -9
     assert not conversions(hf_home)
     processes = [start(role) for role in ("one", "two")]
     for process in processes:
-        _, stderr = process.communicate(timeout=300)
+        _, stderr = process.communicate(timeout=PATIENCE)
         assert process.returncode == 0, stderr.decode()
     assert (tmp_path / "conversions").read_text().splitlines()[0] == "killed"
     assert len((tmp_path / "conversions").read_text().splitlines()) == 2  # one of the two waited for the other

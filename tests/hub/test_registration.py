@@ -5,6 +5,7 @@ import pickle
 import subprocess
 import sys
 
+from forked import PATIENCE
 from helpers import REPO_ROOT
 
 from tahoex1_hf import TahoeX1Config
@@ -24,7 +25,7 @@ def run(code: str, given: bytes = b"") -> None:
     """Run code in a process of its own, since what is imported stays imported."""
     environment = {**os.environ, "PYTHONPATH": str(REPO_ROOT), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, input=given, capture_output=True, timeout=240, check=False
+        [sys.executable, "-c", code], env=environment, input=given, capture_output=True, timeout=PATIENCE, check=False
     )
     assert done.returncode == 0, done.stderr.decode()[-3000:]
 

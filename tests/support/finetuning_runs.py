@@ -125,5 +125,5 @@ def start(arguments: list[str], **environment: str) -> subprocess.CompletedProce
 def start_launcher(arguments: list[str]) -> subprocess.CompletedProcess[str]:
     """Run a command to its end in processes of its own, as a user starts it."""
     return subprocess.run(
-        arguments, env=forked.environment(), capture_output=True, text=True, timeout=300, check=False
+        arguments, env=forked.environment(), capture_output=True, text=True, timeout=forked.PATIENCE, check=False
     )

@@ -20,11 +20,13 @@ from typing import Any
 
 SUPPORT = Path(__file__).parent
 ROOT = SUPPORT.parents[1]
+PATIENCE = 1800.0  # seconds after which a process is taken to hang, however busy the machine is
 # Read while libraries are imported: a command that wants others than the server has must be a process of its own.
 READ_AT_IMPORT = ("HF_", "MKL_", "NUMBA_", "OMP_", "OPENBLAS_", "PYTHON", "TORCH_", "TORCHAO_", "TRANSFORMERS_")
 SERVER_ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
+    "OMP_WAIT_POLICY": "PASSIVE",
     "PYTHONPATH": os.pathsep.join(map(str, (ROOT, SUPPORT, SUPPORT.parent))),
     "TOKENIZERS_PARALLELISM": "false",
     "TORCHAO_FORCE_SKIP_LOADING_SO_FILES": "1",
@@ -156,14 +158,14 @@ def run(
     arguments: Sequence[object],
     env: Mapping[str, str] | None = None,
     cwd: str | Path | None = None,
-    timeout: float = 300,
+    timeout: float = PATIENCE,
 ) -> subprocess.CompletedProcess[str]:
     """Run a command to its end, as `subprocess.run(..., capture_output=True, text=True)` does."""
     return Forked(arguments, env, cwd).completed(timeout)
 
 
 def launch(
-    processes: int, arguments: Sequence[object], env: Mapping[str, str], timeout: float = 300
+    processes: int, arguments: Sequence[object], env: Mapping[str, str], timeout: float = PATIENCE
 ) -> subprocess.CompletedProcess[str]:
     """Run a command in several processes that find one another, as `torchrun` and `accelerate launch` start them.
 

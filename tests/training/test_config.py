@@ -1,9 +1,11 @@
 """Settings of pretraining that must not change what is learnt, and ends of a run that must do no harm."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +14,15 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env
 from fixed_steps import FixedSteps, fixed_trainer, tiny
+from forked import PATIENCE
 from helpers import GOLDEN_VARIANTS, make_batch, packed, tiny_config, tiny_model
-from killed_runs import killed, same_weights
 from safetensors.torch import load_file
 from torch._dynamo.eval_frame import OptimizedModule
 from training_runs import RECIPE, ROOT, command, curve, environment, finished, run, status
 
-from tahoex1_hf.runs.checkpoints import is_whole
 from tahoex1_hf.training.pretraining import training_arguments
 from tahoex1_hf.training.trainer import PretrainingTrainer
 
@@ -27,17 +30,23 @@ CONFIGS = ROOT / "examples" / "configs" / "accelerate"
 WITHOUT_DROPOUT = {"model__expression_encoder_dropout": 0.0}
 
 
-def configured(name: str, output: Path, dataset: Path, **changes: Any) -> str:
-    """A run of two processes, arranged by one of the example files."""
+def launched(name: str, output: Path, dataset: Path, **changes: Any) -> subprocess.CompletedProcess[str]:
+    """Start two processes with accelerate's launcher, arranged by one of the example files."""
     start = command("ddp", output, dataset, **changes)
     place = start.index("--multi_gpu")
     file = ["--config_file", str(CONFIGS / f"{name}.yaml"), "--num_processes", "2"]
-    done = subprocess.run(
+    return subprocess.run(
         [*start[:place], *file, *start[place + 3 :]],
-        env=environment("single"), capture_output=True, text=True, timeout=240, check=False,
+        env=environment("single"), capture_output=True, text=True, timeout=PATIENCE, check=False,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stderr
+
+
+def arranged(name: str, output: Path, dataset: Path, **changes: Any) -> subprocess.CompletedProcess[str]:
+    """Fork two processes with the environment that accelerate's launcher makes of one of the example files."""
+    file = ["--config_file", str(CONFIGS / f"{name}.yaml"), "--num_processes", "2"]
+    args, *_ = _validate_launch_command(launch_command_parser().parse_args([*file, "script.py"]))
+    env = {key: value for key, value in prepare_multi_gpu_env(args).items() if value != os.environ.get(key)}
+    return forked.launch(2, command("single", output, dataset, **changes), forked.environment(**env))
 
 
 def test_checkpointed_activations_change_nothing(tmp_path: Path) -> None:
@@ -73,13 +82,16 @@ def test_compiled_steps_are_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyP
     np.testing.assert_allclose(curves["true"], curves["false"], rtol=1e-5)
 
 
-def test_half_precision_and_the_examples_of_fsdp_and_fp8(training_dataset: Path, tmp_path: Path) -> None:
+def test_half_precision_and_the_examples_of_fsdp_and_fp8(
+    finished_run: Callable[..., Path], training_dataset: Path, tmp_path: Path
+) -> None:
     """The files as they are, on CPUs. torch computes FP8 products there too: that they run on a GPU is not shown."""
     pytest.importorskip("torchao")
-    finished("single", tmp_path / "single", training_dataset, **WITHOUT_DROPOUT)
+    shutil.copytree(finished_run("single", **WITHOUT_DROPOUT), tmp_path / "single")
     finished("single", tmp_path / "bf16", training_dataset, precision="bf16", **WITHOUT_DROPOUT)
-    for name in ("fsdp2", "fp8_fsdp2"):
-        configured(name, tmp_path / name, training_dataset, precision="launcher", **WITHOUT_DROPOUT)
+    for name, start in (("fsdp2", launched), ("fp8_fsdp2", arranged)):
+        done = start(name, tmp_path / name, training_dataset, precision="launcher", **WITHOUT_DROPOUT)
+        assert done.returncode == 0, done.stderr[-3000:]
     losses = {
         name: [line[key] for line in curve(tmp_path / name) for key in ("loss", "eval_loss") if key in line]
         for name in ("single", "bf16", "fsdp2", "fp8_fsdp2")
@@ -130,7 +142,7 @@ def test_an_original_checkpoint_is_gone_on_from(tmp_path: Path, monkeypatch: pyt
     settings += ["learning_rate=1e-6", "attention=sdpa"]
     settings[settings.index(str(RECIPE))] = str(RECIPE.with_name("3b-stage2.yaml"))
     done = subprocess.run(
-        settings, env=environment("single"), capture_output=True, text=True, timeout=240, check=False
+        settings, env=environment("single"), capture_output=True, text=True, timeout=PATIENCE, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
     ours = load_file(tmp_path / "run" / "model.safetensors")
@@ -160,16 +172,6 @@ def prepared(folder: Path, genes: list[str], vocab: Path) -> Path:
     settings = {"sources": [source], "output": str(folder / "set"), "vocab": str(vocab)}
     prepare(parse_config({**settings, "validation": {"fraction": 0.2}}, "test"))
     return folder / "set"
-
-
-def test_a_process_that_dies_ends_the_run_and_harms_nothing(training_dataset: Path, tmp_path: Path) -> None:
-    finished("ddp", tmp_path / "whole", training_dataset)
-    killed("ddp", tmp_path / "killed", training_dataset, "SIGKILL", 5, rank=1)
-    folders = list((tmp_path / "killed").glob("checkpoint-*"))
-    assert [folder.name for folder in folders] == ["checkpoint-3"]
-    assert is_whole(folders[0])
-    finished("ddp", tmp_path / "killed", training_dataset)
-    assert same_weights(tmp_path / "killed", tmp_path / "whole")
 
 
 def test_a_damaged_shard_ends_the_run_and_says_which(training_dataset: Path, tmp_path: Path) -> None:

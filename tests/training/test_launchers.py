@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
+from forked import PATIENCE
 from safetensors.torch import load_file
-from training_runs import ROOT, command, environment, finished, free_port
+from training_runs import ROOT, command, environment, free_port
 
 from tahoex1_hf import TahoeX1ForPreTraining
 
@@ -79,10 +81,10 @@ def test_kubernetes_manifest_agrees_with_itself() -> None:
     kubernetes_validate.validate(whole, "1.30", strict=True)
 
 
-def test_two_nodes_on_loopback(training_dataset: Path, tmp_path: Path) -> None:
+def test_two_nodes_on_loopback(finished_run: Callable[..., Path], training_dataset: Path, tmp_path: Path) -> None:
     """ssh_nodes.sh with a stand-in for ssh that runs the command here: two launchers, one rendezvous."""
     without_dropout = {"model__expression_encoder_dropout": 0.0}
-    finished("single", tmp_path / "single", training_dataset, **without_dropout)
+    single = finished_run("single", **without_dropout)
     ssh = tmp_path / "ssh"
     ssh.write_text('#!/bin/bash\nshift\nexec bash -c "$*"\n')
     ssh.chmod(0o755)
@@ -98,9 +100,9 @@ def test_two_nodes_on_loopback(training_dataset: Path, tmp_path: Path) -> None:
     }
     done = subprocess.run(
         [str(LAUNCH / "ssh_nodes.sh"), *settings],
-        cwd=ROOT, env={**environment("ddp"), **changes}, capture_output=True, text=True, timeout=240, check=False,
+        cwd=ROOT, env={**environment("ddp"), **changes}, capture_output=True, text=True, timeout=PATIENCE, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("nodes", "single"))
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (tmp_path / "nodes", single))
     for name, weight in theirs.items():
         torch.testing.assert_close(ours[name], weight, rtol=0, atol=1e-4)

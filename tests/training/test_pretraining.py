@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,9 @@ from helpers import (
     tiny_config,
     tiny_model,
 )
+from killed_runs import same_weights
 from scipy.stats import spearmanr
-from training_runs import RECIPE, ROOT, TINY
+from training_runs import RECIPE, ROOT, TINY, finished
 from transformers import AutoModelForPreTraining, AutoTokenizer
 
 from tahoex1_hf import TahoeX1Config, TahoeX1ForPreTraining
@@ -316,13 +318,14 @@ def test_the_loss_on_real_cells_falls_below_a_constant(tmp_path: Path) -> None:
     assert status["baselines"]["mean_bin_of_each_gene"] < status["baselines"]["mean_bin"]
 
 
-def test_weights_alone_are_taken_from_another_run(training_dataset: Path, tmp_path: Path) -> None:
-    pretrain(tiny(training_dataset, tmp_path / "one"))
+def test_weights_alone_are_taken_from_another_run(
+    finished_run: Callable[..., Path], training_dataset: Path, tmp_path: Path
+) -> None:
     second = read_pretrain_config(
         RECIPE.with_name("3b-stage2.yaml"),
         [f"{k}={v}" for k, v in TINY.items() if not k.startswith("model.")]
         + [
-            f"init_from={tmp_path / 'one'}",
+            f"init_from={finished_run('single')}",
             f"dataset={training_dataset}",
             f"output_dir={tmp_path / 'two'}",
             "attention=sdpa",
@@ -336,12 +339,12 @@ def test_weights_alone_are_taken_from_another_run(training_dataset: Path, tmp_pa
         pretrain(second.model_copy(update={"model": {"hidden_size": 8}, "output_dir": str(tmp_path / "three")}))
 
 
-def test_a_checkpoint_of_another_run_is_gone_on_from(training_dataset: Path, tmp_path: Path) -> None:
-    pretrain(tiny(training_dataset, tmp_path / "one"))
-    begin = tmp_path / "one" / "checkpoint-6"
-    pretrain(tiny(training_dataset, tmp_path / "two", resume_from=begin))
-    one, two = (AutoModelForPreTraining.from_pretrained(tmp_path / name).state_dict() for name in ("one", "two"))
-    assert all(torch.equal(one[name], two[name]) for name in one)
+def test_a_checkpoint_of_another_run_is_gone_on_from(
+    finished_run: Callable[..., Path], training_dataset: Path, tmp_path: Path
+) -> None:
+    one = finished_run("single")
+    finished("single", tmp_path, training_dataset, resume_from=one / "checkpoint-6")
+    assert same_weights(tmp_path, one)
 
 
 def test_mixed_datasets(training_dataset: Path, tmp_path: Path) -> None:

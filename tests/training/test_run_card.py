@@ -5,6 +5,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from forked import PATIENCE
 from hub_server import Hub, serve
 from training_runs import command, environment
 
@@ -21,7 +22,7 @@ def test_a_run_is_pushed_with_its_card(training_dataset: Path, tmp_path: Path) -
         done = subprocess.run(
             [*arguments, "--push-to-hub", "someone/mine"],
             env={**environment("single"), **online, "HF_HOME": str(tmp_path / "hf_home")},
-            capture_output=True, text=True, timeout=240, check=False,
+            capture_output=True, text=True, timeout=PATIENCE, check=False,
         )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     uploaded = hub.repos["someone/mine"]

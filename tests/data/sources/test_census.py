@@ -307,7 +307,7 @@ def test_a_forked_process_reads_after_its_parent_did(uri: str, source: Make, cel
     for process in processes:
         process.start()
     for process in processes:
-        process.join(timeout=60)
+        process.join(timeout=600)
         hangs = process.is_alive()
         if hangs:
             process.kill()

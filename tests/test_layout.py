@@ -1,0 +1,265 @@
+"""Where tests lie, and the house rules of CONTRIBUTING.md that a machine can check."""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE, TESTS = ROOT / "tahoex1_hf", ROOT / "tests"
+FOLDERS = ("tahoex1_hf", "tests", "benchmarks", "conversion", "examples", "model_cards")
+LONGEST_FILE, LONGEST_FUNCTION = 600, 60
+
+# What breaks a rule today. An entry goes when its file is mended, and none is added.
+LONG_FILES: set[str] = {
+    "tahoex1_hf/data/kernels.py",
+}
+LONG_FUNCTIONS: set[str] = {
+    "benchmarks/scaling_model.py::plan_step",
+    "tahoex1_hf/cli/embed.py::embed",
+    "tahoex1_hf/cli/perturb.py::perturb",
+    "tahoex1_hf/cli/predict.py::predict",
+    "tahoex1_hf/cli/prepare.py::prepare",
+    "tahoex1_hf/data/collator.py::collate",
+    "tahoex1_hf/data/kernels.py::encode_cells",
+    "tahoex1_hf/data/kernels.py::encode_csr",
+    "tahoex1_hf/embedding/files.py::embed_files",
+    "tahoex1_hf/finetuning/cells/predicting.py::predict_file",
+    "tahoex1_hf/finetuning/report.py::write_report",
+    "tahoex1_hf/original/config.py::translate_model_config",
+    "tahoex1_hf/perturbation/run.py::perturb_genes",
+    "tests/perturbation/test_run.py::test_predicted_expression_equals_a_plain_forward_pass",
+}
+TEXTS_WITH_OF: set[str] = {
+    "tahoex1_hf/cells/inputs.py",
+    "tahoex1_hf/common/plots.py",
+    "tahoex1_hf/common/processes.py",
+    "tahoex1_hf/data/collator.py",
+    "tahoex1_hf/data/config.py",
+    "tahoex1_hf/data/fingerprints.py",
+    "tahoex1_hf/data/kernels.py",
+    "tahoex1_hf/data/sources/anndata_store.py",
+    "tahoex1_hf/data/sources/base.py",
+    "tahoex1_hf/data/workers.py",
+    "tahoex1_hf/embedding/shards.py",
+    "tahoex1_hf/finetuning/adapters.py",
+    "tahoex1_hf/finetuning/baselines.py",
+    "tahoex1_hf/finetuning/bases.py",
+    "tahoex1_hf/finetuning/batches.py",
+    "tahoex1_hf/finetuning/cards.py",
+    "tahoex1_hf/finetuning/cells/labelled.py",
+    "tahoex1_hf/finetuning/cells/labels.py",
+    "tahoex1_hf/finetuning/cells/long_cells.py",
+    "tahoex1_hf/finetuning/cells/predicting.py",
+    "tahoex1_hf/finetuning/cells/prediction_output.py",
+    "tahoex1_hf/finetuning/cells/task.py",
+    "tahoex1_hf/finetuning/drugs/report.py",
+    "tahoex1_hf/finetuning/drugs/screen.py",
+    "tahoex1_hf/finetuning/drugs/table.py",
+    "tahoex1_hf/finetuning/drugs/task.py",
+    "tahoex1_hf/finetuning/fitting.py",
+    "tahoex1_hf/finetuning/genes/baselines.py",
+    "tahoex1_hf/finetuning/genes/report.py",
+    "tahoex1_hf/finetuning/genes/table.py",
+    "tahoex1_hf/finetuning/genes/task.py",
+    "tahoex1_hf/finetuning/objectives.py",
+    "tahoex1_hf/finetuning/probe.py",
+    "tahoex1_hf/finetuning/report.py",
+    "tahoex1_hf/finetuning/running.py",
+    "tahoex1_hf/finetuning/runs.py",
+    "tahoex1_hf/finetuning/splits.py",
+    "tahoex1_hf/packing_tahoe_x1.py",
+    "tahoex1_hf/perturbation/journal.py",
+    "tahoex1_hf/perturbation/measures.py",
+    "tahoex1_hf/perturbation/plan.py",
+    "tahoex1_hf/perturbation/plot.py",
+    "tahoex1_hf/perturbation/run.py",
+    "tahoex1_hf/perturbation/tables.py",
+    "tahoex1_hf/training/evaluation.py",
+    "tahoex1_hf/training/microbatches.py",
+    "tahoex1_hf/training/monitors.py",
+    "tahoex1_hf/training/pretraining.py",
+    "tahoex1_hf/training/run_card.py",
+    "tahoex1_hf/training/stream.py",
+}
+
+# Modules that no test file is named after, below the file that tests them: its subject is larger than one module.
+TESTED_IN: dict[str, set[str]] = {
+    "cli/test_app.py": {
+        "cells/gene_symbols",
+        "cli/convert",
+        "cli/export",
+        "cli/finetune",
+        "cli/options",
+        "cli/perturb",
+        "cli/predict",
+        "cli/prepare",
+        "cli/pretrain",
+        "cli/running",
+    },
+    "cli/test_recipes.py": {"common/recipes"},
+    "common/test_files.py": {"common/digests"},
+    "data/sources/test_aligned_reading.py": {"data/sources/csr"},
+    "data/sources/test_mds.py": {"data/sources/base", "data/sources/mds_format"},
+    "data/sources/test_mds_values.py": {"data/sources/restricted_pickle"},
+    "data/test_collator.py": {"data/kernels", "data/ragged"},
+    "data/test_feeding.py": {"common/processes", "data/shard_files", "data/workers"},
+    "data/test_preparation.py": {
+        "data/columns",
+        "data/manifest",
+        "data/pieces",
+        "data/shards",
+        "data/sources/anndata_files",
+        "data/sources/anndata_store",
+        "data/sources/by_gene",
+        "data/sources/files",
+        "data/sources/ten_x",
+    },
+    "data/test_preparation_errors.py": {"data/config"},
+    "data/test_vocabulary.py": {"cli/vocabulary"},
+    "embedding/test_files.py": {"cells/files", "cells/inputs", "embedding/shards", "embedding/writers"},
+    "embedding/test_in_memory.py": {"inference/chunks", "inference/encoder", "inference/provenance"},
+    "finetuning/cells/test_cell_task.py": {
+        "finetuning/batches",
+        "finetuning/cells/labelled",
+        "finetuning/cells/labels",
+        "finetuning/cells/masked_expression",
+        "finetuning/cells/task",
+        "finetuning/fitting",
+        "finetuning/objectives",
+        "finetuning/running",
+        "finetuning/runs",
+        "finetuning/trainer",
+    },
+    "finetuning/cells/test_predicting.py": {"finetuning/cells/prediction_output", "finetuning/sampling"},
+    "finetuning/drugs/test_drug_task.py": {
+        "finetuning/drugs/metrics",
+        "finetuning/drugs/report",
+        "finetuning/drugs/screen",
+        "finetuning/drugs/table",
+        "finetuning/drugs/task",
+    },
+    "finetuning/genes/test_gene_task.py": {
+        "finetuning/cells/long_cells",
+        "finetuning/genes/baselines",
+        "finetuning/genes/report",
+        "finetuning/genes/table",
+        "finetuning/genes/task",
+    },
+    "finetuning/test_adapters.py": {"finetuning/cards", "finetuning/methods", "hub/adapters", "hub/added_drugs"},
+    "finetuning/test_baselines.py": {"finetuning/metrics"},
+    "finetuning/test_errors.py": {"finetuning/bases", "finetuning/config"},
+    "finetuning/test_report.py": {"common/plots", "finetuning/tables"},
+    "hub/test_export.py": {"hub/isolated_load", "hub/isolated_load_script"},
+    "hub/test_loading.py": {"hub/download"},
+    "hub/test_sources.py": {"original/files", "original/weights"},
+    "model_cards/test_model_cards.py": {"hub/cards/facts", "hub/cards/rendering", "training/flops"},
+    "original/test_convert.py": {"original/tensor_names"},
+    "original/test_verify.py": {"original/config", "original/reference", "original/restore", "original/writing"},
+    "perturbation/test_journal.py": {"perturbation/plot", "perturbation/tables"},
+    "perturbation/test_run.py": {"perturbation/cells", "perturbation/measures", "perturbation/plan"},
+    "test_padding_and_packing.py": {"packing_tahoe_x1"},
+    "training/test_config.py": {"training/trainer"},
+    "training/test_pretraining.py": {
+        "runs/log_window",
+        "runs/memory",
+        "training/baselines",
+        "training/curve",
+        "training/metrics",
+        "training/microbatches",
+        "training/monitors",
+        "training/stream",
+    },
+    "training/test_resuming.py": {"runs/arguments", "runs/preemption", "runs/status", "runs/trainer"},
+}
+
+
+def python_files() -> Iterator[Path]:
+    for folder in FOLDERS:
+        yield from sorted((ROOT / folder).rglob("*.py"))
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def modules() -> set[str]:
+    """Return the package's modules as `folder/name`."""
+    paths = (path for path in PACKAGE.rglob("*.py") if not path.name.startswith("__"))
+    return {path.relative_to(PACKAGE).with_suffix("").as_posix() for path in paths}
+
+
+def test_every_module_has_its_tests() -> None:
+    """In the folder and by the name that mirror its own, or in the file that `TESTED_IN` names."""
+    own = {name for name in modules() if (TESTS / name).with_name(f"test_{Path(name).name}.py").is_file()}
+    listed = [name for names in TESTED_IN.values() for name in names]
+    assert len(listed) == len(set(listed))
+    assert not [file for file in TESTED_IN if not (TESTS / file).is_file()]
+    assert not modules() - own - set(listed), "neither has a test file of its name nor is in TESTED_IN"
+    assert not set(listed) & own, "has a test file of its name: take it from TESTED_IN"
+    assert not set(listed) - modules(), "is there no longer: take it from TESTED_IN"
+
+
+def test_tests_lie_in_the_packages_folders() -> None:
+    others = {"benchmarks", "examples", "model_cards"}  # folders of the repository that have tests
+    for path in TESTS.rglob("test_*.py"):
+        folder = path.parent.relative_to(TESTS)
+        assert (PACKAGE / folder).is_dir() or folder.as_posix() in others, name_of(path)
+
+
+def test_files_are_short() -> None:
+    found = {name_of(path) for path in python_files() if len(path.read_text().splitlines()) > LONGEST_FILE}
+    assert found == LONG_FILES
+
+
+def test_functions_are_short() -> None:
+    found = set()
+    for path in python_files():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                assert node.end_lineno is not None
+                if node.end_lineno - node.lineno >= LONGEST_FUNCTION:
+                    found.add(f"{name_of(path)}::{node.name}")
+    assert found == LONG_FUNCTIONS
+
+
+ARGUMENT = re.compile(r"^(?P<name>\*{0,2}\w+)( \([^)]*\))?: (?P<text>.*)$")
+
+
+def argument_texts(docstring: str) -> Iterator[tuple[str, str]]:
+    """Yield the names and first lines of what a docstring's sections Args and Attributes list."""
+    listing = False
+    for line in docstring.splitlines():
+        if re.match(r"\s*(Args|Attributes):$", line):
+            listing, inner = True, len(line) - len(line.lstrip()) + 4
+        elif listing and line.strip():
+            indent = len(line) - len(line.lstrip())
+            if indent < inner:
+                listing = False
+            elif indent == inner and (found := ARGUMENT.match(line.strip())):
+                yield found["name"], found["text"]
+
+
+@pytest.mark.parametrize(
+    ("docstring", "expected"),
+    [
+        ("It.\n\n    Args:\n        a: Of cells.\n            b: x\n    Returns:\n        c: d", [("a", "Of cells.")]),
+        ("Do it.\n\nArgs:\n    *rest: Things.\n    n (int): How many.", [("*rest", "Things."), ("n", "How many.")]),
+        ("Note: of no section.", []),
+    ],
+)  # fmt: skip
+def test_texts_of_arguments_are_found(docstring: str, expected: list[tuple[str, str]]) -> None:
+    assert list(argument_texts(docstring)) == expected
+
+
+def test_texts_of_arguments_are_noun_phrases() -> None:
+    found = set()
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Module):
+                for _, text in argument_texts(ast.get_docstring(node, clean=False) or ""):
+                    if text.lower().startswith("of "):
+                        found.add(name_of(path))
+    assert found == TEXTS_WITH_OF
