@@ -14,17 +14,17 @@ LONGEST_FILE, LONGEST_FUNCTION = 600, 60
 
 # What breaks a rule today. An entry goes when its file is mended, and none is added.
 LONG_FILES: set[str] = {
-    "tahoex1_hf/data/kernels.py",
+    "tahoex1_hf/cells/kernels.py",
 }
 LONG_FUNCTIONS: set[str] = {
     "benchmarks/scaling_model.py::plan_step",
+    "tahoex1_hf/cells/kernels.py::encode_cells",
+    "tahoex1_hf/cells/kernels.py::encode_csr",
     "tahoex1_hf/cli/embed.py::embed",
     "tahoex1_hf/cli/perturb.py::perturb",
     "tahoex1_hf/cli/predict.py::predict",
     "tahoex1_hf/cli/prepare.py::prepare",
     "tahoex1_hf/data/collator.py::collate",
-    "tahoex1_hf/data/kernels.py::encode_cells",
-    "tahoex1_hf/data/kernels.py::encode_csr",
     "tahoex1_hf/embedding/files.py::embed_files",
     "tahoex1_hf/finetuning/cells/predicting.py::predict_file",
     "tahoex1_hf/finetuning/report.py::write_report",
@@ -34,13 +34,13 @@ LONG_FUNCTIONS: set[str] = {
 }
 TEXTS_WITH_OF: set[str] = {
     "tahoex1_hf/cells/inputs.py",
+    "tahoex1_hf/cells/kernels.py",
+    "tahoex1_hf/cells/readers/stores.py",
     "tahoex1_hf/common/plots.py",
     "tahoex1_hf/common/processes.py",
     "tahoex1_hf/data/collator.py",
     "tahoex1_hf/data/config.py",
     "tahoex1_hf/data/fingerprints.py",
-    "tahoex1_hf/data/kernels.py",
-    "tahoex1_hf/data/sources/anndata_store.py",
     "tahoex1_hf/data/sources/base.py",
     "tahoex1_hf/data/workers.py",
     "tahoex1_hf/embedding/shards.py",
@@ -87,6 +87,7 @@ TEXTS_WITH_OF: set[str] = {
 
 # Modules that no test file is named after, below the file that tests them: its subject is larger than one module.
 TESTED_IN: dict[str, set[str]] = {
+    "cells/test_compiled_encoding.py": {"cells/kernels", "cells/ragged"},
     "cli/test_app.py": {
         "cells/gene_symbols",
         "cli/convert",
@@ -101,25 +102,30 @@ TESTED_IN: dict[str, set[str]] = {
     },
     "cli/test_recipes.py": {"common/recipes"},
     "common/test_files.py": {"common/digests"},
-    "data/sources/test_aligned_reading.py": {"data/sources/csr"},
     "data/sources/test_mds.py": {"data/sources/base", "data/sources/mds_format"},
     "data/sources/test_mds_values.py": {"data/sources/restricted_pickle"},
-    "data/test_collator.py": {"data/kernels", "data/ragged"},
-    "data/test_feeding.py": {"common/processes", "data/shard_files", "data/workers"},
+    "data/test_feeding.py": {"common/processes", "data/workers"},
     "data/test_preparation.py": {
         "data/columns",
         "data/manifest",
         "data/pieces",
         "data/shards",
         "data/sources/anndata_files",
-        "data/sources/anndata_store",
-        "data/sources/by_gene",
-        "data/sources/files",
         "data/sources/ten_x",
     },
     "data/test_preparation_errors.py": {"data/config"},
     "data/test_vocabulary.py": {"cli/vocabulary"},
-    "embedding/test_files.py": {"cells/files", "cells/inputs", "embedding/shards", "embedding/writers"},
+    "embedding/test_files.py": {
+        "cells/files",
+        "cells/inputs",
+        "cells/readers/base",
+        "cells/readers/by_gene",
+        "cells/readers/paths",
+        "cells/readers/prepared",
+        "cells/readers/stores",
+        "embedding/shards",
+        "embedding/writers",
+    },
     "embedding/test_in_memory.py": {"inference/chunks", "inference/encoder", "inference/provenance"},
     "finetuning/cells/test_cell_task.py": {
         "finetuning/batches",
@@ -172,7 +178,7 @@ TESTED_IN: dict[str, set[str]] = {
         "training/monitors",
         "training/stream",
     },
-    "training/test_resuming.py": {"runs/arguments", "runs/preemption", "runs/status", "runs/trainer"},
+    "training/test_resuming.py": {"runs/preemption", "runs/status"},
 }
 
 
