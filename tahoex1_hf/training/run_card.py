@@ -80,7 +80,7 @@ def card_facts(
         **_ALIKE,
         "title": f"Tahoe-x1, trained from scratch: {name}" if not start else f"Tahoe-x1, continued: {name}",
         "size": name,
-        "summary": "A masked-expression model of the architecture of Tahoe-x1, trained with `examples/pretrain.py` of "
+        "summary": "A masked-expression model of the architecture of Tahoe-x1, trained with `tahoex1 pretrain` of "
         f"tahoex1_hf.{start} **It is not the released Tahoe-x1.**",
         "parameters": parameters,
         "shape": _shape(model),
