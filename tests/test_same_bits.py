@@ -1,7 +1,7 @@
 """The same inputs give the same bits, in outputs and gradients, however busy the machine and whatever the threads.
 
 Where several threads add to the same place, the order of the additions, and with it the last bit, is chance. Such an
-operation differs between repetitions as soon as its threads do not run in step: hence the busy neighbours below, and
+operation differs between repetitions as soon as its threads do not run in step: hence the busy neighbour below, and
 tensors large enough that torch shares them out (32,768 numbers a thread).
 """
 
@@ -40,13 +40,12 @@ Run = Callable[[], Results]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def busy_neighbours() -> Iterator[None]:
-    """Keep two cores busy beside the tests."""
-    neighbours = [subprocess.Popen([sys.executable, "-S", "-c", "while True: pass"]) for _ in range(2)]
+def busy_neighbour() -> Iterator[None]:
+    """Keep a core busy beside the tests, so that their threads do not run in step."""
+    neighbour = subprocess.Popen([sys.executable, "-S", "-c", "while True: pass"])
     yield
-    for neighbour in neighbours:
-        neighbour.kill()
-        neighbour.wait()
+    neighbour.kill()
+    neighbour.wait()
 
 
 @pytest.fixture(params=[1, 2, 3], ids="{} threads".format)
