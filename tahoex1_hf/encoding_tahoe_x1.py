@@ -93,7 +93,7 @@ def _checked_lengths(offsets: np.ndarray, total: int) -> np.ndarray:
 
 
 def _distinct_values(values: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Each cell's values in rising order, as a table: row of every value, then per row the value, its cell and count.
+    """List each cell's values in rising order: the row of every value, then per row the value, its cell and count.
 
     A cell has a few dozen distinct counts among thousands of genes, and all further work is done per row.
     """
@@ -117,7 +117,7 @@ def _distinct_values(values: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarra
 
 
 def _sort_keys(cells: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """int64 keys that sort by cell, then by float32 value: the bits of a float32 rise with its magnitude."""
+    """Return int64 keys that sort by cell, then by float32 value: the bits of a float32 rise with its magnitude."""
     bits = values.view(np.int32).astype(np.int64)
     return (cells.astype(np.int64) << 32) + np.where(bits < 0, -(bits & 0x7FFFFFFF), bits)
 
@@ -125,7 +125,7 @@ def _sort_keys(cells: np.ndarray, values: np.ndarray) -> np.ndarray:
 def _quantile_edges(
     table_values: np.ndarray, table_cells: np.ndarray, table_counts: np.ndarray, num_cells: int, num_edges: int
 ) -> np.ndarray:
-    """`(num_cells * num_edges,)` float32 quantiles of every cell, with the roundings of `torch.quantile`.
+    """Return `(num_cells * num_edges,)` float32 quantiles of every cell, with the roundings of `torch.quantile`.
 
     torch computes rank = q * (n - 1) in float32 and interpolates its neighbours with `lerp`. The same `lerp` runs
     here, since its fused multiply-add cannot be had from numpy.
@@ -333,7 +333,7 @@ class EncodedCells:
 
 
 def padded_length(lengths: np.ndarray, multiple: int | None) -> int:
-    """The longest length, rounded up to a multiple."""
+    """Return the longest length, rounded up to a multiple."""
     longest = int(lengths.max(initial=0))
     if multiple is None:
         return longest
@@ -378,7 +378,7 @@ def _cut_offsets(offsets: np.ndarray, keep: np.ndarray) -> np.ndarray:
 
 
 def as_counts(values: Any) -> np.ndarray:
-    """Counts of any integer, boolean or real type as float32; TypeError for others."""
+    """Convert counts of any integer, boolean or real type to float32; raise TypeError for others."""
     array = np.asarray(values)
     if array.dtype.kind not in "biuf":
         raise TypeError(f"counts have dtype {array.dtype}: pass integers, booleans or real numbers.")
@@ -386,7 +386,7 @@ def as_counts(values: Any) -> np.ndarray:
 
 
 def matrix_rows(matrix: Any, genes: GeneMatch) -> tuple[GeneRows, bool]:
-    """Known, stored, non-zero entries of a cells x genes matrix in column order, and whether genes may repeat."""
+    """Read the known, non-zero entries of a cells x genes matrix in column order; say whether genes may repeat."""
     if getattr(matrix, "ndim", 2) != 2 or matrix.shape[1] != genes.num_genes:
         raise ValueError(
             f"counts has shape {tuple(matrix.shape)}, but {genes.num_genes} gene ids were matched: pass rows of cells "
@@ -474,7 +474,7 @@ def kept_genes(
 
 
 def to_csr(matrix: Any) -> Any:
-    """A sparse matrix by cell (CSR); says so where it has to be converted."""
+    """Return a sparse matrix by cell (CSR), with a warning where it was stored by gene."""
     if getattr(matrix, "format", "csr") == "csc":
         logger.warning("The matrix is CSC (by gene) and is converted to CSR (by cell): convert it once to save time.")
     return matrix.tocsr()
@@ -551,7 +551,7 @@ def count_problem(rows: GeneRows, first_cell: int, gene_names: Mapping[int, str]
 
 
 def as_batch(batch: Mapping[str, torch.Tensor], return_tensors: str | None) -> BatchEncoding:
-    """A padded batch in the form that `return_tensors` names: "pt", "np" or None for lists."""
+    """Return a padded batch in the form that `return_tensors` names: "pt", "np" or None for lists."""
     if return_tensors not in (None, "pt", "np"):
         raise ValueError(f'return_tensors={return_tensors!r}: pass "pt", "np" or None.')
     if return_tensors == "pt":
@@ -569,7 +569,7 @@ def _looks_like_counts(matrix: Any) -> bool:
 
 
 def count_hint(adata: Any, layer: str | None) -> str:
-    """Where an AnnData keeps non-negative integers, as advice; five rows of each matrix are looked at."""
+    """Say where an AnnData keeps non-negative integers, as advice; five rows of each matrix are looked at."""
     if adata is None:
         return " Pass the raw counts."
     places = [f'layer="{name}"' for name in adata.layers if name != layer and _looks_like_counts(adata.layers[name])]

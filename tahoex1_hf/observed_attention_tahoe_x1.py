@@ -23,7 +23,7 @@ class ObservedKeys:
 
     @classmethod
     def make(cls, lengths: list[int], observed: torch.Tensor) -> "ObservedKeys | None":
-        """Find them; None where `attend` cannot serve: not on a CPU, or with a cell without an observed token.
+        """Find the keys. None where `attend` cannot serve: not on a CPU, or with a cell without an observed token.
 
         Args:
             lengths: tokens of each cell.

@@ -36,7 +36,7 @@ class CellLayout:
 
     @classmethod
     def packed(cls, cu_seq_lens: torch.Tensor, shape: torch.Size) -> "CellLayout":
-        """One row of cells back to back; `cu_seq_lens` `(cells + 1,)` are their boundaries, from 0 to the length."""
+        """Lay out one row of cells back to back, given their boundaries `(cells + 1,)`, from 0 to the length."""
         if shape[0] != 1:
             raise ValueError(f"cu_seq_lens_q packs all cells into one row, but input_ids has {shape[0]} rows.")
         boundaries = cu_seq_lens.long()
@@ -58,13 +58,13 @@ class CellLayout:
         return self.mean(hidden_states, valid if pooling == "mean" else None)
 
     def first(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Each cell's first token: `(batch, length, width)` to `(cells, width)`."""
+        """Take each cell's first token: `(batch, length, width)` to `(cells, width)`."""
         if self.boundaries is None:
             return hidden_states[:, 0].clone()  # a view would keep all tokens
         return hidden_states.flatten(0, 1).index_select(0, self.boundaries[:-1].to(hidden_states.device))
 
     def mean(self, hidden_states: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
-        """Mean over each cell's valid tokens, in float32: `(batch, length, width)` to `(cells, width)`."""
+        """Average each cell's valid tokens, in float32: `(batch, length, width)` to `(cells, width)`."""
         values = hidden_states.flatten(0, 1).float()
         cells = self.token_cells
         if cells is None:
@@ -153,7 +153,7 @@ def lay_out_cells(
 
 
 def equal_runs(lengths: list[int]) -> list[tuple[int, int]]:
-    """Neighbouring cells of equal length: (how many, length)."""
+    """Group neighbouring cells of equal length: (how many, length)."""
     return [(len(list(group)), length) for length, group in itertools.groupby(lengths)]
 
 
@@ -183,7 +183,7 @@ class PackedAttention:
             boundaries: `(cells + 1,)` int64, from 0 to the length of the row.
             longest: length of the longest cell, where it is known: asking a GPU for it takes time.
             observed: `(1, length)` bool: a token sees the observed tokens of its cell and itself; None for all.
-            device: of the attention.
+            device: the device that attends.
         """
         boundaries = boundaries.to(device)
         if observed is None and device.type == "cuda":
@@ -198,7 +198,7 @@ class PackedAttention:
     def __call__(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
     ) -> tuple[torch.Tensor, None]:
-        """`(1, heads, length, width)`, of key and value perhaps fewer heads, to `(1, length, heads, width)`."""
+        """Attend: `(1, heads, length, width)`, of keys and values perhaps fewer, to `(1, length, heads, width)`."""
         if self.runs is None:
             return self._jagged(query, key, value, scaling), None
         grouped = query.shape[1] != key.shape[1]
@@ -232,7 +232,7 @@ class PackedAttention:
 
 
 def _observed_or_self(observed: torch.Tensor, cells: int, length: int) -> torch.Tensor | ObservedKeys:
-    """What the tokens of a run see: `observed` `(cells * length,)` bool, and themselves."""
+    """Describe what the tokens of a run see: the observed ones, `(cells * length,)` bool, and themselves."""
     if length >= SHORTEST_WITH_OBSERVED_KEYS:
         keys = ObservedKeys.make([length] * cells, observed)
         if keys is not None:
@@ -241,7 +241,7 @@ def _observed_or_self(observed: torch.Tensor, cells: int, length: int) -> torch.
 
 
 def observed_or_self(observed: torch.Tensor) -> Callable:
-    """Mask rule of the 70M and 1.3B models' training: a token sees the observed tokens and itself.
+    """Make the mask rule of the 70M and 1.3B models' training: a token sees the observed tokens and itself.
 
     Args:
         observed (`torch.BoolTensor` of shape `(batch, length)`): where the expression is given, not to be predicted.
@@ -309,7 +309,7 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention in plain torch; the only backend that returns its weights. `(B, H, S, D)` to `(B, S, H, D)`."""
+    """Attend in plain torch, the only backend that returns its weights: `(B, H, S, D)` to `(B, S, H, D)`."""
     key = repeat_kv(key, module.num_key_value_groups)
     value = repeat_kv(value, module.num_key_value_groups)
     attn_weights = torch.matmul(query, key.transpose(2, 3)) * scaling
@@ -323,7 +323,7 @@ def eager_attention_forward(
 def masked_mse(
     predictions: torch.Tensor, labels: torch.Tensor, target_mask: torch.Tensor, num_targets: torch.Tensor | float
 ) -> torch.Tensor:
-    """Squared error summed over the targets in float32, divided by `num_targets`. All inputs `(batch, length)`."""
+    """Sum squared errors over the targets in float32, divided by `num_targets`. All inputs: `(batch, length)`."""
     predictions = predictions.float()
     # Both sides are zeroed before the difference: a label that is no target may be anything, NaN included.
     zero = predictions.new_zeros(())

@@ -61,7 +61,7 @@ def report_empty(encoded: EncodedCells) -> None:
 
 
 class TahoeX1Tokenizer(PreTrainedTokenizer):
-    """Turns cells into gene tokens with expression values.
+    """Turn cells into gene tokens with expression values.
 
     Args:
         vocab_file: JSON object token -> id with Ensembl gene ids, `<pad>`, `<cls>` and, where used, `<eoc>`, `<drug>`.
@@ -163,7 +163,7 @@ class TahoeX1Tokenizer(PreTrainedTokenizer):
         return self._vocabulary.is_gene
 
     def get_vocab(self) -> dict[str, int]:
-        """Token -> id, a copy."""
+        """Return token -> id, a copy."""
         return dict(self._vocabulary.ids)
 
     def _convert_token_to_id(self, token: str) -> int | None:
@@ -179,7 +179,7 @@ class TahoeX1Tokenizer(PreTrainedTokenizer):
         return super()._add_tokens(new_tokens, special_tokens=special_tokens)
 
     def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str, ...]:
-        """Write `vocab.json`; returns its path."""
+        """Write `vocab.json`, and return its path."""
         name = f"{filename_prefix}-" if filename_prefix else ""
         path = os.path.join(save_directory, name + self.vocab_files_names["vocab_file"])
         with open(path, "w", encoding="utf-8") as file:
@@ -330,7 +330,7 @@ class TahoeX1Tokenizer(PreTrainedTokenizer):
         return bin_expression(rows.counts, rows.offsets, self.num_bins, self.right_binning)
 
     def drug_ids(self, drugs: str | Sequence[str | None], num_cells: int) -> np.ndarray:
-        """`(num_cells,)` int64 ids of one drug for all cells, or of one per cell; ValueError for unknown ones."""
+        """Return `(num_cells,)` int64 ids of one drug for all cells, or of one per cell; refuse unknown ones."""
         if self.drug_to_id is None:
             raise ValueError(
                 "drugs was given, but this tokenizer has no drug table: use a drug model, or leave drugs out."
@@ -446,7 +446,7 @@ class TahoeX1Tokenizer(PreTrainedTokenizer):
         return matrix, self._vocabulary.match(names, gene_symbols, advice)
 
     def resolve_drugs(self, adata: Any, drugs: Any) -> Any:
-        """A string is a column of obs or the name of a drug; anything else stays as it is."""
+        """Read drugs from a column of obs where a string names one; anything else stays as it is."""
         if not isinstance(drugs, str) or self.drug_to_id is None or drugs == "":
             return drugs
         if drugs in adata.obs.columns and drugs in self.drug_to_id:

@@ -185,7 +185,7 @@ class CellEncoder:
 
     @property
     def width(self) -> int:
-        """Width of the embeddings."""
+        """The width of the embeddings."""
         return self.config.hidden_size
 
     def gene_means(self, genes: GeneMatch) -> GeneMeans:
@@ -193,7 +193,7 @@ class CellEncoder:
         return GeneMeans(genes.token_ids, self.config.vocab_size, self.width, self.device)
 
     def precision(self) -> AbstractContextManager[Any]:
-        """The autocast that the precision asked for needs."""
+        """Return the autocast that the precision asked for needs."""
         if self.dtype == torch.float32 or self.model.dtype == self.dtype:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype)

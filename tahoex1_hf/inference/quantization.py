@@ -12,7 +12,7 @@ _QUANTISED = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "gate_proj", "d
 
 
 def with_int8_weights(model: TahoeX1Model) -> TahoeX1Model:
-    """A copy of a model whose layers multiply with int8 weights, one scale per output; the rest is shared with it.
+    """Copy a model so that its layers multiply with int8 weights, one scale per output; the rest is shared with it.
 
     The weights of the layers take a quarter of their memory. On CPUs they are turned back into floats batch by batch,
     which costs some speed (see benchmarks/).

@@ -29,7 +29,7 @@ _BLOCK_NUMBERS = 2**22
 
 
 def can_run_ragged(model: TahoeX1Model, device: torch.device) -> bool:
-    """Whether `ragged_forward` serves: on CPUs and CUDA, unless the pooling counts padding or attention needs rows."""
+    """Return whether `ragged_forward` serves: on CPUs and CUDA, unless padding is counted or attention needs rows."""
     if model.config.cell_pooling == "mean_with_padding":
         return False
     if is_flash_attention_requested(model.config):
@@ -49,7 +49,7 @@ def ragged_forward(
     """Embed cells that lie behind each other.
 
     Args:
-        model: in eval mode, with `can_run_ragged`.
+        model: a model in eval mode for which `can_run_ragged` is true.
         input_ids: `(tokens,)` int64.
         expression_values: `(tokens,)` float.
         offsets: `(cells + 1,)` boundaries of the cells, each with at least one token. Cells of equal length should
@@ -93,7 +93,7 @@ class _Cells:
         return self.boundaries.device.type == "cpu"
 
     def attend_from_cls(self, attention: TahoeX1Attention, states: torch.Tensor) -> torch.Tensor:
-        """Every `<cls>` to its cell: `(cells, hidden_size)`, before the output projection."""
+        """Let every `<cls>` attend to its cell: `(cells, hidden_size)`, before the output projection."""
         queries = attention.q_proj(states[self.boundaries[:-1]])
         if self.on_cpu and not self.flash and _is_plain(attention.k_proj) and _is_plain(attention.v_proj):
             return self._without_keys(attention, queries, states)
@@ -132,7 +132,10 @@ class _Cells:
         }
 
     def _without_keys(self, attention: TahoeX1Attention, queries: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
-        """The key's bias adds the same to all scores of a query, and the softmax takes it away again."""
+        """Attend from `<cls>` without projecting keys and values.
+
+        The bias of the keys is left out: it adds the same to all scores of a query, and the softmax takes it away.
+        """
         head_dim, width = attention.head_dim, states.shape[1]
         heads_of_keys = queries.view(len(queries), -1, attention.num_key_value_groups, head_dim)
         key_weight = attention.k_proj.weight.view(-1, head_dim, width)
@@ -157,7 +160,7 @@ class _Cells:
 
 
 def _is_plain(module: nn.Module) -> bool:
-    """Whether a linear layer is its weight and no more: no adapter around it, and not quantised."""
+    """Return whether a linear layer is its weight and no more: no adapter around it, and not quantised."""
     return type(module) is nn.Linear and type(module.weight) is nn.Parameter
 
 
