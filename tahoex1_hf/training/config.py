@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 # Keys of earlier versions, with the values that they had where nothing was said.
 _RETIRED = {"peak_tflops": None, "spike_factor": 3.0}
 
+
 class PretrainConfig(Strict):
     """All that decides the weights that come out of a run, and what is recorded on the way."""
 
