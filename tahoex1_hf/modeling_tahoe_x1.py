@@ -297,6 +297,10 @@ class TahoeX1PreTrainedModel(PreTrainedModel):
             name, kwargs = cls._locate_checkpoint(name, "config.json", kwargs)
         return super().from_pretrained(name, *args, **kwargs)
 
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """As in transformers, with this model's own names of the weights whatever names it was loaded from."""
+        super().save_pretrained(save_directory, *args, **{"save_original_format": False, **kwargs})
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """The original's initialisation: normal, std `sqrt(2 / fan_in)`; the attention output also `/ sqrt(2 layers)`.

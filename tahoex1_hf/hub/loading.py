@@ -1,7 +1,8 @@
 """Finding a model: a converted folder, a Hub repository, or either in the original program's layout.
 
-A checkpoint in the original's layout is converted once, into a cache beside the Hub's, and loaded from there. This is
-how `from_pretrained` of the package's classes, and the command, read what is published today.
+The Auto classes need a `config.json` and a tokenizer that the original's layout lacks. They are written once, into a
+cache beside the Hub's, with a link to the weights, which are loaded where they are. This is how `from_pretrained` of
+the package's classes, and the command, read what is published today.
 """
 
 import hashlib
@@ -17,7 +18,7 @@ from huggingface_hub import constants
 
 from tahoex1_hf.hub.download import SAME_SIZE, download_snapshot, hub_has, is_repo_id, read_sizes_file
 from tahoex1_hf.modeling_tahoe_x1 import TahoeX1Model
-from tahoex1_hf.original.convert import convert_original_folder
+from tahoex1_hf.original.convert import translate_folder
 from tahoex1_hf.original.files import (
     COLLATOR_CONFIG,
     DRUG_FINGERPRINTS,
@@ -34,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 _ORIGINAL_FILES = (MODEL_CONFIG, COLLATOR_CONFIG, VOCAB, SAFETENSORS, PICKLE, DRUG_TABLE, DRUG_FINGERPRINTS)
 _HUB_OPTIONS = ("cache_dir", "token", "local_files_only")
-_CONVERSION = 1  # to be raised when the conversion comes to write something else
+_TRANSLATION = 2  # to be raised when something else is written; 1 were converted copies, in another folder
 
 
 def load_model_and_tokenizer(
@@ -46,7 +47,7 @@ def load_model_and_tokenizer(
 
 
 def find_model(model: str | Path, *, size: str | None = None, revision: str | None = None, **hub: Any) -> Path:
-    """Find the folder that the Auto classes load, converting a checkpoint of the original into the cache first.
+    """Find the folder that the Auto classes load; for a checkpoint of the original, make it in the cache first.
 
     Args:
         model: a folder, or the id of a Hub repository.
@@ -61,7 +62,7 @@ def find_model(model: str | Path, *, size: str | None = None, revision: str | No
     """
     if Path(model).exists():
         folder = _size_folder(Path(model), size, str(model))
-        return _converted(folder, None) if is_original_folder(folder) else folder
+        return _translated(folder, None) if is_original_folder(folder) else folder
     if not is_repo_id(str(model)):
         raise FileNotFoundError(f"model {str(model)!r} is neither a folder nor a Hub repository (owner/name).")
     snapshot = download_snapshot(str(model), size, revision, hub)
@@ -70,7 +71,7 @@ def find_model(model: str | Path, *, size: str | None = None, revision: str | No
         return folder
     name = "--".join(["models", *str(model).split("/"), *folder.relative_to(snapshot).parts])
     # Like a snapshot of the Hub's own cache, so that the commit can be read from the path.
-    return _converted(folder, Path(f"{name}--v{_CONVERSION}") / "snapshots" / snapshot.name)
+    return _translated(folder, Path(f"{name}--v{_TRANSLATION}") / "snapshots" / snapshot.name)
 
 
 def locate_checkpoint(name: Any, marker: str, options: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -138,27 +139,35 @@ def _model_files(root: Path) -> list[Path]:
     return [path for name in ("config.json", MODEL_CONFIG) for path in (*root.glob(name), *root.glob(f"*/{name}"))]
 
 
-def _converted(folder: Path, name: Path | None) -> Path:
-    """Convert a checkpoint of the original once, into the Hugging Face cache; two processes may ask at once."""
+def _translated(folder: Path, name: Path | None) -> Path:
+    """Translate a checkpoint of the original once, into the Hugging Face cache; two processes may ask at once.
+
+    Args:
+        folder: folder in the original's layout.
+        name: where in the cache; by default after the folder and the state of its files.
+    """
     if name is None:
         # Files of a Hub snapshot are links to content-named blobs; size and time tell local files apart.
         stats = [(path.resolve(), path.stat()) for path in sorted(folder.iterdir()) if path.name in _ORIGINAL_FILES]
         text = "\n".join(f"{path} {stat.st_size} {stat.st_mtime_ns}" for path, stat in stats)
-        key = hashlib.sha256(f"{_CONVERSION}\n{text}".encode()).hexdigest()[:16]
+        key = hashlib.sha256(f"{_TRANSLATION}\n{text}".encode()).hexdigest()[:16]
         name = Path(f"{folder.resolve().name}-{key}")
-    destination = Path(constants.HF_HOME) / "tahoex1_hf" / "converted" / name
+    destination = Path(constants.HF_HOME) / "tahoex1_hf" / "translated" / name
     destination.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(destination.with_name(f"{destination.name}.lock")):
         if destination.exists():
-            return destination
-        logger.info("Converting %s into %s", folder, destination)
+            if all(path.exists() for path in destination.iterdir()):
+                return destination
+            shutil.rmtree(destination)  # a link to weights that were moved or fetched anew
+        logger.info("Translating the settings of %s into %s", folder, destination)
         partial = destination.with_name(f".{destination.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+        shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed
+        partial.mkdir()
         try:
-            convert_original_folder(folder, partial / "model")
-            (partial / "model").rename(destination)
+            translate_folder(folder, partial)
+            partial.rename(destination)
         except FileNotFoundError as error:
-            raise FileNotFoundError(f"{error} It cannot be converted without that file.") from error
+            raise FileNotFoundError(f"{error} It cannot be loaded without that file.") from error
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     return destination

@@ -63,11 +63,13 @@ def _register_models() -> None:
 
     from tahoex1_hf import modeling_tahoe_x1 as ours
     from tahoex1_hf.configuration_tahoe_x1 import TahoeX1Config
+    from tahoex1_hf.original.tensor_names import register_conversion_rules
 
     AutoModel.register(TahoeX1Config, ours.TahoeX1Model, exist_ok=True)
     AutoModelForPreTraining.register(TahoeX1Config, ours.TahoeX1ForPreTraining, exist_ok=True)
     AutoModelForSequenceClassification.register(TahoeX1Config, ours.TahoeX1ForSequenceClassification, exist_ok=True)
     AutoModelForTokenClassification.register(TahoeX1Config, ours.TahoeX1ForTokenClassification, exist_ok=True)
+    register_conversion_rules()
     ours.TahoeX1PreTrainedModel._locate_checkpoint = staticmethod(_locate_checkpoint)
 
 

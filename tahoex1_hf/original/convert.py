@@ -1,25 +1,26 @@
-"""Converting a checkpoint of the original program into a folder that the Auto classes load.
+# Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
+"""Opening a checkpoint of the original program, and converting it into a folder that the Auto classes load.
 
 A checkpoint is a folder with `model_config.yml`, `collator_config.yml`, `vocab.json` and its weights:
 `model.safetensors`, a Composer pickle (`best-model.pt`, or any other single `*.pt`), or the pieces of a sharded
-Composer checkpoint. With a drug encoder, `drug_to_id_pad.json` and `drug_fps_pad.npy` may be beside them. Tensors are
-read, converted and written one at a time.
+Composer checkpoint. With a drug encoder, `drug_to_id_pad.json` and `drug_fps_pad.npy` may be beside them.
 """
 
+import copy
 import json
 import logging
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import yaml
-from tqdm import tqdm
 
 from tahoex1_hf.configuration_tahoe_x1 import TahoeX1Config
+from tahoex1_hf.modeling_tahoe_x1 import TahoeX1ForPreTraining
 from tahoex1_hf.original.config import translate_collator_config, translate_model_config
 from tahoex1_hf.original.files import (
     COLLATOR_CONFIG,
@@ -31,16 +32,10 @@ from tahoex1_hf.original.files import (
     SHARDED_METADATA,
     VOCAB,
 )
-from tahoex1_hf.original.tensor_names import (
-    check_tensors,
-    convert_tensor,
-    name_rules,
-    original_shapes,
-    our_shapes,
-)
+from tahoex1_hf.original.tensor_names import check_tensors, original_shapes
 from tahoex1_hf.original.verify import Verification, verify_conversion, write_manifest
-from tahoex1_hf.original.weights import TensorReader, open_weights
-from tahoex1_hf.original.writing import TensorSpec, describe_files, workspace, write_tensors
+from tahoex1_hf.original.weights import TensorReader, UnreadTensor, open_weights
+from tahoex1_hf.original.writing import describe_files, link_or_copy, workspace
 from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -71,39 +66,31 @@ class OriginalCheckpoint:
     weights: TensorReader
     files: dict[str, Path]
 
-    def converted(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, torch.Tensor]]:
-        """Our tensors, one at a time, in the order of `name_rules`."""
-        shapes = our_shapes(self.config)
-        for rule in name_rules(self.config):
-            pieces = convert_tensor(rule, self.weights.read(rule.original), shapes)
-            for name, tensor in pieces.items():
-                yield name, tensor if dtype is None else tensor.to(dtype)
-
     @property
     def dtype(self) -> torch.dtype:
         """The widest type of the original's tensors."""
-        types = list(self.weights.dtypes.values())
-        widest = types[0]
-        for dtype in types[1:]:
-            widest = torch.promote_types(widest, dtype)
-        return widest
+        return reduce(torch.promote_types, self.weights.dtypes.values())
 
+    def load_model(self, dtype: torch.dtype | None = None) -> TahoeX1ForPreTraining:
+        """Load the model; its weights are views of the checkpoint's file where that can be mapped into memory.
 
-@dataclass(frozen=True)
-class ConvertedCheckpoint:
-    """A checkpoint of the original in our terms, in memory.
+        Args:
+            dtype: type of the weights; by default the widest of the original's.
+        """
+        model = TahoeX1ForPreTraining.from_pretrained(
+            None,
+            config=copy.deepcopy(self.config),
+            state_dict={name: UnreadTensor(self.weights, name) for name in self.weights.shapes},
+            dtype=dtype or self.dtype,
+        )
+        return model.eval()
 
-    Args:
-        config: shape of the model.
-        tokenizer_arguments: arguments of `TahoeX1Tokenizer`, `vocab_file` excepted.
-        vocab: token to id.
-        state_dict: tensors of `TahoeX1ForPreTraining`.
-    """
-
-    config: TahoeX1Config
-    tokenizer_arguments: dict[str, Any]
-    vocab: dict[str, int]
-    state_dict: dict[str, torch.Tensor]
+    def save_tokenizer(self, folder: Path) -> None:
+        """Write the files of the tokenizer."""
+        with tempfile.TemporaryDirectory() as vocab_folder:
+            vocab_file = Path(vocab_folder) / VOCAB
+            vocab_file.write_text(json.dumps(self.vocab), encoding="utf-8")
+            TahoeX1Tokenizer(str(vocab_file), **self.tokenizer_arguments).save_pretrained(folder)
 
 
 def open_original(source: str | Path) -> OriginalCheckpoint:
@@ -133,12 +120,6 @@ def open_original(source: str | Path) -> OriginalCheckpoint:
     arguments = translate_collator_config(collator_settings, vocab, drug_to_id)
     check_tensors(weights.shapes, original_shapes(config), "the original checkpoint")
     return OriginalCheckpoint(model_settings, collator_settings, config, arguments, vocab, weights, files)
-
-
-def read_original_folder(folder: str | Path) -> ConvertedCheckpoint:
-    """Read and translate a whole checkpoint of the original; errors as `open_original`."""
-    opened = open_original(folder)
-    return ConvertedCheckpoint(opened.config, opened.tokenizer_arguments, opened.vocab, dict(opened.converted()))
 
 
 def convert_original_folder(
@@ -177,34 +158,46 @@ def convert_original_folder(
 def convert_into(
     source: str | Path, folder: Path, *, dtype: torch.dtype | None, max_shard_size: int, label: str
 ) -> tuple[TahoeX1Config, Verification]:
-    """Convert into an empty folder that is there, and verify; otherwise as `convert_original_folder`."""
+    """Convert into an empty folder that exists, and verify; otherwise as `convert_original_folder`."""
     checkpoint = open_original(source)
-    _save(checkpoint, folder, dtype or checkpoint.dtype, max_shard_size)
+    dtype = dtype or checkpoint.dtype
+    checkpoint.load_model(dtype).save_pretrained(folder, max_shard_size=max_shard_size)
+    checkpoint.save_tokenizer(folder)
     verification = verify_conversion(
         checkpoint.model_settings, checkpoint.collator_settings, checkpoint.weights, checkpoint.config, folder
     )
     logger.info("%s", verification.summary())
-    write_manifest(folder, label, describe_files(checkpoint.files), dtype or checkpoint.dtype, verification)
+    write_manifest(folder, label, describe_files(checkpoint.files), dtype, verification)
     return checkpoint.config, verification
 
 
-def _save(checkpoint: OriginalCheckpoint, folder: Path, dtype: torch.dtype, max_shard_size: int) -> None:
-    shapes = our_shapes(checkpoint.config)
-    order = [name for rule in name_rules(checkpoint.config) for name in rule.ours]
-    specs = [TensorSpec(name, shapes[name], dtype) for name in order]
-    tensors = tqdm(checkpoint.converted(dtype), total=len(specs), desc="converting", unit=" tensors", disable=None)
-    write_tensors(folder, specs, tensors, max_shard_size)
-    with tempfile.TemporaryDirectory() as vocab_folder:
-        vocab_file = Path(vocab_folder) / VOCAB
-        vocab_file.write_text(json.dumps(checkpoint.vocab), encoding="utf-8")
-        TahoeX1Tokenizer(str(vocab_file), **checkpoint.tokenizer_arguments).save_pretrained(folder)
-    checkpoint.config.architectures = ["TahoeX1ForPreTraining"]
-    checkpoint.config.dtype = dtype
-    checkpoint.config.save_pretrained(folder)
+def translate_folder(source: Path, folder: Path) -> None:
+    """Make a folder that the Auto classes load, of links to the weights and translated settings.
+
+    The weights keep the original's names, which the registered rules read (`tensor_names`). A pickle or a sharded
+    checkpoint, which transformers cannot read, is converted instead.
+
+    Args:
+        source: folder in the original's layout.
+        folder: empty folder that exists.
+
+    Raises:
+        FileNotFoundError, ValueError: as `open_original`.
+    """
+    weights = source / SAFETENSORS
+    if not weights.is_file():
+        convert_into(source, folder, dtype=None, max_shard_size=MAX_SHARD_SIZE, label=str(source))
+        return
+    checkpoint = open_original(source)
+    checkpoint.save_tokenizer(folder)
+    config = copy.deepcopy(checkpoint.config)
+    config.architectures, config.dtype = [TahoeX1ForPreTraining.__name__], checkpoint.dtype
+    config.save_pretrained(folder)
+    link_or_copy(weights.resolve(), folder / SAFETENSORS)
 
 
 def _locate(source: Path) -> tuple[Path, Path]:
-    """The folder of the settings, and the weights."""
+    """Return the folder of the settings, and the path of the weights."""
     if source.is_file():
         return source.parent, source
     if (source / SHARDED_METADATA).is_file():

@@ -3,18 +3,17 @@
 import json
 import logging
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from tqdm import tqdm
+from safetensors.torch import save_file
 
 from tahoex1_hf.configuration_tahoe_x1 import TahoeX1Config
 from tahoex1_hf.original.config import translate_collator_config, translate_model_config
 from tahoex1_hf.original.files import COLLATOR_CONFIG, DRUG_TABLE, MODEL_CONFIG, PICKLE, SAFETENSORS, VOCAB
-from tahoex1_hf.original.tensor_names import check_tensors, name_rules, original_shapes, our_shapes, restore_tensor
+from tahoex1_hf.original.tensor_names import check_tensors, in_original_names, our_shapes
 from tahoex1_hf.original.verify import (
     Verification,
     compare_tensors,
@@ -23,7 +22,7 @@ from tahoex1_hf.original.verify import (
     write_manifest,
 )
 from tahoex1_hf.original.weights import TensorReader, open_weights
-from tahoex1_hf.original.writing import TensorSpec, describe_files, workspace, write_tensors
+from tahoex1_hf.original.writing import describe_files, workspace
 from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -201,18 +200,12 @@ def _expansion_ratio(config: TahoeX1Config) -> float | int:
 
 
 def _write_weights(weights: TensorReader, config: TahoeX1Config, folder: Path, dtype: torch.dtype | None) -> None:
-    rules, shapes = name_rules(config), original_shapes(config)
-    specs = [TensorSpec(r.original, shapes[r.original], dtype or weights.dtypes[r.ours[0]]) for r in rules]
-
-    def restored() -> Iterator[tuple[str, torch.Tensor]]:
-        for rule, spec in zip(tqdm(rules, desc="restoring", unit=" tensors", disable=None), specs, strict=True):
-            tensor = restore_tensor(rule, {name: weights.read(name) for name in rule.ours})
-            yield rule.original, tensor.to(spec.dtype)
-
-    whole = sum(spec.size for spec in specs)
-    write_tensors(folder, specs, restored(), max_shard_size=whole)  # the original reads one file
+    tensors = dict(in_original_names(config, weights.read))
+    if dtype is not None:
+        tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+    save_file(tensors, folder / SAFETENSORS, metadata={"format": "pt"})  # one file: the original reads no others
     written = open_weights(folder / SAFETENSORS)
-    # Views of the file just written: none of them is in memory.
+    # These are views of the file just written: none of them is in memory.
     torch.save({"state": {"model": {name: written.read(name) for name in written.shapes}}}, folder / PICKLE)
 
 

@@ -1,122 +1,121 @@
-"""Tensor names of the original program's checkpoints, and ours: one table, read in both directions.
+# Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
+"""The original's names of the weights, as rules by which transformers loads and saves them.
 
 The original keeps query, key and value in one fused matrix (`Wqkv`, rows in that order) and projects gene queries
-where we project the cell (`mvc_decoder.W`, transposed). Everything else is renamed only, so both directions are exact.
+where we project the cell (`mvc_decoder.W`, transposed). Everything else is renamed only, so both ways are exact.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from itertools import groupby
+from typing import Any
 
 import torch
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import (
+    Concatenate,
+    ConversionOps,
+    Transpose,
+    WeightConverter,
+    WeightRenaming,
+    revert_weight_conversion,
+)
 
 from tahoex1_hf.configuration_tahoe_x1 import TahoeX1Config
 from tahoex1_hf.modeling_tahoe_x1 import TahoeX1ForPreTraining
 
+# In the order in which they apply. No rule matches a name of ours, and each way back undoes its rule in any order.
+_RENAMED = [
+    (r"^model\.gene_encoder\.embedding\.", "tahoe.embeddings.gene_encoder.embedding."),
+    (r"^model\.gene_encoder\.enc_norm\.", "tahoe.embeddings.gene_encoder.norm."),
+    (r"^model\.flag_encoder\.", "tahoe.embeddings.flag_embedding."),
+    (r"^model\.expression_encoder\.", "tahoe.embeddings.expression_encoder."),
+    (r"^model\.chem_encoder\.embedding\.", "tahoe.embeddings.drug_encoder.embedding."),
+    (r"^model\.chem_encoder\.fc\.", "tahoe.embeddings.drug_encoder.linear1."),
+    (r"^model\.chem_encoder\.proj\.", "tahoe.embeddings.drug_encoder.linear2."),
+    (r"^model\.chem_encoder\.norm\.", "tahoe.embeddings.drug_encoder.norm."),
+    (r"^model\.transformer_encoder\.norm\.", "tahoe.norm."),
+    (r"^model\.transformer_encoder\.layers\.", "tahoe.layers."),
+    (r"\.self_attn\.out_proj\.", ".self_attn.o_proj."),
+    (r"(layers\.\d+)\.up_proj\.", r"\1.mlp.up_proj."),
+    (r"(layers\.\d+)\.down_proj\.", r"\1.mlp.down_proj."),
+    (r"(layers\.\d+)\.gate_proj\.", r"\1.mlp.gate_proj."),
+    (r"\.norm1\.", ".attention_norm."),
+    (r"\.norm2\.", ".mlp_norm."),
+    (r"^model\.expression_decoder\.linear_layers\.", "expression_decoder.layers."),
+    (r"^model\.expression_decoder\.out_proj\.", "expression_decoder.output."),
+    (r"^model\.mvc_decoder\.gene2query\.", "cell_decoder.gene_query."),
+]
 
-@dataclass(frozen=True)
-class NameRule:
-    """One tensor of the original, and the tensor or tensors of ours that hold the same numbers.
 
-    Args:
-        original: name in the original's checkpoint.
-        ours: names in `TahoeX1ForPreTraining`; three, stacked along dimension 0, for `Wqkv`.
-        transposed: whether our matrix is the transpose of the original's.
+class SplitRows(ConversionOps):
+    """Split a matrix along its rows into one piece per target, each as long as the model's parameter of that name.
+
+    transformers has the same as `Split`, but not in all versions that this package runs with.
     """
 
-    original: str
-    ours: tuple[str, ...]
-    transposed: bool = False
+    dim = 0
+
+    def convert(  # type: ignore[override]
+        self,
+        input_dict: dict[str, Any],
+        source_patterns: list[str],
+        target_patterns: list[str],
+        *,
+        full_layer_name: str,
+        model: torch.nn.Module,
+        **kwargs: Any,
+    ) -> dict[str, torch.Tensor]:
+        (tensors,) = input_dict.values()
+        tensor = tensors[0] if isinstance(tensors, list) else tensors
+        names = [full_layer_name.replace(target_patterns[0], target) for target in target_patterns]
+        pieces = tensor.split([len(model.get_parameter(name)) for name in names])
+        return dict(zip(target_patterns, pieces, strict=True))
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return Concatenate(self.dim)
 
 
-# (original, ours); `{kind}` stands for weight and bias.
-_EMBEDDINGS = [
-    ("gene_encoder.embedding.weight", "tahoe.embeddings.gene_encoder.embedding.weight"),
-    ("flag_encoder.weight", "tahoe.embeddings.flag_embedding.weight"),
-    ("expression_encoder.linear1.{kind}", "tahoe.embeddings.expression_encoder.linear1.{kind}"),
-    ("expression_encoder.linear2.{kind}", "tahoe.embeddings.expression_encoder.linear2.{kind}"),
-]
-_DRUG_ENCODER = [
-    ("chem_encoder.embedding.weight", "tahoe.embeddings.drug_encoder.embedding.weight"),
-    ("chem_encoder.fc.{kind}", "tahoe.embeddings.drug_encoder.linear1.{kind}"),
-    ("chem_encoder.proj.{kind}", "tahoe.embeddings.drug_encoder.linear2.{kind}"),
-    ("chem_encoder.norm.{kind}", "tahoe.embeddings.drug_encoder.norm.{kind}"),
-]
-_LAYER = [
-    ("self_attn.out_proj.{kind}", "self_attn.o_proj.{kind}"),
-    ("up_proj.{kind}", "mlp.up_proj.{kind}"),
-    ("down_proj.{kind}", "mlp.down_proj.{kind}"),
-    ("norm1.{kind}", "attention_norm.{kind}"),
-    ("norm2.{kind}", "mlp_norm.{kind}"),
-]
-_DECODERS = [
-    ("expression_decoder.out_proj.{kind}", "expression_decoder.output.{kind}"),
-    ("mvc_decoder.gene2query.{kind}", "cell_decoder.gene_query.{kind}"),
-]
-
-
-def _pairs(config: TahoeX1Config) -> Iterator[tuple[str, str]]:
-    """Yield the plainly renamed tensors of a model of this shape, `{kind}` not yet filled in."""
-    yield from _EMBEDDINGS
-    if config.gene_encoder_norm:
-        yield "gene_encoder.enc_norm.{kind}", "tahoe.embeddings.gene_encoder.norm.{kind}"
-    if config.expression_encoder_norm:
-        yield "expression_encoder.norm.{kind}", "tahoe.embeddings.expression_encoder.norm.{kind}"
-    if config.num_drugs:
-        yield from _DRUG_ENCODER
-    layer_pairs = [*_LAYER, ("gate_proj.{kind}", "mlp.gate_proj.{kind}")] if config.use_glu else _LAYER
-    for i in range(config.num_hidden_layers):
-        for original, ours in layer_pairs:
-            yield f"transformer_encoder.layers.{i}.{original}", f"tahoe.layers.{i}.{ours}"
-    if config.norm_position == "pre":
-        yield "transformer_encoder.norm.{kind}", "tahoe.norm.{kind}"
-    for i in range(config.expression_decoder_layers):
-        yield f"expression_decoder.linear_layers.{i}.{{kind}}", f"expression_decoder.layers.{i}.{{kind}}"
-    yield from _DECODERS
-
-
-def name_rules(config: TahoeX1Config) -> list[NameRule]:
-    """Every tensor of a checkpoint of this shape, as the original names it and as we do."""
-    rules = []
-    for original, ours in _pairs(config):
-        for kind in ("weight", "bias") if "{kind}" in original else ("",):
-            rules.append(NameRule("model." + original.format(kind=kind), (ours.format(kind=kind),)))
-    for i in range(config.num_hidden_layers):
-        for kind in ("weight", "bias"):
-            parts = tuple(f"tahoe.layers.{i}.self_attn.{part}_proj.{kind}" for part in "qkv")
-            rules.append(NameRule(f"model.transformer_encoder.layers.{i}.self_attn.Wqkv.{kind}", parts))
-    rules.append(NameRule("model.mvc_decoder.W.weight", ("cell_decoder.cell_proj.weight",), transposed=True))
+def conversion_rules() -> list[WeightRenaming | WeightConverter]:
+    """Make the rules that turn the original's tensors into those of `TahoeX1ForPreTraining`."""
+    rules: list[WeightRenaming | WeightConverter] = [WeightRenaming(theirs, ours) for theirs, ours in _RENAMED]
+    rules.append(WeightConverter("model.mvc_decoder.W.weight", "cell_decoder.cell_proj.weight", [Transpose()]))
+    for kind in ("weight", "bias"):
+        parts = [f"self_attn.{part}_proj.{kind}" for part in "qkv"]
+        rules.append(WeightConverter(f"self_attn.Wqkv.{kind}", parts, [SplitRows()]))
     return rules
 
 
+def register_conversion_rules() -> None:
+    """Let `from_pretrained` of every Tahoe-x1 model read weights under the original's names."""
+    # Remote code of an exported repository registers nothing; the package may be imported again under another name.
+    register_checkpoint_conversion_mapping(TahoeX1Config.model_type, conversion_rules(), overwrite=True)
+
+
+def in_original_names(
+    config: TahoeX1Config, read: Callable[[str], torch.Tensor]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield every tensor of the original's checkpoint, made of ours; those of one layer are read at a time.
+
+    Args:
+        config: shape of the model.
+        read: gives our tensor of a name.
+    """
+    model = _empty_model(config)
+    model._weight_conversions = conversion_rules()  # what transformers notes of a model that was loaded by rules
+    for _, names in groupby(model.state_dict(), _layer_of):
+        yield from revert_weight_conversion(model, {name: read(name) for name in names}).items()
+
+
 def our_shapes(config: TahoeX1Config) -> dict[str, torch.Size]:
-    """Shape of every tensor of `TahoeX1ForPreTraining`; builds it without memory."""
-    with torch.device("meta"):
-        model = TahoeX1ForPreTraining(config)
-    return {name: tensor.shape for name, tensor in model.state_dict().items()}
+    """Return the shape of every tensor of `TahoeX1ForPreTraining`; this takes no memory."""
+    return {name: tensor.shape for name, tensor in _empty_model(config).state_dict().items()}
 
 
 def original_shapes(config: TahoeX1Config) -> dict[str, torch.Size]:
-    """Shape of every tensor of the original's checkpoint."""
-    ours, shapes = our_shapes(config), {}
-    for rule in name_rules(config):
-        first = ours[rule.ours[0]]
-        rows = sum(ours[name][0] for name in rule.ours)
-        shapes[rule.original] = torch.Size(reversed(first)) if rule.transposed else torch.Size((rows, *first[1:]))
-    return shapes
-
-
-def convert_tensor(rule: NameRule, tensor: torch.Tensor, shapes: Mapping[str, torch.Size]) -> dict[str, torch.Tensor]:
-    """One tensor of the original to ours. `shapes` are `our_shapes`."""
-    if rule.transposed:
-        tensor = tensor.T
-    pieces = tensor.split([shapes[name][0] for name in rule.ours])
-    return {name: piece.contiguous() for name, piece in zip(rule.ours, pieces, strict=True)}
-
-
-def restore_tensor(rule: NameRule, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Our tensor or tensors back to the original's one."""
-    tensor = torch.cat([tensors[name] for name in rule.ours])
-    return (tensor.T if rule.transposed else tensor).contiguous()
+    """Return the shape of every tensor of the original's checkpoint; this takes no memory."""
+    ours = _empty_model(config).state_dict()
+    return {name: tensor.shape for name, tensor in in_original_names(config, ours.__getitem__)}
 
 
 def check_tensors(found: Mapping[str, torch.Size], expected: Mapping[str, torch.Size], what: str) -> None:
@@ -132,24 +131,12 @@ def check_tensors(found: Mapping[str, torch.Size], expected: Mapping[str, torch.
         raise ValueError(f"The tensors of {what} do not fit its configuration:\n" + "\n".join(problems))
 
 
-def convert_state_dict(original: Mapping[str, torch.Tensor], config: TahoeX1Config) -> dict[str, torch.Tensor]:
-    """Convert a whole state dict of the original to ours.
-
-    Raises:
-        ValueError: listing every tensor that is missing, unexpected or of another shape.
-    """
-    check_tensors({k: v.shape for k, v in original.items()}, original_shapes(config), "the original checkpoint")
-    shapes, converted = our_shapes(config), {}
-    for rule in name_rules(config):
-        converted.update(convert_tensor(rule, original[rule.original], shapes))
-    return converted
+def _empty_model(config: TahoeX1Config) -> TahoeX1ForPreTraining:
+    with torch.device("meta"):
+        return TahoeX1ForPreTraining(config)
 
 
-def restore_state_dict(ours: Mapping[str, torch.Tensor], config: TahoeX1Config) -> dict[str, torch.Tensor]:
-    """Convert a state dict of `TahoeX1ForPreTraining` back to the original's names, bit for bit.
-
-    Raises:
-        ValueError: listing every tensor that is missing, unexpected or of another shape.
-    """
-    check_tensors({k: v.shape for k, v in ours.items()}, our_shapes(config), "the converted checkpoint")
-    return {rule.original: restore_tensor(rule, ours) for rule in name_rules(config)}
+def _layer_of(name: str) -> str:
+    """Return `tahoe.layers.N` for a tensor of a layer, and the name itself for any other."""
+    parts = name.split(".")
+    return ".".join(parts[:3]) if parts[:2] == ["tahoe", "layers"] else name

@@ -1,5 +1,6 @@
 """Proof of a conversion: the converted model against the original's forward pass, and the manifest that records it."""
 
+import copy
 import json
 import platform
 from collections.abc import Mapping
@@ -19,7 +20,7 @@ import tahoex1_hf
 from tahoex1_hf.configuration_tahoe_x1 import TahoeX1Config
 from tahoex1_hf.modeling_tahoe_x1 import TahoeX1ForPreTraining
 from tahoex1_hf.original.reference import OriginalForward
-from tahoex1_hf.original.tensor_names import check_tensors, name_rules, our_shapes, restore_tensor
+from tahoex1_hf.original.tensor_names import check_tensors, in_original_names, our_shapes
 from tahoex1_hf.original.weights import TensorReader, open_weights
 from tahoex1_hf.original.writing import describe_files
 
@@ -87,20 +88,21 @@ def verify_conversion(
     check_tensors(weights.shapes, our_shapes(config), "the converted checkpoint")
     compare_tensors(original, weights, config)
     num_parameters, size = count_parameters(weights, config)
+    (dtype,) = set(weights.dtypes.values())
 
     def read(name: str) -> torch.Tensor:
-        tensor = original.read(name)
-        return tensor.to(weights.dtypes[rules[name]])  # rounded as the converted tensor was
+        return original.read(name).to(dtype)  # rounded as the converted tensor was
 
-    rules = {rule.original: rule.ours[0] for rule in name_rules(config)}
     reference = OriginalForward(settings, collator["pad_token_id"], read, set(original.shapes))
+    # The parameters are views of the mapped file: nothing is held in memory but the file's cache.
+    model = TahoeX1ForPreTraining.from_pretrained(folder, config=copy.deepcopy(config), attn_implementation="sdpa")
     differences: dict[str, float] = {}
     for style in ("observed", "masked"):
         batch = probe_batch(config, masked=style == "masked")
         expected = reference(
             batch["input_ids"], batch["expression_values"], batch["target_mask"], batch.get("drug_ids")
         )
-        found = _converted_outputs(config, weights, batch)
+        found = _converted_outputs(model.eval(), batch)
         tokens = batch["input_ids"] != config.pad_token_id
         for name, values in expected.items():
             ours, theirs = found[name].float(), values
@@ -114,18 +116,16 @@ def verify_conversion(
             f"The converted model does not compute what the original does; relative differences: {wrong}. Please "
             "report it, with the settings of the checkpoint."
         )
-    same = all(original.dtypes[name] == weights.dtypes[ours] for name, ours in rules.items())
-    how = "equal bit for bit" if same else "equal after rounding"
+    how = "equal bit for bit" if set(original.dtypes.values()) == {dtype} else "equal after rounding"
     return Verification(num_parameters, size, len(original.shapes), how, differences)
 
 
 def compare_tensors(original: TensorReader, converted: TensorReader, config: TahoeX1Config) -> None:
     """Raise ValueError naming the first tensor of the original that cannot be restored bit for bit from ours."""
-    for rule in name_rules(config):
-        restored = restore_tensor(rule, {name: converted.read(name) for name in rule.ours})
-        expected = original.read(rule.original).to(restored.dtype)
+    for name, restored in in_original_names(config, converted.read):
+        expected = original.read(name).to(restored.dtype)
         if not _same_bits(restored, expected):
-            raise ValueError(f"{rule.original} was not written as it was read: is the disk full or failing?")
+            raise ValueError(f"{name} was not written as it was read: is the disk full or failing?")
 
 
 def count_parameters(weights: TensorReader, config: TahoeX1Config) -> tuple[int, str | None]:
@@ -164,14 +164,7 @@ def probe_batch(config: TahoeX1Config, masked: bool) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def _converted_outputs(
-    config: TahoeX1Config, weights: TensorReader, batch: dict[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
-    with torch.device("meta"):
-        model = TahoeX1ForPreTraining(config).eval()
-    model.set_attn_implementation("sdpa")
-    # The parameters are views of the mapped file: nothing is held in memory but the file's cache.
-    model.load_state_dict({name: weights.read(name) for name in weights.shapes}, strict=True, assign=True)
+def _converted_outputs(model: TahoeX1ForPreTraining, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     with _in_float32(model):
         outputs = model(**batch)
     return {

@@ -1,7 +1,8 @@
+# Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
 """Reading the tensors of a checkpoint one at a time, from whatever file they are in, without running its code.
 
-Tensors of safetensors files and pickles are views of the mapped file; those of a sharded checkpoint are put together
-one by one. So no more than one tensor is ever held in memory.
+Tensors of safetensors files and pickles are views of the file, mapped into memory; those of a sharded checkpoint are
+put together when they are read.
 """
 
 import io
@@ -9,7 +10,7 @@ import json
 import pickle
 import re
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path, PosixPath
 from typing import Any, Protocol
@@ -46,7 +47,7 @@ _HARMLESS: list[Any] = [
     np.zeros(0).__reduce__()[0],  # numpy's own constructor of an empty array, whose module has moved between versions
 ]
 
-# All that the index of a sharded checkpoint is made of.
+# The classes that the index of a sharded checkpoint consists of.
 _SHARDED_INDEX_CLASSES = {
     ("torch.distributed.checkpoint.metadata", name)
     for name in (
@@ -91,6 +92,17 @@ def open_weights(path: Path) -> TensorReader:
     return _SafetensorsReader([path]) if path.suffix == ".safetensors" else _PickleReader(path)
 
 
+class UnreadTensor:
+    """A tensor that is read when it is sliced, as transformers does with what it loads."""
+
+    def __init__(self, reader: TensorReader, name: str):
+        self._reader = reader
+        self._name = name
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        return self._reader.read(self._name)[index]
+
+
 class _SafetensorsReader:
     """Tensors of one or more safetensors files."""
 
@@ -117,7 +129,7 @@ class _SafetensorsReader:
 
 
 class _PickleReader:
-    """Tensors of a Composer pickle, `{"state": {"model": ...}}`; what else it holds stays on disk."""
+    """Tensors of a Composer pickle, `{"state": {"model": ...}}`; the rest of the file is not read."""
 
     def __init__(self, path: Path):
         self.files = [path]
@@ -235,12 +247,6 @@ class _ShardedReader:
             return torch.load(content, map_location="cpu", weights_only=True)
         except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
             raise ValueError(f"{path} is truncated or damaged at {name}: {_first_line(error)}") from error
-
-
-def tensors_of(reader: TensorReader) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor of a reader, one at a time."""
-    for name in reader.shapes:
-        yield name, reader.read(name)
 
 
 def _first_line(error: Exception) -> str:

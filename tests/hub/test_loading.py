@@ -14,10 +14,17 @@ from elsewhere import run_elsewhere
 from forked import PATIENCE
 from helpers import REPO_ROOT, Variant
 from hub_server import Hub, commit_of, fill_cache, read_files, serve
+from mapped import names_in_memory
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForPreTraining, AutoModelForSequenceClassification, AutoTokenizer
 
-from tahoex1_hf import TahoeX1Config, TahoeX1ForPreTraining, TahoeX1Model, TahoeX1Tokenizer
+from tahoex1_hf import (
+    TahoeX1Config,
+    TahoeX1ForPreTraining,
+    TahoeX1ForSequenceClassification,
+    TahoeX1Model,
+    TahoeX1Tokenizer,
+)
 from tahoex1_hf.hub import export as hub_export
 from tahoex1_hf.hub import loading as model_loading
 from tahoex1_hf.hub.loading import find_model, load_model_and_tokenizer
@@ -68,7 +75,7 @@ def hub_cache(filled: tuple[Path, dict[str, str]], monkeypatch: pytest.MonkeyPat
 
 @pytest.fixture
 def hf_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where checkpoints of the original are converted to, and the Hub's cache with one of today's repositories."""
+    """Where checkpoints of the original are translated to, and the Hub's cache with one of today's repositories."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "hf_home"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hf_home" / "hub"))
     today = todays_repository(tmp_path / "today")
@@ -94,8 +101,13 @@ def own(converted: Path, variant: Variant) -> torch.Tensor:
     return embed(TahoeX1Model.from_pretrained(converted), variant)
 
 
-def conversions(hf_home: Path) -> list[Path]:
-    return sorted((hf_home / "tahoex1_hf" / "converted").rglob("model.safetensors"))
+def translations(hf_home: Path) -> list[Path]:
+    return sorted((hf_home / "tahoex1_hf" / "translated").rglob("model.safetensors"))
+
+
+def copies(hf_home: Path) -> list[Path]:
+    """Files of weights in the package's own cache."""
+    return [path for path in translations(hf_home) if not path.is_symlink()]
 
 
 def test_auto_classes_from_the_cache(hub_cache: dict[str, str], converted: dict[str, Path]) -> None:
@@ -328,9 +340,9 @@ def test_todays_layout(hf_home: Path, converted: dict[str, Path], monkeypatch: p
     model = TahoeX1Model.from_pretrained(REPO_ID, subfolder="70m-model")
     assert torch.equal(embed(model, SMALL), own(converted["70m"], SMALL))
     commit = commit_of(read_files(hf_home.parent / "today"))
-    assert [path.parent.name for path in conversions(hf_home)] == [commit]
-    stamp = conversions(hf_home)[0].stat().st_mtime_ns
-    monkeypatch.setattr(model_loading, "convert_original_folder", lambda *a: pytest.fail("converted again"))
+    assert [path.parent.name for path in translations(hf_home)] == [commit]
+    stamp = translations(hf_home)[0].lstat().st_mtime_ns
+    monkeypatch.setattr(model_loading, "translate_folder", lambda *a: pytest.fail("translated again"))
     # The other ways in find what is there; the size may be spelt as in the new layout.
     for subfolder in ("70m", "70m-model"):
         head, report = TahoeX1ForPreTraining.from_pretrained(
@@ -344,8 +356,8 @@ def test_todays_layout(hf_home: Path, converted: dict[str, Path], monkeypatch: p
     explicit = TahoeX1Model.from_pretrained(REPO_ID, subfolder="70m-model", config=config)
     assert torch.equal(embed(explicit, SMALL), embed(model, SMALL))
     load_model_and_tokenizer(REPO_ID, size="70m")
-    assert [path.stat().st_mtime_ns for path in conversions(hf_home)] == [stamp]
-    assert [path.name for path in conversions(hf_home)[0].parents[1].glob(".*")] == []
+    assert [path.lstat().st_mtime_ns for path in translations(hf_home)] == [stamp]
+    assert [path.name for path in translations(hf_home)[0].parents[1].glob(".*")] == []
 
 
 def test_todays_layout_with_drugs_and_in_a_folder(hf_home: Path, converted: dict[str, Path]) -> None:
@@ -354,11 +366,11 @@ def test_todays_layout_with_drugs_and_in_a_folder(hf_home: Path, converted: dict
     assert torch.equal(
         embed(TahoeX1Model.from_pretrained(REPO_ID, subfolder="3b-model"), LARGE), own(converted["3b"], LARGE)
     )
-    assert len(conversions(hf_home)) == 1
+    assert len(translations(hf_home)) == 1
     local = TahoeX1Model.from_pretrained(hf_home.parent / "today", subfolder="70m-model")
     direct = TahoeX1Model.from_pretrained(str(hf_home.parent / "today" / "70m-model"))
     assert torch.equal(embed(local, SMALL), embed(direct, SMALL))
-    assert len(conversions(hf_home)) == 2
+    assert len(translations(hf_home)) == 2
     with pytest.raises(FileNotFoundError, match="has no model at its root; it has the sizes 3b, 70m"):
         TahoeX1Tokenizer.from_pretrained(hf_home.parent / "today")
     with pytest.raises(ConnectionError, match="HF_HUB_OFFLINE"):
@@ -373,17 +385,117 @@ def test_what_is_not_ours_is_left_to_transformers(tmp_path: Path, hf_home: Path)
         TahoeX1Model.from_pretrained("no-such-folder")
     with pytest.raises((OSError, ValueError)):
         AutoModel.from_pretrained(REPO_ID, subfolder="70m-model")  # it looks for config.json
-    assert not conversions(hf_home)
+    assert not translations(hf_home)
 
 
-def test_a_failed_conversion_leaves_nothing(hf_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(source: Path, destination: Path) -> None:
-        destination.mkdir(parents=True)
-        (destination / "config.json").write_text("{}")
+def test_weights_are_loaded_where_they_are(hf_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Views of the published file: no second copy on disk, and none in memory but of the matrix that is transposed."""
+    folder = hf_home.parent / "today" / "70m-model"
+    model = TahoeX1ForPreTraining.from_pretrained(folder)
+    (link,) = translations(hf_home)
+    assert link.resolve() == folder / "model.safetensors"
+    assert not copies(hf_home)
+    assert names_in_memory(model, folder / "model.safetensors") == {"cell_decoder.cell_proj.weight"}
+    # The weights move: what is left behind is made anew, and what they are now is loaded.
+    before = embed(model, SMALL)
+    moved = folder.rename(folder.with_name("moved"))
+    assert torch.equal(embed(TahoeX1Model.from_pretrained(moved), SMALL), before)
+    moved.rename(folder)
+    tensors = load_file(folder / "model.safetensors")
+    norm = "model.transformer_encoder.norm.weight"
+    save_file({**tensors, norm: 2 * tensors[norm]}, folder / "model.safetensors", {"format": "pt"})
+    assert (embed(TahoeX1Model.from_pretrained(folder), SMALL) - before).abs().max() > 0.1
+
+
+def test_a_copy_of_an_earlier_version_is_not_read(hf_home: Path) -> None:
+    """Until version 0.1.0 the cache held converted copies, in another folder."""
+    before = embed(TahoeX1Model.from_pretrained(REPO_ID, subfolder="70m-model"), SMALL)
+    (link,) = translations(hf_home)
+    old = hf_home / "tahoex1_hf" / "converted" / link.parent.relative_to(hf_home / "tahoex1_hf" / "translated")
+    old = Path(str(old).replace("--v2", "--v1"))
+    old.mkdir(parents=True)
+    (old / "config.json").write_text("{}")
+    (old / "model.safetensors").write_bytes(b"of an earlier version")
+    assert torch.equal(embed(TahoeX1Model.from_pretrained(REPO_ID, subfolder="70m-model"), SMALL), before)
+
+
+def test_a_wrong_name_is_never_loaded_as_random_weights(hf_home: Path) -> None:
+    path = hf_home.parent / "today" / "70m-model" / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.flag_enc.weight"] = tensors.pop("model.flag_encoder.weight")
+    save_file(tensors, path)
+    with pytest.raises(ValueError, match=r"(?s)missing: model\.flag_encoder.*unexpected: model\.flag_enc\.weight"):
+        TahoeX1Model.from_pretrained(path.parent)
+    assert not translations(hf_home)
+
+
+def test_a_pickle_is_converted_into_the_cache(hf_home: Path) -> None:
+    folder = hf_home.parent / "today" / "70m-model"
+    before = embed(TahoeX1Model.from_pretrained(folder), SMALL)
+    torch.save({"state": {"model": load_file(folder / "model.safetensors")}}, folder / "best-model.pt")
+    (folder / "model.safetensors").unlink()
+    assert torch.equal(embed(TahoeX1Model.from_pretrained(folder), SMALL), before)
+    assert len(copies(hf_home)) == 1
+
+
+@pytest.mark.parametrize("model_class", [TahoeX1Model, TahoeX1ForPreTraining, TahoeX1ForSequenceClassification])
+def test_what_was_loaded_from_the_original_is_saved_under_our_names(
+    model_class: type, hf_home: Path, tmp_path: Path
+) -> None:
+    model = model_class.from_pretrained(REPO_ID, subfolder="70m-model")
+    model.save_pretrained(tmp_path / "saved")
+    saved = load_file(tmp_path / "saved" / "model.safetensors")
+    assert saved.keys() == model.state_dict().keys()
+    assert all(torch.equal(saved[name], tensor) for name, tensor in model.state_dict().items())
+    again, report = model_class.from_pretrained(tmp_path / "saved", output_loading_info=True)
+    assert not any(report.values())
+    assert torch.equal(embed(again.base_model, SMALL), embed(model.base_model, SMALL))
+
+
+@pytest.mark.parametrize("way", ["peft", "transformers"])
+def test_adapters_on_weights_of_the_original(way: str, hf_home: Path, tmp_path: Path) -> None:
+    """PEFT reads the registered rules too: neither its names nor those of a merged model may change."""
+    peft = pytest.importorskip("peft")
+    modules = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
+    settings = peft.LoraConfig(r=2, target_modules=modules, init_lora_weights=False)
+    torch.manual_seed(0)
+    adapted = peft.get_peft_model(TahoeX1Model.from_pretrained(REPO_ID, subfolder="70m-model"), settings)
+    expected = embed(adapted, SMALL)
+    adapted.save_pretrained(tmp_path / "adapter")
+    names = load_file(tmp_path / "adapter" / "adapter_model.safetensors").keys()
+    assert names == {
+        f"base_model.model.layers.{layer}.{block}.{module}.lora_{side}.weight"
+        for layer in range(adapted.config.num_hidden_layers)
+        for module in modules
+        for side in "AB"
+        for block in ["mlp" if module in ("up_proj", "down_proj") else "self_attn"]
+    }
+    base = TahoeX1Model.from_pretrained(REPO_ID, subfolder="70m-model")
+    if way == "peft":
+        model = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")
+        assert torch.equal(embed(model, SMALL), expected)
+        model = model.merge_and_unload()
+    else:
+        model = base
+        model.load_adapter(tmp_path / "adapter")
+        assert torch.equal(embed(model, SMALL), expected)
+        model.save_pretrained(tmp_path / "again")  # of a model with an adapter, transformers saves the adapter
+        again = load_file(tmp_path / "again" / "adapter_model.safetensors")
+        assert again.keys() == names
+        return
+    model.save_pretrained(tmp_path / "merged")
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    assert merged.keys() == base.base_model.state_dict().keys() == TahoeX1Model(base.config).state_dict().keys()
+    assert (embed(TahoeX1Model.from_pretrained(tmp_path / "merged"), SMALL) - expected).abs().max() < 1e-5
+
+
+def test_a_failed_translation_leaves_nothing(hf_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(source: Path, folder: Path) -> None:
+        (folder / "config.json").write_text("{}")
         raise OSError("disk full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(model_loading, "convert_original_folder", fail)
+        patch.setattr(model_loading, "translate_folder", fail)
         with pytest.raises(OSError, match="disk full"):
             TahoeX1Model.from_pretrained(REPO_ID, subfolder="70m-model")
     left = [path for path in (hf_home / "tahoex1_hf").rglob("*") if path.is_file()]
@@ -397,19 +509,18 @@ PROCESS = """
     from tahoex1_hf import TahoeX1Model
     from tahoex1_hf.hub import loading as model_loading
 
-    convert, role = model_loading.convert_original_folder, sys.argv[1]
+    translate, role = model_loading.translate_folder, sys.argv[1]
 
-    def slowly(source, destination):
-        with open("conversions", "a") as file:
+    def slowly(source, folder):
+        with open("translations", "a") as file:
             file.write(role + "\\n")
         if role == "killed":
-            destination.mkdir(parents=True)
-            (destination / "config.json").write_text("{}")
+            (folder / "config.json").write_text("{}")
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(0.5)
-        return convert(source, destination)
+        return translate(source, folder)
 
-    model_loading.convert_original_folder = slowly
+    model_loading.translate_folder = slowly
     Path("ready-" + role).touch()
     while role != "killed" and not (Path("ready-one").exists() and Path("ready-two").exists()):
         time.sleep(0.01)
@@ -428,12 +539,12 @@ def test_two_processes_at_once_after_one_was_killed(tmp_path: Path, hf_home: Pat
     killed = start("killed")
     killed.communicate(timeout=PATIENCE)
     assert killed.returncode == -9
-    assert not conversions(hf_home)
+    assert not translations(hf_home)
     processes = [start(role) for role in ("one", "two")]
     for process in processes:
         _, stderr = process.communicate(timeout=PATIENCE)
         assert process.returncode == 0, stderr.decode()
-    assert (tmp_path / "conversions").read_text().splitlines()[0] == "killed"
-    assert len((tmp_path / "conversions").read_text().splitlines()) == 2  # one of the two waited for the other
-    assert len(conversions(hf_home)) == 1
+    assert (tmp_path / "translations").read_text().splitlines()[0] == "killed"
+    assert len((tmp_path / "translations").read_text().splitlines()) == 2  # one of the two waited for the other
+    assert len(translations(hf_home)) == 1
     assert not list((hf_home / "tahoex1_hf").rglob("*.partial"))

@@ -19,15 +19,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForPreTraining, AutoTokenizer
 
 from tahoex1_hf import TahoeX1Config, TahoeX1ForPreTraining, TahoeX1Model, TahoeX1Tokenizer
-from tahoex1_hf.original.convert import convert_original_folder, read_original_folder
+from tahoex1_hf.original.convert import convert_original_folder, open_original
 from tahoex1_hf.original.files import is_original_folder
-from tahoex1_hf.original.tensor_names import (
-    convert_state_dict,
-    name_rules,
-    original_shapes,
-    our_shapes,
-    restore_state_dict,
-)
 
 every_variant = pytest.mark.parametrize("variant", GOLDEN_VARIANTS, ids=lambda variant: variant.name)
 PLAIN, WITH_DRUGS = GOLDEN / "a_70m_like" / "model", GOLDEN / "b_3b_like_chem" / "model"
@@ -62,36 +55,9 @@ def assert_refused(source: Path, error: type[Exception], match: str) -> None:
 
 
 @every_variant
-def test_every_tensor_both_ways(variant: Variant) -> None:
-    original = load_file(variant.checkpoint / "model.safetensors")
-    checkpoint = read_original_folder(variant.checkpoint)
-    rules = name_rules(checkpoint.config)
-    assert sorted(rule.original for rule in rules) == sorted(original)
-    our_names = [name for rule in rules for name in rule.ours]
-    assert sorted(our_names) == sorted(our_shapes(checkpoint.config)) == sorted(checkpoint.state_dict)
-    assert equal_tensors(restore_state_dict(checkpoint.state_dict, checkpoint.config), original)
-    assert equal_tensors(
-        convert_state_dict(restore_state_dict(checkpoint.state_dict, checkpoint.config), checkpoint.config),
-        checkpoint.state_dict,
-    )
-
-
-def test_fused_rows_are_query_key_value() -> None:
-    checkpoint = read_original_folder(GOLDEN / "c_glu_post_gqa_avgpool" / "model")
-    fused = load_file(GOLDEN / "c_glu_post_gqa_avgpool" / "model" / "model.safetensors")[
-        "model.transformer_encoder.layers.1.self_attn.Wqkv.weight"
-    ]
-    query, key, value = (checkpoint.state_dict[f"tahoe.layers.1.self_attn.{p}_proj.weight"] for p in "qkv")
-    assert (len(query), len(key), len(value)) == (64, 32, 32)  # two key-value heads of four
-    assert torch.equal(fused[:64], query)
-    assert torch.equal(fused[64:96], key)
-    assert torch.equal(fused[96:], value)
-
-
-@every_variant
 def test_auto_classes_load_what_is_written(variant: Variant, tmp_path: Path) -> None:
     config = convert_original_folder(variant.checkpoint, tmp_path / "converted")
-    checkpoint = read_original_folder(variant.checkpoint)
+    checkpoint = open_original(variant.checkpoint)
     assert is_original_folder(variant.checkpoint)
     assert not is_original_folder(tmp_path / "converted")
     loaded_config = AutoConfig.from_pretrained(tmp_path / "converted")
@@ -102,7 +68,7 @@ def test_auto_classes_load_what_is_written(variant: Variant, tmp_path: Path) -> 
     model, report = AutoModelForPreTraining.from_pretrained(tmp_path / "converted", output_loading_info=True)
     assert not any(report.values()), report
     assert type(model) is TahoeX1ForPreTraining
-    assert equal_tensors(model.state_dict(), checkpoint.state_dict)
+    assert equal_tensors(model.state_dict(), checkpoint.load_model().state_dict())
 
     base, report = AutoModel.from_pretrained(tmp_path / "converted", output_loading_info=True)
     assert type(base) is TahoeX1Model
@@ -203,7 +169,7 @@ def test_attention_mask_of_the_original(source: Path, use_attn_mask: bool | None
             settings["attn_config"]["use_attn_mask"] = use_attn_mask
 
     edit_yaml(source / "model_config.yml", edit)
-    assert read_original_folder(source).config.attention_mask_style == style
+    assert open_original(source).config.attention_mask_style == style
 
 
 @pytest.mark.parametrize("file", ["model_config.yml", "collator_config.yml", "vocab.json", "model.safetensors"])
@@ -254,51 +220,6 @@ def test_a_failure_while_writing_leaves_nothing(source: Path, monkeypatch: pytes
 
     monkeypatch.setattr(TahoeX1Tokenizer, "save_pretrained", fails_after_writing)
     assert_refused(source, OSError, "disk full")
-
-
-PRE_NORM = {"hidden_act": "relu", "attention_mask_style": "observed_or_self"}
-RELEASED = {
-    "70M": {"hidden_size": 512, "num_hidden_layers": 12, "num_attention_heads": 8, **PRE_NORM},
-    "1.3B": {"hidden_size": 2048, "num_hidden_layers": 24, "num_attention_heads": 16, **PRE_NORM},
-    "3B": {
-        "hidden_size": 2560,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 20,
-        "hidden_act": "gelu",
-        "num_drugs": 379,
-        "drug_fingerprint_size": 2048,
-        "drug_token_id": 2,
-    },
-}
-
-
-def expected_parameters(config: TahoeX1Config) -> int:
-    """Added up from the table of the architecture, not from our modules."""
-    d, vocab, norm = config.hidden_size, config.vocab_size, 2 * config.hidden_size
-    square = d * d + d
-    encoders = vocab * d + norm + 2 * d + (2 * d + square + norm)
-    if config.num_drugs:
-        encoders += config.num_drugs * 2048 + (2048 * d + d) + square + norm
-    layer = 3 * square + square + (4 * d * d + 4 * d) + (4 * d * d + d) + 2 * norm
-    decoders = square + (d + 1) + square + d * d
-    return encoders + config.num_hidden_layers * layer + norm + decoders
-
-
-@pytest.mark.parametrize("size", RELEASED)
-def test_released_shapes(size: str) -> None:
-    config = TahoeX1Config(vocab_size=62720, **RELEASED[size])
-    ours = our_shapes(config)
-    with torch.device("meta"):
-        model = TahoeX1ForPreTraining(config)
-        original = {name: torch.empty(shape) for name, shape in original_shapes(config).items()}
-        assert model.num_parameters() == expected_parameters(config)
-        converted = convert_state_dict(original, config)
-        assert {name: tensor.shape for name, tensor in converted.items()} == ours
-        restored = restore_state_dict(converted, config)
-    assert {name: t.shape for name, t in restored.items()} == {name: t.shape for name, t in original.items()}
-    if size == "70M":
-        assert model.num_parameters() == 70_996_993
-        assert TahoeX1Config(attention_mask_style="observed_or_self").to_dict() == config.to_dict()
 
 
 def test_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,8 +7,7 @@ import os
 import pickle
 import shutil
 import signal
-import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import torch
 import yaml
 from composer import as_composer_file, as_sharded, composer_state, copy_settings
 from helpers import GOLDEN, GOLDEN_VARIANTS, Variant, tiny_config
+from mapped import names_in_memory
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoTokenizer
 
@@ -64,31 +64,22 @@ def test_shards_and_index(tmp_path: Path) -> None:
     assert not any(report.values())
 
 
-def test_few_tensors_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those already written are not kept: at most query, key and value of a fused matrix, and the one before."""
-    given: list[weakref.ref[torch.Tensor]] = []
-    most = 0
-    real = OriginalCheckpoint.converted
-
-    def converted(self: OriginalCheckpoint, dtype: torch.dtype | None = None) -> Iterator[tuple[str, torch.Tensor]]:
-        nonlocal most
-        for item in real(self, dtype):
-            given.append(weakref.ref(item[1]))
-            most = max(most, sum(reference() is not None for reference in given))
-            yield item
-
-    monkeypatch.setattr(OriginalCheckpoint, "converted", converted)
-    convert_original_folder(PLAIN, tmp_path / "out")
-    assert len(given) == 67
-    assert most <= 4
+@pytest.mark.parametrize("pickled", [False, True])
+def test_weights_stay_in_their_file(pickled: bool, tmp_path: Path) -> None:
+    """A conversion holds no weights in memory but the matrix that is transposed."""
+    source = Path(as_composer_file(PLAIN, tmp_path)) if pickled else PLAIN
+    model = open_original(source).load_model()
+    path = source if pickled else source / "model.safetensors"
+    assert names_in_memory(model, path) == {"cell_decoder.cell_proj.weight"}
 
 
 @every_variant
 def test_bfloat16(variant: Variant, tmp_path: Path) -> None:
     convert_original_folder(variant.checkpoint, tmp_path / "out", dtype=torch.bfloat16)
-    whole = open_original(variant.checkpoint)
+    whole = open_original(variant.checkpoint).load_model().state_dict()
     ours = load_file(tmp_path / "out" / "model.safetensors")
-    assert all(torch.equal(ours[name], tensor.bfloat16()) for name, tensor in whole.converted())
+    assert ours.keys() == whole.keys()
+    assert all(torch.equal(ours[name], tensor.bfloat16()) for name, tensor in whole.items())
     assert AutoModel.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
     verification = json.loads((tmp_path / "out" / "conversion.json").read_text())["verification"]
     assert verification["tensors"] == "equal after rounding"
@@ -122,13 +113,15 @@ SPOIL: dict[str, tuple[str, Callable[[torch.Tensor], torch.Tensor]]] = {
 @pytest.mark.parametrize("kind", SPOIL)
 def test_a_wrong_tensor_is_found(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name, spoil = SPOIL[kind]
-    real = OriginalCheckpoint.converted
+    real = OriginalCheckpoint.load_model
 
-    def converted(self: OriginalCheckpoint, dtype: torch.dtype | None = None) -> Iterator[tuple[str, torch.Tensor]]:
-        for key, tensor in real(self, dtype):
-            yield key, spoil(tensor).contiguous() if key == name else tensor
+    def load_spoilt(self: OriginalCheckpoint, dtype: torch.dtype | None = None) -> TahoeX1ForPreTraining:
+        model = real(self, dtype)
+        parameter = model.get_parameter(name)
+        parameter.data = spoil(parameter.data).contiguous()
+        return model
 
-    monkeypatch.setattr(OriginalCheckpoint, "converted", converted)
+    monkeypatch.setattr(OriginalCheckpoint, "load_model", load_spoilt)
     with pytest.raises(ValueError, match="was not written as it was read"):
         convert_original_folder(PLAIN, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
@@ -184,16 +177,18 @@ def test_parameter_count_of_released_sizes() -> None:
 
 
 def _killed_while_writing(destination: Path) -> None:
-    real = OriginalCheckpoint.converted
+    from transformers import modeling_utils
 
-    def converted(self: OriginalCheckpoint, dtype: torch.dtype | None = None) -> Iterator[tuple[str, torch.Tensor]]:
-        for number, item in enumerate(real(self, dtype)):
-            if number == 30:
-                os.kill(os.getpid(), signal.SIGKILL)
-            yield item
+    real, written = modeling_utils.safe_save_file, []
 
-    OriginalCheckpoint.converted = converted  # type: ignore[method-assign]
-    convert_original_folder(PLAIN, destination)
+    def save(tensors: dict[str, torch.Tensor], path: str, **options: Any) -> None:
+        if written:
+            os.kill(os.getpid(), signal.SIGKILL)
+        written.append(path)
+        real(tensors, path, **options)
+
+    modeling_utils.safe_save_file = save
+    convert_original_folder(PLAIN, destination, max_shard_size=200_000)
 
 
 def _killed_before_the_end(destination: Path) -> None:
