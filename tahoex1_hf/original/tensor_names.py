@@ -65,6 +65,7 @@ class SplitRows(ConversionOps):
         model: torch.nn.Module,
         **kwargs: Any,
     ) -> dict[str, torch.Tensor]:
+        """Return the pieces by target."""
         (tensors,) = input_dict.values()
         tensor = tensors[0] if isinstance(tensors, list) else tensors
         names = [full_layer_name.replace(target_patterns[0], target) for target in target_patterns]
@@ -73,6 +74,7 @@ class SplitRows(ConversionOps):
 
     @property
     def reverse_op(self) -> ConversionOps:
+        """The operation that joins the pieces again."""
         return Concatenate(self.dim)
 
 
@@ -102,7 +104,8 @@ def in_original_names(
         read: gives our tensor of a name.
     """
     model = _empty_model(config)
-    model._weight_conversions = conversion_rules()  # what transformers notes of a model that was loaded by rules
+    # transformers keeps here the rules by which a model was loaded, to undo them.
+    model._weight_conversions = conversion_rules()  # type: ignore[assignment]
     for _, names in groupby(model.state_dict(), _layer_of):
         yield from revert_weight_conversion(model, {name: read(name) for name in names}).items()
 
