@@ -2,7 +2,7 @@
 """Making items ahead of their use in threads: reading and encoding go on while the model computes."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from functools import partial
@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 Item = TypeVar("Item")
 
 
-def prefetch(items: Iterable[Item], ahead: int = 1) -> Iterator[Item]:
+def prefetch(items: Iterable[Item], ahead: int = 1) -> Generator[Item, None, None]:
     """Yield the items of an iterable in order, making the next ones in a thread while one is used.
 
     An exception of the iterable is raised where its item would have come, with its own traceback. When the consumer
@@ -37,7 +37,7 @@ def prefetch(items: Iterable[Item], ahead: int = 1) -> Iterator[Item]:
 
 def prefetch_calls(
     calls: Iterable[Callable[[], Item]], ahead: int, num_threads: int = 1, name: str = "prefetch"
-) -> Iterator[Item]:
+) -> Generator[Item, None, None]:
     """Yield the results of calls in the order of the calls, which threads make ahead.
 
     Exceptions and early stops are handled as in `prefetch`: calls that have not started are dropped, calls that run

@@ -172,9 +172,9 @@ def perturb_genes(
 
             adata = read_h5ad(adata, backed="r")
             stack.callback(adata.file.close)
-        model, tokenizer = model_and_tokenizer(model, tokenizer, expression=expression)
+        loaded, tokenizer = model_and_tokenizer(model, tokenizer, expression=expression)
         options = EncodeOptions(with_context(tokenizer, max_length), drugs, seed, gene_id_column, gene_symbols, layer)
-        forward = _forward(without_peft(model), options.tokenizer, expression, batch_tokens, device, dtype)
+        forward = _forward(without_peft(loaded), options.tokenizer, expression, batch_tokens, device, dtype)
         source = CellSource(adata, options)
         groups = make_groups(adata, choose_cells(adata, cells, "cells"), groupby)
         toward = None if target is None else np.flatnonzero(choose_cells(adata, target, "target"))
@@ -183,7 +183,7 @@ def perturb_genes(
         controls = _plan(genes, names, groups, levels, change, together, null_genes, min_cells)
         run = _Run(source, groups, levels, forward, change, controls, num_affected)
         settings = {"mode": mode, "value": value, "expression": expression, "num_affected": num_affected}
-        journal = stack.enter_context(Journal(partial, {**settings, **run.identity(model, toward)}, restart))
+        journal = stack.enter_context(Journal(partial, {**settings, **run.identity(loaded, toward)}, restart))
         run.carry_out(journal, toward, progress)
     return run.result(journal.finished, names.labels(genes), min_cells)
 

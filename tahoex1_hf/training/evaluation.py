@@ -207,6 +207,7 @@ class CellTypeEvaluation(_Evaluation):
     def features(self, model: torch.nn.Module) -> Features:
         """Embeddings of the labelled cells."""
         from tahoex1_hf.cells.inputs import AnnDataInput, EncodeOptions
+        from tahoex1_hf.inference.chunks import embed_input
         from tahoex1_hf.inference.encoder import CellEncoder
 
         assert self.tokenizer is not None
@@ -222,9 +223,7 @@ class CellTypeEvaluation(_Evaluation):
             device=next(model.parameters()).device,
             dtype="float32",
         )
-        embeddings = np.empty((cells.num_cells, encoder.width), dtype=np.float32)
-        for chunk in cells.chunks(0, cells.num_cells):
-            embeddings[chunk.start : chunk.start + chunk.cells.num_cells] = encoder.embed(chunk.cells)
+        embeddings, _ = embed_input(encoder, cells)
         return embeddings, adata.obs[config.label].astype(str).to_numpy()
 
     def _cells(self) -> "tuple[anndata.AnnData, Mapping[str, str] | None]":

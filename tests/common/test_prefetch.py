@@ -97,7 +97,7 @@ def test_the_thread_ends_and_the_source_is_closed_when_the_consumer_stops(how: s
         assert next(items) == 0
         assert threads()
         if how == "close":
-            items.close()  # type: ignore[attr-defined]
+            items.close()
         else:
             cycle: list[object] = [items]
             cycle.append(cycle)
@@ -161,5 +161,5 @@ def test_calls_that_have_not_started_are_dropped() -> None:
     next(results)
     wait_for(lambda: len(made) == 2)  # the second call runs, three others wait for the thread
     threading.Timer(0.05, go.set).start()
-    results.close()  # type: ignore[attr-defined]
+    results.close()
     assert made == [0, 1]
