@@ -20,9 +20,9 @@ import typer
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from tahoex1_hf.finetuning.config import FinetuneConfig, read_finetune_config
+from tahoex1_hf.finetuning import FinetuneConfig, read_finetune_config
+from tahoex1_hf.finetuning.cells.report import read_report
 from tahoex1_hf.finetuning.metrics import HEADLINE, NAMES, paired_difference
-from tahoex1_hf.finetuning.report import read_report
 
 METHODS = ["linear_probe", "lora", "full"]
 TITLES = {"linear_probe": "linear probe", "lora": "LoRA", "full": "full fine-tuning"}

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from tahoex1_hf.configuration_tahoe_x1 import TahoeX1Config
     from tahoex1_hf.embedding.files import embed_files
     from tahoex1_hf.embedding.in_memory import embed_anndata
+    from tahoex1_hf.finetuning.cells.predicting import predict_anndata, predict_files
     from tahoex1_hf.hub.adapters import load_adapter
     from tahoex1_hf.hub.sources import convert_checkpoint
     from tahoex1_hf.modeling_tahoe_x1 import (
@@ -46,6 +47,8 @@ __all__ = [
     "embed_files",
     "load_adapter",
     "perturb_genes",
+    "predict_anndata",
+    "predict_files",
 ]
 
 # Public name -> module, for __getattr__; the imports above say the same to type checkers.
@@ -61,6 +64,8 @@ _MODULES = {
     "embed_files": "embedding.files",
     "load_adapter": "hub.adapters",
     "perturb_genes": "perturbation.run",
+    "predict_anndata": "finetuning.cells.predicting",
+    "predict_files": "finetuning.cells.predicting",
 }
 
 register_when_used()

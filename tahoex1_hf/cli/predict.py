@@ -56,15 +56,16 @@ def predict(
     if base is not None and adapter is None:
         raise ValueError("--base goes with --adapter.")
     from tahoex1_hf.cells.gene_symbols import read_gene_symbols
-    from tahoex1_hf.finetuning.cells.predicting import check_files, load_predictor, predict_file
+    from tahoex1_hf.finetuning.cells.predicting import check_files, predict_files
     from tahoex1_hf.inference.encoder import choose_device
 
     check_files(source, output)
     choose_device(device)
-    column = predict_file(
+    column = predict_files(
         source,
         output,
-        load_predictor(adapter or str(model), base),
+        adapter or str(model),
+        base=base,
         layer=layer,
         gene_id_column=gene_id_column,
         gene_symbols=read_gene_symbols(gene_symbols),

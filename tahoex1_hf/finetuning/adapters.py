@@ -19,6 +19,7 @@ from tahoex1_hf.hub.adapters import (
     read_record,
     shape_of,
 )
+from tahoex1_hf.hub.models import without_peft
 from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
 
 # The cards of adapters that were published before `hub/adapters.py` existed import `load_adapter` from here.
@@ -30,14 +31,14 @@ def save_adapter(model: Any, tokenizer: TahoeX1Tokenizer, folder: Path, record: 
 
     Args:
         model: PEFT model, or the model itself.
-        tokenizer: of its cells.
-        folder: to write into.
-        record: for `finetuning.json`; the shape and vocabulary of the base are added here.
+        tokenizer: Tokenizer of the model.
+        folder: Folder to write into.
+        record: Content of `finetuning.json`; the shape and vocabulary of the base are added here.
     """
     from tahoex1_hf.finetuning.cards import adapter_card
 
     folder.mkdir(parents=True, exist_ok=True)
-    inner = model.get_base_model() if is_peft(model) else model
+    inner = without_peft(model)
     record = {**record, "base_shape": shape_of(inner.config), "base_vocabulary": vocabulary_digest(tokenizer)}
     record["model_class"] = type(inner).__name__
     record["package_version"] = tahoex1_hf.__version__
@@ -45,7 +46,7 @@ def save_adapter(model: Any, tokenizer: TahoeX1Tokenizer, folder: Path, record: 
         settings = model.peft_config["default"]
         settings.base_model_name_or_path = record["model"]
         model.save_pretrained(folder)
-        _complete(folder, type(inner).__name__)
+        _complete_adapter(folder, type(inner).__name__)
     else:
         model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -54,12 +55,12 @@ def save_adapter(model: Any, tokenizer: TahoeX1Tokenizer, folder: Path, record: 
 
 
 def add_results(folder: Path, metrics: dict[str, float], verdict: str) -> None:
-    """Put what a run's report says into its adapter's record and card.
+    """Put the results of a run into its adapter's record and card.
 
     Args:
-        folder: of the adapter.
-        metrics: of the test cells, means over the splits.
-        verdict: how they compare with baselines, in words.
+        folder: Folder of the adapter.
+        metrics: Metrics on the test cells by title, means over the splits.
+        verdict: Comparison with the baselines, in words.
     """
     from tahoex1_hf.finetuning.cards import adapter_card
 
@@ -68,22 +69,24 @@ def add_results(folder: Path, metrics: dict[str, float], verdict: str) -> None:
     write_json(folder / RECORD, record)
 
 
-def _complete(folder: Path, class_name: str) -> None:
-    """Mend what PEFT writes."""
+def _complete_adapter(folder: Path, class_name: str) -> None:
+    """Write the settings in a stable order, and what PEFT leaves out."""
     path = folder / ADAPTER_CONFIG
     settings = json.loads(path.read_text(encoding="utf-8"))
-    if settings.get("modules_to_save"):
-        settings["modules_to_save"] = sorted(set(settings["modules_to_save"]))
+    # PEFT keeps both as sets, whose order differs from process to process.
+    for name in ("modules_to_save", "target_modules"):
+        if isinstance(settings.get(name), list):
+            settings[name] = sorted(set(settings[name]))
     if settings.get("task_type") is None:
-        # Of a base loaded with remote code, the module would be one that exists in that process only.
+        # With a base loaded by remote code, PEFT would name a module that exists in that process only.
         settings["auto_mapping"] = {
             "base_model_class": class_name,
             "parent_library": "tahoex1_hf.modeling_tahoe_x1",
         }
     path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     if settings.get("use_dora"):
-        # PEFT leaves `.weight` out of these names and adds it when it loads; transformers' own load_adapter does not,
-        # and would go on with new magnitudes. With it, both load them.
+        # PEFT leaves `.weight` out of these names and adds it when it loads; transformers' own load_adapter does not
+        # add it, and would silently keep new magnitudes. Both load the full names.
         weights = load_file(folder / ADAPTER_WEIGHTS)
         suffix = "lora_magnitude_vector"
         named = {f"{name}.weight" if name.endswith(suffix) else name: value for name, value in weights.items()}

@@ -14,14 +14,14 @@ from tahoex1_hf.hub.loading import find_model
 from tahoex1_hf.modeling_tahoe_x1 import TahoeX1PreTrainedModel
 from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
 
-# Parts that a checkpoint of pretraining does not have.
+# Beginnings of the names of weights that a pretrained checkpoint does not have.
 NEW_HEADS = ("classifier.", "head.")
 
 Model = TypeVar("Model", bound=TahoeX1PreTrainedModel)
 
 
 def load_tokenizer(config: FinetuneConfig) -> TahoeX1Tokenizer:
-    """The base's tokenizer, with the context length of the run."""
+    """Load the base's tokenizer, with the context length of the run."""
     changes = {} if config.context_length is None else {"context_length": config.context_length}
     tokenizer: TahoeX1Tokenizer = TahoeX1Tokenizer.from_pretrained(
         find_model(config.model, size=config.size), **changes
@@ -30,23 +30,23 @@ def load_tokenizer(config: FinetuneConfig) -> TahoeX1Tokenizer:
 
 
 def load_base(config: FinetuneConfig, model_class: type[Model], **options: Any) -> Model:
-    """The base with the head of a task; a head that the checkpoint lacks has new weights, drawn from `config.seed`.
+    """Load the base with the head of a task; a head that the checkpoint lacks gets random weights from `config.seed`.
 
     Args:
-        config: which base; with `qlora`, its weights are quantised.
-        model_class: with the head.
-        **options: of `TahoeX1Config`: `num_labels`, `id2label` and the like.
+        config: Configuration of the run; with `method=qlora`, the base's weights are quantised.
+        model_class: Class of the model with the head.
+        **options: Options of `TahoeX1Config`: `num_labels`, `id2label` and the like.
 
     Raises:
-        ValueError: for `qlora` where the hardware does not have it; for a checkpoint that lacks more than the head,
-            or whose pooling counts padding.
+        ValueError: For `qlora` where the hardware or a library is missing; for a checkpoint that lacks more than the
+            head, or whose pooling counts padding.
     """
     options |= quantization(config)
     folder = find_model(config.model, size=config.size)
     if not os.isatty(2):
         logging.disable_progress_bar()
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # that a new head is not in the checkpoint is no news
+    logging.set_verbosity_error()  # transformers warns that the checkpoint lacks the new head
     try:
         with torch.random.fork_rng():
             torch.manual_seed(config.seed)
@@ -74,5 +74,5 @@ def load_base(config: FinetuneConfig, model_class: type[Model], **options: Any) 
 
 
 def base_name(config: FinetuneConfig) -> str:
-    """How an adapter names its base: the id on the Hub, or the absolute path of a folder."""
+    """Return how an adapter names its base: the id on the Hub, or the absolute path of a folder."""
     return str(Path(config.model).resolve()) if Path(config.model).exists() else config.model

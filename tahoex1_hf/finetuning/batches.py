@@ -1,5 +1,5 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""Training batches by step: which cells a step sees follows from seed and number, so that nothing is saved for it."""
+"""Training batches by step. The cells of a step follow from the seed and its number, so that no position is saved."""
 
 import hashlib
 from collections.abc import Callable, Iterator
@@ -16,14 +16,16 @@ _AHEAD = 2  # batches that are made before they are asked for
 
 
 def epoch_order(rows: np.ndarray, lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> np.ndarray:
-    """Cells of every step of an epoch; those that do not fill a last step are left out, others in each epoch.
+    """Return the cells of every step of an epoch.
+
+    Cells that do not fill a last step are left out; they are others in each epoch.
 
     Args:
-        rows: `(cells,)` row numbers to train on.
-        lengths: `(all cells,)` tokens of each.
-        batch_size: cells of a step, at most as many as there are.
-        seed: of the order.
-        epoch: number of the epoch.
+        rows: Row numbers to train on, shape `(cells,)`.
+        lengths: Number of tokens of each cell, shape `(all cells,)`.
+        batch_size: Cells of a step, at most as many as there are.
+        seed: Seed of the order.
+        epoch: Number of the epoch.
 
     Returns:
         `(steps, batch_size)` row numbers.
@@ -38,22 +40,22 @@ def epoch_order(rows: np.ndarray, lengths: np.ndarray, batch_size: int, seed: in
 
 
 class TrainingBatches:
-    """This process's batches of every step, from the present one to the last; Trainer takes it for one long epoch.
+    """This process's batches of every step, from the present one to the last; Trainer takes them for one long epoch.
 
     Args:
-        make_batch: makes a batch, given row numbers and the number of the epoch.
-        rows: `(cells,)` row numbers to train on.
-        lengths: `(all cells,)` tokens of each.
-        batch_size: cells of a step, of all processes together.
-        seed: of the order.
-        world: number of this process, and of all.
-        microbatch_size: most cells of a batch; a step then has several.
+        make_batch: Function that makes a batch, given row numbers and the number of the epoch.
+        rows: Row numbers to train on, shape `(cells,)`.
+        lengths: Number of tokens of each cell, shape `(all cells,)`.
+        batch_size: Cells of a step, over all processes.
+        seed: Seed of the order.
+        world: Number of this process, and number of processes.
+        microbatch_size: Most cells of a batch; a step then has several.
 
     Attributes:
-        per_step: batches of a step.
+        per_step: Number of batches of a step.
 
     Raises:
-        ValueError: where the processes cannot share a step evenly.
+        ValueError: Where the processes cannot share a step evenly.
     """
 
     def __init__(
@@ -94,7 +96,7 @@ class TrainingBatches:
         yield from prefetch_calls(calls, _AHEAD, name="training-batches")
 
     def _plan(self) -> Iterator[tuple[np.ndarray, int]]:
-        """Rows and epoch of every batch."""
+        """Yield the rows and the epoch of every batch."""
         step = self.done()
         while step < self.max_steps:
             epoch, first = divmod(step, self.steps_per_epoch)

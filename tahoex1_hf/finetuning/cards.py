@@ -1,5 +1,5 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""The card of an adapter: what it is, what made it, how it is loaded, how well it does."""
+"""The card of an adapter: what it was trained for and how, its results, and how to load it."""
 
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,12 @@ _METHODS = {
 }
 
 
-# What a task is tested on, where it is not cells.
+# What is tested, for tasks where it is not cells.
 _TESTED = {"gene_classification": "genes", "drug_response": "conditions"}
 _DRUG_USAGE = """## Use
 
 ```python
-from tahoex1_hf.finetuning.drugs.task import predict_drug_response
+from tahoex1_hf.finetuning.drugs.predicting import predict_drug_response
 
 changes = predict_drug_response("FOLDER OR HUB ID OF THIS ADAPTER", controls, ["NAME OF A DRUG"])
 ```
@@ -34,7 +34,7 @@ change of the mean of log(1 + counts per 10,000)."""
 _GENE_USAGE = """## Use
 
 ```python
-from tahoex1_hf.finetuning.genes.task import predict_gene_classes
+from tahoex1_hf.finetuning.genes.predicting import predict_gene_classes
 
 table = predict_gene_classes("FOLDER OR HUB ID OF THIS ADAPTER", adata)
 ```
@@ -69,10 +69,10 @@ merged.save_pretrained("FOLDER"), tokenizer.save_pretrained("FOLDER")  # a base 
 
 
 def adapter_card(record: dict[str, Any]) -> str:
-    """Text of README.md.
+    """Return the text of README.md.
 
     Args:
-        record: of `finetuning.json`.
+        record: Content of `finetuning.json`.
     """
     base = record["model"]
     metadata: dict[str, Any] = {

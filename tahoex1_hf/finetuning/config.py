@@ -275,13 +275,13 @@ def parse_finetune_config(values: Mapping[str, Any], origin: str = "the configur
         ValueError: For every key that is unknown, belongs to another task, is missing or has a wrong value.
     """
     task = values.get("task")
-    if task not in CONFIGS:
+    if not isinstance(task, str) or task not in CONFIGS:
         given = "missing" if task is None else repr(task)
         raise ValueError(f"{origin}:\n  task: {given}: it must be one of {', '.join(map(repr, CONFIGS))}.")
     try:
-        return CONFIGS[str(task)].model_validate(dict(values))
+        return CONFIGS[task].model_validate(dict(values))
     except ValidationError as error:
-        lines = [f"  {_problem(dict(problem), str(task))}" for problem in error.errors()]
+        lines = [f"  {_problem(dict(problem), task)}" for problem in error.errors()]
         raise ValueError(f"{origin}:\n" + "\n".join(lines)) from None
 
 

@@ -1,41 +1,27 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""Training by gradients with an objective of a task's own, and the folds of a run."""
+"""Training by gradients: one fold of a task with an objective of its own."""
 
-import json
-import logging
-import shutil
+import math
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from accelerate import PartialState
-from transformers import set_seed
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments, set_seed
 
-from tahoex1_hf.common.files import write_json
 from tahoex1_hf.finetuning.batches import TrainingBatches
 from tahoex1_hf.finetuning.config import FinetuneConfig
 from tahoex1_hf.finetuning.methods import adapt, set_dropout, trainable_parameters
 from tahoex1_hf.finetuning.objectives import Objective
-from tahoex1_hf.finetuning.runs import (
-    RESULT,
-    early_stopping,
-    open_run,
-    steps_of,
-    training_arguments,
-)
-from tahoex1_hf.finetuning.splits import Split
 from tahoex1_hf.finetuning.trainer import FinetuneTrainer
 from tahoex1_hf.hub.adapters import is_peft
+from tahoex1_hf.inference.encoder import DtypeName
+from tahoex1_hf.runs.arguments import run_arguments
 from tahoex1_hf.runs.memory import peak_memory_gb
-from tahoex1_hf.runs.preemption import PREEMPTED, Preempted
-from tahoex1_hf.runs.status import write_status
-
-logger = logging.getLogger(__name__)
-
-ARRAYS = "result.npz"  # of a split, beside RESULT
+from tahoex1_hf.runs.preemption import Preempted
 
 
 def fit(
@@ -50,19 +36,19 @@ def fit(
     """Train a model.
 
     Args:
-        base: makes the model to adapt.
-        objective: what is minimised; `cells.lengths` are those of the rows.
-        rows: to train on, each once in an epoch.
-        validation: rows to evaluate on.
-        folder: for checkpoints; the same call goes on from them.
-        processes: of the launcher.
-        trainer_class: of the task.
+        base: Function that loads the model to adapt.
+        objective: Loss to minimise; `cells.lengths` are the lengths of its rows.
+        rows: Rows to train on, each once in an epoch.
+        validation: Rows to evaluate on.
+        folder: Folder of the checkpoints; the same call resumes from them.
+        processes: Processes of the launcher.
+        trainer_class: Trainer of the task.
 
     Returns:
-        The model with the best weights, in eval mode, and what it cost.
+        The model with the best weights, in eval mode, and what the training cost.
 
     Raises:
-        Preempted: where SIGTERM ended the training after a checkpoint.
+        Preempted: Where SIGTERM ended the training after a checkpoint.
     """
     config, started = objective.config, time.perf_counter()
     set_seed(config.seed)
@@ -99,56 +85,61 @@ def fit(
     }
 
 
-def drop_checkpoints(folder: Path) -> None:
-    """Of a split that is done."""
-    for path in folder.glob("checkpoint-*"):
-        shutil.rmtree(path)
+def steps_of(config: FinetuneConfig, steps_per_epoch: int) -> tuple[int, int]:
+    """Return the largest number of steps of a run, and the number of steps between two evaluations."""
+    max_steps = max(1, math.ceil(config.epochs * steps_per_epoch))
+    return max_steps, min(config.eval_steps or steps_per_epoch, max_steps)
 
 
-def run_task(config: FinetuneConfig, work: Callable[[PartialState], dict[str, Any]]) -> int:
-    """Open the folder of a run, do the work, and leave word of how it ended.
+def training_arguments(
+    config: FinetuneConfig, folder: Path, max_steps: int, eval_steps: int, per_step: int = 1
+) -> TrainingArguments:
+    """Return Trainer's options.
 
     Args:
-        config: of the run.
-        work: all of it; returns the metrics.
-
-    Returns:
-        0; or 75 where SIGTERM ended it after a checkpoint.
+        config: Configuration of the run.
+        folder: Folder of the checkpoints.
+        max_steps: Number of steps.
+        eval_steps: Steps between two evaluations, each with a checkpoint.
+        per_step: Batches of a step.
     """
-    processes = PartialState(cpu=not torch.cuda.is_available())
-    first, output_dir = processes.is_main_process, Path(config.output_dir)
-    open_run(config, first)
-    processes.wait_for_everyone()
-    if first:
-        write_status(output_dir, "running")
-    try:
-        metrics = work(processes)
-    except Preempted as stopped:
-        if first:
-            write_status(output_dir, "preempted", where=str(stopped))
-        return PREEMPTED
-    if first:
-        write_status(output_dir, "finished", metrics=metrics)
-    return 0
+    schedule = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}[config.schedule]
+    return run_arguments(
+        precision=config.precision,
+        activation_checkpointing=config.gradient_checkpointing,
+        output_dir=str(folder),
+        max_steps=max_steps,
+        gradient_accumulation_steps=per_step,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type=schedule,
+        warmup_steps=round(config.warmup_fraction * max_steps),
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        seed=config.seed,
+        logging_steps=eval_steps,
+        eval_strategy="steps",
+        eval_steps=eval_steps,
+        save_strategy="steps",
+        save_steps=eval_steps,
+        save_total_limit=2,  # the last, to resume from, and the best
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        greater_is_better=False,
+        restore_callback_states_from_checkpoint=True,
+        report_to="none",
+        # Whole models have parts that a task does not use, such as the flag of masked genes.
+        ddp_find_unused_parameters=config.method == "full",
+    )
 
 
-def write_result(folder: Path, split: Split, facts: dict[str, Any], **arrays: np.ndarray) -> None:
-    """Keep what a split came to: arrays, with the rows of its parts, and facts. The facts are written last."""
-    folder.mkdir(parents=True, exist_ok=True)
-    everything: dict[str, Any] = {**arrays, **split.parts()}
-    np.savez(folder / ARRAYS, **everything)
-    write_json(folder / RESULT, facts)
+def early_stopping(config: FinetuneConfig) -> list[TrainerCallback]:
+    """Return the callback that stops early; none where the patience is null."""
+    patience = config.early_stopping_patience
+    return [] if patience is None else [EarlyStoppingCallback(patience)]
 
 
-def read_result(folder: Path, split: Split) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
-    """Arrays and facts of a split; None where it has not come to an end.
-
-    Raises:
-        ValueError: where the folder holds another split's.
-    """
-    if not (folder / RESULT).is_file():
-        return None
-    with np.load(folder / ARRAYS, allow_pickle=False) as arrays:
-        if not all(np.array_equal(arrays[part], rows) for part, rows in split.parts().items()):
-            raise ValueError(f"{folder} holds the result of another split: choose another output_dir, or remove it.")
-        return dict(arrays), json.loads((folder / RESULT).read_text(encoding="utf-8"))
+def computes_in(config: FinetuneConfig) -> DtypeName:
+    """Return the precision of predictions, which is that of the training."""
+    launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no") if config.precision == "launcher" else None
+    half = "bf16" in (config.precision, launcher)
+    return "bfloat16" if half else "float32"

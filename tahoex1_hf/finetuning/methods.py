@@ -1,12 +1,12 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""What of a model is trained: low-rank adapters and the head, the head alone, or everything.
+"""Methods of fine-tuning: low-rank adapters and the head are trained, the head alone, or everything.
 
-All but `full` leave the weights of the base as they are, and are saved by PEFT: a few MB that hold the adapters and
-the whole head.
+All methods except `full` leave the weights of the base as they are, and PEFT saves their adapters and the whole head
+in a few MB.
 """
 
 import importlib.util
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from transformers import PreTrainedModel
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 # Linear layers that get adapters: the projections of attention and feed-forward blocks. PEFT's "all-linear" would also
-# take the decoders and the encoder of expression values, which have one input.
+# adapt the decoders and the encoder of expression values, whose layers have one input.
 TARGET_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-# And, to learn how cells respond to drugs, those of the drug encoder.
+# Further layers that drug response adapts: those of the drug encoder.
 DRUG_MODULES = ["drug_encoder.linear1", "drug_encoder.linear2"]
-# Head of each task, trained and saved whole. Masked expression keeps the decoders of the base as they are.
+# Heads of the tasks, which are trained and saved whole. Masked expression keeps the decoders of the base as they are.
 HEADS: dict[str, list[str]] = {
     "masked_expression": [],
     "classification": ["classifier"],
@@ -39,14 +39,14 @@ def adapt(model: PreTrainedModel, config: FinetuneConfig) -> "PreTrainedModel | 
     """Make a model ready for a method.
 
     Args:
-        model: with the head of the task; its weights are not changed.
-        config: method, rank and so on.
+        model: Model with the head of the task; its weights are not changed.
+        config: Configuration of the run.
 
     Returns:
-        A PEFT model around `model`; for `full`, `model` itself. Of its parameters, those to train require gradients.
+        A PEFT model around `model`; for `full`, `model` itself. Only the parameters to train require gradients.
 
     Raises:
-        ValueError: for target modules that the model does not have.
+        ValueError: For target modules that the model does not have.
     """
     if config.method == "full":
         return model.requires_grad_(True)
@@ -72,10 +72,10 @@ def adapt(model: PreTrainedModel, config: FinetuneConfig) -> "PreTrainedModel | 
 
 
 def target_modules(model: torch.nn.Module, config: FinetuneConfig) -> list[str]:
-    """Names of the layers that get adapters: those asked for, or of `TARGET_MODULES` those that there are.
+    """Return the names of the layers that get adapters: those asked for, or those of `TARGET_MODULES` that exist.
 
     Raises:
-        ValueError: for a name that is no linear layer of the model.
+        ValueError: For a name that is not a linear layer of the model.
     """
     linear = {name.rpartition(".")[2] for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear)}
     if config.target_modules is None:
@@ -93,8 +93,8 @@ def target_modules(model: torch.nn.Module, config: FinetuneConfig) -> list[str]:
 def set_dropout(model: torch.nn.Module, config: FinetuneConfig) -> None:
     """Set the dropout of the expression encoder for the training; the model's configuration stays as it is.
 
-    Embeddings of cells differ by little. A fitted head has large weights, and dropout behind its back would drown the
-    cells: 7.3 instead of 1.4 of loss at the first step, on heart nuclei.
+    Embeddings of cells differ by little, so that a fitted head has large weights. It was fitted without dropout, and
+    with dropout the noise exceeds the differences: on heart nuclei, the loss at the first step is 7.3 instead of 1.4.
     """
     dropout = config.expression_encoder_dropout
     if dropout is None:
@@ -107,15 +107,22 @@ def set_dropout(model: torch.nn.Module, config: FinetuneConfig) -> None:
 
 
 def trainable_parameters(model: torch.nn.Module) -> int:
-    """Number of parameters that training changes."""
+    """Return the number of parameters that training changes."""
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
+def trained_head(model: Any) -> torch.nn.Linear:
+    """Return the linear classifier of a model that is trained: with PEFT, its copy."""
+    inner = model.get_base_model() if hasattr(model, "peft_config") else model
+    head = inner.classifier
+    return cast(torch.nn.Linear, head.modules_to_save["default"] if inner is not model else head)
+
+
 def quantization(config: FinetuneConfig) -> dict[str, Any]:
-    """Arguments of `from_pretrained` that load the base in 4 bits for `qlora`; none for other methods.
+    """Return arguments of `from_pretrained` that quantise the base for `qlora`; none for other methods.
 
     Raises:
-        ValueError: where there is no CUDA device, or neither bitsandbytes nor torchao.
+        ValueError: Where there is no CUDA device, or neither bitsandbytes nor torchao.
     """
     if config.method != "qlora":
         return {}
@@ -129,7 +136,7 @@ def quantization(config: FinetuneConfig) -> dict[str, Any]:
 
 
 def bitsandbytes_config() -> Any:
-    """Weights in NF4, their scales in 8 bits; products in bfloat16 (QLoRA; Dettmers et al. 2023, arXiv:2305.14314)."""
+    """Quantise weights to NF4 and their scales to 8 bits, as QLoRA does (Dettmers et al. 2023, arXiv:2305.14314)."""
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(
@@ -142,12 +149,12 @@ def bitsandbytes_config() -> Any:
 
 
 def torchao_config() -> Any:
-    """The projections' weights in 8 bits: PEFT puts adapters on torchao's 8-bit layers only."""
+    """Quantise the projections' weights to 8 bits: PEFT supports adapters on torchao's 8-bit layers only."""
     from torchao.quantization import Int8WeightOnlyConfig
     from transformers import TorchAoConfig
 
     return TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=SKIPPED)
 
 
-# Small layers that stay in full precision: encoders of the tokens, decoders, heads. Names match from their start.
+# Small layers that stay in full precision: token encoders, decoders, heads. Names are compared from their beginning.
 SKIPPED = ["tahoe.embeddings", "expression_decoder", "cell_decoder", "classifier"]

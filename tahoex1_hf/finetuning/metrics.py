@@ -1,13 +1,14 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""How good predictions are, and how sure that is: metrics of a test set, their means and intervals over several."""
+"""Metrics of a test set, and their means and intervals over several test sets."""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-# The one that models are compared by, and whether more is better.
+from tahoex1_hf.runs.report import interval
+
+# Metric that models are compared by, and whether more is better.
 HEADLINE = {"classification": ("macro_f1", True), "regression": ("rmse", False)}
 NAMES = {
     "accuracy": "accuracy",
@@ -20,27 +21,26 @@ NAMES = {
     "pearson": "Pearson",
     "spearman": "Spearman",
 }
-CONFIDENCE = 0.95
 
 
 def classification_metrics(
     truth: np.ndarray, predicted: np.ndarray, probabilities: np.ndarray | None = None
 ) -> dict[str, float]:
-    """Metrics of predicted classes.
+    """Compute metrics of predicted classes.
 
     Args:
-        truth: `(cells,)` class numbers.
-        predicted: `(cells,)` class numbers.
-        probabilities: `(cells, classes)` of each class.
+        truth: Class numbers, shape `(cells,)`.
+        predicted: Predicted class numbers, shape `(cells,)`.
+        probabilities: Probabilities of the classes, shape `(cells, classes)`.
 
     Returns:
-        `accuracy`; `balanced_accuracy`, the mean recall of the classes that there are; `macro_f1`, the mean F1 of the
-        classes that there are or that were predicted; and, with probabilities, `auroc`: the mean area under the ROC
-        curve of one class against the rest, over the classes that some but not all of the cells have. Where there is
-        no such class, it is left out.
+        `accuracy`; `balanced_accuracy`, the mean recall of the classes in `truth`; `macro_f1`, the mean F1 of the
+        classes in `truth` or `predicted`; and, with probabilities, `auroc`: the mean area under the ROC curve of one
+        class against the rest, over the classes that some but not all of the cells have. Without such a class, it is
+        left out.
 
     Raises:
-        ValueError: for arrays of different lengths, or without cells.
+        ValueError: For arrays of different lengths, or without cells.
     """
     from sklearn.metrics import f1_score, recall_score, roc_auc_score
 
@@ -61,18 +61,18 @@ def classification_metrics(
 
 
 def regression_metrics(truth: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
-    """Metrics of predicted numbers.
+    """Compute metrics of predicted numbers.
 
     Args:
-        truth: `(cells,)`.
-        predicted: `(cells,)`.
+        truth: Numbers, shape `(cells,)`.
+        predicted: Predicted numbers, shape `(cells,)`.
 
     Returns:
         `rmse` and `mae`, in the unit of the numbers; `r2`, `pearson` and `spearman`. Those that are not defined, as a
         correlation with a constant is not, are left out.
 
     Raises:
-        ValueError: for arrays of different lengths, or without cells.
+        ValueError: For arrays of different lengths, or without cells.
     """
     from scipy.stats import rankdata
 
@@ -97,39 +97,21 @@ def _paired(truth: np.ndarray, predicted: np.ndarray) -> tuple[np.ndarray, np.nd
     return truth, predicted
 
 
-def interval(values: Sequence[float]) -> dict[str, Any]:
-    """Mean of some values, and its 95 % confidence interval by Student's t.
-
-    The values are taken to be independent. Those of folds are not quite, since the folds share training cells
-    (Bengio and Grandvalet 2004, J. Mach. Learn. Res. 5), so that the interval is somewhat too narrow.
-
-    Returns:
-        `mean`; `low` and `high`, None where there are less than two values; `values`.
-    """
-    from scipy.stats import t
-
-    mean, low, high = float(np.mean(values)), None, None
-    if len(values) > 1:
-        half = t.ppf((1 + CONFIDENCE) / 2, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values))
-        low, high = float(mean - half), float(mean + half)
-    return {"mean": mean, "low": low, "high": high, "values": [float(value) for value in values]}
-
-
 def summarize(metrics: Sequence[Mapping[str, float]]) -> dict[str, dict[str, Any]]:
-    """Metrics over folds or seeds.
+    """Summarise metrics over folds or seeds.
 
     Args:
-        metrics: one per fold or seed; one that lacks a metric, where it was not defined, does not count for it.
+        metrics: Metrics of each fold or seed. One in which a metric is not defined does not count for it.
 
     Returns:
-        By metric: `interval` of its values.
+        `interval` of the values of each metric.
     """
     names = list(dict.fromkeys(name for each in metrics for name in each))
     return {name: interval([each[name] for each in metrics if name in each]) for name in names}
 
 
 def paired_difference(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, Any]:
-    """`interval` of the differences ours - theirs, fold by fold: what folds have in common drops out."""
+    """Return the `interval` of the differences ours - theirs, fold by fold: what folds have in common cancels."""
     if len(ours) != len(theirs):
         raise ValueError(f"{len(ours)} and {len(theirs)} values cannot be compared one by one.")
     return interval([a - b for a, b in zip(ours, theirs, strict=True)])

@@ -1,5 +1,5 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""What is minimised: the loss of a training step, and the same on validation cells, whatever batches they come in."""
+"""The loss of a training step, and the same on validation cells, independent of their batches."""
 
 from collections.abc import Callable
 from typing import Any, cast
@@ -17,17 +17,17 @@ from tahoex1_hf.finetuning.config import (
     RegressionConfig,
 )
 
-# Number of the "epoch" from which the hidden genes of validation and test cells are drawn: the same whenever.
+# Number of the "epoch" that decides the masked genes of validation and test cells: they are always the same.
 HELD_OUT = 2**32
 
 
 def class_weights(labels: np.ndarray, num_classes: int, kind: str) -> np.ndarray:
-    """Weight of each class, `(classes,)` float32, whose mean over the cells is 1.
+    """Return the weight of each class, `(classes,)` float32, with mean 1 over the cells.
 
     Args:
-        labels: `(cells,)` class numbers of the training cells.
-        num_classes: also of classes that none of them has, which get 1.
-        kind: "balanced": inverse to the number of cells; "none".
+        labels: Class numbers of the training cells, shape `(cells,)`.
+        num_classes: Number of classes; those that no training cell has get 1.
+        kind: `"balanced"` for weights inverse to the number of cells, or `"none"`.
     """
     counts = np.bincount(labels, minlength=num_classes)
     if kind == "none":
@@ -39,16 +39,16 @@ def class_weights(labels: np.ndarray, num_classes: int, kind: str) -> np.ndarray
 
 
 class Objective:
-    """Loss of a task.
+    """Loss of a task on cells.
 
     Args:
-        config: of the run.
-        cells: with labels, except for masked expression.
-        train: rows to train on, which set class weights, or mean and scale of the numbers.
+        config: Configuration of the run.
+        cells: Cells, with labels except for masked expression.
+        train: Rows to train on, which set class weights, or mean and scale of the numbers.
 
     Attributes:
-        mean: of the numbers to predict.
-        scale: their standard deviation.
+        mean: Mean of the numbers to predict.
+        scale: Their standard deviation.
     """
 
     def __init__(self, config: FinetuneConfig, cells: LabelledCells, train: np.ndarray):
@@ -67,7 +67,7 @@ class Objective:
             self.collator = CellCollator(cells.tokenizer, mlm_probability=config.mlm_probability)
 
     def batch(self, rows: np.ndarray, epoch: int) -> dict[str, Any]:
-        """Arguments of the model for some cells, with labels in the unit of the loss."""
+        """Return the arguments of the model for some cells, with labels in the unit of the loss."""
         if self.collator is not None:
             return self.cells.masked_batch(self.collator, rows, self.config.seed, epoch)
         batch = self.cells.batch(rows)
@@ -76,12 +76,12 @@ class Objective:
         return batch
 
     def __call__(self, outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
-        """Loss of a part of a step; the sum over all parts is the mean over the step's `num_items_in_batch` cells."""
+        """Return the loss of a part of a step; the parts add up to the mean over its `num_items_in_batch` cells."""
         losses, _ = self._losses(outputs.logits, labels)
         return losses.sum() / (len(labels) if num_items_in_batch is None else num_items_in_batch)
 
     def _losses(self, logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`(cells,)` weighted losses, and the weights."""
+        """Return the weighted losses and the weights, shape `(cells,)` each."""
         logits = logits.float()
         if self.weights is None:
             return (logits.squeeze(1) - labels).square(), torch.ones_like(labels)
@@ -89,9 +89,9 @@ class Objective:
         return cross_entropy(logits, labels, weight=weights, reduction="none"), weights[labels]
 
     def sums(self, model: Callable[..., Any], batch: dict[str, Any]) -> torch.Tensor:
-        """Over a batch: sum of the losses, sum of what it is to be divided by, and sum of hits; `(3,)` float64."""
+        """Return sums over a batch as a `(3,)` float64 tensor: losses, what to divide them by, and hits."""
         if self.collator is not None:
-            outputs = model(**batch, num_items_in_batch=1)  # the sum over the targets
+            outputs = model(**batch, num_items_in_batch=1)  # then the loss is the sum over the targets
             return torch.stack(
                 [outputs.loss.double(), batch["target_mask"].sum().double(), outputs.loss.new_zeros(())]
             )
@@ -102,6 +102,6 @@ class Objective:
         return torch.stack([losses.double().sum(), weights.double().sum(), hits.double().sum()])
 
     def metrics(self, sums: torch.Tensor, num_cells: int) -> dict[str, float]:
-        """What the sums over all cells come to."""
+        """Return the metrics that follow from the sums over all cells."""
         found = {"loss": float(sums[0] / sums[1].clamp(min=1e-12))}
         return found | ({"accuracy": float(sums[2]) / num_cells} if self.weights is not None else {})

@@ -1,5 +1,5 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""Linear probe: logistic or ridge regression on the frozen cell embeddings, put into the head of the model."""
+"""Linear probe: logistic or ridge regression on frozen embeddings, whose weights become the head of the model."""
 
 import logging
 from typing import Any, cast
@@ -13,12 +13,12 @@ from tahoex1_hf.finetuning.splits import Split
 
 logger = logging.getLogger(__name__)
 
-# Cells from which a head is fitted that is trained further.
+# Most cells that a head is fitted to where it is trained further.
 _START_CELLS = 10_000
-# Strengths of regularisation that are tried, from strong to weak; the validation cells choose.
+# Values of C that are tried, from strong to weak regularisation; the validation cells choose.
 _STRENGTHS = (0.001, 0.01, 0.1, 1.0, 10.0, 100.0)
-# Largest entry of the loss's gradient at which a fit ends: to choose a strength; and for the chosen one, so that last
-# digits of the embeddings remain last digits of the logits.
+# Largest entry of the loss's gradient at which a fit ends, while choosing a strength and for the chosen one. With the
+# second, differences in the last digits of the embeddings stay in the last digits of the logits.
 _SEARCH_TOLERANCE, _TOLERANCE = 1e-5, 1e-8
 
 
@@ -28,10 +28,10 @@ def fit_probe(
     """Fit a linear model to the training cells.
 
     Args:
-        features: `(cells, width)` embeddings of all cells; those of the test cells are not looked at.
-        cells: with labels.
-        split: of the cells.
-        config: of the run.
+        features: Embeddings of all cells, shape `(cells, width)`; those of the test cells are not used.
+        cells: Cells with labels.
+        split: Split of the cells.
+        config: Configuration of the run.
 
     Returns:
         Weights `(outputs, width)` and biases `(outputs,)` of a linear layer on the embeddings as they are.
@@ -39,7 +39,7 @@ def fit_probe(
     from sklearn.preprocessing import StandardScaler
 
     labels = cast(np.ndarray, cells.labels)
-    # In float64: with float32 features scikit-learn computes in float32, and stops where the digits end.
+    # With float32 features, scikit-learn would compute in float32 and stop short of the tolerance.
     train, validation = (features[part].astype(np.float64) for part in (split.train, split.validation))
     scaler = StandardScaler().fit(train)
     x, y = scaler.transform(train), labels[split.train]
@@ -48,7 +48,7 @@ def fit_probe(
     best, lowest = _STRENGTHS[0], np.inf
     for strength in _STRENGTHS:
         loss = _loss(*_fit(model, strength, _SEARCH_TOLERANCE, x, y, cells), *seen, config.task)
-        if loss > lowest:  # from here on the weights fit the training cells alone, and take longest
+        if loss > lowest:  # weaker regularisation overfits, and takes longest
             break
         best, lowest = strength, loss
     logger.info("Linear probe: C=%g, loss on the validation cells %.4f.", best, lowest)
@@ -59,7 +59,7 @@ def fit_probe(
 
 
 def some_of_each(rows: np.ndarray, cells: LabelledCells, seed: int) -> np.ndarray:
-    """At most so many rows that a probe is fitted in seconds, drawn from every class."""
+    """Return a random sample of rows from every class, small enough that a probe is fitted in seconds."""
     shuffled = np.random.default_rng(seed).permutation(rows)
     if cells.classes is None:
         return np.sort(shuffled[:_START_CELLS])
@@ -72,7 +72,7 @@ def _classifier(config: ClassesConfig) -> Any:
     from sklearn.linear_model import LogisticRegression
 
     balanced = "balanced" if config.class_weights == "balanced" else None
-    # Newton steps reach the tolerance below where L-BFGS crawls; each starts from the strength before.
+    # Newton's method reaches the tolerance where L-BFGS is slow; each fit starts from the one before.
     return LogisticRegression(solver="newton-cg", warm_start=True, max_iter=1000, class_weight=balanced)
 
 
@@ -85,7 +85,7 @@ def _regression() -> Any:
 def _fit(
     model: Any, strength: float, tolerance: float, x: np.ndarray, y: np.ndarray, cells: LabelledCells
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Weights and biases of every output at a strength of regularisation."""
+    """Return weights and biases of every output at a strength of regularisation."""
     if cells.classes is None:
         model.set_params(alpha=1 / strength).fit(x, y)
         return model.coef_[None, :], np.array([model.intercept_])
@@ -106,7 +106,7 @@ def _loss(weights: np.ndarray, bias: np.ndarray, x: np.ndarray, y: np.ndarray, t
 def _all_classes(
     weights: np.ndarray, bias: np.ndarray, y: np.ndarray, cells: LabelledCells
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A row for every class; one that no training cell has is never predicted."""
+    """Add rows for classes that no training cell has, which are never predicted."""
     classes = cast(list[str], cells.classes)
     present = np.unique(y)
     every = np.zeros((len(classes), weights.shape[1]))
@@ -123,7 +123,7 @@ def set_head(head: torch.nn.Linear, weights: np.ndarray, bias: np.ndarray) -> No
 
 
 @torch.no_grad()
-def in_units(head: torch.nn.Linear, mean: float, scale: float) -> None:
-    """Let a layer that learnt standardised numbers give them in their own unit."""
+def predict_in_own_units(head: torch.nn.Linear, mean: float, scale: float) -> None:
+    """Rescale a layer that learnt standardised numbers, so that it gives them in their own unit."""
     head.weight.mul_(scale)
     head.bias.mul_(scale).add_(mean)

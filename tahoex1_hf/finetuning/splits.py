@@ -1,9 +1,9 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""Which cells are trained on, looked at for early stopping, and tested on.
+"""Splits of rows (cells, genes, conditions) into parts to train on, to validate on for early stopping, and to test on.
 
-Cells are drawn so that every part has all classes (or all ranges of a number) in about the same shares. With groups
-(donors, batches, cell lines), no group is in two parts: cells of one donor are alike for reasons that have nothing to
-do with the label, and a model tested on a donor that it knows seems better than it is.
+Random splits give every part all classes (or all ranges of a number) in about the same shares. With groups (donors,
+batches, cell lines), no group is in two parts: cells of one donor are alike for reasons that have nothing to do with
+the label, and a model tested on a donor that it was trained on seems better than it is.
 """
 
 import logging
@@ -16,8 +16,8 @@ import numpy as np
 logger = logging.getLogger(__name__)
 
 PARTS = ("train", "validation", "test")
-_RANGES = 10  # of a number, that are shared evenly between the parts
-_CERTAIN_GENES = 50  # two cells that express so many genes, in equal counts, are one cell
+_RANGES = 10  # ranges of a number that are shared evenly between the parts
+_CERTAIN_GENES = 50  # equal counts of so many genes are no coincidence: the cells are duplicates
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +34,7 @@ class Split:
 
 
 def strata(labels: np.ndarray | None, num_rows: int) -> np.ndarray:
-    """What is to be shared evenly: `(rows,)` class numbers; of floats, ranges with equally many rows; without, one."""
+    """Return what is to be shared evenly, shape `(rows,)`: classes, ranges of floats of equal size, or zeros."""
     if labels is None:
         return np.zeros(num_rows, dtype=np.int64)
     if labels.dtype.kind != "f":
@@ -53,22 +53,22 @@ def make_splits(
     validation_fraction: float = 0.1,
     seed: int = 0,
 ) -> list[Split]:
-    """Draw splits.
+    """Make random splits.
 
     Args:
-        labels: `(rows,)` classes (integers, text) or numbers (floats); None where there are none.
-        groups: `(rows,)` group of every row; none is shared by two parts.
-        num_rows: where there are no labels.
-        folds: with 1, a single split with `test_fraction`; with more, every row is tested on in one of so many splits.
-        test_fraction: with one fold, share of the rows to test on.
-        validation_fraction: share of the other rows to look at for early stopping.
-        seed: of what is drawn.
+        labels: Classes (integers, text) or numbers (floats), shape `(rows,)`; None where there are none.
+        groups: Groups, none of which is in two parts, shape `(rows,)`; None without groups.
+        num_rows: Number of rows, where there are no labels.
+        folds: Number of splits. With 1, `test_fraction` of the rows are tested; with more, every row is tested once.
+        test_fraction: Share of the rows to test on, with one fold.
+        validation_fraction: Share of the other rows to validate on.
+        seed: Seed of the splits.
 
     Returns:
         One split per fold.
 
     Raises:
-        ValueError: for too few rows or groups.
+        ValueError: For too few rows or groups.
     """
     if labels is None and num_rows is None:
         raise ValueError("num_rows is missing: without labels, say how many rows there are.")
@@ -101,15 +101,15 @@ def train_and_validation(
     """Divide rows between training and validation.
 
     Args:
-        rows: row numbers to divide.
-        labels: `(rows of all,)` as for `make_splits`.
-        groups: the same.
-        validation_fraction: share of `rows`.
-        seed: of what is drawn.
-        test: rows to test on, passed on.
+        rows: Row numbers to divide.
+        labels: Labels of all rows, as for `make_splits`.
+        groups: Groups of all rows, as for `make_splits`.
+        validation_fraction: Share of `rows` to validate on.
+        seed: Seed of the split.
+        test: Rows to test on, which become part of the split.
 
     Raises:
-        ValueError: for too few rows or groups.
+        ValueError: For too few rows or groups.
     """
     _check_enough(rows, groups, 2)
     kinds = strata(labels, int(rows.max()) + 1 if labels is None else len(labels))
@@ -119,15 +119,15 @@ def train_and_validation(
 
 
 def given_split(parts: Sequence[object] | np.ndarray, groups: np.ndarray | None, name: str = "split") -> Split:
-    """A split that a column gives.
+    """Return the split that a column gives.
 
     Args:
-        parts: `(rows,)` of `"train"`, `"validation"` and `"test"`; rows with anything that is missing are left out.
-        groups: `(rows,)` or None.
-        name: of the column, for errors.
+        parts: `"train"`, `"validation"` or `"test"`, shape `(rows,)`; rows with a missing value are left out.
+        groups: Groups, shape `(rows,)`, or None.
+        name: Name of the column, for errors.
 
     Raises:
-        ValueError: for other values, no row to train on or to test on, or a group in two parts.
+        ValueError: For other values, no row to train on or to test on, or a group in two parts.
     """
     values = np.array([str(value) for value in parts])
     missing = np.isin(values, ("", "nan", "None", "<NA>", "NaN"))
@@ -164,12 +164,13 @@ def check_split(split: Split, groups: np.ndarray | None) -> None:
 
 
 def check_duplicates(split: Split, contents: np.ndarray, num_genes: np.ndarray) -> None:
-    """Raise ValueError where a cell that is tested on stands among the others once more: leakage too.
+    """Raise ValueError where a test cell has the same counts as a training or validation cell: leakage too.
 
     Args:
-        split: of the cells.
-        contents: `(cells,)` numbers that are equal for cells with the same counts.
-        num_genes: `(cells,)` expressed genes; of cells with few, the same counts may be chance, and nothing is said.
+        split: Split of the cells.
+        contents: Numbers that are equal for cells with the same counts, shape `(cells,)`.
+        num_genes: Number of expressed genes, shape `(cells,)`; with few genes, equal counts may be a coincidence, and
+            are no error.
     """
     seen = np.concatenate([split.train, split.validation])
     seen = contents[seen[num_genes[seen] >= _CERTAIN_GENES]]
@@ -198,7 +199,7 @@ def _folds(kinds: np.ndarray, groups: np.ndarray | None, folds: int, seed: int) 
     from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
     with warnings.catch_warnings():
-        # Of classes with fewer cells than folds; those are in fewer tests.
+        # Classes with fewer cells than folds are in fewer tests.
         warnings.filterwarnings("ignore", message="The least populated class")
         if groups is None:
             if folds > np.bincount(kinds).max():
@@ -209,24 +210,24 @@ def _folds(kinds: np.ndarray, groups: np.ndarray | None, folds: int, seed: int) 
 
 
 def _part(rows: np.ndarray, kinds: np.ndarray, groups: np.ndarray | None, fraction: float, seed: int) -> np.ndarray:
-    """Draw about `fraction` of the rows, at least one; of every kind, one row stays."""
+    """Return a random part of the rows, about `fraction` and at least one; one row of every kind stays."""
     if groups is not None:
         return _groups_part(rows, kinds, groups, fraction, seed)
     random = np.random.default_rng(seed)
     shuffled = random.permutation(rows)
     order = shuffled[np.argsort(kinds[shuffled], kind="stable")]
     _, firsts = np.unique(kinds[order], return_index=True)
-    drawable = np.delete(order, firsts)
-    if not len(drawable):
+    movable = np.delete(order, firsts)
+    if not len(movable):
         raise ValueError(f"{len(rows)} cells of {len(firsts)} classes are too few: no class has two cells.")
-    wanted = min(len(drawable), max(1, round(fraction * len(rows))))
-    # Evenly over the cells as they lie sorted by kind: of each kind its share, rounded up or down.
-    places = np.floor((np.arange(wanted) + random.random()) * len(drawable) / wanted).astype(np.int64)
-    return np.sort(drawable[places])
+    wanted = min(len(movable), max(1, round(fraction * len(rows))))
+    # Taken evenly from the rows sorted by kind, each kind gives its share, rounded up or down.
+    places = np.floor((np.arange(wanted) + random.random()) * len(movable) / wanted).astype(np.int64)
+    return np.sort(movable[places])
 
 
 def _groups_part(rows: np.ndarray, kinds: np.ndarray, groups: np.ndarray, fraction: float, seed: int) -> np.ndarray:
-    """Draw whole groups that together have about `fraction` of the rows, at least one and not all."""
+    """Return whole groups that together have about `fraction` of the rows, at least one group and not all."""
     from sklearn.model_selection import StratifiedGroupKFold
 
     names = groups[rows].astype(str)
@@ -235,6 +236,6 @@ def _groups_part(rows: np.ndarray, kinds: np.ndarray, groups: np.ndarray, fracti
         warnings.filterwarnings("ignore", message="The least populated class")
         splitter = StratifiedGroupKFold(parts, shuffle=True, random_state=seed)
         tests = [test for _, test in splitter.split(kinds[rows], kinds[rows], names) if len(test)]
-    # The folds differ in size where groups do: take the one that is nearest to what was asked for.
+    # The folds differ in size where groups do: take the one whose size is nearest.
     best = min(tests, key=lambda test: abs(len(test) - fraction * len(rows)))
     return np.sort(rows[best])

@@ -1,9 +1,9 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
 """Cells of a file with their labels, for training in any order: read once, encoded when a batch is made.
 
-The counts of the genes that the model knows are copied into a temporary file, from which any cell can be read at once:
-files are compressed in large pieces, or sorted by gene. They take 8 bytes per expressed gene there, and no memory but
-the system's cache.
+The counts of the genes that the model knows are copied into a temporary file, from which any cell can be read at once;
+files of cells are compressed in large pieces, or sorted by gene. A copy takes 8 bytes per expressed gene on disk, and
+no memory except the system's cache.
 """
 
 import copy
@@ -34,23 +34,23 @@ from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
 
 logger = logging.getLogger(__name__)
 
-# Seed of the sample of cells longer than the context: that of `tahoex1 predict`, which sees the same genes of a cell.
+# Seed that samples the genes of cells longer than the context, in training and in `tahoex1 predict`.
 SAMPLE_SEED = 0
-_ENCODED_CELLS = 256  # at a time, outside of training
+_ENCODED_CELLS = 256  # encoded at a time, outside of training
 
 
 class StoredCounts:
     """Counts of the cells of a file, in their order, as flat arrays on disk.
 
     Attributes:
-        tokens: `(total,)` int32 token ids of the expressed genes.
-        counts: `(total,)` float32.
-        offsets: `(cells + 1,)` int64.
-        drug_ids: `(cells,)` int64, or None where no drugs were asked for.
+        tokens: Token ids of the expressed genes, shape `(total,)`, int32.
+        counts: Their counts, shape `(total,)`, float32.
+        offsets: Boundaries of the cells, shape `(cells + 1,)`, int64.
+        drug_ids: Drugs of the cells, shape `(cells,)`, int64; None without drugs.
     """
 
     def __init__(self, source: CellInput, tokenizer: TahoeX1Tokenizer, folder: Path):
-        # Without a name in the folder: it is gone when the process is, however it ends.
+        # These files have no name in the folder: they are gone when the process ends, in whatever way.
         with tempfile.TemporaryFile(dir=folder) as tokens, tempfile.TemporaryFile(dir=folder) as counts:
             lengths, drugs = [np.zeros(0, dtype=np.int64)], list[np.ndarray | None]()
             warned = False
@@ -73,14 +73,14 @@ class StoredCounts:
         self.drug_ids = np.concatenate(given) if given else None
 
     def rows(self, numbers: np.ndarray) -> GeneRows:
-        """Some cells, by number."""
+        """Return the genes and counts of some cells, by number."""
         starts, lengths = self.offsets[numbers], self.offsets[numbers + 1] - self.offsets[numbers]
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         index = np.repeat(starts - offsets[:-1], lengths) + np.arange(offsets[-1])
         return GeneRows(self.tokens[index].astype(np.int64), self.counts[index], offsets)
 
     def views(self, numbers: np.ndarray) -> CountRows:
-        """The same for the collator, without a copy."""
+        """Return the same for the collator, without a copy."""
         starts = self.offsets[numbers]
         return CountRows(self.tokens, starts, self.counts, starts, self.offsets[numbers + 1] - starts)
 
@@ -95,15 +95,15 @@ class LabelledCells:
     """Cells to learn from; a row is a number among these, 0 to `len - 1`.
 
     Attributes:
-        stored: counts of all cells of the file.
-        tokenizer: of the model.
-        numbers: `(cells,)` number of each cell in the file, rising.
-        labels: `(cells,)` int64 classes or float64 numbers; None without a label.
-        classes: names of the classes.
-        groups: `(cells,)` names of groups; None without.
-        parts: `(cells,)` `"train"`, `"validation"` or `"test"`, where a column says so.
-        names: `(cells,)` of the cells.
-        fingerprint: changes when the file does.
+        stored: Counts of all cells of the file.
+        tokenizer: Tokenizer of the model.
+        numbers: Number of each cell in the file, rising, shape `(cells,)`.
+        labels: Classes (int64) or numbers (float64), shape `(cells,)`; None without labels.
+        classes: Names of the classes; None for numbers.
+        groups: Names of the cells' groups, shape `(cells,)`; None without groups.
+        parts: `"train"`, `"validation"` or `"test"` for each cell, shape `(cells,)`, where a column says so.
+        names: Names of the cells, shape `(cells,)`.
+        fingerprint: Text that changes when the file does.
     """
 
     stored: StoredCounts
@@ -121,14 +121,14 @@ class LabelledCells:
 
     @property
     def lengths(self) -> np.ndarray:
-        """`(cells,)` int64: tokens of each cell."""
+        """Number of tokens of each cell, shape `(cells,)`, int64."""
         genes = np.diff(self.stored.offsets)[self.numbers]
         special = 1 if self.stored.drug_ids is None else 2
         room = self.tokenizer.context_length
         return genes + special if room is None else np.minimum(genes + special, room)
 
     def encoded(self, rows: np.ndarray) -> EncodedCells:
-        """Cells as the tokenizer encodes them, whatever other cells are asked for, and wherever they stand."""
+        """Encode cells; the result for a cell depends neither on the other cells nor on its place in the file."""
         numbers = self.numbers[rows]
         drugs, counts = self.stored.drug_ids, self.stored.rows(numbers)
         return self.tokenizer.encode_rows(
@@ -136,17 +136,17 @@ class LabelledCells:
             drug_ids=None if drugs is None else drugs[numbers],
             cell_numbers=content_numbers(counts),
             seed=SAMPLE_SEED,
-            warn=lambda _: None,  # of all cells, when they were read
+            warn=lambda _: None,  # warnings were given when the cells were read
         )
 
     def encoded_chunks(self, rows: np.ndarray) -> Iterator[tuple[np.ndarray, EncodedCells]]:
-        """Parts of `rows`, in their order, and the encoded cells: for cells that do not fit into memory together."""
+        """Yield parts of `rows` and their encoded cells, for cells that do not fit into memory together."""
         for start in range(0, len(rows), _ENCODED_CELLS):
             part = rows[start : start + _ENCODED_CELLS]
             yield part, self.encoded(part)
 
     def batch(self, rows: np.ndarray) -> dict[str, torch.Tensor]:
-        """Arguments of a model for some cells, padded, with `labels` where they have any."""
+        """Return the arguments of a model for some cells, padded, with `labels` where they have any."""
         tokenizer = self.tokenizer
         pad_id = tokenizer.get_vocab()[str(tokenizer.pad_token)]
         batch = self.encoded(rows).padded(pad_token_id=pad_id, pad_value=tokenizer.pad_value)
@@ -156,7 +156,7 @@ class LabelledCells:
         return batch
 
     def masked_batch(self, collator: CellCollator, rows: np.ndarray, seed: int, epoch: int) -> dict[str, Any]:
-        """Arguments of a model for some cells with hidden genes, which follow from seed, epoch and cell alone."""
+        """Return the arguments of a model for cells with masked genes, which depend on seed, epoch and cell alone."""
         numbers = self.numbers[rows]
         key = mix64(mix64(np.array([seed], dtype=np.uint64)) + np.uint64(epoch))
         streams = mix64(key + numbers.astype(np.uint64))
@@ -166,14 +166,14 @@ class LabelledCells:
         return collator.collate([(np.arange(len(rows)), self.stored.views(numbers))], streams, drugs)
 
     def contents(self) -> np.ndarray:
-        """`(cells,)` numbers that are equal for cells with the same counts."""
+        """Return numbers that are equal for cells with the same counts, shape `(cells,)`."""
         parts = [np.zeros(0, dtype=np.int64)]
         for start in range(0, len(self), _ENCODED_CELLS):
             parts.append(content_numbers(self.stored.rows(self.numbers[start : start + _ENCODED_CELLS])))
         return np.concatenate(parts)
 
     def csr(self) -> Any:
-        """`(cells, vocabulary)` CSR matrix of the counts of all known genes, a column per token, for baselines."""
+        """Return the counts of all known genes as a `(cells, vocabulary)` CSR matrix, a column per token."""
         from scipy.sparse import csr_matrix
 
         rows = self.stored.rows(self.numbers)
@@ -181,16 +181,16 @@ class LabelledCells:
 
 
 def read_cells(config: FinetuneConfig, tokenizer: TahoeX1Tokenizer, folder: Path) -> LabelledCells:
-    """Read the cells of a run: first the columns of obs, where most can be wrong, then the counts.
+    """Read the cells of a run: first the columns of obs, where most errors are, then the counts.
 
     Args:
-        config: of the run.
-        tokenizer: of the base.
-        folder: for temporary files.
+        config: Configuration of the run.
+        tokenizer: Tokenizer of the base.
+        folder: Folder for temporary files.
 
     Raises:
-        FileNotFoundError: for a path that does not exist.
-        ValueError: for a file, a column or counts that cannot be used.
+        FileNotFoundError: For a path that does not exist.
+        ValueError: For a file, a column or counts that cannot be used.
     """
     from tahoex1_hf.cells.files import open_inputs
     from tahoex1_hf.cells.gene_symbols import read_gene_symbols
@@ -234,7 +234,7 @@ def read_cells(config: FinetuneConfig, tokenizer: TahoeX1Tokenizer, folder: Path
         stored = StoredCounts(inputs[0], tokenizer, folder)
     try:
         names = read_obs_column(config.data, INDEX, "name").astype(str).to_numpy(dtype=object)[rows]
-    except ValueError:  # only AnnData has names that can be read alone
+    except ValueError:  # other files than AnnData have no names that can be read alone
         names = np.array([str(row) for row in rows], dtype=object)
     return LabelledCells(
         stored, tokenizer, rows, labels, classes, groups, parts, names, fingerprint=inputs[0].fingerprint

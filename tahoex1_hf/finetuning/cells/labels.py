@@ -1,5 +1,5 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""Columns of obs: the labels to learn, the groups that stay together, and what can be wrong with them."""
+"""Labels and groups from columns of obs or of a table of genes, and the checks that they can be learnt."""
 
 import logging
 from dataclasses import dataclass
@@ -24,9 +24,9 @@ class Labels:
     """Labels of the cells that have one.
 
     Attributes:
-        rows: `(labelled,)` row numbers in the file, rising.
-        values: `(labelled,)` int64 class numbers, or float64.
-        classes: names of the classes, or None for numbers.
+        rows: Row numbers in the file, rising, shape `(labelled,)`.
+        values: Class numbers (int64), or numbers (float64), shape `(labelled,)`.
+        classes: Names of the classes; None for numbers.
     """
 
     rows: np.ndarray
@@ -35,16 +35,16 @@ class Labels:
 
 
 def read_obs_column(path: str, name: str, role: str) -> "pd.Series":
-    """A column of obs of a file.
+    """Read a column of obs of a file.
 
     Args:
         path: `.h5ad` file or `.zarr` store.
-        name: of the column.
-        role: what it is for, for errors.
+        name: Name of the column.
+        role: Key of the configuration that names it, for errors.
 
     Raises:
-        FileNotFoundError: where there is no such file.
-        ValueError: for a file without obs, and for a column that is not there, naming those that are.
+        FileNotFoundError: For a file that does not exist.
+        ValueError: For a file without obs, and for a column that is not there, naming those that are.
     """
     from pathlib import Path
 
@@ -67,10 +67,10 @@ def read_obs_column(path: str, name: str, role: str) -> "pd.Series":
 
 
 def class_labels(column: "pd.Series", config: ClassesConfig, of: str = "cells") -> Labels:
-    """Classes of the cells, or of what else has a row (`of`); those without are left out with a warning.
+    """Return the classes of cells or genes (`of`); rows without a class are left out with a warning.
 
     Raises:
-        ValueError: for a column that is constant, empty, or holds measurements; for a class with too few rows.
+        ValueError: For a column that is constant, empty, or holds measurements; for a class with too few rows.
     """
     rows = _labelled(column, config.label, of)
     values = column.iloc[rows]
@@ -107,10 +107,10 @@ def class_labels(column: "pd.Series", config: ClassesConfig, of: str = "cells") 
 
 
 def number_labels(column: "pd.Series", label: str) -> Labels:
-    """Numbers of the cells; those without are left out with a warning.
+    """Return the numbers of the cells; cells without one are left out with a warning.
 
     Raises:
-        ValueError: for a column that is constant or empty, or holds something that is no finite number.
+        ValueError: For a column that is constant or empty, or holds a value that is not a finite number.
     """
     import pandas as pd
 
@@ -130,10 +130,10 @@ def number_labels(column: "pd.Series", label: str) -> Labels:
 
 
 def group_names(column: "pd.Series", rows: np.ndarray, name: str, of: str = "cells") -> np.ndarray:
-    """`(rows,)` groups as text.
+    """Return the groups of some rows as text, shape `(rows,)`.
 
     Raises:
-        ValueError: for cells (or what else has a row, `of`) without a group.
+        ValueError: For cells or genes (`of`) without a group.
     """
     groups = column.iloc[rows].astype(object)
     missing = groups.isna().to_numpy() | np.isin(groups.astype(str).to_numpy(), _MISSING)
@@ -155,7 +155,7 @@ def _labelled(column: "pd.Series", name: str | None, of: str) -> np.ndarray:
 
 
 def _check_not_measured(values: "pd.Series", name: str | None) -> None:
-    """Classes may be numbered, but not measured."""
+    """Raise ValueError where the labels are measurements; classes may be numbers too, but whole and few."""
     plain: Any = values.astype(object).to_numpy()
     if not all(isinstance(value, (int, float, np.integer, np.floating)) for value in plain):
         return
@@ -170,13 +170,13 @@ def _check_not_measured(values: "pd.Series", name: str | None) -> None:
 
 
 def _class_names(values: "pd.Series") -> np.ndarray:
-    """Names as text; whole floats, as columns with missing numbers have, lose their `.0`."""
+    """Return names as text. Whole floats lose their `.0`: numbered classes are floats where some are missing."""
     names = [str(int(v)) if isinstance(v, (float, np.floating)) else str(v) for v in values.astype(object)]
     return np.array(names, dtype=object)
 
 
 def _sorted_classes(kinds: np.ndarray) -> np.ndarray:
-    """By number where all are numbers, else by name."""
+    """Return the order of the classes: by number where all are numbers, else by name."""
     try:
         return np.argsort(np.array([float(kind) for kind in kinds]), kind="stable")
     except ValueError:

@@ -1,5 +1,5 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""Cells longer than the context, cut into parts that together hold every gene once."""
+"""Splitting cells longer than the context into parts that together hold every gene once."""
 
 import copy
 
@@ -9,22 +9,22 @@ from tahoex1_hf.encoding_tahoe_x1 import EncodedCells, GeneRows, mix64
 from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
 
 
-def encode_in_parts(
+def split_long_cells(
     tokenizer: TahoeX1Tokenizer, rows: GeneRows, numbers: np.ndarray, drug_ids: np.ndarray | None
 ) -> EncodedCells:
     """Encode cells so that no gene is left out.
 
-    A cell with more genes than the context has room for becomes several of about equal length, among which its genes
-    are shared out at random, by a hash of cell number and gene; the values are those of the whole cell.
+    A cell with more genes than the context has room for becomes several parts of about equal length. A hash of cell
+    number and gene decides which part a gene belongs to; the values are those of the whole cell.
 
     Args:
-        tokenizer: of the model.
-        rows: the cells' genes and counts.
-        numbers: `(cells,)` number of each cell in its data set.
-        drug_ids: `(cells,)`, or None for cells without a drug token.
+        tokenizer: Tokenizer of the model.
+        rows: Genes and counts of the cells.
+        numbers: Number of each cell, which decides how its genes are shared out, shape `(cells,)`.
+        drug_ids: Drugs of the cells, shape `(cells,)`; None for cells without a drug token.
 
     Returns:
-        `(parts)` encoded cells; `cell_numbers` says to which cell each belongs.
+        The encoded parts; `cell_numbers` is the number of the cell that each belongs to.
     """
     whole = copy.copy(tokenizer)
     whole.context_length = None
@@ -49,7 +49,7 @@ def encode_in_parts(
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     places = np.arange(len(part)) + special * (part[order] + 1)
     cell_of = np.repeat(np.arange(cells.num_cells), parts)
-    heads = cells.offsets[:-1][cell_of]  # the special tokens of each part are its cell's
+    heads = cells.offsets[:-1][cell_of]  # each part begins with its cell's special tokens
     input_ids = np.empty(offsets[-1], dtype=np.int64)
     expression_values = np.empty(offsets[-1], dtype=np.float32)
     for place in range(special):

@@ -1,35 +1,42 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""What continued masked-expression training has learnt about the user's cells, beside constants and the base."""
+"""Continued masked-expression training on cells without labels, scored beside constants and the base."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from tahoex1_hf.common.files import write_json
 from tahoex1_hf.configuration_tahoe_x1 import TahoeX1Config
 from tahoex1_hf.data.collator import CellCollator
+from tahoex1_hf.finetuning.adapters import add_results
+from tahoex1_hf.finetuning.bases import load_base
 from tahoex1_hf.finetuning.cells.labelled import LabelledCells
-from tahoex1_hf.finetuning.config import FinetuneConfig
+from tahoex1_hf.finetuning.cells.task import CellTask
+from tahoex1_hf.finetuning.config import MaskedExpressionConfig
 from tahoex1_hf.finetuning.objectives import HELD_OUT, Objective
 from tahoex1_hf.finetuning.splits import Split
+from tahoex1_hf.finetuning.task import Outcome
 from tahoex1_hf.inference.encoder import length_sorted_batches
+from tahoex1_hf.modeling_tahoe_x1 import TahoeX1ForPreTraining
+from tahoex1_hf.runs.report import Report
 
 logger = logging.getLogger(__name__)
 
-_TOKENS = 8192  # of a batch
-_BASELINE_CELLS = 20_000  # training cells from which the constants are learnt
+_BATCH_TOKENS = 8192
+_BASELINE_CELLS = 20_000  # most training cells that the constants are learnt from
 
 
 @torch.no_grad()
-def model_errors(config: FinetuneConfig, cells: LabelledCells, split: Split, model: Any) -> tuple[float, float]:
-    """A model's mean squared errors at the hidden genes of the test cells, in the unit of the loss.
+def model_errors(
+    config: MaskedExpressionConfig, cells: LabelledCells, split: Split, model: Any
+) -> tuple[float, float]:
+    """Return a model's mean squared errors at the hidden genes of the test cells, in the unit of the loss.
 
     Returns:
-        The mean of both decoders' errors, and the first decoder's, which reads each gene's context.
+        The mean of both decoders' errors, and the error of the expression decoder, which reads each gene's context.
     """
     model.eval()
     device = next(model.parameters()).device
@@ -44,9 +51,9 @@ def model_errors(config: FinetuneConfig, cells: LabelledCells, split: Split, mod
 
 
 def constant_errors(
-    config: FinetuneConfig, cells: LabelledCells, split: Split, model: TahoeX1Config
+    config: MaskedExpressionConfig, cells: LabelledCells, split: Split, model: TahoeX1Config
 ) -> tuple[float, float]:
-    """The same of constants learnt from the training cells: the mean value, and each gene's mean value."""
+    """Return the same errors of two constants learnt from the training cells: the mean value, and each gene's mean."""
     means, mean = _gene_means(config, cells, split)
     unit = 2 / (model.num_bins - 2) if model.scale_targets else 1.0
     sums, targets = np.zeros(2), 0
@@ -59,15 +66,15 @@ def constant_errors(
     return float(constant), float(per_gene)
 
 
-def _test_batches(config: FinetuneConfig, cells: LabelledCells, split: Split) -> Iterator[dict[str, Any]]:
-    """Of the test cells, always with the same genes hidden."""
+def _test_batches(config: MaskedExpressionConfig, cells: LabelledCells, split: Split) -> Iterator[dict[str, Any]]:
+    """Yield batches of the test cells, always with the same genes hidden."""
     objective = Objective(config, cells, split.train)
-    for rows in length_sorted_batches(cells.lengths[split.test], _TOKENS):
+    for rows in length_sorted_batches(cells.lengths[split.test], _BATCH_TOKENS):
         yield objective.batch(split.test[rows], HELD_OUT)
 
 
-def _gene_means(config: FinetuneConfig, cells: LabelledCells, split: Split) -> tuple[np.ndarray, float]:
-    """Mean value of each token in the training cells, `(vocabulary,)`, and of all."""
+def _gene_means(config: MaskedExpressionConfig, cells: LabelledCells, split: Split) -> tuple[np.ndarray, float]:
+    """Return the mean value of each token in the training cells, `(vocabulary,)`, and of all of them."""
     everything = CellCollator(cells.tokenizer, mlm_probability=1.0)
     size = len(cells.tokenizer)
     sums, counts = np.zeros(size), np.zeros(size)
@@ -81,7 +88,57 @@ def _gene_means(config: FinetuneConfig, cells: LabelledCells, split: Split) -> t
     return np.where(counts > 0, sums / np.maximum(counts, 1), mean), float(mean)
 
 
-_ROWS = {
+class MaskedExpressionTask(CellTask):
+    """Continued masked-expression training, see `Task`."""
+
+    def model_options(self) -> dict[str, Any]:
+        """Return no options: the decoders are those of the base."""
+        return {}
+
+    def base(self) -> TahoeX1ForPreTraining:
+        """Load the base with its decoders."""
+        return load_base(self.config, TahoeX1ForPreTraining)
+
+    def predict(self, model: Any, split: Split, facts: dict[str, Any]) -> dict[str, np.ndarray]:
+        """Return the embeddings of the test cells before and after the training; errors go into `facts["test"]`."""
+        if not len(split.test):
+            return super().predict(model, split, facts)
+        errors, test = (self.config, self.cells, split), {}
+        after, outputs = self.embed(model, split.test)
+        test["model"], test["model_expression"] = model_errors(*errors, model)
+        test["mean"], test["gene_mean"] = constant_errors(*errors, model.config)
+        with self.base_of(model) as base:
+            before, _ = self.embed(base, split.test)
+            test["base"], test["base_expression"] = model_errors(*errors, base)
+        facts["test"] = test
+        return {"outputs": outputs, "before": before, "after": after}
+
+    def predictions(self, outcome: Outcome) -> float:
+        """Return the model's error, the mean of both decoders'."""
+        return float(outcome.facts["test"]["model"])
+
+    def baselines(self, outcomes: Sequence[Outcome]) -> dict[str, list[float]]:
+        """Return the errors of constants, of the base, and of the decoders that read each gene's context."""
+        titles = {name: title for name, title in METHODS.items() if name != "model"}
+        return {title: [outcome.facts["test"][name] for outcome in outcomes] for name, title in titles.items()}
+
+    def metrics(self, outcome: Outcome, predictions: float) -> dict[str, float]:
+        """Return the error under its name."""
+        return {"mse": predictions}
+
+    def report(
+        self, outcomes: Sequence[Outcome], predictions: dict[str, list[float]], scores: Report
+    ) -> dict[str, Any]:
+        """Write the report; returns the mean errors."""
+        means, verdict = write_masked_report(
+            self.folder, [outcome.facts["test"] for outcome in outcomes], scores, self.ours
+        )
+        add_results(self.folder, means, verdict)
+        return means
+
+
+# Name in `report.json` -> title.
+METHODS = {
     "mean": "mean value of all genes",
     "gene_mean": "each gene's mean value",
     "base_expression": "base, from each gene's context",
@@ -91,43 +148,43 @@ _ROWS = {
 }
 
 
-def write_masked_report(folder: Path, losses: list[dict[str, float]]) -> tuple[dict[str, float], str]:
-    """Write `report.json` and `report.md`.
+def write_masked_report(
+    folder: Path, losses: Sequence[dict[str, float]], scores: Report, ours: str
+) -> tuple[dict[str, float], str]:
+    """Write the report of a masked-expression run.
 
     Args:
-        folder: to write into.
-        losses: for each split, the errors of the rows below.
+        folder: Folder to write into.
+        losses: Errors of each fold, with the names of `METHODS`.
+        scores: Scores of the model and of what it is compared with.
+        ours: Name of the model in `scores`.
 
     Returns:
-        Means over the splits, and how they compare, in words.
+        Means over the folds, and how they compare, in words.
     """
-    means = {name: float(np.mean([each[name] for each in losses])) for name in _ROWS}
-    lines = [f"| {title} | {means[name]:.4f} |" for name, title in _ROWS.items()]
+    means = {name: float(np.mean([each[name] for each in losses])) for name in METHODS}
     verdicts = [
-        verdict(means["model_expression"], means["gene_mean"], "the constants (each gene's mean)"),
-        verdict(means["model"], means["base"], "the base"),
+        compare_errors(means["model_expression"], means["gene_mean"], "the constants (each gene's mean)"),
+        compare_errors(means["model"], means["base"], "the base"),
     ]
-    splits = "the test cells" if len(losses) == 1 else f"the test cells of {len(losses)} splits (mean)"
-    text = [
-        "# Masked expression",
-        "",
-        f"Mean squared error at hidden genes of {splits}; less is better.",
-        "",
-        "| predictor | error |",
-        "|---|---|",
-        *lines,
-        "",
-        *verdicts,
-    ]
-    (folder / "report.md").write_text("\n".join(text) + "\n", encoding="utf-8")
-    write_json(folder / "report.json", {"task": "masked_expression", "means": means, "splits": losses})
-    for line in [*lines, *verdicts]:
-        logger.info(line)
+    cells = "the test cells" if len(losses) == 1 else f"the test cells of {len(losses)} splits (mean)"
+    table = scores.markdown({"mse": "error"}, {ours: METHODS["model"]}, digits=4, corner="predictor")
+    text = "\n\n".join(
+        [
+            "# Masked expression",
+            f"Mean squared error at hidden genes of {cells}; less is better.",
+            table,
+            "\n".join(verdicts),
+        ]
+    )
+    facts = {"task": "masked_expression", "means": means, "splits": list(losses)}
+    scores.write(folder, facts, text + "\n", "mse", "mean squared error at hidden genes")
+    logger.info("%s", text)
     return means, " ".join(verdicts)
 
 
-def verdict(model: float, other: float, name: str) -> str:
-    """Whether the model's error is below another, in words."""
+def compare_errors(model: float, other: float, name: str) -> str:
+    """Return in words whether the model's error is below another."""
     change = 100 * (model - other) / other
     does = "beats" if model < other else "does not beat"
     return f"The model {does} {name}: its error is {abs(change):.1f} % {'lower' if change < 0 else 'higher'}."

@@ -1,5 +1,5 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""The file that predictions are written to: the input and new columns, written piece by piece, moved into place."""
+"""The file that predictions are written to: the input with new columns, written piece by piece, then renamed."""
 
 import logging
 import shutil
@@ -19,12 +19,12 @@ class PredictionWriter:
     """A copy of an `.h5ad` file, to which predictions are added in the order of its cells.
 
     Args:
-        source: the file, which is left as it is.
-        output: `.h5ad`; may be the same.
-        column: name of the column of obs. Probabilities go to `obsm[column + "_probabilities"]`, what made them to
+        source: `.h5ad` file, which is not changed.
+        output: `.h5ad` file to write; may be the source.
+        column: Name of the column of obs. Probabilities go to `obsm[column + "_probabilities"]`, and what made them to
             `uns[column]`. Slots of these names that the source has are replaced.
-        num_cells: of the source.
-        classes: names of the classes; None where numbers are predicted.
+        num_cells: Number of cells of the source.
+        classes: Names of the classes; None where numbers are predicted.
     """
 
     def __init__(self, source: Path, output: Path, column: str, num_cells: int, classes: Sequence[str] | None):
@@ -48,7 +48,7 @@ class PredictionWriter:
         import h5py
         from anndata.io import write_elem
 
-        self._modernize()
+        self._rewrite_old_obs()
         obs = self.file["obs"]
         self._remove(obs, self.column)
         others = [name for name in obs.attrs["column-order"] if name != self.column]
@@ -62,8 +62,8 @@ class PredictionWriter:
         write_elem(column, "categories", np.array(self.classes, dtype=object))
         self.values = self._array(column, "codes", (num_cells,), np.min_scalar_type(-len(self.classes)))
 
-    def _modernize(self) -> None:
-        """Write obs anew where an anndata before 0.8 wrote it: old and new columns do not go together."""
+    def _rewrite_old_obs(self) -> None:
+        """Write obs again where anndata before 0.8 wrote it: its columns and today's cannot stand side by side."""
         import pandas as pd
         from anndata.io import write_elem
 
@@ -93,7 +93,7 @@ class PredictionWriter:
 
     def _remove(self, group: Any, name: str) -> None:
         if name in group:
-            logger.warning("%s had %s[%r] already: it is replaced in the output.", self.output, group.name[1:], name)
+            logger.warning("%s has %s[%r], which is replaced in the output.", self.output, group.name[1:], name)
             del group[name]
 
     def write(self, predictions: np.ndarray) -> None:
@@ -118,6 +118,6 @@ class PredictionWriter:
 
     def abandon(self) -> None:
         """Remove the unfinished file."""
-        with suppress(Exception):  # what went wrong is on its way already
+        with suppress(Exception):  # the error that led here is being raised
             self.file.close()
         self.whole.discard()

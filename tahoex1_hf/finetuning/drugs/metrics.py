@@ -6,17 +6,17 @@ from typing import Any
 
 import numpy as np
 
-from tahoex1_hf.finetuning.metrics import interval
+from tahoex1_hf.runs.report import interval
 
 NULL, CONTEXT_MEAN, DRUG_MEAN = "no change (control)", "mean of the context", "mean of the drug"
 
 
 def pearson_rows(predicted: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """Pearson's correlation over the genes, condition by condition.
+    """Compute Pearson's correlation over the genes, condition by condition.
 
     Args:
-        predicted: `(conditions, genes)` changes.
-        truth: `(conditions, genes)` changes.
+        predicted: Predicted changes, shape `(conditions, genes)`.
+        truth: Measured changes, shape `(conditions, genes)`.
 
     Returns:
         `(conditions,)` float64; 0 where either is constant, as for the null, of which no correlation is defined.
@@ -28,22 +28,30 @@ def pearson_rows(predicted: np.ndarray, truth: np.ndarray) -> np.ndarray:
     return np.divide((a * b).sum(axis=1), norms, out=np.zeros(len(a)), where=defined)
 
 
+def change_metrics(predicted: np.ndarray, truth: np.ndarray) -> dict[str, np.ndarray]:
+    """Return `pearson` of the change over the genes and `mse`, `(conditions,)` each."""
+    return {
+        "pearson": pearson_rows(predicted, truth),
+        "mse": ((predicted.astype(np.float64) - truth) ** 2).mean(axis=1),
+    }
+
+
 def change_baselines(
     changes: np.ndarray, drugs: np.ndarray, contexts: np.ndarray, train: np.ndarray, test: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """Changes predicted without a model.
+    """Predict changes without a model.
 
     Args:
-        changes: `(conditions, genes)`; those of the test conditions are not looked at.
-        drugs: `(conditions,)` names.
-        contexts: `(conditions,)` names.
-        train: rows to take means over.
-        test: rows to predict.
+        changes: Measured changes, shape `(conditions, genes)`; those of the test conditions are not used.
+        drugs: Names of the drugs, shape `(conditions,)`.
+        contexts: Names of the contexts, shape `(conditions,)`.
+        train: Rows to take means over.
+        test: Rows to predict.
 
     Returns:
-        By baseline `(test conditions, genes)`: no change at all; the mean change of the training conditions in the
-        same context; that of the same drug. Where there is no such condition (the drug, or the context, is held out)
-        the mean over all training conditions.
+        Changes `(test conditions, genes)` by baseline: no change at all; the mean change of the training conditions in
+        the same context; that of the same drug. Where there is no such condition (the drug, or the context, is held
+        out) the mean is over all training conditions.
     """
 
     def mean_of(names: np.ndarray) -> np.ndarray:
@@ -58,25 +66,19 @@ def change_baselines(
 def score(
     predictions: Mapping[str, np.ndarray], truth: np.ndarray, units: np.ndarray
 ) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, np.ndarray]]]:
-    """Metrics of several predictions of the same conditions.
+    """Compute metrics of several predictions of the same conditions.
 
     Args:
-        predictions: name -> `(conditions, genes)`.
-        truth: `(conditions, genes)`.
-        units: `(conditions,)` held-out drug (or context) of each: conditions of one are not independent, so that the
-            intervals are over the means of the units.
+        predictions: Predicted changes `(conditions, genes)` by name.
+        truth: Measured changes, shape `(conditions, genes)`.
+        units: Held-out drug (or context) of each condition, shape `(conditions,)`. Conditions of one are not
+            independent, so that the intervals are over the means of the units.
 
     Returns:
         Name -> metric -> `interval` over the units; and name -> metric -> `(conditions,)`. The metrics are `pearson`
         of the change, and `mse`.
     """
-    per_condition = {
-        name: {
-            "pearson": pearson_rows(predicted, truth),
-            "mse": ((predicted.astype(np.float64) - truth) ** 2).mean(axis=1),
-        }
-        for name, predicted in predictions.items()
-    }
+    per_condition = {name: change_metrics(predicted, truth) for name, predicted in predictions.items()}
     summary = {
         name: {metric: interval(by_unit(values, units)) for metric, values in metrics.items()}
         for name, metrics in per_condition.items()
@@ -85,5 +87,5 @@ def score(
 
 
 def by_unit(values: np.ndarray, units: np.ndarray) -> list[float]:
-    """Mean of each unit, in the order of their names."""
+    """Return the mean of each unit, in the order of their names."""
     return [float(values[units == unit].mean()) for unit in sorted(set(units))]

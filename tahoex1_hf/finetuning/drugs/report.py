@@ -1,8 +1,8 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
 """The report of a drug response: the model beside the null and the means, on held-out drugs and contexts."""
 
-import json
 import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +10,18 @@ import numpy as np
 
 from tahoex1_hf.finetuning.adapters import add_results
 from tahoex1_hf.finetuning.config import DrugResponseConfig
-from tahoex1_hf.finetuning.drugs.metrics import NULL, by_unit, change_baselines, score
+from tahoex1_hf.finetuning.drugs.metrics import NULL, by_unit, score
 from tahoex1_hf.finetuning.drugs.screen import Screen
 from tahoex1_hf.finetuning.metrics import paired_difference
-from tahoex1_hf.finetuning.splits import Split
-from tahoex1_hf.finetuning.tables import beats, markdown, shown
+from tahoex1_hf.finetuning.task import Outcome, model_title
+from tahoex1_hf.finetuning.verdicts import beats
+from tahoex1_hf.runs.report import Report
 from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
 
 logger = logging.getLogger(__name__)
 
 _TITLES = {"drug": "Held-out drugs", "context": "Held-out contexts"}
+METRICS = {"pearson": "Pearson of the change", "mse": "mean squared error"}
 _FALLBACK = {
     "drug": "No training condition has a held-out drug, so that the mean of the drug is the mean of all of them.",
     "context": "No training condition is in a held-out context, so that the mean of the context is the mean of all.",
@@ -31,26 +33,55 @@ def write_drug_report(
     config: DrugResponseConfig,
     screen: Screen,
     tokenizer: TahoeX1Tokenizer,
-    splits: dict[str, list[Split]],
-    outcomes: dict[str, list[tuple[np.ndarray, dict[str, Any]]]],
+    outcomes: Sequence[Outcome],
+    predictions: Mapping[str, Sequence[np.ndarray]],
+    scores: Report,
 ) -> dict[str, Any]:
-    """Write `report.json`, `report.md`, `predictions.csv` and `predicted_changes.parquet`.
+    """Write `report.json`, `report.md`, `scores.csv`, `scores.png`, `predictions.csv`, `predicted_changes.parquet`.
 
     Args:
-        folder: to write into.
-        config: of the run.
-        screen: the conditions.
-        tokenizer: for the names of the genes.
-        splits: of the conditions, by what is held out.
-        outcomes: of each split, `(test conditions, genes)` changes, and what it cost.
+        folder: Folder to write into.
+        config: Configuration of the run.
+        screen: Conditions of the screen.
+        tokenizer: Tokenizer, for the names of the genes.
+        outcomes: Outcomes of all folds.
+        predictions: For each method and fold, changes `(test conditions, genes)`.
+        scores: Scores of the model and of the baselines.
 
     Returns:
-        What `report.json` holds.
+        Content of `report.json` without the table of scores.
     """
     import pandas as pd
 
-    ours = f"Tahoe-x1, {config.method}"
-    report: dict[str, Any] = {
+    ours, report = model_title(config), _facts(config, screen)
+    names = {token: name for name, token in tokenizer.get_vocab().items()}
+    genes = [names[int(token)] for token in screen.genes]
+    tables, changes = [], []
+    for kind in config.held_out:
+        chosen = [place for place, outcome in enumerate(outcomes) if outcome.fold.part == f"held-out {kind}"]
+        test = np.concatenate([outcomes[place].fold.split.test for place in chosen])
+        together = {name: np.concatenate([each[place] for place in chosen]) for name, each in predictions.items()}
+        found, columns = _scored(screen, screen.units(kind)[test], test, together, ours)
+        report["held_out"][kind] = {**found, "cost": [outcomes[place].facts for place in chosen]}
+        about: dict[str, Any] = {"held_out": kind, "context": screen.contexts[test]}
+        about |= {"batch": screen.batches[test], "drug": screen.drugs[test]}
+        tables.append(pd.DataFrame({**about, "cells": screen.num_cells[test], **columns}))
+        changes.append(pd.concat([pd.DataFrame(about), pd.DataFrame(together[ours], columns=genes)], axis=1))
+    pd.concat(tables).to_csv(folder / "predictions.csv", index=False, float_format="%.6g")
+    pd.concat(changes, ignore_index=True).to_parquet(folder / "predicted_changes.parquet", index=False)
+    text = _text(report, scores, ours)
+    scores.write(folder, report, text, "pearson", METRICS["pearson"])
+    means, verdicts = {}, []
+    for kind, found in report["held_out"].items():
+        means[f"{METRICS['pearson']}, held-out {kind}s"] = found["metrics"][ours]["pearson"]["mean"]
+        verdicts.append(f"{_TITLES[kind]}:\n\n{beats(found['ours_minus'], ours, METRICS['pearson'])}")
+    add_results(folder, means, "\n\n".join(verdicts))
+    logger.info("%s", text)
+    return report
+
+
+def _facts(config: DrugResponseConfig, screen: Screen) -> dict[str, Any]:
+    return {
         "task": config.task,
         "method": config.method,
         "conditions": len(screen),
@@ -62,45 +93,12 @@ def write_drug_report(
         "headline": "pearson",
         "held_out": {},
     }
-    names = {token: name for name, token in tokenizer.get_vocab().items()}
-    genes = [names[int(token)] for token in screen.genes]
-    tables, changes = [], []
-    for kind, of_kind in splits.items():
-        test = np.concatenate([split.test for split in of_kind])
-        predictions = {ours: np.concatenate([found for found, _ in outcomes[kind]])}
-        predictions |= _baselines(screen, of_kind)
-        found, scores = _scored(screen, kind, test, predictions, ours)
-        report["held_out"][kind] = {**found, "cost": [facts for _, facts in outcomes[kind]]}
-        about: dict[str, Any] = {"held_out": kind, "context": screen.contexts[test]}
-        about |= {"batch": screen.batches[test], "drug": screen.drugs[test]}
-        tables.append(pd.DataFrame({**about, "cells": screen.num_cells[test], **scores}))
-        changes.append(pd.concat([pd.DataFrame(about), pd.DataFrame(predictions[ours], columns=genes)], axis=1))
-    pd.concat(tables).to_csv(folder / "predictions.csv", index=False, float_format="%.6g")
-    pd.concat(changes, ignore_index=True).to_parquet(folder / "predicted_changes.parquet", index=False)
-    (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    text = _text(report, ours)
-    (folder / "report.md").write_text(text, encoding="utf-8")
-    _to_card(folder, report, ours)
-    logger.info("%s", text)
-    return report
-
-
-def _baselines(screen: Screen, splits: list[Split]) -> dict[str, np.ndarray]:
-    """By baseline, the changes of the test conditions of all splits."""
-    found: dict[str, list[np.ndarray]] = {}
-    for split in splits:
-        known = np.concatenate([split.train, split.validation])
-        values = change_baselines(screen.changes, screen.drugs, screen.contexts, known, split.test)
-        for name, changes in values.items():
-            found.setdefault(name, []).append(changes)
-    return {name: np.concatenate(parts) for name, parts in found.items()}
 
 
 def _scored(
-    screen: Screen, kind: str, test: np.ndarray, predictions: dict[str, np.ndarray], ours: str
+    screen: Screen, units: np.ndarray, test: np.ndarray, predictions: dict[str, np.ndarray], ours: str
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Metrics of what was held out, and those of every condition by the name of a column."""
-    units = (screen.drugs if kind == "drug" else screen.contexts)[test]
+    """Return the metrics of what was held out, and those of every condition by the name of a column."""
     summary, each = score(predictions, screen.changes[test], units)
     pearson = {name: by_unit(values["pearson"], units) for name, values in each.items()}
     found = {
@@ -114,16 +112,7 @@ def _scored(
     return found, {f"{metric} of {name}": v for name, metrics in each.items() for metric, v in metrics.items()}
 
 
-def _to_card(folder: Path, report: dict[str, Any], ours: str) -> None:
-    means, verdicts = {}, []
-    for kind, found in report["held_out"].items():
-        means[f"Pearson of the change, held-out {kind}s"] = found["metrics"][ours]["pearson"]["mean"]
-        said = beats(found["ours_minus"], ours, "Pearson of the change", higher=True)
-        verdicts.append(f"{_TITLES[kind]}:\n\n{said}")
-    add_results(folder, means, "\n\n".join(verdicts))
-
-
-def _text(report: dict[str, Any], ours: str) -> str:
+def _text(report: dict[str, Any], scores: Report, ours: str) -> str:
     left_out = ", ".join(f"{number} {reason}" for reason, number in report["left_out"].items() if number)
     parts = [
         "# Drug response",
@@ -131,13 +120,12 @@ def _text(report: dict[str, Any], ours: str) -> str:
         f"{report['genes']} genes against the control. Left out: {left_out or 'nothing'}.",
     ]
     for kind, found in report["held_out"].items():
-        rows = [[name, shown(m["pearson"]), shown(m["mse"])] for name, m in found["metrics"].items()]
         parts += [
             f"## {_TITLES[kind]}",
             f"{found['conditions']} conditions of {found['units']} {kind}s that were not trained on. "
             + _FALLBACK[kind],
-            markdown(["", "Pearson of the change", "mean squared error"], rows),
+            scores.markdown(METRICS, split=f"held-out {kind}"),
             f"Mean [95 % interval over the held-out {kind}s]. For {NULL} no correlation is defined: 0 is put there.",
-            beats(found["ours_minus"], ours, "Pearson of the change", higher=True),
+            beats(found["ours_minus"], ours, METRICS["pearson"]),
         ]
     return "\n\n".join(parts) + "\n"

@@ -2,8 +2,8 @@
 """A drug screen as conditions: how the mean expression of treated cells differs from that of their controls.
 
 A condition is a drug in a context (and a batch, where there are batches). Its profile is the mean over its cells of
-log(1 + counts per 10,000) of each gene; its change is this less the same mean over the control cells of its context
-and batch. Sums are gathered from the cells in blocks: in memory are conditions x genes, never cells x genes.
+log(1 + counts per 10,000) of each gene. Its change is the profile minus the same mean over the control cells of its
+context and batch. Cells are summed in blocks: memory holds conditions x genes, never cells x genes.
 """
 
 import logging
@@ -19,7 +19,7 @@ from tahoex1_hf.finetuning.config import DrugResponseConfig
 
 logger = logging.getLogger(__name__)
 
-_CELLS = 4096  # that are read at once
+_BLOCK_CELLS = 4096  # read at once
 _MISSING = ("", "nan", "NaN", "None", "<NA>")
 
 
@@ -28,16 +28,16 @@ class Screen:
     """The conditions of a screen; a row is a number among these.
 
     Attributes:
-        drugs: `(conditions,)` names.
-        contexts: `(conditions,)` names.
-        batches: `(conditions,)` names, all empty where there are no batches.
-        num_cells: `(conditions,)` int64, treated cells.
-        changes: `(conditions, genes)` float32.
-        controls: `(conditions,)` int64, number of the group of control cells.
-        control_cells: of each group, the numbers of its cells in the file.
-        control_profiles: `(groups, genes)` float32.
-        genes: `(genes,)` int64 token ids, rising.
-        left_out: reason -> number of conditions, or cells, that are not among these.
+        drugs: Names of the drugs, shape `(conditions,)`.
+        contexts: Names of the contexts, shape `(conditions,)`.
+        batches: Names of the batches, all empty where there are none, shape `(conditions,)`.
+        num_cells: Number of treated cells, shape `(conditions,)`, int64.
+        changes: Changes of the genes, shape `(conditions, genes)`, float32.
+        controls: Number of the group of control cells, shape `(conditions,)`, int64.
+        control_cells: For each group, the numbers of its cells in the file.
+        control_profiles: Profiles of the groups, shape `(groups, genes)`, float32.
+        genes: Token ids, rising, shape `(genes,)`, int64.
+        left_out: Reason -> number of conditions or cells that are left out.
     """
 
     drugs: np.ndarray
@@ -54,16 +54,20 @@ class Screen:
     def __len__(self) -> int:
         return len(self.drugs)
 
+    def units(self, kind: str) -> np.ndarray:
+        """Return the drugs (or for `kind="context"` the contexts) of the conditions, shape `(conditions,)`."""
+        return self.drugs if kind == "drug" else self.contexts
+
 
 def read_screen(config: DrugResponseConfig, cells: LabelledCells) -> Screen:
-    """Make conditions of cells.
+    """Group the cells of a run into conditions.
 
     Args:
-        config: `drugs`, `control`, `context`, `batch`, `response_genes`, `min_condition_cells`.
-        cells: all cells of the file.
+        config: Configuration of the run.
+        cells: All cells of the file.
 
     Raises:
-        ValueError: for columns that are not there, and where there are no controls or too few conditions.
+        ValueError: For columns that are not there, and where there are no controls or too few conditions.
     """
     drugs, contexts, batches, missing = _columns(config)
     treated = ~missing & (drugs != config.control)
@@ -115,7 +119,7 @@ def read_screen(config: DrugResponseConfig, cells: LabelledCells) -> Screen:
 
 
 def _columns(config: DrugResponseConfig) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Drug, context and batch of every cell, and where one of them is missing."""
+    """Return drug, context and batch of every cell, and whether one of them is missing."""
     drugs, contexts = _column(config, config.drugs, "drugs"), _column(config, config.context, "context")
     missing = np.isin(drugs, _MISSING) | np.isin(contexts, _MISSING)
     if config.batch is None:
@@ -130,7 +134,7 @@ def _column(config: DrugResponseConfig, name: str | None, role: str) -> np.ndarr
 
 
 def _units(keys: np.ndarray, chosen: np.ndarray) -> tuple[list[tuple[Any, ...]], np.ndarray]:
-    """Distinct keys of the chosen cells, sorted, and the number of each cell's (-1 for the others)."""
+    """Return the distinct keys of the chosen cells, sorted, and the number of each cell's key (-1 for the others)."""
     texts = [tuple(key) if use else None for key, use in zip(keys, chosen, strict=True)]
     distinct = sorted({key for key in texts if key is not None})
     numbers = {key: number for number, key in enumerate(distinct)}
@@ -138,15 +142,15 @@ def _units(keys: np.ndarray, chosen: np.ndarray) -> tuple[list[tuple[Any, ...]],
 
 
 def most_variable(cells: LabelledCells, used: np.ndarray, number: int) -> np.ndarray:
-    """Genes whose log-normalised expression varies most over the used cells: `(genes,)` token ids, rising.
+    """Return the genes whose log-normalised expression varies most over the used cells: token ids, rising.
 
-    They say which genes are scored, for the model and the baselines alike, and nothing of how they change.
+    The model and the baselines are scored on them. The choice tells nothing about how a drug changes them.
     """
     size = len(cells.tokenizer)
     sums, squares = np.zeros(size), np.zeros(size)
     rows = np.flatnonzero(used)
-    for start in range(0, len(rows), _CELLS):
-        block = cells.stored.rows(cells.numbers[rows[start : start + _CELLS]])
+    for start in range(0, len(rows), _BLOCK_CELLS):
+        block = cells.stored.rows(cells.numbers[rows[start : start + _BLOCK_CELLS]])
         values = log_normalize(block.counts, block.offsets).astype(np.float64)
         sums += np.bincount(block.tokens, values, minlength=size)
         squares += np.bincount(block.tokens, values**2, minlength=size)
@@ -156,23 +160,23 @@ def most_variable(cells: LabelledCells, used: np.ndarray, number: int) -> np.nda
 
 
 def mean_profiles(cells: LabelledCells, units: np.ndarray, num_units: int, genes: np.ndarray) -> np.ndarray:
-    """Mean log-normalised expression over the cells of each unit.
+    """Compute mean log-normalised expression over the cells of each unit.
 
     Args:
-        cells: of the file.
-        units: `(cells,)` number of each cell's unit, -1 for none.
-        num_units: how many there are; one without cells has NaN.
-        genes: `(genes,)` token ids.
+        cells: Cells of the file.
+        units: Number of each cell's unit, -1 for none, shape `(cells,)`.
+        num_units: Number of units.
+        genes: Token ids, shape `(genes,)`.
 
     Returns:
-        `(units, genes)` float32.
+        `(units, genes)` float32; NaN for a unit without cells.
     """
     slots = np.full(len(cells.tokenizer), -1)
     slots[genes] = np.arange(len(genes))
     sums = np.zeros((num_units, len(genes)))
     rows = np.flatnonzero(units >= 0)
-    for start in range(0, len(rows), _CELLS):
-        part = rows[start : start + _CELLS]
+    for start in range(0, len(rows), _BLOCK_CELLS):
+        part = rows[start : start + _BLOCK_CELLS]
         block = cells.stored.rows(cells.numbers[part])
         values = log_normalize(block.counts, block.offsets)
         slot = slots[block.tokens]

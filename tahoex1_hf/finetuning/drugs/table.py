@@ -17,18 +17,18 @@ from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
 def new_fingerprints(
     config: DrugResponseConfig, tokenizer: TahoeX1Tokenizer, drugs: list[str]
 ) -> dict[str, np.ndarray]:
-    """Fingerprints of those drugs that the tokenizer does not know.
+    """Read the fingerprints of those drugs that the tokenizer does not know.
 
     Args:
-        config: `drug_table` and `drug_fingerprints`.
-        tokenizer: of the base.
-        drugs: names.
+        config: Configuration of the run.
+        tokenizer: Tokenizer of the base.
+        drugs: Names of the drugs.
 
     Returns:
-        Drug -> `(bits,)` float32.
+        Drug -> fingerprint, shape `(bits,)`, float32.
 
     Raises:
-        ValueError: for drugs without a fingerprint, naming them.
+        ValueError: For drugs without a fingerprint, naming them.
     """
     known = tokenizer.drug_to_id or {}
     new = [drug for drug in drugs if drug not in known]
@@ -49,7 +49,7 @@ def new_fingerprints(
 
 
 def teach_tokenizer(tokenizer: TahoeX1Tokenizer, drugs: list[str], first: int) -> None:
-    """Let a tokenizer know new drugs, with ids from `first` on."""
+    """Add new drugs to a tokenizer's table, with ids from `first` on."""
     table = {**(tokenizer.drug_to_id or {}), **{drug: first + n for n, drug in enumerate(drugs)}}
     tokenizer.drug_to_id = table
-    tokenizer.init_kwargs["drug_to_id"] = table  # what is saved
+    tokenizer.init_kwargs["drug_to_id"] = table  # `save_pretrained` writes these

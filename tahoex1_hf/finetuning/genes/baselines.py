@@ -1,5 +1,5 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""What a classifier of genes has to beat: classical models of what is known of a gene without fine-tuning."""
+"""Baselines of a gene classification: classical models of what is known of a gene without fine-tuning."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,22 +11,23 @@ from tahoex1_hf.finetuning.cells.labelled import LabelledCells
 from tahoex1_hf.finetuning.splits import Split
 
 MAJORITY = "majority class"
-_CELLS = 4096  # that are read at once
+_BLOCK_CELLS = 4096  # read at once
 
 
 def expression_features(cells: LabelledCells, tokens: np.ndarray) -> np.ndarray:
-    """How much a gene is expressed, from all cells in blocks.
+    """Compute how strongly genes are expressed.
 
     Args:
-        cells: to take the means over.
-        tokens: `(genes,)` token ids.
+        cells: Cells to take the means over.
+        tokens: Token ids, shape `(genes,)`.
 
     Returns:
-        `(genes, 2)` float64: mean over the cells of log(1 + counts per 10,000), and fraction of cells that express it.
+        `(genes, 2)` float64: mean over the cells of log(1 + counts per 10,000), and the fraction of cells that express
+        the gene.
     """
     sums, counts = np.zeros(len(cells.tokenizer)), np.zeros(len(cells.tokenizer))
-    for start in range(0, len(cells), _CELLS):
-        rows = cells.stored.rows(cells.numbers[start : start + _CELLS])
+    for start in range(0, len(cells), _BLOCK_CELLS):
+        rows = cells.stored.rows(cells.numbers[start : start + _BLOCK_CELLS])
         sums += np.bincount(rows.tokens, log_normalize(rows.counts, rows.offsets), minlength=len(sums))
         counts += np.bincount(rows.tokens, minlength=len(sums))
     return np.stack([sums[tokens], counts[tokens]], axis=1) / len(cells)
@@ -35,19 +36,20 @@ def expression_features(cells: LabelledCells, tokens: np.ndarray) -> np.ndarray:
 def gene_baselines(
     features: dict[str, np.ndarray], labels: np.ndarray, num_classes: int, splits: list[Split], seed: int
 ) -> dict[str, list[np.ndarray]]:
-    """Classes predicted from features of the genes.
+    """Predict classes from features of the genes.
 
-    Fitted on all genes that are not tested on: unlike the model, nothing here needs validation genes to stop by.
+    The baselines are fitted on all genes that are not tested on: unlike the model, they do not need validation genes
+    to stop by.
 
     Args:
-        features: name -> `(genes, width)`.
-        labels: `(genes,)` class numbers.
-        num_classes: how many there are.
-        splits: of the genes.
-        seed: of the forests.
+        features: Features `(genes, width)` by name.
+        labels: Class numbers, shape `(genes,)`.
+        num_classes: Number of classes.
+        splits: Splits of the genes.
+        seed: Seed of the random forests.
 
     Returns:
-        By baseline, for each split the `(test genes, classes)` probabilities.
+        For each baseline and split, the probabilities `(test genes, classes)`.
     """
     from sklearn.ensemble import RandomForestClassifier
     from sklearn.linear_model import LogisticRegression

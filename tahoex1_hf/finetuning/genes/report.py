@@ -1,23 +1,22 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
 """The report of a gene classification: the model beside its baselines, and the predictions gene by gene."""
 
-import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.special import softmax
 
 from tahoex1_hf.common.plots import draw_confusion
 from tahoex1_hf.finetuning.adapters import add_results
-from tahoex1_hf.finetuning.cells.labelled import LabelledCells
 from tahoex1_hf.finetuning.config import GeneClassificationConfig
-from tahoex1_hf.finetuning.genes.baselines import expression_features, gene_baselines
 from tahoex1_hf.finetuning.genes.table import GeneTable
-from tahoex1_hf.finetuning.metrics import classification_metrics, paired_difference, summarize
+from tahoex1_hf.finetuning.metrics import classification_metrics, paired_difference
 from tahoex1_hf.finetuning.splits import Split
-from tahoex1_hf.finetuning.tables import beats, markdown, shown
+from tahoex1_hf.finetuning.task import Outcome, model_title
+from tahoex1_hf.finetuning.verdicts import beats
+from tahoex1_hf.runs.report import Report
 
 logger = logging.getLogger(__name__)
 
@@ -31,20 +30,20 @@ NAMES = {
 
 
 def sought_class(labels: np.ndarray) -> int:
-    """Of two classes the rarer one, whose genes are sought; the area under the precision-recall curve is its."""
+    """Return the rarer of two classes: AUPRC measures how well its genes are found."""
     return int(np.argmin(np.bincount(labels)))
 
 
 def gene_metrics(truth: np.ndarray, probabilities: np.ndarray, sought: int | None) -> dict[str, float]:
-    """Metrics of predicted classes of genes.
+    """Compute metrics of predicted classes of genes.
 
     Args:
-        truth: `(genes,)` class numbers.
-        probabilities: `(genes, classes)`.
-        sought: the class that AUPRC is about; None for the mean over all classes that there are.
+        truth: Class numbers, shape `(genes,)`.
+        probabilities: Probabilities, shape `(genes, classes)`.
+        sought: Class that AUPRC is computed for; None for the mean over all classes in `truth`.
 
     Returns:
-        Those of `classification_metrics`, and `auprc`, the average precision.
+        The metrics of `classification_metrics`, and `auprc`, the average precision.
     """
     from sklearn.metrics import average_precision_score
 
@@ -59,86 +58,79 @@ def gene_metrics(truth: np.ndarray, probabilities: np.ndarray, sought: int | Non
 def write_gene_report(
     folder: Path,
     config: GeneClassificationConfig,
-    cells: LabelledCells,
     genes: GeneTable,
-    splits: list[Split],
-    outcomes: list[tuple[np.ndarray, dict[str, Any]]],
-    frozen: dict[str, np.ndarray],
+    num_cells: int,
+    outcomes: Sequence[Outcome],
+    predictions: Sequence[np.ndarray],
+    scores: Report,
 ) -> dict[str, Any]:
-    """Write `report.json`, `report.md`, `predictions.csv` and `confusion.png`.
+    """Write `report.json`, `report.md`, `scores.csv`, `scores.png`, `predictions.csv` and `confusion.png`.
 
     Args:
-        folder: to write into.
-        config: of the run.
-        cells: of the run.
-        genes: with their labels.
-        splits: of the genes.
-        outcomes: of each split, `(test genes, classes)` mean logits, and what it cost.
-        frozen: name -> `(genes, width)` embeddings of the base, for the baselines.
+        folder: Folder to write into.
+        config: Configuration of the run.
+        genes: Genes with their labels.
+        num_cells: Number of cells that the genes were learnt from.
+        outcomes: Outcomes of all folds.
+        predictions: For each fold, the model's probabilities `(test genes, classes)`.
+        scores: Scores of the model and of the baselines.
 
     Returns:
-        What `report.json` holds.
+        Content of `report.json` without the table of scores.
     """
-    features = {**frozen, "mean expression and fraction of cells": expression_features(cells, genes.tokens)}
-    ours = f"Tahoe-x1, {config.method}"
-    predictions = {ours: [softmax(logits.astype(np.float64), axis=1) for logits, _ in outcomes]}
-    predictions |= gene_baselines(features, genes.labels, len(genes.classes), splits, config.seed)
-    report = _report(config, genes, splits, predictions, ours)
-    report |= {"cells": len(cells), "cost": [facts for _, facts in outcomes]}
-    (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    text = _text(report, ours)
-    (folder / "report.md").write_text(text, encoding="utf-8")
-    means = {NAMES[name]: value["mean"] for name, value in report["metrics"][ours].items()}
-    add_results(folder, means, beats(report["ours_minus"], ours, NAMES[report["headline"]], higher=True))
-    _predictions(folder / "predictions.csv", genes, splits, predictions[ours])
+    ours = model_title(config)
+    splits = [outcome.fold.split for outcome in outcomes]
+    report = _facts(config, genes, outcomes, scores) | {
+        "cells": num_cells,
+        "cost": [outcome.facts for outcome in outcomes],
+    }
+    names = [name for name in NAMES if any(name in metrics for metrics in report["metrics"].values())]
+    text = _text(report, scores.markdown({name: NAMES[name] for name in names}), ours)
+    headline = report["headline"]
+    scores.write(folder, report, text, headline, NAMES[headline])
+    verdict = beats(report["ours_minus"], ours, NAMES[headline])
+    add_results(folder, scores.card_rows(ours, NAMES), verdict)
+    _write_predictions(folder / "predictions.csv", genes, splits, predictions)
     truth = genes.labels[np.concatenate([split.test for split in splits])]
     confused = np.zeros((len(genes.classes),) * 2, dtype=np.int64)
-    np.add.at(confused, (truth, np.concatenate(predictions[ours]).argmax(axis=1)), 1)
-    draw_confusion(confused, genes.classes, f"{config.label}: genes not trained on", folder / "confusion.png", "genes")
+    np.add.at(confused, (truth, np.concatenate(predictions).argmax(axis=1)), 1)
+    title = f"{config.label}: genes not trained on"
+    draw_confusion(confused, genes.classes, title, folder / "confusion.png", "genes")
     logger.info("%s", text)
     return report
 
 
-def _report(
-    config: GeneClassificationConfig,
-    genes: GeneTable,
-    splits: list[Split],
-    predictions: dict[str, list[np.ndarray]],
-    ours: str,
+def _facts(
+    config: GeneClassificationConfig, genes: GeneTable, outcomes: Sequence[Outcome], scores: Report
 ) -> dict[str, Any]:
-    """Metrics of all models, and how ours differs from each."""
-    two = len(genes.classes) == 2
-    sought = sought_class(genes.labels) if two else None
+    """Return metrics of all methods, how ours differs from each, and what was learnt from."""
+    ours, two = model_title(config), len(genes.classes) == 2
     headline = "auroc" if two else "macro_f1"
-    of_folds = {
-        name: [gene_metrics(genes.labels[s.test], p, sought) for s, p in zip(splits, chances, strict=True)]
-        for name, chances in predictions.items()
-    }
+    metrics = scores.summaries()
+    values = {name: each[headline]["values"] for name, each in metrics.items() if headline in each}
     return {
         "task": config.task,
         "label": config.label,
         "method": config.method,
         "classes": {c: int((genes.labels == n).sum()) for n, c in enumerate(genes.classes)},
-        "auprc_of": genes.classes[sought] if sought is not None else "the mean over the classes",
+        "auprc_of": genes.classes[sought_class(genes.labels)] if two else "the mean over the classes",
         "genes": len(genes),
         "genes_left_out": genes.left_out,
-        "folds": len(splits),
+        "folds": len(outcomes),
         "group": config.group,
         "headline": headline,
-        "metrics": {name: summarize(values) for name, values in of_folds.items()},
+        "metrics": metrics,
         "ours_minus": {
-            name: paired_difference([m[headline] for m in of_folds[ours]], [m[headline] for m in values])
-            for name, values in of_folds.items()
-            if name != ours and all(headline in m for m in [*values, *of_folds[ours]])
+            name: paired_difference(values[ours], each)
+            for name, each in values.items()
+            if name != ours and len(each) == len(values.get(ours, [])) == len(outcomes)
         },
     }
 
 
-def _text(report: dict[str, Any], ours: str) -> str:
+def _text(report: dict[str, Any], table: str, ours: str) -> str:
     left_out = ", ".join(f"{number} {reason}" for reason, number in report["genes_left_out"].items() if number)
     classes = ", ".join(f"{name} ({number})" for name, number in report["classes"].items())
-    names = [name for name in NAMES if any(name in metrics for metrics in report["metrics"].values())]
-    rows = [[name, *(shown(metrics.get(metric)) for metric in names)] for name, metrics in report["metrics"].items()]
     together = f", those of a {report['group']} together" if report["group"] else ""
     title = NAMES[report["headline"]]
     return (
@@ -148,16 +140,16 @@ def _text(report: dict[str, Any], ours: str) -> str:
                 f"{report['genes']} genes of {report['cells']} cells; classes: {classes}. "
                 f"Left out: {left_out or 'none'}. Tested on genes that were not trained on, {report['folds']} "
                 f"{'folds' if report['folds'] > 1 else 'fold'}{together}. AUPRC is of {report['auprc_of']}.",
-                markdown(["", *(NAMES[name] for name in names)], rows),
+                table,
                 "Mean [95 % interval over the folds].",
-                beats(report["ours_minus"], ours, title, higher=True),
+                beats(report["ours_minus"], ours, title),
             ]
         )
         + "\n"
     )
 
 
-def _predictions(path: Path, genes: GeneTable, splits: list[Split], chances: list[np.ndarray]) -> None:
+def _write_predictions(path: Path, genes: GeneTable, splits: Sequence[Split], chances: Sequence[np.ndarray]) -> None:
     import pandas as pd
 
     frames = []

@@ -1,5 +1,5 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""Genes with labels: a table with a row per gene, and which of them can be learnt from the cells at hand."""
+"""Genes with labels: a table with a row per gene, of which those are kept that the cells express."""
 
 import logging
 from dataclasses import dataclass
@@ -23,14 +23,14 @@ class GeneTable:
     """The labelled genes that some cell expresses; a row is a number among these, 0 to `len - 1`.
 
     Attributes:
-        names: `(genes,)` Ensembl ids as the table writes them.
-        tokens: `(genes,)` int64 token ids, each once.
-        labels: `(genes,)` int64 class numbers.
-        classes: names of the classes.
-        groups: `(genes,)` names of groups (protein families), none of which is shared by two splits; None without.
-        parts: `(genes,)` `"train"`, `"validation"` or `"test"`, where a column says so.
-        num_cells: `(genes,)` int64: cells that express the gene.
-        left_out: reason -> number of rows of the table that are not among these.
+        names: Ensembl ids as the table writes them, shape `(genes,)`.
+        tokens: Token ids, each once, shape `(genes,)`, int64.
+        labels: Class numbers, shape `(genes,)`, int64.
+        classes: Names of the classes.
+        groups: Names of groups (protein families), none of which is in two splits, shape `(genes,)`; None without.
+        parts: `"train"`, `"validation"` or `"test"` for each gene, shape `(genes,)`, where a column says so.
+        num_cells: Number of cells that express the gene, shape `(genes,)`, int64.
+        left_out: Reason -> number of rows of the table that are left out.
     """
 
     names: np.ndarray
@@ -52,13 +52,13 @@ def read_gene_table(
     """Read the table of a run.
 
     Args:
-        config: `genes`, `genes_id_column`, `label`, `group`, `split`, and what to make of rare classes.
-        tokenizer: of the base.
-        cells_expressing: `(vocabulary,)` in how many of the cells each token's gene is expressed.
+        config: Configuration of the run.
+        tokenizer: Tokenizer of the base.
+        cells_expressing: Number of cells that express the gene of each token, shape `(vocabulary,)`.
 
     Raises:
-        FileNotFoundError: where there is no such file.
-        ValueError: for columns or labels that cannot be used, and where no labelled gene is expressed.
+        FileNotFoundError: For a table that does not exist.
+        ValueError: For columns or labels that cannot be used, and where no labelled gene is expressed.
     """
     table = _read(config)
     left_out = {"without a label": len(table)}
@@ -128,7 +128,11 @@ def _tokens(table: "pd.DataFrame", config: GeneClassificationConfig, tokenizer: 
 def _without_repeats(
     table: "pd.DataFrame", tokens: np.ndarray, config: GeneClassificationConfig, left_out: dict[str, int]
 ) -> tuple["pd.DataFrame", np.ndarray]:
-    """Each gene once; ValueError where its rows contradict each other."""
+    """Keep one row of each gene.
+
+    Raises:
+        ValueError: Where the rows of a gene contradict each other.
+    """
     import pandas as pd
 
     _, first, row = np.unique(tokens, return_index=True, return_inverse=True)

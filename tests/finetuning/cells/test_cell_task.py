@@ -25,25 +25,16 @@ from finetuning_runs import (
     start_launcher,
     write_base,
 )
-from helpers import gradients, largest_departure_of_weights, largest_difference, largest_relative_difference
+from helpers import largest_departure_of_weights, largest_difference
 from safetensors.torch import load_file
-from scipy.sparse import csc_matrix
 
-from tahoex1_hf import TahoeX1ForPreTraining, TahoeX1ForSequenceClassification, embed_anndata
-from tahoex1_hf.finetuning.bases import load_base, load_tokenizer
-from tahoex1_hf.finetuning.batches import TrainingBatches, epoch_order
+from tahoex1_hf import TahoeX1ForPreTraining, embed_anndata
+from tahoex1_hf.finetuning.bases import load_tokenizer
 from tahoex1_hf.finetuning.cells.labelled import read_cells
 from tahoex1_hf.finetuning.cells.masked_expression import model_errors
-from tahoex1_hf.finetuning.cells.predicting import load_predictor, predict_file
+from tahoex1_hf.finetuning.cells.predicting import predict_files
 from tahoex1_hf.finetuning.config import FinetuneConfig, read_finetune_config
-from tahoex1_hf.finetuning.methods import (
-    TARGET_MODULES,
-    adapt,
-    bitsandbytes_config,
-    torchao_config,
-    trainable_parameters,
-)
-from tahoex1_hf.finetuning.objectives import HELD_OUT, Objective, class_weights
+from tahoex1_hf.finetuning.objectives import HELD_OUT, Objective
 from tahoex1_hf.finetuning.running import finetune
 from tahoex1_hf.finetuning.splits import Split
 from tahoex1_hf.finetuning.trainer import FinetuneTrainer
@@ -101,19 +92,6 @@ def test_methods_learn_and_leave_the_base_alone(method: str, base: Path, data: P
         assert facts["trainable_parameters"] == head + 2 * per_layer + dora
 
 
-def test_adapters_are_where_they_belong(base: Path, data: Path, tmp_path: Path) -> None:
-    config = make_config(base, data, tmp_path)
-    model = adapt(load_base(config, TahoeX1ForSequenceClassification, num_labels=3), config)
-    adapted = {
-        name.split(".lora_A")[0].rpartition(".")[2] for name, _ in model.named_parameters() if ".lora_A" in name
-    }
-    assert adapted == {"q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"}
-    assert adapted <= set(TARGET_MODULES)
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert all(".lora_" in name or ".classifier.modules_to_save." in name for name in trained)
-    assert trainable_parameters(model) == sum(dict(model.named_parameters())[name].numel() for name in trained)
-
-
 def test_regression_predicts_in_the_units_of_the_column(base: Path, data: Path, tmp_path: Path) -> None:
     doses = labelled_cells(120).obs["dose"].to_numpy()
     for method in ("lora", "linear_probe"):
@@ -168,31 +146,10 @@ def test_predict_gives_what_was_tested(base: Path, data: Path, tmp_path: Path) -
     config = make_config(base, data, tmp_path / "run", method="linear_probe", context_length=12)  # cells are sampled
     finetune(config)
     arrays = result(tmp_path / "run")[1]
-    predict_file(data, tmp_path / "out.h5ad", load_predictor(tmp_path / "run"), dtype="float32", progress=False)
+    predict_files(data, tmp_path / "out.h5ad", tmp_path / "run", dtype="float32", progress=False)
     predicted = anndata.read_h5ad(tmp_path / "out.h5ad").obsm["tahoex1_kind_probabilities"]
     tested = torch.from_numpy(arrays["outputs"]).softmax(1)
     assert largest_difference(np.asarray(predicted)[arrays["test"]], tested) < 1e-5
-
-
-def test_cells_with_drugs(data: Path, tmp_path: Path) -> None:
-    base = write_base(tmp_path / "drug_base", num_drugs=4)
-    cells = labelled_cells(60)
-    drugs = ["", "aspirin", "caffeine", "taxol"]
-    cells.obs["drug"] = [drugs[i % 4] for i in range(60)]
-    cells.write_h5ad(tmp_path / "treated.h5ad")
-    config = make_config(base, tmp_path / "treated.h5ad", tmp_path / "run", drugs="drug", epochs=1)
-    read = read_cells(config, load_tokenizer(config), tmp_path)
-    batch = read.batch(np.array([1, 4, 7]))
-    assert batch["drug_ids"].tolist() == [1, 0, 3]
-    assert (batch["input_ids"][:, 1] == load_tokenizer(config).get_vocab()["<drug>"]).all()
-    expected = load_tokenizer(config)(cells[[1, 4, 7]], drugs="drug", padding=True, return_tensors="pt")
-    assert torch.equal(batch["input_ids"], expected["input_ids"])
-    assert torch.equal(batch["expression_values"], expected["expression_values"])
-    assert finetune(config) == 0
-    masked = make_config(
-        base, tmp_path / "treated.h5ad", tmp_path / "mlm", task="masked_expression", label=None, epochs=1
-    )
-    assert finetune(masked) == 0
 
 
 @pytest.mark.slow
@@ -211,137 +168,7 @@ def test_the_report_stands_beside_the_adapter(base: Path, data: Path, tmp_path: 
     assert read_record(tmp_path / "run")["metrics"]["accuracy"] == pytest.approx(np.mean(hits))
 
 
-def test_masks_follow_from_seed_epoch_and_cell(base: Path, data: Path, tmp_path: Path) -> None:
-    config = make_config(base, data, tmp_path, task="masked_expression", label=None)
-    cells = read_cells(config, load_tokenizer(config), tmp_path)
-    objective = Objective(config, cells, np.arange(100))
-    together, alone = objective.batch(np.array([3, 70, 5]), 2), objective.batch(np.array([70]), 2)
-    length = int(alone["attention_mask"].sum())
-    for name in ("input_ids", "target_mask", "labels"):
-        assert torch.equal(together[name][1, :length], alone[name][0, :length])
-    assert 0.4 < float(alone["target_mask"].sum()) / (length - 1) <= 0.5
-    later = objective.batch(np.array([70]), 3)
-    assert not torch.equal(later["target_mask"], alone["target_mask"])
-
-
-# Data ---------------------------------------------------------------------------------------------
-
-
-def test_cells_are_encoded_as_the_tokenizer_does_it(base: Path, data: Path, tmp_path: Path) -> None:
-    config = make_config(base, data, tmp_path, context_length=12)  # cells have about 20 genes: they are sampled
-    tokenizer = load_tokenizer(config)
-    assert tokenizer.context_length == 12
-    cells = read_cells(config, tokenizer, tmp_path)
-    rows = np.array([7, 100, 2])
-    some, alone = cells.encoded(rows), cells.encoded(rows[1:2])
-    assert np.array_equal(some.input_ids[12:24], alone.input_ids)
-    assert np.array_equal(some.expression_values[12:24], alone.expression_values)
-    assert (cells.lengths[rows] == np.diff(some.offsets)).all()
-    whole = load_tokenizer(make_config(base, data, tmp_path))
-    every = read_cells(make_config(base, data, tmp_path), whole, tmp_path).encoded(rows)
-    expected = whole(labelled_cells(120)[rows], padding=False)
-    assert np.array_equal(every.input_ids, np.concatenate(expected["input_ids"]))
-    assert np.array_equal(every.expression_values, np.concatenate(expected["expression_values"]).astype(np.float32))
-    counts = cells.csr()
-    assert counts.shape == (120, len(tokenizer))
-    assert counts.sum() == labelled_cells(120).X.sum()
-
-
-def test_counts_stored_by_gene_or_dense_are_the_same_cells(base: Path, data: Path, tmp_path: Path) -> None:
-    expected = None
-    for kind in ("csr", "csc", "dense", "compressed"):
-        adata = labelled_cells(120)
-        adata.X = {"csc": csc_matrix, "dense": lambda x: x.toarray()}.get(kind, lambda x: x)(adata.X)
-        path = tmp_path / f"{kind}.h5ad"
-        adata.write_h5ad(path, compression="gzip" if kind == "compressed" else None)
-        config = make_config(base, path, tmp_path)
-        cells = read_cells(config, load_tokenizer(config), tmp_path)
-        encoded = cells.encoded(np.arange(120))
-        expected = expected or encoded
-        assert np.array_equal(encoded.input_ids, expected.input_ids)
-        assert np.array_equal(encoded.expression_values, expected.expression_values)
-        assert cells.names.tolist() == adata.obs_names.tolist()
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        f"{k}.h5ad" for k in ("compressed", "csc", "csr", "dense")
-    ]
-
-
-def test_padding_changes_no_loss(base: Path, data: Path, tmp_path: Path) -> None:
-    config = make_config(base, data, tmp_path)
-    cells = read_cells(config, load_tokenizer(config), tmp_path)
-    objective = Objective(config, cells, np.arange(100))
-    model = load_base(config, TahoeX1ForSequenceClassification, num_labels=3).eval()
-    rows = np.arange(40)
-    with torch.no_grad():
-        whole = objective.sums(model, objective.batch(rows, HELD_OUT))
-        parts = sum(objective.sums(model, objective.batch(part, HELD_OUT)) for part in np.split(rows, [3, 17]))
-    assert largest_difference(whole, parts) < 1e-4
-    assert objective.metrics(whole, 40)["accuracy"] == pytest.approx(float(whole[2]) / 40)
-
-
-def test_order_of_the_cells_is_a_function_of_the_seed() -> None:
-    rows, lengths = np.arange(10, 110), np.random.default_rng(0).integers(5, 50, 200)
-    first = epoch_order(rows, lengths, 8, seed=3, epoch=1)
-    assert np.array_equal(first, epoch_order(rows, lengths, 8, seed=3, epoch=1))
-    assert first.shape == (12, 8)
-    assert len(np.unique(first)) == 96
-    assert set(first.ravel()) <= set(rows)
-    assert not np.array_equal(first, epoch_order(rows, lengths, 8, seed=3, epoch=2))
-    assert np.ptp(lengths[first], axis=1).mean() < 0.3 * np.ptp(lengths[rows])  # similar lengths share a batch
-
-
-def test_steps_are_shared_by_processes_and_gone_on_with() -> None:
-    lengths = np.full(40, 9)
-
-    def steps(rank: int, processes: int, done: int = 0) -> list[np.ndarray]:
-        batches = TrainingBatches(lambda rows, _: {"rows": rows}, np.arange(40), lengths, 8, 0, (rank, processes))
-        batches.max_steps, batches.done = 12, lambda: done
-        return [batch["rows"] for batch in batches]
-
-    alone, (first, second) = steps(0, 1), (steps(0, 2), steps(1, 2))
-    assert len(alone) == 12
-    for whole, *halves in zip(alone, first, second, strict=True):
-        assert set(whole) == set(np.concatenate(halves))
-    assert all(np.array_equal(a, b) for a, b in zip(alone[7:], steps(0, 1, done=7), strict=True))
-    with pytest.raises(ValueError, match="batch_size=8 cannot be shared evenly by 3 processes"):
-        steps(0, 3)
-
-
-def test_class_weights_let_every_class_count_the_same() -> None:
-    labels = np.repeat([0, 1, 3], [60, 30, 10])
-    weights = class_weights(labels, 4, "balanced")
-    assert np.allclose([weights[i] * (labels == i).sum() for i in (0, 1, 3)], 100 / 3)
-    assert weights[2] == 1
-    assert np.array_equal(class_weights(labels, 4, "none"), np.ones(4))
-
-
 # Training -----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("method", ["lora", "dora", "full"])
-def test_gradient_checkpointing_gives_the_same_gradients(method: str, base: Path, data: Path, tmp_path: Path) -> None:
-    config = make_config(base, data, tmp_path, method=method)
-    cells = read_cells(config, load_tokenizer(config), tmp_path)
-    batch = cells.batch(np.arange(8))
-    found = []
-    for checkpointing in (False, True):
-        torch.manual_seed(0)
-        model: Any = adapt(load_base(config, TahoeX1ForSequenceClassification, num_labels=3), config)
-        if method != "full":
-            for name, parameter in model.named_parameters():
-                if "lora_B" in name:  # which are zeros, and leave no gradient to the others
-                    torch.nn.init.normal_(parameter, std=0.05)
-        if checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": False})
-            if method != "full":
-                model.enable_input_require_grads()
-            inner = model.get_base_model() if method != "full" else model
-            assert inner.tahoe.layers[0].gradient_checkpointing
-        model.train()
-        found.append(gradients(model, [batch]))
-    without, with_checkpointing = found
-    assert all(value.abs().max() > 0 for name, value in with_checkpointing.items() if "flag_embedding" not in name)
-    assert largest_relative_difference(with_checkpointing, without) < 1e-5
 
 
 def test_gradient_checkpointing_run_ends_at_the_same_weights(base: Path, data: Path, tmp_path: Path) -> None:
@@ -499,51 +326,6 @@ def test_two_processes_learn_the_same(task: str, base: Path, data: Path, tmp_pat
     assert [each["processes"] for each in facts] == [1, 2]
     losses = [each["validation_loss"] for each in facts]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-
-
-# QLoRA --------------------------------------------------------------------------------------------
-
-
-def test_qlora_asks_for_four_bits_and_spares_the_small_layers() -> None:
-    pytest.importorskip("transformers.utils.quantization_config")
-    settings_of = bitsandbytes_config().to_dict()
-    assert settings_of["load_in_4bit"]
-    assert settings_of["bnb_4bit_quant_type"] == "nf4"
-    assert settings_of["bnb_4bit_compute_dtype"] == "bfloat16"
-    assert "classifier" in settings_of["llm_int8_skip_modules"]
-
-
-def test_adapters_learn_on_a_quantised_base(
-    base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pytest.importorskip("torchao")
-    config = make_config(base, data, tmp_path, method="qlora")
-    monkeypatch.setattr(
-        "tahoex1_hf.finetuning.bases.quantization", lambda _: {"quantization_config": torchao_config()}
-    )
-    quantised = load_base(config, TahoeX1ForSequenceClassification, num_labels=3)
-    weight = quantised.tahoe.layers[0].self_attn.q_proj.weight
-    assert type(weight) is not torch.nn.Parameter
-    assert type(quantised.classifier.weight) is torch.nn.Parameter
-    model = adapt(quantised, config)
-    cells = read_cells(config, load_tokenizer(config), tmp_path)
-    batch = cells.batch(np.arange(16))
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
-    losses = []
-    for _ in range(15):
-        loss = model(**batch).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(float(loss.detach()))
-    assert losses[-1] < 0.7 * losses[0]
-
-
-@pytest.mark.gpu
-def test_qlora_run(base: Path, data: Path, tmp_path: Path) -> None:
-    pytest.importorskip("bitsandbytes")
-    finetune(make_config(base, data, tmp_path / "run", method="qlora", epochs=6))
-    assert accuracy(tmp_path / "run") > 0.8
 
 
 # Recipes ------------------------------------------------------------------------------------------

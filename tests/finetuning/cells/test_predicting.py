@@ -20,7 +20,8 @@ from typer.testing import CliRunner, Result
 from tahoex1_hf import TahoeX1Config, TahoeX1ForSequenceClassification, TahoeX1Tokenizer
 from tahoex1_hf.cli.app import app
 from tahoex1_hf.encoding_tahoe_x1 import GeneRows
-from tahoex1_hf.finetuning.cells.predicting import load_predictor, predict_file
+from tahoex1_hf.finetuning.cells.predicting import predict_anndata, predict_files
+from tahoex1_hf.finetuning.cells.predictor import load_predictor
 from tahoex1_hf.finetuning.running import finetune
 from tahoex1_hf.finetuning.sampling import content_numbers
 from tahoex1_hf.hub.adapters import load_adapter
@@ -239,6 +240,31 @@ def test_obs_of_an_old_anndata(data: Path, adapter: Path, tmp_path: Path) -> Non
     assert result.obs_names.tolist() == source.obs_names.tolist()
 
 
+@pytest.mark.parametrize("way", ["folder", "adapter", "whole"])
+def test_cells_in_memory_are_predicted_like_those_of_a_file(
+    way: str, data: Path, adapter: Path, tmp_path: Path
+) -> None:
+    expected = predict(data, tmp_path / "out.h5ad", "--adapter", adapter)
+    adata = anndata.read_h5ad(data)
+    options: dict[str, Any] = {"dtype": "float32", "progress": False}
+    if way == "folder":
+        assert predict_anndata(adata, adapter, **options) == COLUMN
+        assert adata.obs[COLUMN].tolist() == expected.obs[COLUMN].tolist()
+        assert adata.uns[COLUMN]["classes"].tolist() == KINDS
+        assert adata.uns[COLUMN]["label"] == "kind"
+        found = probabilities(adata)
+        adata.write_h5ad(tmp_path / "written.h5ad")
+    else:
+        model, tokenizer = load_adapter(adapter)
+        model = model if way == "adapter" else model.merge_and_unload()
+        column = predict_anndata(adata, model, tokenizer=tokenizer, **options)
+        assert column == "tahoex1_prediction"  # a loaded model does not name the label
+        found = probabilities(adata, column)
+        with pytest.raises(ValueError, match="tokenizer is missing"):
+            predict_anndata(adata, model, **options)
+    np.testing.assert_allclose(found, probabilities(expected), atol=1e-5)
+
+
 # Errors -----------------------------------------------------------------------------------------------
 
 
@@ -290,9 +316,9 @@ def test_an_adapter_of_another_task_or_size(base: Path, data: Path, adapter: Pat
 
 
 def test_a_progress_bar_counts_cells(data: Path, adapter: Path, tmp_path: Path, capsys: Any) -> None:
-    assert predict_file(data, tmp_path / "out.h5ad", load_predictor(adapter), dtype="float32") == COLUMN
+    assert predict_files(data, tmp_path / "out.h5ad", adapter, dtype="float32") == COLUMN
     assert "100/100" in capsys.readouterr().err
-    predict_file(data, tmp_path / "out.h5ad", load_predictor(adapter), dtype="float32", progress=False)
+    predict_files(data, tmp_path / "out.h5ad", adapter, dtype="float32", progress=False)
     assert "Predicting" not in capsys.readouterr().err
 
 

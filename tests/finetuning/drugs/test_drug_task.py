@@ -39,10 +39,13 @@ from tahoex1_hf.finetuning.drugs.metrics import (
     pearson_rows,
     score,
 )
-from tahoex1_hf.finetuning.drugs.task import DrugObjective, DrugRun, inner_model, predict_drug_response
+from tahoex1_hf.finetuning.drugs.objective import DrugObjective, inner_model
+from tahoex1_hf.finetuning.drugs.predicting import predict_drug_response
+from tahoex1_hf.finetuning.drugs.task import DrugTask
 from tahoex1_hf.finetuning.objectives import HELD_OUT
-from tahoex1_hf.finetuning.running import finetune
+from tahoex1_hf.finetuning.running import finetune, run_fold
 from tahoex1_hf.finetuning.splits import Split
+from tahoex1_hf.finetuning.task import Fold
 from tahoex1_hf.hub.adapters import load_adapter, read_record
 from tahoex1_hf.hub.added_drugs import ADDED, add_drugs, add_saved_drugs
 
@@ -78,12 +81,12 @@ def make_config(place: Path, output: Path, **changes: Any) -> DrugResponseConfig
     return parse_finetune_config({**usual, **changes})  # type: ignore[return-value]
 
 
-def make_run(place: Path, output: Path, **changes: Any) -> DrugRun:
+def make_run(place: Path, output: Path, **changes: Any) -> DrugTask:
     output.mkdir(exist_ok=True)
-    return DrugRun(make_config(place, output, **changes), Alone())  # type: ignore[arg-type]
+    return DrugTask(make_config(place, output, **changes), Alone())  # type: ignore[arg-type]
 
 
-def make_objective(run: DrugRun, split: Split) -> DrugObjective:
+def make_objective(run: DrugTask, split: Split) -> DrugObjective:
     return DrugObjective(run.config, run.cells, run.screen, (run.drug_ids, run.control_id), split.train)
 
 
@@ -92,7 +95,7 @@ def make_objective(run: DrugRun, split: Split) -> DrugObjective:
 
 @pytest.mark.parametrize("block", [3, 4096])
 def test_conditions_by_hand(block: int, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(drug_screen, "_CELLS", block)
+    monkeypatch.setattr(drug_screen, "_BLOCK_CELLS", block)
     rows: list[tuple[str, str, str]] = [
         *[("A", "p1", CONTROL)] * 3,
         *[("A", "p2", CONTROL)] * 2,
@@ -163,7 +166,7 @@ def test_pairs_of_a_batch(place: Path, tmp_path: Path) -> None:
     run = make_run(place, tmp_path)
     split = run.splits("drug")[0]
     objective = make_objective(run, split)
-    rows = objective.examples(split.train[:10])
+    rows = objective.samples(split.train[:10])
     assert rows.tolist() == [row for c in split.train[:10] for row in (2 * c, 2 * c + 1)]
     batch = objective.batch(rows, 0)
     for name in ("input_ids", "expression_values", "attention_mask"):
@@ -196,7 +199,7 @@ def test_the_loss_does_not_depend_on_batches(place: Path, tmp_path: Path) -> Non
     run = make_run(place, tmp_path)
     split = run.splits("drug")[0]
     objective, model = make_objective(run, split), run.base().eval()
-    rows = objective.examples(split.validation)
+    rows = objective.samples(split.validation)
     with torch.no_grad():
         whole = objective.sums(model, objective.batch(rows, HELD_OUT))
         parts = sum(objective.sums(model, objective.batch(part, HELD_OUT)) for part in np.array_split(rows, 5))
@@ -209,41 +212,9 @@ def test_no_drug_no_change(place: Path, tmp_path: Path) -> None:
     run = make_run(place, tmp_path)
     run.drug_ids[:] = run.control_id
     model = run.base().eval()
-    assert np.abs(run.predict(model, np.arange(4))).max() == 0
+    assert np.abs(run.changes(model, np.arange(4))).max() == 0
     run.drug_ids[:] = 5
-    assert np.abs(run.predict(model, np.arange(4))).max() > 0.01
-
-
-# Metrics and baselines ----------------------------------------------------------------------------
-
-
-def test_baselines_by_hand() -> None:
-    changes = np.array([[1.0, 0], [3, 2], [0, 4], [5, 5], [7, 9]], dtype=np.float32)
-    drugs = np.array(["x", "y", "x", "z", "y"], dtype=object)
-    contexts = np.array(["A", "A", "B", "A", "C"], dtype=object)
-    train, test = np.array([0, 1, 2]), np.array([3, 4])
-    found = change_baselines(changes, drugs, contexts, train, test)
-    overall = [4 / 3, 2]
-    assert found[NULL].tolist() == [[0, 0], [0, 0]]
-    assert np.allclose(found[CONTEXT_MEAN], [[2, 1], overall])  # A: the mean of two; C is held out
-    assert np.allclose(found[DRUG_MEAN], [overall, [3, 2]])  # z is held out; y was trained on in A
-    changed = changes.copy()
-    changed[test] = 100
-    again = change_baselines(changed, drugs, contexts, train, test)
-    assert all(np.array_equal(found[name], again[name]) for name in found)
-
-
-def test_metrics_by_hand() -> None:
-    truth = np.array([[1.0, 2, 3], [1, 2, 3], [0, 0, 1], [2, 2, 2]])
-    predicted = np.array([[2.0, 4, 6], [3, 2, 1], [0, 0, 0], [1, 2, 3]])
-    assert pearson_rows(predicted, truth).tolist() == pytest.approx([1, -1, 0, 0])
-    assert pearson_rows(np.array([[1.0, 0, 2]]), truth[:1])[0] == pytest.approx(0.5)
-    units = np.array(["b", "a", "b", "b"])
-    assert by_unit(np.array([1.0, 5, 3, 5]), units) == [5, 3]
-    summary, each = score({"model": predicted}, truth, units)
-    assert each["model"]["mse"].tolist() == pytest.approx([14 / 3, 8 / 3, 1 / 3, 2 / 3])
-    assert summary["model"]["pearson"]["values"] == pytest.approx([-1, 1 / 3])  # of a, and of b
-    assert summary["model"]["pearson"]["mean"] == pytest.approx(-1 / 3)
+    assert np.abs(run.changes(model, np.arange(4))).max() > 0.01
 
 
 # New drugs ----------------------------------------------------------------------------------------
@@ -325,7 +296,8 @@ def test_a_planted_effect_is_learnt_for_drugs_that_the_base_never_saw(place: Pat
     screen = run.screen
     new, watched = np.isin(screen.drugs, NEW), np.isin(screen.drugs, DRUGS[3:24:7])
     split = Split(np.flatnonzero(~new & ~watched), np.flatnonzero(watched), np.flatnonzero(new))
-    changes, facts = run.outcome(split, run.folder, keep=True)
+    outcome = run_fold(run, Fold("drug-0", split), run.folder, keep=True)
+    changes, facts = outcome.arrays["changes"], outcome.facts
     assert digest(place / "base" / "model.safetensors") == before
     truth = screen.changes[split.test]
     known = np.concatenate([split.train, split.validation])
@@ -341,7 +313,7 @@ def test_a_planted_effect_is_learnt_for_drugs_that_the_base_never_saw(place: Pat
     # One line, and the new drugs are there.
     model, tokenizer = load_adapter(tmp_path / "run")
     assert set(NEW) <= set(tokenizer.drug_to_id)
-    assert largest_difference(run.predict(model, split.test), changes) < 1e-5
+    assert largest_difference(run.changes(model, split.test), changes) < 1e-5
     assert (tmp_path / "run" / ADDED).is_file()
     cells = anndata.read_h5ad(run.config.data)
     controls = cells[(cells.obs["drug"] == CONTROL) & (cells.obs["line"] == "A")]
@@ -399,7 +371,7 @@ def test_a_whole_run(method: str, place: Path, tmp_path: Path) -> None:
             assert len(arrays["test"]) == 0
     else:
         with np.load(tmp_path / "run" / "result.npz") as arrays:
-            assert largest_difference(run.predict(model, arrays["test"]), arrays["changes"]) < 1e-5
+            assert largest_difference(run.changes(model, arrays["test"]), arrays["changes"]) < 1e-5
     stamp = (tmp_path / "run" / "result.json").stat().st_mtime_ns
     assert finetune(config) == 0  # all is done: nothing is trained again
     assert (tmp_path / "run" / "result.json").stat().st_mtime_ns == stamp
@@ -413,7 +385,7 @@ def test_two_processes_learn_the_same(place: Path, tmp_path: Path) -> None:
     assert finetune(one) == 0
     with np.load(tmp_path / "one" / "result.npz") as a, np.load(tmp_path / "two" / "result.npz") as b:
         assert largest_difference(a["changes"], b["changes"]) < 1e-4
-    assert done.stderr.count("model 1 of 1") == 2  # both processes are there
+    assert done.stderr.count("Fold 1 of 1") == 2  # both processes are there
 
 
 @pytest.mark.slow

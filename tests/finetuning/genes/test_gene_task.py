@@ -19,21 +19,14 @@ from scipy.sparse import csr_matrix
 from two_processes import in_processes, killed_run_goes_on
 
 from tahoex1_hf import TahoeX1ForPreTraining, TahoeX1Tokenizer
-from tahoex1_hf.finetuning.cells.long_cells import encode_in_parts
 from tahoex1_hf.finetuning.config import GeneClassificationConfig, parse_finetune_config
-from tahoex1_hf.finetuning.genes.baselines import expression_features, gene_baselines
-from tahoex1_hf.finetuning.genes.report import gene_metrics, sought_class
+from tahoex1_hf.finetuning.genes.baselines import expression_features
+from tahoex1_hf.finetuning.genes.objective import GeneObjective
+from tahoex1_hf.finetuning.genes.predicting import cell_chunks, predict_gene_classes, predict_genes
 from tahoex1_hf.finetuning.genes.table import read_gene_table
-from tahoex1_hf.finetuning.genes.task import (
-    GeneObjective,
-    GeneRun,
-    cell_chunks,
-    predict_gene_classes,
-    predict_genes,
-)
+from tahoex1_hf.finetuning.genes.task import GeneTask
 from tahoex1_hf.finetuning.objectives import HELD_OUT
 from tahoex1_hf.finetuning.running import finetune
-from tahoex1_hf.finetuning.splits import Split
 from tahoex1_hf.hub.adapters import load_adapter, read_record
 
 HIGH = np.arange(len(GENES)) % 3 == 0  # genes that are strongly expressed where they are: what is to be learnt
@@ -99,13 +92,13 @@ def make_config(place: Path, output: Path, **changes: Any) -> GeneClassification
     return parse_finetune_config({**usual, **changes})  # type: ignore[return-value]
 
 
-def chunks_of(run: GeneRun) -> Any:
+def chunks_of(run: GeneTask) -> Any:
     return cell_chunks(run.cells, run.cells.numbers)
 
 
-def make_run(place: Path, output: Path, **changes: Any) -> GeneRun:
+def make_run(place: Path, output: Path, **changes: Any) -> GeneTask:
     output.mkdir(exist_ok=True)
-    return GeneRun(make_config(place, output, **changes), Alone())  # type: ignore[arg-type]
+    return GeneTask(make_config(place, output, **changes), Alone())  # type: ignore[arg-type]
 
 
 # Genes --------------------------------------------------------------------------------------------
@@ -134,7 +127,7 @@ def test_genes_that_are_left_out_are_counted(place: Path, tmp_path: Path) -> Non
 def test_no_gene_and_no_family_is_in_two_parts(folds: int, place: Path, tmp_path: Path) -> None:
     run = make_run(place, tmp_path, group="family", folds=folds)
     assert run.genes.groups is not None
-    splits = run.splits()
+    splits = [fold.split for fold in run.targets()]
     assert len(splits) == folds
     for split in splits:
         parts = [run.genes.groups[rows] for rows in split.parts().values()]
@@ -149,12 +142,12 @@ def test_a_column_gives_the_split(place: Path, tmp_path: Path) -> None:
     table = gene_frame().assign(part=["train", "validation", "test"] * 20, fold=["train", "train", "test"] * 20)
     table.to_parquet(tmp_path / "genes.parquet")
     run = make_run(place, tmp_path, genes=str(tmp_path / "genes.parquet"), split="part")
-    (split,) = run.splits()
+    split = run.targets()[0].split
     for number, rows in enumerate(split.parts().values()):
         assert {GENES.index(name.partition(".")[0]) % 3 for name in run.genes.names[rows]} == {number}
     with pytest.raises(ValueError, match="leakage"):
-        make_run(place, tmp_path, genes=str(tmp_path / "genes.parquet"), split="part", group="family").splits()
-    (split,) = make_run(place, tmp_path, genes=str(tmp_path / "genes.parquet"), split="fold").splits()
+        make_run(place, tmp_path, genes=str(tmp_path / "genes.parquet"), split="part", group="family").targets()
+    split = make_run(place, tmp_path, genes=str(tmp_path / "genes.parquet"), split="fold").targets()[0].split
     assert len(split.validation)
 
 
@@ -201,13 +194,13 @@ def test_settings_that_do_not_go_together(place: Path, tmp_path: Path) -> None:
 
 def test_the_head_starts_as_a_probe(place: Path, tmp_path: Path) -> None:
     run = make_run(place, tmp_path)
-    (split,) = run.splits()
+    split = run.targets()[0].split
     weights, bias = run.fitted_head(split)
     model = run.base()
     with torch.no_grad():
         model.classifier.weight.copy_(torch.from_numpy(weights))
         model.classifier.bias.copy_(torch.from_numpy(bias))
-    logits = run.predict(model, run.genes.tokens)
+    logits = run.mean_logits(model, run.genes.tokens)
     assert largest_difference(logits, run.contextual @ weights.T + bias) < 1e-3
     assert (logits[split.test].argmax(1) == run.genes.labels[split.test]).mean() > 0.8
     run.genes.labels[split.test] = 1 - run.genes.labels[split.test]
@@ -216,7 +209,7 @@ def test_the_head_starts_as_a_probe(place: Path, tmp_path: Path) -> None:
 
 def test_labels_and_weights_of_a_batch(place: Path, tmp_path: Path) -> None:
     run = make_run(place, tmp_path)
-    (split,) = run.splits()
+    split = run.targets()[0].split
     objective = GeneObjective(run.config, run.cells, run.genes, split)
     train, held_out = objective.batch(np.arange(60), 0), objective.batch(np.arange(60), HELD_OUT)
     for batch, rows in ((train, split.train), (held_out, split.validation)):
@@ -242,7 +235,7 @@ def test_labels_and_weights_of_a_batch(place: Path, tmp_path: Path) -> None:
 
 def test_the_loss_by_hand_and_in_parts(place: Path, tmp_path: Path) -> None:
     run = make_run(place, tmp_path)
-    (split,) = run.splits()
+    split = run.targets()[0].split
     objective = GeneObjective(run.config, run.cells, run.genes, split)
     batch = objective.batch(np.arange(8), 0)
     labels = batch.pop("labels")
@@ -265,55 +258,12 @@ def test_the_loss_by_hand_and_in_parts(place: Path, tmp_path: Path) -> None:
 
 def test_another_sample_in_every_epoch(place: Path, tmp_path: Path) -> None:
     run = make_run(place, tmp_path, context_length=10)
-    (split,) = run.splits()
+    split = run.targets()[0].split
     objective = GeneObjective(run.config, run.cells, run.genes, split)
     first, again, second = (objective.batch(np.arange(4), epoch)["input_ids"] for epoch in (0, 0, 1))
     assert first.shape == (4, 10)
     assert torch.equal(first, again)
     assert not torch.equal(first, second)
-
-
-@pytest.mark.parametrize("drugs", [False, True])
-def test_parts_hold_every_gene_once(drugs: bool, tmp_path: Path) -> None:
-    from cells import make_cells, write_vocab
-
-    vocab = write_vocab(tmp_path, drug_token=True)
-    tokenizer = TahoeX1Tokenizer(vocab, context_length=7, drug_to_id={"<pad>": 0, "aspirin": 1})
-    whole = TahoeX1Tokenizer(vocab, context_length=None, drug_to_id={"<pad>": 0, "aspirin": 1})
-    adata = make_cells(12)
-    adata.X[3] = 0
-    adata.X.eliminate_zeros()
-    tokens = np.array([whole.get_vocab()[gene] for gene in GENES])
-    from tahoex1_hf.encoding_tahoe_x1 import GeneRows
-
-    rows = GeneRows(tokens[adata.X.indices], adata.X.data, adata.X.indptr.astype(np.int64))
-    ids = np.arange(12) % 2 if drugs else None
-    numbers = np.arange(100, 112)
-    expected = whole.encode_rows(rows, drug_ids=ids, cell_numbers=numbers)
-    parts = encode_in_parts(tokenizer, rows, numbers, ids)
-    special = 2 if drugs else 1
-    assert parts.lengths.max() <= 7
-    assert (parts.input_ids[parts.offsets[:-1]] == tokenizer.cls_token_id).all()
-    for number in range(12):
-        own = slice(expected.offsets[number] + special, expected.offsets[number + 1])
-        want = dict(zip(expected.input_ids[own].tolist(), expected.expression_values[own].tolist(), strict=True))
-        mine = np.flatnonzero(parts.cell_numbers == 100 + number)
-        found: list[tuple[int, float]] = []
-        for part in mine:
-            inside = slice(parts.offsets[part] + special, parts.offsets[part + 1])
-            found += zip(parts.input_ids[inside].tolist(), parts.expression_values[inside].tolist(), strict=True)
-        assert len(found) == len(want)  # each once
-        assert dict(found) == want
-        lengths = parts.lengths[mine]
-        assert lengths.max() - lengths.min() <= 1
-        if ids is not None and parts.drug_ids is not None:
-            assert (parts.drug_ids[mine] == ids[number]).all()
-    alone = encode_in_parts(tokenizer, GeneRows(*[*rows[:2]], rows.offsets).select(rows.cells() == 5), numbers, ids)
-    mine, here = parts.cell_numbers == 105, alone.cell_numbers == 105
-    assert mine.sum() == here.sum() > 1
-    take = np.concatenate([np.arange(parts.offsets[p], parts.offsets[p + 1]) for p in np.flatnonzero(mine)])
-    other = np.concatenate([np.arange(alone.offsets[p], alone.offsets[p + 1]) for p in np.flatnonzero(here)])
-    assert np.array_equal(parts.input_ids[take], alone.input_ids[other])  # whatever the other cells are
 
 
 def test_a_prediction_is_the_mean_over_the_cells_that_express_the_gene(place: Path, tmp_path: Path) -> None:
@@ -327,7 +277,7 @@ def test_a_prediction_is_the_mean_over_the_cells_that_express_the_gene(place: Pa
                 sums.setdefault(int(token), []).append(logits)
     tokens = run.genes.tokens
     expected = torch.stack([torch.stack(sums[int(token)]).mean(0) for token in tokens])
-    found = run.predict(model, tokens)
+    found = run.mean_logits(model, tokens)
     assert largest_difference(found, expected) < 1e-5
     assert [len(sums[int(token)]) for token in tokens] == run.genes.num_cells.tolist()
     one = predict_genes(model, model.classifier, run.tokenizer, chunks_of(run), tokens[5:6])
@@ -336,7 +286,7 @@ def test_a_prediction_is_the_mean_over_the_cells_that_express_the_gene(place: Pa
     assert np.isnan(predict_genes(model, model.classifier, run.tokenizer, chunks_of(run), never)).all()
 
 
-# Baselines and metrics ----------------------------------------------------------------------------
+# Baselines --------------------------------------------------------------------------------------
 
 
 def test_expression_features_by_hand(place: Path, tmp_path: Path) -> None:
@@ -347,36 +297,6 @@ def test_expression_features_by_hand(place: Path, tmp_path: Path) -> None:
     found = expression_features(run.cells, run.genes.tokens)
     assert np.allclose(found[:, 0], values.mean(0)[numbers], rtol=1e-5)
     assert np.allclose(found[:, 1], (counts > 0).mean(0)[numbers])
-
-
-def test_baselines_do_not_see_the_test_genes() -> None:
-    random = np.random.default_rng(0)
-    labels = random.integers(0, 3, 90)
-    features = {"noise": random.normal(size=(90, 4)), "truth": np.eye(3)[labels] + random.normal(0, 0.1, (90, 3))}
-    split = Split(np.arange(50), np.arange(50, 60), np.arange(60, 90))
-    found = gene_baselines(features, labels, 3, [split], 0)
-    assert set(found) == {
-        "majority class",
-        *(f"{m} on {f}" for m in ("logistic regression", "random forest") for f in features),
-    }
-    assert np.allclose(found["majority class"][0], np.bincount(labels[:60], minlength=3) / 60)
-    assert (found["random forest on truth"][0].argmax(1) == labels[60:]).mean() > 0.95
-    changed = labels.copy()
-    changed[60:] = (changed[60:] + 1) % 3
-    again = gene_baselines(features, changed, 3, [split], 0)
-    for name in found:
-        assert np.array_equal(found[name][0], again[name][0]), name
-
-
-def test_metrics_by_hand() -> None:
-    truth = np.array([0, 0, 0, 1, 1])
-    second = np.array([0.1, 0.8, 0.2, 0.9, 0.4])
-    found = gene_metrics(truth, np.stack([1 - second, second], axis=1), 1)
-    assert found["auroc"] == pytest.approx(5 / 6)  # of the six pairs of a 1 and a 0, one is in the wrong order
-    assert found["auprc"] == pytest.approx((1 / 1 + 2 / 3) / 2)  # precision at the ranks of the ones: 1 and 3
-    assert found["accuracy"] == pytest.approx(3 / 5)
-    assert found["macro_f1"] == pytest.approx((2 * 2 / (2 * 2 + 1 + 1) + 2 * 1 / (2 * 1 + 1 + 1)) / 2)
-    assert sought_class(truth) == 1
 
 
 # Whole runs ---------------------------------------------------------------------------------------
@@ -448,6 +368,16 @@ def test_folds_by_family_and_the_model_of_all_genes(place: Path, tmp_path: Path)
     stamp = (tmp_path / "run" / "result.json").stat().st_mtime_ns
     assert finetune(config) == 0  # all is done: nothing is trained again
     assert (tmp_path / "run" / "result.json").stat().st_mtime_ns == stamp
+
+
+def test_a_file_that_has_changed_since_the_run_began_is_noticed(place: Path, tmp_path: Path) -> None:
+    data = tmp_path / "cells.h5ad"
+    gene_cells().write_h5ad(data)
+    config = make_config(place, tmp_path / "run", data=str(data), method="linear_probe")
+    assert finetune(config) == 0
+    gene_cells(59).write_h5ad(data)
+    with pytest.raises(ValueError, match=r"data=.* has changed since the run"):
+        finetune(config)
 
 
 @pytest.mark.slow

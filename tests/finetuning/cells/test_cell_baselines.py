@@ -5,8 +5,8 @@ import pytest
 from scipy.sparse import csr_matrix
 from scipy.stats import spearmanr, t
 
-from tahoex1_hf.finetuning import baselines as baselines_module
-from tahoex1_hf.finetuning.baselines import (
+from tahoex1_hf.finetuning.cells import baselines as baselines_module
+from tahoex1_hf.finetuning.cells.baselines import (
     Components,
     classification_baselines,
     log_normalized,
@@ -130,7 +130,7 @@ def test_components_are_those_of_dense_pca() -> None:
     dense = PCA(50, svd_solver="full").fit(values.toarray())
     theirs = dense.transform(values.toarray()) / np.sqrt(dense.explained_variance_ * 239 / 240)
     assert np.abs(np.abs(ours.train[:, :5]) - np.abs(theirs[:, :5])).max() < 1e-3
-    np.testing.assert_allclose(ours.of(values), ours.train, atol=1e-5)
+    np.testing.assert_allclose(ours.transform(values), ours.train, atol=1e-5)
 
 
 def test_planted_classes_are_found() -> None:

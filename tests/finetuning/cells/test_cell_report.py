@@ -10,11 +10,14 @@ import pandas as pd
 import pytest
 from scipy.sparse import csr_matrix
 
-from tahoex1_hf.finetuning.metrics import summarize
-from tahoex1_hf.finetuning.report import compare, read_report, write_report
+from tahoex1_hf.finetuning.cells.baselines import classification_baselines, regression_baselines
+from tahoex1_hf.finetuning.cells.report import CellResults, compare, read_report, write_cell_report
+from tahoex1_hf.finetuning.metrics import classification_metrics, regression_metrics, summarize
 from tahoex1_hf.finetuning.splits import Split, make_splits
+from tahoex1_hf.runs.report import Report
 
 CLASSES = ["B", "NK", "T"]
+OURS = "Tahoe-x1, lora"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -53,7 +56,6 @@ def write(folder: Path, right: float, folds: int = 3, **changes: Any) -> dict[st
         "classes": CLASSES,
         "labels": labels,
         "names": [f"cell{i}" for i in range(len(labels))],
-        "counts": counts,
         "splits": splits,
         "predictions": [probabilities(labels[s.test], right, i) for i, s in enumerate(splits)],
         "before": embeddings,
@@ -63,7 +65,28 @@ def write(folder: Path, right: float, folds: int = 3, **changes: Any) -> dict[st
         ],
         "seed": 0,
     }
-    return write_report(folder, **{**arguments, **changes})
+    results = CellResults(**{**arguments, **changes})
+    results.check()
+    return write_cell_report(folder, results, scores_of(results, counts), OURS)
+
+
+def scores_of(results: CellResults, counts: csr_matrix) -> Report:
+    """As `run_folds` makes them."""
+    classes, labels, splits = results.classes, results.labels, results.splits
+    if classes is None:
+        baselines = regression_baselines(counts, labels, splits, 0)
+    else:
+        baselines = classification_baselines(counts, labels, splits, 0, len(classes))
+    report = Report(results.task, "cells.h5ad")
+    for method, each in {OURS: results.predictions, **baselines}.items():
+        folds = [
+            regression_metrics(labels[s.test], p)
+            if classes is None
+            else classification_metrics(labels[s.test], p.argmax(1), p)
+            for s, p in zip(splits, each, strict=True)
+        ]
+        report.add(method, folds, numbers=[len(s.test) for s in splits])
+    return report
 
 
 def test_a_good_model_beats_the_baselines(tmp_path: Path) -> None:
@@ -71,6 +94,11 @@ def test_a_good_model_beats_the_baselines(tmp_path: Path) -> None:
     assert read_report(tmp_path) == report
     assert report["metrics"]["model"]["macro_f1"]["values"] == [1, 1, 1]
     assert report["comparison"]["beats"] is True
+    table = pd.read_csv(tmp_path / "scores.csv")
+    assert len(table) == len(report["scores"]) > 0
+    ours = table[(table["method"] == OURS) & (table["metric"] == "macro_f1")]
+    assert ours["value"].tolist() == [1, 1, 1, 1]  # three folds, and their mean
+    assert (tmp_path / "scores.png").stat().st_size > 8000
     assert report["classes"] == {"B": 50, "NK": 50, "T": 50}
     text = (tmp_path / "report.md").read_text()
     assert "The model beats the baselines: macro-F1 1.000 [1.000, 1.000]" in text

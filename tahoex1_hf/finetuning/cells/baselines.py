@@ -1,8 +1,8 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""What a fine-tuned model has to beat: classical models of log-normalised counts, fitted on the training cells alone.
+"""Baselines that a fine-tuned model has to beat: classical models of log-normalised counts of the training cells.
 
-The counts stay sparse; what is dense has 50 columns. Where a split has validation cells, they choose the strength of
-the linear models' regularisation (by macro-F1, or squared error), as they end the training of the model.
+The counts stay sparse, and dense matrices have 50 columns. Where a split has validation cells, they choose the
+strength of the linear models' regularisation (by macro-F1, or squared error), as they end the training of the model.
 """
 
 import logging
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 COMPONENTS = 50
-# Training cells that a baseline is fitted on at most: more make it hardly better, and PCA slow.
+# Most training cells that a baseline is fitted on: more make it hardly better, and PCA slow.
 MOST_CELLS = 50_000
 _TARGET_SUM = 1e4
-# Strengths (C) that are tried, from strong to weak.
+# Values of C that are tried, from strong to weak regularisation.
 _STRENGTHS = (0.001, 0.01, 0.1, 1.0, 10.0)
 _BOOSTING: dict[str, Any] = {"max_iter": 50, "learning_rate": 0.1, "max_leaf_nodes": 8, "early_stopping": False}
 
@@ -34,13 +34,13 @@ CONSTANT = {"classification": "majority class", "regression": "mean"}
 
 
 def log_normalized(counts: "csr_matrix") -> "csr_matrix":
-    """log(1 + counts per 10,000), cell by cell, so that no cell's values depend on another cell.
+    """Compute log(1 + counts per 10,000), cell by cell, so that no cell's values depend on another cell.
 
     Args:
-        counts: `(cells, genes)` raw counts; left as it is.
+        counts: Raw counts, shape `(cells, genes)`; not changed.
 
     Returns:
-        `(cells, genes)` float32 CSR; a cell without counts has none.
+        `(cells, genes)` float32 CSR; a cell without counts has an empty row.
     """
     from scipy.sparse import csr_matrix
 
@@ -55,15 +55,15 @@ class Components:
     """Principal components of log-normalised counts, centred and scaled to unit variance.
 
     Args:
-        values: `(training cells, genes)` log-normalised counts, all that is fitted on.
-        seed: where the search for the components starts.
+        values: Log-normalised counts of the training cells, shape `(training cells, genes)`.
+        seed: Seed of the solver's start.
     """
 
     def __init__(self, values: "csr_matrix", seed: int):
         from sklearn.decomposition import PCA
         from sklearn.preprocessing import StandardScaler
 
-        # Genes of no training cell have no variance; left out, they cost nothing.
+        # Genes that no training cell expresses have no variance; left out, they cost nothing.
         self._genes = np.flatnonzero(values.getnnz(axis=0))
         self._number = min(COMPONENTS, len(self._genes) - 1, values.shape[0] - 1)
         if self._number < 1:
@@ -74,8 +74,8 @@ class Components:
         self._scaler = StandardScaler().fit(scores)
         self.train = self._scaler.transform(scores)
 
-    def of(self, values: "csr_matrix") -> np.ndarray:
-        """`(cells, components)` of other cells."""
+    def transform(self, values: "csr_matrix") -> np.ndarray:
+        """Return the components of other cells, `(cells, components)`."""
         if self._number < 1 or not values.shape[0]:
             return np.zeros((values.shape[0], self.train.shape[1]))
         return np.asarray(self._scaler.transform(self._pca.transform(values[:, self._genes])))
@@ -84,17 +84,17 @@ class Components:
 def classification_baselines(
     counts: "csr_matrix", labels: np.ndarray, splits: Sequence[Split], seed: int, num_classes: int | None = None
 ) -> dict[str, list[np.ndarray]]:
-    """Classes predicted from counts.
+    """Predict classes from counts.
 
     Args:
-        counts: `(cells, genes)` raw counts.
-        labels: `(cells,)` class numbers; those of the test cells are not looked at.
-        splits: fitted on `train`, strength chosen by `validation`, predicted for `test`.
-        seed: of PCA and boosting.
-        num_classes: by default the highest label and one.
+        counts: Raw counts, shape `(cells, genes)`.
+        labels: Class numbers, shape `(cells,)`; those of the test cells are not used for fitting.
+        splits: Splits; models are fitted on `train`, and `validation` chooses the strength of regularisation.
+        seed: Seed of PCA and boosting.
+        num_classes: Number of classes; by default the highest label and one.
 
     Returns:
-        By baseline, for each split the `(test cells, classes)` probabilities.
+        For each baseline and split, the probabilities `(test cells, classes)`.
     """
     number = int(labels.max()) + 1 if num_classes is None else num_classes
 
@@ -127,16 +127,16 @@ def classification_baselines(
 def regression_baselines(
     counts: "csr_matrix", labels: np.ndarray, splits: Sequence[Split], seed: int
 ) -> dict[str, list[np.ndarray]]:
-    """Numbers predicted from counts.
+    """Predict numbers from counts.
 
     Args:
-        counts: `(cells, genes)` raw counts.
-        labels: `(cells,)` numbers; those of the test cells are not looked at.
-        splits: as for `classification_baselines`.
-        seed: of PCA and boosting.
+        counts: Raw counts, shape `(cells, genes)`.
+        labels: Numbers, shape `(cells,)`; those of the test cells are not used for fitting.
+        splits: Splits, as for `classification_baselines`.
+        seed: Seed of PCA and boosting.
 
     Returns:
-        By baseline, for each split the `(test cells,)` predictions.
+        For each baseline and split, the predictions `(test cells,)`.
     """
 
     def linear(x: np.ndarray, y: np.ndarray, strength: float) -> Any:
@@ -179,12 +179,12 @@ def _baselines(
             logger.info("The baselines are fitted on %d of %d training cells.", MOST_CELLS, len(split.train))
         y = labels[train]
         found[CONSTANT[task]].append(constant(y, len(split.test)))
-        if len(np.unique(y)) < 2:  # then the others would predict the same, if they could be fitted
+        if len(np.unique(y)) < 2:  # scikit-learn's classifiers cannot be fitted then
             for name in (LINEAR[task], BOOSTED):
                 found[name].append(constant(y, len(split.test)))
             continue
         components = Components(values[train], seed)
-        seen, test = components.of(values[split.validation]), components.of(values[split.test])
+        seen, test = components.transform(values[split.validation]), components.transform(values[split.test])
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="lbfgs failed to converge")
             tried = [linear(components.train, y, c) for c in (_STRENGTHS if len(seen) else (1.0,))]

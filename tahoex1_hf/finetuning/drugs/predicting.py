@@ -1,0 +1,83 @@
+# Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
+"""Predicted responses to drugs, from control cells in memory."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from tahoex1_hf.encoding_tahoe_x1 import EncodedCells, matrix_rows, merge_repeats
+from tahoex1_hf.finetuning.drugs.objective import decode_change, inner_model
+from tahoex1_hf.finetuning.sampling import content_numbers
+from tahoex1_hf.hub.adapters import find_adapter, load_adapter, read_record
+from tahoex1_hf.inference.encoder import CellEncoder
+from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from anndata import AnnData
+
+_ENCODED_CELLS = 1024  # at a time
+
+
+@torch.inference_mode()
+def mean_embedding(encoder: CellEncoder, cells: EncodedCells) -> torch.Tensor:
+    """Return the mean of the cell embeddings, not normalised: `(width,)` float64."""
+    total = torch.zeros(encoder.width, dtype=torch.float64)
+    for _, pooled in encoder.pooled_batches(cells):
+        total += pooled.double().sum(dim=0).cpu()
+    return total / cells.num_cells
+
+
+@torch.no_grad()
+def predict_drug_response(
+    adapter: str | Path, controls: "AnnData", drugs: list[str], base: str | Path | None = None
+) -> "pd.DataFrame":
+    """Predict the changes that drugs make in a population of cells.
+
+    Args:
+        adapter: Folder or Hub id of a model trained with `task=drug_response`.
+        controls: Untreated cells of one context, with raw counts; all of them are used.
+        drugs: Names in the tokenizer's drug table.
+        base: Folder or Hub id of the base; by default the one that the adapter names.
+
+    Returns:
+        Drugs x genes (Ensembl ids): change of the mean of log(1 + counts per 10,000).
+
+    Raises:
+        ValueError: For an adapter of another task, and for unknown drugs.
+    """
+    import pandas as pd
+
+    folder = find_adapter(adapter)
+    record = read_record(folder)
+    if record.get("task") != "drug_response":
+        raise ValueError(f"adapter={adapter} was trained for {record.get('task')}, not for drug_response.")
+    loaded, tokenizer = load_adapter(folder, base)
+    model = inner_model(loaded)
+    encoder = CellEncoder(model, tokenizer, dtype="float32")
+    matrix, match = tokenizer.read_anndata(controls, record.get("gene_id_column"), record.get("layer"))
+    vocabulary = tokenizer.get_vocab()
+    genes = torch.tensor([vocabulary[gene] for gene in record["response_genes"]], device=encoder.device)
+
+    def mean(drug_id: int) -> torch.Tensor:
+        total = torch.zeros(encoder.width, dtype=torch.float64)
+        for start in range(0, controls.n_obs, _ENCODED_CELLS):
+            cells = _with_drug(tokenizer, matrix[start : start + _ENCODED_CELLS], match, drug_id)
+            total += mean_embedding(encoder, cells) * cells.num_cells
+        return total / controls.n_obs
+
+    ids = tokenizer.drug_ids(drugs, len(drugs))
+    untreated = mean(int(record["control_id"]))
+    differences = torch.stack([mean(int(drug)) - untreated for drug in ids]).float().to(encoder.device)
+    changes = decode_change(model, differences, genes).float().cpu().numpy()
+    return pd.DataFrame(changes, index=list(drugs), columns=record["response_genes"])
+
+
+def _with_drug(tokenizer: TahoeX1Tokenizer, counts: Any, genes: Any, drug_id: int) -> EncodedCells:
+    rows, repeats = matrix_rows(counts, genes)
+    ids = np.full(len(rows.offsets) - 1, drug_id, dtype=np.int64)
+    if repeats:
+        rows = merge_repeats(rows)
+    return tokenizer.encode_rows(rows, drug_ids=ids, cell_numbers=content_numbers(rows))

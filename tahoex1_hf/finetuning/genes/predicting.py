@@ -1,0 +1,133 @@
+# Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
+"""Predicted classes of genes: the mean of a gene's logits over all cells that express it."""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import torch
+
+from tahoex1_hf.encoding_tahoe_x1 import GeneRows, matrix_rows, merge_repeats
+from tahoex1_hf.finetuning.cells.labelled import LabelledCells
+from tahoex1_hf.finetuning.cells.long_cells import split_long_cells
+from tahoex1_hf.finetuning.methods import trained_head
+from tahoex1_hf.finetuning.sampling import content_numbers
+from tahoex1_hf.hub.adapters import find_adapter, load_adapter, read_record
+from tahoex1_hf.hub.models import without_peft
+from tahoex1_hf.inference.encoder import CellEncoder, DtypeName, GeneMeans
+from tahoex1_hf.modeling_tahoe_x1 import TahoeX1ForTokenClassification
+from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from anndata import AnnData
+
+_ENCODED_CELLS = 256  # at a time
+
+
+def cell_chunks(cells: LabelledCells, numbers: np.ndarray) -> Iterator[tuple[GeneRows, np.ndarray | None]]:
+    """Yield the genes and drugs of some cells of a file, a few hundred cells at a time."""
+    for start in range(0, len(numbers), _ENCODED_CELLS):
+        part, drugs = numbers[start : start + _ENCODED_CELLS], cells.stored.drug_ids
+        yield cells.stored.rows(part), None if drugs is None else drugs[part]
+
+
+@torch.no_grad()
+def predict_genes(
+    model: TahoeX1ForTokenClassification,
+    head: torch.nn.Linear,
+    tokenizer: TahoeX1Tokenizer,
+    chunks: Iterable[tuple[GeneRows, np.ndarray | None]],
+    tokens: np.ndarray,
+    device: torch.device | None = None,
+    dtype: DtypeName = "float32",
+) -> np.ndarray:
+    """Predict the classes of genes from all cells.
+
+    The head is linear, so that the mean of its logits is its logit of the mean embedding.
+
+    Args:
+        model: Model in eval mode, with adapters in it where there are any.
+        head: Linear layer on its gene embeddings.
+        tokenizer: Tokenizer of the model.
+        chunks: Genes and drugs of the cells.
+        tokens: Token ids, shape `(genes,)`.
+        device: Device to compute on; by default the fastest there is.
+        dtype: Precision of the transformer.
+
+    Returns:
+        `(genes, classes)` float32 mean logits over the cells that express a gene; NaN where none does.
+    """
+    encoder = CellEncoder(model, tokenizer, device=device, dtype=dtype)
+    embeddings = torch.from_numpy(mean_embeddings(encoder, chunks, tokens)).to(head.weight)
+    return cast(np.ndarray, head(embeddings).float().cpu().numpy())
+
+
+@torch.inference_mode()
+def mean_embeddings(
+    encoder: CellEncoder, chunks: Iterable[tuple[GeneRows, np.ndarray | None]], tokens: np.ndarray
+) -> np.ndarray:
+    """Return mean embeddings over the cells that express a gene, `(genes, width)` float32; NaN where none does."""
+    means = GeneMeans(tokens, encoder.config.vocab_size, encoder.width, encoder.device)
+    for rows, drugs in chunks:
+        cells = split_long_cells(encoder.tokenizer, rows, content_numbers(rows), drugs)
+        for _ in encoder.pooled_batches(cells, means):
+            pass
+    return means.means(tokens)
+
+
+def predict_gene_classes(
+    adapter: str | Path,
+    adata: "AnnData",
+    base: str | Path | None = None,
+    *,
+    gene_id_column: str | None = None,
+    layer: str | None = None,
+    drugs: str | None = None,
+) -> "pd.DataFrame":
+    """Predict the classes of all genes that some cell expresses.
+
+    Args:
+        adapter: Folder or Hub id of a model trained with `task=gene_classification`.
+        adata: Cells with raw counts, in memory or backed.
+        base: Folder or Hub id of the base; by default the one that the adapter names.
+        gene_id_column: Column of `var` with Ensembl ids; by default `var_names`.
+        layer: Layer with the counts; by default `X`.
+        drugs: For models with a drug encoder: the drug of all cells.
+
+    Returns:
+        A row for every gene that some cell expresses, by Ensembl id: `predicted`, `probability_<class>` of each class,
+        and `cells`, the number of cells that express it.
+
+    Raises:
+        ValueError: For an adapter of another task, and for cells that cannot be read.
+    """
+    import pandas as pd
+    from scipy.special import softmax
+
+    folder = find_adapter(adapter)
+    task = read_record(folder).get("task")
+    if task != "gene_classification":
+        raise ValueError(f"adapter={adapter} was trained for {task}, not for gene_classification.")
+    model, tokenizer = load_adapter(folder, base)
+    matrix, match = tokenizer.read_anndata(adata, gene_id_column, layer)
+    expressing = np.zeros(len(tokenizer), dtype=np.int64)
+
+    def chunks() -> Iterator[tuple[GeneRows, np.ndarray | None]]:
+        for start in range(0, adata.n_obs, _ENCODED_CELLS):
+            rows, repeats = matrix_rows(matrix[start : start + _ENCODED_CELLS], match)
+            rows = merge_repeats(rows) if repeats else rows
+            expressing[:] += np.bincount(rows.tokens, minlength=len(expressing))
+            yield rows, None if drugs is None else tokenizer.drug_ids(drugs, len(rows.offsets) - 1)
+
+    inner: Any = without_peft(model)
+    genes = np.unique(match.token_ids[match.token_ids >= 0])
+    logits = predict_genes(inner, trained_head(model), tokenizer, chunks(), genes)
+    seen = expressing[genes] > 0
+    genes, chances = genes[seen], softmax(logits[seen].astype(np.float64), axis=1)
+    classes = [inner.config.id2label[number] for number in range(chances.shape[1])]
+    columns: dict[str, Any] = {"predicted": np.array(classes)[chances.argmax(axis=1)]}
+    columns |= {f"probability_{name}": chances[:, number] for number, name in enumerate(classes)}
+    names = [str(tokenizer.convert_ids_to_tokens(int(token))) for token in genes]
+    return pd.DataFrame({**columns, "cells": expressing[genes]}, index=names)

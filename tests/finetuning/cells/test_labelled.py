@@ -1,0 +1,89 @@
+"""Cells of a file as a run reads them."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from finetuning_runs import (
+    labelled_cells,
+    make_config,
+    write_base,
+)
+from scipy.sparse import csc_matrix
+
+from tahoex1_hf.finetuning.bases import load_tokenizer
+from tahoex1_hf.finetuning.cells.labelled import read_cells
+from tahoex1_hf.finetuning.running import finetune
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_base(tmp_path_factory.mktemp("models") / "base")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("cells") / "cells.h5ad"
+    labelled_cells(120).write_h5ad(path)
+    return path
+
+
+def test_cells_with_drugs(data: Path, tmp_path: Path) -> None:
+    base = write_base(tmp_path / "drug_base", num_drugs=4)
+    cells = labelled_cells(60)
+    drugs = ["", "aspirin", "caffeine", "taxol"]
+    cells.obs["drug"] = [drugs[i % 4] for i in range(60)]
+    cells.write_h5ad(tmp_path / "treated.h5ad")
+    config = make_config(base, tmp_path / "treated.h5ad", tmp_path / "run", drugs="drug", epochs=1)
+    read = read_cells(config, load_tokenizer(config), tmp_path)
+    batch = read.batch(np.array([1, 4, 7]))
+    assert batch["drug_ids"].tolist() == [1, 0, 3]
+    assert (batch["input_ids"][:, 1] == load_tokenizer(config).get_vocab()["<drug>"]).all()
+    expected = load_tokenizer(config)(cells[[1, 4, 7]], drugs="drug", padding=True, return_tensors="pt")
+    assert torch.equal(batch["input_ids"], expected["input_ids"])
+    assert torch.equal(batch["expression_values"], expected["expression_values"])
+    assert finetune(config) == 0
+    masked = make_config(
+        base, tmp_path / "treated.h5ad", tmp_path / "mlm", task="masked_expression", label=None, epochs=1
+    )
+    assert finetune(masked) == 0
+
+
+def test_cells_are_encoded_as_the_tokenizer_does_it(base: Path, data: Path, tmp_path: Path) -> None:
+    config = make_config(base, data, tmp_path, context_length=12)  # cells have about 20 genes: they are sampled
+    tokenizer = load_tokenizer(config)
+    assert tokenizer.context_length == 12
+    cells = read_cells(config, tokenizer, tmp_path)
+    rows = np.array([7, 100, 2])
+    some, alone = cells.encoded(rows), cells.encoded(rows[1:2])
+    assert np.array_equal(some.input_ids[12:24], alone.input_ids)
+    assert np.array_equal(some.expression_values[12:24], alone.expression_values)
+    assert (cells.lengths[rows] == np.diff(some.offsets)).all()
+    whole = load_tokenizer(make_config(base, data, tmp_path))
+    every = read_cells(make_config(base, data, tmp_path), whole, tmp_path).encoded(rows)
+    expected = whole(labelled_cells(120)[rows], padding=False)
+    assert np.array_equal(every.input_ids, np.concatenate(expected["input_ids"]))
+    assert np.array_equal(every.expression_values, np.concatenate(expected["expression_values"]).astype(np.float32))
+    counts = cells.csr()
+    assert counts.shape == (120, len(tokenizer))
+    assert counts.sum() == labelled_cells(120).X.sum()
+
+
+def test_counts_stored_by_gene_or_dense_are_the_same_cells(base: Path, data: Path, tmp_path: Path) -> None:
+    expected = None
+    for kind in ("csr", "csc", "dense", "compressed"):
+        adata = labelled_cells(120)
+        adata.X = {"csc": csc_matrix, "dense": lambda x: x.toarray()}.get(kind, lambda x: x)(adata.X)
+        path = tmp_path / f"{kind}.h5ad"
+        adata.write_h5ad(path, compression="gzip" if kind == "compressed" else None)
+        config = make_config(base, path, tmp_path)
+        cells = read_cells(config, load_tokenizer(config), tmp_path)
+        encoded = cells.encoded(np.arange(120))
+        expected = expected or encoded
+        assert np.array_equal(encoded.input_ids, expected.input_ids)
+        assert np.array_equal(encoded.expression_values, expected.expression_values)
+        assert cells.names.tolist() == adata.obs_names.tolist()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        f"{k}.h5ad" for k in ("compressed", "csc", "csr", "dense")
+    ]
