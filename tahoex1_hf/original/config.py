@@ -1,7 +1,8 @@
-"""Settings of the original program's checkpoints (`model_config.yml`, `collator_config.yml`), translated into ours.
+# Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
+"""Translating the settings of the original's checkpoints (`model_config.yml`, `collator_config.yml`) into ours.
 
-Every key is either translated, or listed here as having no effect on a trained model's numbers; any other key is an
-error, since a setting that is silently dropped is a silently wrong model.
+Every key is either translated, or listed here as having no effect on what a trained model computes. Any other key is
+an error, since a setting that is dropped without a word gives a wrong model without a word.
 """
 
 import logging
@@ -49,28 +50,36 @@ _COLLATOR_KEYS_WITHOUT_EFFECT = {
 
 
 class _Section:
-    """A mapping from which every key must be taken."""
+    """A mapping whose keys must all be taken, so that none is overlooked.
+
+    Args:
+        name: name of the mapping for error messages.
+        values: the mapping; None is an empty one.
+    """
 
     def __init__(self, name: str, values: Mapping[str, Any] | None):
         self.name = name
         self.values = dict(values or {})
 
     def take(self, key: str, default: Any = None) -> Any:
+        """Take a key, or the default where it is missing or null."""
         value = self.values.pop(key, default)
         return default if value is None else value
 
     def require(self, key: str) -> Any:
+        """Take a key that must be there."""
         if key not in self.values:
             raise ValueError(f"{self.name} lacks the key {key!r}.")
         return self.values.pop(key)
 
     def require_value(self, key: str, allowed: tuple[Any, ...], default: Any) -> None:
-        """Take a key that we support only at some values."""
+        """Take a key that is supported only at some values, and raise ValueError at any other."""
         value = self.take(key, default)
         if value not in allowed:
             raise ValueError(f"{self.name}: {key} = {value!r} is not supported, only {allowed} is.")
 
     def finish(self, without_effect: Set[str] = frozenset()) -> None:
+        """Raise ValueError where a key is left that is not one of those without effect."""
         unknown = sorted(self.values.keys() - without_effect)
         if unknown:
             raise ValueError(
@@ -85,13 +94,13 @@ def translate_model_config(
     vocab: Mapping[str, int],
     drug_table: tuple[int, int] | None,
 ) -> TahoeX1Config:
-    """Translate the settings of the model.
+    """Translate the settings of a model.
 
     Args:
         model: contents of `model_config.yml`.
         collator: contents of `collator_config.yml`.
         vocab: contents of `vocab.json`.
-        drug_table: shape of `chem_encoder.embedding.weight` in the checkpoint, None where it has none.
+        drug_table: shape of `chem_encoder.embedding.weight` in the checkpoint; None without a drug encoder.
 
     Raises:
         ValueError: for a key that is unknown, missing, or at a value that the original cannot run either.
@@ -99,13 +108,11 @@ def translate_model_config(
     section = _Section("model_config.yml", model)
     hidden_size = section.require("d_model")
     attention = _Section("model_config.yml: attn_config", section.take("attn_config"))
-    norm = _Section("model_config.yml: norm_config", section.take("norm_config"))
-    gene = _Section("model_config.yml: gene_encoder", section.take("gene_encoder"))
-    expression = _Section("model_config.yml: expression_encoder", section.take("expression_encoder"))
-    decoder = _Section("model_config.yml: expression_decoder", section.take("expression_decoder"))
+    norm, gene, expression, decoder, drug = (
+        _Section(f"model_config.yml: {name}", section.take(name))
+        for name in ("norm_config", "gene_encoder", "expression_encoder", "expression_decoder", "chemical_encoder")
+    )
     cell_decoder = _Section("model_config.yml: mvc", section.require("mvc"))
-    drug = _Section("model_config.yml: chemical_encoder", section.take("chemical_encoder"))
-
     _refuse_unsupported(norm, expression, decoder, cell_decoder, gene, drug)
     _check_vocabulary_size(section.require("vocab_size"), vocab)
 
@@ -151,12 +158,12 @@ def translate_model_config(
 def translate_collator_config(
     collator: Mapping[str, Any], vocab: Mapping[str, int], drug_to_id: Mapping[str, int] | None
 ) -> dict[str, Any]:
-    """Translate the settings of the collator into the arguments of `TahoeX1Tokenizer`, `vocab_file` excepted.
+    """Translate the settings of a collator into the arguments of `TahoeX1Tokenizer`, except `vocab_file`.
 
     Args:
         collator: contents of `collator_config.yml`.
         vocab: contents of `vocab.json`.
-        drug_to_id: contents of `drug_to_id_pad.json`, None where the checkpoint came without.
+        drug_to_id: contents of `drug_to_id_pad.json`; None where the checkpoint lacks that file.
 
     Raises:
         ValueError: for a key that is unknown, missing, or at a value that contradicts the rest.
@@ -189,7 +196,7 @@ def translate_collator_config(
 def _refuse_unsupported(
     norm: _Section, expression: _Section, decoder: _Section, cell_decoder: _Section, gene: _Section, drug: _Section
 ) -> None:
-    """Take the keys of which the original itself runs, or any checkpoint uses, only some values."""
+    """Take the keys that the original runs, or its checkpoints use, with some values only."""
     for part, key, allowed in (
         (norm, "norm_type", ("low_precision_layernorm", "layernorm")),
         (expression, "input_emb_style", ("continuous",)),

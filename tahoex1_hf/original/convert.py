@@ -46,13 +46,13 @@ _DRUG_WEIGHT = "model.chem_encoder.embedding.weight"
 
 @dataclass(frozen=True)
 class OriginalCheckpoint:
-    """A checkpoint of the original, opened: its settings translated, its tensors yet to be read.
+    """A checkpoint of the original whose settings are translated and whose weights are yet to be read.
 
     Args:
         model_settings: contents of `model_config.yml`.
         collator_settings: contents of `collator_config.yml`.
         config: shape of the model.
-        tokenizer_arguments: arguments of `TahoeX1Tokenizer`, `vocab_file` excepted.
+        tokenizer_arguments: arguments of `TahoeX1Tokenizer`, except `vocab_file`.
         vocab: token to id.
         weights: the original's tensors.
         files: every file that was read, by its name.
@@ -132,15 +132,15 @@ def convert_original_folder(
 ) -> TahoeX1Config:
     """Convert a checkpoint of the original into a folder for AutoModel, AutoModelForPreTraining and AutoTokenizer.
 
-    The folder is written under a temporary name, compared with the original on a small batch, and moved into place,
-    so that a half-written or wrong one is never there. `conversion.json` in it says what was read and written.
+    The folder is written under a temporary name, compared with the original on a small batch, and then moved into
+    place, so that there is never a half-written or wrong one. Its `conversion.json` records what was read and written.
 
     Args:
         source: as for `open_original`.
         destination: folder to make.
-        dtype: type of the converted tensors; that of the original by default.
-        max_shard_size: most bytes of one file of weights.
-        label: what the manifest names as the source, where that is not `source`.
+        dtype: type of the converted weights; by default that of the original.
+        max_shard_size: largest size of one file of weights, in bytes.
+        label: name of the source in the manifest; by default `source`.
 
     Raises:
         FileExistsError: when `destination` exists and is not an empty folder.

@@ -81,10 +81,12 @@ class SplitRows(ConversionOps):
 def conversion_rules() -> list[WeightRenaming | WeightConverter]:
     """Make the rules that turn the original's tensors into those of `TahoeX1ForPreTraining`."""
     rules: list[WeightRenaming | WeightConverter] = [WeightRenaming(theirs, ours) for theirs, ours in _RENAMED]
-    rules.append(WeightConverter("model.mvc_decoder.W.weight", "cell_decoder.cell_proj.weight", [Transpose()]))
+    rules.append(
+        WeightConverter("model.mvc_decoder.W.weight", "cell_decoder.cell_proj.weight", operations=[Transpose()])
+    )
     for kind in ("weight", "bias"):
         parts = [f"self_attn.{part}_proj.{kind}" for part in "qkv"]
-        rules.append(WeightConverter(f"self_attn.Wqkv.{kind}", parts, [SplitRows()]))
+        rules.append(WeightConverter(f"self_attn.Wqkv.{kind}", parts, operations=[SplitRows()]))
     return rules
 
 
