@@ -16,7 +16,7 @@ from tahoex1_hf import TahoeX1Config, TahoeX1Model
 from tahoex1_hf.encoding_tahoe_x1 import GeneMatch
 from tahoex1_hf.inference.encoder import CellEncoder, GeneMeans, choose_dtype
 from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
-from tahoex1_hf.training.flops import embedding_flops, performed_flops
+from tahoex1_hf.training.flops import embedding_flops
 
 COLUMNS, CONTEXT = 20_000, 2048
 TOLERANCE = 1e-4  # of embeddings of length 1, in float32
@@ -138,6 +138,21 @@ def measure(suite: Suite) -> list[Row]:
 def check(figures: dict[str, float]) -> None:
     """In float32 the reference and ours agree."""
     assert figures["max_difference"] < TOLERANCE, f"embeddings differ from the reference's: {figures}"
+
+
+def performed_flops(config: TahoeX1Config, lengths: np.ndarray) -> float:
+    """Return the operations that this package performs on a CPU where only `<cls>` is asked for.
+
+    All layers but the last are computed for every token. The last projects nothing but `<cls>` (its query, the query
+    taken through the key's matrix, the value of the mean, the output, the feed-forward block), and looks at each
+    token twice per head. The expression encoder runs on a batch's distinct values, too few to count.
+    """
+    d, f = config.hidden_size, config.intermediate_size or 4 * config.hidden_size
+    tokens = float(lengths.sum())
+    before_last = embedding_flops(config, lengths) / 2 - tokens * d * d  # without the expression encoder
+    before_last *= (config.num_hidden_layers - 1) / config.num_hidden_layers
+    last = len(lengths) * (4 * d * d + 2 * d * f) + tokens * 2 * config.num_attention_heads * d
+    return 2 * (before_last + last)
 
 
 def _tasks(suite: Suite, subject: Subject, encoders: dict[str, CellEncoder], config: TahoeX1Config) -> dict[str, Task]:

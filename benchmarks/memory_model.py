@@ -1,5 +1,5 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""Bytes that a training step needs on each device, from the configuration alone.
+"""Bytes that a training step needs on each device, calculated from the configuration alone.
 
 Nothing is allocated: parameters are counted on the meta device, and what autograd keeps for the backward pass is
 written down operation by operation. `tests/benchmarks/test_scaling_model.py` compares the formulas with what autograd
@@ -27,17 +27,17 @@ _ADAMW_MOMENTS = 8  # two, float32
 
 
 @dataclass(frozen=True)
-class Numbers:
-    """In which types a step computes, and which operations keep more than they must.
+class Precision:
+    """The types in which a step computes, and the operations that keep more than they must.
 
     Args:
-        weights: bytes of a weight while the layer computes.
-        product: bytes of a number that enters a matrix product.
-        stream: bytes of a number of the residual stream, and so of what enters its norms.
-        autocast: whether every product makes its own copy of its argument, and of the weights.
-        cuda: whether norms compute in float32 under autocast, and dropout keeps a mask of bytes.
-        output_copied: whether the output of attention is kept twice, as attention and as the projection lay it out.
-        dense_mask: whether `observed_or_self` makes an array of cells x length x length in a layer, for short cells.
+        weights: Bytes of a weight while the layer computes.
+        product: Bytes of a number that enters a matrix product.
+        stream: Bytes of a number of the residual stream, and so of what enters its norms.
+        autocast: Whether every product makes its own copy of its argument, and of the weights.
+        cuda: Whether norms compute in float32 under autocast, and dropout keeps a mask of bytes.
+        output_copied: Whether the output of attention is kept twice, as attention and as the projection lay it out.
+        dense_mask: Whether `observed_or_self` makes an array of cells x length x length in a layer, for short cells.
     """
 
     weights: int
@@ -49,25 +49,25 @@ class Numbers:
     dense_mask: bool = False
 
 
-CPU_FLOAT32 = Numbers(4, 4, 4, output_copied=True, dense_mask=True)
-CPU_BF16 = Numbers(4, 2, 4, autocast=True, output_copied=True, dense_mask=True)
+CPU_FLOAT32 = Precision(4, 4, 4, output_copied=True, dense_mask=True)
+CPU_BF16 = Precision(4, 2, 4, autocast=True, output_copied=True, dense_mask=True)
 # Accelerate's DDP, and one device: float32 weights and residual stream, products under autocast.
-GPU_AUTOCAST = Numbers(4, 2, 4, autocast=True, cuda=True)
+GPU_AUTOCAST = Precision(4, 2, 4, autocast=True, cuda=True)
 # FSDP2 (`only_computing` of the trainer, `fsdp2_prepare_model` of Accelerate): no autocast; weights are gathered as
 # bfloat16, and everything is computed from them in bfloat16. Gradients are reduced as float32 and kept so, in shards.
-GPU_FSDP2 = Numbers(2, 2, 2, cuda=True)
+GPU_FSDP2 = Precision(2, 2, 2, cuda=True)
 
 
 @dataclass(frozen=True)
 class Parameters:
-    """Numbers of weights.
+    """How many weights the parts of a model have.
 
     Args:
-        total: of the model.
-        layer: of one transformer layer, an FSDP unit.
-        table: of the gene embedding, an FSDP unit.
-        rest: of all else, the root of FSDP: its weights stay gathered from the forward to the backward pass.
-        matrices: of all, those in matrix products whose weights autocast copies.
+        total: Weights of the model.
+        layer: Weights of one transformer layer, an FSDP unit.
+        table: Weights of the gene embedding, an FSDP unit.
+        rest: Weights of everything else, the root of FSDP, which stay gathered from the forward to the backward pass.
+        matrices: Weights in matrix products, which autocast copies; they are counted above too.
     """
 
     total: int
@@ -78,7 +78,7 @@ class Parameters:
 
 
 def count_parameters(config: TahoeX1Config) -> Parameters:
-    """Count the weights of `TahoeX1ForPreTraining`, by making one on the meta device."""
+    """Count the weights of `TahoeX1ForPreTraining` by making one on the meta device."""
     return _counted(config.to_json_string(use_diff=False))
 
 
@@ -94,61 +94,61 @@ def _counted(settings: str) -> Parameters:
     return Parameters(total, layer, table, total - layer * len(model.tahoe.layers) - table, matrices)
 
 
-def kept_per_token(config: TahoeX1Config, numbers: Numbers, length: int, *, checkpointing: bool = False) -> float:
-    """Bytes that autograd keeps for the backward pass, per token of a packed batch.
+def kept_per_token(config: TahoeX1Config, precision: Precision, length: int, *, checkpointing: bool = False) -> float:
+    """Return the bytes that autograd keeps for the backward pass, per token of a packed batch.
 
     Attention keeps no scores: query, key, value, output and one float32 per head, whichever fused kernel it is.
 
     Args:
-        config: of the model.
-        numbers: types of the computation.
-        length: tokens of a cell; it matters only for dense masks.
-        checkpointing: whether only each layer's input is kept.
+        config: Configuration of the model.
+        precision: Types of the computation.
+        length: Number of tokens of a cell; it matters only for dense masks.
+        checkpointing: Whether only each layer's input is kept.
     """
-    layer = layer_per_token(config, numbers, length)
+    layer = layer_per_token(config, precision, length)
     if checkpointing:
-        layer = config.hidden_size * numbers.stream
-    return config.num_hidden_layers * layer + _outside_per_token(config, numbers)
+        layer = config.hidden_size * precision.stream
+    return config.num_hidden_layers * layer + _outside_per_token(config, precision)
 
 
-def layer_per_token(config: TahoeX1Config, numbers: Numbers, length: int) -> float:
-    """Bytes that one transformer layer keeps, per token. Norms before or after the blocks make no difference."""
+def layer_per_token(config: TahoeX1Config, precision: Precision, length: int) -> float:
+    """Return the bytes per token that one layer keeps; it makes no difference where its norms are."""
     d, f = config.hidden_size, config.intermediate_size or 4 * config.hidden_size
     groups = config.num_attention_heads // (config.num_key_value_heads or config.num_attention_heads)
-    w = numbers.product
+    w = precision.product
     # Autocast converts the norm's output for each of the projections anew.
-    copies = 3 if numbers.autocast else 1
-    attention = copies * d + d + 2 * d // groups + d + (d if numbers.output_copied else 0)
+    copies = 3 if precision.autocast else 1
+    attention = copies * d + d + 2 * d // groups + d + (d if precision.output_copied else 0)
     kept = w * attention + 4 * config.num_attention_heads
     masked = config.attention_mask_style == "observed_or_self" and length < SHORTEST_WITH_OBSERVED_KEYS
-    if numbers.dense_mask and masked:
+    if precision.dense_mask and masked:
         kept += w * length
     gated = config.use_glu
-    feed_forward = d * (2 if gated and numbers.autocast else 1)
+    feed_forward = d * (2 if gated and precision.autocast else 1)
     if gated:
-        # Perhaps the gate's argument, its result, the other factor, their product.
+        # The gate's result, the other factor, their product, and for some activations the gate's argument.
         feed_forward += f * (3 + _argument(config.hidden_act))
     else:
         feed_forward += f * (1 + _argument(config.hidden_act))
-    norms = 2 * (numbers.stream * d + _NORM_STATISTICS)
+    norms = 2 * (precision.stream * d + _NORM_STATISTICS)
     return kept + w * feed_forward + norms
 
 
-def _outside_per_token(config: TahoeX1Config, numbers: Numbers) -> float:
-    """Bytes kept by embeddings, final norm, decoders and losses, per token."""
-    d, w, p = config.hidden_size, numbers.product, numbers.weights
-    # What enters a product behind something that is kept in another type.
-    copy = w * d if numbers.autocast else 0
+def _outside_per_token(config: TahoeX1Config, precision: Precision) -> float:
+    """Return the bytes per token that embeddings, final norm, decoders and losses keep."""
+    d, w, p = config.hidden_size, precision.product, precision.weights
+    # A copy of what enters a product, where it is already kept in another type.
+    copy = w * d if precision.autocast else 0
     inputs = 8 + 1 + p + 8  # gene, whether a target, expression, and to which cell it belongs
     # The first product takes the values themselves, in the type of its weights.
     expression = p * d + (copy or _argument(config.expression_encoder_act) * p * d)
     if config.expression_encoder_norm:
-        expression += _NORM_STATISTICS + d * (4 if numbers.autocast and numbers.cuda else w)
+        expression += _NORM_STATISTICS + d * (4 if precision.autocast and precision.cuda else w)
     if config.expression_encoder_dropout:
-        expression += d * (1 if numbers.cuda else w)
+        expression += d * (1 if precision.cuda else w)
     genes = p * d + _NORM_STATISTICS if config.gene_encoder_norm else 0
     drugs = 1 if config.num_drugs else 0  # where they stand
-    norm = numbers.stream * d + _NORM_STATISTICS if config.norm_position == "pre" else 0
+    norm = precision.stream * d + _NORM_STATISTICS if config.norm_position == "pre" else 0
     mean = 0 if config.cell_pooling == "cls" else 4 * d
     decoder = (copy or p * d) + config.expression_decoder_layers * (
         1 + _argument(config.expression_decoder_act)
@@ -160,33 +160,35 @@ def _outside_per_token(config: TahoeX1Config, numbers: Numbers) -> float:
 
 
 def _argument(act: Activation) -> int:
-    """1 where the derivative needs an activation's argument, kept beside the result that the next product keeps."""
+    """Return 1 if the derivative needs an activation's argument, and 0 if its result is enough."""
     return 0 if act in _KEEPS_RESULT else 1
 
 
-def working_per_token(config: TahoeX1Config, numbers: Numbers, length: int, *, checkpointing: bool = False) -> float:
-    """Bytes per token of what comes and goes in the backward pass, at its peak.
+def working_per_token(
+    config: TahoeX1Config, precision: Precision, length: int, *, checkpointing: bool = False
+) -> float:
+    """Return the bytes per token that the backward pass takes and gives back, at its peak.
 
-    The gradients of the feed-forward block (two of its width and of the residual stream), and with checkpointing the
-    layer that is computed anew.
+    These are gradients of the feed-forward block (two of its width, two of the residual stream), and with
+    checkpointing the layer that is computed again. Arguments are those of `kept_per_token`.
     """
     d, f = config.hidden_size, config.intermediate_size or 4 * config.hidden_size
-    gradients = 2 * f * numbers.product + 2 * d * numbers.stream
-    return gradients + (layer_per_token(config, numbers, length) if checkpointing else 0)
+    gradients = 2 * f * precision.product + 2 * d * precision.stream
+    return gradients + (layer_per_token(config, precision, length) if checkpointing else 0)
 
 
 @dataclass(frozen=True)
 class States:
-    """Bytes on each device that do not depend on the cells of a micro-batch.
+    """Bytes on each device that do not depend on the cells of a microbatch.
 
     Args:
-        weights: float32, whole or the shard.
-        gradients: float32, whole or the shard.
-        moments: of AdamW, float32.
-        copies: bfloat16 copies of matrices under autocast; with DDP buckets as large as the gradients. FSDP2:
-            gathered weights in bfloat16; of a unit, gradients in bfloat16, the same in float32 for the exchange, and
-            where there is an older one that shard of them; the root's gradients in bfloat16, from the first to the
-            last. Else, with several micro-batches, the table's new gradient, dense and beside the old one.
+        weights: Weights in float32, whole or this device's shard.
+        gradients: Gradients in float32, whole or this device's shard.
+        moments: The two moments of AdamW in float32.
+        copies: What is there twice. On one device: bfloat16 copies of matrices under autocast, and with several
+            microbatches the table's new gradient beside the old one. With DDP the same, and buckets as large as the
+            gradients. With FSDP2: gathered weights in bfloat16; a unit's gradients in bfloat16, in float32 for the
+            exchange, and with several microbatches their earlier sum; the root's gradients in bfloat16.
     """
 
     weights: float
@@ -196,44 +198,45 @@ class States:
 
     @property
     def total(self) -> float:
-        """All of them."""
+        """Sum of all bytes."""
         return self.weights + self.gradients + self.moments + self.copies
 
 
 def states(
-    config: TahoeX1Config, numbers: Numbers, strategy: Strategy, shards: int = 1, *, accumulate: bool = False
+    config: TahoeX1Config, precision: Precision, strategy: Strategy, shards: int = 1, *, accumulate: bool = False
 ) -> States:
-    """Bytes on each device for weights, gradients and optimizer.
+    """Return the bytes on each device for weights, gradients and optimizer.
 
     Args:
-        config: of the model.
-        numbers: types of the computation.
-        strategy: "one" device, "ddp", "fsdp2" over all devices, "hsdp": FSDP2 within a machine, copies between them.
-        shards: devices among which the weights are divided (fsdp2: all, hsdp: those of a machine, else 1).
-        accumulate: whether a step has several micro-batches.
+        config: Configuration of the model.
+        precision: Types of the computation.
+        strategy: `"one"` device, `"ddp"`, `"fsdp2"` over all devices, or `"hsdp"`: FSDP2 within each machine, whole
+            copies between machines.
+        shards: Number of devices that share one copy of the weights: all (fsdp2), those of a machine (hsdp), else 1.
+        accumulate: Whether a step has several microbatches.
 
     Raises:
-        ValueError: for shards where there can be none.
+        ValueError: If the strategy keeps whole weights on each device and `shards` is not 1.
     """
     if shards < 1 or (strategy in ("one", "ddp") and shards != 1):
         raise ValueError(f"shards={shards}: {strategy} keeps whole weights on each device, pass 1.")
     p = count_parameters(config)
-    copies = 2.0 * p.matrices if numbers.autocast else 0.0
+    copies = 2.0 * p.matrices if precision.autocast else 0.0
     if strategy == "ddp":
         copies += 4.0 * p.total  # Accelerate leaves gradient_as_bucket_view off
     elif strategy in ("fsdp2", "hsdp"):
         unit = max(p.layer, p.table)
         # The unit that computes and the next one; the root, whose gradients are reduced last.
-        copies = numbers.weights * (2.0 * unit + p.rest) + numbers.weights * (unit + p.rest) + 4 * unit
+        copies = precision.weights * (2.0 * unit + p.rest) + precision.weights * (unit + p.rest) + 4 * unit
         copies += 4 * unit / shards if accumulate else 0
     if accumulate and strategy in ("one", "ddp"):
-        copies += numbers.weights * p.table
+        copies += precision.weights * p.table
     return States(4 * p.total / shards, 4 * p.total / shards, _ADAMW_MOMENTS * p.total / shards, copies)
 
 
 def microbatch_bytes(
-    config: TahoeX1Config, numbers: Numbers, length: int, cells: int, *, checkpointing: bool = False
+    config: TahoeX1Config, precision: Precision, length: int, cells: int, *, checkpointing: bool = False
 ) -> float:
-    """Bytes of a forward and backward pass over so many cells of so many tokens, beside `states`."""
-    kept = kept_per_token(config, numbers, length, checkpointing=checkpointing)
-    return cells * length * (kept + working_per_token(config, numbers, length, checkpointing=checkpointing))
+    """Return the bytes that a pass over `cells` cells of `length` tokens needs beside `states`."""
+    kept = kept_per_token(config, precision, length, checkpointing=checkpointing)
+    return cells * length * (kept + working_per_token(config, precision, length, checkpointing=checkpointing))

@@ -1,8 +1,8 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""What a training step would take on GPUs that are not here: a plan on paper, from memory and rates alone.
+"""Memory and time of a training step on many GPUs, calculated: nothing in it was measured on a GPU.
 
-The memory is that of `memory`, whose formulas are tested. The time is a roofline on assumptions, which `Assumptions`
-lists; nothing in it was measured on a GPU.
+The memory is that of `memory_model`, whose formulas are tested. The time is that of a roofline model; `Assumptions`
+lists what it assumes.
 """
 
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from benchmarks import memory_model as memory
-from benchmarks.memory_model import Numbers, States, Strategy
+from benchmarks.memory_model import Precision, States, Strategy
 from tahoex1_hf.configuration_tahoe_x1 import TahoeX1Config
 from tahoex1_hf.training.flops import embedding_flops, training_flops
 from tahoex1_hf.training.microbatches import largest_microbatch
@@ -19,7 +19,16 @@ from tahoex1_hf.training.microbatches import largest_microbatch
 
 @dataclass(frozen=True)
 class Hardware:
-    """Rates of a machine's data sheet, per device: bytes, FLOP/s, bytes/s (links: in one direction)."""
+    """Memory and rates of a device, from its data sheet.
+
+    Args:
+        memory: Bytes.
+        peak: FLOP/s of dense bfloat16 products.
+        memory_rate: Bytes/s of the device's memory.
+        machine_link: Bytes/s in one direction between devices of a machine.
+        network: Bytes/s in one direction between machines, per device.
+        per_machine: Number of devices in a machine.
+    """
 
     memory: float = 80e9
     peak: float = 989e12
@@ -34,15 +43,15 @@ H100 = Hardware()
 
 @dataclass(frozen=True)
 class Assumptions:
-    """What the time depends on and nobody here has measured.
+    """Quantities that the time depends on, and that were not measured here.
 
     Args:
-        matrix_share: share of the peak at which matrix products and attention run, see `matrix_share`.
-        passes: how often each byte kept for the backward pass crosses the device's memory in a step: written and
-            read in the forward pass, read in the backward pass, and its gradient once.
-        links: share of a link's rate that collectives reach.
-        overlap: share of the computing time behind which communication can hide.
-        reserved: bytes of the device that the driver and the communication library take.
+        matrix_share: Share of the peak at which matrix products and attention run (see the function `matrix_share`).
+        passes: Number of times that each byte kept for the backward pass crosses the device's memory in a step:
+            written and read in the forward pass, read in the backward pass, and its gradient once.
+        links: Share of a link's rate that collectives reach.
+        overlap: Share of the computing time behind which communication can hide.
+        reserved: Bytes of the device that the driver and the communication library take.
     """
 
     matrix_share: float
@@ -55,21 +64,21 @@ class Assumptions:
 def matrix_share(
     utilisation: float, config: TahoeX1Config, length: int, hardware: Hardware = H100, passes: float = 4.0
 ) -> float:
-    """Share of the peak of matrix products at which computing alone has a given model FLOP utilisation.
+    """Return the share of the peak at which products run, where a step as a whole has a published utilisation.
 
-    The published figure is of a whole step, which is more than products. This solves
+    A step is more than products: it also moves data. This solves
     `flops / (utilisation * peak) = flops / (share * peak) + traffic / memory_rate` for the share, with the types of
     FSDP2.
 
     Args:
-        utilisation: published.
-        config: of the model that had it.
-        length: tokens of a cell.
-        hardware: that it had.
-        passes: see `Assumptions`.
+        utilisation: Published model FLOP utilisation, between 0 and 1.
+        config: Configuration of the model that it was published for.
+        length: Number of tokens of a cell.
+        hardware: Device that it was published for.
+        passes: See `Assumptions`.
 
     Raises:
-        ValueError: where the traffic alone takes longer.
+        ValueError: If moving the data alone would take longer than the step.
     """
     flops = training_flops(config, np.array([length]))
     traffic = passes * length * memory.kept_per_token(config, memory.GPU_FSDP2, length)
@@ -83,20 +92,20 @@ def matrix_share(
 
 @dataclass(frozen=True)
 class Plan:
-    """A step of training on so many devices.
+    """A training step on a number of devices.
 
     Args:
-        devices: all of them.
-        strategy: how they share the work.
-        checkpointing: whether layers are computed anew in the backward pass.
-        cells: of a step, on each device.
-        microbatch: cells of a pass.
-        states: bytes of weights, gradients and optimizer on each device.
-        pass_bytes: of a micro-batch.
-        flops: of the model, on each device.
-        compute: seconds of the passes.
-        waiting: seconds in which a device waits for others, beyond what is hidden.
-        optimizer: seconds of the optimizer's step.
+        devices: Number of devices.
+        strategy: How they share the work.
+        checkpointing: Whether layers are computed again in the backward pass.
+        cells: Cells of a step on each device.
+        microbatch: Cells of a pass.
+        states: Bytes of weights, gradients and optimizer on each device.
+        pass_bytes: Bytes of a pass over a microbatch.
+        flops: Floating-point operations of the model on each device.
+        compute: Seconds of the passes.
+        waiting: Seconds in which a device waits for others, beyond what is hidden.
+        optimizer: Seconds of the optimizer's step.
         peak: FLOP/s of a device.
     """
 
@@ -115,26 +124,26 @@ class Plan:
 
     @property
     def seconds(self) -> float:
-        """Of a step."""
+        """Seconds of the step."""
         return self.compute + self.waiting + self.optimizer
 
     @property
     def utilisation(self) -> float:
-        """Model FLOP utilisation: what is computed anew does not count."""
+        """Model FLOP utilisation; what checkpointing computes again does not count."""
         return self.flops / (self.seconds * self.peak)
 
     @property
     def rate(self) -> float:
-        """Cells per second, of all devices."""
+        """Cells per second on all devices together."""
         return self.cells * self.devices / self.seconds
 
     @property
     def bytes(self) -> float:
-        """Memory on each device."""
+        """Bytes of memory on each device."""
         return self.states.total + self.pass_bytes
 
     def device_hours(self, cells: float) -> float:
-        """Hours of all devices together for so many cells."""
+        """Return the device hours that a number of cells takes."""
         return cells / self.rate / 3600 * self.devices
 
 
@@ -149,48 +158,45 @@ def plan_step(
     checkpointing: bool = False,
     hardware: Hardware = H100,
 ) -> Plan | None:
-    """Plan a step; None where it does not fit into memory, or the strategy is none for so many devices.
+    """Plan a step.
 
     Args:
-        config: of the model.
-        length: tokens of every cell.
-        global_batch: cells of a step; what cannot be shared evenly is left out, as the recipes have to.
-        devices: that share it; whole machines where there are several.
-        strategy: how.
-        assumptions: on rates.
-        checkpointing: compute layers anew in the backward pass.
-        hardware: of a device.
+        config: Configuration of the model.
+        length: Number of tokens of every cell.
+        global_batch: Cells of a step. Those that cannot be shared evenly are left out, as the recipes have to.
+        devices: Number of devices; whole machines where there are several.
+        strategy: How the devices share the work.
+        assumptions: Assumptions on rates.
+        checkpointing: Whether layers are computed again in the backward pass.
+        hardware: Memory and rates of a device.
+
+    Returns:
+        The plan; None if it does not fit into memory, or the strategy is impossible with this number of devices.
 
     Raises:
-        ValueError: for more devices than cells.
+        ValueError: If there are more devices than cells.
     """
     if not 1 <= devices <= global_batch:
         raise ValueError(f"devices={devices}: a step of {global_batch} cells has work for 1 to {global_batch}.")
-    machines, rest = divmod(devices, hardware.per_machine)
-    possible = {
-        "one": devices == 1,
-        "ddp": devices > 1,
-        "fsdp2": devices > 1,
-        "hsdp": machines > 1 and not rest,
-    }
-    if not possible[strategy]:
+    if not _is_possible(strategy, devices, hardware):
         return None
-    numbers, cells = numbers_of(config, strategy), global_batch // devices
+    precision, cells = precision_of(config, strategy), global_batch // devices
     shards = {"one": 1, "ddp": 1, "fsdp2": devices, "hsdp": hardware.per_machine}[strategy]
 
     def needed(number: int) -> float:
-        return memory.microbatch_bytes(config, numbers, length, number, checkpointing=checkpointing)
+        return memory.microbatch_bytes(config, precision, length, number, checkpointing=checkpointing)
 
-    for accumulate in (False, True):
-        states = memory.states(config, numbers, strategy, shards, accumulate=accumulate)
-        try:
-            microbatch = largest_microbatch(needed, hardware.memory - assumptions.reserved - states.total, cells)
-        except MemoryError:
-            return None
-        if microbatch == cells:
-            break
+    available = hardware.memory - assumptions.reserved
+    try:
+        for accumulate in (False, True):
+            states = memory.states(config, precision, strategy, shards, accumulate=accumulate)
+            microbatch = largest_microbatch(needed, available - states.total, cells)
+            if microbatch == cells:
+                break
+    except MemoryError:
+        return None
     passes = -(-cells // microbatch)
-    compute = _compute_seconds(config, numbers, length, cells, passes, assumptions, hardware, checkpointing)
+    compute = _compute_seconds(config, precision, length, cells, passes, assumptions, hardware, checkpointing)
     per_pass, per_step = _communication_seconds(config, strategy, devices, assumptions, hardware)
     hidden = assumptions.overlap * compute / passes
     # Gradients travel in the last backward pass, which with DDP is two thirds of what there is to hide behind.
@@ -216,6 +222,12 @@ def plan_step(
     )
 
 
+def _is_possible(strategy: Strategy, devices: int, hardware: Hardware) -> bool:
+    """Return whether a strategy is possible with a number of devices."""
+    machines, rest = divmod(devices, hardware.per_machine)
+    return {"one": devices == 1, "ddp": devices > 1, "fsdp2": devices > 1, "hsdp": machines > 1 and not rest}[strategy]
+
+
 def plans(
     config: TahoeX1Config,
     length: int,
@@ -224,7 +236,7 @@ def plans(
     assumptions: Assumptions,
     hardware: Hardware = H100,
 ) -> Iterator[Plan]:
-    """All plans that fit into memory, with and without checkpointing. Arguments are those of `plan_step`."""
+    """Plan a step in every way that fits into memory. Arguments are those of `plan_step`."""
     strategies: tuple[Strategy, ...] = ("one", "ddp", "fsdp2", "hsdp")
     for strategy in strategies:
         for checkpointing in (False, True):
@@ -242,15 +254,18 @@ def plans(
                 yield plan
 
 
-def numbers_of(config: TahoeX1Config, strategy: Strategy) -> Numbers:
-    """Types of a strategy on GPUs. `observed_or_self` needs flex attention, which may lay its output out anew."""
-    numbers = memory.GPU_FSDP2 if strategy in ("fsdp2", "hsdp") else memory.GPU_AUTOCAST
-    return replace(numbers, output_copied=config.attention_mask_style == "observed_or_self")
+def precision_of(config: TahoeX1Config, strategy: Strategy) -> Precision:
+    """Return the types of a strategy on GPUs.
+
+    `observed_or_self` needs flex attention, whose output may be copied into another layout.
+    """
+    precision = memory.GPU_FSDP2 if strategy in ("fsdp2", "hsdp") else memory.GPU_AUTOCAST
+    return replace(precision, output_copied=config.attention_mask_style == "observed_or_self")
 
 
 def _compute_seconds(
     config: TahoeX1Config,
-    numbers: Numbers,
+    precision: Precision,
     length: int,
     cells: int,
     passes: int,
@@ -258,25 +273,25 @@ def _compute_seconds(
     hardware: Hardware,
     checkpointing: bool,
 ) -> float:
-    """Seconds of products and of memory traffic, one after the other, on a device's cells of a step."""
+    """Return the seconds of products and of memory traffic, one after the other, for a device's cells of a step."""
     lengths = np.full(cells, length)
     flops = training_flops(config, lengths)
-    traffic = assumptions.passes * cells * length * memory.kept_per_token(config, numbers, length)
+    traffic = assumptions.passes * cells * length * memory.kept_per_token(config, precision, length)
     if checkpointing:  # the forward pass a second time, which writes and reads what it keeps
         flops += embedding_flops(config, lengths)
         traffic *= 1 + 2 / assumptions.passes
     # Every pass reads the weights for outputs, for gradients of inputs, and writes their own gradients.
-    traffic += passes * 3 * numbers.product * memory.count_parameters(config).total
+    traffic += passes * 3 * precision.product * memory.count_parameters(config).total
     return float(flops / (assumptions.matrix_share * hardware.peak) + traffic / hardware.memory_rate)
 
 
 def _communication_seconds(
     config: TahoeX1Config, strategy: Strategy, devices: int, assumptions: Assumptions, hardware: Hardware
 ) -> tuple[float, float]:
-    """Seconds of the links: in each pass, and in a step once more.
+    """Return the seconds of communication in each pass, and those that every step has once besides.
 
-    Rings: of what is gathered or reduced, a device passes on (n - 1) / n, twice that for an all-reduce. A ring over
-    machines enters and leaves each by all its network cards together.
+    In a ring each of n devices passes on (n - 1) / n of what is gathered or reduced, and twice that in an all-reduce.
+    A ring over machines enters and leaves each machine by all its network cards together.
     """
     if strategy == "one":
         return 0.0, 0.0

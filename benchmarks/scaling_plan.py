@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks import memory_model as memory
-from benchmarks.scaling_model import H100, Assumptions, Hardware, Plan, matrix_share, numbers_of, plan_step, plans
+from benchmarks.scaling_model import H100, Assumptions, Hardware, Plan, matrix_share, plan_step, plans, precision_of
 from tahoex1_hf import TahoeX1Config
 from tahoex1_hf.training.config import read_pretrain_config
 from tahoex1_hf.training.flops import training_flops
@@ -91,8 +91,8 @@ def shapes() -> str:
     for model in models():
         c, p = model.config, memory.count_parameters(model.config)
         flops = training_flops(c, np.array([model.context])) / model.context
-        gpu = [memory.kept_per_token(c, numbers_of(c, s), model.context) / 1e3 for s in ("ddp", "fsdp2")]
-        less = memory.kept_per_token(c, numbers_of(c, "fsdp2"), model.context, checkpointing=True) / 1e3
+        gpu = [memory.kept_per_token(c, precision_of(c, s), model.context) / 1e3 for s in ("ddp", "fsdp2")]
+        less = memory.kept_per_token(c, precision_of(c, "fsdp2"), model.context, checkpointing=True) / 1e3
         rows.append(
             [model.name, c.hidden_size, c.num_hidden_layers, c.num_attention_heads, f"{p.total:,}",
              f"{flops / 1e9:.2f}", *(f"{kept:,.0f}" for kept in gpu), f"{less:,.0f}", f"{model.global_batch:,}"]

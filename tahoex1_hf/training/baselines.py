@@ -1,5 +1,5 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""What constants would lose: a model that has learnt nothing about cells does no better."""
+"""Losses of constant predictions, which a model that has learnt nothing about cells does not beat."""
 
 import numpy as np
 
@@ -9,16 +9,23 @@ from tahoex1_hf.data.feeding import CellBatches
 from tahoex1_hf.training.config import PretrainConfig
 from tahoex1_hf.training.stream import ValidationCells
 
-_CELLS = 20_000  # of the training split: enough for the mean of every gene that is often expressed
+_CELLS = 20_000  # training cells that are looked at: enough for the mean of every gene that is often expressed
 
 
 def baseline_losses(
     config: PretrainConfig, model: TahoeX1Config, collator: CellCollator, validation: ValidationCells
 ) -> dict[str, float]:
-    """Mean squared errors at the targets of the validation cells, in the unit of the loss.
+    """Return mean squared errors of constants at the targets of the validation cells, in the unit of the loss.
+
+    Args:
+        config: Configuration of the run.
+        model: Configuration of the model.
+        collator: Collator of the training cells.
+        validation: Validation cells.
 
     Returns:
-        `mean_bin`: predicting the mean of the training cells' values everywhere; `mean_bin_of_each_gene`: each gene's.
+        `mean_bin`, where every prediction is the mean bin of the training cells, and `mean_bin_of_each_gene`, where it
+        is the mean bin of the gene.
     """
     everything = CellCollator(
         collator.tokenizer, mlm_probability=1.0, context_length=collator.context_length, drug_token=collator.drug_token

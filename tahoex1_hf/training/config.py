@@ -23,100 +23,101 @@ _RETIRED = {"peak_tflops": None, "spike_factor": 3.0}
 
 
 class PretrainConfig(Strict):
-    """All that decides the weights that come out of a run, and what is recorded on the way."""
+    """The settings of a run: everything that decides its weights, and what it records on the way."""
 
     dataset: str | list[str]
     """Folder or URL of a prepared dataset (`tahoex1 prepare`), or several."""
     output_dir: str
     """Where checkpoints, logs and in the end the model are written. The same command on the same folder goes on."""
     dataset_weights: list[float] | None = None
-    """Share of each dataset in every batch, in any unit; without, every cell is seen once per epoch."""
+    """Share of each dataset in every batch, in any unit; by default every cell is seen once per epoch."""
     epoch_cells: int | None = Field(None, gt=0)
-    """With `dataset_weights`: cells of an epoch; by default as many as the datasets have together."""
+    """Number of cells in an epoch with `dataset_weights`; by default as many as the datasets have together."""
     window: int = Field(32768, gt=0)
-    """Cells that are shuffled together after the shards are."""
+    """Number of cells that are shuffled together, after the shards have been."""
 
     model: dict[str, Any] = {}
     """Options of `TahoeX1Config` for a new model; with `init_from`, only those that do not change its weights."""
     init_from: str | None = None
-    """Weights to begin with (and tokenizer): folder or Hub id of a converted or an original checkpoint."""
+    """Initial weights and their tokenizer: folder or Hub id of a converted or an original checkpoint."""
     resume_from: str | None = None
-    """Complete checkpoint of another run to go on from (weights, optimizer, schedule, position in the data)."""
+    """Checkpoint of another run to go on from, with its weights, optimizer, schedule and position in the data."""
     tokenizer: str | None = None
     """Folder or Hub id of the tokenizer; by default that of `init_from`, else one with the dataset's vocabulary."""
     drug_table: str | None = None
-    """JSON file with drug -> id, for a new model with a drug token."""
+    """JSON file with the id of each drug, for a new model with a drug token."""
     drug_fingerprints: str | None = None
     """`.npy` file with the drugs' fingerprints, `(drugs, bits)`, from which a new drug table starts."""
 
     context_length: int = Field(1024, gt=1)
-    """Most tokens of a cell."""
+    """Largest number of tokens of a cell."""
     mlm_probability: float | list[float] = 0.5
-    """Share of a cell's genes that are to be predicted; of several, one is drawn for every cell."""
+    """Share of a cell's genes that are to be predicted; from a list, one share is sampled for every cell."""
     packed: bool = True
-    """Put the cells of a micro-batch behind each other in one row, without padding."""
+    """Whether the cells of a microbatch lie behind each other in one row, without padding."""
     unexpressed_padding: bool = False
-    """Without `packed`: fill cells up to the context with genes that they do not express."""
+    """Whether cells are filled up to the context length with genes that they do not express; needs `packed: false`."""
     pad_to_multiple_of: int | None = Field(None, gt=0)
-    """Without `packed`: round padded lengths up, for `compile`."""
+    """Number to a multiple of which padded lengths are rounded up, for `compile`; needs `packed: false`."""
 
     global_batch_size: int = Field(gt=0)
-    """Cells of a step, of all processes together."""
+    """Number of cells in a step, of all processes together."""
     microbatch_size: int | Literal["auto"] = "auto"
-    """Cells that one process takes at once; `auto` finds the most that fit into memory. The step stays the same."""
+    """Number of cells that a process computes at once; `auto` finds the largest that fits into memory, and keeps it
+    for this run. It changes results by rounding errors only."""
     max_steps: int | None = Field(None, gt=0)
-    """Steps to make; or"""
+    """Number of steps. Set this or `epochs`."""
     epochs: float | None = Field(None, gt=0)
-    """how often to see each cell."""
+    """Number of times that each cell is seen. Set this or `max_steps`."""
     seed: int = Field(0, ge=0, lt=2**31)
-    """Of the weights, the order of the cells, their samples and targets, and dropout."""
+    """Seed of new weights, the order of the cells, their sampled genes and targets, and dropout."""
 
     learning_rate: float = Field(gt=0)
-    """Highest learning rate."""
+    """Largest learning rate."""
     schedule: Literal["cosine", "constant"] = "cosine"
-    """How it goes on after the warm-up."""
+    """Course of the learning rate after the warm-up."""
     warmup_fraction: float = Field(0.05, ge=0, lt=1)
-    """Share of the steps in which it rises from 0."""
+    """Share of the steps in which the learning rate rises from 0."""
     min_learning_rate_fraction: float = Field(0.1, ge=0, le=1)
-    """Floor of the cosine, as a share of `learning_rate`."""
+    """Learning rate at the end of the cosine, as a share of `learning_rate`."""
     decoupled_weight_decay: float = Field(0.0, ge=0)
-    """As in the original: every step, all parameters shrink by this times (learning rate / highest learning rate)."""
+    """Share by which all parameters shrink in a step, times learning rate / `learning_rate`, as in the original."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """Of AdamW."""
+    """Decay rates of AdamW's moments."""
     epsilon: float = Field(1e-8, gt=0)
-    """Of AdamW."""
+    """Number that AdamW adds to its denominator."""
     max_grad_norm: float = Field(1.0, gt=0)
-    """Gradients are scaled down to this norm."""
+    """Norm to which larger gradients are scaled down."""
 
     precision: Literal["launcher", "no", "bf16", "fp16"] = "launcher"
     """Mixed precision; `launcher` takes what `accelerate launch` was told (also fp8)."""
     attention: Literal["sdpa", "flash_attention_2", "flex_attention", "eager"] = "sdpa"
-    """Backend of attention."""
+    """Implementation of attention."""
     activation_checkpointing: bool = False
-    """Compute each layer anew in the backward pass: less memory, a third more time."""
+    """Whether each layer is computed again in the backward pass, which takes less memory and a third more time."""
     compile: bool = False
-    """torch.compile the model."""
+    """Whether the model is compiled with `torch.compile`."""
 
     logging_steps: int = Field(10, gt=0)
-    """Steps between two lines of the log, whose losses are means over these steps."""
+    """Number of steps between two lines of the log, whose losses are means over these steps."""
     eval_steps: int | None = Field(None, gt=0)
-    """Steps between two evaluations on the validation split; without, only at the end."""
+    """Number of steps between two evaluations on the validation split; by default only the last step has one."""
     eval_cells: int = Field(4096, ge=0)
-    """Cells of the validation split to evaluate on, the first on disk; 0 for no evaluation."""
+    """Number of cells to evaluate on, the first of the validation split; 0 for no evaluation."""
     save_steps: int = Field(500, gt=0)
-    """Steps between two checkpoints."""
+    """Number of steps between two checkpoints."""
     save_total_limit: int = Field(3, gt=0)
-    """Checkpoints that are kept."""
+    """Number of checkpoints that are kept."""
     cell_types: list[CellTypeConfig] = []
-    """Cell-type classification with the model in training, after evaluations."""
+    """Cell-type classifications that are run after evaluations, with the model as it is then."""
     gene_essentiality: list[GeneEssentialityConfig] = []
-    """Prediction of essential genes with the model in training, after evaluations."""
+    """Predictions of essential genes that are run after evaluations, with the model as it is then."""
     report_to: list[Literal["wandb", "trackio", "tensorboard"]] = []
-    """Trackers besides the log in `output_dir`."""
+    """Trackers that get the log too, beside `output_dir`."""
     run_name: str | None = None
     """Name of the run for the trackers."""
     baselines: bool = False
-    """Print beside the loss what constants would lose: the mean bin, and each gene's mean bin."""
+    """Whether losses of constants are reported beside that of the model: the mean bin, and each gene's mean bin."""
 
     @model_validator(mode="before")
     @classmethod
@@ -139,24 +140,24 @@ class PretrainConfig(Strict):
         if (self.max_steps is None) == (self.epochs is None):
             raise ValueError(f"max_steps={self.max_steps}, epochs={self.epochs}: set one of them.")
         if self.epoch_cells is not None and self.dataset_weights is None:
-            raise ValueError("epoch_cells needs dataset_weights: without, an epoch is every cell once.")
+            raise ValueError("epoch_cells needs dataset_weights: without it, an epoch is every cell once.")
         if self.init_from is not None and self.resume_from is not None:
             raise ValueError("init_from and resume_from exclude each other: a checkpoint of a run has its weights.")
         if self.microbatch_size != "auto" and self.microbatch_size < 1:
             raise ValueError(f"microbatch_size={self.microbatch_size}: pass a number of cells, or auto.")
         if self.packed and (self.unexpressed_padding or self.pad_to_multiple_of):
-            raise ValueError("packed leaves no padding: unexpressed_padding, pad_to_multiple_of need packed=false.")
+            raise ValueError("packed leaves no padding: unexpressed_padding and pad_to_multiple_of need packed=false.")
         if (self.drug_fingerprints is None) != (self.drug_table is None):
-            raise ValueError("drug_table and drug_fingerprints go together.")
+            raise ValueError("drug_table and drug_fingerprints belong together: set both or neither.")
         return self
 
     @property
     def datasets(self) -> list[str]:
-        """The datasets, also where there is one."""
+        """The datasets as a list, also where there is one."""
         return [self.dataset] if isinstance(self.dataset, str) else self.dataset
 
     def write(self, path: Path) -> None:
-        """Write all keys, also those left at their defaults."""
+        """Write all settings as YAML, those at their defaults too."""
         path.write_text(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
 
 
@@ -168,7 +169,7 @@ def read_pretrain_config(path: str | Path, overrides: Sequence[str] = ()) -> Pre
         overrides: `key=value`, with dots for keys within keys (`model.hidden_size=64`); values are YAML.
 
     Raises:
-        ValueError: for an override that is no `key=value`, and naming every key that is unknown, missing or wrong.
+        ValueError: If an override is no `key=value`, or a key is unknown, missing or wrong; all such keys are named.
     """
     values = with_overrides(read_recipe(path, "pretrain"), overrides)
     if "max_steps" in [

@@ -1,20 +1,20 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""The picture of a run."""
+"""A picture of losses and learning rate over a run."""
 
 from pathlib import Path
 from typing import Any
 
 
 def draw_curve(history: list[dict[str, Any]], baselines: dict[str, float], path: Path) -> None:
-    """Losses and learning rate by step, as a PNG.
+    """Draw losses and learning rate by step.
 
     Args:
         history: `log_history` of Trainer.
-        baselines: names and losses of constants, drawn as lines.
-        path: to write.
+        baselines: Losses of constants by name, drawn as horizontal lines.
+        path: PNG file to write.
 
     Raises:
-        ImportError: without matplotlib.
+        ImportError: If matplotlib is not installed.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -1,8 +1,8 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""What the model in training is good for: separating cell types, and telling essential genes from others.
+"""Evaluations of the model in training: how well it separates cell types, and essential genes from others.
 
-The main process embeds; classifiers and pictures are made beside the training, in a thread. The random states of the
-training are left as they were, so that a run does not depend on whether it is evaluated.
+The main process embeds; classifiers and pictures are made in a thread while the training goes on. The random states
+are left as they were, so that a run does not depend on whether it is evaluated.
 """
 
 import contextlib
@@ -39,13 +39,13 @@ Features = tuple[np.ndarray, np.ndarray]  # (rows, width) float32 and their labe
 
 class _EvaluationConfig(Strict):
     name: str = Field(pattern=r"^[A-Za-z0-9_-]+$")
-    """In the names of the metrics, `eval_<name>_...`."""
+    """Name of the evaluation; its metrics are called `eval_<name>_...`."""
     every_evals: int = Field(1, gt=0)
-    """Run at every so-many-th evaluation."""
+    """Number of evaluations of which one runs this."""
     folds: int = Field(5, gt=1)
-    """Of the cross-validation, stratified."""
+    """Number of folds of the stratified cross-validation."""
     seed: int = 0
-    """Of subsets, folds and forests."""
+    """Seed of subsets, folds and forests."""
 
 
 class CellTypeConfig(_EvaluationConfig):
@@ -62,9 +62,9 @@ class CellTypeConfig(_EvaluationConfig):
     gene_symbols: str | None = None
     """CSV with gene symbol and Ensembl id, for files that name genes by symbol."""
     max_cells: int = Field(2000, gt=1)
-    """Most cells, drawn from the file."""
+    """Largest number of cells; if the file has more, they are a random sample."""
     neighbors: int = Field(15, gt=0)
-    """Of a cell, for the purity."""
+    """Number of nearest neighbours of a cell whose types are compared with its own, for the purity."""
 
 
 class GeneEssentialityConfig(_EvaluationConfig):
@@ -75,15 +75,16 @@ class GeneEssentialityConfig(_EvaluationConfig):
     gene_id_column: str = "ensembl"
     """Column with Ensembl ids."""
     label: str | None = None
-    """Column with 0 and 1 (or false and true); rows without a value are left out. Without: all genes are essential."""
+    """Column with 0 and 1 (or false and true), where rows without a value are left out; by default all genes are
+    essential."""
     negatives_file: str | None = None
-    """Without `label`: a table of genes that are not essential."""
+    """Table of genes that are not essential, for a `file` without `label`."""
 
 
 def full_model(model: torch.nn.Module) -> torch.nn.Module | None:
-    """The model to evaluate, on the main process; None on the others.
+    """Return the model to evaluate on the main process, and None on the others.
 
-    Where it is sharded, all processes have to call this; the main process gets a copy on the CPU, the others go on.
+    If it is sharded, all processes have to call this, and the main process gets a copy on the CPU.
     """
     inner: Any = model.module if hasattr(model, "module") else model
     sharded = any(isinstance(parameter, DTensor) for parameter in inner.parameters())
@@ -104,7 +105,7 @@ def full_model(model: torch.nn.Module) -> torch.nn.Module | None:
 
 @contextlib.contextmanager
 def undisturbed_random() -> Iterator[None]:
-    """Leave the random states of torch (on all devices), numpy and Python as they were."""
+    """Restore the random states of torch (on all devices), numpy and Python at the end."""
     python, legacy = random.getstate(), np.random.get_state()  # noqa: NPY002 (that of others, to be restored)
     devices = range(torch.cuda.device_count())
     with torch.random.fork_rng(devices):
@@ -119,8 +120,8 @@ class _Evaluation(TrainerCallback, ABC):
     """Runs `features` on the main process at evaluations, and `score` in a thread.
 
     Attributes:
-        log: takes the results; the trainer sets it.
-        tokenizer: of the model; the trainer sets it.
+        log: Function that takes the results. Whoever makes the trainer sets it.
+        tokenizer: Tokenizer of the model. Whoever makes the trainer sets it.
     """
 
     def __init__(self, config: Any):
@@ -133,16 +134,16 @@ class _Evaluation(TrainerCallback, ABC):
 
     @abstractmethod
     def features(self, model: torch.nn.Module) -> Features:
-        """Embeddings and labels."""
+        """Return embeddings and their labels."""
 
     @abstractmethod
     def score(self, features: Features, picture: Path, step: int) -> dict[str, float]:
-        """Metrics of embeddings."""
+        """Return metrics of embeddings, and draw a picture of them where there is one."""
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
     ) -> None:
-        """Embed, and have the rest done beside the training."""
+        """Embed, and let a thread do the rest while the training goes on."""
         self.evaluations += 1
         if self.evaluations % self.config.every_evals:
             return
@@ -168,7 +169,7 @@ class _Evaluation(TrainerCallback, ABC):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> TrainerControl:
-        """Results are waited for at the next line of the log, so that the log is the same on a fast and a slow day."""
+        """Wait for results at the next line of the log, so that the log does not depend on how long they took."""
         if control.should_log or control.should_save:
             self.collect(args)
         return control
@@ -178,7 +179,7 @@ class _Evaluation(TrainerCallback, ABC):
         self.collect(args)
 
     def collect(self, args: TrainingArguments) -> None:
-        """Log what was found since the last time."""
+        """Wait for the pending results and log them."""
         for step, future in self.pending:
             try:
                 metrics = {f"eval_{self.config.name}_{name}": value for name, value in future.result().items()}
@@ -198,14 +199,15 @@ class CellTypeEvaluation(_Evaluation):
     """Logistic regression on cell embeddings (macro-F1), purity of the nearest neighbours, and a UMAP picture.
 
     Args:
-        config: cells and labels.
-
-    Raises:
-        ValueError: at the first evaluation, in the log: for a column that is not there, or with less than two classes.
+        config: Cells and labels.
     """
 
     def features(self, model: torch.nn.Module) -> Features:
-        """Embeddings of the labelled cells."""
+        """Return embeddings of the labelled cells.
+
+        Raises:
+            ValueError: If the column with the labels is missing or has less than two classes.
+        """
         from tahoex1_hf.cells.inputs import AnnDataInput, EncodeOptions
         from tahoex1_hf.inference.chunks import embed_input
         from tahoex1_hf.inference.encoder import CellEncoder
@@ -257,7 +259,7 @@ class CellTypeEvaluation(_Evaluation):
         return adata, dict(zip(table.iloc[:, 0], table.iloc[:, 1], strict=True))
 
     def score(self, features: Features, picture: Path, step: int) -> dict[str, float]:
-        """Macro-F1 over the folds, purity, and purity over that of random neighbours."""
+        """Return the macro-F1 over the folds, the purity, and its ratio to that of random neighbours."""
         from sklearn.linear_model import LogisticRegression
         from sklearn.metrics import f1_score
         from sklearn.model_selection import StratifiedKFold, cross_val_predict
@@ -286,11 +288,11 @@ class GeneEssentialityEvaluation(_Evaluation):
     """Random forest on the gene encoder's embeddings: area under the ROC curve over the folds.
 
     Args:
-        config: genes and labels.
+        config: Genes and labels.
     """
 
     def features(self, model: torch.nn.Module) -> Features:
-        """Embeddings of the labelled genes in the vocabulary."""
+        """Return embeddings of the labelled genes in the vocabulary."""
         assert self.tokenizer is not None
         genes, labels = self._genes()
         vocabulary = self.tokenizer.get_vocab()
@@ -331,7 +333,7 @@ class GeneEssentialityEvaluation(_Evaluation):
         return table.dropna(subset=[column]).drop_duplicates(column)
 
     def score(self, features: Features, picture: Path, step: int) -> dict[str, float]:
-        """Area under the curve, of predictions for genes that the forest has not seen."""
+        """Return the area under the ROC curve of predictions for genes that the forest has not seen."""
         from sklearn.ensemble import RandomForestClassifier
         from sklearn.metrics import roc_auc_score
         from sklearn.model_selection import StratifiedKFold, cross_val_predict

@@ -1,5 +1,5 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""Floating-point operations of the model: two per multiplication, padding never counted."""
+"""Floating-point operations of the model: two per multiplication, without padding."""
 
 import numpy as np
 
@@ -7,37 +7,24 @@ from tahoex1_hf.configuration_tahoe_x1 import TahoeX1Config
 
 
 def embedding_flops(config: TahoeX1Config, lengths: np.ndarray) -> float:
-    """Operations of the whole transformer on cells of these lengths.
+    """Return the operations of the whole transformer on cells of these lengths.
 
-    Per token and layer 4 d^2 for the attention's projections (query, key, value, output; heads not grouped) and
-    2 d f for the feed-forward block, per pair of tokens 2 d for scores and sum; d^2 in the expression encoder.
+    A layer multiplies 4 d^2 times per token in the attention's projections (query, key, value, output; heads not
+    grouped), 2 d f times in the feed-forward block, and 2 d times per pair of tokens for scores and sums. The
+    expression encoder adds d^2 per token.
 
-    The last layer counts in full. For the `<cls>` embedding alone less is enough, and ours computes less, so that a
-    share of the hardware's rate by this count is a little above what the arithmetic units did: see `performed_flops`.
+    The last layer counts in full, although the `<cls>` embedding alone needs less of it, and less is computed.
     """
     lengths = lengths.astype(np.float64)
     d = config.hidden_size
     return 2 * (_layers(config, config.num_hidden_layers, lengths) + float(lengths.sum()) * d * d)
 
 
-def performed_flops(config: TahoeX1Config, lengths: np.ndarray) -> float:
-    """Operations that ours performs on a CPU where only `<cls>` is asked for.
-
-    All layers but the last are computed for every token. The last projects nothing but `<cls>` (its query, the query
-    taken through the key's matrix, the value of the mean, the output, the feed-forward block), and looks at each
-    token twice per head. The expression encoder runs on a batch's distinct values, too few to count.
-    """
-    lengths = lengths.astype(np.float64)
-    d, f = config.hidden_size, config.intermediate_size or 4 * config.hidden_size
-    heads = config.num_attention_heads
-    last = len(lengths) * (4 * d * d + 2 * d * f) + float(lengths.sum()) * 2 * heads * d
-    return 2 * (_layers(config, config.num_hidden_layers - 1, lengths) + last)
-
-
 def training_flops(config: TahoeX1Config, lengths: np.ndarray) -> float:
-    """Operations of a training step: forward and, at twice that, backward; the optimizer's are not counted.
+    """Return the operations of a training step: the forward pass, and twice as many for the backward pass.
 
-    The decoders add (layers + 1) d^2 per token. Pairs of tokens that the mask hides are counted like the others.
+    The decoders add (layers + 1) d^2 multiplications per token. Pairs of tokens that the mask hides are counted like
+    the others, and the optimizer is not counted.
     """
     d = config.hidden_size
     decoders = 2 * float(lengths.sum()) * (config.expression_decoder_layers + 1) * d * d
@@ -45,6 +32,6 @@ def training_flops(config: TahoeX1Config, lengths: np.ndarray) -> float:
 
 
 def _layers(config: TahoeX1Config, number: int, lengths: np.ndarray) -> float:
-    """Multiplications of so many layers on all tokens."""
+    """Return the multiplications of a number of layers on all tokens."""
     d, f = config.hidden_size, config.intermediate_size or 4 * config.hidden_size
     return number * (float(lengths.sum()) * (4 * d * d + 2 * d * f) + float((lengths**2).sum()) * 2 * d)

@@ -1,7 +1,7 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""Metrics of masked-expression modelling, as sums that are added up over batches and processes.
+"""Metrics of masked-expression modelling, as sums over batches and processes.
 
-A mean of means would depend on how cells are divided; sums do not.
+Unlike a mean of means, they do not depend on how the cells are divided.
 """
 
 from dataclasses import dataclass
@@ -11,22 +11,24 @@ import torch
 
 @dataclass
 class MetricSums:
-    """Sums over targets and cells, float64 shape (5,), on the batches' device.
+    """Sums over targets and cells.
 
-    `values`: squared errors of the expression decoder, of the cell decoder, targets; correlations, cells with one.
+    Args:
+        values: Squared errors of the expression decoder, those of the cell decoder, number of targets, rank
+            correlations, and number of cells that have one; shape (5,), float64, on the device of the batches.
     """
 
     values: torch.Tensor
 
     @classmethod
     def zero(cls, device: torch.device | str) -> "MetricSums":
-        """Nothing seen yet."""
+        """Return the sums over nothing."""
         # Accelerators without float64 (Apple's) take float32.
         dtype = torch.float32 if torch.device(device).type == "mps" else torch.float64
         return cls(torch.zeros(5, dtype=dtype, device=device))
 
     def means(self) -> dict[str, float]:
-        """`loss` (mean of both errors), `masked_mse`, `mvc_mse` and `spearman`; NaN where nothing was seen."""
+        """Return `loss` (the mean of both errors), `masked_mse`, `mvc_mse` and `spearman`, or NaN without targets."""
         expression, cell, targets, correlations, cells = self.values.tolist()
         nan = float("nan")
         masked, mvc = (expression / targets, cell / targets) if targets else (nan, nan)
@@ -39,14 +41,14 @@ class MetricSums:
 
 
 def average_ranks(values: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
-    """Rank of each value within its group, ties sharing the mean of their ranks, up to a constant per group.
+    """Return the rank of each value within its group, up to a constant per group. Ties share the mean of their ranks.
 
     Args:
-        values: `(n,)`.
-        groups: `(n,)` int64.
+        values: Values, shape `(n,)`.
+        groups: Group of each value, shape `(n,)`, int64.
 
     Returns:
-        `(n,)` float64 (float32 on devices without).
+        Ranks, shape `(n,)`, float64 (float32 on devices without float64).
     """
     order = torch.argsort(values, stable=True)
     order = order[torch.argsort(groups[order], stable=True)]
@@ -66,16 +68,17 @@ def average_ranks(values: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
 def spearman_per_cell(
     predictions: torch.Tensor, counts: torch.Tensor, cells: torch.Tensor, num_cells: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rank correlation of predictions and counts within each cell.
+    """Return the rank correlation of predictions and counts within each cell.
 
     Args:
-        predictions: `(n,)` of the targets of all cells.
-        counts: `(n,)` the raw counts there.
-        cells: `(n,)` int64, the cell of each.
-        num_cells: how many cells there are.
+        predictions: Predictions at the targets of all cells, shape `(n,)`.
+        counts: Raw counts there, shape `(n,)`.
+        cells: Cell of each target, shape `(n,)`, int64.
+        num_cells: Number of cells.
 
     Returns:
-        Correlations `(num_cells,)`, and where there is one: a cell without two different values has none (0).
+        Correlations, shape `(num_cells,)`, and whether the cell has one. A cell without two different values has
+        none; its correlation is given as 0.
     """
     x, y = (average_ranks(values.float(), cells) for values in (predictions, counts))
     number = torch.bincount(cells, minlength=num_cells).clamp(min=1).to(x.dtype)
@@ -92,13 +95,13 @@ def spearman_per_cell(
 def batch_sums(
     outputs: dict[str, torch.Tensor], batch: dict[str, torch.Tensor], counts: torch.Tensor, scale: tuple[float, float]
 ) -> MetricSums:
-    """Sums of one batch.
+    """Return the sums of one batch.
 
     Args:
-        outputs: `expression_predictions` and `cell_expression_predictions`, `(batch, length)`.
-        batch: with `labels`, `target_mask` and, packed, `cu_seq_lens_q`.
-        counts: raw counts at the targets, shaped as the labels.
-        scale: factor and offset from labels to what the model predicts (`scale_targets`).
+        outputs: `expression_predictions` and `cell_expression_predictions`, shape `(batch, length)`.
+        batch: Batch with `labels`, `target_mask` and, if it is packed, `cu_seq_lens_q`.
+        counts: Raw counts at the targets, in the shape of the labels.
+        scale: Factor and offset that turn labels into what the model predicts (see `scale_targets`).
     """
     targets = batch["target_mask"]
     labels = batch["labels"][targets].double() * scale[0] + scale[1]

@@ -1,5 +1,5 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""A process's cells of a step, taken in parts that fit into memory."""
+"""A process's cells of a step in parts that fit into memory."""
 
 import weakref
 from collections.abc import Callable, Iterator
@@ -12,18 +12,18 @@ from torch.utils._pytree import tree_leaves
 
 Batch = dict[str, Any]
 
-# Of the memory that is left: allocators fragment, and cells of other lengths need other temporary arrays.
+# Share of the free memory that is used: allocators fragment, and cells of other lengths need other temporary arrays.
 _USABLE = 0.85
 
 
 def microbatches(batch: Batch, cells: int) -> Iterator[Batch]:
-    """Parts of a batch, of so many cells each (the last of fewer), as views of its tensors.
+    """Yield the parts of a batch, as views of its tensors.
 
     Padded parts are cut to their own longest cell; packed parts are cut at the boundaries of cells.
 
     Args:
-        batch: what `CellCollator` makes, padded `(cells, length)` or packed `(1, tokens)`.
-        cells: most cells of a part.
+        batch: Batch of `CellCollator`, padded `(cells, length)` or packed `(1, tokens)`.
+        cells: Number of cells of a part; the last may have fewer.
     """
     if "cu_seq_lens_q" not in batch:
         for start in range(0, len(batch["input_ids"]), cells):
@@ -47,12 +47,20 @@ def microbatches(batch: Batch, cells: int) -> Iterator[Batch]:
 
 
 def num_cells(batch: Batch) -> int:
-    """Cells of a batch."""
+    """Return the number of cells in a batch."""
     return len(batch["cu_seq_lens_q"]) - 1 if "cu_seq_lens_q" in batch else len(batch["input_ids"])
 
 
 def longest_cells(context_length: int, cells: int, *, packed: bool, vocab_size: int, drugs: bool) -> Batch:
-    """A batch of cells as long as they can be: what needs the most memory."""
+    """Return a batch of cells that fill the context, which needs the most memory.
+
+    Args:
+        context_length: Number of tokens of each cell.
+        cells: Number of cells.
+        packed: Whether the cells lie behind each other in one row.
+        vocab_size: Number of tokens in the vocabulary.
+        drugs: Whether each cell has a drug.
+    """
     ids = torch.arange(cells * context_length).remainder(vocab_size - 3).add(3).view(cells, context_length)
     target_mask = torch.zeros(ids.shape, dtype=torch.bool)
     target_mask[:, 2::2] = True
@@ -72,19 +80,20 @@ def longest_cells(context_length: int, cells: int, *, packed: bool, vocab_size: 
 
 
 def largest_microbatch(measure: Callable[[int], float], limit: float, most: int) -> int:
-    """The most cells of which a forward and backward pass fits into memory.
+    """Return the largest number of cells for which a forward and backward pass fits into memory.
 
-    The need grows in proportion to the cells, so two measurements tell how many fit; the largest is then measured
-    too, and made smaller while it is found not to fit. Nothing needs to run out of memory for this, which processes
-    that wait for each other could not survive.
+    The need grows in proportion to the cells, so that two measurements tell how many fit. This number is measured too,
+    and made smaller until it fits. No pass has to run out of memory for this: processes that wait for each other
+    would not survive it.
 
     Args:
-        measure: bytes needed by a pass over so many cells; infinite where it ran out of memory.
-        limit: bytes that there are.
-        most: cells of a step of this process.
+        measure: Function that returns the bytes needed by a pass over a number of cells; infinity if it ran out of
+            memory.
+        limit: Bytes that are free.
+        most: Number of cells in a step of this process.
 
     Raises:
-        MemoryError: where a single cell does not fit.
+        MemoryError: If a single cell does not fit.
     """
     usable = _USABLE * limit
     one = measure(1)
@@ -107,17 +116,20 @@ def largest_microbatch(measure: Callable[[int], float], limit: float, most: int)
 
 
 class PassMemory:
-    """Measures what a forward and backward pass needs, beyond what is there already.
+    """Measures the memory that a forward and backward pass takes on top of what is in use.
 
-    On a GPU the allocator says; elsewhere the tensors are counted that operations make and that are alive together.
-    (What hooks on saved tensors see is not enough: checkpointed layers keep their inputs past them.)
+    On a GPU the allocator knows it. Elsewhere `AliveTensors` counts the tensors that exist at the same time. (Hooks on
+    saved tensors would miss the inputs that checkpointed layers keep.)
+
+    Args:
+        device: Device of the pass.
     """
 
     def __init__(self, device: torch.device):
         self.device = device
 
     def __call__(self, run: Callable[[], None]) -> float:
-        """Bytes; infinite where the device ran out of memory."""
+        """Run a pass and return the bytes that it took; infinity if the device ran out of memory."""
         if self.device.type == "cuda":
             before = torch.cuda.memory_allocated(self.device)
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -127,17 +139,17 @@ class PassMemory:
                 torch.cuda.empty_cache()
                 return float("inf")
             return torch.cuda.max_memory_allocated(self.device) - before
-        # Compiled code would be out of sight, and what dynamo meets under a mode it never compiles again.
+        # The mode does not see into compiled code, and what dynamo meets under a mode it never compiles again.
         with torch.compiler.set_stance("force_eager"), AliveTensors() as alive:
             run()
         return alive.most
 
     def available(self, optimizer_bytes: float, processes: int) -> float:
-        """Bytes that are left for a pass, once the optimizer has its state.
+        """Return the bytes that are left for a pass once the optimizer has its state.
 
         Args:
-            optimizer_bytes: of the state still to be made.
-            processes: on this machine, which share its memory where there is no GPU.
+            optimizer_bytes: Bytes of the state that is still to be made.
+            processes: Number of processes on this machine, which share its memory where there is no GPU.
         """
         if self.device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(self.device)
@@ -145,14 +157,15 @@ class PassMemory:
             return free + cached - optimizer_bytes
         import psutil
 
-        # Half of it: what kernels take for themselves is not counted above, and a laptop does other things too.
+        # Half of it: what kernels take for themselves is not counted, and a laptop does other things too.
         return psutil.virtual_memory().available / 2 / processes - optimizer_bytes
 
 
 class AliveTensors(TorchDispatchMode):
-    """Counts, while it is entered, the bytes of the tensors that operations made and that are still there.
+    """Counts, while it is entered, the bytes of tensors that operations have made and that still exist.
 
-    `most`: at the worst moment.
+    Attributes:
+        most: Largest number of bytes at any moment.
     """
 
     def __init__(self) -> None:
@@ -161,7 +174,7 @@ class AliveTensors(TorchDispatchMode):
         self._made: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operation, and count."""
+        """Run an operation, and count the tensors that exist after it."""
         result = func(*args, **(kwargs or {}))
         given = {storage._cdata for storage in _storages((args, kwargs))}
         for storage in _storages(result):

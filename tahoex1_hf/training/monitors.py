@@ -1,5 +1,5 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""What a run says about itself, and how it takes a request to end."""
+"""Speed, memory and remaining time in the log of a run, and warnings of losses that jump."""
 
 import logging
 import math
@@ -15,14 +15,14 @@ from tahoex1_hf.runs.memory import peak_memory_gb
 
 logger = logging.getLogger(__name__)
 
-# Dense bfloat16 rates in TFLOP/s, from NVIDIA's data sheets (without sparsity).
+# Dense bfloat16 rates in TFLOP/s, from NVIDIA's data sheets.
 _PEAKS = {"H100 PCIe": 756, "H100": 989, "H200": 989, "A100": 312, "L40S": 362, "L4": 121, "B200": 2250}
 
 _SPIKE = 3.0  # times the median
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of the device: of its data sheet, or of a product of matrices where it is not in the table."""
+    """Return the FLOP/s of a device: those of its data sheet, or for other devices those of a product of matrices."""
     if device.type == "cuda" and dtype != torch.float32:
         name = torch.cuda.get_device_name(device)
         for known, tflops in _PEAKS.items():
@@ -45,7 +45,7 @@ class SpeedMonitor(TrainerCallback):
     """Adds speed, memory and the remaining time to the lines of the log.
 
     Args:
-        args: of the run.
+        args: Trainer's options.
         peak: FLOP/s of one device, for the model FLOP utilisation.
     """
 
@@ -69,7 +69,7 @@ class SpeedMonitor(TrainerCallback):
         return control
 
     def extended(self, logs: dict[str, float], state: TrainerState) -> dict[str, float]:
-        """The line with what is known of the time since the last."""
+        """Return a line of the log with rates over the time since the last line; other lines stay as they are."""
         now = time.perf_counter()
         flops = logs.pop("flops", None)
         if flops is None:
@@ -98,7 +98,7 @@ class SpikeWarning(TrainerCallback):
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
     ) -> None:
-        """Compare a line of the log with those before it."""
+        """Compare a line of the log with those before it, and warn."""
         for name, recent in self.recent.items():
             value = (logs or {}).get(name)
             if value is None:

@@ -1,5 +1,5 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""A pretraining run from its configuration: model, data, Trainer, resume, final model."""
+"""A pretraining run from its configuration to the final model."""
 
 import json
 import logging
@@ -33,13 +33,13 @@ from tahoex1_hf.training.trainer import PretrainingTrainer
 
 logger = logging.getLogger(__name__)
 
-# Options of TahoeX1Config that may differ from those of the weights to begin with: none changes a tensor's shape.
+# Options of TahoeX1Config that may differ from those of the initial weights: none changes a tensor's shape.
 _CHANGEABLE = {"attention_mask_style", "expression_encoder_dropout", "scale_targets", "cell_pooling"}
 _VALIDATION_BATCH = 32
 
 
 def make_tokenizer(config: PretrainConfig) -> TahoeX1Tokenizer:
-    """The tokenizer of the weights to begin with, or one with the dataset's vocabulary."""
+    """Return the tokenizer of the initial weights, or a new one with the dataset's vocabulary."""
     source = config.tokenizer or config.init_from
     if source is not None:
         tokenizer: TahoeX1Tokenizer = TahoeX1Tokenizer.from_pretrained(find_model(source))
@@ -55,10 +55,10 @@ def make_tokenizer(config: PretrainConfig) -> TahoeX1Tokenizer:
 
 
 def make_model(config: PretrainConfig, tokenizer: TahoeX1Tokenizer) -> TahoeX1ForPreTraining:
-    """A new model, or one with the weights to begin with.
+    """Return a new model, or one with the initial weights.
 
     Raises:
-        ValueError: for model options that the weights do not allow.
+        ValueError: If the initial weights do not allow a model option.
     """
     attention = {"attn_implementation": config.attention}
     if config.init_from is not None:
@@ -118,16 +118,17 @@ def training_arguments(config: PretrainConfig, max_steps: int) -> TrainingArgume
 
 
 def pretrain(config: PretrainConfig) -> int:
-    """Run, or go on with a run, to its end.
+    """Train a model to the last step, from the newest checkpoint in the run's folder where there is one.
 
     Args:
-        config: of the run. Every process of a launcher calls this with the same.
+        config: Configuration of the run, the same in every process of a launcher.
 
     Returns:
-        0; or 75 (`PREEMPTED`) where SIGTERM ended it after a checkpoint: give the same command again.
+        0; or 75 (`PREEMPTED`) if SIGTERM ended the run after a checkpoint, so that the same command goes on.
 
     Raises:
-        ValueError: for settings, data or a checkpoint that do not fit; FloatingPointError: for NaN in a gradient.
+        ValueError: If settings, data and checkpoint do not fit together.
+        FloatingPointError: If a gradient is not finite.
     """
     processes = PartialState(cpu=not torch.cuda.is_available())
     folder = RunFolder(config, processes.num_processes)

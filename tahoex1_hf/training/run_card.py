@@ -1,5 +1,5 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""What a run knows of its model, as the facts from which `model_cards/render.py` makes a card.
+"""The facts that a run knows about its model, from which a model card is made.
 
 What no run can know (who the donors are, what the model is good for) is not made up: the card says that it is not
 known.
@@ -35,8 +35,7 @@ _METRICS = {
     "mean_bin_of_each_gene": ("a constant per gene: its mean bin", "mean squared error"),
 }
 
-
-# Of every run.
+# Facts that are the same for every run.
 _ALIKE: dict[str, Any] = {
     "released": False,
     "data_note": "What is known of the data is in their `manifest.json` (`tahoex1 prepare`): donors, tissues and "
@@ -62,16 +61,16 @@ def card_facts(
     cells: tuple[int, int],
     results: dict[str, float],
 ) -> dict[str, Any]:
-    """Facts of a finished run.
+    """Return the facts of a finished run.
 
     Args:
-        config: of the run.
-        model: configuration of the model.
-        parameters: of the model.
-        steps: made.
-        steps_per_epoch: of the data.
-        cells: of the training and of the validation split.
-        results: last metrics, and losses of constants.
+        config: Configuration of the run.
+        model: Configuration of the model.
+        parameters: Number of the model's parameters.
+        steps: Number of steps that were made.
+        steps_per_epoch: Number of steps in an epoch of the data.
+        cells: Number of cells in the training split and in the validation split.
+        results: Last metrics, and losses of constants.
     """
     name = Path(config.output_dir).name
     start = f" It continues from the weights of {Path(config.init_from).name}." if config.init_from else ""
@@ -151,7 +150,7 @@ def _results_note(config: PretrainConfig, model: TahoeX1Config, held_out: int) -
 
 
 def write_facts(facts: dict[str, Any], output_dir: Path) -> None:
-    """Write them beside the model."""
+    """Write the facts of a run beside its model."""
     text = yaml.safe_dump(facts, sort_keys=False, allow_unicode=True, width=120)
     note = "# Facts of the card of this run: complete them, then python model_cards/render.py\n"
     (output_dir / FACTS).write_text(note + text, encoding="utf-8")

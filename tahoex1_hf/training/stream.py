@@ -1,5 +1,5 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""Training cells by step: what a step sees follows from its number alone, so that nothing needs to be saved for it."""
+"""Training cells by step: what a step sees follows from its number alone, so that a checkpoint need not hold it."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,12 +12,12 @@ from tahoex1_hf.training.config import PretrainConfig
 class StepBatches:
     """This process's batch of every step, from the present one to the last, over as many epochs as that takes.
 
-    Trainer takes it for a data loader of one long epoch. Every epoch of the data has the same number of steps; the
-    cells of its end that do not fill a step are left out, others in each epoch.
+    Trainer takes it for a data loader of one long epoch. Every epoch of the data has the same number of steps. Cells
+    at its end that do not fill a step are left out; they are other ones in each epoch.
 
     Args:
-        cells: of all epochs, one batch per step.
-        max_steps: of the run.
+        cells: Cells of all epochs, in one batch per step.
+        max_steps: Number of steps of the run.
 
     Attributes:
         done: Function that returns the number of steps made so far, asked when an iteration begins.
@@ -46,16 +46,22 @@ class StepBatches:
                     return
 
     def identity(self) -> dict[str, Any]:
-        """What decides the order of the cells: data, seed and cells of a step."""
+        """Return what decides the order of the cells: data, seed and number of cells in a step."""
         state: dict[str, Any] = self.cells.state_dict()["identity"]
         return {**state, "cells_of_a_step": (self.cells.batch_size or 0) * self.cells.world_size}
 
 
 def training_cells(config: PretrainConfig, collator: CellCollator, rank: int, world_size: int) -> CellBatches:
-    """The cells of a run.
+    """Return this process's share of the training cells.
+
+    Args:
+        config: Configuration of the run.
+        collator: Collator that makes the batches.
+        rank: Number of this process.
+        world_size: Number of processes.
 
     Raises:
-        ValueError: where the processes cannot share a step evenly.
+        ValueError: If the processes cannot share a step evenly.
     """
     if config.global_batch_size % world_size:
         near = config.global_batch_size // world_size * world_size or world_size
@@ -80,10 +86,10 @@ class ValidationCells:
     """The first cells of the validation split, with the same targets whenever and by however many they are seen.
 
     Args:
-        config: of the run.
-        collator: of training.
-        raw: the same with raw counts as values, for rank correlations: bins have ties that counts do not have.
-        batch_size: cells of a batch.
+        config: Configuration of the run.
+        collator: Collator of the training cells.
+        raw: The same with raw counts as values, for rank correlations: bins have ties that counts do not have.
+        batch_size: Number of cells in a batch.
     """
 
     def __init__(self, config: PretrainConfig, collator: CellCollator, raw: CellCollator, batch_size: int):
@@ -100,10 +106,14 @@ class ValidationCells:
         self.num_cells = min(config.eval_cells, self.cells.num_cells)
 
     def batches(self, rank: int, world_size: int) -> Iterator[tuple[dict[str, Any], Any, bool]]:
-        """One process's batches: batch, raw counts shaped as its labels, and whether it counts.
+        """Yield one process's batches: the batch, raw counts in the shape of its labels, and whether it counts.
 
-        Every process gets equally many, since a sharded model needs all of them for each: what is too few is made up
-        by batches that do not count.
+        Every process gets equally many, since a sharded model needs all processes for every batch. Where there are
+        too few, batches that do not count make up for it.
+
+        Args:
+            rank: Number of the process.
+            world_size: Number of processes.
         """
         step = self.batch_size * world_size
         for start in range(0, self.num_cells, step):

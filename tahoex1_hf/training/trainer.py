@@ -1,8 +1,8 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""transformers' Trainer with what is ours: steps by number, micro-batches, exact metrics, checkpoints that are whole.
+"""The Trainer of pretraining: steps in microbatches, exact metrics, sharded models.
 
-A step takes `global_batch_size` cells however many processes and micro-batches share them, and its loss is the mean
-over all targets of the step. (The original averages the means of micro-batches, weighted by cells.)
+A step takes `global_batch_size` cells however many processes and microbatches share them, and its loss is the mean
+over all targets of the step. (The original averages the means of microbatches, weighted by cells.)
 """
 
 import contextlib
@@ -101,7 +101,7 @@ class PretrainingTrainer(ResumableTrainer):
             state.fsdp_plugin.mixed_precision_policy = only_computing(state.fsdp_plugin.mixed_precision_policy)
 
     def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
-        """All: Composer's rule spares neither biases nor norms."""
+        """Return all names: Composer's rule decays biases and norms too."""
         return [name for name, _ in model.named_parameters()]
 
     # A step -----------------------------------------------------------------------------------------
@@ -109,12 +109,12 @@ class PretrainingTrainer(ResumableTrainer):
     def training_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
-        """Forward and backward over this process's cells of a step, in micro-batches.
+        """Run the forward and backward passes over this process's cells of a step, in microbatches.
 
         Args:
-            model: as Accelerate wrapped it.
-            inputs: cells of this process.
-            num_items_in_batch: targets of all processes' cells.
+            model: Model as Accelerate wrapped it.
+            inputs: Cells of this process.
+            num_items_in_batch: Number of targets in all processes' cells.
 
         Returns:
             This process's part of the loss.
@@ -138,7 +138,7 @@ class PretrainingTrainer(ResumableTrainer):
         return losses.mean()
 
     def _pass(self, model: torch.nn.Module, part: dict[str, Any], targets: torch.Tensor, last: bool) -> torch.Tensor:
-        """Gradients of a micro-batch, which with the last are those of all processes; returns its two losses."""
+        """Return the two losses of a microbatch after adding its gradients; the last adds those of all processes."""
         together: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if self.accelerator.is_fsdp2:
             # Under no_sync every device would keep the gradients of all weights, and add passes up in half precision.
@@ -154,7 +154,7 @@ class PretrainingTrainer(ResumableTrainer):
         return torch.stack([outputs.expression_loss.detach(), outputs.cell_expression_loss.detach()])
 
     def _outputs(self, model: torch.nn.Module, batch: dict[str, Any]) -> Any:
-        """What the model says, in float32: Accelerate sees to that under autocast only, which FSDP2 does without."""
+        """Return the model's outputs in float32. Accelerate converts them under autocast only, and FSDP2 has none."""
         with self.compute_loss_context_manager():
             return convert_to_fp32(model(**batch, return_dict=True))
 
@@ -195,7 +195,7 @@ class PretrainingTrainer(ResumableTrainer):
         return found
 
     def _most(self, value: float) -> float:
-        """The largest of all processes' values, so that they decide alike."""
+        """Return the largest of all processes' values, so that they decide alike."""
         if self.args.world_size == 1:
             return value
         tensor = torch.tensor(value, dtype=torch.float64, device=self.args.device)
@@ -203,7 +203,7 @@ class PretrainingTrainer(ResumableTrainer):
         return tensor.item()
 
     def _clip_grad_norm(self, model: torch.nn.Module) -> Any:
-        """Clip; a norm that is not finite ends the run before the weights take harm (fp16 skips such steps)."""
+        """Clip the gradient; end the run before the weights change if its norm is not finite (fp16 skips the step)."""
         norm = super()._clip_grad_norm(model)
         value = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
         if not math.isfinite(value) and self.accelerator.scaler is None:
@@ -270,7 +270,7 @@ class PretrainingTrainer(ResumableTrainer):
         whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
         state: dict[str, Any] = get_model_state_dict(self.accelerator.unwrap_model(self.model), options=whole)
         if self.args.should_save:
-            # A model of its own: transformers looks at the tensors of the one it saves, which may be shards.
+            # A new model: transformers looks at the tensors of the model that it saves, and these may be shards.
             with torch.device("meta"):
                 model = TahoeX1ForPreTraining(self.accelerator.unwrap_model(self.model).config)
             model.load_state_dict({name: value.cpu() for name, value in state.items()}, assign=True)
@@ -280,20 +280,20 @@ class PretrainingTrainer(ResumableTrainer):
 
 
 def only_computing(policy: MixedPrecisionPolicy) -> MixedPrecisionPolicy:
-    """FSDP2's types with the half precision of `policy` for weights in use, and for nothing else.
+    """Return a policy for FSDP2 that uses the half precision of `policy` for weights in use, and for nothing else.
 
-    Accelerate's own policy has it for the sum of gradients over processes, whose digits 512 of them would use up, for
-    losses, which would be logged with three digits, and for labels. `output_dtype` stays unset: it is for every unit,
-    and float32 from the gene table or a layer does not go with the half-precision norm behind it.
+    Accelerate's own policy uses it for labels too, for losses, which would be logged with three digits, and for the
+    sum of gradients over processes, which would lose its digits with 512 of them. `output_dtype` stays unset, since it
+    holds for every unit: float32 from the gene table or a layer does not fit the half-precision norm behind it.
     """
     return dataclasses.replace(policy, reduce_dtype=torch.float32, output_dtype=None, cast_forward_inputs=False)
 
 
 def local(parameter: torch.Tensor) -> torch.Tensor:
-    """This process's part of a parameter."""
+    """Return this process's part of a parameter."""
     part: torch.Tensor = parameter.to_local() if hasattr(parameter, "to_local") else parameter
     return part
 
 
 def discard(_: Any) -> None:
-    """Drop a value at once, and with it what it keeps alive."""
+    """Discard a value at once, and with it what it keeps alive."""

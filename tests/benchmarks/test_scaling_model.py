@@ -26,8 +26,8 @@ from training_memory import line, loss, training_model
 
 from benchmarks import memory_model as memory
 from benchmarks import scaling_plan
-from benchmarks.memory_model import CPU_BF16, CPU_FLOAT32, GPU_AUTOCAST, GPU_FSDP2, Numbers
-from benchmarks.scaling_model import H100, Assumptions, matrix_share, numbers_of, plan_step
+from benchmarks.memory_model import CPU_BF16, CPU_FLOAT32, GPU_AUTOCAST, GPU_FSDP2, Precision
+from benchmarks.scaling_model import H100, Assumptions, matrix_share, plan_step, precision_of
 from tahoex1_hf import TahoeX1Config, TahoeX1ForPreTraining
 from tahoex1_hf.packing_tahoe_x1 import PackedAttention
 from tahoex1_hf.training.microbatches import PassMemory, largest_microbatch
@@ -46,9 +46,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
 CPU_ALL_BF16 = replace(GPU_FSDP2, cuda=False, output_copied=True, dense_mask=True)
 
 
-def kept(config: TahoeX1Config, numbers: Numbers, cells: int, length: int) -> float:
+def kept(config: TahoeX1Config, precision: Precision, cells: int, length: int) -> float:
     """Bytes of all storages that autograd keeps, weights left out."""
-    model = training_model(config, numbers)
+    model = training_model(config, precision)
     weights = {p.untyped_storage()._cdata for p in model.parameters()}
     seen: dict[int, torch.UntypedStorage] = {}
 
@@ -59,21 +59,21 @@ def kept(config: TahoeX1Config, numbers: Numbers, cells: int, length: int) -> fl
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss(model, numbers, cells, length)
+        loss(model, precision, cells, length)
     return float(sum(storage.nbytes() for storage in seen.values()))
 
 
 # Formulas and autograd ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("numbers", [CPU_FLOAT32, CPU_BF16, CPU_ALL_BF16], ids=["float32", "autocast", "bf16"])
+@pytest.mark.parametrize("precision", [CPU_FLOAT32, CPU_BF16, CPU_ALL_BF16], ids=["float32", "autocast", "bf16"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_kept_bytes_are_those_of_autograd(variant: str, numbers: Numbers) -> None:
+def test_kept_bytes_are_those_of_autograd(variant: str, precision: Precision) -> None:
     config = tiny_config(hidden_size=64, vocab_size=200, **VARIANTS[variant])
     for length in (64, 160, 288):  # with masks, and from 256 on with the observed keys alone
-        per_cell, fixed = line(lambda cells, length=length: kept(config, numbers, cells, length), 2, 4)
-        assert memory.kept_per_token(config, numbers, length) == pytest.approx(per_cell / length, rel=0.01)
-        copies = memory.states(config, numbers, "one").copies
+        per_cell, fixed = line(lambda cells, length=length: kept(config, precision, cells, length), 2, 4)
+        assert memory.kept_per_token(config, precision, length) == pytest.approx(per_cell / length, rel=0.01)
+        copies = memory.states(config, precision, "one").copies
         assert fixed == pytest.approx(copies, abs=64)
 
 
@@ -97,9 +97,9 @@ def one_run(self: PackedAttention, query: Any, key: Any, value: Any, scaling: fl
 
 
 @pytest.mark.parametrize("model", scaling_plan.models(), ids=lambda model: model.name)
-@pytest.mark.parametrize("numbers", [GPU_AUTOCAST, GPU_FSDP2], ids=["autocast", "fsdp2"])
+@pytest.mark.parametrize("precision", [GPU_AUTOCAST, GPU_FSDP2], ids=["autocast", "fsdp2"])
 def test_kept_bytes_of_the_real_shapes(
-    model: scaling_plan.Model, numbers: Numbers, monkeypatch: pytest.MonkeyPatch
+    model: scaling_plan.Model, precision: Precision, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The planned models at their own size and context, with CUDA's rules; tensors without memory."""
     length = model.context
@@ -114,11 +114,11 @@ def test_kept_bytes_of_the_real_shapes(
             FakeTensorMode(),
             mock.patch.object(PackedAttention, "make", lambda edges, *_: PackedAttention(edges, runs)),
         ):
-            return kept(config, numbers, cells, length)
+            return kept(config, precision, cells, length)
 
     per_cell, fixed = line(measure, 2, 4)
-    assert memory.kept_per_token(config, numbers, length) == pytest.approx(per_cell / length, rel=0.001)
-    assert fixed == pytest.approx(memory.states(config, numbers, "one").copies, rel=1e-5, abs=64)
+    assert memory.kept_per_token(config, precision, length) == pytest.approx(per_cell / length, rel=0.001)
+    assert fixed == pytest.approx(memory.states(config, precision, "one").copies, rel=1e-5, abs=64)
 
 
 class Alive(TorchDispatchMode):
@@ -160,19 +160,19 @@ def test_checkpointing_keeps_the_layers_inputs() -> None:
         assert formula == pytest.approx(per_cell / 128, rel=0.03)
 
 
-@pytest.mark.parametrize("numbers", [CPU_FLOAT32, CPU_BF16], ids=["float32", "autocast"])
-def test_largest_microbatch_is_foreseen(numbers: Numbers) -> None:
+@pytest.mark.parametrize("precision", [CPU_FLOAT32, CPU_BF16], ids=["float32", "autocast"])
+def test_largest_microbatch_is_foreseen(precision: Precision) -> None:
     """The same limit, measured by a pass and computed from the configuration: never more, nor much less."""
     config = tiny_config(hidden_size=64, vocab_size=200, attention_mask_style="observed_or_self")
-    model, pass_memory = training_model(config, numbers), PassMemory(torch.device("cpu"))
-    states = memory.states(config, numbers, "one")
+    model, pass_memory = training_model(config, precision), PassMemory(torch.device("cpu"))
+    states = memory.states(config, precision, "one")
     fixed = states.gradients + states.copies  # both are made in a pass
 
     def formula(cells: int) -> float:
-        return fixed + memory.microbatch_bytes(config, numbers, 96, cells)
+        return fixed + memory.microbatch_bytes(config, precision, 96, cells)
 
     def measured(cells: int) -> float:
-        return pass_memory(lambda: loss(model, numbers, cells, 96).backward())
+        return pass_memory(lambda: loss(model, precision, cells, 96).backward())
 
     for limit in (8e6, 12e6, 30e6):
         found, foreseen = (largest_microbatch(each, limit, 1009) for each in (measured, formula))
@@ -180,12 +180,12 @@ def test_largest_microbatch_is_foreseen(numbers: Numbers) -> None:
 
 
 @pytest.mark.parametrize(
-    ("numbers", "checkpointing", "most"),
+    ("precision", "checkpointing", "most"),
     [(GPU_AUTOCAST, False, 1.15), (GPU_FSDP2, True, 1.3)],
     ids=["autocast", "bf16-checkpointing"],
 )
 def test_passes_need_no_more_than_is_said(
-    numbers: Numbers, checkpointing: bool, most: float, monkeypatch: pytest.MonkeyPatch
+    precision: Precision, checkpointing: bool, most: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """torch's MemTracker on tensors without memory, with CUDA's rules: peak of the second micro-batch of a step."""
     config = TahoeX1Config(vocab_size=1000, hidden_size=256, num_hidden_layers=4, num_attention_heads=4)
@@ -195,7 +195,7 @@ def test_passes_need_no_more_than_is_said(
     monkeypatch.setattr(PackedAttention, "__call__", one_run)
     monkeypatch.setattr(PackedAttention, "make", lambda edges, *_: PackedAttention(edges, [(cells, length)]))
     with FakeTensorMode():
-        model = training_model(config, numbers)
+        model = training_model(config, precision)
         if checkpointing:
             model.activation_checkpointing_enable()
         tracker = MemTracker()
@@ -203,12 +203,14 @@ def test_passes_need_no_more_than_is_said(
         with tracker:
             for _ in range(2):
                 tracker.reset_mod_stats()
-                loss(model, numbers, cells, length).backward()
+                loss(model, precision, cells, length).backward()
         peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
     parameters = memory.count_parameters(config)
     # Weights, gradients and a second one of the table, here all in the type of the weights; and autocast's copies.
-    fixed = numbers.weights * (2 * parameters.total + parameters.table) + 2 * parameters.matrices * numbers.autocast
-    needed = fixed + memory.microbatch_bytes(config, numbers, length, cells, checkpointing=checkpointing)
+    fixed = (
+        precision.weights * (2 * parameters.total + parameters.table) + 2 * parameters.matrices * precision.autocast
+    )
+    needed = fixed + memory.microbatch_bytes(config, precision, length, cells, checkpointing=checkpointing)
     assert 1.0 <= needed / peak < most
 
 
@@ -374,7 +376,7 @@ def test_communication_by_hand() -> None:
     p = memory.count_parameters(model.config)
     assert passes > 50
     assert sharded.waiting == pytest.approx(passes * (8 * p.total - 2 * p.rest) * 7 / 8 / (0.8 * 450e9))
-    assert numbers_of(scaling_plan.models()[0].config, "ddp").output_copied  # the masked attention of 70M
+    assert precision_of(scaling_plan.models()[0].config, "ddp").output_copied  # the masked attention of 70M
 
 
 # The document -------------------------------------------------------------------------------------------
@@ -418,7 +420,7 @@ def test_what_the_text_says() -> None:
     assert 2 * parameters.layer == pytest.approx(0.4e9, rel=0.01)
     assert plan_step(largest, 2048, 10240, 64, "fsdp2", scaling_plan.assumptions()) is not None
     for number, model in enumerate(scaling_plan.models()):
-        kinds = [numbers_of(model.config, strategy) for strategy in ("ddp", "fsdp2")]
+        kinds = [precision_of(model.config, strategy) for strategy in ("ddp", "fsdp2")]
         with_ddp, with_fsdp2 = (memory.kept_per_token(model.config, kind, 1024) for kind in kinds)
         assert 0.75 < with_fsdp2 / with_ddp < 0.81
         again, whole = planned(number, 64, "fsdp2", checkpointing=True), planned(number, 64, "fsdp2")
@@ -438,10 +440,10 @@ class Count(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize(("numbers", "said"), [(CPU_BF16, 1200), (CPU_ALL_BF16, 700)], ids=["autocast", "bf16"])
-def test_operations_of_a_step(numbers: Numbers, said: int) -> None:
+@pytest.mark.parametrize(("precision", "said"), [(CPU_BF16, 1200), (CPU_ALL_BF16, 700)], ids=["autocast", "bf16"])
+def test_operations_of_a_step(precision: Precision, said: int) -> None:
     config = tiny_config(num_hidden_layers=12)  # their number does not depend on the width
-    model = training_model(config, numbers)
+    model = training_model(config, precision)
     with Count() as count:
-        loss(model, numbers, 1, 32).backward()
+        loss(model, precision, 1, 32).backward()
     assert count.number == pytest.approx(said, rel=0.1)
