@@ -42,7 +42,9 @@ Run = Callable[[], Results]
 @pytest.fixture(scope="module", autouse=True)
 def busy_neighbour() -> Iterator[None]:
     """Keep a core busy beside the tests, so that their threads do not run in step."""
-    neighbour = subprocess.Popen([sys.executable, "-S", "-c", "while True: pass"])
+    # It ends by itself where the tests are killed.
+    script = "import os\nparent = os.getppid()\nwhile os.getppid() == parent: pass"
+    neighbour = subprocess.Popen([sys.executable, "-S", "-c", script])
     yield
     neighbour.kill()
     neighbour.wait()
