@@ -84,8 +84,8 @@ def target_modules(model: torch.nn.Module, config: FinetuneConfig) -> list[str]:
     unknown = sorted(name for name in set(config.target_modules) if name.rpartition(".")[2] not in linear)
     if unknown or not config.target_modules:
         raise ValueError(
-            f"target_modules={config.target_modules}: {', '.join(unknown) or 'none'} is no linear layer of the model; "
-            f"it has {', '.join(sorted(linear))}."
+            f"target_modules={config.target_modules}: {', '.join(unknown) or 'none'} is not a linear layer of the "
+            f"model, which has {', '.join(sorted(linear))}."
         )
     return list(config.target_modules)
 

@@ -1,7 +1,7 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
 """What a kind of fine-tuning is made of: the protocol that `run_folds` trains, resumes, scores and reports."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -111,7 +111,7 @@ class Task(Protocol):
         """Return the predictions of each baseline for the test rows of each fold."""
         ...
 
-    def metrics(self, outcome: Outcome, predictions: Any) -> dict[str, float | list[float]]:
+    def metrics(self, outcome: Outcome, predictions: Any) -> Mapping[str, float | list[float]]:
         """Return the metrics of predictions for the test rows of a fold.
 
         A metric is a number, or a list with one for each unit that is independent of the others.

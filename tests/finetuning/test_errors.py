@@ -59,7 +59,7 @@ def with_column(values: Any, name: str = "kind") -> anndata.AnnData:
 
 def test_label_column_that_is_not_there(run: Callable[..., Any]) -> None:
     with pytest.raises(
-        ValueError, match=r"label=cell_type is no column of obs of .*; there are donor, dose, kind, pair"
+        ValueError, match=r"label=cell_type is not a column of obs of .*; there are donor, dose, kind, pair"
     ):
         run(labelled_cells(30), label="cell_type")
 
@@ -114,14 +114,14 @@ def test_cells_without_a_label_are_left_out_and_counted(read: Callable[..., Labe
 
 
 def test_text_is_no_number(run: Callable[..., Any]) -> None:
-    with pytest.raises(ValueError, match=r"label=kind: 30 values are no finite numbers, 'B cell' for one"):
+    with pytest.raises(ValueError, match=r"label=kind: 30 values are not finite numbers, 'B cell' for one"):
         run(labelled_cells(30), task="regression")
-    with pytest.raises(ValueError, match="1 values are no finite numbers, inf for one"):
+    with pytest.raises(ValueError, match="1 values are not finite numbers, inf for one"):
         run(with_column([np.inf, *range(29)]), task="regression")
 
 
 def test_groups_that_cannot_be_used(run: Callable[..., Any]) -> None:
-    with pytest.raises(ValueError, match="group=batch is no column of obs"):
+    with pytest.raises(ValueError, match="group=batch is not a column of obs"):
         run(labelled_cells(30), group="batch")
     with pytest.raises(ValueError, match=r"2 groups \(a, b\) are too few: 3 are needed"):
         run(with_column(["a", "b"] * 15, "batch"), group="batch")
@@ -199,7 +199,7 @@ def test_overrides(override: str, message: str) -> None:
 
 
 def test_target_modules_that_are_not_there(run: Callable[..., Any]) -> None:
-    with pytest.raises(ValueError, match=r"target_modules=\['query'\]: query is no linear layer.*q_proj"):
+    with pytest.raises(ValueError, match=r"target_modules=\['query'\]: query is not a linear layer.*q_proj"):
         run(labelled_cells(30), target_modules=["query"])
 
 

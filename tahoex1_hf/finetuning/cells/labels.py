@@ -63,7 +63,7 @@ def read_obs_column(path: str, name: str, role: str) -> "pd.Series":
                 return read_column(store["obs"], name)
     except BadInput as error:
         raise ValueError(f"{path}: {error}") from error
-    raise ValueError(f"{role}={name} is no column of obs of {path}; there are {', '.join(sorted(columns))}.")
+    raise ValueError(f"{role}={name} is not a column of obs of {path}; there are {', '.join(sorted(columns))}.")
 
 
 def class_labels(column: "pd.Series", config: ClassesConfig, of: str = "cells") -> Labels:
@@ -121,7 +121,7 @@ def number_labels(column: "pd.Series", label: str) -> Labels:
     if wrong.any():
         example = values.iloc[int(np.flatnonzero(wrong)[0])]
         raise ValueError(
-            f"label={label}: {wrong.sum()} values are no finite numbers, {example!r} for one. Choose a column "
+            f"label={label}: {wrong.sum()} values are not finite numbers, {example!r} for one. Choose a column "
             "of numbers, or task=classification."
         )
     if len(np.unique(numbers)) < 2:

@@ -117,7 +117,7 @@ class MaskedExpressionTask(CellTask):
         """Return the model's error, the mean of both decoders'."""
         return float(outcome.facts["test"]["model"])
 
-    def baselines(self, outcomes: Sequence[Outcome]) -> dict[str, list[float]]:
+    def baselines(self, outcomes: Sequence[Outcome]) -> dict[str, list[Any]]:
         """Return the errors of constants, of the base, and of the decoders that read each gene's context."""
         titles = {name: title for name, title in METHODS.items() if name != "model"}
         return {title: [outcome.facts["test"][name] for outcome in outcomes] for name, title in titles.items()}
@@ -126,9 +126,7 @@ class MaskedExpressionTask(CellTask):
         """Return the error under its name."""
         return {"mse": predictions}
 
-    def report(
-        self, outcomes: Sequence[Outcome], predictions: dict[str, list[float]], scores: Report
-    ) -> dict[str, Any]:
+    def report(self, outcomes: Sequence[Outcome], predictions: dict[str, list[Any]], scores: Report) -> dict[str, Any]:
         """Write the report; returns the mean errors."""
         means, verdict = write_masked_report(
             self.folder, [outcome.facts["test"] for outcome in outcomes], scores, self.ours

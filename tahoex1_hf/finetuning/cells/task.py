@@ -218,14 +218,14 @@ class CellTask:
 
     # Scores -----------------------------------------------------------------------------------------
 
-    def predictions(self, outcome: Outcome) -> np.ndarray:
+    def predictions(self, outcome: Outcome) -> Any:
         """Return the probabilities `(test cells, classes)`, or the numbers `(test cells,)`."""
         outputs = outcome.arrays["outputs"]
         if self.cells.classes is None:
             return outputs[:, 0]
-        return cast(np.ndarray, torch.from_numpy(outputs).softmax(1).numpy())
+        return torch.from_numpy(outputs).softmax(1).numpy()
 
-    def baselines(self, outcomes: Sequence[Outcome]) -> dict[str, list[np.ndarray]]:
+    def baselines(self, outcomes: Sequence[Outcome]) -> dict[str, list[Any]]:
         """Return the predictions of classical models of the counts."""
         splits, counts, seed = [outcome.fold.split for outcome in outcomes], self.cells.csr(), self.config.seed
         labels = cast(np.ndarray, self.cells.labels)
@@ -233,16 +233,14 @@ class CellTask:
             return regression_baselines(counts, labels, splits, seed)
         return classification_baselines(counts, labels, splits, seed, len(self.cells.classes))
 
-    def metrics(self, outcome: Outcome, predictions: np.ndarray) -> dict[str, float]:
+    def metrics(self, outcome: Outcome, predictions: Any) -> dict[str, float]:
         """Return the metrics of predictions for the test cells of a fold."""
         truth = cast(np.ndarray, self.cells.labels)[outcome.fold.split.test]
         if self.cells.classes is None:
             return regression_metrics(truth, predictions)
         return classification_metrics(truth, predictions.argmax(1), predictions)
 
-    def report(
-        self, outcomes: Sequence[Outcome], predictions: dict[str, list[np.ndarray]], scores: Report
-    ) -> dict[str, Any]:
+    def report(self, outcomes: Sequence[Outcome], predictions: dict[str, list[Any]], scores: Report) -> dict[str, Any]:
         """Write the report; returns the mean metrics of the model."""
         results = CellResults(
             label=self.config.label,

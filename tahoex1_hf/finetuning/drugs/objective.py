@@ -43,6 +43,8 @@ class DrugObjective(Objective):
         train: Conditions to train on, which set the scale.
     """
 
+    config: DrugResponseConfig
+
     def __init__(
         self,
         config: DrugResponseConfig,

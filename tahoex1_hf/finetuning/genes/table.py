@@ -108,7 +108,7 @@ def _read(config: GeneClassificationConfig) -> "pd.DataFrame":
         ("split", config.split),
     ):
         if column is not None and column not in table:
-            raise ValueError(f"{role}={column} is no column of {path}; there are {', '.join(map(str, table))}.")
+            raise ValueError(f"{role}={column} is not a column of {path}; there are {', '.join(map(str, table))}.")
     return table
 
 

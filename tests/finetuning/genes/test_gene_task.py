@@ -154,9 +154,9 @@ def test_a_column_gives_the_split(place: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"label": "levels"}, "label=levels is no column of .*; there are ensembl_gene_id, level, family"),
-        ({"group": "clan"}, "group=clan is no column"),
-        ({"genes_id_column": "gene"}, "genes_id_column=gene is no column"),
+        ({"label": "levels"}, "label=levels is not a column of .*; there are ensembl_gene_id, level, family"),
+        ({"group": "clan"}, "group=clan is not a column"),
+        ({"genes_id_column": "gene"}, "genes_id_column=gene is not a column"),
         ({"genes_id_column": "level"}, "genes_id_column=level: .* look like gene symbols"),
         ({"label": "same"}, "has the one value 'x'"),
         ({"label": "number"}, "holds numbers with .* set task=regression"),
