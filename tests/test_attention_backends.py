@@ -180,3 +180,12 @@ def test_switching_the_backend_of_a_loaded_model(tmp_path) -> None:
 def test_an_unknown_backend_is_refused() -> None:
     with pytest.raises(ValueError, match="no_such_attention"):
         tiny_model(tiny_config(), attention="no_such_attention")
+
+
+def test_eager_attention_is_exact_in_float64() -> None:
+    config = tiny_config()
+    batch = make_batch(config, targets=False)
+    batch["expression_values"] = batch["expression_values"].double()
+    eager, sdpa = (tiny_model(config, attention=attention).double() for attention in ("eager", "sdpa"))
+    ours, theirs = (model(**batch).expression_predictions for model in (eager, sdpa))
+    assert largest_difference(ours, theirs) < 1e-12  # a softmax in float32 would leave 1e-7
