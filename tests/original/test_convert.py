@@ -2,7 +2,6 @@
 
 import json
 import os
-import runpy
 import shutil
 import sys
 from collections.abc import Callable
@@ -10,15 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import forked
+import numpy as np
 import pytest
 import torch
-import typer
 import yaml
 from helpers import GOLDEN, GOLDEN_VARIANTS, REPO_ROOT, Variant, without_labels
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForPreTraining, AutoTokenizer
+from typer.testing import CliRunner
 
 from tahoex1_hf import TahoeX1Config, TahoeX1ForPreTraining, TahoeX1Model, TahoeX1Tokenizer
+from tahoex1_hf.cli.app import app
 from tahoex1_hf.original.convert import convert_original_folder, open_original
 from tahoex1_hf.original.files import is_original_folder
 
@@ -222,13 +223,30 @@ def test_a_failure_while_writing_leaves_nothing(source: Path, monkeypatch: pytes
     assert_refused(source, OSError, "disk full")
 
 
-def test_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_script(tmp_path: Path) -> None:
     script = REPO_ROOT / "conversion" / "convert_checkpoint.py"
     run = forked.run([sys.executable, script, PLAIN, tmp_path / "out"], cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     assert "205,825 parameters" in run.stdout
     assert AutoModel.from_pretrained(tmp_path / "out").config.num_hidden_layers == 3
-    with pytest.raises(typer.Exit) as again:
-        runpy.run_path(str(script))["main"](PLAIN, tmp_path / "out")
-    assert again.value.exit_code == 1
-    assert "exists already" in capsys.readouterr().err
+    again = CliRunner().invoke(app, ["convert", str(PLAIN), str(tmp_path / "out")])
+    assert again.exit_code == 1
+    assert "exists already" in again.output
+
+
+def test_fingerprints_of_another_shape(tmp_path: Path) -> None:
+    source = Path(shutil.copytree(WITH_DRUGS, tmp_path / "source"))
+    np.save(source / "drug_fps_pad.npy", np.zeros((19, 128)))
+    with pytest.raises(ValueError, match=r"has shape \[19, 128\]; the drug table of the weights has \[20, 128\]"):
+        convert_original_folder(source, tmp_path / "out")
+
+
+def test_3b_without_drugs(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Weights without drug encoder, as the original loads them with use_chem_inf off."""
+    source = Path(shutil.copytree(WITH_DRUGS, tmp_path / "source"))
+    tensors = load_file(source / "model.safetensors")
+    save_file({k: v for k, v in tensors.items() if "chem_encoder" not in k}, source / "model.safetensors")
+    config = convert_original_folder(source, tmp_path / "out")
+    assert config.num_drugs == 0
+    assert "converted without drugs" in caplog.text
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").drug_to_id is None

@@ -1,0 +1,146 @@
+"""Reading weights: where they lie, and damaged, malicious or ambiguous files."""
+
+import json
+import os
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from composer import as_composer_file, as_sharded, composer_state, copy_settings
+from helpers import GOLDEN, GOLDEN_VARIANTS, Variant
+from mapped import names_in_memory
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel
+
+from tahoex1_hf import TahoeX1ForPreTraining
+from tahoex1_hf.original.convert import convert_original_folder, open_original
+from tahoex1_hf.original.tensor_names import our_shapes
+from tahoex1_hf.original.weights import open_weights
+
+PLAIN, WITH_DRUGS = GOLDEN / "a_70m_like" / "model", GOLDEN / "b_3b_like_chem" / "model"
+every_variant = pytest.mark.parametrize("variant", GOLDEN_VARIANTS, ids=lambda variant: variant.name)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(PLAIN, tmp_path / "source"))
+
+
+def test_shards_and_index(tmp_path: Path) -> None:
+    convert_original_folder(PLAIN, tmp_path / "one")
+    convert_original_folder(PLAIN, tmp_path / "many", max_shard_size=200_000)
+    whole = load_file(tmp_path / "one" / "model.safetensors")
+    shards = sorted(path.name for path in (tmp_path / "many").glob("*.safetensors"))
+    assert shards == [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    assert len(shards) > 2
+    index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())
+    assert index["metadata"] == {"total_parameters": 205_825, "total_size": 4 * 205_825}
+    found = {}
+    for name in shards:
+        tensors = load_file(tmp_path / "many" / name)
+        assert sum(tensor.nbytes for tensor in tensors.values()) <= 200_000
+        assert {index["weight_map"][key] for key in tensors} == {name}
+        found |= tensors
+    assert found.keys() == whole.keys() == index["weight_map"].keys()
+    assert all(torch.equal(found[name], whole[name]) for name in whole)
+    _, report = TahoeX1ForPreTraining.from_pretrained(tmp_path / "many", output_loading_info=True)
+    assert not any(report.values())
+
+
+@pytest.mark.parametrize("pickled", [False, True])
+def test_weights_stay_in_their_file(pickled: bool, tmp_path: Path) -> None:
+    """A conversion holds no weights in memory but the matrix that is transposed."""
+    source = Path(as_composer_file(PLAIN, tmp_path)) if pickled else PLAIN
+    model = open_original(source).load_model()
+    path = source if pickled else source / "model.safetensors"
+    assert names_in_memory(model, path) == {"cell_decoder.cell_proj.weight"}
+
+
+@every_variant
+def test_bfloat16(variant: Variant, tmp_path: Path) -> None:
+    convert_original_folder(variant.checkpoint, tmp_path / "out", dtype=torch.bfloat16)
+    whole = open_original(variant.checkpoint).load_model().state_dict()
+    ours = load_file(tmp_path / "out" / "model.safetensors")
+    assert ours.keys() == whole.keys()
+    assert all(torch.equal(ours[name], tensor.bfloat16()) for name, tensor in whole.items())
+    assert AutoModel.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
+    verification = json.loads((tmp_path / "out" / "conversion.json").read_text())["verification"]
+    assert verification["tensors"] == "equal after rounding"
+
+
+@pytest.mark.parametrize("keep", [0, 5, 1000, 500_000])
+def test_truncated_safetensors(keep: int, source: Path) -> None:
+    with (source / "model.safetensors").open("r+b") as file:
+        file.truncate(keep)
+    with pytest.raises(ValueError, match="is truncated, or not a safetensors file"):
+        convert_original_folder(source, source.parent / "out")
+
+
+@pytest.mark.parametrize("keep", [0, 1000, 500_000])
+def test_truncated_pickle(keep: int, tmp_path: Path) -> None:
+    path = Path(as_composer_file(PLAIN, tmp_path))
+    with path.open("r+b") as file:
+        file.truncate(keep)
+    with pytest.raises(ValueError, match="as a checkpoint of tensors alone"):
+        convert_original_folder(path, tmp_path / "out")
+
+
+def test_wrong_vocabulary_and_renamed_tensor_and_unknown_key(source: Path) -> None:
+    vocab = json.loads((source / "vocab.json").read_text())
+    (source / "vocab.json").write_text(json.dumps(vocab | {"ENSG_extra": len(vocab)}))
+    with pytest.raises(ValueError, match=r"vocab_size = 603, but vocab\.json has 604 tokens"):
+        convert_original_folder(source, source.parent / "out")
+    (source / "vocab.json").write_text(json.dumps(vocab))
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.flag_enc.weight"] = tensors.pop("model.flag_encoder.weight")
+    save_file(tensors, source / "model.safetensors")
+    with pytest.raises(ValueError, match=r"(?s)missing: model\.flag_encoder.*unexpected: model\.flag_enc\.weight"):
+        convert_original_folder(source, source.parent / "out")
+
+
+class Runs:
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (f"touch {self.marker}",)
+
+
+def test_malicious_pickles_run_nothing(tmp_path: Path) -> None:
+    marker = tmp_path / "it_ran"
+    copy_settings(PLAIN, tmp_path / "src")
+    state = composer_state(load_file(PLAIN / "model.safetensors"))
+    torch.save(state | {"extra": Runs(marker)}, tmp_path / "src" / "ep1.pt")
+    with pytest.raises(ValueError, match=r"it asks for posix\.system\. Nothing of it was run"):
+        convert_original_folder(tmp_path / "src" / "ep1.pt", tmp_path / "out")
+
+    sharded = Path(as_sharded(PLAIN, tmp_path / "dcp")) / "ep4-ba104156"
+    (sharded / ".metadata").write_bytes(pickle.dumps({"state_dict_metadata": Runs(marker)}))
+    with pytest.raises(ValueError, match=r"it asks for posix\.system\. Nothing of it was run"):
+        convert_original_folder(sharded, tmp_path / "out")
+
+    with_fingerprints = Path(shutil.copytree(WITH_DRUGS, tmp_path / "drugs"))
+    np.save(with_fingerprints / "drug_fps_pad.npy", np.array([Runs(marker)], dtype=object), allow_pickle=True)
+    with pytest.raises(ValueError, match="could not be read as an array of numbers"):
+        convert_original_folder(with_fingerprints, tmp_path / "out")
+    assert not marker.exists()
+    np.load(with_fingerprints / "drug_fps_pad.npy", allow_pickle=True)  # it would have run
+    assert marker.exists()
+
+
+def test_weights_that_are_ambiguous(tmp_path: Path) -> None:
+    path = Path(as_composer_file(PLAIN, tmp_path))
+    convert_original_folder(path.parent, tmp_path / "the only one")
+    shutil.copy(path, path.parent / "ep5.pt")
+    with pytest.raises(FileNotFoundError, match=r"several checkpoints.*ep4-ba104156-rank0\.pt, ep5\.pt"):
+        convert_original_folder(path.parent, tmp_path / "out")
+
+
+def test_reader_of_converted_shards(tmp_path: Path) -> None:
+    convert_original_folder(PLAIN, tmp_path / "many", max_shard_size=200_000)
+    reader = open_weights(tmp_path / "many" / "model.safetensors.index.json")
+    assert reader.shapes == our_shapes(open_original(PLAIN).config)
