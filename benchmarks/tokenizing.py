@@ -11,11 +11,23 @@ from benchmarks import reference
 from benchmarks.cells import cells_in_torch, ensembl_ids, synthetic_counts, tokenizer_for
 from benchmarks.machine import ALL_CORES, bound_to
 from benchmarks.measuring import Row, Suite, Task, in_turn
-from tahoex1_hf.cells.compiled_encoding import encode_chunk
+from tahoex1_hf.cells import compilation
+from tahoex1_hf.cells.compiled_encoding import encode_compiled
+from tahoex1_hf.cells.readers.base import gene_rows
 from tahoex1_hf.encoding_tahoe_x1 import EncodedCells, GeneMatch
 from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
 
 COLUMNS, EXPRESSED, CONTEXT, CHUNK = 20_000, 2_500, 2048, 256
+
+
+def encode_chunk(
+    tokenizer: TahoeX1Tokenizer, counts: csr_matrix, genes: GeneMatch, first_cell: int = 0
+) -> EncodedCells:
+    """Do what `tahoex1 embed` does with rows that it has read."""
+    rows, _ = gene_rows(counts, genes, first_cell, tokenizer)
+    encoded = encode_compiled(tokenizer, rows, first_cell=first_cell)
+    assert encoded is not None
+    return encoded
 
 
 @dataclass(frozen=True)
@@ -78,6 +90,7 @@ def check_values() -> None:
 
 def measure(suite: Suite) -> list[Row]:
     """Rows of this part."""
+    compilation.use_now()
     check_values()
     number = suite.pick(24, 4)
     counts = synthetic_counts(np.full(number * CHUNK, EXPRESSED), COLUMNS)

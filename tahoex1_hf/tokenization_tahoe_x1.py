@@ -447,20 +447,27 @@ class TahoeX1Tokenizer(PreTrainedTokenizer):
 
     def resolve_drugs(self, adata: Any, drugs: Any) -> Any:
         """Read drugs from a column of obs where a string names one; anything else stays as it is."""
+        return adata.obs[drugs].tolist() if self.is_drug_column(drugs, adata.obs.columns) else drugs
+
+    def is_drug_column(self, drugs: Any, columns: Iterable[str]) -> bool:
+        """Return whether `drugs` names one of the columns of obs, and not a drug.
+
+        Raises:
+            ValueError: for a name that is both, or neither.
+        """
         if not isinstance(drugs, str) or self.drug_to_id is None or drugs == "":
-            return drugs
-        if drugs in adata.obs.columns and drugs in self.drug_to_id:
+            return False
+        columns = list(columns)
+        if drugs in columns and drugs in self.drug_to_id:
             raise ValueError(
                 f"drugs={drugs!r} is a column of adata.obs and a drug: pass a list with one drug per cell."
             )
-        if drugs in adata.obs.columns:
-            return adata.obs[drugs].tolist()
-        if drugs not in self.drug_to_id:
+        if drugs not in columns and drugs not in self.drug_to_id:
             raise ValueError(
                 f"drugs={drugs!r} is neither a column of adata.obs nor in the drug table"
-                f"{similar_names(drugs, [*adata.obs.columns, *self.drug_to_id])} Names: see tokenizer.drug_to_id."
+                f"{similar_names(drugs, [*columns, *self.drug_to_id])} Names: see tokenizer.drug_to_id."
             )
-        return drugs
+        return drugs in columns
 
     def _pieces(
         self, cells: Any, genes: GeneMatch | None, symbols: Mapping[str, str] | None

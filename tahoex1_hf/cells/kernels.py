@@ -1,5 +1,7 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""The inner loop of training on cells: counts to masked, padded or packed model input, in one pass, without the GIL.
+"""Compiled loops, without the GIL, that encode cells for inference and for training.
+
+For training, counts become masked, padded or packed model input in one pass.
 
 What a cell becomes depends on its counts and on its stream of random numbers alone. Bins equal those of
 `encoding_tahoe_x1.bin_expression`, bit for bit. A cell has a few dozen distinct counts among thousands of genes, so
@@ -483,89 +485,35 @@ def _lowest(scores: np.ndarray, total: int, room: int, histogram: np.ndarray, ti
 
 
 @numba.njit(nogil=True, cache=True)
-def _compact_row(
-    columns: np.ndarray, values: np.ndarray, token_ids: np.ndarray, in_order: bool, tokens: np.ndarray,
+def encode_rows(
+    offsets: np.ndarray,
+    tokens: np.ndarray,
     counts: np.ndarray,
-) -> int:  # fmt: skip
-    """Known genes with a count of one row of a CSR matrix; returns how many, -1 where it is not the usual case.
-
-    Three simple loops are faster than one that does all: the processor takes eight numbers at a time.
-    """
-    length = np.uint64(len(columns))
-    if not length:
-        return 0
-    lowest, highest = np.int64(columns[0]), np.int64(columns[length - np.uint64(1)])
-    good = True
-    if in_order:
-        for i in range(np.uint64(1), length):
-            good &= columns[i] > columns[i - np.uint64(1)]
-    else:
-        for i in range(length):
-            lowest, highest = min(lowest, np.int64(columns[i])), max(highest, np.int64(columns[i]))
-    # A damaged matrix must not be read beyond its genes.
-    if not good or lowest < 0 or highest >= len(token_ids):
-        return -1
-    whole, zero = True, False
-    for i in range(length):
-        value = np.float32(values[i])
-        whole &= value >= 0 and value < 2**24 and value == np.floor(value)
-        zero |= value == 0
-        counts[i] = value
-    unknown = False
-    for i in range(length):
-        token = token_ids[np.uint64(columns[i])]
-        tokens[i] = token
-        unknown |= token < 0
-    if whole and not (zero or unknown):
-        return len(columns)
-    place = np.uint64(0)
-    for i in range(length):
-        token, value = tokens[i], counts[i]
-        known = token >= 0
-        if known and not (value >= 0 and value < 2**24 and value == np.floor(value)):
-            return -1
-        tokens[place], counts[place] = token, value
-        place += np.uint64(known and value != 0)
-    return np.int64(place)
-
-
-@numba.njit(nogil=True, cache=True)
-def encode_csr(
-    indptr: np.ndarray,
-    columns: np.ndarray,
-    values: np.ndarray,
-    token_ids: np.ndarray,
-    in_order: bool,
     streams: np.ndarray,
     settings: Settings,
     starts: np.ndarray,
     input_ids: np.ndarray,
     expression_values: np.ndarray,
-    lengths: np.ndarray,
 ) -> bool:
-    """Encode rows of a CSR matrix for inference, as `TahoeX1Tokenizer.encode_counts` does.
+    """Encode cells for inference, as `TahoeX1Tokenizer.encode_rows` does.
 
     Args:
-        indptr: `(cells + 1,)`.
-        columns: `(stored,)`.
-        values: `(stored,)` of any real type.
-        token_ids: int32 token of every column, -1 for none.
-        in_order: columns must rise within a row, so that none stands there twice; False where that is known.
+        offsets: `(cells + 1,)`.
+        tokens: genes of the cells, of any integer type, each once per cell.
+        counts: float32.
         streams: `(cells,)` uint64; a gene's score is `mix64(stream + token)`, and the lowest scores are kept.
         settings: as for training; those of targets are not read.
-        starts: `(cells,)` first place of each cell in the output, with room for all its stored entries or
-            `settings.room` of them, and the special tokens.
+        starts: `(cells,)` first place of each cell in the output.
         input_ids: int64, written.
         expression_values: float32, written.
-        lengths: `(cells,)` written: tokens of each cell.
 
     Returns:
-        Whether all rows are the usual case: in column order, with whole counts. If not, nothing written is of use.
+        Whether all counts are whole and above zero. If not, nothing written is of use.
     """
     longest = 1
     for cell in range(len(streams)):
-        longest = max(longest, indptr[cell + 1] - indptr[cell])
-    tokens, counts = np.empty(longest + 1, np.int32), np.empty(longest + 1, np.float32)
+        longest = max(longest, offsets[cell + 1] - offsets[cell])
+    kept_tokens, kept_counts = np.empty(longest + 1, tokens.dtype), np.empty(longest + 1, np.float32)
     histogram = np.empty((4, _SMALL), np.int32)
     tail = np.empty(longest, np.float32)
     distinct = np.empty(longest + _SMALL, np.float32)
@@ -575,36 +523,41 @@ def encode_csr(
     scores, ties = np.empty(longest, np.uint64), np.empty(longest, np.uint64)
     buckets = np.empty(2048, np.int32)
     for cell in range(len(streams)):
-        first, last = indptr[cell], indptr[cell + 1]
-        length = _compact_row(columns[first:last], values[first:last], token_ids, in_order, tokens, counts)
-        if length < 0:
+        cell_tokens = tokens[offsets[cell] : offsets[cell + 1]]
+        cell_counts = counts[offsets[cell] : offsets[cell + 1]]
+        length = len(cell_tokens)
+        whole = True
+        for i in range(np.uint64(length)):
+            value = cell_counts[i]
+            whole &= value > 0 and value < 2**24 and value == np.floor(value)
+        if not whole:
             return False
-        _value_rule(counts, 0, length, True, settings, histogram, tail, distinct, upto, edges, table)
+        _value_rule(cell_counts, 0, length, True, settings, histogram, tail, distinct, upto, edges, table)
         kept = min(length, settings.room)
         place = starts[cell]
         for token in settings.special_tokens:
             input_ids[place] = token
             expression_values[place] = settings.pad_value
             place += 1
-        lengths[cell] = len(settings.special_tokens) + kept
         if settings.sample and length > settings.room:
             for i in range(length):
-                scores[i] = _mix(streams[cell] + np.uint64(tokens[i]) + _GAMMA)
+                scores[i] = _mix(streams[cell] + np.uint64(cell_tokens[i]) + _GAMMA)
             highest = _lowest(scores, length, settings.room, buckets, ties)
             chosen = np.uint64(0)
-            for i in range(length):  # in place: a gene moves to the front, or stays
-                tokens[chosen], counts[chosen] = tokens[i], counts[i]
+            for i in range(length):
+                kept_tokens[chosen], kept_counts[chosen] = cell_tokens[i], cell_counts[i]
                 chosen += np.uint64(scores[i] <= highest)
+            cell_tokens, cell_counts = kept_tokens, kept_counts
         ids, cell_values = input_ids[place : place + kept], expression_values[place : place + kept]
         for i in range(np.uint64(kept)):
-            ids[i] = tokens[i]
+            ids[i] = cell_tokens[i]
         if settings.encoding != BINS:
-            cell_values[:] = counts[:kept]
+            cell_values[:] = cell_counts[:kept]
             continue
         for i in range(np.uint64(kept)):
-            small = np.uint64(np.int64(counts[i]))
+            small = np.uint64(np.int64(cell_counts[i]))
             if small < np.uint64(_SMALL):
                 cell_values[i] = table[small]
             else:
-                cell_values[i] = _bin(counts[i], edges, settings.right)
+                cell_values[i] = _bin(cell_counts[i], edges, settings.right)
     return True

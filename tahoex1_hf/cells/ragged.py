@@ -35,43 +35,61 @@ def compact_csr(
     tokens: np.ndarray,
     counts: np.ndarray,
     offsets: np.ndarray,
-) -> tuple[bool, float, bool]:
+) -> tuple[bool, float]:
     """Keep the known, stored, non-zero entries of a CSR matrix.
 
+    Three simple loops are faster than one that does all: the processor takes eight numbers at a time.
+
     Args:
-        indptr: `(cells + 1,)` from 0.
+        indptr: `(cells + 1,)`.
         columns: `(stored,)`.
         values: `(stored,)` of any real type.
-        token_ids: token of every column, -1 for none.
+        token_ids: int32 token of every column, -1 for none.
         tokens: at least `(stored,)`, written.
         counts: at least `(stored,)`, float32, written.
         offsets: `(cells + 1,)`, written.
 
     Returns:
-        Whether the columns of every row exist and rise; the sum of the values of unknown columns; whether all values
-        kept are finite and not negative.
+        Whether the columns of every row exist and rise, and all values kept are finite and not negative (if not,
+        nothing written is of use); and the sum of the values of unknown columns.
     """
-    place = 0
-    in_order, good, unknown = True, True, 0.0
+    place, unknown = np.uint64(0), 0.0
     offsets[0] = 0
     for cell in range(len(indptr) - 1):
-        last = -1
-        for i in range(indptr[cell], indptr[cell + 1]):
-            column = np.int64(columns[i])
-            inside = 0 <= column < len(token_ids)  # a damaged matrix must not be read beyond its genes
-            in_order &= inside and column > last
-            last = column
-            value = np.float32(values[i])
-            token = token_ids[column if inside else 0]
-            if token < 0:
-                unknown += value
-            elif value != 0:
-                good &= 0 <= value < np.inf
-                tokens[place] = token
-                counts[place] = value
-                place += 1
+        row, row_values = columns[indptr[cell] : indptr[cell + 1]], values[indptr[cell] : indptr[cell + 1]]
+        length = np.uint64(len(row))
         offsets[cell + 1] = place
-    return in_order, unknown, good
+        if not length:
+            continue
+        in_order = True
+        for i in range(np.uint64(1), length):
+            in_order &= row[i] > row[i - np.uint64(1)]
+        # A damaged matrix must not be read beyond its genes.
+        if not in_order or row[0] < 0 or row[length - np.uint64(1)] >= len(token_ids):
+            return False, 0.0
+        good, every = True, True
+        for i in range(length):
+            value = np.float32(row_values[i])
+            good &= value > 0 and value < np.inf
+            counts[place + i] = value
+        for i in range(length):
+            token = token_ids[np.uint64(row[i])]
+            tokens[place + i] = token
+            every &= token >= 0
+        if good and every:
+            place += length
+        else:
+            for i in range(length):
+                value, token = np.float32(row_values[i]), token_ids[np.uint64(row[i])]
+                if token < 0:
+                    unknown += value
+                elif value != 0:
+                    if not (value > 0 and value < np.inf):
+                        return False, 0.0
+                    tokens[place], counts[place] = token, value
+                    place += np.uint64(1)
+        offsets[cell + 1] = place
+    return True, unknown
 
 
 @numba.njit(nogil=True, cache=True)

@@ -56,8 +56,8 @@ def embed(
     A run that was stopped goes on where it was when the same command is given again. With
     `accelerate launch -m tahoex1_hf embed ...` several processes, or machines, share the work.
     """
-    from tahoex1_hf.cells.files import check_paths
     from tahoex1_hf.cells.gene_symbols import read_gene_symbols
+    from tahoex1_hf.cells.opening import check_paths
     from tahoex1_hf.embedding.files import embed_files
     from tahoex1_hf.embedding.writers import check_output
     from tahoex1_hf.hub.models import model_and_tokenizer

@@ -99,9 +99,8 @@ def simple_sources(
         ValueError: If there is no input, or an input whose kind cannot be told.
         FileNotFoundError: If an input does not exist.
     """
+    from tahoex1_hf.cells.opening import local_kind
     from tahoex1_hf.cells.readers.paths import expand_paths
-    from tahoex1_hf.data.sources.anndata_files import is_anndata
-    from tahoex1_hf.data.sources.ten_x import is_ten_x
 
     if not inputs:
         raise ValueError("name files to prepare, or --config.")
@@ -109,9 +108,9 @@ def simple_sources(
     options: dict[str, Any] = {"metadata": {new: old or new for new, _, old in names}}
     options |= {"gene_id_column": gene_id_column, "gene_symbols": gene_symbols}
     found = expand_paths(
-        inputs, lambda path: is_anndata(path) or is_ten_x(path), ".h5ad, .zarr or 10x files (others need --config)"
+        inputs, lambda path: local_kind(path) is not None, ".h5ad, .zarr or 10x files (others need --config)"
     )
-    kinds = {"anndata": [path for path in found if is_anndata(Path(path))]}
+    kinds = {"anndata": [path for path in found if local_kind(Path(path)) == "anndata"]}
     kinds["10x"] = [path for path in found if path not in set(kinds["anndata"])]
     if layer is not None and kinds["10x"]:
         raise ValueError(f"layer={layer!r}: {kinds['10x'][0]} has no layers.")

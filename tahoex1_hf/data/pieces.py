@@ -18,7 +18,7 @@ import pandas as pd
 import pyarrow as pa
 
 from tahoex1_hf.cells.ragged import gather_rows, row_sums
-from tahoex1_hf.cells.readers.base import BadInput, CellChunk
+from tahoex1_hf.cells.readers.base import BadInput, Block
 from tahoex1_hf.common.files import WholeFile
 from tahoex1_hf.data.columns import add_joined, filter_mask, output_columns, source_columns, to_arrow
 from tahoex1_hf.data.config import CommonSourceConfig, ValidationSplit
@@ -117,7 +117,7 @@ def write_piece(
     parts: list[tuple[GeneRows, pd.DataFrame, np.ndarray]] = []
     number = piece.start
     for chunk in source.read(piece.path, piece.start, piece.stop, source_columns(config)):
-        numbers = np.arange(number, number + len(chunk.metadata))
+        numbers = np.arange(number, number + len(chunk.obs))
         parts.append(_kept(chunk, numbers, config, duplicates, statistics, source))
         number += len(numbers)
     if number != piece.stop:
@@ -144,7 +144,7 @@ def write_piece(
 
 
 def _kept(
-    chunk: CellChunk,
+    chunk: Block,
     numbers: np.ndarray,
     config: CommonSourceConfig,
     duplicates: np.ndarray,
@@ -152,7 +152,7 @@ def _kept(
     source: CellSource,
 ) -> tuple[GeneRows, pd.DataFrame, np.ndarray]:
     """The cells of a chunk that no rule drops."""
-    rows, metadata = chunk.rows, chunk.metadata
+    rows, metadata = chunk.rows, chunk.obs
     metadata, misses = add_joined(metadata, config)
     lengths = np.diff(rows.offsets)
     sums = row_sums(rows.counts, rows.offsets)

@@ -106,25 +106,17 @@ def _open_sources(job: Job) -> list[CellSource]:
 
 def _open_source(config: Any, tokenizer: TahoeX1Tokenizer, spool: Path) -> CellSource:
     # Each kind needs libraries that the others do not.
-    if config.kind == "anndata":
-        from tahoex1_hf.data.sources.anndata_files import AnnDataFiles
-
-        return AnnDataFiles(config, tokenizer, spool)
-    if config.kind == "10x":
-        from tahoex1_hf.data.sources.ten_x import TenXFiles
-
-        return TenXFiles(config, tokenizer, spool)
-    if config.kind == "tahoe-100m":
-        from tahoex1_hf.data.sources.tahoe_100m import Tahoe100MFiles
-
-        return Tahoe100MFiles(config, tokenizer, spool)
     if config.kind == "census":
         from tahoex1_hf.data.sources.census import CensusExperiment
 
         return CensusExperiment(config, tokenizer, spool)
-    from tahoex1_hf.data.sources.mds import MDSFiles
+    if config.kind == "mds":
+        from tahoex1_hf.data.sources.mds import MDSFiles
 
-    return MDSFiles(config, tokenizer, spool)
+        return MDSFiles(config, tokenizer, spool)
+    from tahoex1_hf.data.sources.opened import OpenedFiles
+
+    return OpenedFiles(config, tokenizer, spool)
 
 
 def prepare(config: PrepareConfig, num_proc: int = 1, overwrite: bool = False) -> dict[str, Any]:

@@ -1,10 +1,10 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
 """Embedding files of any size, with any number of processes, in a run that can be stopped and resumed.
 
-The cells are cut into chunks (`cells/inputs.py`). Each process embeds some of the chunks and writes a shard every half
-minute (`shards.py`); when all chunks are in shards, the first process writes the output from them. The embeddings of a
-chunk depend on its cells alone. So the result is the same, bit for bit on one kind of device, however often the run
-was stopped and whatever the number of processes.
+The cells are cut into chunks (`cells/encoding.py`). Each process embeds some of the chunks and writes a shard every
+half minute (`shards.py`); when all chunks are in shards, the first process writes the output from them. The embeddings
+of a chunk depend on its cells alone. So the result is the same, bit for bit on one kind of device, however often the
+run was stopped and whatever the number of processes.
 """
 
 import logging
@@ -22,9 +22,11 @@ import torch
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
-from tahoex1_hf.cells import inputs as cell_inputs
-from tahoex1_hf.cells.files import StoredInput, open_inputs
-from tahoex1_hf.cells.inputs import CellInput, EncodeOptions
+from tahoex1_hf.cells import encoding
+from tahoex1_hf.cells.encoding import ChunkEncoder, EncodeOptions
+from tahoex1_hf.cells.genes import TAHOE_100M_GENES, GeneOptions
+from tahoex1_hf.cells.opening import open_all
+from tahoex1_hf.cells.readers.base import CellInput
 from tahoex1_hf.common.digests import json_digest, tokenizer_digest, weights_digest
 from tahoex1_hf.common.processes import Processes
 from tahoex1_hf.embedding.shards import Shard, ShardFolder
@@ -46,9 +48,10 @@ _SHARD_VALUES = 2**23
 class Plan:
     """The chunks of all inputs under consecutive numbers, and their division among processes."""
 
-    def __init__(self, inputs: Sequence[CellInput]):
-        self.inputs = inputs
-        counts = [-(-each.num_cells // cell_inputs.CHUNK_CELLS) for each in inputs]
+    def __init__(self, encoders: Sequence[ChunkEncoder]):
+        self.encoders = encoders
+        self.inputs = inputs = [each.cells for each in encoders]
+        counts = [-(-each.num_cells // encoding.CHUNK_CELLS) for each in inputs]
         self.firsts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
         self.num_chunks = int(self.firsts[-1])
         self.num_cells = sum(each.num_cells for each in inputs)
@@ -56,8 +59,8 @@ class Plan:
     def cells(self, start: int, stop: int) -> tuple[int, int, int]:
         """Return the input that holds chunks `start` to `stop`, and the first and last-plus-one of their cells."""
         number = int(np.searchsorted(self.firsts, start, side="right")) - 1
-        low = (start - int(self.firsts[number])) * cell_inputs.CHUNK_CELLS
-        high = min((stop - int(self.firsts[number])) * cell_inputs.CHUNK_CELLS, self.inputs[number].num_cells)
+        low = (start - int(self.firsts[number])) * encoding.CHUNK_CELLS
+        high = min((stop - int(self.firsts[number])) * encoding.CHUNK_CELLS, self.inputs[number].num_cells)
         return number, low, high
 
     def ranges(self, todo: np.ndarray) -> list[tuple[int, int]]:
@@ -80,7 +83,7 @@ class Plan:
         """Return the chunks of each process: consecutive chunks, with about as many tokens for each process."""
         if processes == 1:
             return [todo]
-        tokens = np.concatenate([each.chunk_tokens() for each in self.inputs])[todo].astype(np.float64)
+        tokens = np.concatenate([each.chunk_tokens() for each in self.encoders])[todo].astype(np.float64)
         middles = np.cumsum(tokens) - tokens / 2
         owner = np.minimum((middles * processes / max(tokens.sum(), 1)).astype(np.int64), processes - 1)
         return [todo[owner == process] for process in range(processes)]
@@ -144,13 +147,14 @@ def embed_files(
     check_output(target, gene_embeddings)
     processes = Processes.current()
     loaded, tokenizer = model_and_tokenizer(model, tokenizer)
-    options = EncodeOptions(with_context(tokenizer, max_length), drugs, seed, gene_id_column, gene_symbols, layer)
+    options = EncodeOptions(with_context(tokenizer, max_length), drugs, seed)
+    genes = GeneOptions(gene_id_column, gene_symbols, layer, gene_metadata or TAHOE_100M_GENES)
     with ExitStack() as stack:
         shards = ShardFolder(f"{target}.shards")
         spool = Path(shards.location) / "by_cell"
         if not shards.is_local:  # each machine sorts by cell the counts that need it
             spool = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        inputs = open_inputs(paths, options, spool, gene_metadata)
+        inputs = open_all(paths, options.tokenizer, genes, spool=spool)
         alone = len(inputs) == 1 and _is_h5ad(inputs[0])
         copied = inputs[0].path if alone and target.endswith(".h5ad") else None
         if gene_embeddings and copied is None:
@@ -164,7 +168,7 @@ def embed_files(
         )
         with_names = copied is None and not target.endswith(".npy")
         run = _Run(inputs, shards, encoder, options, gene_embeddings, with_names)
-        identity = _identity(run, loaded, {"key_added": key_added})
+        identity = _identity(run, loaded, {"key_added": key_added, "layer": layer})
         identity["batch_tokens"] = batch_tokens  # it moves last digits; the default depends on the device alone
         todo = run.begin(stack.enter_context(_Lock(shards)), identity, restart, processes)
 
@@ -176,7 +180,7 @@ def embed_files(
 
 
 def _is_h5ad(cells: CellInput) -> bool:
-    return isinstance(cells, StoredInput) and Path(cells.path).is_file()
+    return cells.path.endswith(".h5ad") and Path(cells.path).is_file()
 
 
 class _Run:
@@ -191,7 +195,8 @@ class _Run:
         gene_embeddings: bool,
         names: bool,
     ):
-        self.plan, self.shards, self.encoder, self.options = Plan(inputs), shards, encoder, options
+        self.plan = Plan([ChunkEncoder(each, options) for each in inputs])
+        self.shards, self.encoder, self.options = shards, encoder, options
         self.names, self.gene_embeddings = names, gene_embeddings
 
     def _gene_means(self) -> GeneMeans | None:
@@ -264,7 +269,7 @@ class _Run:
     ) -> Iterator[tuple[int, int, Shard]]:
         """Yield the shards of chunks `start` to `stop`, each with its first and last-plus-one chunk."""
         number, low, high = self.plan.cells(start, stop)
-        source = self.plan.inputs[number]
+        source = self.plan.encoders[number]
         names: list[str] = []
         parts: list[np.ndarray] = []
         empty, first, since = 0, start, time.monotonic()
@@ -319,12 +324,11 @@ def _identity(run: _Run, model: TahoeX1PreTrainedModel, more: dict[str, Any]) ->
     options, tokenizer = run.options, run.options.tokenizer
     return {
         "cells": [[each.path, each.fingerprint, each.num_cells] for each in run.plan.inputs],
-        "chunk_cells": cell_inputs.CHUNK_CELLS,
+        "chunk_cells": encoding.CHUNK_CELLS,
         "model": weights_digest(model),
         "tokenizer": tokenizer_digest(tokenizer),
         "max_length": tokenizer.context_length,
         "genes": [json_digest(each.genes.token_ids.tolist()) for each in run.plan.inputs if each.genes is not None],
-        "layer": options.layer,
         "drugs": options.drugs,
         "seed": options.seed,
         "dtype": run.encoder.dtype_name,

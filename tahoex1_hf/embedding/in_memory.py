@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from tahoex1_hf.cells.inputs import AnnDataInput, EncodeOptions
+from tahoex1_hf.cells.encoding import ChunkEncoder, EncodeOptions
+from tahoex1_hf.cells.genes import GeneOptions
+from tahoex1_hf.cells.opening import open_cells
 from tahoex1_hf.hub.models import model_and_tokenizer, model_name, without_peft
 from tahoex1_hf.inference.chunks import embed_input, with_context
 from tahoex1_hf.inference.encoder import CellEncoder, DtypeName
@@ -69,13 +71,14 @@ def embed_anndata(
     """
     loaded, tokenizer = model_and_tokenizer(model, tokenizer)
     tokenizer = with_context(tokenizer, max_length)
-    options = EncodeOptions(tokenizer, drugs, seed, gene_id_column, gene_symbols, layer)
-    cells = AnnDataInput(adata, options)
+    options = EncodeOptions(tokenizer, drugs, seed)
+    cells = open_cells(adata, tokenizer, GeneOptions(gene_id_column, gene_symbols, layer))
     encoder = CellEncoder(without_peft(loaded), tokenizer, batch_tokens=batch_tokens, device=device, dtype=dtype)
-    gene_means = encoder.gene_means(cells.genes) if gene_embeddings else None
-    embeddings, num_empty = embed_input(encoder, cells, gene_means, progress)
+    genes = cells.genes
+    gene_means = encoder.gene_means(genes) if gene_embeddings and genes is not None else None
+    embeddings, num_empty = embed_input(encoder, ChunkEncoder(cells, options), gene_means, progress)
     # Written last, together: an interrupted run leaves adata as it was.
     adata.obsm[key_added] = embeddings
-    if gene_means is not None:
-        adata.varm[key_added] = gene_means.means(cells.genes.token_ids)
+    if gene_means is not None and genes is not None:
+        adata.varm[key_added] = gene_means.means(genes.token_ids)
     adata.uns[provenance_key(key_added)] = provenance(model_name(model, loaded), encoder, options, [cells], num_empty)

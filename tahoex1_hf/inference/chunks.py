@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from tqdm.auto import tqdm
 
-from tahoex1_hf.cells.inputs import CellInput, Chunk
+from tahoex1_hf.cells.encoding import Chunk, ChunkEncoder
 from tahoex1_hf.common.prefetch import prefetch
 from tahoex1_hf.inference.encoder import CellEncoder, GeneMeans
 from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
@@ -23,7 +23,7 @@ def embed_chunks(
 
     Args:
         encoder: model that embeds the cells.
-        chunks: chunks from `CellInput.chunks`.
+        chunks: chunks from `ChunkEncoder.chunks`.
         gene_means: running means to which the cells' gene embeddings are added.
         on_batch: function called after each batch with its number of cells.
 
@@ -35,13 +35,13 @@ def embed_chunks(
 
 
 def embed_input(
-    encoder: CellEncoder, cells: CellInput, gene_means: GeneMeans | None = None, progress: bool = False
+    encoder: CellEncoder, chunks: ChunkEncoder, gene_means: GeneMeans | None = None, progress: bool = False
 ) -> tuple[np.ndarray, int]:
     """Embed all cells of an input.
 
     Args:
         encoder: model that embeds the cells.
-        cells: input with the cells.
+        chunks: input with the cells, and how they are encoded.
         gene_means: running means to which the cells' gene embeddings are added.
         progress: whether to show a progress bar.
 
@@ -49,10 +49,11 @@ def embed_input(
         `(cells, width)` float32 embeddings, each row of length 1, and the number of cells in which no known gene is
         expressed.
     """
-    embeddings = np.empty((cells.num_cells, encoder.width), dtype=np.float32)
+    num_cells = chunks.cells.num_cells
+    embeddings = np.empty((num_cells, encoder.width), dtype=np.float32)
     num_empty = 0
-    with tqdm(total=cells.num_cells, unit="cell", desc="Embedding", disable=not progress) as bar:
-        for chunk, part in embed_chunks(encoder, cells.chunks(0, cells.num_cells), gene_means, bar.update):
+    with tqdm(total=num_cells, unit="cell", desc="Embedding", disable=not progress) as bar:
+        for chunk, part in embed_chunks(encoder, chunks.chunks(0, num_cells), gene_means, bar.update):
             embeddings[chunk.start : chunk.start + len(part)] = part
             num_empty += len(chunk.cells.empty_cells)
     return embeddings, num_empty

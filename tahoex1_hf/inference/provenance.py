@@ -7,7 +7,8 @@ from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
 
-from tahoex1_hf.cells.inputs import CellInput, EncodeOptions
+from tahoex1_hf.cells.encoding import EncodeOptions
+from tahoex1_hf.cells.readers.base import CellInput
 from tahoex1_hf.inference.encoder import CellEncoder
 
 

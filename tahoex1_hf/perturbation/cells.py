@@ -14,22 +14,19 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from transformers.utils import logging
 
-from tahoex1_hf.cells.inputs import EncodeOptions
+from tahoex1_hf.cells.encoding import DrugIds, EncodeOptions
+from tahoex1_hf.cells.readers.base import CellInput
 from tahoex1_hf.encoding_tahoe_x1 import (
     EncodedCells,
     GeneMatch,
     GeneRows,
-    count_hint,
     count_problem,
     kept_genes,
-    matrix_rows,
-    merge_repeats,
     mix64,
-    to_csr,
 )
 
 if TYPE_CHECKING:
-    from anndata import AnnData
+    pass
 
 PerturbationMode = Literal["delete", "overexpress", "set"]
 
@@ -104,10 +101,10 @@ class CellRows:
 
 
 class CellSource:
-    """The cells of an AnnData, in memory or backed, a few of which are read at a time.
+    """The cells of an input, a few of which are read at a time.
 
     Args:
-        adata: cells with raw counts.
+        cells: cells with raw counts.
         options: options of the encoding.
 
     Attributes:
@@ -120,21 +117,18 @@ class CellSource:
 
     genes: GeneMatch
 
-    def __init__(self, adata: "AnnData", options: EncodeOptions):
+    def __init__(self, cells: CellInput, options: EncodeOptions):
         tokenizer = self.tokenizer = options.tokenizer
-        self.options, self.adata = options, adata
+        self.options, self.cells = options, cells
         if tokenizer.first_gene_raw and options.drugs is None:
             raise ValueError(
                 "tokenizer.first_gene_raw is on: the raw count of whichever gene comes first would be mistaken for "
                 "an effect of the perturbation. Set it to False."
             )
-        self._matrix, self.genes = tokenizer.read_anndata(
-            adata, options.gene_id_column, options.layer, options.gene_symbols
-        )
-        if getattr(self._matrix, "format", None) == "csc":
-            self._matrix = to_csr(self._matrix.to_memory() if hasattr(self._matrix, "to_memory") else self._matrix)
-        self._drugs = tokenizer.resolve_drugs(adata, options.drugs)
-        special = 1 if self._drugs is None else 2
+        if cells.genes is None:
+            raise ValueError(f"{cells.path} has no table of genes: perturb cells of an AnnData or an .h5ad file.")
+        self.genes, self._drug_ids = cells.genes, DrugIds(cells, tokenizer, options.drugs)
+        special = 1 if options.drugs is None else 2
         self.room = None if tokenizer.context_length is None else tokenizer.context_length - special
         self.num_tokens = max(tokenizer.get_vocab().values()) + 1
         known = self.genes.token_ids[self.genes.token_ids >= 0]
@@ -147,12 +141,9 @@ class CellSource:
 
     def read(self, numbers: np.ndarray) -> CellRows:
         """Read the cells with these numbers, which increase."""
-        rows, repeats = matrix_rows(self._matrix[numbers], self.genes)
-        drug_ids = None
-        if self._drugs is not None:
-            drugs = self._drugs if isinstance(self._drugs, str) else [self._drugs[number] for number in numbers]
-            drug_ids = self.tokenizer.drug_ids(drugs, len(numbers))
-        return CellRows(self, merge_repeats(rows) if repeats else rows, numbers, drug_ids)
+        rows = self.cells.rows_at(numbers)
+        rows = rows._replace(tokens=rows.tokens.astype(np.int64))
+        return CellRows(self, rows, numbers, self._drug_ids.of_cells(numbers))
 
     def check(self, cells: CellRows) -> None:
         """Raise ValueError for counts that cannot be encoded; warn once of counts that look wrong."""
@@ -164,9 +155,9 @@ class CellSource:
                 part = GeneRows(one.tokens, one.counts, np.array([0, len(one.tokens)]))
                 error, _ = count_problem(part, int(cells.numbers[cell]), lookup)
                 if error is not None:
-                    raise ValueError(error + count_hint(self.adata, self.options.layer))
+                    raise ValueError(error + self.cells.count_hint())
         if warning is not None and self.tokenizer.value_encoding != "raw":
-            logger.warning_once(warning + count_hint(self.adata, self.options.layer))
+            logger.warning_once(warning + self.cells.count_hint())
 
     def encode(
         self, rows: GeneRows, keep: np.ndarray, numbers: np.ndarray, drug_ids: np.ndarray | None

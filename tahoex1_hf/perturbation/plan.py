@@ -3,15 +3,13 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from tahoex1_hf.cells.inputs import CHUNK_CELLS
+from tahoex1_hf.cells.encoding import CHUNK_CELLS
+from tahoex1_hf.cells.readers.base import CellInput
 from tahoex1_hf.perturbation.cells import CellSource
-
-if TYPE_CHECKING:
-    from anndata import AnnData
 
 # A block of perturbations is measured together, and kept when it is done. A block has at most this many perturbed
 # cells, enough for full batches, and at most this many perturbations, fewer where the change of every gene is summed.
@@ -58,11 +56,11 @@ def chunks(numbers: np.ndarray) -> Iterator[np.ndarray]:
         yield numbers[start : start + CHUNK_CELLS]
 
 
-def choose_cells(adata: "AnnData", cells: Any, name: str) -> np.ndarray:
+def choose_cells(source: CellInput, cells: Any, name: str) -> np.ndarray:
     """Return the chosen cells as a `(cells,)` bool mask.
 
     Args:
-        adata: cells to choose from.
+        source: cells to choose from.
         cells: mask, comparison over columns of `obs`, or None for all cells.
         name: name of the argument, for messages.
 
@@ -70,42 +68,46 @@ def choose_cells(adata: "AnnData", cells: Any, name: str) -> np.ndarray:
         ValueError: for a mask of another length, an expression that does not fit `obs`, and a choice without cells.
     """
     if cells is None:
-        mask = np.ones(adata.n_obs, dtype=bool)
+        mask = np.ones(source.num_cells, dtype=bool)
     elif isinstance(cells, str):
-        mask = _query(adata, cells, name)
+        mask = _query(source, cells, name)
     else:
         mask = np.asarray(cells)
-        if mask.dtype != bool or mask.shape != (adata.n_obs,):
+        if mask.dtype != bool or mask.shape != (source.num_cells,):
             raise ValueError(
                 f"{name} has shape {mask.shape} and dtype {mask.dtype}: pass True or False for each of the "
-                f"{adata.n_obs} cells, or a comparison like 'cell_type == \"B\"'."
+                f"{source.num_cells} cells, or a comparison like 'cell_type == \"B\"'."
             )
     if not mask.any():
-        raise ValueError(f"{name}={cells!r} leaves none of the {adata.n_obs} cells: choose others.")
+        raise ValueError(f"{name}={cells!r} leaves none of the {source.num_cells} cells: choose others.")
     return mask
 
 
-def _query(adata: "AnnData", expression: str, name: str) -> np.ndarray:
+def _query(source: CellInput, expression: str, name: str) -> np.ndarray:
+    import pandas as pd
+
     from tahoex1_hf.data.columns import filter_mask
     from tahoex1_hf.data.config import filter_columns
 
     try:
-        missing = [column for column in filter_columns(expression) if column not in adata.obs.columns]
+        columns = filter_columns(expression)
+        missing = [column for column in columns if column not in source.obs_columns]
         if missing:
-            raise ValueError(f"{missing[0]!r} is not in adata.obs: it has {list(adata.obs.columns)}.")
-        return filter_mask(adata.obs, expression)
+            raise ValueError(f"{missing[0]!r} is not in adata.obs: it has {source.obs_columns}.")
+        parts = {column: source.column(column).array for column in columns}
+        return filter_mask(pd.DataFrame(parts, index=range(source.num_cells)), expression)
     except ValueError as error:
         raise ValueError(f"{name}={expression!r}: {error}") from None
 
 
-def make_groups(adata: "AnnData", mask: np.ndarray, groupby: str | None) -> Groups:
+def make_groups(source: CellInput, mask: np.ndarray, groupby: str | None) -> Groups:
     """Group the chosen cells by a column of `obs`; cells without a value there are left out."""
     numbers = np.flatnonzero(mask)
     if groupby is None:
         return Groups(["all"], [numbers])
-    if groupby not in adata.obs.columns:
-        raise ValueError(f"groupby={groupby!r} is not in adata.obs: it has {list(adata.obs.columns)}.")
-    column = adata.obs[groupby].iloc[numbers]
+    if groupby not in source.obs_columns:
+        raise ValueError(f"groupby={groupby!r} is not in adata.obs: it has {source.obs_columns}.")
+    column = source.column(groupby).iloc[numbers]
     values = column.astype(object).where(column.notna(), None).map(lambda value: None if value is None else str(value))
     names = sorted({value for value in values if value is not None})
     if not names:
@@ -117,13 +119,13 @@ class GeneNames:
     """Translation between the names that a user gives to genes and their tokens.
 
     Args:
-        adata: cells; symbols are also looked for in the columns of `var`.
-        source: the same cells, with the tokens of their columns.
+        source: cells; symbols are also looked for in the columns of `var`.
+        symbols: gene symbol -> Ensembl id, or None.
     """
 
-    def __init__(self, adata: "AnnData", source: CellSource):
-        self.adata, self.source = adata, source
-        self.symbols: Mapping[str, str] = source.options.gene_symbols or {}
+    def __init__(self, source: CellSource, symbols: Mapping[str, str] | None):
+        self.source, self.var = source, source.cells.var
+        self.symbols: Mapping[str, str] = symbols or {}
 
     def tokens(self, names: Sequence[str]) -> list[int]:
         """Return the tokens of genes named by Ensembl id or symbol.
@@ -140,7 +142,7 @@ class GeneNames:
             if token >= 0 and self.source.column_of[token] >= 0:
                 found[name] = token
         missing = [name for name in wanted if name not in found]
-        for column in [self.adata.var_names.to_series(), *(self.adata.var[name] for name in self.adata.var.columns)]:
+        for column in [self.var.index.to_series(), *(self.var[name] for name in self.var.columns)]:
             texts = column.astype(str).to_numpy()
             for name in missing:
                 tokens = {int(token) for token in self.source.genes.token_ids[texts == name] if token >= 0}
@@ -166,11 +168,11 @@ class GeneNames:
         Args:
             asked: genes that the user named, which keep these names; or `"all"`.
         """
-        shown = self.adata.var_names.astype(str).to_numpy()
+        shown = self.var.index.astype(str).to_numpy()
         if all(name.startswith("ENS") for name in shown[:20]):
-            column = next((name for name in _SYMBOL_COLUMNS if name in self.adata.var.columns), None)
+            column = next((name for name in _SYMBOL_COLUMNS if name in self.var.columns), None)
             if column is not None:
-                shown = self.adata.var[column].astype(str).to_numpy()
+                shown = self.var[column].astype(str).to_numpy()
             elif self.symbols:
                 reverse = {gene: symbol for symbol, gene in self.symbols.items()}
                 shown = np.array([reverse.get(name, name) for name in shown], dtype=object)

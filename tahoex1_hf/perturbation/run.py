@@ -12,7 +12,9 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from tahoex1_hf.cells.inputs import EncodeOptions
+from tahoex1_hf.cells.encoding import EncodeOptions
+from tahoex1_hf.cells.genes import GeneOptions
+from tahoex1_hf.cells.opening import open_cells
 from tahoex1_hf.common.digests import json_digest, tokenizer_digest, weights_digest
 from tahoex1_hf.common.prefetch import prefetch
 from tahoex1_hf.encoding_tahoe_x1 import mix64
@@ -167,19 +169,15 @@ def perturb_genes(
             f"null_genes={null_genes}, min_cells={min_cells}, num_affected={num_affected}: pass at least 0, 1 and 1."
         )
     with ExitStack() as stack:
-        if isinstance(adata, (str, Path)):
-            from anndata import read_h5ad
-
-            adata = read_h5ad(adata, backed="r")
-            stack.callback(adata.file.close)
         loaded, tokenizer = model_and_tokenizer(model, tokenizer, expression=expression)
-        options = EncodeOptions(with_context(tokenizer, max_length), drugs, seed, gene_id_column, gene_symbols, layer)
+        options = EncodeOptions(with_context(tokenizer, max_length), drugs, seed)
+        opened = open_cells(adata, options.tokenizer, GeneOptions(gene_id_column, gene_symbols, layer))
         forward = _forward(without_peft(loaded), options.tokenizer, expression, batch_tokens, device, dtype)
-        source = CellSource(adata, options)
-        groups = make_groups(adata, choose_cells(adata, cells, "cells"), groupby)
-        toward = None if target is None else np.flatnonzero(choose_cells(adata, target, "target"))
+        source = CellSource(opened, options)
+        groups = make_groups(opened, choose_cells(opened, cells, "cells"), groupby)
+        toward = None if target is None else np.flatnonzero(choose_cells(opened, target, "target"))
         levels = Levels.measure(source, groups)
-        names = GeneNames(adata, source)
+        names = GeneNames(source, gene_symbols)
         controls = _plan(genes, names, groups, levels, change, together, null_genes, min_cells)
         run = _Run(source, groups, levels, forward, change, controls, num_affected)
         settings = {"mode": mode, "value": value, "expression": expression, "num_affected": num_affected}

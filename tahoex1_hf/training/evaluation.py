@@ -10,7 +10,7 @@ import json
 import logging
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,9 +26,9 @@ from tahoex1_hf.common.plots import draw_umap
 from tahoex1_hf.data.config import Strict
 
 if TYPE_CHECKING:
-    import anndata
     import pandas as pd
 
+    from tahoex1_hf.cells.readers.base import CellInput
     from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -208,55 +208,49 @@ class CellTypeEvaluation(_Evaluation):
         Raises:
             ValueError: If the column with the labels is missing or has less than two classes.
         """
-        from tahoex1_hf.cells.inputs import AnnDataInput, EncodeOptions
-        from tahoex1_hf.inference.chunks import embed_input
+        from tahoex1_hf.cells.encoding import CHUNK_CELLS, ChunkEncoder, EncodeOptions
+        from tahoex1_hf.cells.genes import GeneOptions
+        from tahoex1_hf.cells.opening import open_cells
         from tahoex1_hf.inference.encoder import CellEncoder
 
         assert self.tokenizer is not None
-        adata, symbols = self._cells()
         config = self.config
-        options = EncodeOptions(
-            self.tokenizer, gene_id_column=config.gene_id_column, gene_symbols=symbols, layer=config.layer
-        )
-        cells = AnnDataInput(adata, options)
+        options = GeneOptions(config.gene_id_column, config.gene_symbols, config.layer)
+        cells = open_cells(config.file, self.tokenizer, options)
+        rows, labels = self._choose(cells)
         encoder = CellEncoder(
             model,  # type: ignore[arg-type]
             self.tokenizer,
             device=next(model.parameters()).device,
             dtype="float32",
         )
-        embeddings, _ = embed_input(encoder, cells)
-        return embeddings, adata.obs[config.label].astype(str).to_numpy()
+        embeddings = np.empty((len(rows), encoder.width), dtype=np.float32)
+        chunks = ChunkEncoder(cells, EncodeOptions(self.tokenizer))
+        for start in range(0, len(rows), CHUNK_CELLS):
+            part = rows[start : start + CHUNK_CELLS]
+            embeddings[start : start + len(part)] = encoder.embed(chunks.encode(cells.rows_at(part), None, start))
+        return embeddings, labels
 
-    def _cells(self) -> "tuple[anndata.AnnData, Mapping[str, str] | None]":
-        import anndata
-        import pandas as pd
-
+    def _choose(self, cells: "CellInput") -> tuple[np.ndarray, np.ndarray]:
+        """Return the rising numbers of the cells to embed, and their labels."""
         config = self.config
-        backed = anndata.read_h5ad(config.file, backed="r")
-        try:
-            if config.label not in backed.obs:
-                raise ValueError(f"label={config.label!r} is not in obs of {config.file}: {list(backed.obs)} are.")
-            labels = backed.obs[config.label]
-            known = np.flatnonzero(labels.notna().to_numpy())
-            counts = labels.iloc[known].astype(str).value_counts()
-            kept = counts.index[counts >= config.folds]
-            if len(kept) < len(counts):
-                logger.warning("%s: classes of fewer than %d cells are left out.", config.name, config.folds)
-            if len(kept) < 2:
-                raise ValueError(
-                    f"label={config.label!r} of {config.file}: {len(kept)} classes have at least {config.folds} cells."
-                )
-            rows = known[labels.iloc[known].astype(str).isin(kept).to_numpy()]
-            if len(rows) > config.max_cells:
-                rows = np.sort(np.random.default_rng(config.seed).choice(rows, config.max_cells, replace=False))
-            adata = backed[rows].to_memory()
-        finally:
-            backed.file.close()
-        if config.gene_symbols is None:
-            return adata, None
-        table = pd.read_csv(config.gene_symbols)
-        return adata, dict(zip(table.iloc[:, 0], table.iloc[:, 1], strict=True))
+        if config.label not in cells.obs_columns:
+            raise ValueError(f"label={config.label!r} is not in obs of {config.file}: {cells.obs_columns} are.")
+        column = cells.column(config.label)
+        known = np.flatnonzero(column.notna().to_numpy())
+        labels = column.iloc[known].astype(str)
+        counts = labels.value_counts()
+        kept = counts.index[counts >= config.folds]
+        if len(kept) < len(counts):
+            logger.warning("%s: classes of fewer than %d cells are left out.", config.name, config.folds)
+        if len(kept) < 2:
+            raise ValueError(
+                f"label={config.label!r} of {config.file}: {len(kept)} classes have at least {config.folds} cells."
+            )
+        rows = known[labels.isin(kept).to_numpy()]
+        if len(rows) > config.max_cells:
+            rows = np.sort(np.random.default_rng(config.seed).choice(rows, config.max_cells, replace=False))
+        return rows, column.iloc[rows].astype(str).to_numpy()
 
     def score(self, features: Features, picture: Path, step: int) -> dict[str, float]:
         """Return the macro-F1 over the folds, the purity, and its ratio to that of random neighbours."""

@@ -11,8 +11,31 @@ from cells import GENES, NUM_GENES, write_vocab
 from scipy.sparse import csc_matrix, csr_matrix
 
 from tahoex1_hf import TahoeX1Tokenizer
-from tahoex1_hf.cells.compiled_encoding import encode_chunk, encode_token_rows
-from tahoex1_hf.encoding_tahoe_x1 import EncodedCells, GeneRows, concatenate_cells
+from tahoex1_hf.cells import compilation
+from tahoex1_hf.cells.compiled_encoding import compacted_rows, encode_compiled
+from tahoex1_hf.cells.encoding import ChunkEncoder, EncodeOptions
+from tahoex1_hf.cells.genes import GeneOptions
+from tahoex1_hf.cells.readers.anndata_inputs import AnnDataInput
+from tahoex1_hf.cells.readers.base import gene_rows
+from tahoex1_hf.encoding_tahoe_x1 import EncodedCells, GeneMatch, GeneRows, concatenate_cells
+
+
+@pytest.fixture(autouse=True)
+def compiled() -> None:
+    compilation.use_now()
+
+
+def encode_chunk(
+    ours: TahoeX1Tokenizer, matrix: Any, genes: GeneMatch, drugs: Any = None, first_cell: int = 0, seed: int = 0
+) -> EncodedCells:
+    """What an input's cells become, on the way that they take where there are many."""
+    rows, _ = gene_rows(matrix, genes, first_cell, ours)
+    known = ours.convert_ids_to_tokens(int(np.flatnonzero(ours.is_gene)[0]))
+    adata = anndata.AnnData(np.ones((matrix.shape[0], 1)), var={"gene": [known]})
+    cells = AnnDataInput(adata, ours, GeneOptions("gene"))
+    drug_ids = None if drugs is None else ours.drug_ids(drugs, matrix.shape[0])
+    return ChunkEncoder(cells, EncodeOptions(ours, seed=seed)).encode(rows, drug_ids, first_cell)
+
 
 DRUGS = {"<pad>": 0, "aspirin": 1}
 
@@ -41,13 +64,13 @@ def assert_same(ours: EncodedCells, theirs: EncodedCells) -> None:
 def watched(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How often the tokenizer's own encoding was taken."""
     calls: list[int] = []
-    real = TahoeX1Tokenizer.encode_counts
+    real = TahoeX1Tokenizer.encode_rows
 
     def counting(self: TahoeX1Tokenizer, *args: Any, **kwargs: Any) -> EncodedCells:
         calls.append(1)
         return real(self, *args, **kwargs)
 
-    monkeypatch.setattr(TahoeX1Tokenizer, "encode_counts", counting)
+    monkeypatch.setattr(TahoeX1Tokenizer, "encode_rows", counting)
     return calls
 
 
@@ -74,7 +97,7 @@ def test_equals_the_tokenizers_own(tmp_path: Path, settings: dict[str, Any], wat
     assert 3 in fast.empty_cells
 
 
-def test_rows_of_tokens(tmp_path: Path, settings_of_rows: dict[str, Any], monkeypatch) -> None:
+def test_rows_of_tokens(tmp_path: Path, settings_of_rows: dict[str, Any]) -> None:
     ours = tokenizer(tmp_path, drug_to_id=DRUGS, **settings_of_rows)
     rng = np.random.default_rng(0)
     lengths = rng.integers(0, NUM_GENES, 30)
@@ -87,11 +110,11 @@ def test_rows_of_tokens(tmp_path: Path, settings_of_rows: dict[str, Any], monkey
     )
     for drug_ids in (None, np.arange(30) % 2):
         expected = ours.encode_rows(rows, drug_ids=drug_ids, first_cell=7, seed=3)
-        with monkeypatch.context() as patch:
-            patch.delattr(TahoeX1Tokenizer, "encode_rows")  # the compiled way does without
-            assert_same(encode_token_rows(ours, rows, drug_ids, first_cell=7, seed=3), expected)
+        found = encode_compiled(ours, rows, drug_ids, first_cell=7, seed=3)
+        assert found is not None
+        assert_same(found, expected)
     fractions = rows._replace(counts=rows.counts * np.float32(0.3))
-    assert_same(encode_token_rows(ours, fractions), ours.encode_rows(fractions))
+    assert encode_compiled(ours, fractions) is None
 
 
 @pytest.fixture(params=[{}, {"context_length": None}, {"overflow": "first"}])
@@ -136,14 +159,27 @@ def unsorted(matrix: csr_matrix) -> csr_matrix:
     return matrix
 
 
-@pytest.mark.parametrize(
-    "change",
-    [csc_matrix, lambda m: m.toarray(), lambda m: m * np.float32(0.3), unsorted],
-    ids=["csc", "dense", "fractions", "unsorted"],
-)
-def test_the_unusual_is_left_to_the_tokenizer(tmp_path: Path, change: Any, watched: list[int]) -> None:
+@pytest.mark.parametrize("change", [csc_matrix, lambda m: m.toarray(), unsorted], ids=["csc", "dense", "unsorted"])
+def test_other_matrices_give_the_same_rows(tmp_path: Path, change: Any) -> None:
     ours = tokenizer(tmp_path)
     matrix, genes = change(counts_of(20)), ours.match_genes(GENES)
+    rows, _ = gene_rows(matrix, genes, 0, ours)
+    # Sorted: of the unsorted matrix, the compiled way makes none.
+    same = csr_matrix(matrix)
+    assert change is not unsorted or compacted_rows(same, genes, np.uint16) is None
+    same.has_sorted_indices = False
+    same.sort_indices()
+    found = compacted_rows(same, genes, np.uint16)
+    assert found is not None
+    for ours_, theirs in zip(rows, found[0], strict=True):
+        np.testing.assert_array_equal(ours_, theirs)
+        assert ours_.dtype == theirs.dtype
+    assert_same(encode_chunk(ours, matrix, genes), ours.encode_counts(matrix, genes))
+
+
+def test_fractions_are_left_to_the_tokenizer(tmp_path: Path, watched: list[int]) -> None:
+    ours = tokenizer(tmp_path)
+    matrix, genes = counts_of(20) * np.float32(0.3), ours.match_genes(GENES)
     assert_same(encode_chunk(ours, matrix, genes), ours.encode_counts(matrix, genes))
     assert len(watched) == 2
 

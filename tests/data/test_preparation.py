@@ -39,7 +39,7 @@ def assert_holds(folder: Path, adata: anndata.AnnData, tmp_path: Path) -> pd.Dat
 @pytest.mark.parametrize("kind", ["csr", "csc", "dense", "zarr", "zarr_csc", "10x_h5", "10x_mtx"])
 def test_every_kind_of_file_gives_the_same_cells(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # Chunks and pieces much smaller than the file, and not divisors of it.
-    for module in ("cells.readers.base", "cells.readers.csr", "cells.readers.stores", "data.sources.ten_x"):
+    for module in ("cells.readers.base", "cells.readers.csr", "cells.readers.stores", "cells.readers.ten_x"):
         monkeypatch.setattr(f"tahoex1_hf.{module}.CHUNK_ELEMENTS", 150, raising=True)
     adata = make_cells(67)
     path = write_cells(adata, tmp_path / "cells", kind)

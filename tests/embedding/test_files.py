@@ -22,9 +22,9 @@ from helpers import tiny_config, tiny_model
 from tahoe_100m import SHA256, cell_table, fill_cache, write_parquet
 
 from tahoex1_hf import TahoeX1Model, TahoeX1Tokenizer, embed_anndata
-from tahoex1_hf.cells import inputs as cell_inputs
-from tahoex1_hf.cells.files import PreparedInput, StoredInput
-from tahoex1_hf.cells.inputs import AnnDataInput, EncodeOptions
+from tahoex1_hf.cells import encoding
+from tahoex1_hf.cells.encoding import ChunkEncoder, EncodeOptions
+from tahoex1_hf.cells.opening import Source, open_cells
 from tahoex1_hf.cells.readers.csr import AlignedArray
 from tahoex1_hf.data.config import parse_config
 from tahoex1_hf.data.preparation import prepare
@@ -40,7 +40,7 @@ CHUNK = 16
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many chunks, each a shard, of few cells."""
-    monkeypatch.setattr(cell_inputs, "CHUNK_CELLS", CHUNK)
+    monkeypatch.setattr(encoding, "CHUNK_CELLS", CHUNK)
     monkeypatch.setattr(embed_files, "_SHARD_SECONDS", 0.0)
 
 
@@ -124,7 +124,7 @@ def test_a_file_of_an_old_anndata(tmp_path: Path, cells: anndata.AnnData, vocab:
 def test_a_backed_anndata_is_read_in_the_files_own_chunks(
     tmp_path: Path, cells: anndata.AnnData, parts, compression: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cell_inputs, "BLOCK_ELEMENTS", 200)
+    monkeypatch.setattr("tahoex1_hf.cells.readers.base.BLOCK_ELEMENTS", 200)
     cells.write_h5ad(tmp_path / "cells.h5ad", compression=compression)
     backed = anndata.read_h5ad(tmp_path / "cells.h5ad", backed="r")
     starts = []
@@ -195,10 +195,11 @@ def test_a_prepared_dataset(tmp_path: Path, cells: anndata.AnnData, parts, prepa
     model, tokenizer = parts
     tokenizer.context_length = None  # a sample would depend on the cell's number, which is another in the dataset
     run(prepared, tmp_path / "out.parquet", model, tokenizer, progress=False)
-    split = PreparedInput(str(prepared), "train", EncodeOptions(tokenizer))
-    assert len(split.folder.sizes) > 1
-    tokens = [chunk.cells.lengths.sum() for chunk in split.chunks(0, split.num_cells)]
-    np.testing.assert_array_equal(split.chunk_tokens(), tokens)
+    split = open_cells(Source(str(prepared), "prepared", "train"), tokenizer)
+    assert len(split.dataset.sizes) > 1
+    encoder = ChunkEncoder(split, EncodeOptions(tokenizer))
+    tokens = [chunk.cells.lengths.sum() for chunk in encoder.chunks(0, split.num_cells)]
+    np.testing.assert_array_equal(encoder.chunk_tokens(), tokens)
     table = pd.read_parquet(tmp_path / "out.parquet").set_index("cell")
     assert set(table["source"]) == {f"{prepared} (train)", f"{prepared} (validation)"}
     values = table.loc[cells.obs_names].iloc[:, 1:].to_numpy()
@@ -385,12 +386,12 @@ DRIVER = """
     import torch
     from helpers import tiny_config, tiny_model
     from tahoex1_hf import TahoeX1Model, TahoeX1Tokenizer
-    from tahoex1_hf.cells import inputs as cell_inputs
+    from tahoex1_hf.cells import encoding
     from tahoex1_hf.embedding import files as embed_files
     from tahoex1_hf.inference.encoder import CellEncoder
     torch.set_num_threads(1)
     source, output, vocab, *stop = sys.argv[1:]
-    cell_inputs.CHUNK_CELLS, embed_files._SHARD_SECONDS = 16, 0.0
+    encoding.CHUNK_CELLS, embed_files._SHARD_SECONDS = 16, 0.0
     real, calls = CellEncoder.embed, []
     def counted(*arguments):
         calls.append(1)
@@ -481,11 +482,11 @@ def test_work_is_shared_by_tokens(vocab: Path, tmp_path: Path) -> None:
     long_last.X = type(long_last.X)(dense)
     path = write_cells(long_last, tmp_path / "cells", "csr")
     options = EncodeOptions(TahoeX1Tokenizer(str(vocab), context_length=None))
-    plan = Plan([StoredInput(str(path), options, tmp_path), AnnDataInput(make_cells(40), options)])
+    plan = Plan([ChunkEncoder(open_cells(each, options.tokenizer), options) for each in (path, make_cells(40))])
     todo = np.setdiff1d(np.arange(plan.num_chunks), [1, 4])
     shares = plan.shares(todo, 3)
     np.testing.assert_array_equal(np.concatenate(shares), todo)
-    tokens = np.concatenate([each.chunk_tokens() for each in plan.inputs])
+    tokens = np.concatenate([each.chunk_tokens() for each in plan.encoders])
     sums = [tokens[share].sum() for share in shares]
     assert max(sums) - min(sums) <= 2 * tokens.max()
     assert len(shares[0]) > len(shares[1])  # short cells come first
@@ -533,7 +534,7 @@ def test_what_cannot_be_used(tmp_path: Path, cells: anndata.AnnData, parts) -> N
     for sources, options, said in (
         (two, {"gene_embeddings": True}, "single .h5ad file as source"),
         (tmp_path / "text.h5ad", {}, "not an .h5ad file"),
-        (path, {"layer": "raw"}, "layer='raw' is not in adata.layers"),
+        (path, {"layer": "raw"}, "it has no layers/raw; layer= can be one of"),
         (path, {"max_length": 2}, "max_length"),
         (write_cells(cells, tmp_path / "tenx", "10x_h5"), {"layer": "x"}, "it has no layers"),
         (path, {"drugs": "sample"}, "no drug table"),

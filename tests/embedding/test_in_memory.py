@@ -1,6 +1,7 @@
 """embed_anndata against the original's recorded embeddings, and what its results must not depend on."""
 
 import logging
+import threading
 from pathlib import Path
 
 import anndata
@@ -12,7 +13,7 @@ from conftest import GOLDEN
 from scipy.sparse import csc_matrix, csr_matrix
 
 from tahoex1_hf import TahoeX1Model, TahoeX1Tokenizer, embed_anndata
-from tahoex1_hf.cells import inputs as cell_inputs
+from tahoex1_hf.cells import compilation
 from tahoex1_hf.inference.encoder import CellEncoder, GeneMeans, choose_dtype, length_sorted_batches
 from tahoex1_hf.original.convert import convert_original_folder
 
@@ -106,7 +107,7 @@ def test_does_not_depend_on_the_order_of_cells_and_genes(checkpoint) -> None:
 
 def test_does_not_depend_on_the_chunks_even_when_genes_are_sampled(checkpoint, monkeypatch) -> None:
     reference = embedded(golden_cells("a_70m_like"), checkpoint("a_70m_like"), max_length=64, seed=3)
-    monkeypatch.setattr("tahoex1_hf.cells.inputs.CHUNK_CELLS", 7)
+    monkeypatch.setattr("tahoex1_hf.cells.encoding.CHUNK_CELLS", 7)
     chunked = embedded(golden_cells("a_70m_like"), checkpoint("a_70m_like"), max_length=64, seed=3)
     np.testing.assert_allclose(chunked, reference, atol=1e-6, rtol=0)
     other_seed = embedded(golden_cells("a_70m_like"), checkpoint("a_70m_like"), max_length=64, seed=4)
@@ -116,10 +117,10 @@ def test_does_not_depend_on_the_chunks_even_when_genes_are_sampled(checkpoint, m
 
 def test_does_not_depend_on_compiled_encoding(checkpoint, monkeypatch) -> None:
     whole = embedded(golden_cells("a_70m_like"), checkpoint("a_70m_like"), max_length=40)
-    done = cell_inputs._Compilation()
-    done.done.set()
-    monkeypatch.setattr(cell_inputs, "_compilation", done)
-    monkeypatch.setattr("tahoex1_hf.cells.inputs.CHUNK_CELLS", 7)
+    ready = threading.Event()
+    ready.set()
+    monkeypatch.setattr(compilation, "_ready", ready)
+    monkeypatch.setattr("tahoex1_hf.cells.encoding.CHUNK_CELLS", 7)
     compiled = embedded(golden_cells("a_70m_like"), checkpoint("a_70m_like"), max_length=40)
     np.testing.assert_allclose(compiled, whole, atol=1e-6, rtol=0)
 

@@ -19,7 +19,8 @@ from tahoex1_hf import (
     embed_anndata,
     perturb_genes,
 )
-from tahoex1_hf.cells.inputs import EncodeOptions
+from tahoex1_hf.cells.encoding import EncodeOptions
+from tahoex1_hf.cells.opening import open_cells
 from tahoex1_hf.inference.chunks import with_context
 from tahoex1_hf.perturbation.cells import CellSource, Change, Pairs, halves
 
@@ -250,7 +251,7 @@ def test_predicted_expression_equals_a_plain_forward_pass(
     )
     token = tokenizer.get_vocab()[GENES[gene]]
     absolute, signed, by_gene = [], [], {}
-    source = CellSource(adata, EncodeOptions(with_context(tokenizer, context), seed=seed))
+    source = CellSource(open_cells(adata, tokenizer), EncodeOptions(with_context(tokenizer, context), seed=seed))
     for number in np.flatnonzero(counts[:, gene]):
         cells = source.read(np.array([number]))
         pairs = Pairs(cells, np.array([0]), np.array([[token]]), Change("delete"))
@@ -311,7 +312,7 @@ def test_long_cells_keep_the_same_other_genes(vocab: Path, overflow: str, mode: 
     whole = TahoeX1Tokenizer(vocab, context_length=None)
     adata = make_cells(40, seed=1)
     counts, ids = dense(adata), short.get_vocab()
-    source = CellSource(adata, EncodeOptions(short, seed=3))
+    source = CellSource(open_cells(adata, short), EncodeOptions(short, seed=3))
     cells = source.read(np.arange(40))
     standard = short(adata, seed=3)["input_ids"]
     rng = np.random.default_rng(0)
@@ -363,7 +364,7 @@ def test_shift_of_long_cells_is_not_that_of_another_sample(tokenizer: TahoeX1Tok
     noise = (((embeddings[1] - embeddings[0]) ** 2).sum(1) / 2).mean()
     assert exact["cosine_distance"].mean() < noise / 2
     # And the shifts are those between the cells whose sampling the test above looks at.
-    source = CellSource(adata, EncodeOptions(with_context(tokenizer, 10)))
+    source = CellSource(open_cells(adata, tokenizer), EncodeOptions(with_context(tokenizer, 10)))
     cells = source.read(np.arange(60))
     for gene in (3, 30):
         moved = np.flatnonzero(counts[:, gene])

@@ -6,19 +6,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import pytest
 
 NUM_GENES, NUM_CELLS = 40, 50
-
-
-@pytest.fixture(scope="module")
-def counts() -> np.ndarray:
-    """Cell 7 has no counts; every other cell has some."""
-    generator = np.random.default_rng(0)
-    counts = generator.integers(1, 9, (NUM_CELLS, NUM_GENES)) * (generator.random((NUM_CELLS, NUM_GENES)) < 0.3)
-    counts[:, 0] += 1
-    counts[7] = 0
-    return counts.astype(np.float32)
 
 
 def cell_table(counts: np.ndarray, token_ids: np.ndarray | None = None) -> pa.Table:

@@ -1,13 +1,13 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""What all readers of cells share: their errors, and rows of a matrix as known genes and counts."""
+"""What all inputs of cells have in common: known genes and counts, columns of obs, and errors."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from tahoex1_hf.cells.ragged import compact_csr
+from tahoex1_hf.cells import compilation
 from tahoex1_hf.encoding_tahoe_x1 import GeneMatch, GeneRows, count_problem, matrix_rows, merge_repeats
 
 if TYPE_CHECKING:
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 INDEX = "_index"
 """Name under which the names of the cells (`obs_names`, barcodes) are asked for as a column."""
 
-# Stored elements (of a sparse matrix) or places (of a dense one) that are read at once: about 100 MB with the arrays
-# that are made of them on the way.
+# Stored elements of a sparse matrix, or places of a dense one, that are read at once by default: about 100 MB with the
+# arrays that are made of them on the way.
 CHUNK_ELEMENTS = 4_000_000
 
 
@@ -27,64 +27,203 @@ class BadInput(ValueError):
     """A file that cannot be used as it is. The message names what is wrong and the way out, not the file."""
 
 
-@dataclass
-class CellChunk:
-    """Some consecutive cells of a file.
+class Block(NamedTuple):
+    """Some consecutive cells of an input.
 
     Attributes:
+        start: number of the first cell in the input.
         rows: expressed genes of the vocabulary, each once per cell: token ids, float32 counts above zero, offsets.
-        metadata: one row per cell, the columns that were asked for.
-        unknown_counts: sum of the counts of genes that are not in the vocabulary, over the chunk.
+        obs: one row per cell, the columns that were asked for.
+        unknown_counts: sum of the counts of genes that are not in the vocabulary.
     """
 
+    start: int
     rows: GeneRows
-    metadata: "pd.DataFrame"
+    obs: "pd.DataFrame"
     unknown_counts: float
 
-    def __post_init__(self) -> None:
-        if len(self.metadata) != len(self.rows.offsets) - 1:
-            raise ValueError(f"metadata has {len(self.metadata)} rows for {len(self.rows.offsets) - 1} cells.")
+    @property
+    def stop(self) -> int:
+        """Number behind the last cell."""
+        return self.start + len(self.rows.offsets) - 1
+
+    def part(self, start: int, stop: int) -> "Block":
+        """Cells `start` to `stop` of the input, which the block holds. The sum of unknown counts is left out."""
+        if (start, stop) == (self.start, self.stop):
+            return self
+        a, b = start - self.start, stop - self.start
+        low, high = self.rows.offsets[a], self.rows.offsets[b]
+        rows = GeneRows(self.rows.tokens[low:high], self.rows.counts[low:high], self.rows.offsets[a : b + 1] - low)
+        return Block(start, rows, self.obs.iloc[a:b], 0.0)
 
 
-def chunk_of_matrix(
-    matrix: Any, match: GeneMatch, metadata: "pd.DataFrame", first_cell: int, tokenizer: "TahoeX1Tokenizer"
-) -> CellChunk:
-    """Make a chunk of rows of a cells x genes matrix, sparse or dense.
+class CellInput(ABC):
+    """The cells of one file, store, prepared dataset or AnnData, with its genes and counts found.
+
+    Attributes:
+        path: where the cells come from, for messages.
+        tokenizer: the tokenizer whose vocabulary says which genes are known.
+        num_cells: number of cells.
+        genes: the token of each gene of the input; None for a prepared dataset, whose genes are tokens.
+        fingerprint: changes when the content does; empty for an AnnData.
+        by_gene: whether the counts are stored by gene, so that `sort_by_cell` is needed before `blocks`.
+    """
+
+    path: str
+    tokenizer: "TahoeX1Tokenizer"
+    num_cells: int
+    genes: GeneMatch | None
+    fingerprint: str = ""
+    by_gene: bool = False
+
+    @property
+    @abstractmethod
+    def obs_columns(self) -> list[str]:
+        """Names of the columns of obs; `INDEX` is not among them."""
+
+    @abstractmethod
+    def column(self, name: str) -> "pd.Series":
+        """Return a column of obs, or with `INDEX` the names of the cells, of all cells.
+
+        Raises:
+            BadInput: for a column that is not there.
+        """
+
+    @abstractmethod
+    def blocks(
+        self, start: int, stop: int, columns: Sequence[str] = (), elements: int | None = None
+    ) -> Iterator[Block]:
+        """Read cells `start` to `stop` in order, in blocks of bounded memory.
+
+        Args:
+            start: number of the first cell.
+            stop: number behind the last cell.
+            columns: columns of obs that the blocks are to have; `INDEX` for the names of the cells.
+            elements: about how many stored counts a block has at most; `CHUNK_ELEMENTS` by default.
+
+        Raises:
+            BadInput: where the counts cannot be read, or a column is not there.
+        """
+
+    @property
+    def var(self) -> "pd.DataFrame":
+        """The table of the genes, by name."""
+        raise BadInput("it has no table of genes: write it to an .h5ad file.")
+
+    def rows_at(self, numbers: np.ndarray) -> GeneRows:
+        """Return some cells by their numbers, which rise; their values are not checked."""
+        raise BadInput("its cells can only be read in order: write them to an .h5ad file.")
+
+    def num_stored(self) -> np.ndarray | None:
+        """Return the number of stored counts of each cell, `(cells,)`, or None where it is not known beforehand."""
+        return None
+
+    def check(self) -> None:  # noqa: B027 - most inputs have nothing more to look at
+        """Look at the index of the counts, for which all of it must be read.
+
+        Raises:
+            BadInput: where it does not fit the counts.
+        """
+
+    def sort_by_cell(self, piece_cells: int = 16384) -> None:  # noqa: B027 - most inputs have nothing to do
+        """Sort counts that are stored by gene, once, on disk; `piece_cells` cells are sorted at a time."""
+
+    def count_hint(self) -> str:
+        """Return where the input seems to keep raw counts, as advice."""
+        return " Pass the raw counts."
+
+    def chunks(self, start: int, stop: int, size: int, columns: Sequence[str] = ()) -> Iterator[Block]:
+        """Read cells `start` to `stop`, cut into chunks of `size` cells; the last may have fewer.
+
+        Raises:
+            ValueError: where the input cannot be read, or ends too early; the message names it.
+        """
+        try:
+            yield from self._cut(self.blocks(start, stop, columns, BLOCK_ELEMENTS), start, stop, size)
+        except BadInput as error:
+            raise ValueError(f"{self.path}: {error}") from error
+
+    def _cut(self, blocks: Iterator[Block], start: int, stop: int, size: int) -> Iterator[Block]:
+        first = at = start
+        parts: list[Block] = []
+        for block in blocks:
+            while at < block.stop:
+                end = min(first + size, stop)
+                upto = min(end, block.stop)
+                parts.append(block.part(at, upto))
+                at = upto
+                if at == end:
+                    yield joined(parts)
+                    first, parts = at, []
+        if at != stop:
+            raise BadInput(f"it ended after {at} of {self.num_cells} cells: it changed while it was read.")
+
+
+# Entries of a matrix on disk, or places of a dense one, that are read at once where chunks are cut: a few hundred
+# cells, 8 MB.
+BLOCK_ELEMENTS = 1_000_000
+
+
+def joined(blocks: Sequence[Block]) -> Block:
+    """Put consecutive blocks behind each other."""
+    if len(blocks) == 1:
+        return blocks[0]
+    import pandas as pd
+
+    lengths = np.concatenate([np.diff(block.rows.offsets) for block in blocks])
+    rows = GeneRows(
+        np.concatenate([block.rows.tokens for block in blocks]),
+        np.concatenate([block.rows.counts for block in blocks]),
+        np.concatenate([[0], np.cumsum(lengths)]),
+    )
+    obs = pd.concat([block.obs for block in blocks])
+    return Block(blocks[0].start, rows, obs, sum(block.unknown_counts for block in blocks))
+
+
+def token_dtype(tokenizer: "TahoeX1Tokenizer") -> type[np.uint16] | type[np.int32]:
+    """Return the smallest type that holds all token ids: that of a prepared dataset."""
+    return np.uint16 if len(tokenizer) <= 2**16 else np.int32
+
+
+def gene_rows(
+    matrix: Any, match: GeneMatch, first_cell: int | None, tokenizer: "TahoeX1Tokenizer", hint: Any = str
+) -> tuple[GeneRows, float]:
+    """Make known genes and counts of rows of a cells x genes matrix, sparse or dense.
+
+    Args:
+        matrix: `(cells, genes)`, CSR, CSC or dense.
+        match: the token of every column.
+        first_cell: number of the first row, for messages; None where the caller looks for values that are no counts.
+        tokenizer: the tokenizer that `match` comes from.
+        hint: called for advice where the values cannot be counts.
+
+    Returns:
+        The rows, every gene once per cell in the order of the columns, and the sum of the counts of unknown genes.
 
     Raises:
         BadInput: for negative, NaN and infinite values.
     """
-    if getattr(matrix, "format", None) == "csr" and not match.num_duplicates:
-        chunk = _chunk_of_csr(matrix, match, metadata, len(tokenizer))
-        if chunk is not None:
-            return chunk
+    if getattr(matrix, "format", None) == "csr" and not match.num_duplicates and compilation.is_ready():
+        from tahoex1_hf.cells.compiled_encoding import compacted_rows
+
+        found = compacted_rows(matrix, match, token_dtype(tokenizer))
+        if found is not None:
+            return found
     rows, repeats = matrix_rows(matrix, match)
-    check_counts(rows, first_cell, tokenizer)
+    if first_cell is not None:
+        check_counts(rows, first_cell, tokenizer, hint)
     values = matrix.data if hasattr(matrix, "tocsr") else np.asarray(matrix)
-    total = float(np.asarray(values, dtype=np.float64).sum())
+    total = float(np.asarray(values, dtype=np.float64).sum()) if match.num_unknown else 0.0
     unknown = 0.0 if not match.num_unknown else total - float(rows.counts.astype(np.float64).sum())
-    return CellChunk(merge_repeats(rows) if repeats else rows, metadata, unknown)
+    rows = merge_repeats(rows) if repeats else rows
+    return rows._replace(tokens=rows.tokens.astype(token_dtype(tokenizer))), unknown
 
 
-def _chunk_of_csr(matrix: Any, match: GeneMatch, metadata: "pd.DataFrame", num_tokens: int) -> CellChunk | None:
-    """The same, in one pass, for rows in column order with counts that are good; None for others."""
-    tokens = np.empty(matrix.nnz, dtype=np.uint16 if num_tokens <= 2**16 else np.int32)
-    counts = np.empty(matrix.nnz, dtype=np.float32)
-    offsets = np.empty(matrix.shape[0] + 1, dtype=np.int64)
-    values = matrix.data if matrix.data.dtype.kind in "iuf" else matrix.data.astype(np.float32)
-    in_order, unknown, good = compact_csr(
-        matrix.indptr, matrix.indices, values, match.token_ids, tokens, counts, offsets
-    )
-    if not (in_order and good):
-        return None
-    return CellChunk(GeneRows(tokens[: offsets[-1]], counts[: offsets[-1]], offsets), metadata, unknown)
-
-
-def check_counts(rows: GeneRows, first_cell: int, tokenizer: "TahoeX1Tokenizer") -> None:
+def check_counts(rows: GeneRows, first_cell: int, tokenizer: "TahoeX1Tokenizer", hint: Any = str) -> None:
     """Raise BadInput for values that cannot be counts: negative, NaN, infinite."""
     problem, _ = count_problem(rows, first_cell, _GeneNames(tokenizer))
     if problem is not None:
-        raise BadInput(problem)
+        raise BadInput(problem + hint())
 
 
 class _GeneNames(Mapping[int, str]):

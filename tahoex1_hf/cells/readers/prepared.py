@@ -1,12 +1,12 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""Shards of a prepared dataset as flat arrays: memory-mapped where they lie on disk, fetched where they are remote."""
+"""Datasets that `tahoex1 prepare` made: their shards as flat arrays, mapped from disk, or fetched where remote."""
 
 import json
 import logging
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from hashlib import sha256
@@ -17,14 +17,19 @@ import numpy as np
 import pyarrow as pa
 
 from tahoex1_hf.cells.ragged import CountRows, gather_rows
+from tahoex1_hf.cells.readers.base import INDEX, BadInput, Block, CellInput
 from tahoex1_hf.common.files import WholeFile
 from tahoex1_hf.encoding_tahoe_x1 import GeneRows
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
 
 logger = logging.getLogger(__name__)
 
+# Cells of a shard that make a block.
+_BLOCK_CELLS = 4096
 _DTYPES = {"uint16": np.uint16, "int32": np.int32, "float": np.float32}
 
 
@@ -55,13 +60,16 @@ class OpenShard:
 
     def gathered(self, start: int, stop: int) -> GeneRows:
         """Cells `start` to `stop` behind each other, in memory."""
-        cells = self.cells
-        lengths = cells.lengths[start:stop]
+        return self.picked(np.arange(start, stop))
+
+    def picked(self, rows: np.ndarray) -> GeneRows:
+        """Some of the cells behind each other, in memory."""
+        cells, lengths = self.cells, self.cells.lengths[rows]
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         genes = np.empty(offsets[-1], dtype=cells.genes.dtype)
         counts = np.empty(offsets[-1], dtype=cells.counts.dtype)
-        gather_rows(cells.genes, cells.gene_starts[start:stop], lengths, genes)
-        gather_rows(cells.counts, cells.count_starts[start:stop], lengths, counts)
+        gather_rows(cells.genes, cells.gene_starts[rows], lengths, genes)
+        gather_rows(cells.counts, cells.count_starts[rows], lengths, counts)
         return GeneRows(genes, counts.astype(np.float32, copy=False), offsets)
 
 
@@ -246,6 +254,94 @@ def check_vocabulary(folder: PreparedDataset, tokenizer: "TahoeX1Tokenizer") -> 
         raise ValueError(
             f"{folder.location} was prepared with another vocabulary than the tokenizer's: ids would mean other "
             "genes. Prepare it with the vocab.json of the model."
+        )
+
+
+class PreparedInput(CellInput):
+    """One split of a prepared dataset. A cell's name is its `_index`, or else its shard and row.
+
+    Args:
+        location: folder or URL of the dataset.
+        split: `"train"` or `"validation"`.
+        tokenizer: the tokenizer whose vocabulary the dataset was prepared with.
+
+    Raises:
+        ValueError: where there is no such dataset, or it has another vocabulary.
+    """
+
+    genes = None
+
+    def __init__(self, location: str, split: str, tokenizer: "TahoeX1Tokenizer"):
+        self.path, self.tokenizer = f"{location} ({split})", tokenizer
+        self.dataset = PreparedDataset(location, split)
+        check_vocabulary(self.dataset, tokenizer)
+        self.starts = np.concatenate([[0], np.cumsum(self.dataset.sizes)])
+        self.num_cells = int(self.starts[-1])
+        digests = "".join(shard["sha256"] for shard in self.dataset.shards)
+        self.fingerprint = sha256(digests.encode()).hexdigest()
+
+    @property
+    def obs_columns(self) -> list[str]:
+        """Columns of metadata."""
+        return [name for name in self.dataset.shard(0).table.column_names if name not in ("genes", "counts", INDEX)]
+
+    def column(self, name: str) -> "pd.Series":
+        """Read a column of metadata, or the names of the cells."""
+        import pandas as pd
+
+        numbers = range(len(self.dataset.sizes))
+        return pd.concat([self._column(name, n, 0, self.dataset.sizes[n]) for n in numbers], ignore_index=True)
+
+    def _column(self, name: str, number: int, low: int, high: int) -> "pd.Series":
+        """Rows `low` to `high` of a shard's column."""
+        import pandas as pd
+
+        table = self.dataset.shard(number).table
+        if name in table.column_names:
+            values: pd.Series = table.column(name).slice(low, high - low).to_pandas()
+            return values
+        if name != INDEX:
+            raise BadInput(f"it has no column {name!r}; there are {sorted(self.obs_columns)}.")
+        stem = Path(self.dataset.shards[number]["file"]).stem
+        return pd.Series([f"{stem}:{row}" for row in range(low, high)])
+
+    def num_stored(self) -> np.ndarray | None:
+        """From the shards, where they lie on this machine or a file system that it shares."""
+        if self.dataset.cache is not None:
+            return None
+        return np.concatenate([self.dataset.shard(n).cells.lengths for n in range(len(self.dataset.sizes))])
+
+    def blocks(
+        self, start: int, stop: int, columns: Sequence[str] = (), elements: int | None = None
+    ) -> Iterator[Block]:
+        """Gather rows of the shards, some thousand cells at a time."""
+        import pandas as pd
+
+        number = int(np.searchsorted(self.starts, start, side="right")) - 1
+        while start < stop:
+            self.dataset.prefetch(range(number, min(number + 2, len(self.dataset.sizes))))
+            shard, first = self.dataset.shard(number), int(self.starts[number])
+            for low in range(start, min(int(self.starts[number + 1]), stop), _BLOCK_CELLS):
+                high = min(low + _BLOCK_CELLS, int(self.starts[number + 1]), stop)
+                parts = {name: self._column(name, number, low - first, high - first).array for name in columns}
+                obs = pd.DataFrame(parts, index=range(high - low))
+                yield Block(low, shard.gathered(low - first, high - first), obs, 0.0)
+                start = high
+            number += 1
+
+    def rows_at(self, numbers: np.ndarray) -> GeneRows:
+        """Gather rows of the shards."""
+        owners = np.searchsorted(self.starts, numbers, side="right") - 1
+        parts = []
+        for number in np.unique(owners):
+            mine = numbers[owners == number] - self.starts[number]
+            shard = self.dataset.shard(int(number))
+            parts.append(shard.picked(mine))
+        lengths = np.concatenate([np.zeros(0, dtype=np.int64), *(np.diff(part.offsets) for part in parts)])
+        return GeneRows(
+            np.concatenate([part.tokens for part in parts]),
+            np.concatenate([part.counts for part in parts]),
+            np.concatenate([[0], np.cumsum(lengths)]),
         )
 
 

@@ -106,6 +106,22 @@ def _index_key(frame: Any) -> str:
     return key.decode() if isinstance(key, bytes) else str(key)
 
 
+class Frame:
+    """A data frame on disk, of which columns are read when they are asked for."""
+
+    def __init__(self, frame: Any):
+        self._frame = frame
+        self.columns = column_names(frame)
+
+    def __getitem__(self, name: str) -> pd.Series:
+        return read_column(self._frame, name)
+
+    @property
+    def index(self) -> pd.Index:
+        """The names of the rows, as text."""
+        return pd.Index(read_column(self._frame, INDEX).astype(str))
+
+
 def num_rows(frame: Any) -> int:
     """Rows of a data frame as anndata stores it."""
     if is_legacy(frame):
@@ -114,10 +130,12 @@ def num_rows(frame: Any) -> int:
 
 
 def column_names(frame: Any) -> list[str]:
-    """Columns of a data frame as anndata stores it, its index left out."""
+    """Columns of a data frame as anndata stores it, in its order, its index left out."""
     if is_legacy(frame):
         return [name for name in frame.dtype.names if name != _legacy_index(frame)]
-    return [name for name in frame if name not in ("__categories", _index_key(frame))]
+    order = [name.decode() if isinstance(name, bytes) else str(name) for name in frame.attrs.get("column-order", ())]
+    names = [name for name in frame if name not in ("__categories", _index_key(frame))]
+    return sorted(names, key=lambda name: order.index(name) if name in order else len(order))
 
 
 def read_column(frame: Any, name: str, start: int = 0, stop: int | None = None) -> pd.Series:
@@ -146,8 +164,10 @@ def _encoded_column(element: Any, start: int, stop: int | None) -> pd.Series:
         categories = categories["values"] if not hasattr(categories, "shape") else categories
         return _categorical(_plain(element["codes"], start, stop), _plain(categories, 0, None))
     if "values" in element and "mask" in element:
-        values = pd.Series(_plain(element["values"], start, stop)).astype(object)
-        return values.mask(_plain(element["mask"], start, stop).astype(bool), None).convert_dtypes()
+        values = pd.Series(_plain(element["values"], start, stop))
+        kind = {"b": "boolean", "i": "Int64", "u": "Int64", "f": "Float64"}.get(values.dtype.kind, "string")
+        missing = _plain(element["mask"], start, stop).astype(bool)
+        return values.astype(object).mask(missing, None).astype(kind)  # also where all are missing
     raise BadInput(f"a column of its obs or var is stored as {dict(element.attrs)}, which is not known here.")
 
 

@@ -1,16 +1,16 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""What every kind of source gives: files, a report on each, and chunks of cells."""
+"""What `prepare` asks of every kind of source: its files, a report on each, and blocks of cells."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tahoex1_hf.cells.readers.base import BadInput, CellChunk
-from tahoex1_hf.encoding_tahoe_x1 import GeneMatch
+from tahoex1_hf.cells import compilation
+from tahoex1_hf.cells.readers.base import Block
 
 if TYPE_CHECKING:
     from tahoex1_hf.data.config import CommonSourceConfig
@@ -53,6 +53,7 @@ class CellSource(ABC):
             tokenizer: knows the genes of the vocabulary (`match_genes`).
             spool: folder for intermediate files; may not exist yet.
         """
+        compilation.use_now()
         self.config, self.tokenizer, self.spool_folder = config, tokenizer, spool
 
     @abstractmethod
@@ -68,14 +69,14 @@ class CellSource(ABC):
         """
 
     @abstractmethod
-    def read(self, path: str, start: int, stop: int, columns: Sequence[str]) -> Iterator[CellChunk]:
-        """Cells `start` to `stop` of a file in order, in chunks of bounded memory.
+    def read(self, path: str, start: int, stop: int, columns: Sequence[str]) -> Iterator[Block]:
+        """Cells `start` to `stop` of a file in order, in blocks of bounded memory.
 
         Args:
             path: one of `list_files`.
             start: number of the first cell.
             stop: number behind the last cell.
-            columns: metadata columns that the chunks must have; `INDEX` for the names of the cells.
+            columns: metadata columns that the blocks must have; `INDEX` for the names of the cells.
 
         Raises:
             BadInput: where the counts cannot be read, or a column is not there.
@@ -88,35 +89,3 @@ class CellSource(ABC):
     def spool(self, path: str, piece_cells: int) -> None:
         """Sort a file that is stored by gene into pieces of `piece_cells` cells, once, for `read` to find."""
         raise NotImplementedError(f"{type(self).__name__} has no files that are stored by gene.")
-
-
-def matched_genes(
-    tokenizer: "TahoeX1Tokenizer",
-    names: Sequence[str],
-    config: "CommonSourceConfig",
-    symbols: Mapping[str, str] | None,
-) -> GeneMatch:
-    """Look up the genes of a file.
-
-    Raises:
-        BadInput: where less than `config.min_known_genes` of them are in the vocabulary, or ids are mixed with names.
-    """
-    try:
-        match = tokenizer.match_genes(names, gene_symbols=symbols)
-    except ValueError as error:
-        raise BadInput(str(error)) from None
-    known = match.token_ids >= 0
-    if known.mean() < config.min_known_genes:
-        raise BadInput(
-            f"{known.sum()} of {len(known)} genes are in the vocabulary, less than min_known_genes="
-            f"{config.min_known_genes}; unknown are, for example, {list(match.unknown_examples)}. Map the genes "
-            "to the ids of the vocabulary, or lower min_known_genes."
-        )
-    strange = [str(name) for name, k in zip(names, known, strict=True) if not k and not str(name).startswith("ENS")]
-    if symbols is None and len(strange) > 0.05 * len(known):
-        raise BadInput(
-            f"the gene ids are mixed: {known.sum()} are in the vocabulary, and {len(strange)} of {len(known)} are no "
-            f"Ensembl ids, for example {strange[:5]}. Give gene_symbols, a table symbol -> Ensembl id, or "
-            "gene_id_column, a column with Ensembl ids."
-        )
-    return match

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tahoex1_hf.cells.readers.base import CHUNK_ELEMENTS, INDEX, BadInput, CellChunk, chunk_of_matrix
+from tahoex1_hf.cells.genes import GeneOptions, matched_genes
+from tahoex1_hf.cells.readers.base import CHUNK_ELEMENTS, INDEX, BadInput, Block, gene_rows
 from tahoex1_hf.common.files import WholeFile
-from tahoex1_hf.data.sources.base import CellSource, FileReport, matched_genes
+from tahoex1_hf.data.sources.base import CellSource, FileReport
 from tahoex1_hf.encoding_tahoe_x1 import GeneMatch
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ class CensusExperiment(CellSource):
                 unknown_genes=list(match.unknown_examples),
             )
 
-    def read(self, path: str, start: int, stop: int, columns: Sequence[str]) -> Iterator[CellChunk]:
+    def read(self, path: str, start: int, stop: int, columns: Sequence[str]) -> Iterator[Block]:
         """Cells `start` to `stop` of those of `value_filter`."""
         with _soma_errors(self.config):
             experiment = self._opened()
@@ -87,7 +88,8 @@ class CensusExperiment(CellSource):
                 for matrix in experiment.matrices(cells):
                     size = matrix.shape[0]
                     part = metadata.iloc[done : done + size].reset_index(drop=True)
-                    yield chunk_of_matrix(matrix, experiment.genes.match, part, first + done, self.tokenizer)
+                    rows, unknown = gene_rows(matrix, experiment.genes.match, first + done, self.tokenizer)
+                    yield Block(first + done, rows, part, unknown)
                     done += size
 
     def _opened(self) -> "_Experiment":
@@ -165,7 +167,11 @@ class _Experiment:
         if not len(table):
             raise BadInput(f"var_filter={self.config.var_filter!r} keeps none of its genes.")
         table = table.sort_values(JOINID)
-        match = matched_genes(self.tokenizer, table[column].astype(str).tolist(), self.config, None)
+        match = matched_genes(
+            self.tokenizer,
+            table[column].astype(str).tolist(),
+            GeneOptions(min_known_genes=self.config.min_known_genes),
+        )
         return _Genes(table[JOINID].to_numpy(), match, len(table) == self.var.count)
 
     def metadata(self, cells: np.ndarray, columns: Sequence[str]) -> "pd.DataFrame":

@@ -13,10 +13,11 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import pandas as pd
 
-from tahoex1_hf.cells.readers.base import CHUNK_ELEMENTS, INDEX, BadInput, CellChunk, check_counts
+from tahoex1_hf.cells.genes import GeneOptions, matched_genes
+from tahoex1_hf.cells.readers.base import CHUNK_ELEMENTS, INDEX, BadInput, Block, check_counts, token_dtype
 from tahoex1_hf.cells.readers.paths import local_fingerprint
 from tahoex1_hf.data.config import MDSSource
-from tahoex1_hf.data.sources.base import CellSource, FileReport, matched_genes
+from tahoex1_hf.data.sources.base import CellSource, FileReport
 from tahoex1_hf.data.sources.mds_format import (
     INDEX_FILE,
     Shard,
@@ -96,7 +97,7 @@ class MDSFiles(CellSource):
             unknown_genes=list(genes.unknown_examples),
         )
 
-    def read(self, path: str, start: int, stop: int, columns: Sequence[str]) -> Iterator[CellChunk]:
+    def read(self, path: str, start: int, stop: int, columns: Sequence[str]) -> Iterator[Block]:
         """Check a shard's hashes, decompress it into the spool folder for as long as it is read, and decode it."""
         folder, shard = self._shard(path)
         wanted = {name: CELL_ID if name == INDEX else name for name in columns}
@@ -114,7 +115,7 @@ class MDSFiles(CellSource):
                 rows, unknown = self._translate(*arrays, start + first)
                 here = places[:, first : first + len(rows.offsets) - 1]
                 values = {name: _metadata(name, reader.column(column, here)) for name, column in wanted.items()}
-                yield CellChunk(rows, pd.DataFrame(values, index=range(here.shape[1])), unknown)
+                yield Block(start + first, rows, pd.DataFrame(values, index=range(here.shape[1])), unknown)
 
     def _translate(
         self, ids: np.ndarray, counts: np.ndarray, offsets: np.ndarray, first_cell: int
@@ -151,6 +152,7 @@ class MDSFiles(CellSource):
         keys = np.sort(rows.cells() * np.int64(2**32) + rows.tokens)
         if (keys[1:] == keys[:-1]).any():
             rows = merge_repeats(rows)
+        rows = rows._replace(tokens=rows.tokens.astype(token_dtype(self.tokenizer)))
         return rows, float(counts[unknown].sum(dtype=np.float64))
 
     def _source_vocabulary(self) -> _Vocabulary:
@@ -169,7 +171,9 @@ class MDSFiles(CellSource):
             ):
                 raise ValueError(f"source_vocab={origin!r} must hold a JSON object token -> id with distinct ids.")
             genes = {name: i for name, i in table.items() if not (name.startswith("<") and name.endswith(">"))}
-            match = matched_genes(self.tokenizer, list(genes), self.config, None)
+            match = matched_genes(
+                self.tokenizer, list(genes), GeneOptions(min_known_genes=self.config.min_known_genes)
+            )
             tokens = np.full(max(table.values()) + 1, _ABSENT, dtype=np.int64)
             tokens[list(table.values())] = _SPECIAL
             tokens[list(genes.values())] = np.where(match.token_ids >= 0, match.token_ids, _UNKNOWN)

@@ -6,7 +6,6 @@ files of cells are compressed in large pieces, or sorted by gene. A copy takes 8
 no memory except the system's cache.
 """
 
-import copy
 import logging
 import tempfile
 from collections.abc import Iterator
@@ -17,11 +16,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from tahoex1_hf.cells.inputs import CellInput, EncodeOptions
+from tahoex1_hf.cells.encoding import CHUNK_CELLS, DrugIds
+from tahoex1_hf.cells.genes import GeneOptions
+from tahoex1_hf.cells.opening import open_cells, read_obs_column
 from tahoex1_hf.cells.ragged import CountRows
+from tahoex1_hf.cells.readers.base import INDEX, CellInput
 from tahoex1_hf.data.collator import CellCollator
 from tahoex1_hf.encoding_tahoe_x1 import EncodedCells, GeneRows, count_problem, mix64
-from tahoex1_hf.finetuning.cells.labels import class_labels, group_names, number_labels, read_obs_column
+from tahoex1_hf.finetuning.cells.labels import class_labels, group_names, number_labels
 from tahoex1_hf.finetuning.config import (
     ClassificationConfig,
     DrugResponseConfig,
@@ -49,23 +51,30 @@ class StoredCounts:
         drug_ids: Drugs of the cells, shape `(cells,)`, int64; None without drugs.
     """
 
-    def __init__(self, source: CellInput, tokenizer: TahoeX1Tokenizer, folder: Path):
+    def __init__(self, source: CellInput, drugs_of: DrugIds, folder: Path):
         # These files have no name in the folder: they are gone when the process ends, in whatever way.
         with tempfile.TemporaryFile(dir=folder) as tokens, tempfile.TemporaryFile(dir=folder) as counts:
             lengths, drugs = [np.zeros(0, dtype=np.int64)], list[np.ndarray | None]()
             warned = False
-            for chunk in source.chunks(0, source.num_cells):
-                cells = chunk.cells
-                keep = tokenizer.is_gene[cells.input_ids]  # special tokens are put in anew
-                rows = GeneRows(cells.input_ids, cells.expression_values, cells.offsets).select(keep)
+            for block in source.chunks(0, source.num_cells, CHUNK_CELLS, drugs_of.columns):
+                rows = block.rows
                 rows.tokens.astype(np.int32).tofile(tokens)
                 rows.counts.astype(np.float32).tofile(counts)
                 lengths.append(np.diff(rows.offsets))
-                drugs.append(cells.drug_ids)
-                warning = None if warned else count_problem(rows, chunk.start, {})[1]
+                drugs.append(drugs_of.of_block(block))
+                warning = None if warned else count_problem(rows, block.start, {})[1]
                 if warning is not None:
                     logger.warning("%s: %s", source.path, warning)
                     warned = True
+            empty = np.flatnonzero(np.concatenate(lengths) == 0)
+            if len(empty):
+                logger.warning(
+                    "%s: %d of %d cells express no gene of the vocabulary (the first: %s).",
+                    source.path,
+                    len(empty),
+                    source.num_cells,
+                    empty[:5].tolist(),
+                )
             self.offsets = np.concatenate([[0], np.cumsum(np.concatenate(lengths))])
             self.tokens = _mapped(tokens, np.int32, int(self.offsets[-1]))
             self.counts = _mapped(counts, np.float32, int(self.offsets[-1]))
@@ -192,10 +201,6 @@ def read_cells(config: FinetuneConfig, tokenizer: TahoeX1Tokenizer, folder: Path
         FileNotFoundError: For a path that does not exist.
         ValueError: For a file, a column or counts that cannot be used.
     """
-    from tahoex1_hf.cells.files import open_inputs
-    from tahoex1_hf.cells.gene_symbols import read_gene_symbols
-    from tahoex1_hf.cells.readers.base import INDEX
-
     if not Path(config.data).exists():
         raise FileNotFoundError(f"data={config.data} does not exist.")
     labels = classes = rows = None
@@ -207,20 +212,11 @@ def read_cells(config: FinetuneConfig, tokenizer: TahoeX1Tokenizer, folder: Path
             else number_labels(column, config.label)
         )
         labels, classes, rows = found.values, found.classes, found.rows
-    raw = copy.copy(tokenizer)
-    raw.value_encoding, raw.context_length, raw.first_gene_raw = "raw", None, False
-    options = EncodeOptions(
-        raw,
-        drugs=None if isinstance(config, DrugResponseConfig) else config.drugs,
-        gene_id_column=config.gene_id_column,
-        gene_symbols=read_gene_symbols(config.gene_symbols),
-        layer=config.layer,
-    )
+    options = GeneOptions(config.gene_id_column, config.gene_symbols, config.layer)
+    drugs = None if isinstance(config, DrugResponseConfig) else config.drugs
     with tempfile.TemporaryDirectory(dir=folder) as spool:
-        inputs = open_inputs([config.data], options, Path(spool))
-        if len(inputs) != 1:
-            raise ValueError(f"data={config.data} stands for {len(inputs)} files: name one.")
-        rows = np.arange(inputs[0].num_cells) if rows is None else rows
+        source = open_cells(config.data, tokenizer, options, spool=spool)
+        rows = np.arange(source.num_cells) if rows is None else rows
         groups = parts = None
         group = split = None
         if isinstance(config, ClassificationConfig | RegressionConfig | MaskedExpressionConfig):
@@ -230,12 +226,12 @@ def read_cells(config: FinetuneConfig, tokenizer: TahoeX1Tokenizer, folder: Path
         if split is not None:
             column = read_obs_column(config.data, split, "split")
             parts = column.iloc[rows].astype(object).astype(str).to_numpy(dtype=object)
-        inputs[0].sort_by_cell()
-        stored = StoredCounts(inputs[0], tokenizer, folder)
+        source.sort_by_cell()
+        stored = StoredCounts(source, DrugIds(source, tokenizer, drugs), folder)
     try:
         names = read_obs_column(config.data, INDEX, "name").astype(str).to_numpy(dtype=object)[rows]
     except ValueError:  # other files than AnnData have no names that can be read alone
         names = np.array([str(row) for row in rows], dtype=object)
     return LabelledCells(
-        stored, tokenizer, rows, labels, classes, groups, parts, names, fingerprint=inputs[0].fingerprint
+        stored, tokenizer, rows, labels, classes, groups, parts, names, fingerprint=source.fingerprint
     )

@@ -34,38 +34,6 @@ class Labels:
     classes: list[str] | None
 
 
-def read_obs_column(path: str, name: str, role: str) -> "pd.Series":
-    """Read a column of obs of a file.
-
-    Args:
-        path: `.h5ad` file or `.zarr` store.
-        name: Name of the column.
-        role: Key of the configuration that names it, for errors.
-
-    Raises:
-        FileNotFoundError: For a file that does not exist.
-        ValueError: For a file without obs, and for a column that is not there, naming those that are.
-    """
-    from pathlib import Path
-
-    from tahoex1_hf.cells.readers.base import INDEX, BadInput
-    from tahoex1_hf.cells.readers.stores import column_names, open_store, read_column
-    from tahoex1_hf.data.sources.anndata_files import is_anndata
-
-    if not Path(path).exists():
-        raise FileNotFoundError(f"data={path} does not exist.")
-    if not is_anndata(Path(path)):
-        raise ValueError(f"data={path}: {role}={name} is a column of obs, which only .h5ad and .zarr have.")
-    try:
-        with open_store(path) as store:
-            columns = column_names(store["obs"])
-            if name in columns or name == INDEX:
-                return read_column(store["obs"], name)
-    except BadInput as error:
-        raise ValueError(f"{path}: {error}") from error
-    raise ValueError(f"{role}={name} is not a column of obs of {path}; there are {', '.join(sorted(columns))}.")
-
-
 def class_labels(column: "pd.Series", config: ClassesConfig, of: str = "cells") -> Labels:
     """Return the classes of cells or genes (`of`); rows without a class are left out with a warning.
 

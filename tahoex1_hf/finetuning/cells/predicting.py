@@ -11,8 +11,10 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from tahoex1_hf.cells.files import StoredInput, open_inputs
-from tahoex1_hf.cells.inputs import AnnDataInput, CellInput, EncodeOptions
+from tahoex1_hf.cells.encoding import EncodeOptions
+from tahoex1_hf.cells.genes import GeneOptions
+from tahoex1_hf.cells.opening import Source, open_cells
+from tahoex1_hf.cells.readers.base import CellInput
 from tahoex1_hf.finetuning.cells.labelled import SAMPLE_SEED
 from tahoex1_hf.finetuning.cells.prediction_output import PredictionWriter
 from tahoex1_hf.finetuning.cells.predictor import CellPredictor, Predictor, load_predictor
@@ -71,17 +73,17 @@ def predict_anndata(
     """
     predictor = load_predictor(model, base, tokenizer)
     ready = CellPredictor(predictor, batch_tokens=batch_tokens, device=device, dtype=dtype)
-    options = _encode_options(predictor, ready, gene_symbols, layer, gene_id_column, drugs)
-    cells = AnnDataInput(adata, options)
+    options, drugs = _settings(predictor, gene_symbols, layer, gene_id_column, drugs)
+    cells = open_cells(adata, ready.tokenizer, options)
     width = () if ready.classes is None else (ready.head_width,)
     outputs = np.empty((cells.num_cells, *width), dtype=np.float32)
     done = num_empty = 0
     with tqdm(total=cells.num_cells, unit="cell", desc="Predicting", disable=not progress) as bar:
-        for part, predictions in ready.predict_chunks(cells.chunks(0, cells.num_cells), bar.update):
+        for part, predictions in ready.predict_chunks(cells, drugs, bar.update):
             outputs[done : done + len(predictions)] = predictions
             done += len(predictions)
             num_empty += len(part.empty_cells)
-    _add_predictions(adata, predictor, outputs, _provenance(predictor, ready, options, cells, num_empty))
+    _add_predictions(adata, predictor, outputs, _provenance(predictor, ready, cells, num_empty))
     return predictor.column
 
 
@@ -145,27 +147,27 @@ def predict_files(
     check_files(source, output)
     predictor = load_predictor(model, base, tokenizer)
     ready = CellPredictor(predictor, batch_tokens=batch_tokens, device=device, dtype=dtype)
-    options = _encode_options(predictor, ready, gene_symbols, layer, gene_id_column, drugs)
+    options, drugs = _settings(predictor, gene_symbols, layer, gene_id_column, drugs)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as spool:
-        [cells] = open_inputs([str(source)], options, Path(spool))
-        if not isinstance(cells, StoredInput):
-            raise ValueError(f"{source} is not an .h5ad file that holds an AnnData.")
+        cells = open_cells(Source(str(source), "anndata"), ready.tokenizer, options, spool=spool)
         cells.sort_by_cell()
         writer = PredictionWriter(source, output, predictor.column, cells.num_cells, predictor.classes)
         try:
-            num_empty = _write_predictions(writer, ready, cells, progress)
-            writer.finish(_provenance(predictor, ready, options, cells, num_empty))
+            num_empty = _write_predictions(writer, ready, cells, drugs, progress)
+            writer.finish(_provenance(predictor, ready, cells, num_empty))
         except BaseException:
             writer.abandon()
             raise
     return predictor.column
 
 
-def _write_predictions(writer: PredictionWriter, ready: CellPredictor, cells: CellInput, progress: bool) -> int:
+def _write_predictions(
+    writer: PredictionWriter, ready: CellPredictor, cells: CellInput, drugs: str | None, progress: bool
+) -> int:
     """Write the predictions of all cells; returns the number of cells without a known gene."""
     num_empty = 0
     with tqdm(total=cells.num_cells, unit="cell", desc="Predicting", disable=not progress) as bar:
-        for part, predictions in ready.predict_chunks(cells.chunks(0, cells.num_cells), bar.update):
+        for part, predictions in ready.predict_chunks(cells, drugs, bar.update):
             writer.write(predictions)
             num_empty += len(part.empty_cells)
     return num_empty
@@ -187,28 +189,19 @@ def check_files(source: Path, output: Path) -> None:
         raise ValueError(f"The output's folder {output.parent} does not exist.")
 
 
-def _encode_options(
-    predictor: Predictor, ready: CellPredictor, gene_symbols: Mapping[str, str] | None, *settings: str | None
-) -> EncodeOptions:
-    """Return how cells are read: settings that are None are those of the training, and "" is no setting."""
+def _settings(
+    predictor: Predictor, gene_symbols: Mapping[str, str] | None, *settings: str | None
+) -> tuple[GeneOptions, str | None]:
+    """Return where genes and counts are, and the drugs: None is as in the training, and "" is no setting."""
     layer, gene_id_column, drugs = (
         (predictor.record.get(name) if given is None else given) or None
         for name, given in zip(("layer", "gene_id_column", "drugs"), settings, strict=True)
     )
-    return EncodeOptions(
-        ready.counts_tokenizer(),
-        seed=SAMPLE_SEED,
-        gene_symbols=gene_symbols,
-        layer=layer,
-        gene_id_column=gene_id_column,
-        drugs=drugs,
-    )
+    return GeneOptions(gene_id_column, gene_symbols, layer), drugs
 
 
-def _provenance(
-    predictor: Predictor, ready: CellPredictor, options: EncodeOptions, cells: CellInput, num_empty: int
-) -> dict[str, Any]:
-    own = EncodeOptions(ready.tokenizer, seed=options.seed)  # the tokenizer that the model's cells are encoded by
+def _provenance(predictor: Predictor, ready: CellPredictor, cells: CellInput, num_empty: int) -> dict[str, Any]:
+    own = EncodeOptions(ready.tokenizer, seed=SAMPLE_SEED)
     facts = provenance(str(predictor.record.get("model") or predictor.name), ready.encoder, own, [cells], num_empty)
     del facts["normalized"]  # the head reads embeddings as they are
     return {"adapter": predictor.name, "label": str(predictor.record.get("label") or ""), **facts}

@@ -4,7 +4,6 @@
 The prediction for a cell depends on the cell alone: not on its place in the file, nor on the cells beside it.
 """
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +15,9 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from tahoex1_hf.cells.inputs import Chunk
+from tahoex1_hf.cells import encoding
+from tahoex1_hf.cells.encoding import DrugIds
+from tahoex1_hf.cells.readers.base import CellInput
 from tahoex1_hf.common.prefetch import prefetch
 from tahoex1_hf.encoding_tahoe_x1 import EncodedCells, GeneRows
 from tahoex1_hf.finetuning.cells.labelled import SAMPLE_SEED
@@ -25,7 +26,7 @@ from tahoex1_hf.hub.adapters import ADAPTER_CONFIG, RECORD, find_adapter, load_a
 from tahoex1_hf.hub.models import without_peft
 from tahoex1_hf.inference.encoder import CellEncoder, DtypeName
 from tahoex1_hf.modeling_tahoe_x1 import TahoeX1ForSequenceClassification
-from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
+from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer, report_empty
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -161,23 +162,17 @@ class CellPredictor:
         )
         self.head = predictor.model.classifier.to(self.encoder.device).float().eval()
 
-    def counts_tokenizer(self) -> TahoeX1Tokenizer:
-        """Return a tokenizer that leaves counts as they are and keeps all genes, for reading cells."""
-        raw = copy.copy(self.tokenizer)
-        raw.value_encoding, raw.context_length, raw.first_gene_raw = "raw", None, False
-        return raw
-
-    def encode(self, cells: EncodedCells) -> EncodedCells:
-        """Encode cells that `counts_tokenizer` read; which genes of long cells are kept follows from their counts."""
-        keep = self.tokenizer.is_gene[cells.input_ids]  # special tokens are put in anew
-        rows = GeneRows(cells.input_ids, cells.expression_values, cells.offsets).select(keep)
-        return self.tokenizer.encode_rows(
+    def encode(self, rows: GeneRows, drug_ids: np.ndarray | None) -> EncodedCells:
+        """Encode cells; which genes of long cells are kept follows from their counts."""
+        encoded = self.tokenizer.encode_rows(
             rows,
-            drug_ids=cells.drug_ids,
+            drug_ids=drug_ids,
             cell_numbers=content_numbers(rows),
             seed=SAMPLE_SEED,
             warn=logger.warning_once,
         )
+        report_empty(encoded)
+        return encoded
 
     @torch.inference_mode()
     def predict(self, cells: EncodedCells, on_batch: Any = lambda num_cells: None) -> np.ndarray:
@@ -203,8 +198,16 @@ class CellPredictor:
         return 1 if self.classes is None else len(self.classes)
 
     def predict_chunks(
-        self, chunks: Iterator[Chunk], on_batch: Any = lambda num_cells: None
+        self, cells: CellInput, drugs: str | None, on_batch: Any = lambda num_cells: None
     ) -> Iterator[tuple[EncodedCells, np.ndarray]]:
-        """Yield encoded cells and predictions, chunk after chunk; the next is read while the model computes."""
-        for cells in prefetch(self.encode(chunk.cells) for chunk in chunks):
-            yield cells, self.predict(cells, on_batch)
+        """Yield encoded cells and predictions, chunk after chunk; the next is read while the model computes.
+
+        Args:
+            cells: Cells to predict for, sorted by cell.
+            drugs: A column of obs, one drug for all cells, or None.
+            on_batch: Function called after each batch with its number of cells.
+        """
+        drug_ids = DrugIds(cells, self.tokenizer, drugs)
+        blocks = cells.chunks(0, cells.num_cells, encoding.CHUNK_CELLS, drug_ids.columns)
+        for encoded in prefetch(self.encode(block.rows, drug_ids.of_block(block)) for block in blocks):
+            yield encoded, self.predict(encoded, on_batch)

@@ -2,12 +2,14 @@
 """Predicted responses to drugs, from control cells in memory."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from tahoex1_hf.encoding_tahoe_x1 import EncodedCells, matrix_rows, merge_repeats
+from tahoex1_hf.cells.genes import GeneOptions
+from tahoex1_hf.cells.opening import open_cells
+from tahoex1_hf.encoding_tahoe_x1 import EncodedCells, GeneRows
 from tahoex1_hf.finetuning.drugs.objective import decode_change, inner_model
 from tahoex1_hf.finetuning.sampling import content_numbers
 from tahoex1_hf.hub.adapters import find_adapter, load_adapter, read_record
@@ -57,16 +59,17 @@ def predict_drug_response(
     loaded, tokenizer = load_adapter(folder, base)
     model = inner_model(loaded)
     encoder = CellEncoder(model, tokenizer, dtype="float32")
-    matrix, match = tokenizer.read_anndata(controls, record.get("gene_id_column"), record.get("layer"))
+    options = GeneOptions(record.get("gene_id_column"), layer=record.get("layer"))
+    source = open_cells(controls, tokenizer, options)
     vocabulary = tokenizer.get_vocab()
     genes = torch.tensor([vocabulary[gene] for gene in record["response_genes"]], device=encoder.device)
 
     def mean(drug_id: int) -> torch.Tensor:
         total = torch.zeros(encoder.width, dtype=torch.float64)
-        for start in range(0, controls.n_obs, _ENCODED_CELLS):
-            cells = _with_drug(tokenizer, matrix[start : start + _ENCODED_CELLS], match, drug_id)
+        for block in source.chunks(0, source.num_cells, _ENCODED_CELLS):
+            cells = _with_drug(tokenizer, block.rows, drug_id)
             total += mean_embedding(encoder, cells) * cells.num_cells
-        return total / controls.n_obs
+        return total / source.num_cells
 
     ids = tokenizer.drug_ids(drugs, len(drugs))
     untreated = mean(int(record["control_id"]))
@@ -75,9 +78,6 @@ def predict_drug_response(
     return pd.DataFrame(changes, index=list(drugs), columns=record["response_genes"])
 
 
-def _with_drug(tokenizer: TahoeX1Tokenizer, counts: Any, genes: Any, drug_id: int) -> EncodedCells:
-    rows, repeats = matrix_rows(counts, genes)
+def _with_drug(tokenizer: TahoeX1Tokenizer, rows: GeneRows, drug_id: int) -> EncodedCells:
     ids = np.full(len(rows.offsets) - 1, drug_id, dtype=np.int64)
-    if repeats:
-        rows = merge_repeats(rows)
     return tokenizer.encode_rows(rows, drug_ids=ids, cell_numbers=content_numbers(rows))

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from tahoex1_hf.cells.opening import read_obs_column
 from tahoex1_hf.encoding_tahoe_x1 import log_normalize
 from tahoex1_hf.finetuning.cells.labelled import LabelledCells
-from tahoex1_hf.finetuning.cells.labels import read_obs_column
 from tahoex1_hf.finetuning.config import DrugResponseConfig
 
 logger = logging.getLogger(__name__)

@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import torch
 
-from tahoex1_hf.encoding_tahoe_x1 import GeneRows, matrix_rows, merge_repeats
+from tahoex1_hf.cells.encoding import DrugIds
+from tahoex1_hf.cells.genes import GeneOptions
+from tahoex1_hf.cells.opening import open_cells
+from tahoex1_hf.encoding_tahoe_x1 import GeneRows
 from tahoex1_hf.finetuning.cells.labelled import LabelledCells
 from tahoex1_hf.finetuning.cells.long_cells import split_long_cells
 from tahoex1_hf.finetuning.methods import trained_head
@@ -111,18 +114,18 @@ def predict_gene_classes(
     if task != "gene_classification":
         raise ValueError(f"adapter={adapter} was trained for {task}, not for gene_classification.")
     model, tokenizer = load_adapter(folder, base)
-    matrix, match = tokenizer.read_anndata(adata, gene_id_column, layer)
+    cells = open_cells(adata, tokenizer, GeneOptions(gene_id_column, layer=layer))
+    drug_ids = DrugIds(cells, tokenizer, drugs)
     expressing = np.zeros(len(tokenizer), dtype=np.int64)
 
     def chunks() -> Iterator[tuple[GeneRows, np.ndarray | None]]:
-        for start in range(0, adata.n_obs, _ENCODED_CELLS):
-            rows, repeats = matrix_rows(matrix[start : start + _ENCODED_CELLS], match)
-            rows = merge_repeats(rows) if repeats else rows
-            expressing[:] += np.bincount(rows.tokens, minlength=len(expressing))
-            yield rows, None if drugs is None else tokenizer.drug_ids(drugs, len(rows.offsets) - 1)
+        for block in cells.chunks(0, cells.num_cells, _ENCODED_CELLS, drug_ids.columns):
+            expressing[:] += np.bincount(block.rows.tokens, minlength=len(expressing))
+            yield block.rows, drug_ids.of_block(block)
 
     inner: Any = without_peft(model)
-    genes = np.unique(match.token_ids[match.token_ids >= 0])
+    known = cells.genes.token_ids  # type: ignore[union-attr]  # an AnnData has genes
+    genes = np.unique(known[known >= 0])
     logits = predict_genes(inner, trained_head(model), tokenizer, chunks(), genes)
     seen = expressing[genes] > 0
     genes, chances = genes[seen], softmax(logits[seen].astype(np.float64), axis=1)

@@ -17,7 +17,7 @@ import pytest
 from scipy.sparse import csr_matrix
 
 from tahoex1_hf import TahoeX1Tokenizer
-from tahoex1_hf.cells.readers.base import INDEX, BadInput, CellChunk
+from tahoex1_hf.cells.readers.base import INDEX, BadInput, Block
 from tahoex1_hf.data.config import CensusSource
 from tahoex1_hf.data.sources import census
 from tahoex1_hf.data.sources.census import CensusExperiment
@@ -78,7 +78,7 @@ def source(tmp_path: Path, tokenizer: TahoeX1Tokenizer) -> Make:
     return make
 
 
-def together(chunks: Iterator[CellChunk], tokenizer: TahoeX1Tokenizer) -> tuple[np.ndarray, pd.DataFrame, float]:
+def together(chunks: Iterator[Block], tokenizer: TahoeX1Tokenizer) -> tuple[np.ndarray, pd.DataFrame, float]:
     """Cells x genes of the vocabulary, metadata, and unknown counts."""
     parts = list(chunks)
     shapes = [(len(part.rows.offsets) - 1, tokenizer.vocab_size) for part in parts]
@@ -86,7 +86,7 @@ def together(chunks: Iterator[CellChunk], tokenizer: TahoeX1Tokenizer) -> tuple[
         csr_matrix((part.rows.counts, part.rows.tokens, part.rows.offsets), shape=shape).toarray()
         for part, shape in zip(parts, shapes, strict=True)
     ]
-    metadata = pd.concat([part.metadata for part in parts], ignore_index=True)
+    metadata = pd.concat([part.obs for part in parts], ignore_index=True)
     columns = tokenizer.convert_tokens_to_ids(IN_VOCABULARY)
     return np.concatenate(dense)[:, columns], metadata, sum(part.unknown_counts for part in parts)
 
@@ -131,11 +131,11 @@ def test_every_range_is_that_part_of_the_whole_and_chunks_are_bounded(
         assert np.array_equal(found, counts[start:stop, :-3]), (start, stop)
         assert metadata["n"].tolist() == list(range(start, stop))
         for chunk in chunks:
-            stored = (counts[chunk.metadata["n"]] > 0).sum()
-            assert stored <= elements or len(chunk.metadata) == 1
-            assert chunk.metadata.index[0] == 0
+            stored = (counts[chunk.obs["n"]] > 0).sum()
+            assert stored <= elements or len(chunk.obs) == 1
+            assert chunk.obs.index[0] == 0
     assert list(experiment.read(uri, 20, 20, [])) == []
-    assert all(chunk.metadata.shape == (len(chunk.rows.offsets) - 1, 0) for chunk in experiment.read(uri, 3, 30, []))
+    assert all(chunk.obs.shape == (len(chunk.rows.offsets) - 1, 0) for chunk in experiment.read(uri, 3, 30, []))
 
 
 def test_the_buffer_is_that_of_the_source(uri: str, source: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,7 +176,7 @@ def test_the_name_of_a_cell_is_its_observation_joinid(tmp_path: Path, source: Ma
         expected = [f"{'AB'[i // 30]}:o{i % 30}" for i in range(NUM_CELLS)]
     uri = write(adata, tmp_path / "experiment")
     chunks = list(source(uri).read(uri, 0, NUM_CELLS, [INDEX]))
-    assert [name for chunk in chunks for name in chunk.metadata[INDEX]] == expected
+    assert [name for chunk in chunks for name in chunk.obs[INDEX]] == expected
 
 
 def test_only_the_columns_asked_for_are_read(uri: str, source: Make, monkeypatch: pytest.MonkeyPatch) -> None:

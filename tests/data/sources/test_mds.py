@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from tahoex1_hf import TahoeX1Tokenizer
-from tahoex1_hf.cells.readers.base import INDEX, BadInput, CellChunk
+from tahoex1_hf.cells.readers.base import INDEX, BadInput, Block
 from tahoex1_hf.data.config import MDSSource
 from tahoex1_hf.data.sources import mds
 from tahoex1_hf.data.sources.mds import MDSFiles
@@ -74,11 +74,11 @@ def unknown_sum(cells: list[dict[str, Any]]) -> float:
     return sum(count for i, count in pairs if SOURCE_NAMES[i] in UNKNOWN)
 
 
-def read_whole(files: MDSFiles, path: str, columns: tuple[str, ...] = ()) -> list[CellChunk]:
+def read_whole(files: MDSFiles, path: str, columns: tuple[str, ...] = ()) -> list[Block]:
     return list(files.read(path, 0, files.inspect(path).num_cells, columns))
 
 
-def cells_of(chunks: list[CellChunk], tokenizer: TahoeX1Tokenizer) -> list[list[tuple[str, float]]]:
+def cells_of(chunks: list[Block], tokenizer: TahoeX1Tokenizer) -> list[list[tuple[str, float]]]:
     cells = []
     for chunk in chunks:
         names = tokenizer.convert_ids_to_tokens(chunk.rows.tokens.tolist())
@@ -103,7 +103,7 @@ def test_every_shard_gives_the_cells_that_were_written(
     assert sum(chunk.unknown_counts for chunk in chunks) == unknown_sum(CELLS) > 0
     for chunk in chunks:
         assert chunk.rows.counts.dtype == np.float32
-        assert chunk.rows.tokens.dtype == np.int64
+        assert chunk.rows.tokens.dtype == np.uint16  # as in a prepared dataset
     assert list((tmp_path / "spool").iterdir()) == []
 
 
@@ -160,7 +160,7 @@ def test_ranges_and_small_chunks_equal_one_read(
     pieces = [c for a, b in pairwise(bounds) for c in files.read(path, a, b, ["id"])]
     assert len(pieces) > 4
     assert cells_of(pieces, tokenizer) == cells_of(whole, tokenizer)
-    assert [v for c in pieces for v in c.metadata["id"]] == whole[0].metadata["id"].tolist()
+    assert [v for c in pieces for v in c.obs["id"]] == whole[0].obs["id"].tolist()
     assert sum(c.unknown_counts for c in pieces) == whole[0].unknown_counts
     assert list(files.read(path, 3, 3, ["id"])) == []
     with pytest.raises(ValueError, match=f"which has {count}"):
@@ -171,15 +171,15 @@ def test_metadata_of_the_original(source: Callable[..., MDSFiles]) -> None:
     files = source(SHARDS / "upstream")
     chunks = [c for path in files.list_files() for c in read_whole(files, path, ("drug", "sample", "id", INDEX))]
     for name, expected in {name: [cell[name] for cell in CELLS] for name in ("drug", "sample", "id")}.items():
-        assert [value for chunk in chunks for value in chunk.metadata[name]] == expected
-    assert [value for chunk in chunks for value in chunk.metadata[INDEX]] == [str(cell["id"]) for cell in CELLS]
+        assert [value for chunk in chunks for value in chunk.obs[name]] == expected
+    assert [value for chunk in chunks for value in chunk.obs[INDEX]] == [str(cell["id"]) for cell in CELLS]
 
 
 def test_metadata_of_every_encoding(source: Callable[..., MDSFiles]) -> None:
     files = source(SHARDS / "plain")
     names = ("id", "plate", "depth", "dose", "half", "digits", "ratio", "price", "note", "code", "score")
     (chunk, *_) = read_whole(files, files.list_files()[0], names)
-    row = dict(zip(names, chunk.metadata.iloc[3], strict=True))
+    row = dict(zip(names, chunk.obs.iloc[3], strict=True))
     assert row == {
         "id": "cell-3",
         "plate": -3,
@@ -195,7 +195,7 @@ def test_metadata_of_every_encoding(source: Callable[..., MDSFiles]) -> None:
     }
     arrays = source(SHARDS / "arrays")
     (chunk, *_) = read_whole(arrays, arrays.list_files()[0], ("umis",))
-    assert chunk.metadata["umis"][2] == sum(CELLS[2]["expressions"][1:])
+    assert chunk.obs["umis"][2] == sum(CELLS[2]["expressions"][1:])
 
 
 @pytest.mark.parametrize(
@@ -544,7 +544,7 @@ def test_s3(bucket: Any, source: Callable[..., MDSFiles], tokenizer: TahoeX1Toke
         assert worker.inspect(paths[3]) == report
     chunks = [chunk for path in paths for chunk in read_whole(worker, path, ("drug",))]
     assert cells_of(chunks, tokenizer) == [list(expected_cell(cell).items()) for cell in CELLS]
-    assert [drug for chunk in chunks for drug in chunk.metadata["drug"]] == [cell["drug"] for cell in CELLS]
+    assert [drug for chunk in chunks for drug in chunk.obs["drug"]] == [cell["drug"] for cell in CELLS]
     assert list((tmp_path / "spool").iterdir()) == []
 
     name = "MFM/train/chunk_0/shard.00000.mds.zstd"

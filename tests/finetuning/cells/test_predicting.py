@@ -130,8 +130,8 @@ def test_order_and_company_change_nothing(
     assert (np.diff(source.X.indptr) > 15).any()  # cells of which genes are chosen
     order = np.random.default_rng(0).permutation(100)[:60]
     source[order].copy().write_h5ad(tmp_path / "shuffled.h5ad")
-    monkeypatch.setattr("tahoex1_hf.cells.inputs.CHUNK_CELLS", 7)
-    monkeypatch.setattr("tahoex1_hf.cells.inputs.BLOCK_ELEMENTS", 300)
+    monkeypatch.setattr("tahoex1_hf.cells.encoding.CHUNK_CELLS", 7)
+    monkeypatch.setattr("tahoex1_hf.cells.readers.base.BLOCK_ELEMENTS", 300)
     shuffled = predict(tmp_path / "shuffled.h5ad", tmp_path / "b.h5ad", "--adapter", adapter)
     np.testing.assert_allclose(probabilities(shuffled), expected[order], atol=1e-6)
 

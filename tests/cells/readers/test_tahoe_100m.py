@@ -19,13 +19,23 @@ from scipy.sparse import csr_matrix
 from tahoe_100m import NUM_CELLS, NUM_GENES, SHA256, cell_table, fill_cache, write_parquet
 
 from tahoex1_hf import TahoeX1Tokenizer
-from tahoex1_hf.cells.readers.base import INDEX, BadInput, CellChunk, chunk_of_matrix
+from tahoex1_hf.cells.readers import tables, tahoe_100m
+from tahoex1_hf.cells.readers.base import INDEX, BadInput, Block, gene_rows
 from tahoex1_hf.data.config import Tahoe100MSource
-from tahoex1_hf.data.sources import tahoe_100m
-from tahoex1_hf.data.sources.tahoe_100m import Tahoe100MFiles
+from tahoex1_hf.data.sources.opened import OpenedFiles
 
 GENES = [f"ENSG{number:011d}" for number in range(NUM_GENES)]
 IN_VOCABULARY = GENES[:-3]
+
+
+@pytest.fixture(scope="module")
+def counts() -> np.ndarray:
+    """Cell 7 has no counts; every other cell has some."""
+    generator = np.random.default_rng(0)
+    counts = generator.integers(1, 9, (NUM_CELLS, NUM_GENES)) * (generator.random((NUM_CELLS, NUM_GENES)) < 0.3)
+    counts[:, 0] += 1
+    counts[7] = 0
+    return counts.astype(np.float32)
 
 
 @pytest.fixture(scope="module")
@@ -59,14 +69,14 @@ def gene_metadata(tmp_path: Path) -> Path:
 def source(tmp_path: Path, gene_metadata: Path, tokenizer: TahoeX1Tokenizer):
     """Make a source of some paths."""
 
-    def make(*paths: object, **options: Any) -> Tahoe100MFiles:
+    def make(*paths: object, **options: Any) -> OpenedFiles:
         values = {
             "kind": "tahoe-100m",
             "paths": [str(p) for p in paths],
             "gene_metadata": str(gene_metadata),
             **options,
         }
-        return Tahoe100MFiles(Tahoe100MSource(**values), tokenizer, tmp_path / "spool")
+        return OpenedFiles(Tahoe100MSource(**values), tokenizer, tmp_path / "spool")
 
     return make
 
@@ -86,7 +96,7 @@ WRITERS = {
 }
 
 
-def together(chunks: Iterator[CellChunk], tokenizer: TahoeX1Tokenizer) -> tuple[np.ndarray, pd.DataFrame, float]:
+def together(chunks: Iterator[Block], tokenizer: TahoeX1Tokenizer) -> tuple[np.ndarray, pd.DataFrame, float]:
     """Cells x genes of the vocabulary in the order of `IN_VOCABULARY`, metadata, and unknown counts."""
     parts = list(chunks)
     dense = []
@@ -99,7 +109,7 @@ def together(chunks: Iterator[CellChunk], tokenizer: TahoeX1Tokenizer) -> tuple[
     columns = tokenizer.convert_tokens_to_ids(IN_VOCABULARY)
     everything = np.concatenate(dense)
     assert everything.sum() == everything[:, columns].sum(), "a special token has counts"
-    metadata = pd.concat([part.metadata for part in parts], ignore_index=True)
+    metadata = pd.concat([part.obs for part in parts], ignore_index=True)
     return everything[:, columns], metadata, sum(part.unknown_counts for part in parts)
 
 
@@ -141,7 +151,7 @@ def test_chunks_are_bounded(tmp_path: Path, source, counts, kind: str, monkeypat
     chunks = list(source(path).read(path, 0, NUM_CELLS, []))
     assert all(chunk.rows.offsets[-1] <= 60 for chunk in chunks)
     assert 8 < len(chunks) < NUM_CELLS
-    assert all(chunk.metadata.shape == (len(chunk.rows.offsets) - 1, 0) for chunk in chunks)
+    assert all(chunk.obs.shape == (len(chunk.rows.offsets) - 1, 0) for chunk in chunks)
 
 
 def test_real_cells_equal_those_of_the_h5ad_file(tmp_path: Path, shared_data) -> None:
@@ -151,15 +161,15 @@ def test_real_cells_equal_those_of_the_h5ad_file(tmp_path: Path, shared_data) ->
     numbers = pd.read_parquet(gene_table).set_index("ensembl_id")["token_id"]
     write_parquet(cell_table(adata.X.toarray(), numbers[adata.var_names].to_numpy()), tmp_path / "cells.parquet", 30)
     values = {"kind": "tahoe-100m", "paths": [str(tmp_path)], "gene_metadata": str(gene_table)}
-    cells = Tahoe100MFiles(Tahoe100MSource(**values), tokenizer, tmp_path / "spool")
+    cells = OpenedFiles(Tahoe100MSource(**values), tokenizer, tmp_path / "spool")
     [path] = cells.list_files()
     report = cells.inspect(path)
     assert (report.num_cells, report.num_genes, report.num_genes_known) == (100, 62710, 62710)
-    expected = chunk_of_matrix(adata.X, tokenizer.match_genes(adata.var_names), adata.obs[[]], 0, tokenizer)
+    expected, _ = gene_rows(adata.X, tokenizer.match_genes(adata.var_names), 0, tokenizer)
     [chunk] = cells.read(path, 0, 100, [])
-    assert np.array_equal(chunk.rows.offsets, expected.rows.offsets)
-    assert np.array_equal(chunk.rows.tokens, expected.rows.tokens)
-    assert np.array_equal(chunk.rows.counts, expected.rows.counts)
+    assert np.array_equal(chunk.rows.offsets, expected.offsets)
+    assert np.array_equal(chunk.rows.tokens, expected.tokens)
+    assert np.array_equal(chunk.rows.counts, expected.counts)
     assert chunk.unknown_counts == 0
     assert chunk.rows.counts.sum() == adata.X.sum() > 1e5
 
@@ -225,7 +235,7 @@ def test_cells_that_cannot_be_right(tmp_path: Path, source, kind: str, name: str
     counts[:, 1] = 5
     path = WRITERS[kind](replaced(cell_table(counts), name, 2, value), tmp_path)
     cells = source(path)
-    assert sum(len(chunk.metadata) for chunk in cells.read(path, 0, 2, [])) == 2
+    assert sum(len(chunk.obs) for chunk in cells.read(path, 0, 2, [])) == 2
     with pytest.raises(BadInput, match=said):
         list(cells.read(path, 2, 3, []))
 
@@ -453,7 +463,7 @@ def test_of_a_remote_parquet_file_only_what_is_needed_is_fetched(source, remote)
     assert cells.inspect(path).num_cells == 3000
     looked = sum(remote.log)
     remote.log.clear()
-    assert sum(len(chunk.metadata) for chunk in cells.read(path, 1500, 1600, ["drug"])) == 100
+    assert sum(len(chunk.obs) for chunk in cells.read(path, 1500, 1600, ["drug"])) == 100
     assert looked < 0.1 * size
     assert sum(remote.log) < looked + 0.02 * size
 
@@ -526,7 +536,7 @@ def test_offline_what_is_not_in_the_cache_is_said(source, gene_metadata: Path, h
 def test_online_the_hub_is_asked_and_the_fingerprint_is_that_of_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     path = "hf://datasets/tahoebio/Tahoe-100M/data/train-0.parquet"
-    assert tahoe_100m._local_path(path) is None
+    assert tables._local_path(path) is None
 
     class Hub:
         def info(self, name: str) -> dict[str, Any]:
@@ -534,5 +544,5 @@ def test_online_the_hub_is_asked_and_the_fingerprint_is_that_of_the_cache(monkey
 
             return {"size": 5, "blob_id": "git", "lfs": BlobLfsInfo(size=5, sha256=SHA256, pointer_size=1)}
 
-    monkeypatch.setattr(tahoe_100m, "_filesystem", lambda path: (Hub(), path))
-    assert tahoe_100m._fingerprint(path) == SHA256
+    monkeypatch.setattr(tables, "_filesystem", lambda path: (Hub(), path))
+    assert tables.table_fingerprint(path) == SHA256

@@ -7,20 +7,21 @@ from contextlib import contextmanager
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 from scipy.sparse import csr_matrix
 
-from tahoex1_hf.cells.gene_symbols import read_gene_symbols
-from tahoex1_hf.cells.readers.base import CHUNK_ELEMENTS, INDEX, BadInput, CellChunk, chunk_of_matrix
+from tahoex1_hf.cells.genes import GeneOptions, matched_genes
+from tahoex1_hf.cells.readers.base import CHUNK_ELEMENTS, INDEX, BadInput, Block, CellInput, gene_rows
 from tahoex1_hf.cells.readers.by_gene import read_spooled, spool_entries
 from tahoex1_hf.cells.readers.csr import check_indptr, read_rows
-from tahoex1_hf.cells.readers.paths import expand_paths, local_fingerprint
-from tahoex1_hf.data.config import TenXSource
-from tahoex1_hf.data.sources.base import CellSource, FileReport, matched_genes
+from tahoex1_hf.cells.readers.paths import local_fingerprint
 from tahoex1_hf.encoding_tahoe_x1 import GeneMatch
+
+if TYPE_CHECKING:
+    from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
 
 GENE_EXPRESSION = "Gene Expression"
 
@@ -31,89 +32,112 @@ class _Features(NamedTuple):
     types: list[str]
 
 
-class TenXFiles(CellSource):
-    """Matrices that Cell Ranger writes; the only metadata is the barcode (`_index`), others can be joined to it."""
+class TenXInput(CellInput):
+    """A matrix that Cell Ranger wrote. It has no columns of obs; the name of a cell is its barcode.
 
-    config: TenXSource
+    Args:
+        path: an `.h5` file, or a folder with a `matrix.mtx`.
+        tokenizer: the tokenizer that knows the genes.
+        options: where the genes are.
+        spool: folder in which the lines of a `matrix.mtx` are sorted by cell.
+    """
 
-    def list_files(self) -> list[str]:
-        """The `.h5` files and the folders with a `matrix.mtx`, sorted."""
-        return expand_paths(self.config.paths, is_ten_x, "10x .h5 files or folders with matrix.mtx")
+    genes: GeneMatch
 
-    def inspect(self, path: str) -> FileReport:
-        """Check shapes and genes; the counts are not read."""
+    def __init__(self, path: str, tokenizer: "TahoeX1Tokenizer", options: GeneOptions, spool: Path | None):
+        self.path, self.tokenizer, self.options, self._spool = path, tokenizer, options, spool
+        if options.layer is not None:
+            raise BadInput(f"layer={options.layer!r} was given, but it is a 10x file, which has no layers.")
+        self.by_gene = _is_folder(path)
         with _reading():
-            features, num_cells = _features(path), len(_barcodes(path))
-            if not num_cells:
+            features, self.num_cells = _features(path), len(_barcodes(path))
+            if not self.num_cells:
                 raise BadInput("it has no cells.")
-            if _is_folder(path):
-                shape = _mtx_header(path)[:2]
-            else:
-                with _matrix_group(path) as group:
-                    shape = int(group["shape"][0]), int(group["shape"][1])
-                    check_indptr(group, num_cells)
-            if shape != (len(features.ids), num_cells):
-                raise BadInput(
-                    f"its matrix has the shape {shape} for {len(features.ids)} genes and {num_cells} cells."
-                )
-        genes = self._match(features)
-        return FileReport(
-            num_cells=num_cells,
-            fingerprint=local_fingerprint(path),
-            num_genes=genes.num_genes,
-            num_genes_known=genes.num_genes - genes.num_unknown,
-            unknown_genes=list(genes.unknown_examples),
-            by_gene=_is_folder(path),
-        )
+            shape = _shape(path)
+        if shape != (len(features.ids), self.num_cells):
+            raise BadInput(
+                f"its matrix has the shape {shape} for {len(features.ids)} genes and {self.num_cells} cells."
+            )
+        self.genes = self._match(features)
+        self.fingerprint = local_fingerprint(path)
 
-    def cell_names(self, path: str) -> np.ndarray:
+    @property
+    def obs_columns(self) -> list[str]:
+        """None."""
+        return []
+
+    def column(self, name: str) -> pd.Series:
         """The barcodes."""
+        _check_columns([name])
         with _reading():
-            return _barcodes(path)
+            return pd.Series(_barcodes(self.path))
 
-    def spool(self, path: str, piece_cells: int) -> None:
+    def check(self) -> None:
+        """Read the index of an `.h5` file."""
+        if not self.by_gene:
+            with _reading(), _matrix_group(self.path) as group:
+                check_indptr(group, self.num_cells)
+
+    def sort_by_cell(self, piece_cells: int = 16384) -> None:
         """Sort the lines of a `matrix.mtx`, which can stand in any order, by cell."""
-        with _reading():
-            spool_entries(_mtx_entries(path), _mtx_header(path)[1], piece_cells, self._spooled(path))
+        if self.by_gene:
+            with _reading():
+                spool_entries(_mtx_entries(self.path), self.num_cells, piece_cells, self._spooled())
 
-    def read(self, path: str, start: int, stop: int, columns: Sequence[str]) -> Iterator[CellChunk]:
-        """Read in chunks of about `CHUNK_ELEMENTS` stored entries."""
-        strange = [name for name in columns if name != INDEX]
-        if strange:
-            raise BadInput(f"10x files have no column {strange[0]!r}, only barcodes ({INDEX}): add others with join.")
+    def blocks(
+        self, start: int, stop: int, columns: Sequence[str] = (), elements: int | None = None
+    ) -> Iterator[Block]:
+        """Read rows of the matrix; the only column is `INDEX`."""
+        _check_columns(columns)
         with _reading():
-            genes = self._match(_features(path))
-            barcodes = _barcodes(path)[start:stop] if columns else None
-            done = start
-            for matrix in self._rows(path, start, stop, genes.num_genes):
-                end = done + matrix.shape[0]
-                names = {} if barcodes is None else {INDEX: barcodes[done - start : end - start]}
-                metadata = pd.DataFrame(names, index=range(end - done))
-                yield chunk_of_matrix(matrix, genes, metadata, done, self.tokenizer)
-                done = end
+            barcodes = _barcodes(self.path)[start:stop] if columns else None
+            low = start
+            for matrix in self._rows(start, stop, elements):
+                high = low + matrix.shape[0]
+                names = {} if barcodes is None else {INDEX: barcodes[low - start : high - start]}
+                rows, unknown = gene_rows(matrix, self.genes, low, self.tokenizer)
+                yield Block(low, rows, pd.DataFrame(names, index=range(high - low)), unknown)
+                low = high
 
-    def _rows(self, path: str, start: int, stop: int, num_genes: int) -> Iterator[csr_matrix]:
-        if _is_folder(path):
-            yield from read_spooled(self._spooled(path), start, stop, num_genes)
+    def _rows(self, start: int, stop: int, elements: int | None) -> Iterator[csr_matrix]:
+        if self.by_gene:
+            yield from read_spooled(self._spooled(), start, stop, self.genes.num_genes)
             return
-        with _matrix_group(path) as group:
-            yield from read_rows(group, start, stop, num_genes)
+        with _matrix_group(self.path) as group:
+            yield from read_rows(group, start, stop, self.genes.num_genes, elements)
 
     def _match(self, features: _Features) -> GeneMatch:
-        """Only the features that are genes are looked up: antibodies and guides are none."""
+        """Look up the features that are genes: antibodies and guides are none."""
+        column = self.options.gene_id_column
         is_gene = np.array([kind == GENE_EXPRESSION for kind in features.types], dtype=bool)
-        if self.config.gene_id_column not in (None, "id", "name"):
-            raise BadInput(f"gene_id_column={self.config.gene_id_column!r}: features of 10x have an id and a name.")
-        chosen = features.symbols if self.config.gene_id_column == "name" else features.ids
+        if column not in (None, "id", "name"):
+            raise BadInput(f"gene_id_column={column!r}: features of 10x have an id and a name.")
+        chosen = features.symbols if column == "name" else features.ids
         names = [name for name, gene in zip(chosen, is_gene, strict=True) if gene]
-        match = matched_genes(self.tokenizer, names, self.config, read_gene_symbols(self.config.gene_symbols))
+        match = matched_genes(self.tokenizer, names, self.options)
         token_ids = np.full(len(is_gene), -1, dtype=np.int64)
         token_ids[is_gene] = match.token_ids
         others = int((~is_gene).sum())
         return replace(match, token_ids=token_ids, num_genes=len(is_gene), num_unknown=match.num_unknown + others)
 
-    def _spooled(self, path: str) -> Path:
-        return self.spool_folder / sha256(path.encode()).hexdigest()[:24]
+    def _spooled(self) -> Path:
+        if self._spool is None:
+            raise BadInput("its counts stand in any order: name a folder in which they are sorted by cell.")
+        return self._spool / sha256(f"{self.path}\n{self.fingerprint}".encode()).hexdigest()[:24]
+
+
+def _check_columns(columns: Sequence[str]) -> None:
+    strange = [name for name in columns if name != INDEX]
+    if strange:
+        raise BadInput(f"10x files have no column {strange[0]!r}, only barcodes ({INDEX}): add others with join.")
+
+
+def _shape(path: str) -> tuple[int, int]:
+    """Genes and cells of the matrix."""
+    if _is_folder(path):
+        return _mtx_header(path)[:2]
+    with _matrix_group(path) as group:
+        return int(group["shape"][0]), int(group["shape"][1])
 
 
 def is_ten_x(path: Path) -> bool:

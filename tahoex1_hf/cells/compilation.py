@@ -1,0 +1,61 @@
+# Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
+"""Whether this process encodes cells by compiled loops: the results are the same with them and without.
+
+Compiling takes about 10 s, once per installation. A few cells are encoded sooner without it, so for embedding it is
+done in the background, and only where there are many cells. It needs numba, which comes with the extra "data".
+"""
+
+import threading
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from tahoex1_hf.encoding_tahoe_x1 import GeneMatch
+
+if TYPE_CHECKING:
+    from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
+
+# From so many cells on, compiling costs less time than it saves.
+COMPILE_FROM_CELLS = 20_000
+
+_ready, _lock = threading.Event(), threading.Lock()
+_started = False
+
+
+def is_ready() -> bool:
+    """Whether compiled loops are to be used."""
+    return _ready.is_set()
+
+
+def use_now() -> None:
+    """Use compiled loops from now on, compiling them where they are first called; without numba, do nothing."""
+    try:
+        from tahoex1_hf.cells import compiled_encoding  # noqa: F401
+    except ImportError:
+        return
+    _ready.set()
+
+
+def start(tokenizer: "TahoeX1Tokenizer", dtype: type[np.generic], num_cells: int) -> None:
+    """Begin to compile in the background, once per process, if there are enough cells; `dtype` is that of tokens."""
+    global _started
+    with _lock:
+        if num_cells < COMPILE_FROM_CELLS or _started:
+            return
+        _started = True
+    threading.Thread(target=_compile, args=(tokenizer, dtype), name="compile-encoding", daemon=True).start()
+
+
+def _compile(tokenizer: "TahoeX1Tokenizer", dtype: type[np.generic]) -> None:
+    from scipy.sparse import csr_matrix
+
+    try:
+        from tahoex1_hf.cells.compiled_encoding import compacted_rows, encode_compiled
+    except ImportError:
+        return
+    token = int(np.flatnonzero(tokenizer.is_gene)[0])
+    match = GeneMatch(np.array([token]), 1, 1, 0, 0, ())
+    found = compacted_rows(csr_matrix(np.ones((1, 1), dtype=np.float32)), match, dtype)
+    assert found is not None
+    encode_compiled(tokenizer, found[0])
+    _ready.set()

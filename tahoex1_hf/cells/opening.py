@@ -1,0 +1,244 @@
+# Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
+"""The one place where cells are opened, whatever holds them, and their genes, counts and columns of obs found.
+
+`find_sources` says which files a path stands for, and `open_cells` opens one of them.
+"""
+
+import glob
+import os
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from tahoex1_hf.cells.genes import GeneOptions
+from tahoex1_hf.cells.readers.anndata_inputs import AnnDataInput, StoredInput
+from tahoex1_hf.cells.readers.base import INDEX, BadInput, CellInput
+from tahoex1_hf.cells.readers.paths import expand_paths, is_zarr_store
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from anndata import AnnData
+
+    from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
+
+Kind = Literal["anndata", "10x", "tahoe-100m", "prepared"]
+
+_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+_TABLES = (".parquet", ".arrow")
+
+
+@dataclass(frozen=True)
+class Source:
+    """What holds cells: a file, a store, a folder that counts as one file, or a split of a prepared dataset.
+
+    Attributes:
+        path: path or address.
+        kind: what it is.
+        split: the split of a prepared dataset.
+    """
+
+    path: str
+    kind: Kind
+    split: str | None = None
+
+
+def open_cells(
+    source: "AnnData | str | Path | Source",
+    tokenizer: "TahoeX1Tokenizer",
+    options: GeneOptions | None = None,
+    *,
+    spool: str | Path | None = None,
+    check: bool = True,
+) -> CellInput:
+    """Open cells, and find their genes and counts; the counts are not read.
+
+    Args:
+        source: an AnnData, in memory or backed; the path of an `.h5ad` file, a `.zarr` store, a 10x file or folder, a
+            Parquet or Arrow file in the form of Tahoe-100M or a prepared dataset with one split; or what
+            `find_sources` returns.
+        tokenizer: the tokenizer whose vocabulary says which genes are known.
+        options: where genes and counts are.
+        spool: folder for counts that must be sorted by cell, and for copies of remote Arrow files; may not exist yet.
+        check: whether to look at the index of sparse counts, for which all of it is read.
+
+    Raises:
+        FileNotFoundError: for a path that stands for nothing.
+        ValueError: for a source that cannot be used; the message names it, what is wrong, and the way out.
+    """
+    options = GeneOptions() if options is None else options
+    if hasattr(source, "obs_names"):
+        try:
+            return AnnDataInput(source, tokenizer, options)
+        except BadInput as error:
+            raise ValueError(str(error)) from error
+    if not isinstance(source, Source):
+        found = find_sources([str(source)])
+        if len(found) != 1:
+            raise ValueError(f"{source} stands for {len(found)} files: name one.")
+        source = found[0]
+    try:
+        cells = open_source(source, tokenizer, options, None if spool is None else Path(spool))
+        if check:
+            cells.check()
+    except BadInput as error:
+        raise ValueError(f"{source.path}: {error}") from error
+    return cells
+
+
+def open_source(source: Source, tokenizer: "TahoeX1Tokenizer", options: GeneOptions, spool: Path | None) -> CellInput:
+    """Do what `open_cells` does, with errors that do not name the source: `BadInput`."""
+    # Each kind needs libraries that the others do not.
+    if source.kind == "anndata":
+        return StoredInput(source.path, tokenizer, options, spool)
+    if source.kind == "10x":
+        from tahoex1_hf.cells.readers.ten_x import TenXInput
+
+        return TenXInput(source.path, tokenizer, options, spool)
+    if source.kind == "tahoe-100m":
+        from tahoex1_hf.cells.readers.tahoe_100m import Tahoe100MInput
+
+        return Tahoe100MInput(source.path, tokenizer, options, spool)
+    from tahoex1_hf.cells.readers.prepared import PreparedInput
+
+    return PreparedInput(source.path, str(source.split), tokenizer)
+
+
+def read_obs_column(path: str, name: str, argument: str) -> "pd.Series":
+    """Read a column of obs of a file, without looking at its genes and counts.
+
+    Args:
+        path: `.h5ad` file or `.zarr` store.
+        name: name of the column; `INDEX` for the names of the cells.
+        argument: the argument that names the column, for messages.
+
+    Raises:
+        FileNotFoundError: where there is no such file.
+        ValueError: for a file without obs, and for a column that is not there, naming those that are.
+    """
+    if not Path(path).exists():
+        raise FileNotFoundError(f"data={path} does not exist.")
+    if local_kind(Path(path)) != "anndata":
+        raise ValueError(f"data={path}: {argument}={name} is a column of obs, which only .h5ad and .zarr have.")
+    from tahoex1_hf.cells.readers.stores import column_names, open_store, read_column
+
+    try:
+        with open_store(path) as store:
+            columns = column_names(store["obs"])
+            if name in columns or name == INDEX:
+                return read_column(store["obs"], name)
+    except BadInput as error:
+        raise ValueError(f"{path}: {error}") from error
+    raise ValueError(f"{argument}={name} is no column of obs of {path}; there are {', '.join(sorted(columns))}.")
+
+
+def open_all(
+    paths: Sequence[str], tokenizer: "TahoeX1Tokenizer", options: GeneOptions | None = None, *, spool: str | Path
+) -> list[CellInput]:
+    """Open all that paths stand for, in order; see `find_sources` and `open_cells`.
+
+    Raises:
+        FileNotFoundError: for a path that stands for nothing.
+        ValueError: for a source that cannot be used, and where there are no cells at all.
+    """
+    found = [open_cells(source, tokenizer, options, spool=spool) for source in find_sources(paths)]
+    if not sum(each.num_cells for each in found):
+        raise ValueError(f"{', '.join(paths)} holds no cells.")
+    return found
+
+
+def find_sources(paths: Iterable[str]) -> list[Source]:
+    """Find what paths stand for: files, folders and globs, prepared datasets, addresses, datasets on the Hub.
+
+    Args:
+        paths: `.h5ad` files, `.zarr` stores, 10x `.h5` files and folders, folders and globs of such; folders of
+            prepared datasets, also `hf://` and `s3://`; Parquet or Arrow files in the form of Tahoe-100M, and Hub
+            datasets (`tahoebio/Tahoe-100M`).
+
+    Raises:
+        FileNotFoundError: for a path that stands for no such file.
+        ValueError: for an address without cells.
+    """
+    return [source for path in paths for source in _sources_of(path)]
+
+
+def check_paths(paths: Sequence[str]) -> None:
+    """Raise FileNotFoundError for a local path that stands for nothing, before any work is done."""
+    for path in paths:
+        if "://" not in path and not glob.has_magic(path) and not os.path.exists(path) and not _is_repository(path):
+            raise FileNotFoundError(f"{path} does not exist.")
+
+
+def _sources_of(path: str) -> list[Source]:
+    if "://" not in path and not os.path.exists(path) and _is_repository(path):
+        path = f"hf://datasets/{path}"
+    splits = _prepared_splits(path)
+    if splits:
+        return [Source(path, "prepared", split) for split in splits]
+    if "://" in path or _holds_tables(Path(path)):
+        inner = f"{path}/data" if re.fullmatch(r"hf://datasets/[^/]+/[^/]+", path) else path
+        try:
+            return [Source(each, "tahoe-100m") for each in find_files("tahoe-100m", [inner])]
+        except BadInput as error:
+            raise ValueError(str(error)) from error
+    found = expand_paths([path], lambda each: local_kind(each) is not None, ".h5ad, .zarr or 10x files")
+    return [Source(each, local_kind(Path(each)) or "anndata") for each in found]
+
+
+def find_files(kind: Kind, paths: Sequence[str]) -> list[str]:
+    """Find the files of one kind that paths stand for, sorted, each once.
+
+    Raises:
+        FileNotFoundError: where a path stands for none.
+        BadInput: where an address stands for none.
+    """
+    if kind == "tahoe-100m":
+        from tahoex1_hf.cells.readers.tahoe_100m import find_tables
+
+        return sorted({file for path in paths for file in find_tables(path)})
+    names: dict[Any, str] = {
+        "anndata": ".h5ad files or .zarr stores",
+        "10x": "10x .h5 files or folders with matrix.mtx",
+    }
+    wanted: Callable[[Path], bool] = lambda path: local_kind(path) == kind  # noqa: E731
+    return expand_paths(paths, wanted, names[kind])
+
+
+def local_kind(path: Path) -> Literal["anndata", "10x"] | None:
+    """Return the kind of a file, or of a folder that counts as one: None for all else."""
+    if (path.suffix == ".h5ad" and path.is_file()) or is_zarr_store(path):
+        return "anndata"
+    from tahoex1_hf.cells.readers.ten_x import is_ten_x
+
+    return "10x" if is_ten_x(path) else None
+
+
+def _is_repository(path: str) -> bool:
+    """Whether a path that does not exist looks like a dataset on the Hub."""
+    return bool(_REPOSITORY.fullmatch(path)) and Path(path).suffix not in (".h5ad", ".zarr", ".h5", *_TABLES)
+
+
+def _prepared_splits(path: str) -> list[str]:
+    """Splits with cells of a prepared dataset, training first; none where it is something else."""
+    if "://" not in path:
+        manifest = Path(path) / "manifest.json"
+        if not manifest.is_file():
+            return []
+    from tahoex1_hf.cells.readers.prepared import PreparedDataset
+
+    for split in ("train", "validation"):
+        try:
+            splits = PreparedDataset(path, split).manifest["splits"]
+            return [name for name in ("train", "validation") if splits.get(name, {}).get("shards")]
+        except ValueError:
+            continue
+        except OSError:
+            return []
+    return []
+
+
+def _holds_tables(path: Path) -> bool:
+    """Whether a path is, or a folder holds, Parquet or Arrow files."""
+    inside = (file for suffix in _TABLES for file in path.rglob(f"*{suffix}")) if path.is_dir() else iter(())
+    return path.suffix in _TABLES or next(inside, None) is not None

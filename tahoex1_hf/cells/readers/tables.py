@@ -1,0 +1,288 @@
+# Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
+"""Parquet and Arrow files with a row per cell, on disk, on the Hub (also in its cache, offline) or at any address.
+
+Remote Parquet is read range by range; remote Arrow files, which cannot be read in part without their table of
+contents, are copied to a folder first.
+"""
+
+import glob
+import hashlib
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
+
+import numpy as np
+
+from tahoex1_hf.cells.readers.base import CHUNK_ELEMENTS, BadInput
+from tahoex1_hf.common.files import WholeFile
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+SUFFIXES = (".parquet", ".arrow")
+
+_HUB = "hf://datasets/"
+# Most cells read at once, however few genes they have.
+_MOST_CELLS = 8192
+# A Parquet column is read in pieces of this size, so that a long row group is never in memory whole.
+_BUFFER_BYTES = 2**23
+
+
+class TableReader(ABC):
+    """A file of cells: its schema, how many cells, and batches of rows."""
+
+    schema: "pa.Schema"
+    num_cells: int
+
+    @abstractmethod
+    def batches(
+        self, start: int, stop: int, columns: list[str], most: int = CHUNK_ELEMENTS
+    ) -> Iterator["pa.RecordBatch"]:
+        """Rows `start` to `stop`, of these columns, in batches of about `most` values."""
+
+
+class ParquetReader(TableReader):
+    """A Parquet file, read row group by row group."""
+
+    def __init__(self, file: Any) -> None:
+        self.file, self.schema, self.num_cells = file, file.schema_arrow, file.metadata.num_rows
+
+    def batches(
+        self, start: int, stop: int, columns: list[str], most: int = CHUNK_ELEMENTS
+    ) -> Iterator["pa.RecordBatch"]:
+        """Read only the row groups in which the rows are."""
+        metadata = self.file.metadata
+        sizes = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
+        ends = np.cumsum(sizes)
+        first, last = (int(number) for number in np.searchsorted(ends, [start, stop - 1], side="right"))
+        if start == stop:
+            return
+        at = int(ends[first]) - sizes[first]
+        groups = list(range(first, last + 1))
+        for batch in self.file.iter_batches(self._cells_at_once(groups, most), row_groups=groups, columns=columns):
+            piece = batch.slice(max(start - at, 0), max(min(stop, at + batch.num_rows) - max(start, at), 0))
+            at += batch.num_rows
+            if piece.num_rows:
+                yield piece
+            if at >= stop:
+                return
+
+    def _cells_at_once(self, groups: list[int], elements: int) -> int:
+        """About as many as have `elements` genes: the widest column tells how many a cell has."""
+        metadata = self.file.metadata
+        most = 1.0
+        for number in groups:
+            group = metadata.row_group(number)
+            values = max((group.column(column).num_values for column in range(group.num_columns)), default=0)
+            most = max(most, values / max(group.num_rows, 1))
+        return int(min(max(elements / most, 1), _MOST_CELLS))
+
+
+class ArrowReader(TableReader):
+    """Either form of an IPC file: with a table of contents, or a stream, as `datasets` writes it."""
+
+    def __init__(self, source: Any) -> None:
+        import pyarrow as pa
+
+        self.source = source
+        magic = source.read(6)
+        source.seek(0)
+        self.is_file = magic == b"ARROW1"
+        self.schema = (pa.ipc.open_file(source) if self.is_file else pa.ipc.open_stream(source)).schema
+        self.num_cells = sum(batch.num_rows for batch in self._all([]))
+
+    def _all(self, columns: list[str]) -> Iterator["pa.RecordBatch"]:
+        """Every batch; the file is mapped, so that what is not looked at is not read."""
+        import pyarrow as pa
+
+        # an empty list would mean all columns
+        fields = sorted(self.schema.get_field_index(name) for name in columns) or [_lightest(self.schema)]
+        options = pa.ipc.IpcReadOptions(included_fields=fields)
+        self.source.seek(0)
+        if self.is_file:
+            reader = pa.ipc.open_file(self.source, options=options)
+            yield from (reader.get_batch(number) for number in range(reader.num_record_batches))
+        else:
+            yield from pa.ipc.open_stream(self.source, options=options)
+
+    def batches(
+        self, start: int, stop: int, columns: list[str], most: int = CHUNK_ELEMENTS
+    ) -> Iterator["pa.RecordBatch"]:
+        """Cut the file's own batches."""
+        at = 0
+        for batch in self._all(columns):
+            if at >= stop:
+                return
+            piece = batch.slice(max(start - at, 0), max(min(stop, at + batch.num_rows) - max(start, at), 0))
+            at += batch.num_rows
+            for first in range(0, piece.num_rows, _MOST_CELLS):
+                yield piece.slice(first, _MOST_CELLS)
+
+
+def _lightest(schema: "pa.Schema") -> int:
+    """A column of one value per cell, where there is one."""
+    import pyarrow as pa
+
+    return next((number for number, field in enumerate(schema) if not pa.types.is_nested(field.type)), 0)
+
+
+@contextmanager
+def open_table(path: str, spool: Path | None) -> Iterator["TableReader"]:
+    """Open a Parquet or Arrow file; what its content makes of reading it becomes BadInput.
+
+    Args:
+        path: file or address.
+        spool: folder for copies of remote Arrow files.
+    """
+    import pyarrow as pa
+
+    try:
+        if path.endswith(".parquet"):
+            with _open_parquet(path) as file:
+                yield ParquetReader(file)
+        else:
+            local = _local_path(path) or _copy(path, spool)
+            with pa.memory_map(local) as source:
+                yield ArrowReader(source)
+    except FileNotFoundError:
+        raise BadInput("it does not exist: check the path.") from None
+    except (pa.ArrowException, OSError) as error:
+        # pyarrow has plain OSErrors without a number for damaged content; others are the disk's or the network's,
+        # and say nothing about the file.
+        if isinstance(error, OSError) and (type(error) is not OSError or error.errno is not None):
+            raise
+        raise BadInput(f"it cannot be read ({str(error).strip()}): fetch or write it again.") from None
+
+
+def _copy(path: str, spool: Path | None) -> str:
+    """A copy of a remote file in the spool folder, made once."""
+    key = hashlib.sha256(f"{path}\0{table_fingerprint(path)}".encode()).hexdigest()[:24]
+    if spool is None:
+        raise BadInput("it is a remote Arrow file: name a folder to which it is copied, or use Parquet.")
+    target = spool / f"tahoe-100m-{key}.arrow"
+    if not target.exists():
+        spool.mkdir(parents=True, exist_ok=True)
+        filesystem, name = _filesystem(path)
+        # Several processes may copy it: each replaces it with the same content.
+        with WholeFile(target) as partial:
+            filesystem.get_file(name, str(partial))
+    return str(target)
+
+
+def find_files(path: str) -> list[str]:
+    """Files of a path: itself, those in a folder at any depth, or those that a glob matches."""
+    local = _local_path(path)
+    if local is None:
+        filesystem, name = _filesystem(path)
+        try:
+            found = filesystem.glob(name) if glob.has_magic(name) else filesystem.find(name)
+        except FileNotFoundError:
+            found = []
+        return [filesystem.unstrip_protocol(each) for each in found if each.endswith(SUFFIXES)]
+    if os.path.isfile(local):
+        return [path] if path.endswith(SUFFIXES) else []
+    pattern = os.path.join(glob.escape(local), "**", "*") if os.path.isdir(local) else local
+    found = [each for each in glob.glob(pattern, recursive=True) if each.endswith(SUFFIXES) and os.path.isfile(each)]
+    if not path.startswith(_HUB):
+        return found
+    root, address, _ = _cached_snapshot(path)
+    return [f"{address}/{os.path.relpath(each, root).replace(os.sep, '/')}" for each in found]
+
+
+def _local_path(path: str) -> str | None:
+    """Where a file is on this machine, None for one that is read from afar."""
+    if path.startswith(_HUB):
+        import huggingface_hub.constants
+
+        if not huggingface_hub.constants.HF_HUB_OFFLINE:
+            return None
+        root, _, inside = _cached_snapshot(path)
+        local = os.path.join(root, inside)
+        if not glob.has_magic(inside) and not os.path.exists(local):
+            raise BadInput(f"{path} is not in the Hub's cache ({root}), and HF_HUB_OFFLINE is set.{_DOWNLOAD}")
+        return local
+    if path.startswith("file://"):
+        return path.removeprefix("file://")
+    return None if "://" in path else path
+
+
+_DOWNLOAD = " Download it (hf download --repo-type dataset), or unset HF_HUB_OFFLINE."
+
+
+def _cached_snapshot(path: str) -> tuple[str, str, str]:
+    """Folder of a dataset in the Hub's cache, the dataset's address, and the path inside both."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    owner, _, rest = path.removeprefix(_HUB).partition("/")
+    name, _, inside = rest.partition("/")
+    name, _, revision = name.partition("@")
+    if not owner or not name:
+        raise BadInput(f"{path} names no dataset: write {_HUB}OWNER/NAME/PATH.")
+    try:
+        root = snapshot_download(
+            f"{owner}/{name}", repo_type="dataset", revision=unquote(revision) or None, local_files_only=True
+        )
+    except LocalEntryNotFoundError:
+        raise BadInput(
+            f"the dataset {owner}/{name} is not in the Hub's cache, and HF_HUB_OFFLINE is set.{_DOWNLOAD}"
+        ) from None
+    address = _HUB + "/".join(path.removeprefix(_HUB).split("/")[:2])
+    return root, address, inside
+
+
+def _filesystem(path: str) -> tuple[Any, str]:
+    from fsspec.core import url_to_fs
+
+    options: dict[str, Any] = {}
+    try:
+        if path.startswith("s3://"):
+            import botocore.session
+
+            # without credentials s3fs would refuse to read what is open to all
+            options["anon"] = botocore.session.get_session().get_credentials() is None
+        return url_to_fs(path, **options)
+    except ImportError as error:
+        extra = " (pip install 'tahoex1_hf[s3]')" if path.startswith("s3://") else ""
+        raise ImportError(f"Reading {path} needs a package that is not installed{extra}: {error}") from error
+    except ValueError as error:
+        raise BadInput(f"{path} cannot be read: {error}") from None
+
+
+@contextmanager
+def _open_parquet(path: str) -> Iterator[Any]:
+    import pyarrow.parquet as pq
+
+    local = _local_path(path)
+    if local is not None:
+        with pq.ParquetFile(local, buffer_size=_BUFFER_BYTES, pre_buffer=False) as file:
+            yield file
+        return
+    filesystem, name = _filesystem(path)
+    # pyarrow asks for whole pieces of columns, in the order in which it needs them: reading ahead would be wasted
+    with filesystem.open(name, "rb", cache_type="none") as source:
+        with pq.ParquetFile(source, buffer_size=_BUFFER_BYTES, pre_buffer=False) as file:
+            yield file
+
+
+def table_fingerprint(path: str) -> str:
+    """What changes when a file's content does."""
+    local = _local_path(path)
+    if local is not None:
+        if path.startswith(_HUB) and os.path.islink(local):
+            return os.path.basename(os.path.realpath(local))  # the cache names content by its hash, as the Hub does
+        status = os.stat(local)
+        return f"{status.st_size}-{status.st_mtime_ns}"
+    filesystem, name = _filesystem(path)
+    info = filesystem.info(name)
+    lfs = info.get("lfs") or {}
+    content_hash = lfs.get("sha256") if isinstance(lfs, dict) else getattr(lfs, "sha256", None)
+    for value in (content_hash, *(info.get(key) for key in ("blob_id", "ETag", "etag", "checksum", "md5Hash"))):
+        if value:
+            return str(value).strip('"')
+    times = [info[key] for key in ("LastModified", "mtime", "last_modified", "created") if info.get(key)]
+    return "-".join(map(str, [info.get("size"), *times[:1]]))
