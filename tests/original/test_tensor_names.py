@@ -47,12 +47,15 @@ def load_by_rules(config: TahoeX1Config, original: dict[str, torch.Tensor]) -> d
 
 
 @every_variant
-def test_transformers_itself_saves_back_in_the_original_names(variant: Variant, tmp_path: Path) -> None:
+def test_transformers_itself_saves_back_in_the_original_names(
+    variant: Variant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The rules are registered as transformers wants them; only because ours says so are they not used for saving."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "hf_home"))
     model = TahoeX1ForPreTraining.from_pretrained(variant.checkpoint)
-    model.save_pretrained(tmp_path, save_original_format=True)
+    model.save_pretrained(tmp_path / "saved", save_original_format=True)
     original = load_file(variant.checkpoint / "model.safetensors")
-    assert equal_bits(load_file(tmp_path / "model.safetensors"), original)
+    assert equal_bits(load_file(tmp_path / "saved" / "model.safetensors"), original)
 
 
 @every_variant
