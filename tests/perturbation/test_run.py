@@ -232,6 +232,23 @@ def masked_predictions(model: Any, cell: dict[str, torch.Tensor], hidden: np.nda
     return predicted * 49 / 2  # targets are scaled to -1..1 over 50 bins
 
 
+def plain_predictions(
+    model: Any, tokenizer: TahoeX1Tokenizer, counts: np.ndarray, token: int, ids: np.ndarray, number: int, seed: int
+) -> dict[int, float]:
+    """Predict the half of one cell in which the perturbed gene `token` is not; only the genes `ids` are seen."""
+    there = np.flatnonzero(counts)
+    tokens = np.array([tokenizer.get_vocab()[GENES[gene]] for gene in there])
+    batch = with_context(tokenizer, 1024)([(tokens, counts[there])], return_tensors="pt")
+    stay = np.isin(batch["input_ids"][0].numpy(), ids)
+    batch = {key: tensor[:, torch.from_numpy(stay)] for key, tensor in batch.items()}
+    tokens = batch["input_ids"][0, 1:].numpy()
+    side = halves(np.zeros(len(tokens), dtype=int), tokens, np.array([number]), seed)
+    own = halves(np.zeros(1, dtype=int), np.array([token]), np.array([number]), seed)[0]
+    hidden = side != own
+    values = masked_predictions(model, batch, hidden)
+    return dict(zip(tokens[hidden].tolist(), values[hidden], strict=True))
+
+
 @pytest.mark.parametrize("context", [1024, 12])
 def test_predicted_expression_equals_a_plain_forward_pass(
     tokenizer: TahoeX1Tokenizer, model: Any, context: int
@@ -260,22 +277,13 @@ def test_predicted_expression_equals_a_plain_forward_pass(
         if context > 100:  # nothing is sampled: the sets follow from the counts alone
             expected = {tokenizer.get_vocab()[GENES[g]] for g in np.flatnonzero(counts[number])}
             assert set(kept.tolist()) == expected
-        predicted = {}
-        for name, now in (
-            ("before", counts[number]),
-            ("after", changed_counts(counts, [gene], "delete", None)[number]),
-        ):
-            there = np.flatnonzero(now)
-            tokens = np.array([tokenizer.get_vocab()[GENES[g]] for g in there])
-            batch = with_context(tokenizer, 1024)([(tokens, now[there])], return_tensors="pt")
-            stay = np.isin(batch["input_ids"][0].numpy(), ids)
-            batch = {key: tensor[:, torch.from_numpy(stay)] for key, tensor in batch.items()}
-            tokens = batch["input_ids"][0, 1:].numpy()
-            side = halves(np.zeros(len(tokens), dtype=int), tokens, np.array([number]), seed)
-            own = halves(np.zeros(1, dtype=int), np.array([token]), np.array([number]), seed)[0]
-            hidden = side != own
-            values = masked_predictions(model, batch, hidden)
-            predicted[name] = dict(zip(tokens[hidden].tolist(), values[hidden], strict=True))
+        predicted = {
+            name: plain_predictions(model, tokenizer, now, token, ids, number, seed)
+            for name, now in (
+                ("before", counts[number]),
+                ("after", changed_counts(counts, [gene], "delete", None)[number]),
+            )
+        }
         assert predicted["before"].keys() == predicted["after"].keys()
         assert token not in predicted["before"]
         change = {key: predicted["after"][key] - predicted["before"][key] for key in predicted["after"]}
