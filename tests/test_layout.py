@@ -13,9 +13,7 @@ FOLDERS = ("tahoex1_hf", "tests", "benchmarks", "conversion", "examples", "model
 LONGEST_FILE, LONGEST_FUNCTION = 600, 60
 
 # What breaks a rule today. An entry goes when its file is mended, and none is added.
-LONG_FILES: set[str] = {
-    "tahoex1_hf/cells/kernels.py",
-}
+LONG_FILES: set[str] = set()
 TEXTS_WITH_OF: set[str] = {
     "tahoex1_hf/cells/inputs.py",
     "tahoex1_hf/cells/kernels.py",
@@ -27,9 +25,17 @@ TEXTS_WITH_OF: set[str] = {
 
 # Modules that no test file is named after, below the file that tests them: its subject is larger than one module.
 TESTED_IN: dict[str, set[str]] = {
+    "cells/test_opening.py": {
+        "cells/compilation",
+        "cells/encoding",
+        "cells/genes",
+        "cells/readers/anndata_inputs",
+        "cells/readers/tables",
+        "cells/readers/ten_x",
+        "data/sources/opened",
+    },
     "cells/test_compiled_encoding.py": {"cells/kernels", "cells/ragged"},
     "cli/test_app.py": {
-        "cells/gene_symbols",
         "cli/convert",
         "cli/export",
         "cli/finetune",
@@ -49,14 +55,10 @@ TESTED_IN: dict[str, set[str]] = {
         "data/manifest",
         "data/pieces",
         "data/shards",
-        "data/sources/anndata_files",
-        "data/sources/ten_x",
     },
     "data/test_preparation_errors.py": {"data/config"},
     "data/test_vocabulary.py": {"cli/vocabulary"},
     "embedding/test_files.py": {
-        "cells/files",
-        "cells/inputs",
         "cells/readers/base",
         "cells/readers/by_gene",
         "cells/readers/paths",
@@ -104,9 +106,9 @@ TESTED_IN: dict[str, set[str]] = {
     "finetuning/test_errors.py": {"finetuning/bases"},
     "hub/test_export.py": {"hub/isolated_load", "hub/isolated_load_script"},
     "hub/test_loading.py": {"hub/download"},
-    "hub/test_sources.py": {"original/files", "original/weights"},
+    "hub/test_sources.py": {"original/files"},
     "model_cards/test_model_cards.py": {"hub/cards/facts", "hub/cards/rendering", "training/flops"},
-    "original/test_verify.py": {"original/config", "original/reference", "original/restore", "original/writing"},
+    "original/test_verify.py": {"original/config", "original/reference"},
     "perturbation/test_journal.py": {"perturbation/plot", "perturbation/tables"},
     "perturbation/test_run.py": {"perturbation/cells", "perturbation/measures", "perturbation/plan"},
     "runs/test_report.py": {"common/plots", "finetuning/verdicts"},
