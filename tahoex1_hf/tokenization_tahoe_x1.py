@@ -450,23 +450,16 @@ class TahoeX1Tokenizer(PreTrainedTokenizer):
         return adata.obs[drugs].tolist() if self.is_drug_column(drugs, adata.obs.columns) else drugs
 
     def is_drug_column(self, drugs: Any, columns: Iterable[str]) -> bool:
-        """Return whether `drugs` names one of the columns of obs, and not a drug.
-
-        Raises:
-            ValueError: for a name that is both, or neither.
-        """
+        """Return whether `drugs` names one of the columns of obs. Raise ValueError where that is in doubt."""
         if not isinstance(drugs, str) or self.drug_to_id is None or drugs == "":
             return False
         columns = list(columns)
         if drugs in columns and drugs in self.drug_to_id:
-            raise ValueError(
-                f"drugs={drugs!r} is a column of adata.obs and a drug: pass a list with one drug per cell."
-            )
+            raise ValueError(f"drugs={drugs!r} is a column of adata.obs and a drug: pass a list, one drug per cell.")
         if drugs not in columns and drugs not in self.drug_to_id:
-            raise ValueError(
-                f"drugs={drugs!r} is neither a column of adata.obs nor in the drug table"
-                f"{similar_names(drugs, [*columns, *self.drug_to_id])} Names: see tokenizer.drug_to_id."
-            )
+            similar = similar_names(drugs, [*columns, *self.drug_to_id])
+            place = "a column of adata.obs nor in the drug table"
+            raise ValueError(f"drugs={drugs!r} is neither {place}{similar} Names: see tokenizer.drug_to_id.")
         return drugs in columns
 
     def _pieces(

@@ -132,9 +132,9 @@ def _choose(total: int, kept: int, targets: int, sample: bool, state: np.uint64,
     Args:
         total: genes of the cell.
         kept: genes to keep.
-        targets: of these, to be predicted.
-        sample: draw the genes that are kept; else they are the first.
-        state: of the random numbers.
+        targets: number of kept genes that are to be predicted.
+        sample: whether the kept genes are sampled; else they are the first.
+        state: state of the random number generator.
         chosen: `(total + 4,)`, written: twice the number of the gene, plus one for a target.
 
     Returns:

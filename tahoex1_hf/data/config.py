@@ -252,7 +252,7 @@ def with_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str
     """Put `key=value` into the keys and values of a YAML file.
 
     Args:
-        values: of the file; changed and returned.
+        values: keys and values of the file; changed in place and returned.
         overrides: `key=value`, with dots for keys within keys (`model.hidden_size=64`); values are YAML.
 
     Raises:

@@ -50,7 +50,7 @@ def drug_fingerprints(
         output: folder; made where it does not exist.
         drug_column: column with the names.
         smiles_column: column with the SMILES.
-        radius: of the Morgan fingerprints, in bonds.
+        radius: radius of the Morgan fingerprints, in bonds.
         num_bits: length of the fingerprints.
         overwrite: replace files that hold something else.
 

@@ -67,7 +67,7 @@ def matrix_blocks(
         matrix: group or dataset.
         start: first row.
         stop: behind the last row.
-        spooled: of a CSC matrix, where `by_gene.spool_entries` sorted it by cell.
+        spooled: pieces into which `by_gene.spool_entries` sorted a CSC matrix by cell, or None.
         elements: about how many entries a block has, by default `CHUNK_ELEMENTS`; of a CSC matrix always so many.
 
     Raises:

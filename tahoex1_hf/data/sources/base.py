@@ -25,7 +25,7 @@ class FileReport:
         num_cells: cells in it, before any filter.
         fingerprint: changes when the content does: size and time of change, an etag or a version. Only compared.
         num_genes: gene columns (or entries of its gene table).
-        num_genes_known: of these, in the vocabulary.
+        num_genes_known: number of them that are in the vocabulary.
         unknown_genes: up to five of the others.
         by_gene: counts are stored by gene, and `CellSource.spool` must sort them by cell before `read`.
     """
