@@ -38,7 +38,7 @@ def read_gene_symbols(path: str | Path | None) -> dict[str, str] | None:
                 symbol_column = next((names.index(name) for name in _SYMBOL_COLUMNS if name in names), None)
             if not ids or len(row) < 2:
                 continue
-            other = symbol_column if symbol_column is not None else int(ids[0] == 0)
+            other = int(ids[0] == 0) if symbol_column is None or symbol_column in ids else symbol_column
             if other < len(row) and other not in ids:
                 pairs[row[other]] = row[ids[0]]
     if not pairs:

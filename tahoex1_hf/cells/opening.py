@@ -130,7 +130,7 @@ def read_obs_column(path: str, name: str, argument: str) -> "pd.Series":
                 return read_column(store["obs"], name)
     except BadInput as error:
         raise ValueError(f"{path}: {error}") from error
-    raise ValueError(f"{argument}={name} is no column of obs of {path}; there are {', '.join(sorted(columns))}.")
+    raise ValueError(f"{argument}={name} is not a column of obs of {path}; there are {', '.join(sorted(columns))}.")
 
 
 def open_all(

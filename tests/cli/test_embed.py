@@ -83,17 +83,16 @@ def test_in_place_and_again(tmp_path: Path, converted: Path) -> None:
     assert result.uns["tahoe_x1"]["seed"] == 1
 
 
-def test_a_folder_in_the_originals_layout_is_converted_once(tmp_path: Path, cache: Path) -> None:
+def test_a_folder_in_the_originals_layout_is_loaded_in_place(tmp_path: Path, cache: Path) -> None:
     shutil.copytree(MODEL, tmp_path / "models" / "70m-model")
     embed(CELLS, tmp_path / "out.npy", tmp_path / "models", "--size", "70m")
-    converted = list((cache / "tahoex1_hf" / "converted").glob("*/model.safetensors"))
-    assert len(converted) == 1
-    stamp = converted[0].stat().st_mtime_ns
+    (link,) = (cache / "tahoex1_hf").rglob("model.safetensors")
+    assert link.is_symlink()
+    assert link.resolve() == tmp_path / "models" / "70m-model" / "model.safetensors"
+    stamp = link.lstat().st_mtime_ns
     embed(CELLS, tmp_path / "again.npy", tmp_path / "models" / "70m-model")
     assert np.abs(np.load(tmp_path / "out.npy") - EXPECTED).max() < 1e-6
-    assert [path.stat().st_mtime_ns for path in (cache / "tahoex1_hf" / "converted").glob("*/model.safetensors")] == [
-        stamp
-    ]
+    assert [path.lstat().st_mtime_ns for path in (cache / "tahoex1_hf").rglob("model.safetensors")] == [stamp]
 
 
 def test_a_hub_repository_in_the_cache(tmp_path: Path, cache: Path, converted: Path, monkeypatch) -> None:

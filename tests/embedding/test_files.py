@@ -536,7 +536,7 @@ def test_what_cannot_be_used(tmp_path: Path, cells: anndata.AnnData, parts) -> N
         (tmp_path / "text.h5ad", {}, "not an .h5ad file"),
         (path, {"layer": "raw"}, "it has no layers/raw; layer= can be one of"),
         (path, {"max_length": 2}, "max_length"),
-        (write_cells(cells, tmp_path / "tenx", "10x_h5"), {"layer": "x"}, "it has no layers"),
+        (write_cells(cells, tmp_path / "tenx", "10x_h5"), {"layer": "x"}, "a 10x file, which has no layers"),
         (path, {"drugs": "sample"}, "no drug table"),
     ):
         (tmp_path / "text.h5ad").write_text("no HDF5")

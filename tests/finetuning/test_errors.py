@@ -157,7 +157,7 @@ def test_files_that_cannot_be_used(run: Callable[..., Any], base: Path, tmp_path
     negative.X.data[5] = -1
     with pytest.raises(ValueError, match="negative values"):
         run(negative)
-    with pytest.raises(ValueError, match="layer='raw' is not in"):
+    with pytest.raises(ValueError, match="it has no layers/raw"):
         run(labelled_cells(30), layer="raw")
 
 

@@ -14,6 +14,7 @@ from sklearn.metrics import log_loss
 from tahoex1_hf.finetuning import probe
 from tahoex1_hf.finetuning.bases import load_tokenizer
 from tahoex1_hf.finetuning.cells.labelled import read_cells
+from tahoex1_hf.finetuning.config import ClassificationConfig, FinetuneConfig, RegressionConfig
 from tahoex1_hf.finetuning.probe import fit_probe, some_of_each
 from tahoex1_hf.finetuning.running import finetune
 from tahoex1_hf.finetuning.splits import Split
@@ -39,8 +40,11 @@ def labelled(num_classes: int) -> tuple[np.ndarray, Any]:
     return features, SimpleNamespace(labels=scores.argmax(1), classes=names)
 
 
-def settings(task: str = "classification", class_weights: str = "balanced") -> Any:
-    return SimpleNamespace(task=task, class_weights=class_weights)
+def settings(task: str = "classification", class_weights: str = "balanced") -> FinetuneConfig:
+    """Return the part of a configuration that a probe reads."""
+    if task == "regression":
+        return RegressionConfig.model_construct(task=task)
+    return ClassificationConfig.model_construct(task=task, class_weights=class_weights)
 
 
 @pytest.mark.parametrize("num_classes", [2, 6])

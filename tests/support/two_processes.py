@@ -13,11 +13,11 @@ from safetensors.torch import load_file
 from tahoex1_hf.finetuning.config import FinetuneConfig
 
 
-def in_processes(config: FinetuneConfig, number: int) -> subprocess.CompletedProcess[str]:
+def in_processes(config: FinetuneConfig, number: int, *options: str) -> subprocess.CompletedProcess[str]:
     """Run a configuration in several processes that find one another."""
     recipe = Path(config.output_dir).with_suffix(".yaml")
     config.write(recipe)
-    return forked.launch(number, [sys.executable, str(SCRIPT), str(recipe)], forked.environment())
+    return forked.launch(number, [sys.executable, str(SCRIPT), str(recipe), *options], forked.environment())
 
 
 def killed_run_goes_on(config: FinetuneConfig, whole: FinetuneConfig, step: int) -> None:

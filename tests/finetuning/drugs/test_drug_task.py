@@ -380,12 +380,12 @@ def test_a_whole_run(method: str, place: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_two_processes_learn_the_same(place: Path, tmp_path: Path) -> None:
     one, two = (make_config(place, tmp_path / name, held_out=["drug"]) for name in ("one", "two"))
-    done = in_processes(two, 2)
+    done = in_processes(two, 2, "--verbose")
     assert done.returncode == 0, done.stderr[-2000:]
     assert finetune(one) == 0
     with np.load(tmp_path / "one" / "result.npz") as a, np.load(tmp_path / "two" / "result.npz") as b:
         assert largest_difference(a["changes"], b["changes"]) < 1e-4
-    assert done.stderr.count("Fold 1 of 1") == 2  # both processes are there
+    assert done.stderr.count("Fold 1 of 1") == 2  # both processes are there, and say so with --verbose
 
 
 @pytest.mark.slow

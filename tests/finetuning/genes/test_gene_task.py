@@ -382,13 +382,13 @@ def test_a_file_that_has_changed_since_the_run_began_is_noticed(place: Path, tmp
 
 @pytest.mark.slow
 def test_two_processes_learn_the_same(place: Path, tmp_path: Path) -> None:
-    done = in_processes(make_config(place, tmp_path / "two", epochs=2), 2)
+    done = in_processes(make_config(place, tmp_path / "two", epochs=2), 2, "--verbose")
     assert done.returncode == 0, done.stderr[-2000:]
     alone = in_processes(make_config(place, tmp_path / "one", epochs=2), 1)
     assert alone.returncode == 0, alone.stderr[-2000:]
     with np.load(tmp_path / "one" / "result.npz") as one, np.load(tmp_path / "two" / "result.npz") as two:
         assert largest_difference(two["logits"], one["logits"]) < 4 * CLOSE
-    assert done.stderr.count("Fold 1 of 1") == 2  # both processes are there
+    assert done.stderr.count("Fold 1 of 1") == 2  # both processes are there, and say so with --verbose
 
 
 @pytest.mark.slow
