@@ -16,11 +16,11 @@ help: ## list the targets
 demo: .venv/.installed ## embed real cells and draw them; MODEL=<id or folder> and SIZE=<size> are optional
 	"$(BIN)/python" examples/demo.py $(if $(MODEL),--model "$(MODEL)") $(if $(SIZE),--size "$(SIZE)")
 
-# What tests and lint run with: no downloads, one thread each, and threads that wait without burning a core that
+# What tests and lint run with: no downloads, one thread each (OMP_NUM_THREADS=2 for two), and threads that wait without burning a core that
 # somebody else could use.
 CHECKS := test test-cpu test-census check-wheel test-times test-lowest test-newest
 $(CHECKS): export HF_HUB_OFFLINE = 1
-$(CHECKS): export OMP_NUM_THREADS = 1
+$(CHECKS): export OMP_NUM_THREADS ?= 1
 $(CHECKS): export OMP_WAIT_POLICY = PASSIVE
 # tiledbsoma's reader crashed twice, and only in processes that had torchao's libraries loaded and had run other tests:
 # it runs by itself, and torchao, of which we use the Python part, leaves its libraries out.

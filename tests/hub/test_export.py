@@ -52,7 +52,7 @@ def build(sizes: dict[str, Path], destination: Path, default: str = "small", car
 def export(*arguments: object, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, REPO_ROOT / "conversion" / "export_to_hub.py", *map(str, arguments)],
-        env=os.environ | {"PYTHONPATH": str(REPO_ROOT), "OMP_NUM_THREADS": "1"} | environment,
+        env=os.environ | {"PYTHONPATH": str(REPO_ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads())} | environment,
         capture_output=True,
         text=True,
         check=False,

@@ -298,7 +298,7 @@ def test_every_failure_says_what_it_is(tmp_path: Path) -> None:
         gated={"tahoebio/gated"},
     )
     environment = os.environ | {"PYTHONPATH": str(REPO_ROOT), "HF_HOME": str(tmp_path / "hf_home")}
-    environment |= {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1"}
+    environment |= {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": str(torch.get_num_threads())}
     with serve(hub):
         environment["HF_ENDPOINT"] = hub.url
         process = subprocess.Popen(
@@ -530,7 +530,11 @@ PROCESS = """
 
 @pytest.mark.slow
 def test_two_processes_at_once_after_one_was_killed(tmp_path: Path, hf_home: Path) -> None:
-    environment = os.environ | {"PYTHONPATH": str(REPO_ROOT), "HF_HOME": str(hf_home), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {
+        "PYTHONPATH": str(REPO_ROOT),
+        "HF_HOME": str(hf_home),
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),
+    }
 
     def start(role: str) -> subprocess.Popen:
         command = [sys.executable, "-c", textwrap.dedent(PROCESS), role]

@@ -12,7 +12,8 @@ from helpers import REPO_ROOT
 def run_elsewhere(script: str, folder: Path, *arguments: object) -> subprocess.CompletedProcess:
     """Run Python where the package can't be imported."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
-    environment |= {"HF_HOME": str(folder / "hf_home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment |= {"HF_HOME": str(folder / "hf_home"), "HF_HUB_OFFLINE": "1"}
+    environment.setdefault("OMP_NUM_THREADS", "1")
     guard = f"""
         import sys
         sys.path = [path for path in sys.path if path and path != {str(REPO_ROOT)!r}]

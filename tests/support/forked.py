@@ -25,7 +25,7 @@ PATIENCE = 1800.0  # seconds after which a process is taken to hang, however bus
 READ_AT_IMPORT = ("HF_", "MKL_", "NUMBA_", "OMP_", "OPENBLAS_", "PYTHON", "TORCH_", "TORCHAO_", "TRANSFORMERS_")
 SERVER_ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
-    "OMP_NUM_THREADS": "1",
+    "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
     "OMP_WAIT_POLICY": "PASSIVE",
     "PYTHONPATH": os.pathsep.join(map(str, (ROOT, SUPPORT, SUPPORT.parent))),
     "TOKENIZERS_PARALLELISM": "false",
