@@ -2,10 +2,13 @@
 
 import json
 import shutil
+import signal
 import subprocess
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import pytest
 from forked import PATIENCE
 from killed_runs import killed, same_weights
 from training_runs import ROOT, command, curve, environment, finished, run, status
@@ -13,6 +16,9 @@ from training_runs import ROOT, command, curve, environment, finished, run, stat
 from tahoex1_hf.runs.checkpoints import is_whole, last_whole
 
 LIMITED = ROOT / "tests" / "support" / "limited_run.py"
+THREADED = ROOT / "tests" / "support" / "threaded_run.py"
+# Wide enough that torch divides the work among its threads.
+WIDE = {"model__hidden_size": 256, "global_batch_size": 32, "microbatch_size": 16, "max_steps": 5}
 
 
 def test_killed_and_uninterrupted_runs_are_equal(
@@ -84,3 +90,25 @@ def test_another_dataset_is_refused(training_dataset: Path, tmp_path: Path) -> N
     assert done.returncode != 0
     assert "was made with other seed" in " ".join(done.stderr.replace("│", "").split())
     assert json.loads((tmp_path / "checkpoint-3" / "progress.json").read_text())["data"]["seed"] == 0
+
+
+@pytest.fixture
+def busy_neighbours() -> Iterator[None]:
+    """Two processes that never rest: threads then meet in another order in every run."""
+    neighbours = [subprocess.Popen([sys.executable, "-S", "-E", "-c", "while True: pass"]) for _ in range(2)]
+    yield
+    for each in neighbours:
+        each.kill()
+        each.wait()
+
+
+def test_two_threads_beside_busy_neighbours_change_no_bit(
+    busy_neighbours: None, training_dataset: Path, tmp_path: Path
+) -> None:
+    kill = {"KILL_AT": "4", "KILL_SIGNAL": "SIGKILL", "KILL_RANK": "0"}
+    for name, more in (("one", {}), ("other", {}), ("killed", kill), ("killed", {})):
+        done = run("single", tmp_path / name, training_dataset, THREADED, {"THREADS": "2", **more}, **WIDE)
+        assert done.returncode == (-signal.SIGKILL if more else 0), done.stderr[-2000:]
+    assert "checkpoint-3" in done.stderr  # the killed run went on from there
+    assert same_weights(tmp_path / "one", tmp_path / "other")
+    assert same_weights(tmp_path / "one", tmp_path / "killed")
