@@ -6,8 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import anndata
+import h5py
 import numpy as np
+import pandas as pd
 import pytest
+import zarr
 from cells import GENES, NUM_GENES, make_cells, write_cells, write_vocab
 from preparing import run, source
 
@@ -189,3 +192,23 @@ def test_cells_are_opened_in_one_place() -> None:
         if names & OPENERS and not name.startswith(MAY_OPEN):
             found[name] = names & OPENERS
     assert not found
+
+
+@pytest.mark.parametrize("kind", ["csr", "zarr"])
+@pytest.mark.parametrize("index", ["string", "category"])
+def test_names_that_are_no_plain_array(tmp_path: Path, tokenizer: TahoeX1Tokenizer, kind: str, index: str) -> None:
+    """Nullable strings are what anndata 0.13 with pandas 3 writes for names; older ones can be told to."""
+    adata = make_cells(20)
+    path = write_cells(adata, tmp_path / "cells", kind)
+    store = h5py.File(path, "r+") if kind == "csr" else zarr.open_group(path, mode="r+", use_consolidated=False)
+    with anndata.settings.override(allow_write_nullable_strings=True):
+        for frame, names in (("obs", adata.obs_names), ("var", adata.var_names)):
+            del store[frame]["_index"]
+            anndata.io.write_elem(store[frame], "_index", pd.array(list(names), dtype=index))
+    if kind == "csr":
+        store.close()
+    else:
+        zarr.consolidate_metadata(path)
+    cells = open_cells(path, tokenizer)
+    assert cells.num_cells == 20
+    assert encoded(cells) == encoded(open_cells(adata, tokenizer))

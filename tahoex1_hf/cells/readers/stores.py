@@ -126,7 +126,10 @@ def num_rows(frame: Any) -> int:
     """Rows of a data frame as anndata stores it."""
     if is_legacy(frame):
         return int(frame.shape[0])
-    return int(frame[_index_key(frame)].shape[0])
+    names = frame[_index_key(frame)]
+    if not hasattr(names, "shape"):  # nullable strings, as anndata 0.13 writes them with pandas 3, or categories
+        names = names["codes"] if "codes" in names else names["values"]
+    return int(names.shape[0])
 
 
 def column_names(frame: Any) -> list[str]:
