@@ -1,5 +1,5 @@
 #!/bin/bash
-# Pretraining on machines reached by SSH, with the same paths on all of them; the first is the meeting point.
+# Pretraining on machines reached by SSH, with the same paths on all of them; the first runs the main process.
 #   HOSTS="node1 node2" GPUS=8 examples/launch/ssh_nodes.sh 3b-stage1 dataset=DIR output_dir=DIR
 # SSH and ACCELERATE can be set, for instance to a virtual environment's accelerate.
 set -euo pipefail
@@ -14,7 +14,7 @@ LAUNCH_OPTIONS=${LAUNCH_OPTIONS:---config_file examples/configs/accelerate/fsdp2
 
 arguments=$(printf '%q ' "$@")
 children=()
-# One that fails ends all: the others would wait for it without end.
+# When one fails, all are ended: the others would wait for it for ever.
 trap 'kill "${children[@]}" 2>/dev/null || true' EXIT INT TERM
 for rank in "${!hosts[@]}"; do
   command="cd $(printf '%q' "$PWD") && $ACCELERATE launch $LAUNCH_OPTIONS --num_machines ${#hosts[@]} \
