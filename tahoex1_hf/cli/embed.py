@@ -24,7 +24,7 @@ def embed(
         str,
         typer.Argument(
             metavar="OUT",
-            help=".h5ad (of one .h5ad: the input with the embeddings added), .parquet or .npy (also at s3://).",
+            help=".h5ad (for a single .h5ad, the input with the embeddings added), .parquet or .npy (also at s3://).",
         ),
     ],
     model: options.Model,
@@ -40,7 +40,7 @@ def embed(
     drugs: options.Drugs = None,
     max_length: options.MaxLength = None,
     dtype: Annotated[
-        Dtype, typer.Option(help="auto: bfloat16 where the hardware is faster at it. int8: weights of eight bits.")
+        Dtype, typer.Option(help="auto: bfloat16 where the hardware is faster at it. int8: weights of 8 bits.")
     ] = Dtype.auto,
     device: options.Device = None,
     batch_tokens: options.BatchTokens = None,
@@ -53,8 +53,8 @@ def embed(
 ) -> str:
     """Embed the cells of files of any size.
 
-    A run that was stopped goes on where it was when the same command is given again. With
-    `accelerate launch -m tahoex1_hf embed ...` several processes, or machines, share the work.
+    The same command resumes a run that was stopped. With `accelerate launch -m tahoex1_hf embed ...` several
+    processes, or machines, share the work.
     """
     from tahoex1_hf.cells.gene_symbols import read_gene_symbols
     from tahoex1_hf.cells.opening import check_paths

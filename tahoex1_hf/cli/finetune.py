@@ -12,7 +12,7 @@ from tahoex1_hf.common.recipes import packaged_recipes
 
 @command(
     extra="data,train",
-    interrupted="Stopped. The same command goes on from the last checkpoint.",
+    interrupted="Stopped. The same command resumes from the last checkpoint.",
     error_code=2,
     timed=True,
 )
@@ -27,10 +27,10 @@ def finetune(
     ],
     overrides: options.Overrides = None,
 ) -> None:
-    """Fine-tune a model on your cells: LoRA and others, on a CPU, on one GPU or on several.
+    """Fine-tune a model on your cells, with LoRA or another method, on a CPU, on one GPU or on several.
 
-    The same command goes on where the run was. The exit code is 0 for a finished run, 75 where SIGTERM ended it after
-    a checkpoint, and 2 for settings or data that cannot be used. tahoex1 predict applies what was learnt.
+    The same command resumes a run that was stopped. The exit code is 0 for a finished run, 75 where SIGTERM ended it
+    after a checkpoint, and 2 for settings or data that cannot be used. tahoex1 predict applies what was learnt.
     """
     from tahoex1_hf.finetuning.config import read_finetune_config
 

@@ -83,7 +83,7 @@ def perturb(
         int, typer.Option(help="Number of genes of similar expression to perturb for comparison; 0 for none.")
     ] = 50,
     min_cells: Annotated[
-        int, typer.Option(help="Genes that fewer cells express are left out of the comparison and of 'all'.")
+        int, typer.Option(help="Fewest cells that express a gene; others are left out of the comparison and of 'all'.")
     ] = 10,
     gene_id_column: options.GeneIdColumn = None,
     gene_symbols: options.GeneSymbols = None,
@@ -100,7 +100,7 @@ def perturb(
 ) -> str:
     """Delete, overexpress or set genes in cells, and rank the genes by how far the cells' embeddings move.
 
-    Finished genes are kept in OUT.partial, from which the same command goes on after a stop.
+    Finished genes are kept in OUT.partial, from which the same command resumes after a stop.
     """
     from tahoex1_hf.cells.gene_symbols import read_gene_symbols
     from tahoex1_hf.hub.models import model_and_tokenizer

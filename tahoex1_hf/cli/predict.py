@@ -23,7 +23,8 @@ def predict(
         str | None, typer.Option(help="Instead: folder or Hub repository of a model fine-tuned as a whole.")
     ] = None,
     base: Annotated[
-        str | None, typer.Option(help="Where the adapter's base is now.", show_default="where the adapter says")
+        str | None,
+        typer.Option(help="Folder or Hub repository of the adapter's base.", show_default="that of the adapter"),
     ] = None,
     gene_id_column: Annotated[
         str | None,

@@ -51,12 +51,12 @@ def prepare(
     layer: options.Layer = None,
     format: Annotated[Format | None, typer.Option(help="File format of the shards.", show_default="arrow")] = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Begin anew if the output folder holds a dataset.")
+        bool, typer.Option("--overwrite", help="Begin anew where the output folder holds a dataset.")
     ] = False,
 ) -> str:
     """Turn single-cell files into a shuffled Arrow dataset for training.
 
-    A run that was stopped goes on where it was when the same command is given again.
+    The same command resumes a run that was stopped.
     """
     from tahoex1_hf.data.config import parse_config, read_config
     from tahoex1_hf.data.preparation import prepare as prepare_dataset
@@ -93,7 +93,7 @@ def simple_sources(
     gene_symbols: str | None = None,
     layer: str | None = None,
 ) -> list[dict[str, Any]]:
-    """Return the sources that a command line names; of which kind each is shows in its name or its content.
+    """Return the sources that a command line names; the kind of each follows from its name or its content.
 
     Raises:
         ValueError: If there is no input, or an input whose kind cannot be told.

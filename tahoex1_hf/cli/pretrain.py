@@ -15,7 +15,7 @@ CONFIGURATION_ERROR = 2
 
 @command(
     extra="data,train",
-    interrupted="Stopped. The same command goes on from the last checkpoint.",
+    interrupted="Stopped. The same command resumes from the last checkpoint.",
     errors=(FloatingPointError,),
     timed=True,
 )
@@ -34,10 +34,10 @@ def pretrain(
     ] = None,
     private: options.Private = False,
 ) -> None:
-    """Pretrain a model: on a CPU, on one GPU, or on many with accelerate launch -m tahoex1_hf pretrain ...
+    """Pretrain a model on a CPU, on one GPU, or on many with accelerate launch -m tahoex1_hf pretrain ...
 
-    The same command goes on where the run was. The exit code is 0 for a finished run, 75 where SIGTERM ended it after
-    a checkpoint, and 2 for a recipe that cannot be used.
+    The same command resumes a run that was stopped. The exit code is 0 for a finished run, 75 where SIGTERM ended it
+    after a checkpoint, and 2 for a recipe that cannot be used.
     """
     from tahoex1_hf.training.config import read_pretrain_config
 

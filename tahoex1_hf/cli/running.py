@@ -15,13 +15,13 @@ from tahoex1_hf.cli.options import Quiet, Verbose
 
 logger = logging.getLogger(__name__)
 
-GOES_ON = "Stopped. The same command goes on from here."
+GOES_ON = "Stopped. The same command resumes the run."
 NOTHING_WRITTEN = "Stopped. Nothing was written."
 
 _SHORT, _TIMED = "%(levelname)s: %(message)s", "%(asctime)s %(levelname)s %(name)s: %(message)s"
 _ERRORS = (ImportError, OSError, ValueError)
 
-# Messages of libraries about themselves, which no user of a command can act on: logger, and a part of the message.
+# Loggers, and parts of their messages, that speak of a library itself: no user of a command can act on them.
 _NOISE = (
     ("torchao", "Skipping import of cpp extensions"),
     ("torchao", "Failed to load "),
@@ -45,8 +45,8 @@ def command(
     Args:
         extra: Extra of the package that the command needs.
         interrupted: Message after Ctrl-C; the command then exits with 130.
-        errors: Further exceptions that are told in a sentence.
-        error_code: Exit code of such a command.
+        errors: Further exceptions that are reported in a sentence.
+        error_code: Exit code after an exception that is reported.
         timed: Whether each message begins with the time.
     """
     told: tuple[type[Exception], ...] = (*_ERRORS, *errors)
@@ -85,7 +85,7 @@ def command(
 
 
 def fail(error: Exception | str, code: int = 1) -> NoReturn:
-    """Print what is wrong and end the command; `--verbose` shows where it arose."""
+    """Print an error and end the command; `--verbose` shows where it arose."""
     typer.echo(f"Error: {error}", err=True)
     logger.debug("It arose here:", exc_info=True)
     raise typer.Exit(code) from None

@@ -50,7 +50,7 @@ def build_vocab(
 def drug_fingerprints(
     table: Annotated[Path, typer.Argument(metavar="TABLE", help="Drugs with SMILES: .csv, .tsv or .parquet.")],
     output: Annotated[
-        Path, typer.Argument(metavar="FOLDER", help="Where drug_to_id_pad.json and drug_fps_pad.npy are written.")
+        Path, typer.Argument(metavar="FOLDER", help="Folder for drug_to_id_pad.json and drug_fps_pad.npy.")
     ],
     drug_column: Annotated[str, typer.Option(help="Column with the names of the drugs.")] = "drug",
     smiles_column: Annotated[str, typer.Option(help="Column with their SMILES.")] = "canonical_smiles",
@@ -58,7 +58,7 @@ def drug_fingerprints(
     num_bits: Annotated[int, typer.Option(help="Length of the fingerprints.")] = 2048,
     overwrite: options.Overwrite = False,
 ) -> str:
-    """Make the drug table of a model: numbers and Morgan fingerprints."""
+    """Make the drug table of a model: ids and Morgan fingerprints of the drugs."""
     from tahoex1_hf.data.fingerprints import drug_fingerprints as make_table
 
     table_written = make_table(

@@ -1,5 +1,5 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""Writing adapters, with everything that using them needs; `hub/adapters.py` describes the files and reads them."""
+"""Writing adapters with all that loading them needs; `hub/adapters.py` describes the files and reads them."""
 
 import json
 from pathlib import Path

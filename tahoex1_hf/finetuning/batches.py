@@ -1,5 +1,8 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""Training batches by step. The cells of a step follow from the seed and its number, so that no position is saved."""
+"""Training batches by step.
+
+The cells of a step follow from the seed and the number of the step, so that a checkpoint need not hold a position.
+"""
 
 import hashlib
 from collections.abc import Callable, Iterator
@@ -18,7 +21,7 @@ _AHEAD = 2  # batches that are made before they are asked for
 def epoch_order(rows: np.ndarray, lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> np.ndarray:
     """Return the cells of every step of an epoch.
 
-    Cells that do not fill a last step are left out; they are others in each epoch.
+    Cells that do not fill a last step are left out; which ones differs from epoch to epoch.
 
     Args:
         rows: Row numbers to train on, shape `(cells,)`.
@@ -72,15 +75,16 @@ class TrainingBatches:
         self.rank, self.processes = world
         if batch_size % self.processes:
             raise ValueError(f"batch_size={batch_size} cannot be shared evenly by {self.processes} processes.")
-        # Fewer cells than a step: all of them, as far as they can be shared evenly.
+        # With fewer cells than a step, a step takes all of them, as far as they can be shared evenly.
         self.batch_size = min(batch_size, len(rows) // self.processes * self.processes)
         if not self.batch_size:
             raise ValueError(f"{len(rows)} training cells are too few for {self.processes} processes.")
         here = self.batch_size // self.processes
         self.per_step = -(-here // (microbatch_size or here))
         self.steps_per_epoch = len(rows) // self.batch_size
-        self.max_steps = 0  # of the run; set before the iteration, as is
-        self.done: Callable[[], int] = lambda: 0  # the number of steps made so far
+        # Both are set before the iteration: the steps of the run, and the number of steps made so far.
+        self.max_steps = 0
+        self.done: Callable[[], int] = lambda: 0
 
     def __len__(self) -> int:
         return self.max_steps * self.per_step

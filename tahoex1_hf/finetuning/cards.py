@@ -86,7 +86,7 @@ def adapter_card(record: dict[str, Any]) -> str:
     shown = f"{name} ({record['size']})" if record.get("size") else name
     sections = [
         f"---\n{yaml.safe_dump(metadata, sort_keys=False)}---",
-        f"# Tahoe-x1 {record['task'].replace('_', ' ')}{_of(record)}",
+        f"# Tahoe-x1 {record['task'].replace('_', ' ')}{_title_suffix(record)}",
         f"Made by {_METHODS[record['method']]} on `{shown}`.",
         _facts(record),
         _labels(record),
@@ -96,7 +96,7 @@ def adapter_card(record: dict[str, Any]) -> str:
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
-def _of(record: dict[str, Any]) -> str:
+def _title_suffix(record: dict[str, Any]) -> str:
     return f": {record['label']}" if record.get("label") else ""
 
 

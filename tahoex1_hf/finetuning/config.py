@@ -107,14 +107,14 @@ class FinetuneConfig(Strict):
 
     @model_validator(mode="before")
     @classmethod
-    def _leave_out_what_says_nothing(cls, values: Any) -> Any:
+    def _without_unset(cls, values: Any) -> Any:
         """Leave out nulls of required keys, which are then missing, and other tasks' keys at their defaults."""
         if not isinstance(values, Mapping):
             return values
-        return {key: value for key, value in values.items() if not cls._says_nothing(str(key), value)}
+        return {key: value for key, value in values.items() if not cls._is_unset(str(key), value)}
 
     @classmethod
-    def _says_nothing(cls, key: str, value: Any) -> bool:
+    def _is_unset(cls, key: str, value: Any) -> bool:
         if key in cls.model_fields:
             return value is None and cls.model_fields[key].is_required()
         # `config.resolved.yaml` of version 0.1 held the keys of all tasks.
@@ -148,7 +148,7 @@ class _Labelled(_Splits):
     label: str
     """Column with the labels; rows without a label are left out, and counted in the log."""
     head_start: Literal["probe", "random"] = "probe"
-    """Weights that the head starts with: fitted to the frozen embeddings, so that the first steps do not spoil them
+    """Weights that the head starts with: fitted to the frozen embeddings, so that the first steps do not spoil these
     (Kumar et al. 2022, arXiv:2202.10054), or random; with head_only they are always random."""
 
     @property
@@ -220,11 +220,11 @@ class DrugResponseConfig(FinetuneConfig):
     control: str
     """Value of the column `drugs` in untreated cells."""
     context: str
-    """Column of obs with what the response may depend on: the cell line."""
+    """Column of obs with the context that the response may depend on, such as the cell line."""
     batch: str | None = None
     """Column of obs with the batch or plate; treated cells are compared with the untreated ones of their batch."""
     held_out: list[Literal["drug", "context"]] = Field(["drug", "context"], min_length=1)
-    """What is tested on: drugs that are not trained on, contexts that are not, or both, a model for each."""
+    """What is held out for testing: drugs, contexts, or both, with a model for each."""
     drug_table: str | None = None
     """JSON file with drug -> row of `drug_fingerprints` (`tahoex1 drug-fingerprints`), for drugs that the base does
     not know."""
@@ -233,9 +233,10 @@ class DrugResponseConfig(FinetuneConfig):
     response_genes: int = Field(2000, gt=1)
     """Number of genes whose change is predicted: those that vary most over the cells."""
     min_condition_cells: int = Field(10, gt=0)
-    """Fewest cells of a drug in a context, and of its controls: the mean of fewer is noise, and left out."""
+    """Fewest cells of a drug in a context, and of its controls; conditions with fewer are left out, as their mean is
+    noise."""
     controls_per_condition: int = Field(8, gt=0)
-    """Control cells that a condition is paired with in an epoch, chosen anew in each."""
+    """Number of control cells that a condition is paired with in an epoch; they are chosen anew in each."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -1,5 +1,5 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""Training by gradients: one fold of a task with an objective of its own."""
+"""Training by gradients, for one fold of a task."""
 
 import math
 import os
@@ -139,7 +139,7 @@ def early_stopping(config: FinetuneConfig) -> list[TrainerCallback]:
 
 
 def computes_in(config: FinetuneConfig) -> DtypeName:
-    """Return the precision of predictions, which is that of the training."""
+    """Return the precision of predictions, which is the same as in training."""
     launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no") if config.precision == "launcher" else None
     half = "bf16" in (config.precision, launcher)
     return "bfloat16" if half else "float32"

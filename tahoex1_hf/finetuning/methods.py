@@ -1,5 +1,5 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""Methods of fine-tuning: low-rank adapters and the head are trained, the head alone, or everything.
+"""Methods of fine-tuning: training low-rank adapters and the head, the head alone, or all weights.
 
 All methods except `full` leave the weights of the base as they are, and PEFT saves their adapters and the whole head
 in a few MB.
@@ -91,7 +91,7 @@ def target_modules(model: torch.nn.Module, config: FinetuneConfig) -> list[str]:
 
 
 def set_dropout(model: torch.nn.Module, config: FinetuneConfig) -> None:
-    """Set the dropout of the expression encoder for the training; the model's configuration stays as it is.
+    """Set the dropout of the expression encoder for training, without changing the model's configuration.
 
     Embeddings of cells differ by little, so that a fitted head has large weights. It was fitted without dropout, and
     with dropout the noise exceeds the differences: on heart nuclei, the loss at the first step is 7.3 instead of 1.4.
@@ -112,7 +112,7 @@ def trainable_parameters(model: torch.nn.Module) -> int:
 
 
 def trained_head(model: Any) -> torch.nn.Linear:
-    """Return the linear classifier of a model that is trained: with PEFT, its copy."""
+    """Return the linear classifier that is trained, which with PEFT is a copy of the model's."""
     inner = model.get_base_model() if hasattr(model, "peft_config") else model
     head = inner.classifier
     return cast(torch.nn.Linear, head.modules_to_save["default"] if inner is not model else head)
@@ -136,7 +136,10 @@ def quantization(config: FinetuneConfig) -> dict[str, Any]:
 
 
 def bitsandbytes_config() -> Any:
-    """Quantise weights to NF4 and their scales to 8 bits, as QLoRA does (Dettmers et al. 2023, arXiv:2305.14314)."""
+    """Return settings that quantise weights to NF4 and their scales to 8 bits.
+
+    QLoRA does the same (Dettmers et al. 2023, arXiv:2305.14314).
+    """
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(
@@ -149,7 +152,7 @@ def bitsandbytes_config() -> Any:
 
 
 def torchao_config() -> Any:
-    """Quantise the projections' weights to 8 bits: PEFT supports adapters on torchao's 8-bit layers only."""
+    """Return settings that quantise the projections' weights to 8 bits, the only torchao layers that PEFT adapts."""
     from torchao.quantization import Int8WeightOnlyConfig
     from transformers import TorchAoConfig
 

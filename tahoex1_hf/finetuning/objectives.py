@@ -1,5 +1,5 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""The loss of a training step, and the same on validation cells, independent of their batches."""
+"""The loss of a training step, and the same loss on validation cells, whatever batches they are in."""
 
 from collections.abc import Callable
 from typing import Any, cast
@@ -48,7 +48,7 @@ class Objective:
 
     Attributes:
         mean: Mean of the numbers to predict.
-        scale: Their standard deviation.
+        scale: Standard deviation of these numbers.
     """
 
     def __init__(self, config: FinetuneConfig, cells: LabelledCells, train: np.ndarray):
@@ -76,7 +76,7 @@ class Objective:
         return batch
 
     def __call__(self, outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
-        """Return the loss of a part of a step; the parts add up to the mean over its `num_items_in_batch` cells."""
+        """Return the loss of a microbatch; those of a step add up to the mean over its `num_items_in_batch` cells."""
         losses, _ = self._losses(outputs.logits, labels)
         return losses.sum() / (len(labels) if num_items_in_batch is None else num_items_in_batch)
 

@@ -59,7 +59,7 @@ def fit_probe(
 
 
 def some_of_each(rows: np.ndarray, cells: LabelledCells, seed: int) -> np.ndarray:
-    """Return a random sample of rows from every class, small enough that a probe is fitted in seconds."""
+    """Return some random rows of every class, so few that a probe is fitted in seconds."""
     shuffled = np.random.default_rng(seed).permutation(rows)
     if cells.classes is None:
         return np.sort(shuffled[:_START_CELLS])

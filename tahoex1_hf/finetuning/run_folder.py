@@ -17,7 +17,7 @@ from tahoex1_hf.finetuning.splits import Split
 
 RESOLVED = "config.resolved.yaml"
 DATA = "data.json"
-RESULT, ARRAYS = "result.json", "result.npz"  # of a fold; the first is written last
+RESULT, ARRAYS = "result.json", "result.npz"  # files of a fold; the first is written last
 _MAY_DIFFER = {"output_dir", "report"}  # keys that decide nothing about the weights
 
 
@@ -61,7 +61,7 @@ def changed_settings(config: FinetuneConfig, before: dict[str, Any]) -> list[str
 
 
 def has_begun(output_dir: Path) -> bool:
-    """Return whether a folder holds anything of a run that could be resumed."""
+    """Return whether a folder holds anything that a run could resume from."""
     return any(any(output_dir.glob(pattern)) for pattern in ("checkpoint-*", "folds", RESULT))
 
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""Numbers of cells that follow from their counts, so that sampling does not depend on their place in a file."""
+"""Numbers that follow from a cell's counts, so that sampling does not depend on its place in a file."""
 
 import numpy as np
 

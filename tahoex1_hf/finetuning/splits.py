@@ -29,12 +29,12 @@ class Split:
     test: np.ndarray
 
     def parts(self) -> dict[str, np.ndarray]:
-        """The parts by name."""
+        """Return the parts by name."""
         return {name: getattr(self, name) for name in PARTS}
 
 
 def strata(labels: np.ndarray | None, num_rows: int) -> np.ndarray:
-    """Return what is to be shared evenly, shape `(rows,)`: classes, ranges of floats of equal size, or zeros."""
+    """Return what the parts share evenly, shape `(rows,)`: classes, ranges of floats of equal size, or zeros."""
     if labels is None:
         return np.zeros(num_rows, dtype=np.int64)
     if labels.dtype.kind != "f":
@@ -145,7 +145,7 @@ def given_split(parts: Sequence[object] | np.ndarray, groups: np.ndarray | None,
 
 
 def check_split(split: Split, groups: np.ndarray | None) -> None:
-    """Raise ValueError where a row, or a group, is in two parts: leakage."""
+    """Raise ValueError where a row, or a group, is in two parts, which is leakage."""
     parts = split.parts()
     for first, second in (("train", "validation"), ("train", "test"), ("validation", "test")):
         shared = np.intersect1d(parts[first], parts[second])
@@ -164,7 +164,7 @@ def check_split(split: Split, groups: np.ndarray | None) -> None:
 
 
 def check_duplicates(split: Split, contents: np.ndarray, num_genes: np.ndarray) -> None:
-    """Raise ValueError where a test cell has the same counts as a training or validation cell: leakage too.
+    """Raise ValueError where a test cell has the same counts as a training or validation cell, which is leakage too.
 
     Args:
         split: Split of the cells.

@@ -1,5 +1,5 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""What a kind of fine-tuning is made of: the protocol that `run_folds` trains, resumes, scores and reports."""
+"""The protocol of a fine-tuning task, which `run_folds` trains, resumes, scores and reports."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -53,7 +53,9 @@ class Outcome:
 
 
 class Task(Protocol):
-    """A kind of fine-tuning. Rows are cells, genes or conditions: what is split into train, validation and test.
+    """A kind of fine-tuning.
+
+    Its rows are cells, genes or conditions: what is split into train, validation and test.
 
     Predictions are whatever `metrics` takes: probabilities, numbers, changes of genes.
 
@@ -76,7 +78,7 @@ class Task(Protocol):
         ...
 
     def targets(self) -> list[Fold]:
-        """Return the folds: which rows are predicted by a model that was not trained on them."""
+        """Return the folds, which say what rows are predicted by a model that was not trained on them."""
         ...
 
     def all_rows(self) -> Split:
@@ -96,7 +98,7 @@ class Task(Protocol):
         ...
 
     def predict(self, model: Any, split: Split, facts: dict[str, Any]) -> dict[str, np.ndarray]:
-        """Return the arrays to keep of the test rows; what is no array goes into `facts`."""
+        """Return the arrays to keep for the test rows; other results go into `facts`."""
         ...
 
     def save(self, model: Any, facts: dict[str, Any]) -> None:

@@ -1,5 +1,5 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""The Trainer of fine-tuning: the loss of an objective, and the same on validation cells."""
+"""The Trainer of fine-tuning, which minimises the loss of an objective and evaluates it on validation cells."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,7 +14,7 @@ from tahoex1_hf.finetuning.objectives import HELD_OUT, Objective
 from tahoex1_hf.inference.encoder import length_sorted_batches
 from tahoex1_hf.runs.trainer import ResumableTrainer
 
-_VALIDATION_TOKENS = {"cuda": 65536, "cpu": 8192}  # of a batch
+_VALIDATION_TOKENS = {"cuda": 65536, "cpu": 8192}  # most tokens of a batch
 
 
 class LastEvaluation(TrainerCallback):
@@ -23,7 +23,7 @@ class LastEvaluation(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> TrainerControl:
-        """Ask for it."""
+        """Ask for an evaluation after the last step."""
         if state.global_step >= state.max_steps:
             control.should_evaluate = True
         return control
@@ -60,7 +60,7 @@ class FinetuneTrainer(ResumableTrainer):
         self.objective, self.validation = objective, validation
 
     def validation_metrics(self) -> dict[str, float]:
-        """Return the loss on the validation cells, and what else the objective tells; batches do not change it."""
+        """Return the objective's metrics on the validation cells, `loss` among them, whatever the batches."""
         was_training = self.model.training
         model = self.model.eval()
         sums = torch.zeros(3, dtype=torch.float64, device=self.args.device)

@@ -9,9 +9,9 @@ def beats(differences: Mapping[str, Mapping[str, Any]], ours: str, metric: str) 
     """Say which baselines a model beats, and which it does not.
 
     Args:
-        differences: Baseline -> `interval` of ours minus its, over folds or conditions.
+        differences: Baseline -> `interval` of our value minus its value, over folds or conditions.
         ours: Name of the model.
-        metric: Name of what is compared, of which more is better.
+        metric: Name of the metric that is compared; more of it is better.
     """
     lines = []
     for name, difference in differences.items():

@@ -19,10 +19,10 @@ def run_arguments(*, precision: str, activation_checkpointing: bool, **own: Any)
     """
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     arguments = TrainingArguments(
-        logging_nan_inf_filter=False,  # the log shows what was
+        logging_nan_inf_filter=False,  # the log shows NaN where a loss was NaN
         use_cpu=not torch.cuda.is_available(),
         ddp_backend="gloo" if several and not torch.cuda.is_available() else None,
-        ignore_data_skip=True,  # the batches know where to begin
+        ignore_data_skip=True,  # the batches begin at the right step by themselves
         remove_unused_columns=False,
         disable_tqdm=not os.isatty(2),
         bf16=precision == "bf16",
@@ -30,13 +30,13 @@ def run_arguments(*, precision: str, activation_checkpointing: bool, **own: Any)
         **(_activation_checkpointing() if activation_checkpointing else {}),
         **own,
     )
-    if precision == "no":  # without this it would be the launcher's
+    if precision == "no":  # otherwise the launcher's precision would be taken
         arguments.mixed_precision = "no"
     return arguments
 
 
 def _activation_checkpointing() -> dict[str, Any]:
-    """Return the options that switch it on.
+    """Return the options that switch activation checkpointing on.
 
     transformers 5.23 renamed `gradient_checkpointing` and warns of the old name; earlier versions know no other.
     """

@@ -1,5 +1,5 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""Which checkpoints of a run are whole.
+"""Finding, sealing and removing the checkpoints of a run.
 
 A checkpoint is many files of many processes. The last thing written is a list of all files and their sizes: a folder
 without it, or with other files, was cut short and is never resumed from.
@@ -26,7 +26,7 @@ def checkpoints(output_dir: Path) -> list[Path]:
 
 
 def seal(folder: Path) -> None:
-    """Declare that all files of a checkpoint are there."""
+    """Write the list of a checkpoint's files, which declares it whole."""
     sizes = {}
     for path in sorted(folder.rglob("*")):
         sync(path)
@@ -75,6 +75,6 @@ def remove_old(output_dir: Path, limit: int, best: Path | None = None) -> None:
             kept.append(folder)
     for folder in whole:
         if folder not in kept:
-            # What makes it whole goes first: a removal that is cut short must not leave what seems to be a checkpoint.
+            # The list of files goes first: a removal that is cut short must not leave what seems to be a checkpoint.
             (folder / COMPLETE).unlink()
             shutil.rmtree(folder)

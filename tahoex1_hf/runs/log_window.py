@@ -26,7 +26,7 @@ class LogWindow:
         self.losses = [0.0] * num_losses
         self.steps = self.cells = self.tokens = 0
         self.flops = 0.0
-        self._pending: list[torch.Tensor] = []  # losses still on the device: to read them is to wait for it
+        self._pending: list[torch.Tensor] = []  # losses still on the device, as reading them means waiting for it
 
     def add_losses(self, losses: torch.Tensor) -> None:
         """Add the losses of (a part of) a step, shape `(num_losses,)`, without waiting for the device."""
@@ -52,7 +52,7 @@ class LogWindow:
 
     @classmethod
     def merged(cls, states: Sequence[dict[str, Any]], first: bool) -> "LogWindow":
-        """Return the window of a process that goes on from a run with another number of processes.
+        """Return the window of a process that resumes a run of another number of processes.
 
         Args:
             states: `state` of all earlier processes, which cover the same steps.
@@ -66,7 +66,7 @@ class LogWindow:
         return window
 
     def totals(self, device: torch.device, processes: int) -> "LogWindow":
-        """Return the window of all processes together, which all of them have to ask for."""
+        """Return the window of all processes together; all of them have to call this."""
         self.settle()
         sums = torch.tensor([*self.losses, self.cells, self.tokens, self.flops], dtype=torch.float64)
         if processes > 1:

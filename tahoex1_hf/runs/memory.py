@@ -1,5 +1,5 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""The most memory that a run has taken."""
+"""Peak memory of a run."""
 
 import resource
 import sys
@@ -8,7 +8,7 @@ import torch
 
 
 def peak_memory_gb() -> float:
-    """Return the most memory so far in GB: of the CUDA device where there is one, else of this process."""
+    """Return the peak memory so far in GB, of the CUDA device where there is one, else of this process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
     unit = 1 if sys.platform == "darwin" else 1024

@@ -1,5 +1,5 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""A run that is asked to end by SIGTERM saves a checkpoint first."""
+"""Saving a checkpoint where SIGTERM asks a run to end."""
 
 import signal
 import threading
@@ -14,7 +14,7 @@ PREEMPTED = 75  # exit code: try again later (EX_TEMPFAIL of sysexits.h)
 
 
 class Preempted(Exception):
-    """SIGTERM ended the run after a checkpoint."""
+    """Raised where SIGTERM ended the run after a checkpoint."""
 
 
 class Preemption(TrainerCallback):

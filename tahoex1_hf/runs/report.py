@@ -94,7 +94,7 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 class Report:
-    """Scores of models and baselines, and how they are written.
+    """Scores of models and baselines, which it writes as tables and a picture.
 
     Args:
         task: What was learnt or evaluated.
@@ -186,7 +186,7 @@ class Report:
         return rows
 
     def csv(self) -> str:
-        """Return the table as CSV; what is None is empty."""
+        """Return the table as CSV, with None as an empty field."""
         text = io.StringIO()
         writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
         writer.writeheader()

@@ -11,18 +11,18 @@ STATUS = "run_status.json"
 
 
 def write_status(output_dir: Path, status: str, **more: Any) -> None:
-    """Write how a run stands. Launchers turn every exit code into 1, so that the code alone does not tell.
+    """Write the status of a run. Launchers turn every exit code into 1, so that the code alone does not tell.
 
     Args:
         output_dir: Folder of the run.
         status: `"running"`, `"preempted"` or `"finished"`.
-        **more: What else is to be known: a step, metrics.
+        **more: Further entries: a step, metrics.
     """
     write_json(output_dir / STATUS, {"status": status, **more})
 
 
 def read_status(output_dir: Path) -> dict[str, Any]:
-    """Read how a run stood when its status was last written; empty where there is no run."""
+    """Read the status of a run as it was last written; empty where there is no run."""
     try:
         return dict(json.loads((output_dir / STATUS).read_text(encoding="utf-8")))
     except (OSError, ValueError):

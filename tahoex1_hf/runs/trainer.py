@@ -1,5 +1,5 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""A transformers Trainer whose runs can be interrupted at any moment and go on as if nothing had happened.
+"""A transformers Trainer whose runs can be interrupted at any moment, and resume as if nothing had happened.
 
 What a step sees follows from its number, checkpoints are whole or not there, SIGTERM ends a run after a checkpoint,
 and the log does not depend on interruptions. Pretraining and fine-tuning add their data and their losses.
@@ -29,7 +29,9 @@ from tahoex1_hf.runs.preemption import Preemption
 
 logger = logging.getLogger(__name__)
 
-PROGRESS = "progress.json"  # in a checkpoint: what the run and, with its number before the name, each process needs
+PROGRESS = (
+    "progress.json"  # in a checkpoint, for the run and, with a process's number before the name, for that process
+)
 
 
 class RunBatches(Protocol):
@@ -114,7 +116,7 @@ class ResumableTrainer(Trainer):
 
     @property
     def world(self) -> tuple[int, int]:
-        """Number of this process, and of all processes."""
+        """Number of this process, and number of processes."""
         return self.args.process_index, self.args.world_size
 
     def get_train_dataloader(self) -> Any:
@@ -133,7 +135,7 @@ class ResumableTrainer(Trainer):
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log with means that survive interruptions: Trainer's know only the steps since the last start."""
+        """Log means that survive interruptions: Trainer's own cover the steps since the last start only."""
         if "loss" in logs and self.window.steps:
             logs = {**logs, **self.window_means(self._whole_window())}
             self.window = LogWindow(self.num_losses)
@@ -183,11 +185,11 @@ class ResumableTrainer(Trainer):
     # Checkpoints ------------------------------------------------------------------------------------
 
     def progress(self) -> dict[str, Any]:
-        """Return what this process needs to go on from a checkpoint, beside what Trainer saves."""
+        """Return what this process needs to resume from a checkpoint, beside what Trainer saves."""
         return {"window": self.window.state()}
 
     def restore_progress(self, state: dict[str, Any]) -> None:
-        """Go on from what `progress` returned in this process."""
+        """Restore what `progress` returned in this process."""
         self.window = LogWindow.restored(state["window"])
 
     def save_beside(self, folder: Path) -> None:
@@ -212,7 +214,7 @@ class ResumableTrainer(Trainer):
             free = shutil.disk_usage(output_dir).free / 1e9
             error.add_note(
                 f"{folder} could not be written ({free:.1f} GB are free there); it will not be resumed from. Make "
-                "room, and give the same command again: it goes on from the last whole checkpoint."
+                "room, and give the same command again: it resumes from the last whole checkpoint."
             )
             raise
         finally:
@@ -225,7 +227,7 @@ class ResumableTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     def _load_best_model(self) -> None:
-        """Load the best weights; Trainer goes on with the last ones where they are gone, with a warning."""
+        """Load the best weights; where they are gone, Trainer would only warn and keep the last ones."""
         best = self.state.best_model_checkpoint
         if best is None or not Path(best).is_dir():
             raise FileNotFoundError(
@@ -247,7 +249,7 @@ class ResumableTrainer(Trainer):
         if folder is None:
             self.train()
             return
-        logger.info("Going on from %s.", folder)
+        logger.info("Resuming from %s.", folder)
         self._restore(folder)
         state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
         if self.args.load_best_model_at_end and (stopped_early(state) or state.global_step >= self.args.max_steps):
@@ -259,9 +261,9 @@ class ResumableTrainer(Trainer):
         self.train(resume_from_checkpoint=str(folder))
 
     def _restore(self, folder: Path) -> None:
-        """See that a checkpoint is of the same data, and go on from its progress."""
+        """Check that a checkpoint is of the same data, and restore its progress."""
         if not (folder / PROGRESS).is_file():
-            return  # fine-tuning runs of earlier versions wrote none
+            return  # fine-tuning runs of earlier versions did not write it
         run = json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
         here = self.batches.identity()
         different = sorted(key for key in here if run["data"].get(key) != here[key])
@@ -290,7 +292,7 @@ class ResumableTrainer(Trainer):
 
 def stopped_early(state: TrainerState) -> bool:
     """Return whether early stopping had ended a run when its state was saved: it is not to be trained further."""
-    callbacks: Any = state.stateful_callbacks  # read from a file, they are by name
+    callbacks: Any = state.stateful_callbacks  # read from a file, it is a dictionary by name
     saved = callbacks.get(EarlyStoppingCallback.__name__)
     if saved is None:
         return False

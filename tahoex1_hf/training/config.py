@@ -28,7 +28,7 @@ class PretrainConfig(Strict):
     dataset: str | list[str]
     """Folder or URL of a prepared dataset (`tahoex1 prepare`), or several."""
     output_dir: str
-    """Where checkpoints, logs and in the end the model are written. The same command on the same folder goes on."""
+    """Folder for checkpoints, logs and the final model. The same command on the same folder resumes the run."""
     dataset_weights: list[float] | None = None
     """Share of each dataset in every batch, in any unit; by default every cell is seen once per epoch."""
     epoch_cells: int | None = Field(None, gt=0)
@@ -41,7 +41,7 @@ class PretrainConfig(Strict):
     init_from: str | None = None
     """Initial weights and their tokenizer: folder or Hub id of a converted or an original checkpoint."""
     resume_from: str | None = None
-    """Checkpoint of another run to go on from, with its weights, optimizer, schedule and position in the data."""
+    """Checkpoint of another run to resume from, with its weights, optimizer, schedule and position in the data."""
     tokenizer: str | None = None
     """Folder or Hub id of the tokenizer; by default that of `init_from`, else one with the dataset's vocabulary."""
     drug_table: str | None = None
@@ -52,7 +52,7 @@ class PretrainConfig(Strict):
     context_length: int = Field(1024, gt=1)
     """Largest number of tokens of a cell."""
     mlm_probability: float | list[float] = 0.5
-    """Share of a cell's genes that are to be predicted; from a list, one share is sampled for every cell."""
+    """Share of a cell's genes to predict; of several, one is chosen at random for every cell."""
     packed: bool = True
     """Whether the cells of a microbatch lie behind each other in one row, without padding."""
     unexpressed_padding: bool = False
@@ -61,7 +61,7 @@ class PretrainConfig(Strict):
     """Number to a multiple of which padded lengths are rounded up, for `compile`; needs `packed: false`."""
 
     global_batch_size: int = Field(gt=0)
-    """Number of cells in a step, of all processes together."""
+    """Number of cells in a step, over all processes."""
     microbatch_size: int | Literal["auto"] = "auto"
     """Number of cells that a process computes at once; `auto` finds the largest that fits into memory, and keeps it
     for this run. It changes results by rounding errors only."""
@@ -117,12 +117,12 @@ class PretrainConfig(Strict):
     run_name: str | None = None
     """Name of the run for the trackers."""
     baselines: bool = False
-    """Whether losses of constants are reported beside that of the model: the mean bin, and each gene's mean bin."""
+    """Whether the losses of two constants are reported too: the mean bin, and each gene's mean bin."""
 
     @model_validator(mode="before")
     @classmethod
     def _without_retired(cls, values: Any) -> Any:
-        """Accept the keys of earlier versions, which stand in every config.resolved.yaml that they wrote."""
+        """Accept the keys of earlier versions, which are in every config.resolved.yaml that these wrote."""
         if not isinstance(values, dict):
             return values
         for key, default in _RETIRED.items():
@@ -132,7 +132,7 @@ class PretrainConfig(Strict):
 
     @field_validator("precision", mode="before")
     @classmethod
-    def _no(cls, value: Any) -> Any:
+    def _read_no(cls, value: Any) -> Any:
         return "no" if value is False else value  # YAML reads no as false
 
     @model_validator(mode="after")
@@ -153,7 +153,7 @@ class PretrainConfig(Strict):
 
     @property
     def datasets(self) -> list[str]:
-        """The datasets as a list, also where there is one."""
+        """Locations of the datasets, as a list even for a single one."""
         return [self.dataset] if isinstance(self.dataset, str) else self.dataset
 
     def write(self, path: Path) -> None:
@@ -172,8 +172,7 @@ def read_pretrain_config(path: str | Path, overrides: Sequence[str] = ()) -> Pre
         ValueError: If an override is no `key=value`, or a key is unknown, missing or wrong; all such keys are named.
     """
     values = with_overrides(read_recipe(path, "pretrain"), overrides)
-    if "max_steps" in [
-        o.partition("=")[0] for o in overrides
-    ]:  # a recipe's epochs give way to a given number of steps
+    # A recipe's epochs give way to a given number of steps.
+    if "max_steps" in [override.partition("=")[0] for override in overrides]:
         values.pop("epochs", None)
     return validated(PretrainConfig, values, str(path))

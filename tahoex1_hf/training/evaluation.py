@@ -41,7 +41,7 @@ class _EvaluationConfig(Strict):
     name: str = Field(pattern=r"^[A-Za-z0-9_-]+$")
     """Name of the evaluation; its metrics are called `eval_<name>_...`."""
     every_evals: int = Field(1, gt=0)
-    """Number of evaluations of which one runs this."""
+    """Interval of this evaluation, in evaluations of the training."""
     folds: int = Field(5, gt=1)
     """Number of folds of the stratified cross-validation."""
     seed: int = 0
@@ -62,7 +62,7 @@ class CellTypeConfig(_EvaluationConfig):
     gene_symbols: str | None = None
     """CSV with gene symbol and Ensembl id, for files that name genes by symbol."""
     max_cells: int = Field(2000, gt=1)
-    """Largest number of cells; if the file has more, they are a random sample."""
+    """Largest number of cells; of more, some are chosen at random."""
     neighbors: int = Field(15, gt=0)
     """Number of nearest neighbours of a cell whose types are compared with its own, for the purity."""
 
@@ -94,7 +94,7 @@ def full_model(model: torch.nn.Module) -> torch.nn.Module | None:
     state = get_model_state_dict(inner, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if not first:
         return None
-    # FSDP makes a class of its own of a model's class, whose base is ours.
+    # FSDP derives a class of its own from the model's class; ours is among its bases.
     kind = next(c for c in type(inner).__mro__ if c.__module__.endswith("modeling_tahoe_x1"))
     config = inner.config
     with torch.device("meta"):
@@ -106,7 +106,7 @@ def full_model(model: torch.nn.Module) -> torch.nn.Module | None:
 @contextlib.contextmanager
 def undisturbed_random() -> Iterator[None]:
     """Restore the random states of torch (on all devices), numpy and Python at the end."""
-    python, legacy = random.getstate(), np.random.get_state()  # noqa: NPY002 (that of others, to be restored)
+    python, legacy = random.getstate(), np.random.get_state()  # noqa: NPY002 (other code's state, to be restored)
     devices = range(torch.cuda.device_count())
     with torch.random.fork_rng(devices):
         try:

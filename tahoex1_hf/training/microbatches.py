@@ -1,5 +1,5 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""A process's cells of a step in parts that fit into memory."""
+"""Microbatches: a process's cells of a step, in parts that fit into memory."""
 
 import weakref
 from collections.abc import Callable, Iterator
@@ -118,8 +118,8 @@ def largest_microbatch(measure: Callable[[int], float], limit: float, most: int)
 class PassMemory:
     """Measures the memory that a forward and backward pass takes on top of what is in use.
 
-    On a GPU the allocator knows it. Elsewhere `AliveTensors` counts the tensors that exist at the same time. (Hooks on
-    saved tensors would miss the inputs that checkpointed layers keep.)
+    On a GPU the allocator reports it. Elsewhere `AliveTensors` counts the tensors that exist at the same time. (Hooks
+    on saved tensors would miss the inputs that checkpointed layers keep.)
 
     Args:
         device: Device of the pass.
@@ -157,7 +157,7 @@ class PassMemory:
             return free + cached - optimizer_bytes
         import psutil
 
-        # Half of it: what kernels take for themselves is not counted, and a laptop does other things too.
+        # Only half of the memory: what kernels take for themselves is not counted, and a laptop does other things too.
         return psutil.virtual_memory().available / 2 / processes - optimizer_bytes
 
 
@@ -178,9 +178,9 @@ class AliveTensors(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         given = {storage._cdata for storage in _storages((args, kwargs))}
         for storage in _storages(result):
-            if storage._cdata not in given:  # else a view, or changed in place
+            if storage._cdata not in given:  # otherwise it is a view, or was changed in place
                 self._made[storage._cdata] = weakref.ref(storage)
-        # Asked each time, as FSDP empties the storages of weights that are not in use.
+        # Sizes are read each time, since FSDP empties the storages of weights that are not in use.
         alive = [(key, found.nbytes()) for key, made in self._made.items() if (found := made()) is not None]
         self._made = {key: self._made[key] for key, _ in alive}
         self.most = max(self.most, float(sum(size for _, size in alive)))

@@ -1,5 +1,5 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""Speed, memory and remaining time in the log of a run, and warnings of losses that jump."""
+"""Callbacks that log speed, memory and remaining time, and that warn of losses that jump."""
 
 import logging
 import math
@@ -18,11 +18,11 @@ logger = logging.getLogger(__name__)
 # Dense bfloat16 rates in TFLOP/s, from NVIDIA's data sheets.
 _PEAKS = {"H100 PCIe": 756, "H100": 989, "H200": 989, "A100": 312, "L40S": 362, "L4": 121, "B200": 2250}
 
-_SPIKE = 3.0  # times the median
+_SPIKE = 3.0  # a value above this many times its recent median is a spike
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Return the FLOP/s of a device: those of its data sheet, or for other devices those of a product of matrices."""
+    """Return the FLOP/s of a device: those of its data sheet, or those measured on a product of matrices."""
     if device.type == "cuda" and dtype != torch.float32:
         name = torch.cuda.get_device_name(device)
         for known, tflops in _PEAKS.items():

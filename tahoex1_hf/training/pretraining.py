@@ -124,7 +124,7 @@ def pretrain(config: PretrainConfig) -> int:
         config: Configuration of the run, the same in every process of a launcher.
 
     Returns:
-        0; or 75 (`PREEMPTED`) if SIGTERM ended the run after a checkpoint, so that the same command goes on.
+        0; or 75 (`PREEMPTED`) if SIGTERM ended the run after a checkpoint, so that the same command resumes it.
 
     Raises:
         ValueError: If settings, data and checkpoint do not fit together.
@@ -132,7 +132,7 @@ def pretrain(config: PretrainConfig) -> int:
     """
     processes = PartialState(cpu=not torch.cuda.is_available())
     folder = RunFolder(config, processes.num_processes)
-    processes.wait_for_everyone()  # all have read what an earlier start has written
+    processes.wait_for_everyone()  # until all have read what an earlier start wrote
     if processes.is_main_process:
         folder.write("running")
     if not os.isatty(2):
@@ -209,7 +209,7 @@ def _trainer(
 
 
 def _finish(trainer: PretrainingTrainer, folder: RunFolder, baselines: dict[str, float]) -> None:
-    """Evaluate a last time, and write the final model and what goes with it."""
+    """Evaluate a last time, and write the final model with its records."""
     output_dir = folder.path
     step, history = trainer.state.global_step, trainer.state.log_history
     seen = [line for line in history if line["step"] == step and "eval_loss" in line]

@@ -1,5 +1,5 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""The facts that a run knows about its model, from which a model card is made.
+"""The facts that a run knows about its model, for a model card.
 
 What no run can know (who the donors are, what the model is good for) is not made up: the card says that it is not
 known.

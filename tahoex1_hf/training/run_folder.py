@@ -1,5 +1,5 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""The folder of a pretraining run, and what the run writes there about itself."""
+"""The folder of a pretraining run, with its settings and its status."""
 
 import logging
 from pathlib import Path
@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 RESOLVED = "config.resolved.yaml"
 
-# Settings on which the memory of a pass depends: a size found with others may not fit.
+# Settings on which the memory of a pass depends: a size that was found with other settings may not fit.
 _DECIDE_MEMORY = (
     "model",
     "init_from",
@@ -41,10 +41,10 @@ class RunFolder:
 
     Args:
         config: Configuration of the run.
-        processes: Number of processes. A size that another number of them has found is not taken.
+        processes: Number of processes. A size that was found with another number is not taken.
 
     Attributes:
-        microbatch_size: The size that was given, else the one that this run has found before, else None.
+        microbatch_size: Size that was given, else the one that this run found before, else None.
     """
 
     def __init__(self, config: PretrainConfig, processes: int):
@@ -68,11 +68,11 @@ class RunFolder:
         return size
 
     def write(self, status: str, **more: Any) -> None:
-        """Write all settings, and how the run stands.
+        """Write all settings, and the status of the run.
 
         Args:
             status: See `write_status`.
-            **more: What else is to be known.
+            **more: Further entries of the status file.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         config = self.config
@@ -83,7 +83,7 @@ class RunFolder:
         write_status(self.path, status, **more)
 
     def note_microbatch(self, size: int) -> None:
-        """Keep the size that the run has found, for the next time the command is given."""
+        """Keep the size that the run has found, for when it is resumed."""
         self.microbatch_size = size
         self.write("running")
         logger.info(

@@ -1,5 +1,5 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""Training cells by step: what a step sees follows from its number alone, so that a checkpoint need not hold it."""
+"""Training cells by step: the cells of a step follow from its number, so that a checkpoint holds no position."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,7 +13,7 @@ class StepBatches:
     """This process's batch of every step, from the present one to the last, over as many epochs as that takes.
 
     Trainer takes it for a data loader of one long epoch. Every epoch of the data has the same number of steps. Cells
-    at its end that do not fill a step are left out; they are other ones in each epoch.
+    at its end that do not fill a step are left out; which ones differs from epoch to epoch.
 
     Args:
         cells: Cells of all epochs, in one batch per step.
@@ -83,12 +83,12 @@ def training_cells(config: PretrainConfig, collator: CellCollator, rank: int, wo
 
 
 class ValidationCells:
-    """The first cells of the validation split, with the same targets whenever and by however many they are seen.
+    """The first cells of the validation split, whose targets are the same in every evaluation.
 
     Args:
         config: Configuration of the run.
         collator: Collator of the training cells.
-        raw: The same with raw counts as values, for rank correlations: bins have ties that counts do not have.
+        raw: Collator with raw counts as values, for rank correlations: bins have ties that counts do not have.
         batch_size: Number of cells in a batch.
     """
 

@@ -54,9 +54,9 @@ class PretrainingTrainer(ResumableTrainer):
         **trainer: `callbacks` of Trainer.
 
     Attributes:
-        report: Function that returns a line of the log with what is to be added to it.
-        on_microbatch: Function that is told, in the first process, a microbatch size that was found or read from a
-            checkpoint.
+        report: Function that adds to a line of the log, and returns it.
+        on_microbatch: Function that takes a microbatch size that was found or read from a checkpoint; called in the
+            first process only.
     """
 
     batches: StepBatches
@@ -78,10 +78,10 @@ class PretrainingTrainer(ResumableTrainer):
         self.report: Callable[[dict[str, float]], dict[str, float]] = lambda logs: logs
         self.on_microbatch: Callable[[int], None] = discard
 
-    # Arrangement ------------------------------------------------------------------------------------
+    # Set-up -----------------------------------------------------------------------------------------
 
     def create_accelerator_and_postprocess(self) -> None:
-        """Let FSDP be FSDP on CPUs too, where Accelerate quietly makes it DDP."""
+        """Use FSDP on CPUs too, where Accelerate quietly replaces it by DDP."""
         super().create_accelerator_and_postprocess()
         wanted = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
         state = self.accelerator.state
@@ -142,7 +142,7 @@ class PretrainingTrainer(ResumableTrainer):
         together: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if self.accelerator.is_fsdp2:
             # Under no_sync every device would keep the gradients of all weights, and add passes up in half precision.
-            # Reduced in each pass they are shards in float32. Copies of the shards (HSDP) are added up with the last.
+            # Reduced in each pass, they are shards in float32. In the last pass, copies of shards (HSDP) are added up.
             sharded: Any = model
             sharded.set_requires_all_reduce(last)
         elif not last:
@@ -211,7 +211,7 @@ class PretrainingTrainer(ResumableTrainer):
             raise FloatingPointError(
                 f"The gradient's norm is {value} at step {self.state.global_step + 1}: nothing was changed or saved "
                 f"by this step. Losses since the last line of the log: {self.window.losses}. Look at the data of this "
-                "step, lower learning_rate, or raise warmup_fraction; the same command goes on from the last "
+                "step, lower learning_rate, or raise warmup_fraction; the same command resumes from the last "
                 "checkpoint."
             )
         return norm
@@ -255,7 +255,7 @@ class PretrainingTrainer(ResumableTrainer):
         return {"microbatch_size": self.microbatch_size, **super().progress()}
 
     def restore_progress(self, state: dict[str, Any]) -> None:
-        """Go on from what `progress` returned; a microbatch size that was given stays."""
+        """Restore what `progress` returned; a microbatch size that was given stays."""
         super().restore_progress(state)
         if self.microbatch_size is None:
             self._set_microbatch(state["microbatch_size"])

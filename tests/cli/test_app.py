@@ -115,10 +115,10 @@ def command_that(raises: BaseException | None, **settings: object) -> typer.Type
     return made
 
 
-def test_an_interrupted_command_says_that_it_goes_on() -> None:
+def test_an_interrupted_command_says_how_to_resume() -> None:
     result = CliRunner().invoke(command_that(KeyboardInterrupt()))
     assert result.exit_code == 130
-    assert result.output == "Stopped. The same command goes on from here.\n"
+    assert result.output == "Stopped. The same command resumes the run.\n"
 
 
 @pytest.mark.parametrize(

@@ -91,7 +91,7 @@ def classification_baselines(
         labels: Class numbers, shape `(cells,)`; those of the test cells are not used for fitting.
         splits: Splits; models are fitted on `train`, and `validation` chooses the strength of regularisation.
         seed: Seed of PCA and boosting.
-        num_classes: Number of classes; by default the highest label and one.
+        num_classes: Number of classes; by default the highest label plus 1.
 
     Returns:
         For each baseline and split, the probabilities `(test cells, classes)`.

@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 # Seed that samples the genes of cells longer than the context, in training and in `tahoex1 predict`.
 SAMPLE_SEED = 0
-_ENCODED_CELLS = 256  # encoded at a time, outside of training
+_ENCODED_CELLS = 256  # cells encoded at a time, outside of training
 
 
 class StoredCounts:
@@ -56,13 +56,13 @@ class StoredCounts:
         with tempfile.TemporaryFile(dir=folder) as tokens, tempfile.TemporaryFile(dir=folder) as counts:
             lengths, drugs = [np.zeros(0, dtype=np.int64)], list[np.ndarray | None]()
             warned = False
-            for block in source.chunks(0, source.num_cells, CHUNK_CELLS, drugs_of.columns):
-                rows = block.rows
+            for chunk in source.chunks(0, source.num_cells, CHUNK_CELLS, drugs_of.columns):
+                rows = chunk.rows
                 rows.tokens.astype(np.int32).tofile(tokens)
                 rows.counts.astype(np.float32).tofile(counts)
                 lengths.append(np.diff(rows.offsets))
-                drugs.append(drugs_of.of_block(block))
-                warning = None if warned else count_problem(rows, block.start, {})[1]
+                drugs.append(drugs_of.of_block(chunk))
+                warning = None if warned else count_problem(rows, chunk.start, {})[1]
                 if warning is not None:
                     logger.warning("%s: %s", source.path, warning)
                     warned = True
@@ -89,7 +89,7 @@ class StoredCounts:
         return GeneRows(self.tokens[index].astype(np.int64), self.counts[index], offsets)
 
     def views(self, numbers: np.ndarray) -> CountRows:
-        """Return the same for the collator, without a copy."""
+        """Return the genes and counts of some cells for the collator, without a copy."""
         starts = self.offsets[numbers]
         return CountRows(self.tokens, starts, self.counts, starts, self.offsets[numbers + 1] - starts)
 

@@ -44,7 +44,7 @@ def model_errors(
     for batch in _test_batches(config, cells, split):
         targets += int(batch["target_mask"].sum())
         batch = {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
-        outputs: Any = model(**batch, num_items_in_batch=1)  # the sums over the targets
+        outputs: Any = model(**batch, num_items_in_batch=1)  # then the losses are sums over the targets
         sums += [float(outputs.loss), float(outputs.expression_loss)]
     both, expression = sums / max(1, targets)
     return float(both), float(expression)
@@ -53,7 +53,7 @@ def model_errors(
 def constant_errors(
     config: MaskedExpressionConfig, cells: LabelledCells, split: Split, model: TahoeX1Config
 ) -> tuple[float, float]:
-    """Return the same errors of two constants learnt from the training cells: the mean value, and each gene's mean."""
+    """Return the errors of two constants learnt from the training cells: the mean value, and each gene's mean."""
     means, mean = _gene_means(config, cells, split)
     unit = 2 / (model.num_bins - 2) if model.scale_targets else 1.0
     sums, targets = np.zeros(2), 0
@@ -74,7 +74,7 @@ def _test_batches(config: MaskedExpressionConfig, cells: LabelledCells, split: S
 
 
 def _gene_means(config: MaskedExpressionConfig, cells: LabelledCells, split: Split) -> tuple[np.ndarray, float]:
-    """Return the mean value of each token in the training cells, `(vocabulary,)`, and of all of them."""
+    """Return the mean value of each token in the training cells, `(vocabulary,)`, and the mean over all tokens."""
     everything = CellCollator(cells.tokenizer, mlm_probability=1.0)
     size = len(cells.tokenizer)
     sums, counts = np.zeros(size), np.zeros(size)
@@ -114,7 +114,7 @@ class MaskedExpressionTask(CellTask):
         return {"outputs": outputs, "before": before, "after": after}
 
     def predictions(self, outcome: Outcome) -> float:
-        """Return the model's error, the mean of both decoders'."""
+        """Return the model's error, the mean over both decoders."""
         return float(outcome.facts["test"]["model"])
 
     def baselines(self, outcomes: Sequence[Outcome]) -> dict[str, list[Any]]:
@@ -123,7 +123,7 @@ class MaskedExpressionTask(CellTask):
         return {title: [outcome.facts["test"][name] for outcome in outcomes] for name, title in titles.items()}
 
     def metrics(self, outcome: Outcome, predictions: float) -> dict[str, float]:
-        """Return the error under its name."""
+        """Return the error as `mse`."""
         return {"mse": predictions}
 
     def report(self, outcomes: Sequence[Outcome], predictions: dict[str, list[Any]], scores: Report) -> dict[str, Any]:
@@ -182,7 +182,7 @@ def write_masked_report(
 
 
 def compare_errors(model: float, other: float, name: str) -> str:
-    """Return in words whether the model's error is below another."""
+    """Say whether the model's error is below another."""
     change = 100 * (model - other) / other
     does = "beats" if model < other else "does not beat"
     return f"The model {does} {name}: its error is {abs(change):.1f} % {'lower' if change < 0 else 'higher'}."

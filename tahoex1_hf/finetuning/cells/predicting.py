@@ -124,7 +124,7 @@ def predict_files(
     Args:
         source: `.h5ad` file with raw counts; read piece by piece, and left as it is.
         output: `.h5ad` file to write, which may be the source. It appears when it is complete.
-        model: As in `predict_anndata`, and so are the following.
+        model: As in `predict_anndata`, like all arguments below.
         tokenizer: Tokenizer of a loaded model.
         base: Folder or Hub id of an adapter's base.
         layer: Layer with the counts.
@@ -192,7 +192,7 @@ def check_files(source: Path, output: Path) -> None:
 def _settings(
     predictor: Predictor, gene_symbols: Mapping[str, str] | None, *settings: str | None
 ) -> tuple[GeneOptions, str | None]:
-    """Return where genes and counts are, and the drugs: None is as in the training, and "" is no setting."""
+    """Return where genes and counts are, and the drugs; None means as in the training, and "" means no setting."""
     layer, gene_id_column, drugs = (
         (predictor.record.get(name) if given is None else given) or None
         for name, given in zip(("layer", "gene_id_column", "drugs"), settings, strict=True)

@@ -208,6 +208,6 @@ class CellPredictor:
             on_batch: Function called after each batch with its number of cells.
         """
         drug_ids = DrugIds(cells, self.tokenizer, drugs)
-        blocks = cells.chunks(0, cells.num_cells, encoding.CHUNK_CELLS, drug_ids.columns)
-        for encoded in prefetch(self.encode(block.rows, drug_ids.of_block(block)) for block in blocks):
+        chunks = cells.chunks(0, cells.num_cells, encoding.CHUNK_CELLS, drug_ids.columns)
+        for encoded in prefetch(self.encode(chunk.rows, drug_ids.of_block(chunk)) for chunk in chunks):
             yield encoded, self.predict(encoded, on_batch)

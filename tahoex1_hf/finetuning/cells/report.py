@@ -24,12 +24,12 @@ logger = logging.getLogger(__name__)
 PREDICTIONS = "predictions.csv"
 CONFUSION, PREDICTED, UMAP = "confusion.png", "predicted.png", "umap_before_after.png"
 _FROZEN = ("linear_probe", "head_only")
-_MOST_DRAWN = 5000  # cells of the UMAPs
+_MOST_DRAWN = 5000  # most cells in a UMAP
 
 
 @dataclass(frozen=True, eq=False)
 class CellResults:
-    """What a run on labelled cells came to.
+    """Results of a run on labelled cells.
 
     Attributes:
         label: Column of obs with the labels.
@@ -40,7 +40,7 @@ class CellResults:
         splits: Splits whose test cells were predicted.
         predictions: For each split, probabilities `(test cells, classes)` or numbers `(test cells,)`.
         before: For each split, embeddings by the base, shape `(test cells, width)`.
-        after: The same by the trained model.
+        after: For each split, embeddings by the trained model, of the same shape.
         cost: For each split, `trainable_parameters`, `seconds`, `peak_memory_gb` and the like.
         seed: Seed of the UMAPs.
     """

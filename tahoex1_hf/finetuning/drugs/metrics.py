@@ -1,5 +1,5 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""How well changes of expression are predicted, and the means that a model has to beat."""
+"""Metrics of predicted changes of expression, and the baselines that a model has to beat."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -19,7 +19,7 @@ def pearson_rows(predicted: np.ndarray, truth: np.ndarray) -> np.ndarray:
         truth: Measured changes, shape `(conditions, genes)`.
 
     Returns:
-        `(conditions,)` float64; 0 where either is constant, as for the null, of which no correlation is defined.
+        `(conditions,)` float64; 0 where either is constant, as for the null, so that no correlation is defined.
     """
     a = predicted.astype(np.float64) - predicted.astype(np.float64).mean(axis=1, keepdims=True)
     b = truth.astype(np.float64) - truth.astype(np.float64).mean(axis=1, keepdims=True)
@@ -71,8 +71,8 @@ def score(
     Args:
         predictions: Predicted changes `(conditions, genes)` by name.
         truth: Measured changes, shape `(conditions, genes)`.
-        units: Held-out drug (or context) of each condition, shape `(conditions,)`. Conditions of one are not
-            independent, so that the intervals are over the means of the units.
+        units: Held-out drug (or context) of each condition, shape `(conditions,)`. Conditions of one unit
+            are not independent, so that the intervals are over the means of the units.
 
     Returns:
         Name -> metric -> `interval` over the units; and name -> metric -> `(conditions,)`. The metrics are `pearson`

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from anndata import AnnData
 
-_ENCODED_CELLS = 1024  # at a time
+_ENCODED_CELLS = 1024  # cells encoded at a time
 
 
 @torch.inference_mode()
@@ -66,8 +66,8 @@ def predict_drug_response(
 
     def mean(drug_id: int) -> torch.Tensor:
         total = torch.zeros(encoder.width, dtype=torch.float64)
-        for block in source.chunks(0, source.num_cells, _ENCODED_CELLS):
-            cells = _with_drug(tokenizer, block.rows, drug_id)
+        for chunk in source.chunks(0, source.num_cells, _ENCODED_CELLS):
+            cells = _with_drug(tokenizer, chunk.rows, drug_id)
             total += mean_embedding(encoder, cells) * cells.num_cells
         return total / source.num_cells
 

@@ -3,7 +3,7 @@
 
 A condition is a drug in a context (and a batch, where there are batches). Its profile is the mean over its cells of
 log(1 + counts per 10,000) of each gene. Its change is the profile minus the same mean over the control cells of its
-context and batch. Cells are summed in blocks: memory holds conditions x genes, never cells x genes.
+context and batch. Cells are summed in chunks: memory holds conditions x genes, never cells x genes.
 """
 
 import logging
@@ -19,7 +19,7 @@ from tahoex1_hf.finetuning.config import DrugResponseConfig
 
 logger = logging.getLogger(__name__)
 
-_BLOCK_CELLS = 4096  # read at once
+_CHUNK_CELLS = 4096  # cells read at once
 _MISSING = ("", "nan", "NaN", "None", "<NA>")
 
 
@@ -149,11 +149,11 @@ def most_variable(cells: LabelledCells, used: np.ndarray, number: int) -> np.nda
     size = len(cells.tokenizer)
     sums, squares = np.zeros(size), np.zeros(size)
     rows = np.flatnonzero(used)
-    for start in range(0, len(rows), _BLOCK_CELLS):
-        block = cells.stored.rows(cells.numbers[rows[start : start + _BLOCK_CELLS]])
-        values = log_normalize(block.counts, block.offsets).astype(np.float64)
-        sums += np.bincount(block.tokens, values, minlength=size)
-        squares += np.bincount(block.tokens, values**2, minlength=size)
+    for start in range(0, len(rows), _CHUNK_CELLS):
+        chunk = cells.stored.rows(cells.numbers[rows[start : start + _CHUNK_CELLS]])
+        values = log_normalize(chunk.counts, chunk.offsets).astype(np.float64)
+        sums += np.bincount(chunk.tokens, values, minlength=size)
+        squares += np.bincount(chunk.tokens, values**2, minlength=size)
     variances = squares / len(rows) - (sums / len(rows)) ** 2
     order = np.argsort(-variances, kind="stable")[:number]
     return np.sort(order[variances[order] > 1e-12])
@@ -175,13 +175,13 @@ def mean_profiles(cells: LabelledCells, units: np.ndarray, num_units: int, genes
     slots[genes] = np.arange(len(genes))
     sums = np.zeros((num_units, len(genes)))
     rows = np.flatnonzero(units >= 0)
-    for start in range(0, len(rows), _BLOCK_CELLS):
-        part = rows[start : start + _BLOCK_CELLS]
-        block = cells.stored.rows(cells.numbers[part])
-        values = log_normalize(block.counts, block.offsets)
-        slot = slots[block.tokens]
+    for start in range(0, len(rows), _CHUNK_CELLS):
+        part = rows[start : start + _CHUNK_CELLS]
+        chunk = cells.stored.rows(cells.numbers[part])
+        values = log_normalize(chunk.counts, chunk.offsets)
+        slot = slots[chunk.tokens]
         known = slot >= 0
-        np.add.at(sums, (units[part][block.cells()[known]], slot[known]), values[known])
+        np.add.at(sums, (units[part][chunk.cells()[known]], slot[known]), values[known])
     counts = np.bincount(units[rows], minlength=num_units)
     with np.errstate(invalid="ignore"):
         return (sums / counts[:, None]).astype(np.float32)

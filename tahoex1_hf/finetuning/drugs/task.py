@@ -1,9 +1,9 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
 """Response to drugs: how the mean expression of a population changes, from its control cells and the drug.
 
-What is predicted. For a control cell i of a context and a drug d, the model embeds the cell twice, with all its genes
-observed: once with the drug at its `<drug>` token, once with the control there. The cell decoder, which
-reads any gene g from a cell embedding, gives the change
+Prediction: for a control cell i of a context and a drug d, the model embeds the cell twice, with all its genes
+observed: once with the drug at its `<drug>` token, and once with the control there. The cell decoder, which reads any
+gene g from a cell embedding, gives the change
 
     change(g) = decoder(g, embedding(i, d)) - decoder(g, embedding(i, control))
 
@@ -11,14 +11,14 @@ in log(1 + counts per 10,000). The decoder is linear in the embedding, so that i
 change of a condition is that of the mean difference over its control cells. Without a drug the change is zero. The
 predicted profile is the mean profile of the control cells plus the change.
 
-What is learnt. The target is the change of the condition's mean (see `screen.py`); the control cells that it is paired
-with are sampled anew in every epoch, from the same context and batch, by the seed. The loss is the squared error, over
-the genes and conditions, in units of the root mean square of the training changes. Low-rank adapters on the
-transformer and on the linear layers of the drug encoder are trained, and the whole cell decoder.
+Training: the model learns the change of the condition's mean (see `screen.py`). The control cells that a condition is
+paired with are chosen anew in every epoch, from the same context and batch, by the seed. The loss is the squared
+error, over the genes and conditions, in units of the root mean square of the training changes. What is trained are
+low-rank adapters on the transformer and on the linear layers of the drug encoder, and the whole cell decoder.
 
 Drugs that the base does not know are rows added to its drug table, made from their fingerprints (`table.py`).
 
-What is tested. One model is tested on drugs that no training condition has, another on contexts that none has. Three
+Test: one model is tested on drugs that no training condition has, another on contexts that none has. Three
 baselines are scored beside them: the means over the training conditions of the same context, and of the same drug, and
 no change at all.
 """
@@ -158,7 +158,7 @@ class DrugTask:
         changes = np.zeros((len(rows), len(genes)), dtype=np.float32)
         for place, row in enumerate(rows):
             group = int(self.screen.controls[row])
-            numbers = _sample_cells(self.screen.control_cells[group], self.config.seed)
+            numbers = _chosen_cells(self.screen.control_cells[group], self.config.seed)
             if group not in untreated:
                 ids = np.full(len(numbers), self.control_id)
                 untreated[group] = mean_embedding(encoder, encode_cells(self.cells, numbers, ids))
@@ -223,7 +223,7 @@ class DrugTask:
         return write_drug_report(self.folder, self.config, self.screen, self.tokenizer, outcomes, predictions, scores)
 
 
-def _sample_cells(group: np.ndarray, seed: int) -> np.ndarray:
+def _chosen_cells(group: np.ndarray, seed: int) -> np.ndarray:
     """Return some of a group's cells, always the same."""
     hashes = mix64(mix64(np.array([seed], dtype=np.uint64)) + np.uint64(HELD_OUT) + group.astype(np.uint64))
     return np.sort(group[np.argsort(hashes)[:_PREDICTION_CELLS]])

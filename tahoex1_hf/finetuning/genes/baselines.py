@@ -1,5 +1,5 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""Baselines of a gene classification: classical models of what is known of a gene without fine-tuning."""
+"""Baselines of a gene classification: classical models of features that need no fine-tuning."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +11,7 @@ from tahoex1_hf.finetuning.cells.labelled import LabelledCells
 from tahoex1_hf.finetuning.splits import Split
 
 MAJORITY = "majority class"
-_BLOCK_CELLS = 4096  # read at once
+_CHUNK_CELLS = 4096  # cells read at once
 
 
 def expression_features(cells: LabelledCells, tokens: np.ndarray) -> np.ndarray:
@@ -26,8 +26,8 @@ def expression_features(cells: LabelledCells, tokens: np.ndarray) -> np.ndarray:
         the gene.
     """
     sums, counts = np.zeros(len(cells.tokenizer)), np.zeros(len(cells.tokenizer))
-    for start in range(0, len(cells), _BLOCK_CELLS):
-        rows = cells.stored.rows(cells.numbers[start : start + _BLOCK_CELLS])
+    for start in range(0, len(cells), _CHUNK_CELLS):
+        rows = cells.stored.rows(cells.numbers[start : start + _CHUNK_CELLS])
         sums += np.bincount(rows.tokens, log_normalize(rows.counts, rows.offsets), minlength=len(sums))
         counts += np.bincount(rows.tokens, minlength=len(sums))
     return np.stack([sums[tokens], counts[tokens]], axis=1) / len(cells)

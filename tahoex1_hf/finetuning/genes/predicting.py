@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from anndata import AnnData
 
-_ENCODED_CELLS = 256  # at a time
+_ENCODED_CELLS = 256  # cells encoded at a time
 
 
 def cell_chunks(cells: LabelledCells, numbers: np.ndarray) -> Iterator[tuple[GeneRows, np.ndarray | None]]:
@@ -119,9 +119,9 @@ def predict_gene_classes(
     expressing = np.zeros(len(tokenizer), dtype=np.int64)
 
     def chunks() -> Iterator[tuple[GeneRows, np.ndarray | None]]:
-        for block in cells.chunks(0, cells.num_cells, _ENCODED_CELLS, drug_ids.columns):
-            expressing[:] += np.bincount(block.rows.tokens, minlength=len(expressing))
-            yield block.rows, drug_ids.of_block(block)
+        for chunk in cells.chunks(0, cells.num_cells, _ENCODED_CELLS, drug_ids.columns):
+            expressing[:] += np.bincount(chunk.rows.tokens, minlength=len(expressing))
+            yield chunk.rows, drug_ids.of_block(chunk)
 
     inner: Any = without_peft(model)
     known = cells.genes.token_ids  # type: ignore[union-attr]  # an AnnData has genes

@@ -27,7 +27,7 @@ class GeneTable:
         tokens: Token ids, each once, shape `(genes,)`, int64.
         labels: Class numbers, shape `(genes,)`, int64.
         classes: Names of the classes.
-        groups: Names of groups (protein families), none of which is in two splits, shape `(genes,)`; None without.
+        groups: Names of the genes' groups (protein families), shape `(genes,)`; None without groups.
         parts: `"train"`, `"validation"` or `"test"` for each gene, shape `(genes,)`, where a column says so.
         num_cells: Number of cells that express the gene, shape `(genes,)`, int64.
         left_out: Reason -> number of rows of the table that are left out.

@@ -43,7 +43,7 @@ from tahoex1_hf.runs.checkpoints import last_whole
 from tahoex1_hf.runs.memory import peak_memory_gb
 from tahoex1_hf.runs.report import Report
 
-_VALIDATION_CELLS = 1000  # in which the validation genes are evaluated while training
+_VALIDATION_CELLS = 1000  # most cells in which the validation genes are evaluated while training
 
 
 class GeneTask:
@@ -142,7 +142,7 @@ class GeneTask:
 
     @cached_property
     def contextual(self) -> np.ndarray:
-        """`(genes, width)` embeddings by the base, each the mean over all cells that express the gene."""
+        """Embeddings of the genes by the base, means over the cells that express them, shape `(genes, width)`."""
         chunks = cell_chunks(self.cells, self.cells.numbers)
         encoder = CellEncoder(
             self.base(), self.tokenizer, device=self.processes.device, dtype=computes_in(self.config)
@@ -197,7 +197,7 @@ class GeneTask:
         return cast(np.ndarray, softmax(outcome.arrays["logits"].astype(np.float64), axis=1))
 
     def baselines(self, outcomes: Sequence[Outcome]) -> dict[str, list[np.ndarray]]:
-        """Return the predictions of classical models of what is known of a gene without fine-tuning."""
+        """Return the predictions of classical models of features that need no fine-tuning."""
         embeddings = self.base().tahoe.embeddings.gene_encoder(torch.from_numpy(self.genes.tokens))
         features = {
             "frozen gene embeddings": embeddings.detach().float().numpy(),

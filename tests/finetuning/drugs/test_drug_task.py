@@ -95,7 +95,7 @@ def make_objective(run: DrugTask, split: Split) -> DrugObjective:
 
 @pytest.mark.parametrize("block", [3, 4096])
 def test_conditions_by_hand(block: int, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(drug_screen, "_BLOCK_CELLS", block)
+    monkeypatch.setattr(drug_screen, "_CHUNK_CELLS", block)
     rows: list[tuple[str, str, str]] = [
         *[("A", "p1", CONTROL)] * 3,
         *[("A", "p2", CONTROL)] * 2,
