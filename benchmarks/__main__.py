@@ -1,4 +1,4 @@
-"""The whole suite: one table on the terminal; results.json, results.png and scaling.png in a folder.
+"""The whole suite, which prints one table and writes results.json, results.png and scaling.png into a folder.
 
     python -m benchmarks [--quick] [--rounds 3] [--only PART]... [--output benchmarks/results]
 
@@ -36,7 +36,7 @@ from benchmarks.measuring import Row, Suite, machine_rows, progress
 
 
 class Part(StrEnum):
-    """Of the suite, in the order in which they run."""
+    """Parts of the suite, in the order in which they run."""
 
     tokenizing = "tokenizing"
     embedding = "embedding"
@@ -65,7 +65,7 @@ PARTS: dict[Part, Callable[[Suite], list[Row]]] = {
 
 
 def write_json(path: Path, suite: Suite, machine: dict, rows: Sequence[Row], seconds: dict[str, float]) -> None:
-    """Write all that was measured."""
+    """Write all that was measured to a JSON file."""
     report = {
         "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
         "quick": suite.quick,
@@ -80,15 +80,17 @@ def write_json(path: Path, suite: Suite, machine: dict, rows: Sequence[Row], sec
 def main(
     output: Annotated[Path, typer.Option(help="Folder for results.json and the charts.")] = Path(__file__).parent
     / "results",
-    quick: Annotated[bool, typer.Option("--quick", help="Tiny sizes: checks that all of it works.")] = False,
-    rounds: Annotated[int | None, typer.Option(min=1, help="Rounds.", show_default="3; with --quick 2")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Tiny sizes, to check that all of it works.")] = False,
+    rounds: Annotated[
+        int | None, typer.Option(min=1, help="Number of rounds.", show_default="3; with --quick 2")
+    ] = None,
     only: Annotated[list[Part] | None, typer.Option(help="Part to run; may be repeated.")] = None,
 ) -> None:
     """Measure speed and memory beside the original's algorithm and the hardware's limits."""
     suite = Suite(rounds=rounds or (2 if quick else 3), quick=quick)
     if quick:  # so small products wait for a second thread longer than it saves, above all on a busy machine
         torch.set_num_threads(1)
-        os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that the suite starts
+        os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that the suite starts
     machine = description()
     output.mkdir(parents=True, exist_ok=True)
     rows: list[Row] = []

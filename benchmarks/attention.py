@@ -1,4 +1,4 @@
-"""Attention on a CPU: cell by cell beside padded buckets; of training, to observed keys alone beside masks."""
+"""Attention on a CPU: cell by cell beside padded buckets, and in training, to observed keys alone beside masks."""
 
 import time
 from collections.abc import Callable
@@ -28,11 +28,11 @@ class Cells:
         self.packed = PackedAttention.make(torch.tensor(self.bounds), None, None, torch.device("cpu"))
 
     def by_cell(self) -> torch.Tensor:
-        """Ours: `(tokens, heads, width)`."""
+        """Return our attention's output, `(tokens, heads, width)`."""
         return self.packed(*self.qkv, WIDTH**-0.5)[0][0]
 
     def in_buckets(self) -> torch.Tensor:
-        """The same in padded batches of neighbours; padding them and back is part of the work."""
+        """Return the same by padded batches of neighbours; padding and unpadding are part of the work."""
         output = torch.empty(self.bounds[-1], HEADS, WIDTH)
         for first in range(0, len(self.lengths), BUCKET):
             lengths = self.lengths[first : first + BUCKET]
@@ -68,13 +68,13 @@ class HiddenGenes:
         }
 
     def forward_and_backward(self, name: str) -> list[torch.Tensor]:
-        """The output and the gradients of queries, keys and values, by one of the attentions."""
+        """Return the output, and the gradients of queries, keys and values, by one of the attentions."""
         output = self.attentions[name](*self.qkv, WIDTH**-0.5)[0]
         return [output.detach(), *torch.autograd.grad(output, self.qkv, self.gradient)]
 
 
 def rate(work: Callable[[], Any], cells: int) -> float:
-    """Cells per second of what is done to so many, over at least a tenth of a second."""
+    """Return the cells per second of some work on `cells` cells, over at least a tenth of a second."""
     number, start = 0, time.perf_counter()
     while time.perf_counter() - start < 0.1:
         work()
@@ -85,14 +85,14 @@ def rate(work: Callable[[], Any], cells: int) -> float:
 def beside(
     suite: Suite, name: str, cells: int, ours: Callable[[], Any], theirs: Callable[[], Any], remark: str
 ) -> Row:
-    """Row of two ways of doing the same to so many cells, measured in turn."""
+    """Return a row for two ways of doing the same to some cells, measured in turn."""
     tasks = {"theirs": Task(partial(rate, theirs, cells)), "ours": Task(partial(rate, ours, cells))}
     series = in_turn(tasks, 5 * suite.rounds)
     return Row("attention", name, "cells/s", series["ours"], series["theirs"], f"reference: {remark}")
 
 
 def measure(suite: Suite) -> list[Row]:
-    """Rows of this part."""
+    """Return the rows of this part."""
     return [*_measure_buckets(suite), *_measure_observed(suite)]
 
 

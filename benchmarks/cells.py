@@ -12,7 +12,7 @@ from tahoex1_hf import TahoeX1Tokenizer
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 HEART = SHARED / "h5ad" / "heart_san_1000_native_ensembl.h5ad"
-VOCABULARY_SIZE = 62720  # of the released models
+VOCABULARY_SIZE = 62720  # that of the released models
 
 
 def real_or_synthetic_cells(num_cells: int) -> tuple[csr_matrix, np.ndarray, str]:
@@ -42,7 +42,7 @@ def tokenizer_for(gene_ids: np.ndarray, context_length: int) -> TahoeX1Tokenizer
 
 
 def synthetic_counts(genes_per_cell: np.ndarray, num_columns: int, seed: int = 0) -> csr_matrix:
-    """Cells with so many expressed genes each, of whole counts as float32 (as .h5ad files have them)."""
+    """Return cells with given numbers of expressed genes, and whole counts as float32 (as .h5ad files have them)."""
     rng = np.random.default_rng(seed)
     columns = [np.sort(rng.choice(num_columns, genes, replace=False)) for genes in genes_per_cell]
     offsets = np.concatenate([[0], np.cumsum(genes_per_cell)])
@@ -52,12 +52,12 @@ def synthetic_counts(genes_per_cell: np.ndarray, num_columns: int, seed: int = 0
 
 
 def ensembl_ids(number: int) -> np.ndarray:
-    """Names of so many genes that look like Ensembl ids."""
+    """Return gene names that look like Ensembl ids."""
     return np.array([f"ENSG{i:011d}" for i in range(number)])
 
 
 def cells_in_torch(counts: csr_matrix, token_ids: np.ndarray) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """The cells as the reference takes them: token ids and counts of each."""
+    """Return the cells as the reference takes them: token ids and counts of each."""
     genes = torch.from_numpy(token_ids[counts.indices])
     values = torch.from_numpy(counts.data.astype(np.float32))
     sizes = np.diff(counts.indptr).tolist()

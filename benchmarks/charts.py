@@ -20,7 +20,11 @@ STYLE = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, 
 
 
 def draw_results(rows: Sequence[Row], path: Path, title: str) -> bool:
-    """Bars: how many times as fast as the reference, and which share of the hardware limit. False: nothing to draw."""
+    """Draw the speed as a multiple of the reference's, and as a share of the hardware limit.
+
+    Returns:
+        Whether there was anything to draw.
+    """
     rows = [row for row in rows if row.part in RATE_PARTS and row.unit == "cells/s" and row.reference]
     if not rows:
         return False
@@ -74,7 +78,11 @@ def _draw_fractions(axes: Any, rows: Sequence[Row]) -> None:
 
 
 def draw_scaling(rows: Sequence[Row], path: Path, title: str) -> bool:
-    """Curves over length, number of cells and number of processes. False: nothing to draw."""
+    """Draw the speed by length, number of cells and number of processes.
+
+    Returns:
+        Whether there was anything to draw.
+    """
     rows = [row for row in rows if row.part == "scaling" and row.values]
     panels: list[tuple[Callable[..., None], list[Row]]] = [
         (draw, chosen)

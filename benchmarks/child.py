@@ -1,7 +1,7 @@
 """Running a command in a process of its own, with its time and the peak of its memory.
 
 A process that is started by another begins with the other's peak of memory as its own, so that a command started from
-a benchmark that has used 5 GB seems to use 5 GB. Between them stands this file, run as a script: it is small.
+a benchmark that has used 5 GB seems to use 5 GB. This file, run as a script, stands between them, since it is small.
 """
 
 import json
@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @dataclass(frozen=True)
 class Run:
-    """What became of a command."""
+    """Result of a command."""
 
     code: int
     seconds: float
@@ -28,28 +28,28 @@ class Run:
     output: str
 
     def checked(self) -> "Run":
-        """Raise RuntimeError unless it succeeded."""
+        """Return the result, or raise RuntimeError where the command failed."""
         if self.code:
             raise RuntimeError(f"the command ended with code {self.code}:\n{self.output[-2000:]}")
         return self
 
     @property
     def last_line(self) -> str:
-        """The last line of its output."""
+        """Last line of the output that is not empty."""
         return next((line.strip() for line in reversed(self.output.splitlines()) if line.strip()), "")
 
     @property
     def reason(self) -> str:
-        """The line of its output that says why it failed, as well as one can tell."""
+        """Line of the output that seems to say why the command failed."""
         lines = [line[line.index("Error") :].strip() for line in self.output.splitlines() if "Error" in line]
         return lines[0][:150] if lines else self.last_line or f"no output, code {self.code}"
 
 
 def run(command: list[str], environment: dict[str, str] | None = None, timeout: float | None = None) -> Run:
-    """Run a command in the project's folder, its package importable and the Hub left alone.
+    """Run a command in the project's folder, with its package importable and the Hub offline.
 
     Raises:
-        subprocess.TimeoutExpired: after so many seconds; the command and what it started have been ended then.
+        subprocess.TimeoutExpired: After `timeout` seconds, when the command and all that it started have been ended.
     """
     variables = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", **(environment or {})}
     with tempfile.TemporaryFile("w+b") as output:

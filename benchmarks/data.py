@@ -1,10 +1,11 @@
-"""Making training batches from disk, beside the original's way, `datasets` and the machine's memory-copy rate.
+"""Making training batches from disk, beside the original's way, `datasets` and the machine's memory copy.
 
     python -m benchmarks.data [--cells 20000] [--rounds 5] [--batch-size 64] [--mds FOLDER] [--json FILE]
 
 Each round measures everything in turn, and what counts are ratios in a round: the machine may be shared. "One core"
-means that the process is bound to one; on two, ours uses two threads, the reference two worker processes (as upstream
-does), each with its own share of the batches. Batches are finished: binned, sampled to the context, masked, padded.
+means that the process is bound to one; on two, ours uses two threads, the reference two worker processes (as the
+original does), each with its own share of the batches. Batches are finished: binned, sampled to the context, masked,
+padded.
 """
 
 import json
@@ -39,7 +40,7 @@ PAD_ID, CLS_ID, PAD_VALUE, MASK_VALUE = 0, 1, -2.0, -1.0
 class TorchLoop(IterableDataset):
     """The reference: the work of the original's collator, cell by cell in torch, on cells that lie in memory.
 
-    It stands for the original as the facts about it describe it (`torch.quantile` of the cell at 50 places, bucketing,
+    It does what the original is known to do (`torch.quantile` of the cell at 50 places, bucketing,
     a random permutation to sample and one to choose the targets, padding); it reads no files, which is in its favour.
     """
 
@@ -88,7 +89,7 @@ class TorchLoop(IterableDataset):
 
 
 def make_files(folder: Path, num_cells: int) -> tuple[Path, str]:
-    """Write the cells as .h5ad, prepared Arrow and Parquet datasets, and with halved (non-integer) counts."""
+    """Write the cells as .h5ad and as prepared Arrow and Parquet datasets, and again with non-integer counts."""
     counts, gene_ids, origin = real_or_synthetic_cells(min(num_cells, 1000))
     counts = vstack([csr_matrix(counts)] * -(-num_cells // counts.shape[0])).tocsr()[:num_cells]
     obs = pd.DataFrame(
@@ -114,6 +115,7 @@ def make_files(folder: Path, num_cells: int) -> tuple[Path, str]:
 
 
 def on_cores(number: int) -> list[int]:
+    """Bind this process to a number of cores, and return them."""
     cores = sorted(ALL_CORES)[:number]
     os.sched_setaffinity(0, cores)
     return cores
@@ -123,7 +125,7 @@ ALL_CORES = os.sched_getaffinity(0)
 
 
 def rate(batches: Iterable[Any], size: int, most: int) -> float:
-    """Cells per second, without the first two batches."""
+    """Return the cells per second, without the first two batches."""
     done, start = 0, 0.0
     for number, _ in enumerate(batches):
         if number == 2:
@@ -136,7 +138,7 @@ def rate(batches: Iterable[Any], size: int, most: int) -> float:
 
 
 def memory_copy() -> float:
-    """GB/s of a copy of 256 MB, read and written once each."""
+    """Return the rate of a copy of 256 MB, in GB/s, read and written once each."""
     source = np.ones(32 * 2**20)
     target = np.empty_like(source)
     np.copyto(target, source)
@@ -149,7 +151,7 @@ def memory_copy() -> float:
 def measurements(
     folder: Path, vocab: Path, batch_size: int, num_cells: int
 ) -> dict[str, tuple[int, Callable[[], float]]]:
-    """Name -> cores, and what measures it."""
+    """Return name -> number of cores, and the function that measures."""
     plain = CellCollator(TahoeX1Tokenizer(str(vocab), context_length=CONTEXT))
     packed = CellCollator(plain.tokenizer, packed=True)
     table = {"<pad>": 0, "aspirin": 1, "DMSO": 2}
@@ -196,6 +198,7 @@ def measurements(
 
 
 def bytes_per_cell(folder: Path, num_cells: int, mds: Path | None) -> dict[str, float]:
+    """Return the bytes that a cell takes on disk, by format."""
     sizes = {"h5ad (uncompressed)": (folder / "cells.h5ad").stat().st_size / num_cells}
     for name in ("arrow", "parquet", "floats"):
         sizes[{"floats": "arrow, non-integer"}.get(name, name)] = (
@@ -211,12 +214,13 @@ def bytes_per_cell(folder: Path, num_cells: int, mds: Path | None) -> dict[str, 
 
 
 def main(
-    cells: Annotated[int, typer.Option(help="Cells of the dataset that is read.")] = 20000,
-    rounds: int = 5,
-    batch_size: int = 64,
-    mds: Annotated[Path | None, typer.Option(help="The same cells as MDS, for their size.")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures there.")] = None,
+    cells: Annotated[int, typer.Option(help="Number of cells in the dataset.")] = 20000,
+    rounds: Annotated[int, typer.Option(help="Number of rounds.")] = 5,
+    batch_size: Annotated[int, typer.Option(help="Cells of a batch.")] = 64,
+    mds: Annotated[Path | None, typer.Option(help="Folder with the same cells as MDS, to compare sizes.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="File to write the figures to as well.")] = None,
 ) -> None:
+    """Print the rates, their ratios and the bytes per cell."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)

@@ -1,4 +1,4 @@
-"""Cells to embeddings, and to mean gene embeddings, beside the reference: from counts to rows of length 1."""
+"""Embedding cells and genes, from counts to rows of length 1, beside the reference."""
 
 import time
 from collections.abc import Callable
@@ -19,11 +19,11 @@ from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
 from tahoex1_hf.training.flops import embedding_flops
 
 COLUMNS, CONTEXT = 20_000, 2048
-TOLERANCE = 1e-4  # of embeddings of length 1, in float32
+TOLERANCE = 1e-4  # largest difference between embeddings of length 1, in float32
 
 
 def random_model(model_class: type[Any], config: TahoeX1Config) -> Any:
-    """A model with random weights; biases and norms too, so that none can be mistaken for another."""
+    """Return a model with random weights, in biases and norms too, so that none can be mistaken for another."""
     torch.manual_seed(0)
     model = model_class(config).eval()
     with torch.no_grad():
@@ -34,13 +34,13 @@ def random_model(model_class: type[Any], config: TahoeX1Config) -> Any:
 
 
 def reference_shape(config: TahoeX1Config) -> reference.Shape:
-    """The same shape, as the reference is told it."""
+    """Return the same shape for the reference."""
     return reference.Shape(config.vocab_size, config.hidden_size, config.num_hidden_layers, config.num_attention_heads)
 
 
 @dataclass
 class Subject:
-    """The same cells and weights for the reference and for ours, and what both made of them last."""
+    """The same cells and weights for the reference and for ours, with the last results of both."""
 
     counts: csr_matrix
     tokenizer: TahoeX1Tokenizer
@@ -56,33 +56,33 @@ class Subject:
 
     @property
     def cells(self) -> list[reference.Cell]:
-        """As the reference takes them."""
+        """Cells as the reference takes them."""
         return cells_in_torch(self.counts, self.genes.token_ids)
 
     def rate(self, name: str, work: Callable[[], np.ndarray]) -> float:
-        """Cells per second; the result is kept to be compared."""
+        """Return the cells per second of some work, and keep its result to be compared."""
         start = time.perf_counter()
         self.results[name] = work()
         return self.counts.shape[0] / (time.perf_counter() - start)
 
     def reference_rate(self) -> float:
-        """Of the reference."""
+        """Return the cells per second of the reference."""
         cells = self.cells
         return self.rate("reference", lambda: reference.embed(self.theirs, cells, self.context).numpy())
 
     def our_rate(self, name: str, encoder: CellEncoder) -> float:
-        """Of ours."""
+        """Return the cells per second of ours."""
         return self.rate(name, lambda: encoder.embed(self.tokenizer.encode_counts(self.counts, self.genes)))
 
     def compare(self, name: str) -> dict[str, float]:
-        """Largest difference from the reference, and smallest cosine with it."""
+        """Return the largest difference from the reference's embeddings, and the smallest cosine with them."""
         ours, theirs = (self.results[which].astype(np.float64) for which in (name, "reference"))
         cosines = (ours * theirs).sum(1) / np.linalg.norm(ours, axis=1) / np.linalg.norm(theirs, axis=1)
         return {"max_difference": float(np.abs(ours - theirs).max()), "min_cosine": float(cosines.min())}
 
 
 def kinds_of_cells(suite: Suite) -> dict[str, np.ndarray]:
-    """Tokens of each cell, `<cls>` included: none is longer than the context, so that none is sampled."""
+    """Return the tokens of each cell, `<cls>` included; none is longer than the context, so that none is sampled."""
     rng = np.random.default_rng(0)
     short, ragged, long = suite.pick((48, 24, 8), (16, 16, 8))
     most = suite.pick(CONTEXT, 512)
@@ -94,7 +94,7 @@ def kinds_of_cells(suite: Suite) -> dict[str, np.ndarray]:
 
 
 def make_encoders(model: TahoeX1Model, tokenizer: TahoeX1Tokenizer) -> tuple[dict[str, CellEncoder], dict[str, str]]:
-    """Encoders by precision, and why there is none for the others."""
+    """Make encoders by precision; for precisions without one, return the reason."""
     encoders = {"float32": CellEncoder(model, tokenizer, device="cpu", dtype="float32")}
     missing = {}
     if choose_dtype("auto", torch.device("cpu")) == torch.bfloat16:
@@ -109,7 +109,7 @@ def make_encoders(model: TahoeX1Model, tokenizer: TahoeX1Tokenizer) -> tuple[dic
 
 
 def measure(suite: Suite) -> list[Row]:
-    """Rows of the part `embedding`."""
+    """Return the rows of the part `embedding`."""
     names = ensembl_ids(COLUMNS)
     tokenizer = tokenizer_for(names, CONTEXT)
     genes = tokenizer.match_genes(names)
@@ -136,7 +136,7 @@ def measure(suite: Suite) -> list[Row]:
 
 
 def check(figures: dict[str, float]) -> None:
-    """In float32 the reference and ours agree."""
+    """Raise AssertionError where ours differs from the reference in float32."""
     assert figures["max_difference"] < TOLERANCE, f"embeddings differ from the reference's: {figures}"
 
 
@@ -163,9 +163,9 @@ def _tasks(suite: Suite, subject: Subject, encoders: dict[str, CellEncoder], con
     useful = {"useful": gflop["useful"]}
     tasks = {"reference": Task(subject.reference_rate, suite.limits["matmul float32"], useful)}
     for name, encoder in encoders.items():
-        # int8 is of the weights alone: products are those of the activations' type
+        # int8 weights do not change the type of the products, which is that of the activations
         limit = suite.limits["matmul bfloat16" if encoder.dtype == torch.bfloat16 else "matmul float32"]
-        # with quantised weights the last layer projects keys and values after all
+        # with quantised weights the last layer projects all keys and values
         costs = gflop if name != "int8" else useful
         tasks[name] = Task(lambda name=name, e=encoder: subject.our_rate(name, e), limit, costs)
     return tasks
@@ -182,7 +182,7 @@ def _row(suite: Suite, name: str, ours: Series, theirs: Series, figures: dict[st
 
 
 def measure_genes(suite: Suite) -> list[Row]:
-    """Rows of the part `genes`: embeddings, and the mean of each gene's last hidden states over the cells."""
+    """Return the rows of the part `genes`: embeddings, and each gene's mean last hidden state over the cells."""
     names = ensembl_ids(COLUMNS)
     tokenizer = tokenizer_for(names, CONTEXT)
     genes = tokenizer.match_genes(names)

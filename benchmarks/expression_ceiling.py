@@ -3,7 +3,7 @@
     python -m benchmarks.expression_ceiling CELLS.h5ad COLUMN --model FOLDER
 
 The annotation stands for all that a model could find out about a cell. Bins are taken over all genes of a cell and
-mapped to -1 ... 1 as `scale_targets` does it; errors are of cells that no mean was made of, a tenth.
+mapped to -1 ... 1 as `scale_targets` does it; errors are those of a tenth of the cells, which no mean includes.
 """
 
 from pathlib import Path
@@ -16,17 +16,17 @@ import typer
 from tahoex1_hf import TahoeX1Tokenizer
 from tahoex1_hf.encoding_tahoe_x1 import bin_expression, matrix_rows
 
-NUM_BINS, DRAWN_TO_MEAN = 51, 10  # as many cells as a gene's own mean counts for beside those of a kind
+NUM_BINS, DRAWN_TO_MEAN = 51, 10  # weight of a gene's overall mean in its mean among cells of a kind, in cells
 
 
 def mean_where(keys: np.ndarray, values: np.ndarray, size: int, prior: float) -> np.ndarray:
-    """Mean of the values of each key, drawn towards zero by so many zeros: `(size,)`."""
+    """Return the mean of each key's values and of `prior` further zeros, `(size,)`."""
     return np.bincount(keys, values, size) / (np.bincount(keys, minlength=size) + prior)
 
 
 def main(
     cells: Annotated[Path, typer.Argument(help="Raw counts, by Ensembl id.")],
-    column: Annotated[str, typer.Argument(help="Of obs: the annotation.")],
+    column: Annotated[str, typer.Argument(help="Column of obs with the annotation.")],
     model: Annotated[Path, typer.Option(help="Folder with the tokenizer.")],
 ) -> None:
     """Print the mean squared error of three predictions."""

@@ -1,4 +1,4 @@
-"""Finished training batches from disk: a short form of `python -m benchmarks.data`, whose functions it uses."""
+"""Making training batches from disk, as a short form of `python -m benchmarks.data`, whose functions it uses."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +20,7 @@ PAIRS = (
 
 
 def bytes_per_cell(folder: Path, vocab: Path, num_cells: int) -> float:
-    """Read from the Arrow file, and written into a batch."""
+    """Return the bytes per cell that are read from the Arrow file and written into a batch."""
     collator = CellCollator(TahoeX1Tokenizer(str(vocab), context_length=data.CONTEXT))
     batch = next(iter(CellBatches(folder / "arrow", collator, batch_size=BATCH)))
     written = sum(tensor.numel() * tensor.element_size() for tensor in batch.values()) / BATCH
@@ -28,7 +28,7 @@ def bytes_per_cell(folder: Path, vocab: Path, num_cells: int) -> float:
 
 
 def measure(suite: Suite) -> list[Row]:
-    """Rows of this part."""
+    """Return the rows of this part."""
     num_cells = suite.pick(8000, 2000)
     folder = suite.folder / "feeding"
     folder.mkdir()

@@ -1,4 +1,4 @@
-"""What the machine is, and how fast it multiplies and copies: the limits that everything is measured beside."""
+"""Description of the machine, and the rates at which it multiplies and copies, which all else is compared with."""
 
 import os
 import platform
@@ -19,7 +19,7 @@ ALL_CORES = sorted(os.sched_getaffinity(0))
 
 @contextmanager
 def bound_to(cores: int) -> Iterator[None]:
-    """Bind this thread, and those it starts, to so many cores; torch then works in this thread alone."""
+    """Bind this thread, and those it starts, to a number of cores; torch then works in this thread alone."""
     threads = torch.get_num_threads()
     os.sched_setaffinity(0, ALL_CORES[:cores])
     torch.set_num_threads(1)
@@ -31,7 +31,7 @@ def bound_to(cores: int) -> Iterator[None]:
 
 
 def matmul_rate(dtype: torch.dtype = torch.float32, seconds: float = 0.5) -> float:
-    """GFLOP/s of a 2048 x 2048 x 2048 product on all of torch's threads."""
+    """Return the GFLOP/s of a 2048 x 2048 x 2048 product on all of torch's threads."""
     left, right = (torch.randn(2048, 2048).to(dtype) for _ in range(2))
     torch.matmul(left, right)
     count, start = 0, time.perf_counter()
@@ -42,7 +42,7 @@ def matmul_rate(dtype: torch.dtype = torch.float32, seconds: float = 0.5) -> flo
 
 
 def copy_rate(threads: int = 1, megabytes: int = 256) -> float:
-    """GB/s, read and written together, of copies between arrays of so many megabytes, one pair per thread."""
+    """Return the GB/s, read and written together, of copies between arrays of `megabytes`, one pair per thread."""
     numbers = megabytes * 2**20 // 8 // threads
     pairs = [(np.ones(numbers), np.empty(numbers)) for _ in range(threads)]
 
@@ -59,7 +59,7 @@ def copy_rate(threads: int = 1, megabytes: int = 256) -> float:
 
 
 def description() -> dict[str, Any]:
-    """What to know about the machine beside the figures."""
+    """Return what to know about the machine beside the figures."""
     import transformers
 
     settings = torch.__config__.show()

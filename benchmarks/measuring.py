@@ -1,4 +1,4 @@
-"""Measuring things in turn, and the rows of the table that come of it."""
+"""Measuring tasks in turn, and the rows of the table that result."""
 
 import statistics
 import sys
@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 
 class Limit:
-    """What the hardware can do at most, measured again beside every piece of work."""
+    """Highest rate of the hardware, measured again beside every piece of work."""
 
     def __init__(self, name: str, unit: str, measure: Callable[[], float]):
         self.name, self.unit, self.measure = name, unit, measure
@@ -35,9 +35,9 @@ class Task:
     """One thing to measure.
 
     Attributes:
-        work: does it once and returns its rate (or its seconds).
-        limit: hardware limit that is measured just before and after; their mean is what the rate is compared with.
-        costs: what one unit of the rate takes of the limit, by the way of counting: GFLOP per cell, GB per cell.
+        work: Function that does the work once and returns its rate (or its seconds).
+        limit: Hardware limit that is measured just before and after; their mean is what the rate is compared with.
+        costs: What one unit of the rate takes of the limit (GFLOP or GB per cell), by the way of counting.
     """
 
     work: Callable[[], float]
@@ -47,7 +47,7 @@ class Task:
 
 @dataclass
 class Series:
-    """What was measured of one task: a value per round, and the shares of the hardware limit beside it."""
+    """Measurements of one task: a value per round, and its shares of the hardware limit."""
 
     values: list[float] = field(default_factory=list)
     limits: list[float] = field(default_factory=list)
@@ -76,14 +76,14 @@ class Row:
     """One line of the table, with all that was measured for it.
 
     Attributes:
-        part: of the suite.
-        name: what was measured.
-        unit: of the values: a rate, unless `smaller_is_better`.
-        series: our values.
-        reference: the reference's, of the same rounds.
-        remark: what else there is to say.
-        not_measured: the reason, where there are no values.
-        details: further figures for the JSON file.
+        part: Part of the suite.
+        name: What was measured.
+        unit: Unit of the values, which are rates unless `smaller_is_better`.
+        series: Our values.
+        reference: The reference's values of the same rounds.
+        remark: Text of the last column.
+        not_measured: Reason, where there are no values.
+        details: Further figures for the JSON file.
     """
 
     part: str
@@ -103,28 +103,28 @@ class Row:
 
     @property
     def median(self) -> float:
-        """Over the rounds."""
+        """Median over the rounds."""
         return statistics.median(self.values)
 
     @property
     def best(self) -> float:
-        """Round least disturbed by the machine's other users."""
+        """Value of the round that the machine's other users disturbed least."""
         return min(self.values) if self.smaller_is_better else max(self.values)
 
     @property
     def ratio(self) -> float | None:
-        """Ours to the reference's, of the same round; the median."""
+        """Median ratio of ours to the reference's within a round."""
         if self.reference is None or not self.values:
             return None
         return statistics.median(a / b for a, b in zip(self.values, self.reference.values, strict=True))
 
     @property
     def fractions(self) -> dict[str, float]:
-        """Share of the hardware limit, by the way of counting; the median."""
+        """Median share of the hardware limit, by the way of counting."""
         return {count: statistics.median(values) for count, values in self.series.fractions.items() if values}
 
     def as_json(self) -> dict[str, Any]:
-        """Everything."""
+        """Return everything as a dictionary for JSON."""
         row: dict[str, Any] = {"part": self.part, "name": self.name}
         if self.not_measured:
             return row | {"not_measured": self.not_measured}
@@ -153,7 +153,7 @@ class Suite:
     quick: bool = False
 
     def pick(self, full: T, quick: T) -> T:
-        """Choose a size."""
+        """Return `full`, or `quick` in a quick run."""
         return quick if self.quick else full
 
     @cached_property
@@ -162,17 +162,17 @@ class Suite:
 
     @property
     def folder(self) -> Path:
-        """For files of this run; removed at its end."""
+        """Folder for files of this run, removed at its end."""
         return Path(self._folder.name)
 
     def config(self, **changes: Any) -> TahoeX1Config:
-        """Shape of the 70M model; a small one for a quick run, whose figures say nothing of the 70M model."""
+        """Return the shape of the 70M model, or in a quick run a small one."""
         small = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
         return TahoeX1Config(**{**self.pick({}, small), **changes})
 
     @property
     def shape_name(self) -> str:
-        """Name of that shape."""
+        """Name of the shape that `config` returns."""
         return self.pick("70M shape", "small shape")
 
     @cached_property
@@ -190,17 +190,17 @@ class Suite:
 
 
 def timed(work: Callable[[], Any]) -> float:
-    """Seconds that it takes."""
+    """Return the seconds that some work takes."""
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
 
 
 def progress(message: str) -> None:
-    """Say on standard error what is going on."""
+    """Print a message to standard error."""
     print(message, file=sys.stderr, flush=True)
 
 
 def machine_rows(limits: Iterable[Limit]) -> list[Row]:
-    """Rows of the limits that were measured."""
+    """Return the rows of the limits that were measured."""
     return [Row("machine", limit.name, limit.unit, Series(limit.seen)) for limit in limits if limit.seen]

@@ -21,12 +21,12 @@ LOADING = (
 
 
 def demo_genes() -> list[str]:
-    """Ensembl ids that the demo checkpoint knows."""
+    """Return the Ensembl ids that the demo checkpoint knows."""
     return [token for token in json.loads((MODEL / "vocab.json").read_text()) if token.startswith("ENSG")]
 
 
 def write_h5ad(path: Path, num_cells: int, expressed: int = EXPRESSED) -> Path:
-    """Write an .h5ad file of synthetic cells block by block, so that no size of it needs memory."""
+    """Write an .h5ad file of synthetic cells block by block, so that a large one needs no more memory."""
     genes = demo_genes()
     with h5py.File(path, "w") as file:
         file.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
@@ -68,20 +68,20 @@ class Embedded:
 
 
 def embed_command(source: Path, output: Path, model: Path = MODEL) -> list[str]:
-    """Arguments of Python."""
+    """Return the arguments of Python for `tahoex1 embed`."""
     return ["-m", "tahoex1_hf", "embed", str(source), str(output), "--model", str(model), "--device", "cpu",
             "--max-length", "64", "--dtype", "float32"]  # fmt: skip
 
 
 def loading(suite: Suite) -> tuple[float, float]:
-    """Seconds and peak memory (MB) of a process that imports what the command needs, and loads the model."""
+    """Return the seconds and peak memory (MB) of a process that imports what the command needs and loads the model."""
     runs = [python("-c", LOADING).checked() for _ in range(suite.pick(3, 1))]
     return min(run.seconds for run in runs), max(run.peak_mb for run in runs)
 
 
 @functools.cache
 def embedded_files(suite: Suite) -> list[Embedded]:
-    """The runs of the command; the part `scaling` draws them too."""
+    """Run the command on files of growing size; the part `scaling` uses these runs too."""
     runs = []
     for cells in suite.pick((1_000, 10_000, 100_000, 1_000_000), (1_000, 10_000)):
         progress(f"  tahoex1 embed, {cells:,} cells")
@@ -96,7 +96,7 @@ def embedded_files(suite: Suite) -> list[Embedded]:
 
 
 def measure(suite: Suite) -> list[Row]:
-    """Rows of this part. Each file is embedded once: memory does not depend on the machine's other users."""
+    """Return the rows of this part. Each file is embedded once: other users of the machine do not change memory."""
     _, alone = loading(suite)
     rows = [Row("memory", "importing and loading alone", "MB", Series([alone]), smaller_is_better=True,
                 remark="demo checkpoint (166,401 parameters)")]  # fmt: skip

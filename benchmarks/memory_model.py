@@ -22,8 +22,8 @@ Strategy = Literal["one", "ddp", "fsdp2", "hsdp"]
 
 # What the derivative of an activation needs: its argument, or its result (derivatives.yaml of torch).
 _KEEPS_RESULT = {"relu", "sigmoid", "tanh"}
-_NORM_STATISTICS = 8  # mean and reciprocal deviation of a token, float32
-_ADAMW_MOMENTS = 8  # two, float32
+_NORM_STATISTICS = 8  # bytes of a token's mean and reciprocal deviation, float32
+_ADAMW_MOMENTS = 8  # bytes of the two moments, float32
 
 
 @dataclass(frozen=True)

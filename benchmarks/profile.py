@@ -1,4 +1,4 @@
-"""Where the time of an embedding goes, by kind of operation: what is left to gain, and what is not."""
+"""Shares of an embedding's time by kind of operation, which show where time could be gained."""
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ KINDS = {
 
 
 def measure(suite: Suite) -> list[Row]:
-    """Rows of this part: shares of the operations' time, in percent."""
+    """Return the rows of this part: shares of the operations' time, in percent."""
     names = ensembl_ids(COLUMNS)
     tokenizer = tokenizer_for(names, CONTEXT)
     encoder = CellEncoder(random_model(TahoeX1Model, suite.config()), tokenizer, device="cpu", dtype="float32")

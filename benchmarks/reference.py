@@ -1,4 +1,4 @@
-"""The reference: the original's algorithm in plain torch, as the facts about the original describe it.
+"""The reference: the original's algorithm in plain torch.
 
 It stands in for the original program, which needs CUDA, flash-attn and Composer, and has none of this package in it:
 cells collated one by one, in the order in which they come, padded to the longest of a batch of eight; fused query, key
@@ -29,7 +29,9 @@ class Shape:
     heads: int = 8
     max_value: float = 512.0
     dropout: float = 0.1
-    fused: bool = True  # attention: torch's kernel, or scores and softmax written out, as the original's `torch` path
+    fused: bool = (
+        True  # whether torch's kernel computes attention, or scores and softmax written out, as in the original
+    )
 
 
 class Attention(nn.Module):
@@ -91,7 +93,7 @@ class Reference(nn.Module):
     def forward(
         self, genes: torch.Tensor, values: torch.Tensor, targets: torch.Tensor, visible: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Last hidden states and gene embeddings, `(batch, length, width)` each."""
+        """Return the last hidden states and the gene embeddings, `(batch, length, width)` each."""
         embedded = self.gene_norm(self.gene_embedding(genes))
         expression = self.expression_encoder(values).masked_fill(targets.unsqueeze(-1), 0.0)
         flag = self.flag_encoder(torch.ones((), dtype=torch.long)) * targets.unsqueeze(-1)
@@ -102,7 +104,7 @@ class Reference(nn.Module):
 
 
 class ReferenceForTraining(nn.Module):
-    """With both decoders, and the mask under which a target sees the observed genes and itself."""
+    """The reference with both decoders, and the mask under which a target sees the observed genes and itself."""
 
     def __init__(self, shape: Shape):
         super().__init__()
@@ -115,7 +117,7 @@ class ReferenceForTraining(nn.Module):
     def forward(
         self, genes: torch.Tensor, values: torch.Tensor, targets: torch.Tensor, labels: torch.Tensor
     ) -> torch.Tensor:
-        """The loss: mean of both decoders' mean squared errors at the targets."""
+        """Return the loss: the mean of both decoders' mean squared errors at the targets."""
         observed = (~targets & (genes != PAD_ID))[:, None, None, :]
         visible = observed | torch.eye(genes.shape[1], dtype=torch.bool)  # (batch, 1, length, length)
         bias = torch.zeros(visible.shape).masked_fill_(~visible, -torch.inf)  # once for all layers
@@ -128,7 +130,7 @@ class ReferenceForTraining(nn.Module):
 
 
 def weights_for_reference(ours: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Tensors of a `TahoeX1Model`'s state, named and fused as the reference has them."""
+    """Return the tensors of a `TahoeX1Model`'s state, named and fused as the reference has them."""
     renamed: dict[str, torch.Tensor] = {}
     simple = {
         "embeddings.gene_encoder.embedding.": "gene_embedding.",
@@ -154,14 +156,14 @@ def weights_for_reference(ours: dict[str, torch.Tensor]) -> dict[str, torch.Tens
 
 
 def embedding_reference(shape: Shape, ours: dict[str, torch.Tensor]) -> Reference:
-    """The reference with the weights of a `TahoeX1Model` (its `state_dict()`), ready to embed."""
+    """Return the reference with the weights of a `TahoeX1Model` (its `state_dict()`), ready to embed."""
     model = Reference(shape)
-    model.load_state_dict(weights_for_reference(ours))  # strict: every tensor of both has a place
+    model.load_state_dict(weights_for_reference(ours))  # strict, so that no tensor of either is left over
     return model.eval()
 
 
 def training_reference(shape: Shape, ours: dict[str, torch.Tensor]) -> ReferenceForTraining:
-    """The reference with the weights of a `TahoeX1ForPreTraining`."""
+    """Return the reference with the weights of a `TahoeX1ForPreTraining`."""
     model = ReferenceForTraining(shape)
     body = {name.removeprefix("tahoe."): tensor for name, tensor in ours.items() if name.startswith("tahoe.")}
     state = {f"transformer.{name}": tensor for name, tensor in weights_for_reference(body).items()}
@@ -180,13 +182,13 @@ def training_reference(shape: Shape, ours: dict[str, torch.Tensor]) -> Reference
 
 
 def bins(counts: torch.Tensor) -> torch.Tensor:
-    """Quantile bins of one cell."""
+    """Return the quantile bins of one cell."""
     edges = torch.quantile(counts, torch.linspace(0, 1, 50))
     return (torch.bucketize(counts, edges) + 1).float()
 
 
 def collate(cells: Sequence[Cell], context: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Bin, sample and pad, cell by cell: token ids and values, `(cells, length)`."""
+    """Bin, sample and pad cell by cell; return token ids and values, `(cells, length)`."""
     width = min(max(len(genes) for genes, _ in cells) + 1, context)
     all_genes, all_values = [], []
     for genes, counts in cells:
@@ -205,7 +207,7 @@ def collate(cells: Sequence[Cell], context: int) -> tuple[torch.Tensor, torch.Te
 def hidden_states(
     model: Reference, cells: Sequence[Cell], context: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Token ids and last hidden states of batches of eight, in the order in which the cells come."""
+    """Yield token ids and last hidden states of batches of eight, in the order in which the cells come."""
     for start in range(0, len(cells), BATCH):
         genes, values = collate(cells[start : start + BATCH], context)
         visible = (genes != PAD_ID)[:, None, None, :]
@@ -213,12 +215,12 @@ def hidden_states(
 
 
 def embed(model: Reference, cells: Sequence[Cell], context: int) -> torch.Tensor:
-    """`(cells, width)`, rows of length 1."""
+    """Return cell embeddings, `(cells, width)`, rows of length 1."""
     return F.normalize(torch.cat([hidden[:, 0] for _, hidden in hidden_states(model, cells, context)]), dim=1)
 
 
 def embed_with_genes(model: Reference, cells: Sequence[Cell], context: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cell embeddings, and each token's mean hidden state, `(vocabulary, width)`.
+    """Return cell embeddings, and each token's mean hidden state, `(vocabulary, width)`.
 
     As in the original, the hidden states of all cells are kept at full length until the end.
     """

@@ -1,4 +1,4 @@
-"""How speed changes with the length of the cells, with their number, and with the number of processes."""
+"""Speed by the length of the cells, by their number, and by the number of processes."""
 
 import shutil
 import subprocess
@@ -27,12 +27,12 @@ LAUNCHERS = {
 
 
 def measure(suite: Suite) -> list[Row]:
-    """Rows of this part."""
+    """Return the rows of this part."""
     return [*by_length(suite), *by_cells(suite), *by_processes(suite)]
 
 
 def by_length(suite: Suite) -> list[Row]:
-    """Tokens per second of cells from 256 to 8,192 tokens, the same number of tokens at every length."""
+    """Return the tokens per second for cells of 256 to 8,192 tokens, with equally many tokens at every length."""
     lengths = suite.pick((256, 512, 1024, 2048, 4096, 8192), (128, 256, 512))
     names, longest = ensembl_ids(COLUMNS), max(lengths)
     tokenizer = tokenizer_for(names, longest)
@@ -66,7 +66,7 @@ def by_length(suite: Suite) -> list[Row]:
 
 
 def by_cells(suite: Suite) -> list[Row]:
-    """Cells per second of the command, its start included; the runs are those of the part `memory`."""
+    """Return the cells per second of the command, its start included, in the runs of the part `memory`."""
     return [
         Row("scaling", f"tahoex1 embed, {run.cells:,} cells", "cells/s", Series([run.cells / run.seconds]),
             remark=f"{run.seconds:.0f} s, start included; small checkpoint, 20 genes a cell",
@@ -76,7 +76,7 @@ def by_cells(suite: Suite) -> list[Row]:
 
 
 def by_processes(suite: Suite) -> list[Row]:
-    """The same cells embedded by one process and by two, with one thread each."""
+    """Return the cells per second of one process and of two, with one thread each, on the same cells."""
     folder = suite.folder / "processes"
     folder.mkdir()
     cells = suite.pick(3000, 500)
@@ -106,25 +106,25 @@ def by_processes(suite: Suite) -> list[Row]:
 
 @dataclass(frozen=True)
 class Command:
-    """`tahoex1 embed` of one file, started in one way or another: arguments of Python, the output, the cells."""
+    """`tahoex1 embed` on one file: the arguments of Python, the output and the number of cells."""
 
     arguments: list[str]
     output: Path
     cells: int
 
     def rate(self) -> float:
-        """Cells per second, the start of the processes included."""
+        """Return the cells per second, the start of the processes included."""
         return self.cells / self.run().checked().seconds
 
     def run(self) -> Run:
-        """Run it into an empty folder: what an earlier run left would be gone on with."""
+        """Run the command into an empty folder, since it would resume an earlier run."""
         shutil.rmtree(self.output.parent, ignore_errors=True)
         self.output.parent.mkdir()
         return python(*self.arguments, environment=ONE_THREAD, timeout=1200)
 
 
 def why_not(launcher: list[str], two: Command, one: Command, folder: Path) -> str:
-    """Why two processes cannot be measured, or "" where they can; runs them once."""
+    """Run two processes once; return why they cannot be measured, or "" where they can."""
     if len(ALL_CORES) < 2:
         return "this process may use one core only"
     probe = folder / "probe.py"
@@ -147,7 +147,7 @@ def why_not(launcher: list[str], two: Command, one: Command, folder: Path) -> st
 
 
 def save_model(folder: Path, suite: Suite) -> Path:
-    """A model with the demo's vocabulary, but large enough that starting a process is not most of the work."""
+    """Save a model with the demo's vocabulary, but so large that starting a process is not most of the work."""
     tokenizer = TahoeX1Tokenizer.from_pretrained(MODEL)
     sizes = suite.pick({"hidden_size": 256, "num_hidden_layers": 6}, {"hidden_size": 64, "num_hidden_layers": 2})
     config = suite.config(vocab_size=len(tokenizer), num_attention_heads=4, **sizes)

@@ -16,19 +16,19 @@ from tahoex1_hf.training.flops import training_flops
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENT = ROOT / "docs" / "scaling.md"
-RECIPES = ROOT / "examples" / "configs" / "pretrain"
+RECIPES = ROOT / "tahoex1_hf" / "training" / "recipes"
 
-EPOCH = 266e6  # cells, of upstream's paper
-PRICE = 2.5  # dollars for an hour of a GPU: an assumption, prices vary between about half and twice of it
-UTILISATION = 0.43  # of upstream's paper; taken as that of the 3B shape at a context of 1,024
+EPOCH = 266e6  # cells, by the original's paper
+PRICE = 2.5  # dollars for an hour of a GPU, an assumption: prices are between about half and twice of it
+UTILISATION = 0.43  # by the original's paper; taken as that of the 3B shape at a context of 1,024
 DEVICES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 NAMES = {"one": "one GPU", "ddp": "DDP", "fsdp2": "FSDP2", "hsdp": "HSDP"}
-SIMPLER_WITHIN = 1.10  # the simplest plan that takes at most so many times the fastest's time
+SIMPLER_WITHIN = 1.10  # a simpler plan is chosen where it takes at most so many times the fastest's time
 
 
 @dataclass(frozen=True)
 class Model:
-    """A model to be planned for, and the cells of a step."""
+    """A model to plan for, and the cells of a step."""
 
     name: str
     config: TahoeX1Config
@@ -38,7 +38,7 @@ class Model:
 
 @cache
 def models() -> tuple[Model, ...]:
-    """Those of the recipes, and a larger one that is ours."""
+    """Return the models of the recipes, and a larger one that is ours."""
     found = []
     for name, recipe in (("70M", "70m"), ("1.3B", "1_3b"), ("3B", "3b-stage1")):
         settings = read_pretrain_config(RECIPES / f"{recipe}.yaml")
@@ -55,13 +55,13 @@ def models() -> tuple[Model, ...]:
 
 @cache
 def assumptions() -> Assumptions:
-    """With products at the rate that explains the published utilisation."""
+    """Return the assumptions, with products at the rate that explains the published utilisation."""
     anchor = models()[2]
     return Assumptions(matrix_share(UTILISATION, anchor.config, anchor.context))
 
 
 def chosen(found: Iterable[Plan], hardware: Hardware = H100) -> Plan | None:
-    """The simplest plan that is hardly slower than the fastest and leaves half of the memory to the cells."""
+    """Return the simplest plan that is hardly slower than the fastest and leaves half of the memory to the cells."""
     candidates = sorted(found, key=lambda plan: plan.seconds)
     if not candidates:
         return None
@@ -75,18 +75,18 @@ def chosen(found: Iterable[Plan], hardware: Hardware = H100) -> Plan | None:
 
 
 def table(header: list[str], rows: Iterable[Iterable[object]]) -> str:
-    """Markdown."""
+    """Return a Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
 
 
 def gigabytes(value: float) -> str:
-    """Of bytes; GB are 1e9 bytes throughout."""
+    """Return bytes as text in GB of 1e9 bytes."""
     return f"{value / 1e9:.1f}"
 
 
 def shapes() -> str:
-    """Parameters, operations and bytes kept, model by model."""
+    """Return the table of parameters, operations and bytes kept, model by model."""
     rows = []
     for model in models():
         c, p = model.config, memory.count_parameters(model.config)
@@ -103,7 +103,7 @@ def shapes() -> str:
 
 
 def by_devices(model: Model) -> tuple[str, str]:
-    """Memory, and time, of the chosen plan for every number of devices."""
+    """Return the tables of memory and of time of the chosen plan for every number of devices."""
     sizes, times = [], []
     for devices in DEVICES:
         plan = chosen(plans(model.config, model.context, model.global_batch, devices, assumptions()))
@@ -141,7 +141,7 @@ def by_devices(model: Model) -> tuple[str, str]:
 
 
 def strategies(devices: int) -> str:
-    """All that fits on so many devices, so that the choice can be judged."""
+    """Return the table of all plans that fit on a number of devices, so that the choice can be judged."""
     rows = []
     for model in models():
         for plan in plans(model.config, model.context, model.global_batch, devices, assumptions()):
@@ -153,7 +153,7 @@ def strategies(devices: int) -> str:
 
 
 def contexts(devices: int) -> str:
-    """An epoch with cells of 1,024 and of 2,048 tokens."""
+    """Return the table of an epoch with cells of 1,024 and of 2,048 tokens."""
     rows = []
     for model in models():
         for context in (1024, 2048):
@@ -170,7 +170,7 @@ def contexts(devices: int) -> str:
 
 
 def networks(devices: int) -> str:
-    """FSDP2 beside HSDP on slower networks."""
+    """Return the table of FSDP2 beside HSDP on slower networks."""
     rows = []
     for gigabits in (400, 200, 100, 50, 25):
         hardware = replace(H100, network=gigabits / 8 * 1e9)
@@ -186,7 +186,7 @@ def networks(devices: int) -> str:
 
 
 def used() -> str:
-    """The assumptions in figures."""
+    """Return the table of the assumptions."""
     a = assumptions()
     rows = [
         ["memory of a GPU", f"{gigabytes(H100.memory)} GB, of which {gigabytes(a.reserved)} GB for driver and NCCL"],
@@ -206,7 +206,7 @@ def used() -> str:
 
 
 def tables() -> dict[str, str]:
-    """All tables of the document by the name that stands there."""
+    """Return all tables of the document by the names that it gives them."""
     found = {"assumptions": used(), "shapes": shapes(), "strategies": strategies(64), "contexts": contexts(64),
              "networks": networks(64)}  # fmt: skip
     for model in models():
@@ -215,10 +215,10 @@ def tables() -> dict[str, str]:
 
 
 def filled(document: str) -> str:
-    """The document with its tables made anew, between `<!-- table NAME -->` and `<!-- end -->`.
+    """Return the document with its tables made anew, between `<!-- table NAME -->` and `<!-- end -->`.
 
     Raises:
-        ValueError: for a table that the document lacks, or that nothing makes.
+        ValueError: For a table that the document lacks, or that nothing makes.
     """
     made = tables()
     names = re.findall(r"<!-- table (.+?) -->", document)
@@ -234,7 +234,7 @@ def filled(document: str) -> str:
 
 
 def draw(path: Path) -> None:
-    """Hours of an epoch by number of devices, and what fills the memory of each of 64."""
+    """Draw the hours of an epoch by number of devices, and what fills the memory of each of 64."""
     from benchmarks.charts import STYLE, plt
 
     colors = ("#9ecae1", "#4292c6", "#1f6fb4", "#08306b")

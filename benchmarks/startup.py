@@ -1,8 +1,8 @@
-"""How long it takes to get going: the command's help, importing the package, embedding the first cells.
+"""Time to start: the command's help, importing the package, embedding the first cells.
 
-Starting is measured in CPU seconds of a fresh process, user's and system's: others on the machine hardly change them.
+Starting is measured in CPU seconds (user and system) of a fresh process, which busy neighbours hardly change.
 
-python -m benchmarks.startup [--quick]      # embeds in a fresh process; prints when each batch was done, as JSON
+    python -m benchmarks.startup [--quick]      # embeds in a fresh process; prints when each batch was done, as JSON
 """
 
 import json
@@ -35,10 +35,10 @@ def cpu_seconds(name: str) -> float:
 
 
 def measure(suite: Suite) -> list[Row]:
-    """Rows of this part."""
+    """Return the rows of this part."""
     ours = (HELP, IMPORT_PACKAGE, IMPORT_MODEL)
     for name in suite.pick((IMPORT_BERT, *ours), ()):
-        cpu_seconds(name)  # files are in the page cache then, and compiled
+        cpu_seconds(name)  # then the files are in the page cache, and compiled
     tasks = {name: Task(lambda name=name: cpu_seconds(name)) for name in (IMPORT_BERT, *ours)}
     series = in_turn(tasks, suite.pick(max(5, suite.rounds), 1))
     remark = f"fresh process; reference: {IMPORT_BERT}"
@@ -50,7 +50,7 @@ def measure(suite: Suite) -> list[Row]:
 
 
 def first_cells(suite: Suite) -> list[Row]:
-    """Rate of the first seconds after loading (tokenizing and the first batches), beside the rate after that."""
+    """Return the rate of the first seconds after loading (tokenizing, first batches), beside the rate after that."""
     first, rest = Series(), Series()
     seconds = suite.pick(FIRST_SECONDS, 0.5)
     times_of_rounds = []
@@ -75,7 +75,8 @@ def first_cells(suite: Suite) -> list[Row]:
     ]  # fmt: skip
 
 
-def main(quick: Annotated[bool, typer.Option("--quick")] = False) -> None:
+def main(quick: Annotated[bool, typer.Option("--quick", help="Small sizes.")] = False) -> None:
+    """Embed cells, and print when each batch was done."""
     suite = Suite(rounds=1, quick=quick)
     names = ensembl_ids(5000)
     counts = synthetic_counts(np.full(suite.pick(80, 2000), TOKENS - 1), len(names))

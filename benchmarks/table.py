@@ -10,12 +10,12 @@ _LEFT = (0, 1, 2, 8)
 
 
 def number(value: float) -> str:
-    """Three digits or more, and no more than there are."""
+    """Return a number as text, with three digits, or all digits before the point."""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def cells_of(row: Row) -> tuple[str, ...]:
-    """What stands in the columns."""
+    """Return the texts of a row's columns."""
     if row.not_measured:
         return (row.part, row.name, "", "", "", "", "", "", f"not measured: {row.not_measured}")
     theirs = number(statistics.median(row.reference.values)) if row.reference else ""

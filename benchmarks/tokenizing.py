@@ -1,4 +1,4 @@
-"""Counts to tokens: rows of a CSR matrix to cells without padding, beside the original's work, cell by cell."""
+"""Tokenizing: from rows of a CSR matrix to cells without padding, beside the original's work, cell by cell."""
 
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -40,7 +40,7 @@ class Chunks:
 
     @property
     def num_cells(self) -> int:
-        """In all chunks."""
+        """Number of cells in all chunks."""
         return sum(chunk.shape[0] for chunk in self.chunks)
 
     def compiled(self, number: int) -> EncodedCells:
@@ -52,7 +52,7 @@ class Chunks:
         return self.tokenizer.encode_counts(self.chunks[number], self.genes, first_cell=number * CHUNK)
 
     def rate(self, threads: int) -> float:
-        """Cells per second of the compiled encoding, over about a second."""
+        """Return the cells per second of the compiled encoding, over about a second."""
         jobs = [*range(len(self.chunks))] * 10
         with bound_to(threads), ThreadPoolExecutor(threads) as pool:
             start = time.perf_counter()
@@ -61,7 +61,7 @@ class Chunks:
             return 10 * self.num_cells / (time.perf_counter() - start)
 
     def plain_rate(self, number: int) -> float:
-        """Cells per second of numpy, on so many chunks."""
+        """Return the cells per second of numpy, on a number of chunks."""
         with bound_to(1):
             start = time.perf_counter()
             cells = sum(self.plain(chunk).num_cells for chunk in range(number))
@@ -69,7 +69,7 @@ class Chunks:
 
 
 def reference_rate(cells: list[reference.Cell]) -> float:
-    """Cells per second of the reference, in batches of eight."""
+    """Return the cells per second of the reference, in batches of eight."""
     with bound_to(1):
         start = time.perf_counter()
         for first in range(0, len(cells), reference.BATCH):
@@ -78,7 +78,7 @@ def reference_rate(cells: list[reference.Cell]) -> float:
 
 
 def check_values() -> None:
-    """Ours and the reference's tokens and bins are the same, where nothing is sampled."""
+    """Check that our tokens and bins equal the reference's where nothing is sampled."""
     counts = synthetic_counts(np.array([EXPRESSED] * 8), COLUMNS, seed=1)
     tokenizer = tokenizer_for(ensembl_ids(COLUMNS), EXPRESSED + 1)
     genes = tokenizer.match_genes(ensembl_ids(COLUMNS))
@@ -89,7 +89,7 @@ def check_values() -> None:
 
 
 def measure(suite: Suite) -> list[Row]:
-    """Rows of this part."""
+    """Return the rows of this part."""
     compilation.use_now()
     check_values()
     number = suite.pick(24, 4)
@@ -98,10 +98,10 @@ def measure(suite: Suite) -> list[Row]:
     genes = tokenizer.match_genes(ensembl_ids(COLUMNS))
     ours = Chunks(tokenizer, genes, [counts[i * CHUNK : (i + 1) * CHUNK] for i in range(number)])
     cells = cells_in_torch(counts[: suite.pick(512, 128)], genes.token_ids)
-    ours.compiled(0)  # compiles, where that was not done before
+    ours.compiled(0)  # compiles where that was not done before
     ours.plain(0)
 
-    # Read: the counts and their columns; written: int64 ids and float32 values. A copy reads and writes 8 bytes.
+    # Counts and their columns are read, int64 ids and float32 values are written. A copy reads and writes 8 bytes.
     per_cell = {"copy": (EXPRESSED * (4 + 4) + CONTEXT * (8 + 4)) / 1e9}
     tasks = {
         "reference": Task(lambda: reference_rate(cells)),

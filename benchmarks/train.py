@@ -1,11 +1,11 @@
 """A step of pretraining (forward, backward, clipping, AdamW), beside the reference with the same weights and batch.
 
-Two references: one with attention written out, as the original's torch path has it, and one that is given a kernel of
-torch that fuses it. And the loop: what Trainer takes beside the bare step.
+There are two references: one with attention written out, as in the original's torch path, and one with torch's fused
+kernel. The loop of Trainer is measured beside the bare step too.
 
     python -m benchmarks.train reference|padded|packed|... [--quick]      # two steps, in a process of its own
 
-measures nothing: it is run to see how much memory the step takes.
+measures nothing; the suite runs it to see how much memory a step takes.
 """
 
 import copy
@@ -22,7 +22,7 @@ import typer
 from transformers import TrainerCallback
 
 from benchmarks import reference
-from benchmarks.child import ROOT, python
+from benchmarks.child import python
 from benchmarks.embedding import random_model, reference_shape
 from benchmarks.measuring import Row, Series, Suite, Task, in_turn, progress, timed
 from tahoex1_hf import TahoeX1ForPreTraining
@@ -38,7 +38,7 @@ Loss = Callable[[], torch.Tensor]
 
 
 class Way(StrEnum):
-    """Of making a step."""
+    """Ways of making a step."""
 
     reference = "reference"
     fused = "reference_fused"
@@ -51,7 +51,7 @@ OURS = (Way.padded, Way.packed, Way.bfloat16)
 
 
 def make_batch(lengths: np.ndarray, vocab_size: int) -> dict[str, torch.Tensor]:
-    """Padded batch of cells of so many tokens, with half of the genes to be predicted."""
+    """Return a padded batch of cells of given lengths, with half of the genes to be predicted."""
     rng = np.random.default_rng(0)
     shape = (len(lengths), int(lengths.max()))
     ids = np.full(shape, reference.PAD_ID)
@@ -74,7 +74,7 @@ def make_batch(lengths: np.ndarray, vocab_size: int) -> dict[str, torch.Tensor]:
 
 
 def packed(batch: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """The same cells behind each other in one row."""
+    """Return the same cells packed: behind each other in one row."""
     valid = batch["attention_mask"]
     arguments: dict[str, Any] = {
         name: tensor[valid].unsqueeze(0) for name, tensor in batch.items() if name != "attention_mask"
@@ -103,7 +103,7 @@ class Trainer:
         self.optimizer.zero_grad()
 
     def rate(self) -> float:
-        """Cells per second of one step."""
+        """Return the cells per second of one step."""
         start = time.perf_counter()
         self.step()
         return CELLS / (time.perf_counter() - start)
@@ -124,7 +124,7 @@ class Trainer:
 
 
 def make_trainer(way: Way, model: TahoeX1ForPreTraining, batch: dict[str, torch.Tensor]) -> Trainer:
-    """One way of making the step, from the same weights."""
+    """Return a trainer that makes the step in one way, from the same weights."""
     if way in (Way.reference, Way.fused):
         shape = replace(reference_shape(model.config), fused=way == Way.fused)
         theirs = reference.training_reference(shape, model.state_dict())
@@ -141,13 +141,13 @@ def make_trainer(way: Way, model: TahoeX1ForPreTraining, batch: dict[str, torch.
 
 
 def ways() -> list[Way]:
-    """All, but bfloat16 only where the CPU has instructions for it."""
+    """Return all ways, with bfloat16 only where the CPU has instructions for it."""
     fast = choose_dtype("auto", torch.device("cpu")) == torch.bfloat16
     return [way for way in Way if fast or way != Way.bfloat16]
 
 
 def kinds_of_cells(suite: Suite) -> dict[str, np.ndarray]:
-    """Tokens of each cell, `<cls>` included."""
+    """Return the tokens of each cell, `<cls>` included, by kind."""
     most = suite.pick(1024, 256)
     ragged = np.random.default_rng(0).integers(suite.pick(200, 50), most + 1, CELLS)
     return {f"{CELLS} cells of {most:,} tokens": np.full(CELLS, most),
@@ -155,7 +155,7 @@ def kinds_of_cells(suite: Suite) -> dict[str, np.ndarray]:
 
 
 def make_model(suite: Suite) -> TahoeX1ForPreTraining:
-    """With the mask of the 70M model's training."""
+    """Return a model with the attention mask of the 70M model's training."""
     vocab_size = suite.pick(62720, 4096)
     return random_model(
         TahoeX1ForPreTraining, suite.config(attention_mask_style="observed_or_self", vocab_size=vocab_size)
@@ -163,7 +163,7 @@ def make_model(suite: Suite) -> TahoeX1ForPreTraining:
 
 
 def measure(suite: Suite) -> list[Row]:
-    """Rows of this part."""
+    """Return the rows of this part."""
     model = make_model(suite)
     rows: list[Row] = []
     for kind, lengths in kinds_of_cells(suite).items():
@@ -186,18 +186,17 @@ def measure(suite: Suite) -> list[Row]:
 
 
 def loop(suite: Suite) -> list[Row]:
-    """Steps of Trainer beside bare steps on the same cells, by turns; and how long it is to the first."""
+    """Measure steps of Trainer and bare steps on the same cells by turns, and the time to the first step."""
     model, steps = make_model(suite), max(4, 2 * suite.rounds)
     batch = make_batch(next(iter(kinds_of_cells(suite).values())), model.config.vocab_size)
     bare, cells = make_trainer(Way.packed, model, batch), packed(batch)
     cells["labels"] = cells["labels"].masked_fill(~cells["target_mask"], -100.0)
     bare.step()
-    recipe = ROOT / "examples" / "configs" / "pretrain" / "debug.yaml"
-    config = read_pretrain_config(recipe, [f"output_dir={suite.folder}", "eval_cells=0", "logging_steps=1"])
+    config = read_pretrain_config("debug", [f"output_dir={suite.folder}", "eval_cells=0", "logging_steps=1"])
     turns = Turns(bare, cells, steps)
     arguments = training_arguments(config, steps)
     trainer = PretrainingTrainer(model, arguments, turns, microbatch_size=CELLS, callbacks=[turns])
-    trainer._save_checkpoint = lambda *_: None  # not of every step
+    trainer._save_checkpoint = lambda *_: None  # a checkpoint would be part of the step's time
     progress("  loop")
     turns.begun = time.perf_counter()
     trainer.train()
@@ -210,7 +209,7 @@ def loop(suite: Suite) -> list[Row]:
 
 
 class Turns(TrainerCallback):
-    """The same cells at every step of Trainer; after each, a bare step on them. Seconds of both."""
+    """Batches with the same cells at every step, and a callback that makes a bare step after each; it times both."""
 
     def __init__(self, bare: Trainer, cells: dict[str, Any], steps: int):
         self.make_bare_step, self.cells, self.max_steps, self.steps_per_epoch = bare.step, cells, steps, steps
@@ -226,23 +225,23 @@ class Turns(TrainerCallback):
             yield self.cells
 
     def identity(self) -> dict[str, Any]:
-        """Nothing: this run is never gone on with."""
+        """Return nothing: this run is never resumed."""
         return {}
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        """Take the time, and a turn."""
+        """Note the time of Trainer's step, and make a bare step."""
         self.loop.append(time.perf_counter() - self.begun)
         self.bare.append(timed(self.make_bare_step))
         self.begun = time.perf_counter()
 
 
 def largest_difference(ours: dict[str, float], theirs: dict[str, float]) -> float:
-    """Relative."""
+    """Return the largest relative difference."""
     return max(abs(ours[name] / theirs[name] - 1) for name in theirs)
 
 
 def peaks_of_memory(suite: Suite) -> list[Row]:
-    """Peak memory of two steps on the longer cells, each way in a process of its own."""
+    """Return the peak memory of two steps on the longer cells, each way in a process of its own."""
     progress("  memory")
     quick = ["--quick"] if suite.quick else []
     with ThreadPoolExecutor(suite.pick(1, len(Way))) as pool:  # the full size does not fit into memory three times
@@ -255,7 +254,8 @@ def peaks_of_memory(suite: Suite) -> list[Row]:
     ]
 
 
-def main(way: Way, quick: Annotated[bool, typer.Option("--quick")] = False) -> None:
+def main(way: Way, quick: Annotated[bool, typer.Option("--quick", help="Small sizes.")] = False) -> None:
+    """Make two steps."""
     suite = Suite(rounds=1, quick=quick)
     model = make_model(suite)
     batch = make_batch(next(iter(kinds_of_cells(suite).values())), model.config.vocab_size)

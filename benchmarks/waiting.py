@@ -1,4 +1,4 @@
-"""What idle OpenMP threads should do between two pieces of work: spin, or sleep.
+"""Time of a pass where idle OpenMP threads spin, and where they sleep.
 
     python -m benchmarks.waiting [--quick] [--rounds 5] [--neighbours 0]
 
@@ -39,7 +39,7 @@ Cost = tuple[float, float]  # milliseconds of time, and of processors
 
 
 def work(kind: str, shape: str, seconds: float) -> Cost:
-    """Do the work for some seconds in this process."""
+    """Do some work for some seconds in this process, and return its cost."""
     width, heads, layers = SHAPES[shape]
     config = TahoeX1Config(
         vocab_size=5000, hidden_size=width, num_attention_heads=heads, num_hidden_layers=layers,
@@ -66,7 +66,7 @@ def work(kind: str, shape: str, seconds: float) -> Cost:
 
 @contextmanager
 def busy(neighbours: int) -> Iterator[None]:
-    """Keep so many cores busy."""
+    """Keep a number of cores busy."""
     script = "import os\nparent = os.getppid()\nwhile os.getppid() == parent: pass"  # no longer than this process
     others = [subprocess.Popen([sys.executable, "-S", "-c", script]) for _ in range(neighbours)]
     try:
@@ -78,13 +78,16 @@ def busy(neighbours: int) -> Iterator[None]:
 
 
 def main(
-    quick: Annotated[bool, typer.Option("--quick")] = False,
-    rounds: int = 5,
-    neighbours: int = 0,
-    threads: int = 2,
-    only: Annotated[str, typer.Option(help="a work alone, as `embed small`")] = "",
-    one: Annotated[str, typer.Option(help="work:shape:seconds of one process, as this program calls itself")] = "",
+    quick: Annotated[bool, typer.Option("--quick", help="One short round.")] = False,
+    rounds: Annotated[int, typer.Option(help="Number of rounds.")] = 5,
+    neighbours: Annotated[int, typer.Option(help="Number of other processes that keep a core busy.")] = 0,
+    threads: Annotated[int, typer.Option(help="Number of OpenMP threads.")] = 2,
+    only: Annotated[str, typer.Option(help="Only this work, such as `embed small`.")] = "",
+    one: Annotated[
+        str, typer.Option(help="work:shape:seconds of one process; the program calls itself with it.")
+    ] = "",
 ) -> None:
+    """Print the time of a pass for each policy."""
     if one:
         kind, shape, seconds = one.split(":")
         print(json.dumps(work(kind, shape, float(seconds))))

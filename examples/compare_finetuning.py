@@ -3,8 +3,8 @@
     python examples/demo_cells.py data/pbmc68k.h5ad
     python examples/compare_finetuning.py classification runs/compare
 
-Every method is a run of `tahoex1 finetune` in a process of its own, so that its peak memory is its own. The
-same command goes on where it was. In the end the folder holds comparison.json, comparison.md and comparison.png, and a
+Every method is a run of `tahoex1 finetune` in a process of its own, so that its peak memory is its own. The same
+command resumes what was stopped. In the end the folder holds comparison.json, comparison.md and comparison.png, and a
 report of each method.
 """
 
@@ -157,7 +157,9 @@ def main(
         str, typer.Argument(metavar="RECIPE", help="Recipe of a classification or regression, by name or path.")
     ],
     output_dir: Annotated[Path, typer.Argument(help="Folder for the runs and the comparison.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE...")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE...", help="Keys of the recipe to change.")
+    ] = None,
     full_rate: Annotated[
         float,
         typer.Option(help="Learning rate of full fine-tuning, as a share of the recipe's: less for larger models."),

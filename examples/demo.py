@@ -75,9 +75,9 @@ def cross_validated(features: np.ndarray, labels: np.ndarray, reduce: bool) -> S
     """Classify the cells by their features, in the same folds every time.
 
     Args:
-        features: `(cells, features)`.
-        labels: `(cells,)`.
-        reduce: whether to put PCA first, fitted in each fold on its training cells alone.
+        features: Features, shape `(cells, features)`.
+        labels: Labels, shape `(cells,)`.
+        reduce: Whether to put PCA first, fitted in each fold on its training cells alone.
     """
     classifiers = {
         "kNN": [KNeighborsClassifier(NEIGHBOURS)],
@@ -197,7 +197,7 @@ def main(
     name = "Tahoe-x1 demo checkpoint" if shipped else " ".join(filter(None, [str(model).rstrip("/"), size]))
     title = f"{name} ({loaded.num_parameters() / 1e6:.2f} M parameters)"
     print(f"{title}, on {cells.n_obs} human PBMCs (10x Genomics, by way of scanpy)", flush=True)
-    dtype: DtypeName = "float32" if shipped else "auto"  # small enough to give the same numbers on all machines
+    dtype: DtypeName = "float32" if shipped else "auto"  # the small model is to give the same numbers on all machines
     embed_anndata(cells, loaded, tokenizer, key_added=KEY, gene_symbols=load_gene_symbols(), dtype=dtype)
     embedded = time.perf_counter() - started
     num_genes = cells.uns["tahoe_x1"]["matched_genes"]

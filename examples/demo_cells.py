@@ -1,4 +1,4 @@
-"""Real cells that need no download: the 700 human PBMCs that come with scanpy, as the raw counts they once were."""
+"""Real cells that need no download: the raw counts of the 700 human PBMCs that come with scanpy."""
 
 import csv
 import warnings
@@ -18,13 +18,12 @@ SYMBOLS_CSV = Path(__file__).with_name("pbmc68k_symbol_to_ensembl.csv")
 def load_cells() -> AnnData:
     """Return scanpy's `pbmc68k_reduced` as 700 cells x 765 genes of raw counts (int32 CSR), genes by symbol.
 
-    10x Genomics' 68k PBMCs (Zheng et al. 2017, doi:10.1038/ncomms14049). `X` of the file is scaled, but `raw` holds
-    log1p(count / n_counts * 10,000), which can be undone exactly.
+    The cells are some of 10x Genomics' 68k PBMCs (Zheng et al. 2017, doi:10.1038/ncomms14049). `X` of the file is
+    scaled, but `raw` holds log1p(count / n_counts * 10,000), which can be undone exactly.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", FutureWarning
-        )  # the file is in an old AnnData format, which is scanpy's affair
+        # The file is in an old AnnData format, which is scanpy's affair.
+        warnings.simplefilter("ignore", FutureWarning)
         reduced = sc.datasets.pbmc68k_reduced()
     fractions = np.expm1(reduced.raw.X.toarray().astype(np.float64)) / 1e4
     exact = fractions * reduced.obs["n_counts"].to_numpy(dtype=np.float64)[:, None]
@@ -39,7 +38,7 @@ def load_cells() -> AnnData:
 
 
 def load_gene_symbols() -> dict[str, str]:
-    """Return gene symbol -> Ensembl id; 744 of the cells' 765 genes are there, the others have no current id."""
+    """Return gene symbol -> Ensembl id, for 744 of the cells' 765 genes: the others have no current id."""
     with SYMBOLS_CSV.open(newline="", encoding="utf-8") as file:
         return {row["symbol"]: row["ensembl_id"] for row in csv.DictReader(file)}
 

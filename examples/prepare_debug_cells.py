@@ -21,6 +21,7 @@ def main(
     vocab: Annotated[Path | None, typer.Option(help="vocab.json for --h5ad.")] = None,
     validation: Annotated[float, typer.Option(help="Share of the cells to keep for validation.")] = 0.15,
 ) -> None:
+    """Prepare the dataset of the debug recipe."""
     if (h5ad is None) != (vocab is None):
         raise typer.BadParameter("--h5ad and --vocab go together.")
     with tempfile.TemporaryDirectory() as folder:

@@ -2,8 +2,8 @@
 
     accelerate launch examples/pretrain.py debug dataset=DIR output_dir=DIR
 
-is the same as `accelerate launch -m tahoex1_hf pretrain debug dataset=DIR output_dir=DIR`. How many devices share the
-work, and how, is for the launcher to say: `accelerate launch --config_file examples/configs/accelerate/fsdp2.yaml`.
+is the same as `accelerate launch -m tahoex1_hf pretrain debug dataset=DIR output_dir=DIR`. The launcher decides how
+many devices share the work, and how: `accelerate launch --config_file examples/configs/accelerate/fsdp2.yaml`.
 """
 
 import typer

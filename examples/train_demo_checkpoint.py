@@ -47,7 +47,7 @@ def build_model(tokenizer: TahoeX1Tokenizer, hidden_size: int, layers: int, pool
 
 
 class Cells(Dataset):
-    """Hold tokenized cells: dicts of `input_ids` and `expression_values`, with `<cls>` first."""
+    """Tokenized cells: dicts of `input_ids` and `expression_values`, with `<cls>` first."""
 
     def __init__(self, cells: list[dict[str, np.ndarray]]):
         self.cells = cells
@@ -60,14 +60,14 @@ class Cells(Dataset):
 
 
 class MaskingCollator:
-    """Make a training batch: hide the expression of a random part of each cell's genes, another part every time.
+    """Collator that hides the expression of a random part of each cell's genes, another part every time.
 
     Args:
-        tokenizer: the cells' tokenizer.
-        fractions: parts of the genes to hide; one is drawn per cell.
-        max_genes: most genes of a cell, drawn at random: faster, and a cell looks different each time.
-        absent: how many genes that the cell does not express (value 0) to add as targets, per hidden one.
-        seed: of all that is drawn.
+        tokenizer: Tokenizer of the cells.
+        fractions: Shares of the genes to hide; one is chosen at random for each cell.
+        max_genes: Most genes of a cell, chosen at random, which is faster, and shows a cell differently each time.
+        absent: Number of genes that the cell does not express (value 0) to add as targets, per hidden gene.
+        seed: Seed of all these choices.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class MaskingCollator:
 
 
 def validation_masking(tokenizer: TahoeX1Tokenizer, absent: float) -> MaskingCollator:
-    """Return the masking of the validation: half of all genes, the same ones whenever it is made anew."""
+    """Return the masking of the validation cells, which always hides the same half of their genes."""
     return MaskingCollator(tokenizer, (0.5,), max_genes=1024, absent=absent, seed=0)
 
 
@@ -128,7 +128,7 @@ def losses(model: TahoeX1ForPreTraining, batch: dict[str, torch.Tensor]) -> dict
 def baseline_losses(
     training: list[dict[str, torch.Tensor]], batch: dict[str, torch.Tensor], config: TahoeX1Config
 ) -> dict[str, float]:
-    """Return what constants learnt from training batches would lose: the mean bin, and each gene's mean bin."""
+    """Return the losses of constants learnt from training batches: the mean bin, and each gene's mean bin."""
     ids = np.concatenate([masked["input_ids"][masked["target_mask"]] for masked in training])
     bins = np.concatenate([masked["labels"][masked["target_mask"]] for masked in training]).astype(np.float64)
     sums, counts = (np.bincount(ids, weights=w, minlength=config.vocab_size) for w in (bins, np.ones_like(bins)))
@@ -143,7 +143,7 @@ def baseline_losses(
 
 
 class Validation(TrainerCallback):
-    """Record the losses on held-out cells every few epochs, with the same genes hidden."""
+    """Callback that records the losses on held-out cells every few epochs, with the same genes hidden."""
 
     def __init__(self, batch: dict[str, torch.Tensor], every: int):
         self.batch, self.every = batch, every
@@ -161,7 +161,7 @@ class Validation(TrainerCallback):
 
 
 def tokenize(tokenizer: TahoeX1Tokenizer) -> list[dict[str, np.ndarray]]:
-    """Return the cells as `Cells` wants them."""
+    """Return the cells in the form that `Cells` takes."""
     encoded = tokenizer(load_cells(), gene_symbols=load_gene_symbols())
     return [
         {"input_ids": np.array(ids), "expression_values": np.array(values, dtype=np.float32)}
@@ -178,7 +178,9 @@ def split_cells(cells: list[dict[str, np.ndarray]], num_held_out: int, seed: int
 def main(
     output_dir: Annotated[Path, typer.Argument(help="Folder for the model, the tokenizer and training_log.json.")],
     epochs: Annotated[int, typer.Option(help="Passes over the training cells.")] = 80,
-    max_steps: Annotated[int, typer.Option(help="Stop after so many steps, whatever the epochs; -1 for never.")] = -1,
+    max_steps: Annotated[
+        int, typer.Option(help="Number of steps to stop after, whatever the epochs; -1 for never.")
+    ] = -1,
     batch_size: Annotated[int, typer.Option(help="Cells per step.")] = 16,
     learning_rate: Annotated[float, typer.Option(help="Highest learning rate.")] = 3e-3,
     hidden_size: Annotated[int, typer.Option(help="Width of the model.")] = 64,
@@ -195,7 +197,7 @@ def main(
 ) -> None:
     """Train on scanpy's 700 PBMCs, and write a checkpoint that the Auto classes load."""
     started = time.perf_counter()
-    torch.set_num_threads(1)  # its matrices are small; and the weights do not depend on the number of cores
+    torch.set_num_threads(1)  # the matrices are small, and the weights then do not depend on the number of cores
     set_seed(seed)
     tokenizer = build_tokenizer()
     model = build_model(tokenizer, hidden_size, layers, pooling)
