@@ -2,8 +2,8 @@
 """Adapters, and models that were fine-tuned as a whole: found on disk or on the Hub, and loaded with one call.
 
 A folder holds what PEFT writes (`adapter_config.json`, `adapter_model.safetensors`), the tokenizer, a card, and
-`finetuning.json`: the task, the names of the classes, and what the base must be like. There is no `config.json`, for
-which transformers would take the folder for a whole model and not look for the base.
+`finetuning.json`: the task, the names of the classes, and what the base must be like. There is no `config.json`:
+with one, transformers would take the folder for a whole model and not look for the base.
 """
 
 import json
@@ -42,7 +42,7 @@ def shape_of(config: TahoeX1Config) -> dict[str, Any]:
 
 
 def is_peft(model: Any) -> bool:
-    """Whether a model is wrapped by PEFT."""
+    """Return whether a model is wrapped by PEFT."""
     return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
 
 
@@ -126,7 +126,7 @@ def load_adapter(
 
 
 def _model_options(record: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments of `from_pretrained` for the base; class numbers, text in JSON, become integers again."""
+    """Return the arguments of `from_pretrained` for the base, with the class numbers, text in JSON, as integers."""
     options = dict(record.get("model_options", {}))
     if "id2label" in options:
         options["id2label"] = {int(number): name for number, name in options["id2label"].items()}
@@ -186,9 +186,8 @@ def add_adapter(model: "PeftModel", adapter: str | Path, name: str) -> None:
     model.add_adapter(name, PeftConfig.from_pretrained(str(folder)))
     weights = load_file(folder / ADAPTER_WEIGHTS)
     for place, module in inner.named_modules():
-        if isinstance(
-            module, ModulesToSaveWrapper
-        ):  # a copy of the base's head, whose number of classes is the base's
+        # PEFT copies the head of the base, with its number of classes; the adapter's own number may differ.
+        if isinstance(module, ModulesToSaveWrapper):
             rows = weights[f"base_model.model.{place}.weight"].shape[0]
             head = torch.nn.Linear(inner.config.hidden_size, rows)
             module.modules_to_save[name] = head.to(next(inner.parameters()).device)

@@ -14,7 +14,7 @@ ADDED = "added_drugs.safetensors"
 
 
 def add_drugs(model: TahoeX1PreTrainedModel, fingerprints: np.ndarray) -> None:
-    """Add rows to the drug table of a model, in place; the rows that it has stay as they are.
+    """Add rows to the drug table of a model, in place; the rows that are there stay as they are.
 
     Args:
         model: model with a drug encoder.
@@ -42,7 +42,7 @@ def add_drugs(model: TahoeX1PreTrainedModel, fingerprints: np.ndarray) -> None:
 
 
 def save_added_drugs(folder: Path, fingerprints: np.ndarray, first: int) -> None:
-    """Write the added rows beside an adapter; `first` is the number of the first of them."""
+    """Write the added rows beside an adapter; `first` is the number of the first row."""
     rows = torch.from_numpy(np.ascontiguousarray(fingerprints))
     save_file({"fingerprints": rows, "first": torch.tensor(first)}, folder / ADDED)
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""Fetching models from the Hugging Face Hub: no more than one size needs, and errors that say what to do."""
+"""Fetching models from the Hugging Face Hub: only what one size needs, with errors that say what to do."""
 
 import json
 from collections.abc import Mapping
@@ -41,7 +41,7 @@ def is_repo_id(name: str) -> bool:
 
 
 def read_sizes_file(root: Path) -> dict[str, str]:
-    """Read the sub-folder of each size of an exported repository; empty for any other."""
+    """Return the sub-folder of each size of an exported repository, or an empty mapping for any other folder."""
     path = root / SIZES_FILE
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
@@ -49,7 +49,7 @@ def read_sizes_file(root: Path) -> dict[str, str]:
 def hub_has(repo_id: str, filename: str, revision: str | None, hub: Mapping[str, Any]) -> bool:
     """Return whether a repository has a file, and fetch it if so.
 
-    Without a network, what is in the cache decides.
+    Without a network the cache decides.
     """
     cached = try_to_load_from_cache(repo_id, filename, cache_dir=hub.get("cache_dir"), revision=revision)
     if isinstance(cached, str):
@@ -97,7 +97,7 @@ def download_snapshot(repo_id: str, size: str | None, revision: str | None, hub:
             snapshot = Path(snapshot_download(repo_id, revision=revision, **of_root, **hub))
         there = [folder for folder in folders if is_original_folder(snapshot / folder)]
         pickles = [f"{folder}{PICKLE}" for folder in there if not any((snapshot / folder).glob("*.safetensors"))]
-        if pickles:  # only where there is nothing better
+        if pickles:  # the original's pickles are fetched only where there are no safetensors
             snapshot_download(repo_id, revision=revision, allow_patterns=pickles, **hub)
         return snapshot
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
@@ -105,7 +105,7 @@ def download_snapshot(repo_id: str, size: str | None, revision: str | None, hub:
 
 
 def _hub_error(repo_id: str, revision: str | None, error: Exception) -> OSError:
-    """Say what went wrong, and what to do about it."""
+    """Return an error that says what went wrong and what to do about it."""
     page = f"{constants.ENDPOINT}/{repo_id}"
     if isinstance(error, GatedRepoError):
         return PermissionError(

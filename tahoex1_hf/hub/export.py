@@ -133,7 +133,7 @@ def push_repository(
 
     Args:
         folder: the built folder.
-        repo_id: repository, as `owner/name`; it is created where it is not there.
+        repo_id: repository, as `owner/name`; it is created where it does not exist.
         private: whether to create it as a private one.
         revision: branch to upload to; by default `main`.
         commit_message: message of the commit.
@@ -199,7 +199,7 @@ def check_converted(folder: Path) -> None:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that hold a converted checkpoint's weights.
+    """Return the files that hold a converted checkpoint's weights.
 
     Raises:
         FileNotFoundError: where one is missing.
@@ -217,8 +217,8 @@ def build_repository(
 ) -> dict[str, float]:
     """Build the folder of a Hub repository, and load it in a process that lacks the package.
 
-    It is built beside `destination` and moved into place when it has loaded and agrees. An earlier export there is
-    replaced; weights are hard links where the file system allows them.
+    It is built beside `destination` and moved into place once it has loaded and its embeddings agree. An earlier
+    export there is replaced; weights are hard links where the file system allows them.
 
     Args:
         sizes: the converted folder of each size, as `size_names` gives them.

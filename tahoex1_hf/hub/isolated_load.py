@@ -38,14 +38,14 @@ def compare_isolated_load(repository: Path, sources: Mapping[str, Path]) -> dict
         for subfolder, source in sources.items():
             cells[subfolder], expected[subfolder] = _own_results(source)
         (Path(work) / "cells.json").write_text(json.dumps(cells), encoding="utf-8")
-        results = _results_elsewhere(repository, list(sources), Path(work))
+        results = _results_without_package(repository, list(sources), Path(work))
         return {
             subfolder: _largest_difference(results[subfolder], expected[subfolder], subfolder) for subfolder in sources
         }
 
 
 def example_cells(tokenizer: TahoeX1Tokenizer, num_cells: int = 4) -> dict[str, Any]:
-    """Make up cells of the tokenizer's own genes, the same ones each time: arguments of the tokenizer."""
+    """Make up cells of the tokenizer's own genes, the same each time, as arguments of the tokenizer."""
     genes = [token for token in sorted(tokenizer.get_vocab()) if token.startswith("ENS")] or [
         token for token in sorted(tokenizer.get_vocab()) if not token.startswith("<")
     ]
@@ -74,14 +74,15 @@ def _own_results(source: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]
     return cells, {**batch, **{name: outputs[name] for name in names}}
 
 
-def _results_elsewhere(
+def _results_without_package(
     repository: Path, subfolders: list[str], work: Path
 ) -> dict[str, dict[str, dict[str, torch.Tensor]]]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     environment |= {"HF_HOME": str(work / "hf_home"), "HF_HUB_OFFLINE": "1"}
-    environment["OMP_NUM_THREADS"] = str(torch.get_num_threads())  # the same sums in the same order
+    environment["OMP_NUM_THREADS"] = str(torch.get_num_threads())  # adds in the same order, for the same sums
     script = _SCRIPT.read_text(encoding="utf-8")
-    # Isolated, from text: neither this folder nor PYTHONPATH nor the current folder is searched for modules.
+    # Python is isolated and gets the script as text, so that neither this folder nor PYTHONPATH nor the current folder
+    # is searched for modules.
     command = [sys.executable, "-I", "-c", script, str(repository), str(work)]
     run = subprocess.run(command, env=environment, cwd=work, capture_output=True, text=True, check=False)
     if run.returncode != 0:

@@ -1,4 +1,4 @@
-"""Load an exported repository through every Auto class where the package is not, and write what comes out.
+"""Load an exported repository through every Auto class, without the package, and write the outputs.
 
 `isolated_load` runs this text in a process of its own. Arguments: the folder of the repository, and a folder that
 holds cells.json (made-up cells by sub-folder) and receives the results.
@@ -59,7 +59,7 @@ def load(repository: str, subfolder: str, cells: dict, results_folder: Path) -> 
         missing = {key for key in report["missing_keys"] if not key.startswith("classifier.")}
         check(not missing and not report["mismatched_keys"], f"{name} leaves weights out: {report}")
         unexpected = report["unexpected_keys"] if name == "AutoModelForPreTraining" else ()
-        check(not unexpected, f"{name} finds weights too many: {unexpected}")
+        check(not unexpected, f"{name} finds weights that it does not know: {unexpected}")
         model.eval()
         # A new classifier has random weights, so the model below it is compared.
         model = model.base_model if name in CLASSIFIERS else model

@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 _ORIGINAL_FILES = (MODEL_CONFIG, COLLATOR_CONFIG, VOCAB, SAFETENSORS, PICKLE, DRUG_TABLE, DRUG_FINGERPRINTS)
 _HUB_OPTIONS = ("cache_dir", "token", "local_files_only")
-_TRANSLATION = 2  # to be raised when something else is written; 1 were converted copies, in another folder
+_TRANSLATION = 2  # raised when something else is written; version 1 wrote converted copies
 
 
 def load_model_and_tokenizer(
@@ -51,7 +51,7 @@ def find_model(model: str | Path, *, size: str | None = None, revision: str | No
 
     Args:
         model: a folder, or the id of a Hub repository.
-        size: which of several sizes, for instance `70m`: its sub-folder is `<size>` or `<size>-model`.
+        size: name of one of several sizes, for instance `70m`, whose sub-folder is `<size>` or `<size>-model`.
         revision: branch, tag or commit of a Hub repository.
         **hub: `cache_dir`, `token` and `local_files_only` of huggingface_hub.
 
@@ -75,7 +75,7 @@ def find_model(model: str | Path, *, size: str | None = None, revision: str | No
 
 
 def locate_checkpoint(name: Any, marker: str, options: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """What `from_pretrained` is to load instead, where it is asked for a checkpoint in the original's layout.
+    """Return what `from_pretrained` is to load, instead of a checkpoint in the original's layout.
 
     Args:
         name: folder or Hub repository that `from_pretrained` was called with.
@@ -115,23 +115,24 @@ def locate_checkpoint(name: Any, marker: str, options: Mapping[str, Any]) -> tup
 
 
 def _size_folder(root: Path, size: str | None, model: str) -> Path:
-    at = {path.parent for path in _model_files(root)}
-    names = {folder.name.removesuffix("-model"): folder for folder in sorted(at) if folder != root}
+    model_folders = {path.parent for path in _model_files(root)}
+    names = {folder.name.removesuffix("-model"): folder for folder in sorted(model_folders) if folder != root}
     names |= {name: root / folder for name, folder in read_sizes_file(root).items()}
-    if size is None and root in at:
+    if size is None and root in model_folders:
         return root
     if size is not None:
         for name in (size, size.removesuffix("-model")):
             for candidate in (name, SAME_SIZE.get(name)):
-                if candidate in names and names[candidate] in at:
+                if candidate in names and names[candidate] in model_folders:
                     return names[candidate]
-        if root / size in at:
+        if root / size in model_folders:
             return root / size
     wanted = f"size {size!r}" if size is not None else "model at its root"
     if names:
         there = f"it has the sizes {', '.join(sorted(names))}: pass one of them as size (from_pretrained: subfolder)"
     else:
-        there = "its only model is at its root: leave the size out" if root in at else "it has no model at all"
+        at_root = root in model_folders
+        there = "its only model is at its root: leave the size out" if at_root else "it has no model at all"
     raise FileNotFoundError(f"{model} has no {wanted}; {there}.")
 
 
@@ -140,11 +141,11 @@ def _model_files(root: Path) -> list[Path]:
 
 
 def _translated(folder: Path, name: Path | None) -> Path:
-    """Translate a checkpoint of the original once, into the Hugging Face cache; two processes may ask at once.
+    """Translate a checkpoint of the original into the Hugging Face cache, once, even if two processes ask for it.
 
     Args:
         folder: folder in the original's layout.
-        name: where in the cache; by default after the folder and the state of its files.
+        name: place in the cache; by default a name made from the folder's name and the state of its files.
     """
     if name is None:
         # Files of a Hub snapshot are links to content-named blobs; size and time tell local files apart.
@@ -158,7 +159,7 @@ def _translated(folder: Path, name: Path | None) -> Path:
         if destination.exists():
             if all(path.exists() for path in destination.iterdir()):
                 return destination
-            shutil.rmtree(destination)  # a link to weights that were moved or fetched anew
+            shutil.rmtree(destination)  # it links to weights that were moved or fetched anew
         logger.info("Translating the settings of %s into %s", folder, destination)
         partial = destination.with_name(f".{destination.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed

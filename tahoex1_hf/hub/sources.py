@@ -44,10 +44,10 @@ def convert_checkpoint(
             the folder of a sharded Composer checkpoint, with the settings beside it; the id of a Hub repository; or
             `s3://bucket/prefix` (needs the extra `s3`).
         destination: folder to make.
-        size: which of several sizes, for instance `70m`.
+        size: name of one of several sizes, for instance `70m`.
         revision: branch, tag or commit of a Hub repository.
         dtype: type of the converted tensors; that of the original by default.
-        max_shard_size: most bytes of one file of weights.
+        max_shard_size: largest size of one file of weights, in bytes.
 
     Raises:
         FileExistsError: when `destination` exists and is not an empty folder.
@@ -65,11 +65,11 @@ def convert_checkpoint(
 
 
 def _fetch(source: str | Path, size: str | None, revision: str | None, download: Path) -> tuple[Path, str]:
-    """Where the files are, fetched first if need be, and how the manifest is to name their origin."""
+    """Return where the files are, fetching them if need be, and their origin for the manifest."""
     name = str(source)
     is_s3 = name.startswith("s3://")
     if revision is not None and (is_s3 or Path(source).exists()):
-        raise ValueError(f"revision={revision!r} is for Hub repositories; {name} is none.")
+        raise ValueError(f"revision={revision!r} is for Hub repositories, and {name} is not one.")
     if is_s3:
         label = _fetch_s3(name, size, download)
         return download, label
@@ -84,18 +84,18 @@ def _fetch(source: str | Path, size: str | None, revision: str | None, download:
     snapshot = download_snapshot(name, size, revision, {})
     configs = [p.relative_to(snapshot).as_posix() for p in snapshot.glob(f"**/{MODEL_CONFIG}")]
     folder = choose_size(configs, size, f"The Hub repository {name}")
-    if size is None and folder:  # the only size there is; its weights were not asked for
+    if size is None and folder:  # there is only one size, whose weights were not asked for
         snapshot = download_snapshot(name, folder, revision, {})
     return snapshot / folder, f"https://huggingface.co/{name}/tree/{snapshot.name}/{folder}".rstrip("/")
 
 
 def choose_size(configs: Iterable[str], size: str | None, source: str) -> str:
-    """Choose a size's folder, "" for the root.
+    """Return the folder of a size, "" for the root.
 
     Args:
         configs: path of every `model_config.yml`, from the root of the source.
         size: `70m`, `1b` (or `1.3b`), `3b`, or the name of a folder; None for the only one there is.
-        source: how to name the source in errors.
+        source: name of the source in errors.
 
     Raises:
         FileNotFoundError: listing the sizes that there are.
@@ -119,7 +119,7 @@ def choose_size(configs: Iterable[str], size: str | None, source: str) -> str:
 
 
 def _fetch_s3(url: str, size: str | None, download: Path) -> str:
-    """Fetch the files of one size; return where they were."""
+    """Fetch the files of one size, and return their address."""
     try:
         import s3fs  # noqa: F401
         from botocore.exceptions import BotoCoreError, ClientError
@@ -153,7 +153,7 @@ def _fetch_s3(url: str, size: str | None, download: Path) -> str:
 
 
 def _list_s3(root: str) -> tuple[dict[str, int], Any]:
-    """Size of every object below a prefix, with the credentials there are, or unsigned."""
+    """Return the size of every object below a prefix, and the file system, signed where there are credentials."""
     import botocore.session
     import s3fs
 
@@ -165,7 +165,7 @@ def _list_s3(root: str) -> tuple[dict[str, int], Any]:
         except PermissionError:
             if anonymous:
                 raise
-            continue  # a public bucket refuses credentials that are of no account of it
+            continue  # a public bucket may refuse credentials, and yet be open without
         if not found:
             bucket = root.split("/")[0]
             filesystem.ls(bucket)  # raises where there is no such bucket
@@ -175,7 +175,7 @@ def _list_s3(root: str) -> tuple[dict[str, int], Any]:
 
 
 def _needed(names: Iterable[str], source: str) -> list[str]:
-    """The files to fetch of those in a checkpoint's folder: the settings, and the weights in one form."""
+    """Return which files of a checkpoint's folder to fetch: the settings, and the weights in one form."""
     here = {name for name in names if name.count("/") <= 1 and ".." not in name.split("/")}
     small = [name for name in _SMALL_FILES if name in here]
     for name in (SAFETENSORS, PICKLE):

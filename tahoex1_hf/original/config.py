@@ -2,7 +2,7 @@
 """Translating the settings of the original's checkpoints (`model_config.yml`, `collator_config.yml`) into ours.
 
 Every key is either translated, or listed here as having no effect on what a trained model computes. Any other key is
-an error, since a setting that is dropped without a word gives a wrong model without a word.
+an error, since to drop a setting silently would silently give a wrong model.
 """
 
 import logging
@@ -62,12 +62,12 @@ class _Section:
         self.values = dict(values or {})
 
     def take(self, key: str, default: Any = None) -> Any:
-        """Take a key, or the default where it is missing or null."""
+        """Take and return the value of a key, or the default where the key is missing or null."""
         value = self.values.pop(key, default)
         return default if value is None else value
 
     def require(self, key: str) -> Any:
-        """Take a key that must be there."""
+        """Take and return the value of a key that must be there."""
         if key not in self.values:
             raise ValueError(f"{self.name} lacks the key {key!r}.")
         return self.values.pop(key)
@@ -94,7 +94,7 @@ def translate_model_config(
     vocab: Mapping[str, int],
     drug_table: tuple[int, int] | None,
 ) -> TahoeX1Config:
-    """Translate the settings of a model.
+    """Translate the settings of a model into a `TahoeX1Config`.
 
     Args:
         model: contents of `model_config.yml`.
@@ -103,7 +103,7 @@ def translate_model_config(
         drug_table: shape of `chem_encoder.embedding.weight` in the checkpoint; None without a drug encoder.
 
     Raises:
-        ValueError: for a key that is unknown, missing, or at a value that the original cannot run either.
+        ValueError: for a key that is unknown or missing, or has a value that the original cannot run either.
     """
     section = _Section("model_config.yml", model)
     hidden_size = section.require("d_model")
@@ -166,7 +166,7 @@ def translate_collator_config(
         drug_to_id: contents of `drug_to_id_pad.json`; None where the checkpoint lacks that file.
 
     Raises:
-        ValueError: for a key that is unknown, missing, or at a value that contradicts the rest.
+        ValueError: for a key that is unknown or missing, or has a value that contradicts the rest.
     """
     section = _Section("collator_config.yml", collator)
     bins, log1p = section.take("do_binning", True), section.take("log_transform", False)
@@ -196,7 +196,7 @@ def translate_collator_config(
 def _refuse_unsupported(
     norm: _Section, expression: _Section, decoder: _Section, cell_decoder: _Section, gene: _Section, drug: _Section
 ) -> None:
-    """Take the keys that the original runs, or its checkpoints use, with some values only."""
+    """Take the keys of which the original runs, or its checkpoints use, some values only; refuse the others."""
     for part, key, allowed in (
         (norm, "norm_type", ("low_precision_layernorm", "layernorm")),
         (expression, "input_emb_style", ("continuous",)),

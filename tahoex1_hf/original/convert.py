@@ -53,7 +53,7 @@ class OriginalCheckpoint:
         collator_settings: contents of `collator_config.yml`.
         config: shape of the model.
         tokenizer_arguments: arguments of `TahoeX1Tokenizer`, except `vocab_file`.
-        vocab: token to id.
+        vocab: token -> id.
         weights: the original's tensors.
         files: every file that was read, by its name.
     """
@@ -158,7 +158,7 @@ def convert_original_folder(
 def convert_into(
     source: str | Path, folder: Path, *, dtype: torch.dtype | None, max_shard_size: int, label: str
 ) -> tuple[TahoeX1Config, Verification]:
-    """Convert into an empty folder that exists, and verify; otherwise as `convert_original_folder`."""
+    """Do what `convert_original_folder` does, in an existing empty folder; also return the verification."""
     checkpoint = open_original(source)
     dtype = dtype or checkpoint.dtype
     checkpoint.load_model(dtype).save_pretrained(folder, max_shard_size=max_shard_size)

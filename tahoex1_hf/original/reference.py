@@ -1,7 +1,7 @@
 """The original's forward pass in plain torch, from the original's own tensor names and settings.
 
-Independent of our modelling code and of the translation of names and settings, so that a conversion can be checked
-against it. Weights are read when they are needed and dropped after, in float32.
+It is independent of our modelling code and of the translation of names and settings, so that a conversion can be
+checked against it. Weights are read, as float32, when they are needed, and dropped afterwards.
 """
 
 from collections.abc import Callable, Mapping
@@ -25,8 +25,8 @@ class OriginalForward:
 
     Args:
         settings: contents of `model_config.yml`.
-        pad_token_id: from `collator_config.yml`.
-        read: gives the tensor of a name in the checkpoint.
+        pad_token_id: id of the padding token, from `collator_config.yml`.
+        read: function that returns the tensor of a name in the checkpoint.
         names: names of all tensors.
     """
 
@@ -48,13 +48,13 @@ class OriginalForward:
     def __call__(
         self, genes: torch.Tensor, values: torch.Tensor, targets: torch.Tensor, drug_ids: torch.Tensor | None
     ) -> dict[str, torch.Tensor]:
-        """Return `cell` `(batch, d)`, `expression` and `cell_expression` `(batch, length)`.
+        """Return the outputs `cell` `(batch, width)`, `expression` and `cell_expression` `(batch, length)`.
 
         Args:
             genes: `(batch, length)` token ids.
             values: `(batch, length)` float32 expression values.
-            targets: `(batch, length)` bool, where the value is hidden.
-            drug_ids: `(batch,)`, for a model with drug encoder.
+            targets: `(batch, length)` bool, True where the value is hidden.
+            drug_ids: `(batch,)` ids of the drugs, for a model with a drug encoder.
         """
         gene_embeddings = F.embedding(genes, self._weight("gene_encoder.embedding.weight"))
         gene_embeddings = self._norm("gene_encoder.enc_norm", gene_embeddings, 1e-5)

@@ -1,4 +1,4 @@
-"""The way back: from a converted folder to one that the original program loads."""
+"""Writing a converted checkpoint in the layout that the original program loads."""
 
 import json
 import logging
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 def restore_original_folder(
     source: str | Path, destination: str | Path, *, dtype: torch.dtype | None = None
 ) -> Verification:
-    """Write a converted checkpoint in the original's layout, weights bit for bit (unless `dtype` asks for another).
+    """Write a converted checkpoint in the original's layout, with the weights bit for bit unless `dtype` is given.
 
     The weights are written twice, as `model.safetensors` (as published on the Hub) and `best-model.pt` (what the
     original's `load_model` opens).
@@ -72,7 +72,7 @@ def restore_original_folder(
 
 
 def restore_settings(config: TahoeX1Config, tokenizer: TahoeX1Tokenizer) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Contents of `model_config.yml` and `collator_config.yml` for a model and its tokenizer.
+    """Return the contents of `model_config.yml` and `collator_config.yml` for a model and its tokenizer.
 
     Raises:
         ValueError: naming the setting that the original lacks.
@@ -87,10 +87,10 @@ def restore_settings(config: TahoeX1Config, tokenizer: TahoeX1Tokenizer) -> tupl
     # Translating forward again is the proof that nothing was lost.
     drug_table = (config.num_drugs, config.drug_fingerprint_size) if config.num_drugs else None
     again = translate_model_config(model, collator, vocab, drug_table)
-    # A classifier's dropout is no part of the pretrained model.
+    # A classifier's dropout is not part of the pretrained model.
     fields = [name for name in TahoeX1Config.__annotations__ if name in TahoeX1Config.__dataclass_fields__]
     fields.remove("classifier_dropout")
-    if not config.num_drugs:  # then these mean nothing
+    if not config.num_drugs:  # then these have no meaning
         fields = [name for name in fields if name not in ("drug_encoder_act", "drug_fingerprint_size")]
     changed = [name for name in fields if getattr(again, name) != getattr(config, name)]
     arguments = translate_collator_config(collator, vocab, drugs)
@@ -124,7 +124,7 @@ def _model_settings(config: TahoeX1Config) -> dict[str, Any]:
         "use_cell_conditioned_generation": False,
         "cell_emb_style": "cls" if config.cell_pooling == "cls" else "avg-pool",
         "attn_config": {
-            # The original's load_model knows "triton" as: trained with the mask, run without it.
+            # To the original's load_model, "triton" means: trained with the mask, run without it.
             "attn_impl": "triton" if masked else "flash",
             "attn_type": "grouped_query_attention",
             "kv_n_heads": config.num_key_value_heads,
@@ -185,8 +185,8 @@ def _collator_settings(config: TahoeX1Config, tokenizer: TahoeX1Tokenizer) -> di
         "keep_first_n_tokens": 2 if config.num_drugs else 1,
     }
     if config.num_drugs:
-        # The original downloads "remote" over "local" where it can, and otherwise reads "local", from the folder in
-        # which it runs.
+        # The original downloads "remote" to "local" where it can, replacing it, and otherwise reads "local" in the
+        # folder in which it runs.
         settings["drug_to_id_path"] = {"remote": f"s3://invalid/{DRUG_TABLE}", "local": DRUG_TABLE}
     return settings
 
@@ -203,7 +203,7 @@ def _write_weights(weights: TensorReader, config: TahoeX1Config, folder: Path, d
     tensors = dict(in_original_names(config, weights.read))
     if dtype is not None:
         tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
-    save_file(tensors, folder / SAFETENSORS, metadata={"format": "pt"})  # one file: the original reads no others
+    save_file(tensors, folder / SAFETENSORS, metadata={"format": "pt"})  # one file, since the original reads only one
     written = open_weights(folder / SAFETENSORS)
     # These are views of the file just written: none of them is in memory.
     torch.save({"state": {"model": {name: written.read(name) for name in written.shapes}}}, folder / PICKLE)

@@ -23,7 +23,8 @@ from transformers.core_model_loading import (
 from tahoex1_hf.configuration_tahoe_x1 import TahoeX1Config
 from tahoex1_hf.modeling_tahoe_x1 import TahoeX1ForPreTraining
 
-# In the order in which they apply. No rule matches a name of ours, and each way back undoes its rule in any order.
+# The rules, in the order in which they apply. None matches a name of ours, and the reverse of each undoes it, whatever
+# the order.
 _RENAMED = [
     (r"^model\.gene_encoder\.embedding\.", "tahoe.embeddings.gene_encoder.embedding."),
     (r"^model\.gene_encoder\.enc_norm\.", "tahoe.embeddings.gene_encoder.norm."),
@@ -50,7 +51,7 @@ _RENAMED = [
 class SplitRows(ConversionOps):
     """Split a matrix along its rows into one piece per target, each as long as the model's parameter of that name.
 
-    transformers has the same as `Split`, but not in all versions that this package runs with.
+    transformers has the same operation as `Split`, but not in all versions that this package runs with.
     """
 
     dim = 0
@@ -99,14 +100,14 @@ def register_conversion_rules() -> None:
 def in_original_names(
     config: TahoeX1Config, read: Callable[[str], torch.Tensor]
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield every tensor of the original's checkpoint, made of ours; those of one layer are read at a time.
+    """Yield every tensor of the original's checkpoint, made from ours, reading one layer at a time.
 
     Args:
         config: shape of the model.
-        read: gives our tensor of a name.
+        read: function that returns our tensor of a name.
     """
     model = _empty_model(config)
-    # transformers keeps here the rules by which a model was loaded, to undo them.
+    # Here transformers keeps the rules by which a model was loaded, to undo them.
     model._weight_conversions = conversion_rules()  # type: ignore[assignment]
     for _, names in groupby(model.state_dict(), _layer_of):
         yield from revert_weight_conversion(model, {name: read(name) for name in names}).items()

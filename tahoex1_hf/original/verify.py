@@ -27,8 +27,8 @@ from tahoex1_hf.original.writing import describe_files
 MANIFEST = "conversion.json"
 TOLERANCE = 1e-5  # largest difference, relative to the largest value of the output, in float32
 
-# (hidden_size, layers, vocabulary, drugs): name and number of parameters of the released models. That of the 70M was
-# published with it; the others are the sums over their architecture.
+# (hidden_size, layers, vocabulary, drugs) -> name and number of parameters of the released models. The number of the
+# 70M was published with it; the others are the sums over their architecture.
 RELEASED = {
     (512, 12, 62720, 0): ("70M", 70_996_993),
     (2048, 24, 62720, 0): ("1.3B", 1_353_854_977),
@@ -41,9 +41,9 @@ class Verification:
     """What was checked of a conversion.
 
     Args:
-        num_parameters: parameters of the converted model.
+        num_parameters: number of parameters of the converted model.
         released_size: name of the released model of this shape, None where there is none.
-        num_tensors: tensors of the original, all of which are accounted for.
+        num_tensors: number of tensors of the original, all of which are accounted for.
         tensors: how the tensors were compared.
         differences: largest relative difference of each output from the original's forward pass; empty where the
             tensors are equal bit for bit and no forward pass is needed.
@@ -56,7 +56,7 @@ class Verification:
     differences: dict[str, float]
 
     def summary(self) -> str:
-        """One sentence for people."""
+        """Return the result as a sentence for people."""
         size = f"the released {self.released_size}" if self.released_size else "no released size has this shape"
         text = f"{self.num_parameters:,} parameters ({size}); all {self.num_tensors} tensors {self.tensors}"
         if self.differences:
@@ -110,7 +110,7 @@ def verify_conversion(
                 ours, theirs = ours[tokens], theirs[tokens]
             scale = theirs.abs().max().clamp(min=1e-12)
             differences[f"{style}_{name}"] = float((ours - theirs).abs().max() / scale)
-    wrong = {name: value for name, value in differences.items() if not value <= TOLERANCE}  # NaN is wrong
+    wrong = {name: value for name, value in differences.items() if not value <= TOLERANCE}  # NaN is wrong, too
     if wrong:
         raise ValueError(
             f"The converted model does not compute what the original does; relative differences: {wrong}. Please "
@@ -129,7 +129,11 @@ def compare_tensors(original: TensorReader, converted: TensorReader, config: Tah
 
 
 def count_parameters(weights: TensorReader, config: TahoeX1Config) -> tuple[int, str | None]:
-    """Count the parameters, and name the released size of this shape; ValueError where the two disagree."""
+    """Count the parameters, and name the released size of this shape.
+
+    Raises:
+        ValueError: where the released size has another number of parameters.
+    """
     count = sum(shape.numel() for shape in weights.shapes.values())
     key = (config.hidden_size, config.num_hidden_layers, config.vocab_size, config.num_drugs)
     size, expected = RELEASED.get(key, (None, count))
@@ -139,7 +143,7 @@ def count_parameters(weights: TensorReader, config: TahoeX1Config) -> tuple[int,
 
 
 def probe_batch(config: TahoeX1Config, masked: bool) -> dict[str, torch.Tensor]:
-    """Three small cells of different length, padded, over the whole vocabulary: arguments of the model."""
+    """Make a padded batch of three small cells of different lengths, with genes from the whole vocabulary."""
     generator = torch.Generator().manual_seed(0)
     drug_token = [config.drug_token_id] if config.drug_token_id is not None else []
     first = next(i for i in range(config.vocab_size) if i not in (config.pad_token_id, *drug_token))
@@ -205,7 +209,7 @@ def _same_bits(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
 
 
 def weights_file(folder: Path) -> Path:
-    """The file of a converted folder that says where its tensors are."""
+    """Return the file of a converted folder that says where its tensors are."""
     index = folder / "model.safetensors.index.json"
     path = index if index.is_file() else folder / "model.safetensors"
     if not path.is_file():
@@ -216,7 +220,7 @@ def weights_file(folder: Path) -> Path:
 def write_manifest(
     folder: Path, source: str, read: Mapping[str, Any], dtype: torch.dtype | None, verification: Verification
 ) -> None:
-    """Write `conversion.json`: where the numbers come from, what was written, and with what."""
+    """Write `conversion.json`: where the weights come from, what was written, and with which versions."""
     written = describe_files({path.name: path for path in folder.iterdir() if path.name != MANIFEST})
     manifest = {
         "source": source,

@@ -164,7 +164,7 @@ class _PickleReader:
 
 
 class _IndexUnpickler(pickle.Unpickler):
-    """Unpickles the index of a sharded checkpoint, and nothing else."""
+    """Unpickler of the index of a sharded checkpoint; it refuses everything else."""
 
     def find_class(self, module: str, name: str) -> Any:
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
@@ -214,7 +214,7 @@ class _ShardedReader:
             piece = self._piece(self._place(name, chunk), name)
             if piece.shape != torch.Size(chunk.sizes):
                 raise ValueError(f"{self._folder}: a piece of {name} has shape {list(piece.shape)}, not as indexed.")
-            where = tuple(slice(o, o + s) for o, s in zip(chunk.offsets, chunk.sizes, strict=True))
+            where = tuple(slice(start, start + size) for start, size in zip(chunk.offsets, chunk.sizes, strict=True))
             whole[where] = piece
             covered += piece.numel()
         if covered != whole.numel():

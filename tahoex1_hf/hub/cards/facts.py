@@ -1,5 +1,5 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""The facts that a model card is made of, read from a YAML file and checked.
+"""The facts that a model card is made from, read from a YAML file and checked.
 
 The facts are typed and strict: an unknown or missing key, or a value of another type, is an error.
 """
@@ -40,8 +40,8 @@ class Shape:
     def embedding_flops(self, tokens: int) -> float:
         """Count the floating-point operations that embed one cell, two per multiplication.
 
-        The same number as `tahoex1_hf.training.flops.embedding_flops` gives, for attention heads that are not grouped
-        and a feed-forward block four times as wide as the model.
+        The number is that of `tahoex1_hf.training.flops.embedding_flops` for attention heads that are not grouped and
+        a feed-forward block four times as wide as the model.
 
         Args:
             tokens: number of tokens of the cell.

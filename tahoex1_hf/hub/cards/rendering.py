@@ -57,7 +57,7 @@ def render_card(facts: str | Path, *, repo_id: str = ORIGINAL_REPO, subfolder: s
     Raises:
         ValueError: for facts, names or metadata that can't be used.
     """
-    import jinja2  # here, so that looking a model up does not cost its import
+    import jinja2  # imported here, so that looking a model up does not wait for it
 
     known = load_facts(facts)
     metadata = card_data(known, repo_id)
@@ -121,7 +121,7 @@ def card_data(facts: Facts, repo_id: str) -> ModelCardData:
         pipeline_tag=PIPELINE_TAG,
         tags=facts.tags,
         datasets=[data.hub_id for data in facts.data if data.hub_id] or None,
-        # Somebody's copy of the released weights says where they come from; the originals come from nothing.
+        # A copy of the released weights names the repository it comes from; that repository itself has no base.
         base_model=ORIGINAL_REPO if facts.released and repo_id != ORIGINAL_REPO else None,
         eval_results=results or None,
         model_name=facts.title if results else None,
@@ -131,7 +131,7 @@ def card_data(facts: Facts, repo_id: str) -> ModelCardData:
 def check_card(text: str) -> ModelCard:
     """Parse a card as huggingface_hub does, and check what can be checked offline.
 
-    Whether the Hub knows the license, the tags' meaning, and the data sets, only `ModelCard.validate` can tell.
+    Only `ModelCard.validate` can tell whether the Hub knows the license, the tags and the data sets.
 
     Raises:
         ValueError: naming what is wrong.
