@@ -1,5 +1,5 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""Whether this process encodes cells by compiled loops: the results are the same with them and without.
+"""The choice whether this process encodes cells by compiled loops; the results are the same with and without.
 
 Compiling takes about 10 s, once per installation. A few cells are encoded sooner without it, so for embedding it is
 done in the background, and only where there are many cells. It needs numba, which comes with the extra "data".
@@ -15,7 +15,7 @@ from tahoex1_hf.encoding_tahoe_x1 import GeneMatch
 if TYPE_CHECKING:
     from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
 
-# From so many cells on, compiling costs less time than it saves.
+# From this many cells on, compiling costs less time than it saves.
 COMPILE_FROM_CELLS = 20_000
 
 _ready, _lock = threading.Event(), threading.Lock()
@@ -23,7 +23,7 @@ _started = False
 
 
 def is_ready() -> bool:
-    """Whether compiled loops are to be used."""
+    """Return whether compiled loops are to be used."""
     return _ready.is_set()
 
 
@@ -37,7 +37,7 @@ def use_now() -> None:
 
 
 def start(tokenizer: "TahoeX1Tokenizer", dtype: type[np.generic], num_cells: int) -> None:
-    """Begin to compile in the background, once per process, if there are enough cells; `dtype` is that of tokens."""
+    """Begin to compile in the background, once per process, if there are enough cells; `dtype` is the tokens'."""
     global _started
     with _lock:
         if num_cells < COMPILE_FROM_CELLS or _started:

@@ -1,5 +1,5 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""Counts to tokens as compiled loops without the GIL, for the usual case: the same as without, bit for bit.
+"""Encoding cells by compiled loops without the GIL, in the usual case; results are the tokenizer's, bit for bit.
 
 The usual case is a CSR matrix in column order, of whole counts, encoded as bins (or raw), with genes sampled or cut.
 Several threads may encode different cells at the same time. It needs numba, which comes with the extra "data".
@@ -19,7 +19,7 @@ _ENCODINGS = {"bins": kernels.BINS, "raw": kernels.RAW}
 
 
 def compacted_rows(matrix: Any, match: GeneMatch, dtype: type[np.generic]) -> tuple[GeneRows, float] | None:
-    """Make known genes and counts of rows of a CSR matrix, in one pass.
+    """Return the known genes and the counts of the rows of a CSR matrix, in one pass.
 
     Args:
         matrix: `(cells, genes)` CSR, in which no two columns are the same gene.
@@ -27,7 +27,8 @@ def compacted_rows(matrix: Any, match: GeneMatch, dtype: type[np.generic]) -> tu
         dtype: type of the tokens.
 
     Returns:
-        The rows, and the sum of the counts of unknown genes; None where columns are out of order or values no counts.
+        The rows, and the sum of the counts of unknown genes; None where columns are out of order
+        or values are not counts.
     """
     tokens = np.empty(matrix.nnz, dtype=dtype)
     counts = np.empty(matrix.nnz, dtype=np.float32)
@@ -48,10 +49,10 @@ def encode_compiled(
     first_cell: int = 0,
     seed: int = 0,
 ) -> EncodedCells | None:
-    """Do what `tokenizer.encode_rows` does, for cells in which every gene stands once; the arguments are its own.
+    """Do what `tokenizer.encode_rows` does, with the same arguments, for cells in which every gene stands once.
 
     Returns:
-        The encoded cells, or None where they or the settings are not the usual case.
+        The encoded cells, or None where the cells or the settings are not the usual case.
     """
     usual = (
         tokenizer.value_encoding in _ENCODINGS

@@ -1,8 +1,8 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""From the cells of an input to encoded cells, in chunks of always the same cells.
+"""Encoding the cells of an input in chunks, each of which always has the same cells.
 
-Which cells make a chunk depends on their input alone: so does everything that is computed, however many files,
-processes and interruptions there are.
+Which cells make a chunk depends on the input alone, and so does everything that is computed from them, however many
+files, processes and interruptions there are.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,8 +20,8 @@ from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer, report_empty
 
 logger = logging.get_logger(__name__)
 
-# Cells encoded, and embedded, at a time: enough for batches of similar length on any device, few enough that little is
-# lost where a run is interrupted.
+# Number of cells encoded, and embedded, at a time: enough for batches of similar length on any device, few enough that
+# little is lost where a run is interrupted.
 CHUNK_CELLS = 256
 
 
@@ -63,7 +63,7 @@ class DrugIds:
             raise ValueError(f"drugs has {len(drugs)} entries for {cells.num_cells} cells: pass one per cell.")
 
     def of_block(self, block: Block) -> np.ndarray | None:
-        """Ids of the cells of a block, `(cells,)` int64; None where no drugs were given."""
+        """Return the drug ids of a block's cells, `(cells,)` int64; None where no drugs were given."""
         number = block.stop - block.start
         if self.drugs is None:
             return None
@@ -73,7 +73,7 @@ class DrugIds:
         return self.tokenizer.drug_ids(own, number)
 
     def of_cells(self, numbers: np.ndarray) -> np.ndarray | None:
-        """Ids of some cells, by their numbers."""
+        """Return the drug ids of cells, by the cells' numbers."""
         if self.drugs is None:
             return None
         if isinstance(self.drugs, str) and not self.columns:
@@ -95,7 +95,7 @@ class Chunk(NamedTuple):
 
 
 class ChunkEncoder:
-    """Encodes the cells of an input; the results are the same compiled and not.
+    """Encoder of the cells of an input; the results are the same whether compiled or not.
 
     Args:
         cells: the input.
@@ -111,7 +111,7 @@ class ChunkEncoder:
 
         Args:
             start: a multiple of `CHUNK_CELLS`.
-            stop: another, or `num_cells`.
+            stop: a later multiple, or `num_cells`.
             names: whether the names of the cells are wanted.
 
         Raises:
@@ -145,7 +145,7 @@ class ChunkEncoder:
         return encoded
 
     def chunk_tokens(self) -> np.ndarray:
-        """Return about how many tokens each chunk has, to share work by; its number of cells where that is unknown."""
+        """Return about how many tokens each chunk has, for sharing work, or how many cells where that is unknown."""
         num_genes = self.cells.num_stored()
         starts = np.arange(0, self.cells.num_cells, CHUNK_CELLS)
         if num_genes is None:

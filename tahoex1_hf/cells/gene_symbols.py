@@ -13,15 +13,15 @@ _SYMBOL_COLUMNS = ("symbol", "gene_symbol", "gene symbol", "approved symbol", "g
 def read_gene_symbols(path: str | Path | None) -> dict[str, str] | None:
     """Read a CSV file with a gene symbol and an Ensembl id in each line.
 
-    The Ensembl id is told by its form, in whichever column it stands. The symbol stands in the column that the header
-    names so (`symbol`, `gene_symbol`, `gene_name`, `feature_name` ...), or, without such a header, in the first other
-    column.
+    The Ensembl id is recognised by its form, in whichever column it stands. The symbol stands in the column with such
+    a name in the header (`symbol`, `gene_symbol`, `gene_name`, `feature_name` ...), or, without such a header, in the
+    first other column.
 
     Args:
         path: CSV file, or None.
 
     Returns:
-        Symbol -> Ensembl id; None for None.
+        Symbol -> Ensembl id; None where `path` is None.
 
     Raises:
         ValueError: for a file without a line that holds both.

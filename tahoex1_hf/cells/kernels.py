@@ -5,7 +5,7 @@ For training, counts become masked, padded or packed model input in one pass.
 
 What a cell becomes depends on its counts and on its stream of random numbers alone. Bins equal those of
 `encoding_tahoe_x1.bin_expression`, bit for bit. A cell has a few dozen distinct counts among thousands of genes, so
-the quantiles come from a histogram, and every gene looks its bin up.
+the quantiles come from a histogram, and the bin of each gene is looked up.
 """
 
 from typing import Any, NamedTuple
@@ -29,22 +29,23 @@ _27, _30, _31, _32, _53 = (np.uint64(bits) for bits in (27, 30, 31, 32, 53))
 
 
 class Settings(NamedTuple):
-    """What all cells are encoded with.
+    """Settings with which all cells are encoded.
 
     Attributes:
-        special_tokens: int64, what each cell begins with (`<cls>`, `<drug>`).
-        pad_token: put behind the cell, up to its stop.
+        special_tokens: int64 ids of the tokens that each cell begins with (`<cls>`, `<drug>`).
+        pad_token: id of the token that is put behind the cell, up to its stop.
         pad_value: float32, expression value of special tokens and padding.
         mask_value: float32, expression value of targets.
-        room: most genes of a cell.
-        sample: draw the genes of cells that have more; else take the first.
+        room: most genes of a cell that are kept.
+        sample: whether the genes of cells that have more are sampled; otherwise the first are kept.
         encoding: `BINS`, `LOG1P` or `RAW`.
         quantiles: `(num_bins - 1,)` float32, `torch.linspace(0, 1, num_bins - 1)`.
-        right: see `bin_expression`.
+        right: whether edges equal to a count lie below it, as `right` of `bin_expression`.
         target_sum: sum of a cell before the logarithm.
-        mask_probabilities: float64, share of the genes to predict, one drawn per cell; empty for no targets at all.
+        mask_probabilities: float64 shares of the genes to predict, one of which is taken at random for each cell;
+            empty for no targets.
         unexpressed: int64 ids of all genes, to fill up cells with genes that they do not express; empty for none.
-        num_tokens: above all token ids.
+        num_tokens: number above all token ids.
     """
 
     special_tokens: np.ndarray
@@ -70,7 +71,7 @@ class Output(NamedTuple):
         expression_values: float32.
         target_mask: bool.
         labels: float32, the value at targets, `NO_LABEL` elsewhere.
-        attention_mask: bool, False at padding. Empty where there is none.
+        attention_mask: bool, False at padding; empty where no mask is wanted.
     """
 
     input_ids: np.ndarray
@@ -82,7 +83,7 @@ class Output(NamedTuple):
 
 @intrinsic
 def _fma(context: Any, a: Any, b: Any, c: Any) -> Any:
-    """Compute a * b + c with one rounding, float32: torch's `lerp` is made of it."""
+    """Compute a * b + c in float32 with one rounding, as torch's `lerp` does."""
 
     def build(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
         return builder.fma(*arguments)
@@ -110,7 +111,7 @@ def _prefetch(context: Any, array: Any, index: Any) -> Any:
 
 @numba.njit(nogil=True, cache=True, inline="always")
 def _mix(number: np.uint64) -> np.uint64:
-    """SplitMix64's finaliser (Steele, Lea and Flood 2014, doi:10.1145/2660193.2660195)."""
+    """Apply SplitMix64's finaliser (Steele, Lea and Flood 2014, doi:10.1145/2660193.2660195)."""
     number = (number ^ (number >> _30)) * _MIX1
     number = (number ^ (number >> _27)) * _MIX2
     return number ^ (number >> _31)
@@ -118,7 +119,10 @@ def _mix(number: np.uint64) -> np.uint64:
 
 @numba.njit(nogil=True, cache=True, inline="always")
 def _below(state: np.uint64, total: int) -> int:
-    """A random number 0..total-1 (Lemire 2019, doi:10.1145/3230636, without rejection: biased by total / 2^32)."""
+    """Return a random number below `total` (Lemire 2019, doi:10.1145/3230636).
+
+    There is no rejection, so it is biased by total / 2^32.
+    """
     return np.int64(((_mix(state) >> _32) * np.uint64(total)) >> _32)
 
 
@@ -126,19 +130,20 @@ def _below(state: np.uint64, total: int) -> int:
 def _choose(total: int, kept: int, targets: int, sample: bool, state: np.uint64, chosen: np.ndarray) -> np.uint64:
     """Choose `kept` of `total` genes, and `targets` of these, all choices being equally likely.
 
-    16 random bits per gene first keep it, and make it a target, with about the right probability; genes drawn one by
-    one then make the numbers exact. Whatever the probabilities were, sets of the same size stay equally likely.
+    First, 16 random bits per gene decide whether it is kept, and whether it is a target, with about the right
+    probability. Genes taken at random one by one then make the numbers exact. Whatever the probabilities were, sets
+    of the same size stay equally likely.
 
     Args:
-        total: genes of the cell.
-        kept: genes to keep.
+        total: number of genes of the cell.
+        kept: number of genes to keep.
         targets: number of kept genes that are to be predicted.
         sample: whether the kept genes are sampled; else they are the first.
         state: state of the random number generator.
-        chosen: `(total + 4,)`, written: twice the number of the gene, plus one for a target.
+        chosen: `(total + 4,)` array to write to: twice the number of the gene, plus one for a target.
 
     Returns:
-        The state after the draws.
+        The state after the choice.
     """
     considered = total if sample else kept
     keep_below = np.uint64(2**16 if considered == kept else kept * 2**16 // total)
@@ -188,12 +193,12 @@ def _distinct_counts(
     counts: np.ndarray, start: int, length: int, histogram: np.ndarray, tail: np.ndarray, values: np.ndarray,
     upto: np.ndarray,
 ) -> int:  # fmt: skip
-    """Distinct whole counts in rising order, with how many genes have at most that count; returns their number."""
+    """Write the distinct whole counts, rising, and how many genes have at most each; return their number."""
     histogram[:] = 0
     num_large = 0
     even = length & ~3
     first = np.uint64(start)
-    # Four histograms: most counts are 1, and adding to one place again and again waits for the last time.
+    # Four histograms, since most counts are 1, and each addition to a place waits for the last one to the same place.
     for i in range(np.uint64(0), np.uint64(even), np.uint64(4)):
         for lane in range(4):
             count = np.uint64(np.int64(counts[first + i + np.uint64(lane)]))
@@ -230,7 +235,7 @@ def _distinct_counts(
 
 @numba.njit(nogil=True, cache=True)
 def _sorted_values(counts: np.ndarray, start: int, length: int, values: np.ndarray, upto: np.ndarray) -> int:
-    """The same for values that are not whole: sorted, each its own row."""
+    """Do what `_distinct_counts` does for values that are not whole, each of which has a row of its own."""
     for i in range(length):
         values[i], upto[i] = counts[start + i], i + 1
     values[:length].sort()
@@ -241,7 +246,7 @@ def _sorted_values(counts: np.ndarray, start: int, length: int, values: np.ndarr
 def _quantile_edges(
     values: np.ndarray, upto: np.ndarray, length: int, quantiles: np.ndarray, edges: np.ndarray
 ) -> None:
-    """`torch.quantile` of a cell's values: rank q * (n - 1) in float32, neighbours joined by torch's `lerp`."""
+    """Write the `torch.quantile` of a cell's values: rank q * (n - 1) in float32, neighbours joined by `lerp`."""
     row = 0
     last = np.float32(length - 1)
     for i in range(len(quantiles)):
@@ -259,7 +264,7 @@ def _quantile_edges(
 
 @numba.njit(nogil=True, cache=True)
 def _bin(value: np.float32, edges: np.ndarray, right: bool) -> np.float32:
-    """Edges below the value plus one, or with `right` edges not above it."""
+    """Return the bin of a value: the number of edges below it plus one, or with `right` of edges not above it."""
     low, high = 0, len(edges)
     while low < high:
         middle = (low + high) // 2
@@ -272,7 +277,7 @@ def _bin(value: np.float32, edges: np.ndarray, right: bool) -> np.float32:
 
 @numba.njit(nogil=True, cache=True)
 def _are_whole(counts: np.ndarray, start: int, length: int) -> bool:
-    """Whether `length` counts from `start` on are integers that float32 holds exactly."""
+    """Return whether `length` counts from `start` on are integers that float32 holds exactly."""
     whole = True
     for i in range(length):
         value = np.float64(counts[start + i])
@@ -285,7 +290,11 @@ def _value_rule(
     counts: np.ndarray, start: int, length: int, whole_counts: bool, settings: Settings, histogram: np.ndarray,
     tail: np.ndarray, values: np.ndarray, upto: np.ndarray, edges: np.ndarray, table: np.ndarray,
 ) -> tuple[bool, float]:  # fmt: skip
-    """How the counts of a cell become values: bin edges and a table of the bins of small counts, or their sum."""
+    """Prepare how a cell's counts become values: write edges and a table of the bins of small counts, or sum up.
+
+    Returns:
+        Whether the counts are whole, and their sum where the logarithm needs it.
+    """
     whole, total = True, 0.0
     if length and settings.encoding == BINS:
         whole = whole_counts or _are_whole(counts, start, length)
@@ -331,7 +340,7 @@ def _write_values(
     tokens: np.ndarray, counts: np.ndarray, chosen: np.ndarray, whole: bool, total: float, settings: Settings,
     table: np.ndarray, edges: np.ndarray, input_ids: np.ndarray, values: np.ndarray,
 ) -> None:  # fmt: skip
-    """Tokens and values of the chosen genes; those behind the cell's own are unexpressed and have their token."""
+    """Write tokens and values of the chosen genes; genes behind the cell's own are unexpressed and have a token."""
     length = np.uint64(len(counts))
     for i in range(len(chosen)):
         gene = np.uint64(chosen[i] >> 1)
@@ -365,7 +374,7 @@ def _hide_targets(
 
 @numba.njit(nogil=True, cache=True)
 def _finish(settings: Settings, output: Output, start: int, place: int, end: int, stop: int) -> None:
-    """Special tokens before a cell's genes, which lie from `place` to `end`, and padding behind."""
+    """Write special tokens before a cell's genes, which lie from `place` to `end`, and padding behind them."""
     for i in range(len(settings.special_tokens)):
         output.input_ids[start + i] = settings.special_tokens[i]
     output.input_ids[end:stop] = settings.pad_token
@@ -398,16 +407,16 @@ def encode_cells(
 
     Args:
         genes: token ids, of any integer type; those of cell `i` start at `gene_starts[i]`.
-        gene_starts: `(cells,)`.
+        gene_starts: `(cells,)` place of each cell's first gene.
         counts: counts above zero, uint16 or float32; those of cell `i` start at `count_starts[i]`.
-        count_starts: `(cells,)`.
-        whole_counts: all counts are known to be integers.
-        lengths: `(cells,)` genes of each cell.
+        count_starts: `(cells,)` place of each cell's first count.
+        whole_counts: whether all counts are known to be integers.
+        lengths: `(cells,)` number of genes of each cell.
         streams: `(cells,)` uint64, where each cell's random numbers start.
         starts: `(cells,)` first place of each cell in the output.
-        stops: `(cells,)` place behind its last, padding included.
-        settings: for all cells.
-        output: written.
+        stops: `(cells,)` place behind each cell's last, padding included.
+        settings: settings for all cells.
+        output: arrays to write to.
     """
     longest = 1
     for cell in range(len(lengths)):
@@ -467,7 +476,7 @@ def encode_cells(
 
 @numba.njit(nogil=True, cache=True)
 def _lowest(scores: np.ndarray, total: int, room: int, histogram: np.ndarray, ties: np.ndarray) -> np.uint64:
-    """The `room`-th lowest of the scores, which are evenly spread over all 64-bit numbers."""
+    """Return the `room`-th lowest of the scores, which are evenly spread over all 64-bit numbers."""
     histogram[:] = 0
     for i in range(total):
         histogram[scores[i] >> _53] += 1  # of 2,048 equal ranges
@@ -498,14 +507,14 @@ def encode_rows(
     """Encode cells for inference, as `TahoeX1Tokenizer.encode_rows` does.
 
     Args:
-        offsets: `(cells + 1,)`.
+        offsets: `(cells + 1,)` places where the cells begin and end.
         tokens: genes of the cells, of any integer type, each once per cell.
-        counts: float32.
+        counts: float32 counts of the genes.
         streams: `(cells,)` uint64; a gene's score is `mix64(stream + token)`, and the lowest scores are kept.
-        settings: as for training; those of targets are not read.
+        settings: settings as for training; those of targets are not read.
         starts: `(cells,)` first place of each cell in the output.
-        input_ids: int64, written.
-        expression_values: float32, written.
+        input_ids: int64 array to write to.
+        expression_values: float32 array to write to.
 
     Returns:
         Whether all counts are whole and above zero. If not, nothing written is of use.

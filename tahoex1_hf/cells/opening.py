@@ -1,5 +1,5 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""The one place where cells are opened, whatever holds them, and their genes, counts and columns of obs found.
+"""The one place that opens cells, whatever holds them, and finds their genes, counts and columns of obs.
 
 `find_sources` says which files a path stands for, and `open_cells` opens one of them.
 """
@@ -35,8 +35,8 @@ class Source:
 
     Attributes:
         path: path or address.
-        kind: what it is.
-        split: the split of a prepared dataset.
+        kind: kind of file or dataset.
+        split: name of the split of a prepared dataset.
     """
 
     path: str
@@ -60,12 +60,13 @@ def open_cells(
             `find_sources` returns.
         tokenizer: the tokenizer whose vocabulary says which genes are known.
         options: where genes and counts are.
-        spool: folder for counts that must be sorted by cell, and for copies of remote Arrow files; may not exist yet.
-        check: whether to look at the index of sparse counts, for which all of it is read.
+        spool: folder for counts that must be sorted by cell, and for copies of remote Arrow files; need not
+            exist yet.
+        check: whether to check the index of sparse counts, for which all of it is read.
 
     Raises:
         FileNotFoundError: for a path that stands for nothing.
-        ValueError: for a source that cannot be used; the message names it, what is wrong, and the way out.
+        ValueError: for a source that cannot be used; the message says what is wrong and what to do.
     """
     options = GeneOptions() if options is None else options
     if hasattr(source, "obs_names"):
@@ -152,7 +153,7 @@ def find_sources(paths: Iterable[str]) -> list[Source]:
     """Find what paths stand for: files, folders and globs, prepared datasets, addresses, datasets on the Hub.
 
     Args:
-        paths: `.h5ad` files, `.zarr` stores, 10x `.h5` files and folders, folders and globs of such; folders of
+        paths: `.h5ad` files, `.zarr` stores, 10x `.h5` files and folders, folders and globs of these; folders of
             prepared datasets, also `hf://` and `s3://`; Parquet or Arrow files in the form of Tahoe-100M, and Hub
             datasets (`tahoebio/Tahoe-100M`).
 
@@ -206,7 +207,7 @@ def find_files(kind: Kind, paths: Sequence[str]) -> list[str]:
 
 
 def local_kind(path: Path) -> Literal["anndata", "10x"] | None:
-    """Return the kind of a file, or of a folder that counts as one: None for all else."""
+    """Return the kind of a file, or of a folder that counts as one, or None for anything else."""
     if (path.suffix == ".h5ad" and path.is_file()) or is_zarr_store(path):
         return "anndata"
     from tahoex1_hf.cells.readers.ten_x import is_ten_x
@@ -215,12 +216,12 @@ def local_kind(path: Path) -> Literal["anndata", "10x"] | None:
 
 
 def _is_repository(path: str) -> bool:
-    """Whether a path that does not exist looks like a dataset on the Hub."""
+    """Return whether a path that does not exist looks like a dataset on the Hub."""
     return bool(_REPOSITORY.fullmatch(path)) and Path(path).suffix not in (".h5ad", ".zarr", ".h5", *_TABLES)
 
 
 def _prepared_splits(path: str) -> list[str]:
-    """Splits with cells of a prepared dataset, training first; none where it is something else."""
+    """Return the splits with cells of a prepared dataset, training first; none where it is something else."""
     if "://" not in path:
         manifest = Path(path) / "manifest.json"
         if not manifest.is_file():
@@ -239,6 +240,6 @@ def _prepared_splits(path: str) -> list[str]:
 
 
 def _holds_tables(path: Path) -> bool:
-    """Whether a path is, or a folder holds, Parquet or Arrow files."""
+    """Return whether a path is a Parquet or Arrow file, or a folder that holds some."""
     inside = (file for suffix in _TABLES for file in path.rglob(f"*{suffix}")) if path.is_dir() else iter(())
     return path.suffix in _TABLES or next(inside, None) is not None

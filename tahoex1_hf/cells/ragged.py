@@ -1,5 +1,5 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""Ragged rows, and loops over them for which numpy would need arrays of the size of the data."""
+"""Ragged rows, and compiled loops over them where numpy would need arrays of the size of the data."""
 
 from dataclasses import dataclass
 
@@ -16,7 +16,7 @@ class CountRows:
         gene_starts: `(cells,)` int64, where each cell's genes start.
         counts: counts above zero, uint16 or float32.
         count_starts: `(cells,)` int64, where each cell's counts start.
-        lengths: `(cells,)` int64, genes of each cell.
+        lengths: `(cells,)` int64, number of genes of each cell.
     """
 
     genes: np.ndarray
@@ -38,16 +38,16 @@ def compact_csr(
 ) -> tuple[bool, float]:
     """Keep the known, stored, non-zero entries of a CSR matrix.
 
-    Three simple loops are faster than one that does all: the processor takes eight numbers at a time.
+    Three simple loops are faster than one that does everything, since the processor takes eight numbers at a time.
 
     Args:
-        indptr: `(cells + 1,)`.
-        columns: `(stored,)`.
-        values: `(stored,)` of any real type.
+        indptr: `(cells + 1,)` places where the rows begin and end.
+        columns: `(stored,)` column of each entry.
+        values: `(stored,)` values, of any real type.
         token_ids: int32 token of every column, -1 for none.
-        tokens: at least `(stored,)`, written.
-        counts: at least `(stored,)`, float32, written.
-        offsets: `(cells + 1,)`, written.
+        tokens: array to write to, at least `(stored,)`.
+        counts: float32 array to write to, at least `(stored,)`.
+        offsets: array to write to, `(cells + 1,)`.
 
     Returns:
         Whether the columns of every row exist and rise, and all values kept are finite and not negative (if not,
@@ -94,7 +94,7 @@ def compact_csr(
 
 @numba.njit(nogil=True, cache=True)
 def gather_rows(values: np.ndarray, starts: np.ndarray, lengths: np.ndarray, target: np.ndarray) -> None:
-    """Copy rows behind each other: row `i` is `values[starts[i] : starts[i] + lengths[i]]`."""
+    """Copy rows one after the other into `target`: row `i` is `values[starts[i] : starts[i] + lengths[i]]`."""
     place = 0
     for i in range(len(starts)):
         target[place : place + lengths[i]] = values[starts[i] : starts[i] + lengths[i]]
@@ -103,7 +103,7 @@ def gather_rows(values: np.ndarray, starts: np.ndarray, lengths: np.ndarray, tar
 
 @numba.njit(nogil=True, cache=True)
 def row_sums(values: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    """Sum of every row, float64."""
+    """Return the float64 sum of every row."""
     sums = np.zeros(len(offsets) - 1, np.float64)
     for row in range(len(sums)):
         total = 0.0

@@ -1,5 +1,5 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""Metadata of cells: joined tables, filters, and the Arrow columns that are made of them."""
+"""Metadata of cells: joined tables, filters, and the Arrow columns that are made from them."""
 
 from collections.abc import Iterable
 from functools import lru_cache
@@ -16,7 +16,7 @@ MAX_CATEGORIES = 65536
 
 
 def source_columns(config: CommonSourceConfig) -> list[str]:
-    """The columns that a source itself must give: for the output, the filter and the joins."""
+    """Return the columns that a source itself must give: for the output, the filter and the joins."""
     joined = {column for join in config.join for column in join.columns}
     needed = [*config.metadata.values(), *(filter_columns(config.filter) if config.filter else ())]
     needed += [join.key for join in config.join]
@@ -24,7 +24,7 @@ def source_columns(config: CommonSourceConfig) -> list[str]:
 
 
 def add_joined(metadata: pd.DataFrame, config: CommonSourceConfig) -> tuple[pd.DataFrame, int]:
-    """Add the columns of the joined tables; also returns for how many cells some table has no row."""
+    """Add the columns of the joined tables, and return for how many cells some table has no row."""
     missed = np.zeros(len(metadata), dtype=bool)
     for join in config.join:
         table = _join_table(join.file, join.key, tuple(join.columns))
@@ -55,7 +55,7 @@ def check_joins(joins: Iterable[JoinConfig]) -> None:
 
 
 def filter_mask(metadata: pd.DataFrame, expression: str) -> np.ndarray:
-    """Which cells a filter keeps; a comparison with a missing value is false."""
+    """Return which cells a filter keeps; a comparison with a missing value is false."""
     try:
         kept = metadata.eval(expression, engine="python")
     except (TypeError, ValueError, KeyError) as error:
@@ -66,7 +66,7 @@ def filter_mask(metadata: pd.DataFrame, expression: str) -> np.ndarray:
 
 
 def output_columns(metadata: pd.DataFrame, config: CommonSourceConfig) -> pd.DataFrame:
-    """The columns of the dataset, under their names there."""
+    """Return the columns of the dataset, under their names there."""
     columns = {name: metadata[source].array for name, source in config.metadata.items()}
     constants = {
         name: pd.Categorical([value] * len(metadata), categories=[value]) for name, value in config.constants.items()
@@ -75,7 +75,7 @@ def output_columns(metadata: pd.DataFrame, config: CommonSourceConfig) -> pd.Dat
 
 
 def to_arrow(values: pd.Series) -> pa.Array:
-    """Numbers as int64 or float64, booleans, and all else as a dictionary of strings."""
+    """Convert numbers to int64 or float64, booleans to bool, and all else to a dictionary of strings."""
     dtype = values.dtype
     if isinstance(dtype, pd.CategoricalDtype) or not pd.api.types.is_numeric_dtype(dtype):
         texts = values.astype(object).where(values.notna(), None)
@@ -86,7 +86,7 @@ def to_arrow(values: pd.Series) -> pa.Array:
 
 
 def common_type(types: Iterable[pa.DataType]) -> pa.DataType:
-    """The type of a column that has these types in different pieces: the same, float64 for numbers, else strings."""
+    """Return the common type of a column's pieces: their one type, float64 for numbers, else strings."""
     kinds = {kind for kind in types if not pa.types.is_null(kind)}
     if len(kinds) <= 1:
         return next(iter(kinds), pa.dictionary(pa.int32(), pa.string()))
@@ -94,12 +94,12 @@ def common_type(types: Iterable[pa.DataType]) -> pa.DataType:
 
 
 def unified(arrays: list[pa.Array], kind: pa.DataType, categories: list[str] | None) -> pa.Array:
-    """Put the pieces of a column behind each other.
+    """Join the pieces of a column.
 
     Args:
-        arrays: its pieces, of any of the types that `common_type` takes.
-        kind: the common type.
-        categories: all values of a dictionary, in order; None where it is written as plain strings.
+        arrays: pieces, of any of the types that `common_type` takes.
+        kind: common type of the pieces.
+        categories: all values of a dictionary, in order; None where the column is written as plain strings.
     """
     if not pa.types.is_dictionary(kind):
         return pa.concat_arrays([array.cast(kind) for array in arrays])

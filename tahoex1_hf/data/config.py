@@ -143,11 +143,11 @@ class ValidationSplit(Strict):
     """Which cells are kept for validation."""
 
     fraction: float | None = Field(None, ge=0, lt=1)
-    """Share of the cells, or of the values of `by`, drawn with the seed; 0.01 where neither this nor `values` is."""
+    """Share of the cells, or of the values of `by`, chosen by the seed; 0.01 if neither this nor `values` is."""
     by: str | None = None
-    """Metadata column whose values are held out whole (a cell line, a drug); by default single cells are drawn."""
+    """Metadata column whose values are held out whole (a cell line, a drug); by default single cells are held out."""
     values: list[str] | None = None
-    """These values of `by`, instead of a drawn share."""
+    """These values of `by`, instead of a share chosen by the seed."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -213,10 +213,10 @@ _FILTER_NODES = (
 
 
 def filter_columns(expression: str) -> list[str]:
-    """The columns that a filter reads.
+    """Return the columns that a filter reads.
 
     Raises:
-        ValueError: where it is no comparison of columns with values (calls, attributes and arithmetic are not taken).
+        ValueError: where it is not a comparison of columns with values (calls, attributes and arithmetic are refused).
     """
     try:
         tree = ast.parse(expression, mode="eval")
@@ -232,7 +232,7 @@ def filter_columns(expression: str) -> list[str]:
 
 
 def validated(kind: type[Config], values: dict[str, Any], origin: str) -> Config:
-    """Make a configuration of plain values.
+    """Make a configuration from plain values.
 
     Raises:
         ValueError: naming `origin` and every key that is unknown, missing or of the wrong type.
@@ -256,7 +256,7 @@ def with_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str
         overrides: `key=value`, with dots for keys within keys (`model.hidden_size=64`); values are YAML.
 
     Raises:
-        ValueError: for an override that is no `key=value`.
+        ValueError: for an override that is not `key=value`.
     """
     for override in overrides:
         key, equals, text = override.partition("=")
@@ -278,7 +278,7 @@ def with_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str
 
 
 def _number(text: str) -> str | float:
-    """YAML takes 1e-4 (without a point) for text."""
+    """Return the number that a text stands for, or the text: YAML takes 1e-4, without a point, for text."""
     try:
         return float(text)
     except ValueError:
@@ -286,7 +286,7 @@ def _number(text: str) -> str | float:
 
 
 def parse_config(values: dict[str, Any], origin: str) -> PrepareConfig:
-    """Make a configuration of `tahoex1 prepare`; errors are those of `validated`."""
+    """Make a configuration for `tahoex1 prepare`; errors are those of `validated`."""
     return validated(PrepareConfig, values, origin)
 
 

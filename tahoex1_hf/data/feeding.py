@@ -1,5 +1,5 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""Finished training batches from prepared datasets, for any number of processes, with exact resume.
+"""Finished training batches from prepared datasets, for any number of processes, with exact resuming.
 
 The cells of an epoch have one order (`order.py`). It is cut into batches; process `r` of `n` takes batches r, r + n,
 r + 2n and so on, so that the n batches of a step, put together, are the same however many processes share them.
@@ -42,19 +42,19 @@ class CellBatches(IterableDataset):
 
     Args:
         locations: folder or URL of a prepared dataset, or several.
-        collator: makes the batches.
+        collator: collator that makes the batches.
         batch_size: number of cells in a batch of one process.
         split: `"train"` or `"validation"`.
         seed: seed of the order, the samples and the targets.
-        shuffle: False keeps the order on disk.
+        shuffle: whether to shuffle the cells; otherwise they keep their order on disk.
         weights: share of each dataset in every batch, in any unit; by default the cells of all datasets are one pool,
             and each cell is seen once per epoch.
         epoch_cells: with `weights`, number of cells in an epoch; by default the number of cells of all datasets.
         window: number of cells that are shuffled together after the shards are.
         rank: number of this process.
         world_size: number of processes.
-        drop_last: leave out the last cells of an epoch that do not make a full batch for every process; otherwise
-            they are divided among the processes, some of which may then have one batch less.
+        drop_last: whether to leave out the last cells of an epoch, which do not make a full batch for every process;
+            otherwise they are divided among the processes, some of which may then have one batch less.
         num_threads: number of threads that make batches ahead; 0 makes a batch when it is asked for.
         prefetch: number of batches made ahead.
         cache_folder: folder for copies of remote shards, by default `TAHOEX1_DATA_CACHE` or
@@ -180,7 +180,7 @@ class CellBatches(IterableDataset):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state_dict` was taken, with any number of processes that share a step's cells evenly.
+        """Resume where `state_dict` was taken, with any number of processes that share a step's cells evenly.
 
         Raises:
             ValueError: for a state of other data or settings, and for a state within a step.

@@ -21,11 +21,11 @@ TABLE_FILE, FINGERPRINT_FILE = "drug_to_id_pad.json", "drug_fps_pad.npy"  # the 
 
 @dataclass(frozen=True)
 class DrugTable:
-    """What was written.
+    """The drug table that was written.
 
     Attributes:
         drug_to_id: drug -> row of the fingerprints; `<pad>`, for no drug, is row 0.
-        without_smiles: drugs that were left out.
+        without_smiles: drugs that were left out for want of a SMILES.
     """
 
     drug_to_id: dict[str, int]
@@ -47,12 +47,12 @@ def drug_fingerprints(
     Args:
         table: `.csv`, `.tsv` (also `.gz`) or `.parquet` with drugs and SMILES. The drugs keep its order; those without
             a SMILES are left out.
-        output: folder; made where it does not exist.
-        drug_column: column with the names.
+        output: folder to write to; made where it does not exist.
+        drug_column: column with the names of the drugs.
         smiles_column: column with the SMILES.
         radius: radius of the Morgan fingerprints, in bonds.
         num_bits: length of the fingerprints.
-        overwrite: replace files that hold something else.
+        overwrite: whether to replace files that hold something else.
 
     Raises:
         FileExistsError: where a file holds something else and `overwrite` is not set; nothing is written then.
@@ -75,7 +75,7 @@ def drug_fingerprints(
 
 
 def _read_smiles(path: Path, drug_column: str, smiles_column: str) -> tuple[dict[str, str], list[str]]:
-    """Drug -> SMILES in the order of the table, and the drugs without one."""
+    """Return drug -> SMILES in the order of the table, and the drugs without a SMILES."""
     table = read_table(path)
     for column in (drug_column, smiles_column):
         if column not in table.columns:
@@ -102,7 +102,7 @@ def _read_smiles(path: Path, drug_column: str, smiles_column: str) -> tuple[dict
 
 
 def _morgan(smiles: dict[str, str], radius: int, num_bits: int) -> np.ndarray:
-    """`(drugs + 1, num_bits)`. float32, as the original's own file: it makes an embedding of the array as it is."""
+    """Return fingerprints, `(drugs + 1, num_bits)`, in float32 since the original makes an embedding of them as is."""
     try:
         from rdkit.Chem import MolFromSmiles
         from rdkit.Chem.rdFingerprintGenerator import GetMorganGenerator

@@ -33,11 +33,11 @@ class FileOutcome:
 
     @property
     def cells_kept(self) -> int:
-        """Cells that are in the dataset."""
+        """Number of cells that are in the dataset."""
         return sum(self.statistics.cells.values())
 
     def add(self, path: str, piece: PieceStatistics) -> None:
-        """Add a piece."""
+        """Add a piece and its statistics."""
         self.pieces.append(path)
         total = self.statistics
         for split in SPLITS:

@@ -1,8 +1,8 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
 """The order in which cells are seen: a function of seed, epoch and position, computed where it is needed.
 
-Nothing is drawn from a generator that has a state, so any place of any epoch is reached at once: that is what makes
-resuming exact, and what lets every process take its own cells without asking the others.
+There is no random generator with a state, so any place of any epoch is reached at once. That makes resuming exact, and
+lets every process take its own cells without asking the others.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from tahoex1_hf.encoding_tahoe_x1 import mix64
 
 # Every block of this many positions of a weighted mixture has each dataset in its exact proportion.
 MIX_BLOCK = 8192
-# Each purpose draws from a stream of its own.
+# Each purpose has a stream of random numbers of its own.
 _SHARDS, _WINDOW, _MIX, _CELL = (np.uint64(stage) for stage in range(1, 5))
 
 
@@ -63,7 +63,7 @@ class CellOrder:
         shard_sizes: number of cells of each shard.
         seed: seed of the order.
         window: number of cells that are shuffled together; the cells of a batch lie at most this far apart.
-        shuffle: False reads the shards in their order.
+        shuffle: whether to shuffle; otherwise the shards are read in their order.
     """
 
     def __init__(self, shard_sizes: Sequence[int], seed: int, window: int, shuffle: bool = True) -> None:

@@ -36,15 +36,15 @@ class PieceStatistics:
     """What is known of a piece, for the manifest and the second pass.
 
     Attributes:
-        cells_in: cells read.
-        dropped: cells left out, per rule.
-        cells: cells kept, per split.
-        genes: their expressed genes, per split.
-        counts: sum of all their counts.
+        cells_in: number of cells read.
+        dropped: number of cells left out, per rule.
+        cells: number of cells kept, per split.
+        genes: number of expressed genes of the cells kept, per split.
+        counts: sum of all counts of the cells kept.
         unknown_counts: sum of the counts, of all cells read, of genes that are not in the vocabulary.
         max_count: the largest count kept.
         whole_numbers: whether all counts kept are integers.
-        join_misses: cells for which a joined table had no row.
+        join_misses: number of cells for which a joined table had no row.
     """
 
     cells_in: int = 0
@@ -68,13 +68,13 @@ class PieceRange(NamedTuple):
 
 
 def cell_keys(seed: int, file_number: int, numbers: np.ndarray) -> np.ndarray:
-    """uint64 random keys of cells of one file, by their numbers."""
+    """Return uint64 random keys for cells of one file, given by their numbers."""
     stream = mix64(mix64(np.array([seed], dtype=np.uint64)) + np.uint64(file_number))
     return mix64(stream + numbers.astype(np.uint64))
 
 
 def held_out(keys: np.ndarray, metadata: pd.DataFrame, split: ValidationSplit, seed: int) -> np.ndarray:
-    """Which cells are for validation: bool, one per cell."""
+    """Return which cells are for validation, as one bool per cell."""
     if split.by is None:
         # Another hash, so that the validation cells are spread evenly over the keys.
         return mix64(keys ^ np.uint64(0x7661_6C69_6461_7465)) < np.uint64(int(split.share * 2**64))
@@ -102,13 +102,13 @@ def write_piece(
     """Read, filter and sort the cells of a piece, and write it; the file appears whole or not at all.
 
     Args:
-        target: the piece's Arrow file: a batch per split, with `key`, `genes`, `counts` and the metadata.
-        piece: which cells.
-        source: reads them.
-        config: the source's configuration.
-        split: the validation split.
-        seed: the dataset's seed.
-        duplicates: sorted numbers of the cells of the file that repeat the name of another.
+        target: Arrow file of the piece: a batch per split, with `key`, `genes`, `counts` and the metadata.
+        piece: range of cells to read.
+        source: source that reads the cells.
+        config: configuration of the source.
+        split: settings of the validation split.
+        seed: seed of the dataset.
+        duplicates: sorted numbers of the cells of the file that repeat another's name.
 
     Raises:
         BadInput: where the cells cannot be used.
@@ -151,7 +151,7 @@ def _kept(
     statistics: PieceStatistics,
     source: CellSource,
 ) -> tuple[GeneRows, pd.DataFrame, np.ndarray]:
-    """The cells of a chunk that no rule drops."""
+    """Return the cells of a chunk that no rule drops: their rows, metadata and numbers."""
     rows, metadata = chunk.rows, chunk.obs
     metadata, misses = add_joined(metadata, config)
     lengths = np.diff(rows.offsets)
@@ -218,14 +218,14 @@ def _batch(
 
 
 def read_statistics(path: Path) -> tuple[PieceStatistics, pa.Schema]:
-    """Statistics and schema of a piece, without its cells."""
+    """Read the statistics and the schema of a piece, without its cells."""
     with pa.memory_map(str(path)) as file, pa.ipc.open_file(file) as reader:
         schema = reader.schema
         return PieceStatistics(**json.loads(schema.metadata[_STATISTICS])), schema.remove_metadata()
 
 
 def read_split(path: Path, split: str) -> pa.RecordBatch:
-    """The cells of one split of a piece, memory-mapped."""
+    """Return the cells of one split of a piece, memory-mapped."""
     return pa.ipc.open_file(pa.memory_map(str(path))).get_batch(SPLITS.index(split))
 
 

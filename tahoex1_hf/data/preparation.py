@@ -1,8 +1,8 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
 """Preparing a training dataset: files are inspected, read in pieces (`pieces.py`), and gathered (`shards.py`).
 
-Everything on the way lies in `OUTPUT/.prepare` and appears there whole or not at all, so that a run that was stopped,
-however it was, goes on where it was; the folder is removed at the end. What is written depends on the configuration,
+Intermediate files lie in `OUTPUT/.prepare` and appear there whole or not at all, so that a run that was stopped in any
+way resumes where it was; the folder is removed at the end. What is written depends on the configuration,
 the vocabulary and the files, and not on the number of processes.
 """
 
@@ -63,7 +63,7 @@ def _parsed(config_json: str) -> PrepareConfig:
 
 
 class InputFile(NamedTuple):
-    """A file of a source; its number counts over all sources."""
+    """A file of a source; files are numbered across all sources."""
 
     number: int
     source: int
@@ -98,7 +98,7 @@ class _ShardTask(NamedTuple):
 
 @lru_cache(maxsize=1)
 def _open_sources(job: Job) -> list[CellSource]:
-    """The sources, once per process."""
+    """Open the sources, once per process."""
     config = job.config
     tokenizer = TahoeX1Tokenizer(config.vocab)
     return [_open_source(source, tokenizer, Path(job.work) / "by_cell") for source in config.sources]
@@ -120,12 +120,12 @@ def _open_source(config: Any, tokenizer: TahoeX1Tokenizer, spool: Path) -> CellS
 
 
 def prepare(config: PrepareConfig, num_proc: int = 1, overwrite: bool = False) -> dict[str, Any]:
-    """Write a training dataset, or go on with one that an earlier run left unfinished.
+    """Write a training dataset, or resume one that an earlier run left unfinished.
 
     Args:
-        config: what it holds.
-        num_proc: processes; they change nothing but the time.
-        overwrite: begin anew where `config.output` holds another dataset, or the remains of another run.
+        config: configuration of the dataset.
+        num_proc: number of processes, which changes nothing but the time.
+        overwrite: whether to begin anew where `config.output` holds another dataset, or the remains of another run.
 
     Returns:
         The manifest, which is also `OUTPUT/manifest.json`.
@@ -180,7 +180,7 @@ def _prepare_locked(config: PrepareConfig, output: Path, num_proc: int, overwrit
 
 
 def _identity(config: PrepareConfig) -> dict[str, Any]:
-    """What decides the content, apart from the files themselves."""
+    """Return what decides the content, apart from the files themselves."""
     return {
         "configuration": config.model_dump(mode="json", exclude={"output"}),
         "vocab_sha256": file_sha256(Path(config.vocab)),
@@ -188,7 +188,7 @@ def _identity(config: PrepareConfig) -> dict[str, Any]:
 
 
 def _check_output(output: Path, work: Path, identity: dict[str, Any], overwrite: bool) -> dict[str, Any] | None:
-    """The manifest if the folder holds this very dataset, None if there is something left to do."""
+    """Return the manifest if the folder holds this very dataset, or None if there is something left to do."""
     manifest_path, identity_path = output / MANIFEST, work / "identity.json"
     found: dict[str, Any] = {}
     if manifest_path.is_file():
@@ -279,7 +279,7 @@ def _stop_or_skip(config: PrepareConfig, bad: list[tuple[str, str]]) -> None:
 
 
 def spool_file(task: _InspectTask) -> str:
-    """Sort a file by cell; returns why it cannot be, or nothing."""
+    """Sort a file by cell; return why it cannot be sorted, or an empty text."""
     try:
         _open_sources(task.job)[task.file.source].spool(task.file.path, task.job.config.piece_cells)
     except BadInput as error:
@@ -288,7 +288,7 @@ def spool_file(task: _InspectTask) -> str:
 
 
 def make_piece(task: _PieceTask) -> str:
-    """Write a piece; returns why it cannot be read, or nothing."""
+    """Write a piece; return why it cannot be read, or an empty text."""
     source = _open_sources(task.job)[task.file.source]
     target = _piece_path(task.job, task.piece)
     config = task.job.config
@@ -373,7 +373,7 @@ def _common_schema(config: PrepareConfig, pieces: list[str]) -> DatasetSchema:
 
 
 def _with_values(known: set[str], path: Path, name: str) -> set[str] | None:
-    """Add a piece's values of a column; None once there are too many for a dictionary."""
+    """Add a piece's values of a column to the known ones; return None once they are too many for a dictionary."""
     for split in SPLITS:
         column = read_split(path, split).column(name)
         texts = column.dictionary if pa.types.is_dictionary(column.type) else column.cast(pa.string()).unique()
@@ -383,12 +383,12 @@ def _with_values(known: set[str], path: Path, name: str) -> set[str] | None:
 
 @lru_cache(maxsize=1)
 def _pieces_of(job: Job) -> list[Path]:
-    """All pieces, once per process: there may be tens of thousands."""
+    """Read the paths of all pieces, once per process, since there may be tens of thousands."""
     return [Path(path) for path in json.loads((Path(job.work) / "pieces.json").read_text())]
 
 
 def make_shard(task: _ShardTask) -> ShardRecord:
-    """Write a shard, or find that it is there."""
+    """Write a shard, unless it is there already, and return its record."""
     config = task.job.config
     output = Path(config.output)
     name = f"{task.split}-{task.number:05d}-of-{task.num_shards:05d}.{config.format}"
@@ -425,7 +425,7 @@ def _gather(
     for task, record in run_tasks(make_shard, tasks, num_proc, "writing shards"):
         records[task.split][task.number] = record
     kept = {Path(record.file).name for shards in records.values() for record in shards.values()}
-    for path in (output / "data").iterdir():  # of a run that was stopped before
+    for path in (output / "data").iterdir():  # left by a run that was stopped
         if path.name not in kept:
             path.unlink()
     return {split: [shards[n] for n in sorted(shards)] for split, shards in records.items()}

@@ -15,7 +15,8 @@ from tahoex1_hf.common.files import WholeFile
 from tahoex1_hf.data.columns import unified
 from tahoex1_hf.data.pieces import read_split
 
-# Rows of a record batch (Arrow) or row group (Parquet): about 50 MB, what a reader without memory map holds.
+# Number of rows of a record batch (Arrow) or row group (Parquet): about 50 MB, which a reader without a memory map
+# holds.
 _BATCH_CELLS = 8192
 
 
@@ -36,7 +37,7 @@ class DatasetSchema:
     categories: dict[str, list[str]]
 
     def arrow(self) -> pa.Schema:
-        """The schema of the shards."""
+        """Return the schema of the shards."""
         fields = [
             pa.field("genes", pa.list_(_TYPES[self.genes])),
             pa.field("counts", pa.list_(_TYPES[self.counts])),
@@ -67,11 +68,11 @@ def write_shard(
     """Gather a shard from the pieces and write it; the file appears whole or not at all.
 
     Args:
-        target: the shard's file.
-        pieces: all pieces, in order.
+        target: file of the shard.
+        pieces: paths of all pieces, in order.
         split: `"train"` or `"validation"`.
-        number: which shard of the split, from 0.
-        num_shards: shards of the split.
+        number: number of the shard in its split, from 0.
+        num_shards: number of shards of the split.
         schema: types of the columns.
         format: `"arrow"` or `"parquet"`.
     """
@@ -111,12 +112,12 @@ def _write_table(table: pa.Table, path: Path, schema: DatasetSchema, format: str
 
 
 def _gathered(parts: list[pa.ListArray], order: np.ndarray, dtype: np.dtype) -> pa.ListArray:
-    """Rows of list arrays, put behind each other and then in order."""
+    """Return the rows of list arrays, joined and put in order."""
     lengths = np.concatenate([np.diff(np.asarray(part.offsets)) for part in parts]).astype(np.int64)
     values = np.empty(lengths.sum(), dtype=dtype)
     place = 0
     for part in parts:
-        flat = part.flatten().to_numpy(zero_copy_only=False)  # of the rows of the slice alone
+        flat = part.flatten().to_numpy(zero_copy_only=False)  # has the rows of the slice alone
         values[place : place + len(flat)] = flat
         place += len(flat)
     target = np.empty_like(values)
@@ -140,7 +141,7 @@ def _joined_keys(batches: list[pa.RecordBatch]) -> np.ndarray:
 
 
 def file_sha256(path: Path) -> str:
-    """Digest of a file, read in blocks."""
+    """Return the SHA-256 of a file, read in blocks."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -152,7 +153,7 @@ def save_record(path: Path, record: ShardRecord) -> None:
 
 
 def load_record(path: Path, folder: Path) -> ShardRecord | None:
-    """What `save_record` noted, if the shard is still there in that size."""
+    """Return what `save_record` noted, if the shard is still there with that size."""
     if not path.is_file():
         return None
     record = ShardRecord(**json.loads(path.read_text()))

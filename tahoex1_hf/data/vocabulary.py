@@ -44,13 +44,14 @@ def build_vocabulary(
     Args:
         reference: `.h5ad`, or a table of genes: `.csv`, `.tsv` (also `.gz`) or `.parquet`. The genes keep its order;
             where a table has a column `token_id`, they stand in the order of these numbers.
-        output: the `vocab.json` to write.
+        output: path of the `vocab.json` to write.
         special_tokens: the first tokens, ids from 0.
         gene_id_column: column with Ensembl ids; by default the `var_names` of an `.h5ad`, and `ensembl_id` of a table.
             A version (`.12`) is left out.
-        pad_to_multiple_of: `<junk0>`, `<junk1>`, ... are added up to a multiple of this, which matrix products like.
-        drug_token: add `<drug>` behind the special tokens, for models that take a drug.
-        overwrite: replace a file that holds something else.
+        pad_to_multiple_of: number up to a multiple of which `<junk0>`, `<junk1>`, ... are added, since matrix products
+            of round sizes are faster.
+        drug_token: whether to add `<drug>` behind the special tokens, for models that take a drug.
+        overwrite: whether to replace a file that holds something else.
 
     Returns:
         Token -> id, as written.
@@ -58,7 +59,7 @@ def build_vocabulary(
     Raises:
         FileExistsError: where `output` holds something else and `overwrite` is not set.
         FileNotFoundError: where there is no `reference`.
-        ValueError: for genes that stand twice or are no Ensembl ids, naming them, and for settings that cannot work.
+        ValueError: for genes that stand twice or are not Ensembl ids, naming them, and for settings that cannot work.
     """
     tokens = _checked_special_tokens([*special_tokens, *([DRUG_TOKEN] if drug_token else [])])
     if pad_to_multiple_of < 1:
@@ -83,7 +84,7 @@ def _checked_special_tokens(tokens: list[str]) -> list[str]:
 
 
 def _gene_ids(reference: Path, column: str | None) -> list[str]:
-    """The genes in their order, without versions, checked."""
+    """Return the genes in their order, without versions, after checking them."""
     is_h5ad = reference.name.endswith(".h5ad")
     table = _read_var(reference) if is_h5ad else read_table(reference)
     if is_h5ad and column is None:
@@ -123,7 +124,7 @@ def _order_of_tokens(numbers: "pd.Series", reference: Path) -> np.ndarray:
 
 
 def _id_columns_hint(table: "pd.DataFrame", is_h5ad: bool) -> str:
-    """Which columns hold Ensembl ids (judged by the first thousand rows), as advice."""
+    """Return which columns hold Ensembl ids (judged by the first thousand rows), as advice."""
     columns = {str(name): table[name] for name in table.columns} | ({"var_names": table.index} if is_h5ad else {})
     good = []
     for name, values in columns.items():
@@ -156,7 +157,7 @@ def read_table(path: Path) -> "pd.DataFrame":
 
     Raises:
         FileNotFoundError: where there is no such file.
-        ValueError: where it is no such table.
+        ValueError: where it is not such a table.
     """
     import pandas as pd
     import pyarrow as pa

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
     from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
 
-# Cells of an AnnData that are taken at once: they are in memory, or their matrix is a dense one on disk.
+# Number of cells of an AnnData that are taken at once: they are in memory, or their matrix is a dense one on disk.
 _SLICE_CELLS = 256
-# Columns of obs on disk are read for so many cells at once.
+# Columns of obs on disk are read for this many cells at once.
 _OBS_CELLS = 16384
 
 
@@ -60,7 +60,7 @@ class AnnDataInput(CellInput):
     """An AnnData, in memory or backed.
 
     Args:
-        adata: cells; left as they are.
+        adata: cells, which are left as they are.
         tokenizer: the tokenizer that knows the genes.
         options: where genes and counts are.
     """
@@ -86,7 +86,7 @@ class AnnDataInput(CellInput):
         return list(self.adata.obs.columns)
 
     def column(self, name: str) -> "pd.Series":
-        """A column of `adata.obs`, or the names of the cells."""
+        """Return a column of `adata.obs`, or the names of the cells."""
         return self._obs([name], 0, self.num_cells)[name]
 
     def _obs(self, columns: Sequence[str], start: int, stop: int) -> "pd.DataFrame":
@@ -251,7 +251,7 @@ class StoredInput(CellInput):
                 low = block.stop
 
     def rows_at(self, numbers: np.ndarray) -> GeneRows:
-        """Read some rows. Of a matrix that is stored by gene, all of it is read, once."""
+        """Read some rows; a matrix that is stored by gene is read whole, once."""
         from tahoex1_hf.cells.readers.stores import open_store
 
         if self.by_gene:
@@ -288,7 +288,7 @@ class _ObsReader:
         self._read: Any = None
 
     def read(self, start: int, stop: int) -> "pd.DataFrame":
-        """The columns of cells `start` to `stop`."""
+        """Return the columns of cells `start` to `stop`."""
         import pandas as pd
 
         from tahoex1_hf.cells.readers.stores import read_column
@@ -312,7 +312,7 @@ def _on_disk(element: Any) -> Any:
 
 
 class _Stored:
-    """What finding genes and counts asks an AnnData for, of one on disk: nothing is read before it is asked for."""
+    """An AnnData on disk, with what finding genes and counts needs of it; nothing is read before it is asked for."""
 
     def __init__(self, store: Any):
         self._store = store

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 INDEX = "_index"
 """Name under which the names of the cells (`obs_names`, barcodes) are asked for as a column."""
 
-# Stored elements of a sparse matrix, or places of a dense one, that are read at once by default: about 100 MB with the
-# arrays that are made of them on the way.
+# Number of stored elements of a sparse matrix, or of places of a dense one, that are read at once by default: about
+# 100 MB with the arrays that are made from them on the way.
 CHUNK_ELEMENTS = 4_000_000
 
 
@@ -48,7 +48,7 @@ class Block(NamedTuple):
         return self.start + len(self.rows.offsets) - 1
 
     def part(self, start: int, stop: int) -> "Block":
-        """Cells `start` to `stop` of the input, which the block holds. The sum of unknown counts is left out."""
+        """Return cells `start` to `stop` of the input, which the block holds, without the sum of unknown counts."""
         if (start, stop) == (self.start, self.stop):
             return self
         a, b = start - self.start, stop - self.start
@@ -65,7 +65,7 @@ class CellInput(ABC):
         tokenizer: the tokenizer whose vocabulary says which genes are known.
         num_cells: number of cells.
         genes: the token of each gene of the input; None for a prepared dataset, whose genes are tokens.
-        fingerprint: changes when the content does; empty for an AnnData.
+        fingerprint: text that changes when the content does; empty for an AnnData.
         by_gene: whether the counts are stored by gene, so that `sort_by_cell` is needed before `blocks`.
     """
 
@@ -99,7 +99,7 @@ class CellInput(ABC):
             start: number of the first cell.
             stop: number behind the last cell.
             columns: columns of obs that the blocks are to have; `INDEX` for the names of the cells.
-            elements: about how many stored counts a block has at most; `CHUNK_ELEMENTS` by default.
+            elements: approximate upper limit of the stored counts of a block; `CHUNK_ELEMENTS` by default.
 
         Raises:
             BadInput: where the counts cannot be read, or a column is not there.
@@ -111,7 +111,7 @@ class CellInput(ABC):
         raise BadInput("it has no table of genes: write it to an .h5ad file.")
 
     def rows_at(self, numbers: np.ndarray) -> GeneRows:
-        """Return some cells by their numbers, which rise; their values are not checked."""
+        """Return some cells by their numbers, which must rise; their values are not checked."""
         raise BadInput("its cells can only be read in order: write them to an .h5ad file.")
 
     def num_stored(self) -> np.ndarray | None:
@@ -119,7 +119,7 @@ class CellInput(ABC):
         return None
 
     def check(self) -> None:  # noqa: B027 - most inputs have nothing more to look at
-        """Look at the index of the counts, for which all of it must be read.
+        """Check the index of the counts, for which all of it must be read.
 
         Raises:
             BadInput: where it does not fit the counts.
@@ -159,13 +159,13 @@ class CellInput(ABC):
             raise BadInput(f"it ended after {at} of {self.num_cells} cells: it changed while it was read.")
 
 
-# Entries of a matrix on disk, or places of a dense one, that are read at once where chunks are cut: a few hundred
+# Number of stored elements, or of places of a dense matrix, that are read at once where chunks are cut: a few hundred
 # cells, 8 MB.
 BLOCK_ELEMENTS = 1_000_000
 
 
 def joined(blocks: Sequence[Block]) -> Block:
-    """Put consecutive blocks behind each other."""
+    """Join consecutive blocks."""
     if len(blocks) == 1:
         return blocks[0]
     import pandas as pd
@@ -188,14 +188,14 @@ def token_dtype(tokenizer: "TahoeX1Tokenizer") -> type[np.uint16] | type[np.int3
 def gene_rows(
     matrix: Any, match: GeneMatch, first_cell: int | None, tokenizer: "TahoeX1Tokenizer", hint: Any = str
 ) -> tuple[GeneRows, float]:
-    """Make known genes and counts of rows of a cells x genes matrix, sparse or dense.
+    """Return the known genes and the counts of the rows of a matrix, sparse or dense.
 
     Args:
         matrix: `(cells, genes)`, CSR, CSC or dense.
         match: the token of every column.
-        first_cell: number of the first row, for messages; None where the caller looks for values that are no counts.
+        first_cell: number of the first row, for messages; None to leave values that are not counts to the caller.
         tokenizer: the tokenizer that `match` comes from.
-        hint: called for advice where the values cannot be counts.
+        hint: function that returns advice for where the values cannot be counts.
 
     Returns:
         The rows, every gene once per cell in the order of the columns, and the sum of the counts of unknown genes.

@@ -2,7 +2,7 @@
 """Sorting counts that are stored by gene (CSC), or in any order (.mtx), by cell, on disk.
 
 One pass over the file appends every entry to the intermediate file of its piece (a range of cells); a piece is then
-sorted by itself. Memory is that of a chunk of the file, or of the row numbers of a piece.
+sorted by itself. This takes the memory of a chunk of the file, or of the row numbers of a piece.
 """
 
 from collections.abc import Iterable, Iterator
@@ -25,10 +25,10 @@ def spool_entries(
     """Write entries to the pieces that they belong to.
 
     Args:
-        entries: chunks of (cell, gene, count), three equally long arrays each.
+        entries: chunks of (cell, gene, count), each as three arrays of one length.
         num_cells: number of cells; larger cell numbers are bad input.
-        piece_cells: cells of a piece.
-        folder: where the pieces go; it appears complete or not at all.
+        piece_cells: number of cells of a piece.
+        folder: folder for the pieces, which appears complete or not at all.
     """
     if folder.is_dir():
         return
@@ -57,12 +57,12 @@ def _spool(
 
 
 def read_spooled(folder: Path, start: int, stop: int, num_genes: int) -> Iterator[csr_matrix]:
-    """Cells `start` to `stop` as CSR matrices of at most about `CHUNK_ELEMENTS` entries, genes in their order."""
+    """Yield cells `start` to `stop` as CSR matrices of at most about `CHUNK_ELEMENTS` entries, genes in order."""
     piece_cells = int((folder / "piece_cells").read_text())
     for piece in range(start // piece_cells, -(-stop // piece_cells)):
         first = piece * piece_cells
         cells, genes, counts = (_part(folder, piece, name) for name in _PARTS)
-        # A stable sort by cell keeps the entries of a cell in the order of the file; then by gene.
+        # A stable sort by cell keeps the entries of a cell in the order of the file; they are sorted by gene below.
         order = np.argsort(cells.astype(np.uint16) if piece_cells <= 2**16 else cells, kind="stable")
         lengths = np.bincount(cells, minlength=piece_cells)
         indptr = np.concatenate([[0], np.cumsum(lengths)])

@@ -11,7 +11,7 @@ from tahoex1_hf.cells.readers.base import CHUNK_ELEMENTS, BadInput
 
 
 class AlignedArray:
-    """An array on disk (h5py or zarr), of which ranges are read one after the other.
+    """An array on disk (h5py or zarr) whose ranges are read one after the other.
 
     A compressed array can only be read in the chunks that it was written in. Reading whole ones, and keeping the last
     for the next range, reads each chunk once.
@@ -24,7 +24,7 @@ class AlignedArray:
         self._kept = array[:0]
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Entries (or rows) `start` to `stop`; not before those that were read last."""
+        """Return entries (or rows) `start` to `stop`, which must not lie before those that were read last."""
         if self.step is None or start == stop:
             return self.array[start:stop]
         low, high = start // self.step * self.step, min(-(-stop // self.step) * self.step, self.array.shape[0])
@@ -56,7 +56,7 @@ def check_indptr(group: Any, num_lines: int) -> None:
 def read_rows(
     group: Any, start: int, stop: int, num_columns: int, elements: int | None = None
 ) -> Iterator[csr_matrix]:
-    """Rows `start` to `stop`, in matrices of at most about `elements` entries, by default `CHUNK_ELEMENTS`.
+    """Yield rows `start` to `stop`, in matrices of at most about `elements` entries, by default `CHUNK_ELEMENTS`.
 
     Raises:
         BadInput: for column numbers that do not exist.

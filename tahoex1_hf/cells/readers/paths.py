@@ -10,20 +10,20 @@ ZARR_MARKS = (".zgroup", "zarr.json", ".zattrs")
 
 
 def is_zarr_store(path: Path) -> bool:
-    """Whether a folder is a zarr store."""
+    """Return whether a folder is a zarr store."""
     return path.is_dir() and any((path / mark).is_file() for mark in ZARR_MARKS)
 
 
 def expand_paths(paths: Iterable[str], is_wanted: Callable[[Path], bool], what: str) -> list[str]:
-    """Files and folders that `is_wanted` accepts: those named, those that a glob matches, those in a folder.
+    """Return the files and folders that `is_wanted` accepts: named, matched by a glob, or in a folder.
 
     Args:
         paths: files, folders (searched at any depth) and globs.
-        is_wanted: tells the files, or folders that count as one file, of this kind.
-        what: what they are, for the message.
+        is_wanted: function that tells the files, or folders that count as one file, of the kind that is wanted.
+        what: name of this kind, for the message.
 
     Returns:
-        Sorted, each once.
+        The paths, sorted, each once.
 
     Raises:
         FileNotFoundError: where a path stands for none.
@@ -48,7 +48,7 @@ def _search(path: Path, is_wanted: Callable[[Path], bool]) -> list[str]:
 
 
 def local_fingerprint(path: str | Path) -> str:
-    """Size and time of change of a file, or of all files of a folder."""
+    """Return the size and time of change of a file, or of all files of a folder."""
     path = Path(path)
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
     states = [file.stat() for file in files]

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Cells of a shard that make a block.
+# Number of cells of a shard that make a block.
 _BLOCK_CELLS = 4096
 _DTYPES = {"uint16": np.uint16, "int32": np.int32, "float": np.float32}
 
@@ -38,7 +38,7 @@ class OpenShard:
     """A shard's cells; row `i` is `genes[gene_starts[i] : gene_starts[i] + lengths[i]]`, and the same for counts.
 
     Attributes:
-        cells: where every cell lies.
+        cells: genes and counts of the cells, with the place of each.
         table: all columns, for metadata.
         drug_ids: `(cells,)` int64, where drugs were asked for.
     """
@@ -48,7 +48,7 @@ class OpenShard:
     drug_ids: np.ndarray | None
 
     def rows(self, rows: np.ndarray) -> CountRows:
-        """Some of the cells."""
+        """Return some of the cells."""
         all_cells = self.cells
         return CountRows(
             all_cells.genes,
@@ -59,11 +59,11 @@ class OpenShard:
         )
 
     def gathered(self, start: int, stop: int) -> GeneRows:
-        """Cells `start` to `stop` behind each other, in memory."""
+        """Return cells `start` to `stop`, one after the other in memory."""
         return self.picked(np.arange(start, stop))
 
     def picked(self, rows: np.ndarray) -> GeneRows:
-        """Some of the cells behind each other, in memory."""
+        """Return some of the cells, one after the other in memory."""
         cells, lengths = self.cells, self.cells.lengths[rows]
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         genes = np.empty(offsets[-1], dtype=cells.genes.dtype)
@@ -77,11 +77,11 @@ def open_shard(path: Path, drug_id: Callable[[str | None], int] | None = None) -
     """Open a shard. Arrow files are mapped and nothing is copied; Parquet files are read whole.
 
     Args:
-        path: the file.
-        drug_id: drug name -> id; None where no drugs are wanted.
+        path: path of the shard.
+        drug_id: function from the name of a drug to its id; None where no drugs are wanted.
 
     Raises:
-        ValueError: where it is no shard of a prepared dataset.
+        ValueError: where it is not a shard of a prepared dataset.
     """
     if path.suffix == ".parquet":
         import pyarrow.parquet as pq
@@ -103,7 +103,7 @@ def open_shard(path: Path, drug_id: Callable[[str | None], int] | None = None) -
 
 
 def _flat(table: pa.Table, name: str, whole: pa.Buffer | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Values of a list column as one array, and start and length of every row in it."""
+    """Return the values of a list column as one array, and the start and length of every row in it."""
     if name not in table.column_names or not pa.types.is_list(table.schema.field(name).type):
         raise ValueError(f"it has no list column {name!r}, but {table.schema.names}.")
     column = table.column(name)
@@ -114,7 +114,7 @@ def _flat(table: pa.Table, name: str, whole: pa.Buffer | None) -> tuple[np.ndarr
         return np.zeros(0, dtype=dtype), np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
     offsets = [np.asarray(chunk.offsets) for chunk in column.chunks]
     bases = _bases(column.chunks, dtype, whole)
-    if bases is None:  # not in one mapping: put the chunks behind each other
+    if bases is None:  # not in one mapping: join the chunks
         values = np.concatenate([chunk.flatten().to_numpy(zero_copy_only=False) for chunk in column.chunks])
         lengths = np.concatenate([np.diff(part) for part in offsets]).astype(np.int64)
         return values, np.cumsum(lengths) - lengths, lengths
@@ -125,7 +125,7 @@ def _flat(table: pa.Table, name: str, whole: pa.Buffer | None) -> tuple[np.ndarr
 
 
 def _bases(chunks: list[pa.ListArray], dtype: np.dtype, whole: pa.Buffer | None) -> list[int] | None:
-    """Where the values of each chunk start in the mapped file, in elements; None if some do not lie there."""
+    """Return where each chunk's values start in the mapped file, in elements; None if some lie elsewhere."""
     if whole is None:
         return None
     bases = []
@@ -139,7 +139,7 @@ def _bases(chunks: list[pa.ListArray], dtype: np.dtype, whole: pa.Buffer | None)
 
 
 def _ids(column: pa.ChunkedArray, to_id: Callable[[str | None], int]) -> np.ndarray:
-    """Ids of a column of strings; only its distinct values are looked up."""
+    """Return the ids of a column of strings, looking up only its distinct values."""
     encoded = column.dictionary_encode() if not pa.types.is_dictionary(column.type) else column.unify_dictionaries()
     parts = []
     for chunk in encoded.chunks:
@@ -154,11 +154,11 @@ class PreparedDataset:
     Args:
         location: folder, or a URL that fsspec knows (`hf://datasets/owner/name`, `s3://bucket/prefix`).
         split: `"train"` or `"validation"`.
-        max_open: shards that stay open; the least recently used are closed.
-        cache_folder: where remote shards are kept.
+        max_open: number of shards that stay open; the least recently used are closed.
+        cache_folder: folder where remote shards are kept.
         cache_bytes: most bytes kept there, unless the shards in use are larger.
-        drug_id: see `open_shard`.
-        storage_options: for fsspec.
+        drug_id: `drug_id` of `open_shard`.
+        storage_options: options for fsspec.
 
     Raises:
         FileNotFoundError: where there is no prepared dataset.
@@ -190,7 +190,7 @@ class PreparedDataset:
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Open files stay behind when a data loader's worker process gets a copy."""
+        """Leave open files behind when a data loader's worker process gets a copy."""
         return {**self.__dict__, "_open": OrderedDict(), "_lock": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -212,7 +212,7 @@ class PreparedDataset:
         return manifest
 
     def shard(self, number: int) -> OpenShard:
-        """An open shard; safe to call from several threads."""
+        """Return an open shard; several threads may call this."""
         with self._lock:
             found = self._open.get(number)
             if found is not None:
@@ -235,7 +235,7 @@ class PreparedDataset:
         return shard
 
     def prefetch(self, numbers: Iterable[int]) -> None:
-        """Begin to fetch remote shards that are needed soon."""
+        """Start to fetch remote shards that are needed soon."""
         if self.cache is not None:
             self.cache.prefetch([self.shards[number] for number in numbers])
 
@@ -293,7 +293,7 @@ class PreparedInput(CellInput):
         return pd.concat([self._column(name, n, 0, self.dataset.sizes[n]) for n in numbers], ignore_index=True)
 
     def _column(self, name: str, number: int, low: int, high: int) -> "pd.Series":
-        """Rows `low` to `high` of a shard's column."""
+        """Return rows `low` to `high` of a shard's column."""
         import pandas as pd
 
         table = self.dataset.shard(number).table
@@ -306,7 +306,7 @@ class PreparedInput(CellInput):
         return pd.Series([f"{stem}:{row}" for row in range(low, high)])
 
     def num_stored(self) -> np.ndarray | None:
-        """From the shards, where they lie on this machine or a file system that it shares."""
+        """Read the lengths of the cells in the shards, unless these are remote."""
         if self.dataset.cache is not None:
             return None
         return np.concatenate([self.dataset.shard(n).cells.lengths for n in range(len(self.dataset.sizes))])
@@ -363,28 +363,28 @@ class ShardCache:
         self._pool: ThreadPoolExecutor | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Threads stay behind when a data loader's worker process gets a copy."""
+        """Leave threads behind when a data loader's worker process gets a copy."""
         return {**self.__dict__, "_running": {}, "_lock": None, "_pool": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _lock=threading.Lock())
 
     def read(self, name: str) -> bytes:
-        """A small file, not kept."""
+        """Read a small file, which is not kept."""
         import fsspec
 
         with fsspec.open(f"{self.url}/{name}", "rb", **self.options) as file:
             return file.read()
 
     def prefetch(self, records: list[dict[str, Any]]) -> None:
-        """Fetch these shards in the background, and take them for those in use from now on."""
+        """Fetch these shards in the background, and count them, and no others, as in use from now on."""
         with self._lock:
             self._wanted = {self._path(record).name for record in records}
         for record in records:
             self._start(record)
 
     def fetch(self, record: dict[str, Any]) -> Path:
-        """Path of a shard's copy; waits for it."""
+        """Return the path of a shard's copy, waiting until it is there."""
         while True:
             path = self._start(record).result()
             if path.is_file():  # another process may have made room meanwhile
@@ -437,5 +437,5 @@ class ShardCache:
             if total <= self.max_bytes:
                 break
             if path.name not in wanted:
-                path.unlink(missing_ok=True)  # where it is mapped, it is there until it is closed
+                path.unlink(missing_ok=True)  # a mapped file lives on until it is closed
                 total -= state.st_size

@@ -16,7 +16,7 @@ from tahoex1_hf.cells.readers.csr import AlignedArray, read_rows
 
 @contextmanager
 def open_store(path: str) -> Iterator[Any]:
-    """Open a file; what h5py and zarr find wrong with it is bad input."""
+    """Open a file, and raise BadInput for what h5py and zarr find wrong with it."""
     import h5py
     import zarr
 
@@ -40,7 +40,7 @@ def _check_parts(store: Any) -> None:
 
 
 def matrix_format(matrix: Any) -> str:
-    """How the counts are stored: "csr", "csc" or "dense"."""
+    """Return how the counts are stored: "csr", "csc" or "dense"."""
     if hasattr(matrix, "shape"):
         return "dense"
     kind = matrix.attrs.get("encoding-type", matrix.attrs.get("h5sparse_format", "?"))
@@ -51,7 +51,7 @@ def matrix_format(matrix: Any) -> str:
 
 
 def matrix_shape(matrix: Any) -> tuple[int, int]:
-    """Cells and genes."""
+    """Return the numbers of cells and genes."""
     shape = matrix.shape if hasattr(matrix, "shape") else matrix.attrs.get("shape", matrix.attrs.get("h5sparse_shape"))
     if shape is None or len(shape) != 2:
         raise BadInput(f"its counts have the shape {shape}, not cells x genes.")
@@ -61,14 +61,14 @@ def matrix_shape(matrix: Any) -> tuple[int, int]:
 def matrix_blocks(
     matrix: Any, start: int, stop: int, spooled: Path | None = None, elements: int | None = None
 ) -> Iterator[Any]:
-    """Rows `start` to `stop` of a matrix on disk, as CSR or dense matrices of bounded size.
+    """Yield rows `start` to `stop` of a matrix on disk, as CSR or dense matrices of bounded size.
 
     Args:
-        matrix: group or dataset.
-        start: first row.
-        stop: behind the last row.
-        spooled: pieces into which `by_gene.spool_entries` sorted a CSC matrix by cell, or None.
-        elements: about how many entries a block has, by default `CHUNK_ELEMENTS`; of a CSC matrix always so many.
+        matrix: group or dataset of h5py or zarr.
+        start: number of the first row.
+        stop: number behind the last row.
+        spooled: folder of the pieces into which `by_gene.spool_entries` sorted a CSC matrix by cell, or None.
+        elements: approximate number of entries of a block; `CHUNK_ELEMENTS` by default, and always for CSC.
 
     Raises:
         BadInput: for column numbers that do not exist.
@@ -88,7 +88,7 @@ def matrix_blocks(
 
 
 def csc_entries(matrix: Any) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """All entries of a CSC matrix, in chunks of (cell, gene, count)."""
+    """Yield all entries of a CSC matrix, in chunks of (cell, gene, count)."""
     indptr = np.asarray(matrix["indptr"][:], dtype=np.int64)
     for start in range(0, int(indptr[-1]), CHUNK_ELEMENTS):
         stop = min(start + CHUNK_ELEMENTS, int(indptr[-1]))
@@ -97,7 +97,7 @@ def csc_entries(matrix: Any) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarra
 
 
 def is_legacy(frame: Any) -> bool:
-    """Whether a data frame is a compound dataset, as anndata wrote it before 0.7."""
+    """Return whether a data frame is a compound dataset, as anndata wrote it before 0.7."""
     return hasattr(frame, "dtype") and bool(frame.dtype.names)
 
 
@@ -107,7 +107,7 @@ def _index_key(frame: Any) -> str:
 
 
 class Frame:
-    """A data frame on disk, of which columns are read when they are asked for."""
+    """A data frame on disk, whose columns are read when they are asked for."""
 
     def __init__(self, frame: Any):
         self._frame = frame
@@ -123,7 +123,7 @@ class Frame:
 
 
 def num_rows(frame: Any) -> int:
-    """Rows of a data frame as anndata stores it."""
+    """Return the number of rows of a data frame as anndata stores it."""
     if is_legacy(frame):
         return int(frame.shape[0])
     names = frame[_index_key(frame)]
@@ -133,7 +133,7 @@ def num_rows(frame: Any) -> int:
 
 
 def column_names(frame: Any) -> list[str]:
-    """Columns of a data frame as anndata stores it, in its order, its index left out."""
+    """Return the names of the columns of a data frame as anndata stores it, in order, without the index."""
     if is_legacy(frame):
         return [name for name in frame.dtype.names if name != _legacy_index(frame)]
     order = [name.decode() if isinstance(name, bytes) else str(name) for name in frame.attrs.get("column-order", ())]
@@ -142,7 +142,7 @@ def column_names(frame: Any) -> list[str]:
 
 
 def read_column(frame: Any, name: str, start: int = 0, stop: int | None = None) -> pd.Series:
-    """A range of a column of a data frame as anndata stores it (since 0.7; whole tables of older files).
+    """Read a range of a column of a data frame as anndata stores it (of files older than 0.7 the whole column).
 
     Raises:
         BadInput: where there is no such column, naming those that there are.

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 SUFFIXES = (".parquet", ".arrow")
 
 _HUB = "hf://datasets/"
-# Most cells read at once, however few genes they have.
+# Most cells that are read at once, however few genes they have.
 _MOST_CELLS = 8192
 # A Parquet column is read in pieces of this size, so that a long row group is never in memory whole.
 _BUFFER_BYTES = 2**23
@@ -42,7 +42,7 @@ class TableReader(ABC):
     def batches(
         self, start: int, stop: int, columns: list[str], most: int = CHUNK_ELEMENTS
     ) -> Iterator["pa.RecordBatch"]:
-        """Rows `start` to `stop`, of these columns, in batches of about `most` values."""
+        """Yield rows `start` to `stop`, of these columns, in batches of about `most` values."""
 
 
 class ParquetReader(TableReader):
@@ -72,7 +72,7 @@ class ParquetReader(TableReader):
                 return
 
     def _cells_at_once(self, groups: list[int], elements: int) -> int:
-        """About as many as have `elements` genes: the widest column tells how many a cell has."""
+        """Return how many cells have about `elements` genes, judged by the column with the most values."""
         metadata = self.file.metadata
         most = 1.0
         for number in groups:
@@ -99,7 +99,7 @@ class ArrowReader(TableReader):
         """Every batch; the file is mapped, so that what is not looked at is not read."""
         import pyarrow as pa
 
-        # an empty list would mean all columns
+        # An empty list would mean all columns.
         fields = sorted(self.schema.get_field_index(name) for name in columns) or [_lightest(self.schema)]
         options = pa.ipc.IpcReadOptions(included_fields=fields)
         self.source.seek(0)
@@ -124,7 +124,7 @@ class ArrowReader(TableReader):
 
 
 def _lightest(schema: "pa.Schema") -> int:
-    """A column of one value per cell, where there is one."""
+    """Return the number of a column with one value per cell, where there is one, or else of the first."""
     import pyarrow as pa
 
     return next((number for number, field in enumerate(schema) if not pa.types.is_nested(field.type)), 0)
@@ -132,7 +132,7 @@ def _lightest(schema: "pa.Schema") -> int:
 
 @contextmanager
 def open_table(path: str, spool: Path | None) -> Iterator["TableReader"]:
-    """Open a Parquet or Arrow file; what its content makes of reading it becomes BadInput.
+    """Open a Parquet or Arrow file, and raise BadInput for errors that come from its content.
 
     Args:
         path: file or address.
@@ -151,15 +151,15 @@ def open_table(path: str, spool: Path | None) -> Iterator["TableReader"]:
     except FileNotFoundError:
         raise BadInput("it does not exist: check the path.") from None
     except (pa.ArrowException, OSError) as error:
-        # pyarrow has plain OSErrors without a number for damaged content; others are the disk's or the network's,
-        # and say nothing about the file.
+        # For damaged content pyarrow raises plain OSErrors without a number; others come from the disk or the
+        # network, and say nothing about the file.
         if isinstance(error, OSError) and (type(error) is not OSError or error.errno is not None):
             raise
         raise BadInput(f"it cannot be read ({str(error).strip()}): fetch or write it again.") from None
 
 
 def _copy(path: str, spool: Path | None) -> str:
-    """A copy of a remote file in the spool folder, made once."""
+    """Return the path of a remote file's copy in the spool folder, which is made once."""
     key = hashlib.sha256(f"{path}\0{table_fingerprint(path)}".encode()).hexdigest()[:24]
     if spool is None:
         raise BadInput("it is a remote Arrow file: name a folder to which it is copied, or use Parquet.")
@@ -174,7 +174,7 @@ def _copy(path: str, spool: Path | None) -> str:
 
 
 def find_files(path: str) -> list[str]:
-    """Files of a path: itself, those in a folder at any depth, or those that a glob matches."""
+    """Return the files of a path: itself, those in a folder at any depth, or those that a glob matches."""
     local = _local_path(path)
     if local is None:
         filesystem, name = _filesystem(path)
@@ -194,7 +194,7 @@ def find_files(path: str) -> list[str]:
 
 
 def _local_path(path: str) -> str | None:
-    """Where a file is on this machine, None for one that is read from afar."""
+    """Return where a file is on this machine, or None for a remote one."""
     if path.startswith(_HUB):
         import huggingface_hub.constants
 
@@ -214,7 +214,7 @@ _DOWNLOAD = " Download it (hf download --repo-type dataset), or unset HF_HUB_OFF
 
 
 def _cached_snapshot(path: str) -> tuple[str, str, str]:
-    """Folder of a dataset in the Hub's cache, the dataset's address, and the path inside both."""
+    """Return the folder of a dataset in the Hub's cache, the dataset's address, and the path inside both."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -243,7 +243,7 @@ def _filesystem(path: str) -> tuple[Any, str]:
         if path.startswith("s3://"):
             import botocore.session
 
-            # without credentials s3fs would refuse to read what is open to all
+            # Without credentials s3fs would refuse to read what is open to all.
             options["anon"] = botocore.session.get_session().get_credentials() is None
         return url_to_fs(path, **options)
     except ImportError as error:
@@ -263,14 +263,14 @@ def _open_parquet(path: str) -> Iterator[Any]:
             yield file
         return
     filesystem, name = _filesystem(path)
-    # pyarrow asks for whole pieces of columns, in the order in which it needs them: reading ahead would be wasted
+    # pyarrow asks for whole pieces of columns in the order in which it needs them, so reading ahead would be a waste.
     with filesystem.open(name, "rb", cache_type="none") as source:
         with pq.ParquetFile(source, buffer_size=_BUFFER_BYTES, pre_buffer=False) as file:
             yield file
 
 
 def table_fingerprint(path: str) -> str:
-    """What changes when a file's content does."""
+    """Return a text that changes when the file's content does."""
     local = _local_path(path)
     if local is not None:
         if path.startswith(_HUB) and os.path.islink(local):

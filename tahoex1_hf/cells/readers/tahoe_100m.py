@@ -33,7 +33,7 @@ def find_tables(path: str) -> list[str]:
     """Find the files that a path stands for: paths, or addresses (`hf://`, `s3://`), the same online and offline.
 
     Raises:
-        BadInput: where there is none.
+        BadInput: where it stands for none.
     """
     found = find_files(path)
     if not found:
@@ -47,7 +47,7 @@ class Tahoe100MInput(CellInput):
     Args:
         path: file or address.
         tokenizer: the tokenizer that knows the genes.
-        options: the gene table, `gene_metadata`.
+        options: options with the gene table, `gene_metadata`.
         spool: folder for copies of remote Arrow files.
     """
 
@@ -127,7 +127,7 @@ class Tahoe100MInput(CellInput):
 
 @dataclass(frozen=True)
 class GeneTable:
-    """Numbers of the dataset -> tokens of the vocabulary.
+    """The genes of a dataset: number in the dataset -> token of the vocabulary.
 
     Attributes:
         names: number -> Ensembl id.
@@ -141,13 +141,13 @@ class GeneTable:
 
     @classmethod
     def make(cls, numbers: list[int], names: list[str], match: GeneMatch) -> "GeneTable":
-        """Make a table of numbers, their Ensembl ids, and the tokens of these."""
+        """Make a table from numbers, their Ensembl ids, and the tokens of these."""
         tokens = np.full(max(numbers) + 1, -2, dtype=np.int64)
         tokens[numbers] = match.token_ids
         return cls(dict(zip(numbers, names, strict=True)), tokens, match)
 
     def translate(self, numbers: np.ndarray, offsets: np.ndarray, first_cell: int) -> np.ndarray:
-        """Tokens of the vocabulary, -1 for genes that it lacks."""
+        """Return tokens of the vocabulary, -1 for genes that it lacks."""
         inside = (numbers >= 0) & (numbers < len(self.tokens))
         tokens = np.where(inside, self.tokens[np.where(inside, numbers, 0)], -2)
         wrong = np.flatnonzero(tokens == -2)
@@ -165,10 +165,10 @@ class GeneTable:
 def read_gene_table(
     tokenizer: "TahoeX1Tokenizer", gene_metadata: str, min_known_genes: float | None, spool: Path | None
 ) -> GeneTable:
-    """Read the gene table of a dataset, and match it with the vocabulary: once for the thousands of its files.
+    """Read the gene table of a dataset and match it with the vocabulary, once for the dataset's thousands of files.
 
     Raises:
-        BadInput: where it is no such table, or its genes are not the vocabulary's.
+        BadInput: where it is not such a table, or its genes are not the vocabulary's.
     """
     try:
         with open_table(gene_metadata, spool) as reader:
@@ -228,7 +228,7 @@ def _bounded(batch: "pa.RecordBatch", most: int) -> Iterator["pa.RecordBatch"]:
 
 
 def _without_cls(batch: "pa.RecordBatch", first_cell: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Numbers of the genes and counts of all cells, and offsets, without the first pair of every cell."""
+    """Return the gene numbers and the counts of all cells, and offsets, without the first pair of every cell."""
     import pyarrow.compute as pc
 
     lengths, flat = {}, {}
@@ -261,7 +261,7 @@ def _without_cls(batch: "pa.RecordBatch", first_cell: int) -> tuple[np.ndarray, 
 
 
 def _may_repeat(rows: GeneRows) -> bool:
-    """False where the tokens of every cell rise, so that none can stand twice: spares a sort."""
+    """Return False where the tokens of every cell rise, so that none stands twice; this spares a sort."""
     falls = np.flatnonzero(np.diff(rows.tokens) <= 0) + 1
     return not np.isin(falls, rows.offsets).all()
 

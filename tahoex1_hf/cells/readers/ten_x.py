@@ -38,7 +38,7 @@ class TenXInput(CellInput):
     Args:
         path: an `.h5` file, or a folder with a `matrix.mtx`.
         tokenizer: the tokenizer that knows the genes.
-        options: where the genes are.
+        options: options that say where the genes are.
         spool: folder in which the lines of a `matrix.mtx` are sorted by cell.
     """
 
@@ -63,11 +63,11 @@ class TenXInput(CellInput):
 
     @property
     def obs_columns(self) -> list[str]:
-        """None."""
+        """No columns."""
         return []
 
     def column(self, name: str) -> pd.Series:
-        """The barcodes."""
+        """Return the barcodes."""
         _check_columns([name])
         with _reading():
             return pd.Series(_barcodes(self.path))
@@ -107,7 +107,7 @@ class TenXInput(CellInput):
             yield from read_rows(group, start, stop, self.genes.num_genes, elements)
 
     def _match(self, features: _Features) -> GeneMatch:
-        """Look up the features that are genes: antibodies and guides are none."""
+        """Look up the features that are genes; antibodies and guides are not."""
         column = self.options.gene_id_column
         is_gene = np.array([kind == GENE_EXPRESSION for kind in features.types], dtype=bool)
         if column not in (None, "id", "name"):
@@ -133,7 +133,7 @@ def _check_columns(columns: Sequence[str]) -> None:
 
 
 def _shape(path: str) -> tuple[int, int]:
-    """Genes and cells of the matrix."""
+    """Return the numbers of genes and cells of the matrix."""
     if _is_folder(path):
         return _mtx_header(path)[:2]
     with _matrix_group(path) as group:
@@ -141,7 +141,7 @@ def _shape(path: str) -> tuple[int, int]:
 
 
 def is_ten_x(path: Path) -> bool:
-    """Whether a path is a 10x `.h5` file or a folder with a `matrix.mtx`."""
+    """Return whether a path is a 10x `.h5` file or a folder with a `matrix.mtx`."""
     return (path.suffix == ".h5" and path.is_file()) or _part(path, "matrix.mtx") is not None
 
 
@@ -160,7 +160,7 @@ def _is_folder(path: str) -> bool:
 
 
 def _part(folder: Path, *names: str) -> Path | None:
-    """The first of these files, plain or gzipped, that a folder has."""
+    """Return the first of these files, plain or gzipped, that a folder has."""
     candidates = [folder / (name + end) for name in names for end in ("", ".gz")] if folder.is_dir() else []
     return next((path for path in candidates if path.is_file()), None)
 
@@ -216,7 +216,7 @@ def _matrix_group(path: str) -> Iterator[Any]:
 
 
 def _mtx_header(path: str) -> tuple[int, int, int, int]:
-    """Genes, cells, entries, and the number of lines before the entries."""
+    """Return the numbers of genes, of cells, of entries, and of lines before the entries."""
     with _text(_required(path, "matrix.mtx")) as file:
         first = file.readline().split()
         if first[:3] != ["%%MatrixMarket", "matrix", "coordinate"] or first[3:] not in (

@@ -22,12 +22,12 @@ class FileReport:
     """What is known of a file before its counts are read.
 
     Attributes:
-        num_cells: cells in it, before any filter.
-        fingerprint: changes when the content does: size and time of change, an etag or a version. Only compared.
-        num_genes: gene columns (or entries of its gene table).
-        num_genes_known: number of them that are in the vocabulary.
-        unknown_genes: up to five of the others.
-        by_gene: counts are stored by gene, and `CellSource.spool` must sort them by cell before `read`.
+        num_cells: number of cells in it, before any filter.
+        fingerprint: text that changes when the content does: size and time of change, an etag or a version.
+        num_genes: number of gene columns (or of entries of its gene table).
+        num_genes_known: number of genes that are in the vocabulary.
+        unknown_genes: names of up to five of the other genes.
+        by_gene: whether counts are stored by gene, and `CellSource.spool` must sort them by cell before `read`.
     """
 
     num_cells: int
@@ -38,7 +38,7 @@ class FileReport:
     by_gene: bool = False
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the report as a dictionary, for JSON."""
         return asdict(self)
 
 
@@ -50,15 +50,15 @@ class CellSource(ABC):
 
         Args:
             config: the source's part of the configuration.
-            tokenizer: knows the genes of the vocabulary (`match_genes`).
-            spool: folder for intermediate files; may not exist yet.
+            tokenizer: tokenizer that knows the genes of the vocabulary (`match_genes`).
+            spool: folder for intermediate files, which need not exist yet.
         """
         compilation.use_now()
         self.config, self.tokenizer, self.spool_folder = config, tokenizer, spool
 
     @abstractmethod
     def list_files(self) -> list[str]:
-        """The files, sorted, without opening them. A file is what is reported on: also a folder, an experiment."""
+        """List the files, sorted, without opening them; a folder or an experiment may count as a file."""
 
     @abstractmethod
     def inspect(self, path: str) -> FileReport:
@@ -70,10 +70,10 @@ class CellSource(ABC):
 
     @abstractmethod
     def read(self, path: str, start: int, stop: int, columns: Sequence[str]) -> Iterator[Block]:
-        """Cells `start` to `stop` of a file in order, in blocks of bounded memory.
+        """Yield cells `start` to `stop` of a file in order, in blocks of bounded memory.
 
         Args:
-            path: one of `list_files`.
+            path: path, one of those that `list_files` returns.
             start: number of the first cell.
             stop: number behind the last cell.
             columns: metadata columns that the blocks must have; `INDEX` for the names of the cells.
@@ -83,7 +83,7 @@ class CellSource(ABC):
         """
 
     def cell_names(self, path: str) -> np.ndarray | None:
-        """Names of all cells of a file, to look for duplicates; None where cells have no names of their own."""
+        """Return the names of all cells of a file, to look for duplicates; None where cells have no names."""
         return None
 
     def spool(self, path: str, piece_cells: int) -> None:

@@ -27,19 +27,19 @@ if TYPE_CHECKING:
 JOINID, OBSERVATION, DATASET = "soma_joinid", "observation_joinid", "dataset_id"
 
 _INSTALL = "pip install 'tahoex1_hf[census]'"
-# Cells that are asked for at once: bounds what is kept of their metadata.
+# Number of cells that are asked for at once, which bounds the metadata in memory.
 _QUERY_CELLS = 16384
 # TileDB's buffer per column (its own default is 1 GB): about CHUNK_ELEMENTS elements of 8 bytes.
 _BUFFER_BYTES = 2**25
 
-# Experiments that a forked process has of its parent. It must not close them: that needs the parent's threads.
+# Experiments that a forked process has from its parent. It must not close them, which needs the parent's threads.
 _INHERITED: list[Any] = []
 
 
 class CensusExperiment(CellSource):
     """One experiment, as one file: its address, or `census:RELEASE/ORGANISM`.
 
-    The cells are those of `value_filter`, in the order of their `soma_joinid`. The name of a cell is its
+    The cells are those that `value_filter` keeps, in the order of their `soma_joinid`. The name of a cell is its
     `observation_joinid`, behind the `dataset_id` where there is one, since only both together name a cell of the
     census; an experiment without `observation_joinid` has the `soma_joinid` for a name.
     """
@@ -47,20 +47,20 @@ class CensusExperiment(CellSource):
     config: "CensusSource"
 
     def __init__(self, config: "CensusSource", tokenizer: "TahoeX1Tokenizer", spool: Path) -> None:
-        """As in `CellSource`; opens nothing."""
+        """Take the settings, as `CellSource` does, and open nothing."""
         super().__init__(config, tokenizer, spool)
         self._experiment: tuple[int, _Experiment] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """What TileDB has open stays in this process."""
+        """Leave what TileDB has open in this process."""
         return {**self.__dict__, "_experiment": None}
 
     def list_files(self) -> list[str]:
-        """The experiment's address."""
+        """Return the experiment's address."""
         return [self.config.uri or f"census:{self.config.census_version}/{self.config.organism}"]
 
     def inspect(self, path: str) -> FileReport:
-        """Count the cells of `value_filter`, and match the genes of `var_filter`."""
+        """Count the cells that `value_filter` keeps, and match the genes that `var_filter` keeps."""
         with _soma_errors(self.config):
             experiment = self._opened()
             cells, match = experiment.cells, experiment.genes.match
@@ -76,7 +76,7 @@ class CensusExperiment(CellSource):
             )
 
     def read(self, path: str, start: int, stop: int, columns: Sequence[str]) -> Iterator[Block]:
-        """Cells `start` to `stop` of those of `value_filter`."""
+        """Yield cells `start` to `stop` of those that `value_filter` keeps."""
         with _soma_errors(self.config):
             experiment = self._opened()
             if not 0 <= start <= stop <= len(experiment.cells):
@@ -93,7 +93,7 @@ class CensusExperiment(CellSource):
                     done += size
 
     def _opened(self) -> "_Experiment":
-        """The experiment, opened once in every process: TileDB's threads do not live on in a forked one."""
+        """Open the experiment, once in every process: TileDB's threads do not live on in a forked one."""
         if self._experiment is None or self._experiment[0] != os.getpid():
             if self._experiment is not None:
                 _INHERITED.append(self._experiment)
@@ -103,12 +103,12 @@ class CensusExperiment(CellSource):
 
 @dataclass(frozen=True)
 class _Genes:
-    """Genes of `var_filter`.
+    """Genes that `var_filter` keeps.
 
     Attributes:
-        joinids: their rising `soma_joinid`.
-        match: their tokens.
-        are_all: no gene of the experiment is left out.
+        joinids: rising `soma_joinid` of the genes.
+        match: tokens of the genes.
+        are_all: whether these are all genes of the experiment.
     """
 
     joinids: np.ndarray
@@ -130,7 +130,7 @@ class _Experiment:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Changes when the experiment does. The census's releases never do, others are told by what is written."""
+        """Text that changes when the experiment does, as a release of the census never does."""
         parts = [self.obs.count, self.var.count, self.matrix.nnz, self.obs.schema, self.var.schema]
         for array in (self.obs, self.var, self.matrix):
             folder = Path(array.uri.removeprefix("file://")) / "__fragments"
@@ -141,9 +141,9 @@ class _Experiment:
 
     @cached_property
     def cells(self) -> np.ndarray:
-        """Rising `soma_joinid` of the cells of `value_filter`, mapped from a file that the processes share.
+        """Rising `soma_joinid` of the cells that `value_filter` keeps, mapped from a file that the processes share.
 
-        There may be 60 million, and to find them takes the whole column that they are filtered by.
+        There may be 60 million, and finding them takes the whole column that they are filtered by.
         """
         key = hashlib.sha256(f"{self.fingerprint}\0{self.config.value_filter}".encode()).hexdigest()[:24]
         path = self.spool_folder / f"census-{key}.npy"
@@ -159,7 +159,7 @@ class _Experiment:
 
     @cached_property
     def genes(self) -> _Genes:
-        """The genes of `var_filter` and their tokens."""
+        """The genes that `var_filter` keeps, and their tokens."""
         column = self.config.gene_id_column
         if column not in self.var.keys():
             raise BadInput(f"gene_id_column={column!r} is no column of var; there are {_names(self.var)}.")
@@ -175,7 +175,7 @@ class _Experiment:
         return _Genes(table[JOINID].to_numpy(), match, len(table) == self.var.count)
 
     def metadata(self, cells: np.ndarray, columns: Sequence[str]) -> "pd.DataFrame":
-        """Columns of obs, one row per cell."""
+        """Return columns of obs, with one row per cell."""
         import pandas as pd
 
         wanted = [name for name in columns if name != INDEX]
@@ -198,10 +198,10 @@ class _Experiment:
         return table[list(columns)]
 
     def matrices(self, cells: np.ndarray) -> Iterator[Any]:
-        """Counts of the cells as CSR matrices, whose rows are some consecutive ones of them.
+        """Yield the counts of the cells as CSR matrices, each of consecutive cells.
 
-        TileDB gives the elements in the order of the cells, a buffer at a time. A matrix is made of as many cells as
-        are complete; those behind the last element read so far may still get some.
+        TileDB gives the elements in the order of the cells, a buffer at a time. A matrix gets the cells that are
+        complete; the cell of the last element read so far, and those after it, may still get elements.
         """
         genes = self.genes
         coords = (cells, slice(None) if genes.are_all else genes.joinids)
@@ -225,7 +225,7 @@ class _Experiment:
         yield from self._bounded(together, done, len(cells))
 
     def _bounded(self, elements: tuple[np.ndarray, ...], start: int, stop: int) -> Iterator[Any]:
-        """CSR matrices of cells `start` to `stop`, each of at most `CHUNK_ELEMENTS` elements or of one cell."""
+        """Yield CSR matrices of cells `start` to `stop`, each of at most `CHUNK_ELEMENTS` elements or of one cell."""
         from scipy.sparse import csr_matrix
 
         rows, joinids, values = elements
@@ -245,7 +245,7 @@ class _Experiment:
 
 
 def _open(config: "CensusSource") -> Any:
-    """The experiment, with a TileDB context of its own: the default one is shared with what was forked from."""
+    """Open the experiment with a TileDB context of its own: a forked process shares the default one."""
     tiledb_config = {"soma.init_buffer_bytes": _BUFFER_BYTES}
     if config.uri is not None:
         try:
@@ -283,8 +283,8 @@ _FILTER_ERRORS = ("QueryCondition", "query_condition", "does not exist in schema
 def _soma_errors(config: "CensusSource") -> Iterator[None]:
     """Turn what TileDB finds wrong with the experiment or the filters into BadInput.
 
-    TileDB does not tell a broken connection from a broken file. Far away it is taken for the former, so that a moment
-    without network does not leave an experiment out for good.
+    TileDB does not tell a broken connection from a broken file. A remote experiment is taken for one with a broken
+    connection, so that a moment without network does not leave it out for good.
     """
     try:
         yield

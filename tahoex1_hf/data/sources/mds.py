@@ -32,14 +32,14 @@ from tahoex1_hf.encoding_tahoe_x1 import GeneMatch, GeneRows, count_problem, mer
 from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
 
 GENES, EXPRESSIONS, CELL_ID = "genes", "expressions", "id"
-_UNKNOWN, _SPECIAL, _ABSENT = -1, -2, -3  # in place of the token of a source id
+_UNKNOWN, _SPECIAL, _ABSENT = -1, -2, -3  # marks for source ids without a token of ours
 _NOT_IN_VOCABULARY = "gene id {id} is not in source_vocab: name the vocab.json that the shards were made with."
 _METADATA_TYPES = (str, int, float, bytes, Decimal, type(None))
-_T = TypeVar("_T")
+_Result = TypeVar("_Result")
 
 
 class _Vocabulary(NamedTuple):
-    """What the ids in the shards mean: token of ours or one of the marks above, by id; name by id."""
+    """Meaning of the ids in the shards: by id, our token (or one of the marks above) and the name."""
 
     tokens: np.ndarray
     names: dict[int, str]
@@ -60,7 +60,7 @@ class MDSFiles(CellSource):
         self._vocabulary: _Vocabulary | None = None
 
     def list_files(self) -> list[str]:
-        """The shards that every `index.json` in and below the paths lists, each once.
+        """List the shards that every `index.json` in and below the paths lists, each once.
 
         Raises:
             FileNotFoundError: where a path does not exist, or has no index.
@@ -77,7 +77,7 @@ class MDSFiles(CellSource):
         return sorted(self._shards)
 
     def inspect(self, path: str) -> FileReport:
-        """Look a shard up in its index, and check that it is there. Its content is not read."""
+        """Look a shard up in its index, and check that its file is there; its content is not read."""
         folder, shard = self._shard(path)
         if not shard.samples:
             raise BadInput("it has no cells.")
@@ -120,7 +120,7 @@ class MDSFiles(CellSource):
     def _translate(
         self, ids: np.ndarray, counts: np.ndarray, offsets: np.ndarray, first_cell: int
     ) -> tuple[GeneRows, float]:
-        """Rows of our tokens, and the sum of the counts of genes that we do not know."""
+        """Return rows of our tokens, and the sum of the counts of genes that we do not know."""
         vocabulary = self._source_vocabulary()
 
         def refuse(bad: np.ndarray, text: str) -> None:
@@ -134,13 +134,11 @@ class MDSFiles(CellSource):
         if len(ids) and not 0 <= ids.min() <= ids.max() < size:
             refuse((ids < 0) | (ids >= size), _NOT_IN_VOCABULARY)
         tokens = vocabulary.tokens[ids]
-        refuse(
-            tokens == _ABSENT, "gene id {id} is not in source_vocab: name the vocab.json the shards were made with."
-        )
+        refuse(tokens == _ABSENT, _NOT_IN_VOCABULARY)
         # Special tokens carry the pad_value of the original, -2; <cls> is the first "gene" of every cell.
         refuse(
             (tokens == _SPECIAL) & ~(counts <= 0),
-            "{token} (id {id}) has the count {value}, and is no gene: source_vocab is not that of the shards.",
+            "{token} (id {id}) has the count {value}, but is not a gene: source_vocab is not that of the shards.",
         )
         unknown = tokens == _UNKNOWN
         if unknown.any():
@@ -163,7 +161,7 @@ class MDSFiles(CellSource):
             except FileNotFoundError:
                 raise FileNotFoundError(f"source_vocab={origin!r} does not exist.") from None
             except ValueError as error:
-                raise ValueError(f"source_vocab={origin!r} is no JSON: {error}") from None
+                raise ValueError(f"source_vocab={origin!r} is not JSON: {error}") from None
             if (
                 not isinstance(table, dict)
                 or not all(type(i) is int and 0 <= i < 2**31 for i in table.values())
@@ -193,7 +191,7 @@ class MDSFiles(CellSource):
         self._indexed.add(folder)
 
     def _shard(self, path: str) -> tuple[str, Shard]:
-        """The folder of the index that lists a shard, and its entry."""
+        """Return the folder of the index that lists a shard, and the entry."""
         folder = path
         while path not in self._shards and folder not in self._roots and "/" in folder:
             folder = folder.rpartition("/")[0]
@@ -204,7 +202,7 @@ class MDSFiles(CellSource):
         return self._shards[path]
 
     def _stored(self, folder: str, shard: Shard) -> tuple[str, StoredFile]:
-        """Which of a shard's two forms is there."""
+        """Return that form of a shard, raw or compressed, that is there, after its address."""
         forms = [form for form in (shard.packed, shard.raw) if form is not None]
         for form in forms:
             if (size := self._store.size(f"{folder}/{form.basename}")) is not None:
@@ -218,7 +216,7 @@ class MDSFiles(CellSource):
 
     @contextmanager
     def _unpacked(self, folder: str, shard: Shard) -> Iterator[Path]:
-        """The decompressed shard, checked."""
+        """Check and decompress a shard, and yield its path."""
         url, form = self._stored(folder, shard)
         self.spool_folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="mds-", dir=self.spool_folder) as temporary:
@@ -235,7 +233,7 @@ class MDSFiles(CellSource):
 def _gathered(
     reader: ShardReader, places: np.ndarray, start: int
 ) -> Iterator[tuple[int, tuple[np.ndarray, np.ndarray, np.ndarray]]]:
-    """Ids, counts and offsets of consecutive cells, about `CHUNK_ELEMENTS` genes at a time, and the first cell."""
+    """Yield first cell, and ids, counts and offsets of consecutive cells, about `CHUNK_ELEMENTS` genes at a time."""
     genes_of, counts_of = reader.decoder(GENES, places), reader.decoder(EXPRESSIONS, places)
     first, total = 0, 0
     ids: list[np.ndarray] = []
@@ -263,7 +261,7 @@ def _gathered(
 
 
 def _flat(value: Any, column: str, kinds: str) -> np.ndarray:
-    """The numbers of a cell. The original once wrote batches of one cell, `(1, genes)`."""
+    """Return the numbers of a cell. The original once wrote batches of one cell, `(1, genes)`."""
     try:
         array = np.asarray(value)
     except ValueError:
@@ -281,7 +279,7 @@ def _flat(value: Any, column: str, kinds: str) -> np.ndarray:
 
 
 def _metadata(name: str, values: list[Any]) -> list[Any]:
-    """Plain values; names of cells as strings."""
+    """Return plain values, and names of cells as strings."""
     plain = [
         value.ravel()[0].item() if isinstance(value, np.ndarray) and value.size == 1 else value for value in values
     ]
@@ -300,13 +298,13 @@ class _Store:
         self._filesystems: dict[tuple[int, bool], Any] = {}  # by process, since they do not survive a fork
 
     def read(self, url: str) -> bytes:
-        """Content of a small file; FileNotFoundError where it is missing."""
+        """Read a small file; raise FileNotFoundError where it is missing."""
         if "://" not in url:
             return Path(url).read_bytes()
         return self._remote(url, lambda files: files.cat_file(url))
 
     def size(self, url: str) -> int | None:
-        """Bytes of a file, None where it is missing."""
+        """Return the size of a file in bytes, None where it is missing."""
         if "://" not in url:
             return os.path.getsize(url) if os.path.isfile(url) else None
         try:
@@ -316,7 +314,7 @@ class _Store:
         return int(info["size"]) if info["type"] == "file" else None
 
     def fingerprint(self, url: str) -> str:
-        """Changes with the content of a file."""
+        """Return a text that changes with the content of a file."""
         if "://" not in url:
             return local_fingerprint(url)
         info = self._remote(url, lambda files: files.info(url))
@@ -324,14 +322,14 @@ class _Store:
         return f"{info['size']} bytes, {mark}"
 
     def local(self, url: str, target: Path) -> Path:
-        """A path at which the file can be opened; a remote one is fetched to `target`."""
+        """Return a path at which the file can be opened; a remote file is fetched to `target`."""
         if "://" not in url:
             return Path(url)
         self._remote(url, lambda files: files.get_file(url, str(target)))
         return target
 
     def folders_with(self, root: str, name: str) -> list[str]:
-        """All folders at and below `root` that hold a file `name`; FileNotFoundError where `root` is missing."""
+        """List all folders at and below `root` with a file `name`; raise FileNotFoundError where `root` is missing."""
         if "://" in root:
             scheme = root.split("://")[0]
             try:
@@ -348,8 +346,8 @@ class _Store:
                 folders.append(folder)
         return folders
 
-    def _remote(self, url: str, action: Callable[[Any], _T]) -> _T:
-        """Do something with the file system of an address; S3 with the credentials there are, or unsigned."""
+    def _remote(self, url: str, action: Callable[[Any], _Result]) -> _Result:
+        """Call `action` with the file system of an address; for S3, signed where there are credentials."""
         scheme = url.split("://")[0]
         if scheme != "s3":
             import fsspec
@@ -375,7 +373,7 @@ class _Store:
                 except PermissionError:
                     if anonymous or bucket in self._anonymous:
                         raise
-                    continue  # a public bucket refuses credentials that are of no account of it
+                    continue  # a public bucket may refuse credentials, and yet be open without
                 self._anonymous[bucket] = anonymous
                 return result
         except PermissionError as error:

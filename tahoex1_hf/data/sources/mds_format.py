@@ -5,7 +5,8 @@ A folder's `index.json` lists its shards, each with its length, hashes, compress
 
     uint32 number of samples, uint32 offsets of the samples and of the end, JSON with the columns, the samples
 
-and a sample: the uint32 lengths of those columns that have no fixed one, then the bytes of all columns.
+and a sample, which is one cell: the uint32 lengths of those columns that have no fixed one, then the bytes of all
+columns.
 """
 
 import bz2
@@ -64,10 +65,10 @@ class Shard:
 
 
 def parse_index(content: bytes) -> list[Shard]:
-    """The shards that an `index.json` lists.
+    """Read the shards that an `index.json` lists.
 
     Raises:
-        BadInput: where it is no index of MDS shards of version 2.
+        BadInput: where it is not an index of MDS shards of version 2.
     """
     try:
         index = json.loads(content)
@@ -136,14 +137,14 @@ def check_stored(path: Path, stored: StoredFile) -> None:
 
 
 def _new_hash(name: str, file: str) -> Any:
-    """A digest that can be updated; None for an algorithm that is not known."""
+    """Return a digest that can be updated, or None for an algorithm that is not known."""
     if name.startswith("xxh"):
         try:
             import xxhash
         except ImportError as error:
             raise ImportError(f"Checking {file} needs xxhash: pip install 'tahoex1_hf[mds]'.") from error
         return getattr(xxhash, name)() if name in xxhash.algorithms_available else None
-    # shake_* have digests of any length
+    # Digests of shake_* may have any length.
     return hashlib.new(name) if name in hashlib.algorithms_available and not name.startswith("shake") else None
 
 
@@ -160,7 +161,7 @@ def decompress(path: Path, shard: Shard, target: Path) -> None:
         with opened as source, target.open("wb") as file:
             while block := source.read(_BLOCK):
                 written += len(block)
-                if written > shard.raw.size:  # not to fill the disk
+                if written > shard.raw.size:  # or a damaged shard might fill the disk
                     break
                 file.write(block)
     except errors as error:
@@ -175,7 +176,7 @@ def decompress(path: Path, shard: Shard, target: Path) -> None:
 def _decompressor(
     path: Path, compression: str | None
 ) -> tuple[AbstractContextManager[BinaryIO], tuple[type[Exception], ...]]:
-    """A file that gives the decompressed content, and what it raises where that is damaged."""
+    """Open a file for its decompressed content; also return the errors that damaged content raises."""
     if compression == "zstd":
         try:
             import zstandard
@@ -220,7 +221,7 @@ class ShardReader:
             raise BadInput(f"{shard.raw.basename} is damaged or truncated: the offsets of its samples make no sense.")
 
     def places(self, start: int, stop: int) -> np.ndarray:
-        """Where the columns of some samples lie.
+        """Return where the columns of some samples lie.
 
         Returns:
             `(columns + 1, stop - start)` int64: first byte of every column, and the end of the last one.
@@ -244,16 +245,16 @@ class ShardReader:
         return places
 
     def _gather(self, begins: np.ndarray, size: int) -> np.ndarray:
-        """`(len(begins), size)` uint8: the bytes from each place on."""
+        """Return the bytes from each place on, `(len(begins), size)` uint8."""
         if not size or not len(begins):
             return np.empty((len(begins), size), dtype=np.uint8)
         return np.asarray(self._bytes)[begins[:, None] + np.arange(size)]
 
     def decoder(self, column: str, places: np.ndarray) -> Callable[[int], Any]:
-        """A function that gives the value of a column in the i-th sample of `places`.
+        """Return a function that gives the value of a column in the i-th sample of `places`.
 
         Raises:
-            BadInput: where the encoding is not known, or a value is not of it.
+            BadInput: where the encoding is not known, or a value does not have it.
         """
         encoding, number = self._shard.columns[column], list(self._shard.columns).index(column)
         decode, size = decoder_of(encoding)
@@ -273,7 +274,7 @@ class ShardReader:
         return value
 
     def column(self, column: str, places: np.ndarray) -> list[Any]:
-        """The values of a column in the samples of `places`.
+        """Return the values of a column in the samples of `places`.
 
         Raises:
             BadInput: as `decoder`.
@@ -308,7 +309,7 @@ _ARRAY_TYPES = {
 
 
 def decoder_of(encoding: str) -> tuple[Callable[[bytes], Any], int]:
-    """What decodes a value, and its length in bytes, 0 where that varies.
+    """Return the function that decodes a value, and the value's length in bytes, 0 where that varies.
 
     Raises:
         BadInput: for encodings that are not known, and for pictures.
@@ -328,7 +329,7 @@ def decoder_of(encoding: str) -> tuple[Callable[[bytes], Any], int]:
 
 
 def _decode_array(data: bytes, dtype: np.dtype | None, shape: tuple[int, ...] | None) -> np.ndarray:
-    """An array; type and shape stand before its values where the encoding does not say them."""
+    """Decode an array, whose type and shape stand before its values where the encoding does not say them."""
     place = 0
     if dtype is None:
         dtype, place = np.dtype(_ARRAY_TYPES[data[0]]), 1

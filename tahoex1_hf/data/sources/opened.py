@@ -41,11 +41,11 @@ class OpenedFiles(CellSource):
         self._opened: tuple[str, CellInput] | None = None
 
     def list_files(self) -> list[str]:
-        """The files, sorted."""
+        """List the files, sorted."""
         return find_files(self.config.kind, self.config.paths)
 
     def _open(self, path: str) -> CellInput:
-        """The file, opened; the last one is kept, since a process reads a file piece by piece."""
+        """Open a file, and keep it open, since a process reads a file piece by piece."""
         if self._opened is None or self._opened[0] != path:
             cells = open_source(Source(path, self.config.kind), self.tokenizer, self.options, self.spool_folder)
             self._opened = (path, cells)
@@ -68,7 +68,7 @@ class OpenedFiles(CellSource):
         )
 
     def cell_names(self, path: str) -> np.ndarray | None:
-        """The names of the cells; those of Tahoe-100M, which are not unique in a file, are not looked at."""
+        """Return the names of the cells; those of Tahoe-100M, which are not unique in a file, are left out."""
         return None if self.config.kind == "tahoe-100m" else self._open(path).column(INDEX).to_numpy()
 
     def spool(self, path: str, piece_cells: int) -> None:

@@ -2,8 +2,8 @@
 """Reading pickled numbers without running what a pickle asks for: numpy arrays, torch tensors, lists and scalars.
 
 No class and no function of numpy or torch is handed to the pickle. What it names is replaced by stand-ins of this
-file, which note down dtype, shape and bytes; the array is made of them here. So a pickle can neither call anything nor
-reach the state of an object, and a tensor needs no `torch.load`, which would take several times as long.
+file, which note down dtype, shape and bytes; the array is made from them here. So a pickle can neither call anything
+nor reach the state of an object, and a tensor needs no `torch.load`, which would take several times as long.
 """
 
 import io
@@ -33,7 +33,7 @@ _TORCH_STORAGES = {
 }
 _TORCH_MAGIC, _TORCH_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 _SCALARS = (bool, int, float, str, bytes, type(None))
-# All that damaged or wrong bytes raise in a pickle; what is wrong with the machine (OSError) is none of it.
+# Errors that damaged or wrong bytes cause in a pickle. OSError, which the machine causes, is not one of them.
 _DAMAGE = (
     pickle.UnpicklingError,
     AttributeError,
@@ -52,11 +52,11 @@ def load_restricted(data: bytes) -> Any:
     """Unpickle a value.
 
     Args:
-        data: what `pickle.dumps` gave, of any protocol.
+        data: result of `pickle.dumps`, of any protocol.
 
     Returns:
-        An array (for a tensor too; bfloat16 as float32), a scalar, or a list of arrays and scalars. A list of one list
-        is that list.
+        An array (for a tensor too; bfloat16 as float32), a scalar, or a list of arrays and scalars. A list that
+        holds only a list becomes that list.
 
     Raises:
         BadInput: for anything else, with the name of the class or function that the pickle asks for, which is not run;
@@ -88,7 +88,7 @@ def _item(value: Any) -> Any:
 
 
 class _StandIn:
-    """What a pickle gets to hold. It cannot set attributes of it, as it could of a function or a class."""
+    """Base of what a pickle gets to hold: it cannot set attributes of it, as it could of a function or a class."""
 
     __slots__ = ()
 
@@ -115,7 +115,7 @@ class _DType(_StandIn):
         self.dtype = np.dtype(name)
 
     def __setstate__(self, state: Any) -> None:
-        # (version, byte order, structure, sizes, flags): all but the order is said by the name of such types too
+        # (version, byte order, structure, sizes, flags): of such types, the name says all but the order.
         order = state[1]
         if order not in ("<", ">", "|", "="):
             raise pickle.UnpicklingError(f"dtype with the byte order {order!r}")
@@ -160,12 +160,12 @@ def _from_bytes(content: Any, dtype: Any, shape: Any, order: str) -> np.ndarray:
 
 
 def _empty_array(*_: Any) -> _Array:
-    """For numpy's `_reconstruct`: what is in the array comes as its state."""
+    """Stand in for numpy's `_reconstruct`; what is in the array comes later, as its state."""
     return _Array()
 
 
 def _frombuffer(content: Any, dtype: Any, shape: Any, order: Any, axes: Any = None) -> _Array:
-    """For numpy's `_frombuffer`, in pickles of protocol 5."""
+    """Stand in for numpy's `_frombuffer`, in pickles of protocol 5."""
     if order not in ("C", "F") and len(shape) > 1:
         raise pickle.UnpicklingError(f"array in the order {order!r}")
     return _Array(_from_bytes(content, dtype, shape, order))
@@ -176,7 +176,7 @@ def _scalar(dtype: Any, content: Any) -> Any:
 
 
 def _encode(text: Any, encoding: Any) -> bytes:
-    """For `codecs.encode`, by which pickles of protocol 2 make bytes."""
+    """Stand in for `codecs.encode`, by which pickles of protocol 2 make bytes."""
     if not isinstance(text, str) or encoding not in ("latin1", "latin-1"):
         raise pickle.UnpicklingError(f"codecs.encode to {encoding!r}")
     return text.encode("latin-1")
@@ -190,7 +190,7 @@ def _empty(kind: type) -> Callable[[], Any]:
 
 
 def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> _Array:
-    """For torch's `_rebuild_tensor_v2`; what follows the strides is for gradients."""
+    """Stand in for torch's `_rebuild_tensor_v2`; what follows the strides is for gradients."""
     if not isinstance(storage, _Storage) or not isinstance(size, tuple) or not isinstance(stride, tuple):
         raise pickle.UnpicklingError("tensor without storage, size or strides")
     if len(size) != len(stride) or any(type(n) is not int or n < 0 for n in (offset, *size, *stride)):
@@ -208,7 +208,7 @@ def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> _Arra
 
 
 def _storage(data: Any) -> _Storage:
-    """For torch's `_load_from_bytes`: a file of `torch.save` in the old format, with one storage.
+    """Stand in for torch's `_load_from_bytes`: read a file of `torch.save` in the old format, with one storage.
 
     Five pickles stand one behind the other: a magic number, the version, the byte order, the type and length of the
     storage, and its key; then its length again as an int64, and its bytes.
@@ -256,7 +256,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 class _StorageUnpickler(pickle.Unpickler):
-    """Reads the head of a torch storage: numbers, a dict of them, and the type of the storage."""
+    """Unpickler of the head of a torch storage: numbers, a dict of them, and the type of the storage."""
 
     def find_class(self, module: str, name: str) -> Any:
         if module == "torch" and name in _TORCH_STORAGES:
