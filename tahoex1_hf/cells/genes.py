@@ -71,7 +71,7 @@ def check_known(match: GeneMatch, names: Sequence[str], options: GeneOptions) ->
     strange = [str(name) for name, k in zip(names, known, strict=True) if not k and not str(name).startswith("ENS")]
     if options.gene_symbols is None and len(strange) > 0.05 * len(known):
         raise BadInput(
-            f"the gene ids are mixed: {known.sum()} are in the vocabulary, and {len(strange)} of {len(known)} are no "
+            f"the gene ids are mixed: {known.sum()} are in the vocabulary, and {len(strange)} of {len(known)} are not "
             f"Ensembl ids, for example {strange[:5]}. Give gene_symbols, a table symbol -> Ensembl id, or "
             "gene_id_column, a column with Ensembl ids."
         )

@@ -364,7 +364,7 @@ def _write_values(
 def _hide_targets(
     chosen: np.ndarray, mask_value: np.float32, values: np.ndarray, target_mask: np.ndarray, labels: np.ndarray
 ) -> None:
-    """Move the values of targets to the labels; without branches, so that it is vectorised."""
+    """Move the values of targets to the labels, without branches, so that the loop is vectorised."""
     for i in range(len(values)):
         target = (chosen[i] & 1) == 1
         target_mask[i] = target

@@ -192,7 +192,7 @@ class CellCollator:
 
         Raises:
             ValueError: for rows without `genes` or `counts`, with arrays of different lengths, or with values that
-                are no counts.
+                are not counts.
         """
         pairs = [self._checked(row, number) for number, row in enumerate(features)]
         lengths = np.array([len(tokens) for tokens, _ in pairs], dtype=np.int64)
@@ -225,7 +225,7 @@ class CellCollator:
             raise ValueError(f"cell {number} has a count that is negative, NaN or infinite: pass raw counts.")
         known = self.tokenizer.is_gene
         if genes.dtype.kind not in "iu" or genes.min() < 0 or genes.max() >= len(known) or not known[genes].all():
-            raise ValueError(f"cell {number} has an id that is no gene's: leave <cls> out, it is added here.")
+            raise ValueError(f"cell {number} has an id that is not a gene's: leave <cls> out, it is added here.")
         return genes.astype(np.int64)[counts != 0], counts[counts != 0]
 
     def drug_id(self, drug: str | None) -> int:

@@ -221,7 +221,7 @@ def filter_columns(expression: str) -> list[str]:
     try:
         tree = ast.parse(expression, mode="eval")
     except SyntaxError as error:
-        raise ValueError(f"filter={expression!r} is no expression: {error.msg}.") from None
+        raise ValueError(f"filter={expression!r} is not an expression: {error.msg}.") from None
     for node in ast.walk(tree):
         if not isinstance(node, _FILTER_NODES):
             raise ValueError(
@@ -261,17 +261,17 @@ def with_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
-            raise ValueError(f"{override!r} is no key=value, for example seed=1.")
+            raise ValueError(f"{override!r} is not key=value, for example seed=1.")
         *parents, name = key.split(".")
         place = values
         for parent in parents:
             place = place.setdefault(parent, {})
             if not isinstance(place, dict):
-                raise ValueError(f"{override!r}: {parent} holds no keys.")
+                raise ValueError(f"{override!r}: {parent} does not hold keys.")
         try:
             place[name] = yaml.safe_load(text)
         except yaml.YAMLError as error:
-            raise ValueError(f"{override!r}: the value is no YAML: {error}") from None
+            raise ValueError(f"{override!r}: the value is not YAML: {error}") from None
         if isinstance(place[name], str):
             place[name] = _number(place[name])
     return values

@@ -198,7 +198,7 @@ class CellBatches(IterableDataset):
             )
         if state["cells"] % (self.batch_size * self.world_size):
             raise ValueError(
-                f"{state['cells']} cells were seen, no multiple of batch_size * world_size = "
+                f"{state['cells']} cells were seen, not a multiple of batch_size * world_size = "
                 f"{self.batch_size * self.world_size}: choose them so that a step has as many cells as before."
             )
         self.epoch, self._start, self._next = state["epoch"], _Position(state["cells"], state["skip"]), None

@@ -102,7 +102,7 @@ def _gene_ids(reference: Path, column: str | None) -> list[str]:
     strange = [name for name in ids if not _ENSEMBL_ID.fullmatch(name)]
     if strange:
         raise ValueError(
-            f"{reference}: {len(strange)} of {len(ids)} genes in {where} are no Ensembl ids: {_some(strange)}."
+            f"{reference}: {len(strange)} of {len(ids)} genes in {where} are not Ensembl ids: {_some(strange)}."
             f"{_id_columns_hint(table, is_h5ad)}"
         )
     repeated = sorted(_repeated(ids))

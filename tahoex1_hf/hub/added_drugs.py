@@ -64,6 +64,6 @@ def add_saved_drugs(folder: Path, model: TahoeX1PreTrainedModel) -> None:
     there = table.weight.detach()[first : first + len(rows)].float().cpu()
     if not torch.equal(there, rows):
         raise ValueError(
-            f"{folder} adds drugs from row {first} on, but this base has {model.config.num_drugs} rows, and others "
-            "there: load the adapter on a base of its own."
+            f"{folder} adds drugs from row {first} on, where this base ({model.config.num_drugs} rows) has other "
+            "drugs: load the adapter on a base of its own."
         )

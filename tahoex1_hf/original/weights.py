@@ -213,7 +213,7 @@ class _ShardedReader:
         for chunk in self._tensors[name].chunks:
             piece = self._piece(self._place(name, chunk), name)
             if piece.shape != torch.Size(chunk.sizes):
-                raise ValueError(f"{self._folder}: a piece of {name} has shape {list(piece.shape)}, not as indexed.")
+                raise ValueError(f"{self._folder}: a piece of {name} has shape {list(piece.shape)}, unlike the index.")
             where = tuple(slice(start, start + size) for start, size in zip(chunk.offsets, chunk.sizes, strict=True))
             whole[where] = piece
             covered += piece.numel()

@@ -366,10 +366,10 @@ def test_stored_zeros_and_empty_cells(vocab: Path) -> None:
         ({"genes": [5, 6], "counts": [1]}, r"genes of the shape \(2,\)"),
         ({"genes": [5], "counts": [-1]}, "negative, NaN or infinite"),
         ({"genes": [5], "counts": [float("nan")]}, "negative, NaN or infinite"),
-        ({"genes": [1], "counts": [1]}, "no gene's: leave <cls> out"),
-        ({"genes": [10**6], "counts": [1]}, "no gene's"),
-        ({"genes": [-5], "counts": [1]}, "no gene's"),
-        ({"genes": ["ENSG"], "counts": [1]}, "no gene's|invalid"),
+        ({"genes": [1], "counts": [1]}, "not a gene's: leave <cls> out"),
+        ({"genes": [10**6], "counts": [1]}, "not a gene's"),
+        ({"genes": [-5], "counts": [1]}, "not a gene's"),
+        ({"genes": ["ENSG"], "counts": [1]}, "not a gene's|invalid"),
     ],
 )
 def test_wrong_rows_are_refused(vocab: Path, row: dict[str, Any], said: str) -> None:

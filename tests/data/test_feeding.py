@@ -251,7 +251,7 @@ def test_resume_with_another_number_of_processes(folder: Path, collator: CellCol
         ranks.append(steps_of(resumed))
     assert [a + b for a, b in zip(*ranks, strict=True)] == expected[6:]
     uneven = CellBatches(folder, collator, batch_size=10)
-    with pytest.raises(ValueError, match=r"96 cells were seen, no multiple of batch_size \* world_size = 10"):
+    with pytest.raises(ValueError, match=r"96 cells were seen, not a multiple of batch_size \* world_size = 10"):
         uneven.load_state_dict(state)
 
 
@@ -449,7 +449,7 @@ def test_s3_feeds_the_same(folder: Path, collator: CellCollator, tmp_path: Path,
 
 
 def test_places_and_settings_that_cannot_be_used(folder: Path, collator: CellCollator, tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"no prepared dataset.*tahoex1 prepare"):
+    with pytest.raises(FileNotFoundError, match=r"not a prepared dataset.*tahoex1 prepare"):
         CellBatches(tmp_path, collator, batch_size=8)
     with pytest.raises(ValueError, match=r"split='test'.*\['train', 'validation'\]"):
         CellBatches(folder, collator, batch_size=8, split="test")

@@ -107,7 +107,7 @@ BAD_FILES = {
     corrupt_index: "indptr.*cut off or corrupt",
     corrupt_columns: "column numbers .* corrupt",
     symbols: "look like gene symbols",
-    mixed: r"gene ids are mixed: 40 are in the vocabulary, and 20 of 60 are no Ensembl ids.*TP0",
+    mixed: r"gene ids are mixed: 40 are in the vocabulary, and 20 of 60 are not Ensembl ids.*TP0",
     mouse: "another species",
     few_known: r"20 of 60 genes.*min_known_genes=0\.5",
     log_normalised: "log-normalised.*non_integer_counts",

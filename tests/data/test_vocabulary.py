@@ -87,7 +87,7 @@ def test_h5ad_gives_var_names_or_a_column_and_its_counts_are_not_read(tmp_path: 
     expected = build_vocabulary(path, tmp_path / "column.json", gene_id_column="ensembl_id")
     assert list(expected)[3:6] == GENES
     with pytest.raises(
-        ValueError, match=r"3 of 3 genes in var_names are no Ensembl ids: 'A', 'B', 'C'\..*ensembl_id:"
+        ValueError, match=r"3 of 3 genes in var_names are not Ensembl ids: 'A', 'B', 'C'\..*ensembl_id:"
     ):
         build_vocabulary(path, tmp_path / "new.json")
     import h5py

@@ -192,7 +192,7 @@ def test_settings(changes: dict[str, Any], message: str) -> None:
         parse_finetune_config(settings(Path("m"), Path("d"), Path("o"), **changes), "test")
 
 
-@pytest.mark.parametrize(("override", "message"), [("epochs", "is no key=value"), ("epoch=3", "epoch: unknown key")])
+@pytest.mark.parametrize(("override", "message"), [("epochs", "is not key=value"), ("epoch=3", "epoch: unknown key")])
 def test_overrides(override: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         read_finetune_config(RECIPES / "classification.yaml", [override])

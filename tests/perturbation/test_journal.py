@@ -275,7 +275,7 @@ def test_cells_by_mask_query_and_group(tokenizer: TahoeX1Tokenizer, model: Any) 
         ({"genes": [GENES[1], GENES[1] + ".2"]}, "names a gene twice"),
         ({"cells": "n_genes > 999"}, "leaves none of the 20 cells"),
         ({"cells": "missing > 1"}, "'missing' is not in adata.obs"),
-        ({"cells": "n_genes >"}, "no expression"),
+        ({"cells": "n_genes >"}, "not an expression"),
         ({"cells": np.ones(3, dtype=bool)}, r"cells has shape \(3,\)"),
         ({"target": "n_genes > 999"}, "target=.* leaves none"),
         ({"groupby": "missing"}, "groupby='missing' is not in adata.obs"),

@@ -83,7 +83,7 @@ def test_recipes_hold_the_originals_values() -> None:
     ("override", "said"),
     [
         ("learning_rat=1", "learning_rat: unknown key"),
-        ("max_steps", "'max_steps' is no key=value"),
+        ("max_steps", "'max_steps' is not key=value"),
         ("epochs=2", "set one of them"),
         ("microbatch_size=0", "pass a number of cells, or auto"),
         ("unexpressed_padding=true", "packed leaves no padding"),

@@ -204,7 +204,7 @@ class PreparedDataset:
                 text = self.cache.read("manifest.json")
         except FileNotFoundError:
             raise FileNotFoundError(
-                f"{self.location} is no prepared dataset: it has no manifest.json. Make one with tahoex1 prepare."
+                f"{self.location} is not a prepared dataset: it has no manifest.json. Make one with tahoex1 prepare."
             ) from None
         manifest = json.loads(text)
         if manifest.get("format") != "tahoex1-dataset" or manifest.get("format_version") != 1:

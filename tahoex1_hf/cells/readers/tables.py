@@ -96,7 +96,7 @@ class ArrowReader(TableReader):
         self.num_cells = sum(batch.num_rows for batch in self._all([]))
 
     def _all(self, columns: list[str]) -> Iterator["pa.RecordBatch"]:
-        """Every batch; the file is mapped, so that what is not looked at is not read."""
+        """Yield every batch; the file is mapped, so that what is not looked at is not read."""
         import pyarrow as pa
 
         # An empty list would mean all columns.

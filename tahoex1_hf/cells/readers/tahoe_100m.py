@@ -202,7 +202,8 @@ def _check_schema(schema: "pa.Schema") -> None:
             raise BadInput(f"it has no column {name!r}, only {schema.names}: it is not in the layout of Tahoe-100M.")
         kind = schema.field(name).type
         if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)) or not wanted(kind.value_type):
-            raise BadInput(f"its column {name!r} is {kind}, no list of {'integers' if name == GENES else 'numbers'}.")
+            items = "integers" if name == GENES else "numbers"
+            raise BadInput(f"its column {name!r} is {kind}, not a list of {items}.")
 
 
 def _is_number(kind: "pa.DataType") -> bool:

@@ -162,7 +162,7 @@ class _Experiment:
         """The genes that `var_filter` keeps, and their tokens."""
         column = self.config.gene_id_column
         if column not in self.var.keys():
-            raise BadInput(f"gene_id_column={column!r} is no column of var; there are {_names(self.var)}.")
+            raise BadInput(f"gene_id_column={column!r} is not a column of var; there are {_names(self.var)}.")
         table = self.var.read(column_names=[JOINID, column], value_filter=self.config.var_filter).concat().to_pandas()
         if not len(table):
             raise BadInput(f"var_filter={self.config.var_filter!r} keeps none of its genes.")
@@ -297,7 +297,7 @@ def _soma_errors(config: "CensusSource") -> Iterator[None]:
         if given and any(sign in said for sign in _FILTER_ERRORS):
             raise BadInput(f"{given} cannot be applied: {said}") from None
         if type(error).__name__ == "DoesNotExistError":
-            raise BadInput(f"it is no SOMA experiment, or does not exist: {said}") from None
+            raise BadInput(f"it is not a SOMA experiment, or does not exist: {said}") from None
         if config.uri is None or ("://" in config.uri and not config.uri.startswith("file://")):
             raise ConnectionError(f"{config.uri or 'the census'} could not be read: {said}. Try again.") from error
         raise BadInput(f"it cannot be read: {said}. Fetch or write it again.") from None

@@ -338,7 +338,7 @@ class _Store:
                 raise FileNotFoundError(f"{root} does not exist: {error}. Check the address.") from None
             return sorted(path.removesuffix("/" + name) for path in found if path.endswith("/" + name))
         if not os.path.isdir(root):
-            raise FileNotFoundError(f"{root} is no folder: name a folder with MDS shards and their {name}.")
+            raise FileNotFoundError(f"{root} is not a folder: name a folder with MDS shards and their {name}.")
         folders = []
         for folder, below, files in os.walk(root, followlinks=True):
             below[:] = sorted(entry for entry in below if not entry.startswith("."))

@@ -269,7 +269,7 @@ class ShardReader:
             except BadInput as error:
                 raise BadInput(f"column {column!r}: {error}") from None
             except (ValueError, IndexError, KeyError, ArithmeticError, RecursionError) as error:
-                raise BadInput(f"column {column!r} holds a value that is no {encoding}: {error}") from None
+                raise BadInput(f"column {column!r} holds a value that is not valid {encoding}: {error}") from None
 
         return value
 

@@ -268,7 +268,7 @@ def test_columns_that_are_missing_or_of_another_type(tmp_path: Path, source, cou
         source(path).inspect(path)
     texts = pa.array([["a"]] * NUM_CELLS)
     path = WRITERS[kind](table.set_column(0, "genes", texts), tmp_path)
-    with pytest.raises(BadInput, match="no list of integers"):
+    with pytest.raises(BadInput, match="not a list of integers"):
         source(path).inspect(path)
     path = WRITERS[kind](table[:0], tmp_path)
     with pytest.raises(BadInput, match="no cells"):

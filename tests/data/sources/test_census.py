@@ -203,7 +203,7 @@ def test_only_the_columns_asked_for_are_read(uri: str, source: Make, monkeypatch
     [
         ({"measurement": "ATAC"}, r"measurement='ATAC' is not there, only \['RNA'\]"),
         ({"layer": "normalized"}, r"layer='normalized' is not there, only \['raw'\]"),
-        ({"gene_id_column": "ensembl"}, r"gene_id_column='ensembl' is no column of var; .*'feature_id'"),
+        ({"gene_id_column": "ensembl"}, r"gene_id_column='ensembl' is not a column of var; .*'feature_id'"),
         ({"gene_id_column": "var_id"}, "look like gene symbols"),
         ({"value_filter": 'organ == "heart"'}, r"value_filter=.*Column organ does not exist"),
         ({"value_filter": 'tissue = "heart"'}, r"value_filter=.*cannot be applied: .*parse"),
@@ -227,7 +227,7 @@ def test_columns_and_ranges_that_are_not_there(uri: str, source: Make) -> None:
 
 def test_what_is_no_experiment(tmp_path: Path, uri: str, source: Make) -> None:
     for path in (str(tmp_path / "none"), f"{uri}/obs"):
-        with pytest.raises(BadInput, match="it is no SOMA experiment, or does not exist"):
+        with pytest.raises(BadInput, match="it is not a SOMA experiment, or does not exist"):
             source(path).inspect(path)
 
 

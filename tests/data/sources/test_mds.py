@@ -393,7 +393,7 @@ def test_damaged_index(
 
 
 def test_what_is_missing_is_named(source: Callable[..., MDSFiles], tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="nowhere is no folder"):
+    with pytest.raises(FileNotFoundError, match="nowhere is not a folder"):
         source(tmp_path / "nowhere").list_files()
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match=r"empty holds no index\.json"):

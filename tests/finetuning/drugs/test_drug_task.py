@@ -330,7 +330,7 @@ def test_a_planted_effect_is_learnt_for_drugs_that_the_base_never_saw(place: Pat
     assert base.config.num_drugs == run.base().config.num_drugs
     other = TahoeX1ForPreTraining.from_pretrained(place / "base")
     add_drugs(other, np.ones((len(NEW), 16), dtype=np.float32))
-    with pytest.raises(ValueError, match="others there"):
+    with pytest.raises(ValueError, match="has other drugs"):
         add_saved_drugs(tmp_path / "run", other)
 
 
