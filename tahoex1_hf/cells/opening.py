@@ -134,6 +134,33 @@ def read_obs_column(path: str, name: str, argument: str) -> "pd.Series":
     raise ValueError(f"{argument}={name} is not a column of obs of {path}; there are {', '.join(sorted(columns))}.")
 
 
+def read_var(path: Path) -> "pd.DataFrame":
+    """Read the genes of an `.h5ad` file, without looking at its cells, of which it need have none.
+
+    Returns:
+        The columns of var; the index holds the names of the genes as text.
+
+    Raises:
+        FileNotFoundError: where there is no such file.
+        ValueError: for a file that is not an `.h5ad` file.
+    """
+    import h5py
+
+    from tahoex1_hf.cells.readers.stores import read_frame
+
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist, or is not a file.")
+    if not h5py.is_hdf5(path):
+        raise ValueError(f"{path} is not an .h5ad file (not HDF5).")
+    with h5py.File(path, "r") as file:
+        if "var" not in file:
+            raise ValueError(f"{path} is not a complete .h5ad file: it lacks var.")
+        try:
+            return read_frame(file["var"])
+        except BadInput as error:
+            raise ValueError(f"{path}: {error}") from error
+
+
 def open_all(
     paths: Sequence[str], tokenizer: "TahoeX1Tokenizer", options: GeneOptions | None = None, *, spool: str | Path
 ) -> list[CellInput]:

@@ -13,6 +13,7 @@ import numpy as np
 if TYPE_CHECKING:
     import pandas as pd
 
+from tahoex1_hf.cells.opening import read_var
 from tahoex1_hf.common.files import WholeFile
 
 logger = logging.getLogger(__name__)
@@ -86,7 +87,7 @@ def _checked_special_tokens(tokens: list[str]) -> list[str]:
 def _gene_ids(reference: Path, column: str | None) -> list[str]:
     """Return the genes in their order, without versions, after checking them."""
     is_h5ad = reference.name.endswith(".h5ad")
-    table = _read_var(reference) if is_h5ad else read_table(reference)
+    table = read_var(reference) if is_h5ad else read_table(reference)
     if is_h5ad and column is None:
         where, names = "var_names", table.index
     else:
@@ -136,20 +137,6 @@ def _id_columns_hint(table: "pd.DataFrame", is_h5ad: bool) -> str:
     if good == ["var_names"]:
         return " Ensembl ids are in var_names: leave gene_id_column out."
     return f" Ensembl ids are in {', '.join(good)}: name the column as gene_id_column, and drop genes without an id."
-
-
-def _read_var(path: Path) -> "pd.DataFrame":
-    import h5py
-    from anndata.io import read_elem
-
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist, or is not a file.")
-    if not h5py.is_hdf5(path):
-        raise ValueError(f"{path} is not an .h5ad file (not HDF5).")
-    with h5py.File(path, "r") as file:
-        if "var" not in file:
-            raise ValueError(f"{path} is not a complete .h5ad file: it lacks var.")
-        return read_elem(file["var"])
 
 
 def read_table(path: Path) -> "pd.DataFrame":

@@ -175,7 +175,17 @@ def test_a_path_of_several_files_is_refused_by_name(tmp_path: Path, tokenizer: T
     assert find_sources([str(tmp_path / "in" / "0.h5ad")]) == [Source(str(tmp_path / "in" / "0.h5ad"), "anndata")]
 
 
-OPENERS = {"read_h5ad", "open_store", "read_anndata", "open_group", "read_10x_h5", "read_10x_mtx", "read_zarr"}
+OPENERS = {
+    "read_h5ad",
+    "read_elem",
+    "read_frame",
+    "open_store",
+    "read_anndata",
+    "open_group",
+    "read_10x_h5",
+    "read_10x_mtx",
+    "read_zarr",
+}
 # The tokenizer takes an AnnData that is open.
 MAY_OPEN = ("cells/", "tokenization_tahoe_x1.py")
 

@@ -122,6 +122,12 @@ class Frame:
         return pd.Index(read_column(self._frame, INDEX).astype(str))
 
 
+def read_frame(frame: Any) -> pd.DataFrame:
+    """Read a whole data frame on disk, with the names of its rows as text."""
+    whole = Frame(frame)
+    return pd.DataFrame({name: whole[name].to_numpy() for name in whole.columns}, index=whole.index)
+
+
 def num_rows(frame: Any) -> int:
     """Return the number of rows of a data frame as anndata stores it."""
     if is_legacy(frame):
