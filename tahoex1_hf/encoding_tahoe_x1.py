@@ -122,27 +122,43 @@ def _sort_keys(cells: np.ndarray, values: np.ndarray) -> np.ndarray:
     return (cells.astype(np.int64) << 32) + np.where(bits < 0, -(bits & 0x7FFFFFFF), bits)
 
 
+def unit_quantiles(count: int) -> np.ndarray:
+    """Return `(count,)` float32, `torch.linspace(0, 1, count)` as processors with a fused multiply-add compute it."""
+    step, number = np.float64(np.float32(1) / np.float32(max(count - 1, 1))), np.arange(count)  # exact from here on
+    return np.where(number < max(1, count // 2), step * number, 1 - step * (count - 1 - number)).astype(np.float32)
+
+
+def _fused_multiply_add(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
+    """Return `a * b + c` of float32 arrays, rounded once (Boldo and Melquiond 2008, doi:10.1109/TC.2007.70819)."""
+    product, addend = a.astype(np.float64) * b, c.astype(np.float64)  # the product is exact
+    total = product + addend
+    error = (product - (total - (total - product))) + (addend - (total - product))
+    even = np.isfinite(total) & (error != 0) & (total.view(np.int64) & 1 == 0)  # made odd, it can be rounded again
+    return np.where(even, np.nextafter(total, np.copysign(np.inf, error)), total).astype(np.float32)
+
+
 def _quantile_edges(
     table_values: np.ndarray, table_cells: np.ndarray, table_counts: np.ndarray, num_cells: int, num_edges: int
 ) -> np.ndarray:
     """Return `(num_cells * num_edges,)` float32 quantiles of every cell, with the roundings of `torch.quantile`.
 
-    torch computes rank = q * (n - 1) in float32 and interpolates its neighbours with `lerp`. The same `lerp` runs
-    here, since its fused multiply-add cannot be had from numpy.
+    torch computes rank = q * (n - 1) in float32 and interpolates its neighbours with `lerp`, which has a fused
+    multiply-add on most processors; here it has one on all.
     """
     cell_counts = np.bincount(table_cells, weights=table_counts, minlength=num_cells).astype(np.int64)
-    last = torch.from_numpy(np.maximum(cell_counts - 1, 0)).to(torch.float32)
-    ranks = torch.linspace(0, 1, num_edges, dtype=torch.float32)[None, :] * last[:, None]
-    below, above = ranks.floor().long(), ranks.ceil().long()
-    starts = (np.cumsum(cell_counts) - cell_counts)[:, None]
+    last = np.maximum(cell_counts - 1, 0).astype(np.float32)
+    ranks = (unit_quantiles(num_edges)[None, :] * last[:, None]).ravel()
+    below, starts = np.floor(ranks), np.repeat(np.cumsum(cell_counts) - cell_counts, num_edges)
     upto = np.cumsum(table_counts)
 
-    def value_at(rank: torch.Tensor) -> torch.Tensor:
+    def value_at(rank: np.ndarray) -> np.ndarray:
         # A cell without non-zero values has no such row; what it gets here is never used.
-        rows = np.searchsorted(upto, (rank.numpy() + starts).ravel(), side="right")
-        return torch.from_numpy(table_values[np.minimum(rows, len(table_values) - 1)])
+        rows = np.searchsorted(upto, rank.astype(np.int64) + starts, side="right")
+        return table_values[np.minimum(rows, len(table_values) - 1)]
 
-    return torch.lerp(value_at(below), value_at(above), (ranks - below).ravel()).numpy()
+    low, high, weight = value_at(below), value_at(np.ceil(ranks)), ranks - below
+    near = weight < np.float32(0.5)
+    return _fused_multiply_add(np.where(near, weight, weight - np.float32(1)), high - low, np.where(near, low, high))
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,9 +206,7 @@ class Vocabulary:
         if not isinstance(vocabulary, dict) or not all(type(i) is int and i >= 0 for i in vocabulary.values()):
             raise ValueError(f"vocab_file={path!r} must hold a JSON object token -> id with ids from 0.")
         if len(set(vocabulary.values())) < len(vocabulary):
-            raise ValueError(
-                f"vocab_file={path!r} gives the same id to several tokens: every token needs an id of its own."
-            )
+            raise ValueError(f"vocab_file={path!r} gives several tokens the same id: each needs an id of its own.")
         return cls(vocabulary)
 
     def match(
@@ -212,21 +226,17 @@ class Vocabulary:
             raise ValueError(self._explain_no_match(names, unknown, symbols) + advice())
         if unknown:
             level = logging.WARNING if 2 * len(known) < len(names) else logging.INFO
-            logger.log(
-                level,
-                f"{len(unknown)} of {len(names)} genes are not in the vocabulary and are left out: {unknown[:5]}",
-            )
+            left_out = f"{len(unknown)} of {len(names)} genes are not in the vocabulary and are left out"
+            logger.log(level, f"{left_out}: {unknown[:5]}")
         if len(known) > matched:
             logger.warning(f"{len(known) - matched} gene columns repeat another gene: their counts are added up.")
         return GeneMatch(token_ids, len(names), matched, len(unknown), len(known) - matched, tuple(unknown[:5]))
 
     def gene_token(self, name: str, symbols: Mapping[str, str] | None = None) -> int:
         """Return the id of a gene, -1 where it is unknown."""
-        if symbols is not None:
-            name = symbols.get(name, name)
+        name = name if symbols is None else symbols.get(name, name)
         token = self.ids.get(name)
-        if token is None:
-            token = self.ids.get(_VERSION_SUFFIX.sub("", name), -1)
+        token = self.ids.get(_VERSION_SUFFIX.sub("", name), -1) if token is None else token
         return token if token >= 0 and self.is_gene[token] else -1
 
     def _explain_no_match(self, names: list[str], unknown: list[str], symbols: Mapping[str, str] | None) -> str:
@@ -262,10 +272,8 @@ class Vocabulary:
         wrong = tokens[(tokens < 0) | (tokens >= len(self.is_gene))]
         wrong = wrong if len(wrong) else tokens[~self.is_gene[tokens]]
         if len(wrong):
-            raise ValueError(
-                f"genes holds {wrong[0]} ({self.tokens.get(int(wrong[0]))}), which is not the token id of a "
-                "gene: leave special tokens such as <cls> out, they are put in here."
-            )
+            what = f"{wrong[0]} ({self.tokens.get(int(wrong[0]))}), which is not the token id of a gene"
+            raise ValueError(f"genes holds {what}: leave special tokens such as <cls> out, they are put in here.")
         return tokens
 
 
@@ -497,10 +505,8 @@ def pad_features(
     Raises:
         ValueError: for features without an entry of `fills`, and for a cell longer than `max_length`.
     """
-    if isinstance(features, Mapping):
-        columns = dict(features)
-    else:
-        columns = {name: [cell[name] for cell in features] for name in features[0]}
+    is_mapping = isinstance(features, Mapping)
+    columns = dict(features) if is_mapping else {name: [cell[name] for cell in features] for name in features[0]}
     missing = [name for name in fills if name not in columns]
     if missing:
         raise ValueError(f"encoded_inputs lacks {missing}: pass what the tokenizer returned for each cell.")
@@ -543,11 +549,10 @@ def count_problem(rows: GeneRows, first_cell: int, gene_names: Mapping[int, str]
     with np.errstate(over="ignore"):
         sums = np.bincount(rows.cells(), weights=np.expm1(counts.astype(np.float64)))
     sums = sums[sums > 0]
-    looks = "."
     # log1p of counts scaled to a common sum: small values, and the same sum again once the logarithm is undone.
-    if counts.max() < 15 or (len(sums) > 1 and sums.std() < 0.05 * sums.mean()):
-        looks = " and look log-normalised."
-    return None, f"counts: the values are not integers{looks} The models were trained on raw counts."
+    logarithms = counts.max() < 15 or (len(sums) > 1 and sums.std() < 0.05 * sums.mean())
+    looks = " and look log-normalised" if logarithms else ""
+    return None, f"counts: the values are not integers{looks}. The models were trained on raw counts."
 
 
 def as_batch(batch: Mapping[str, torch.Tensor], return_tensors: str | None) -> BatchEncoding:
@@ -563,9 +568,8 @@ def as_batch(batch: Mapping[str, torch.Tensor], return_tensors: str | None) -> B
 def _looks_like_counts(matrix: Any) -> bool:
     few = matrix[:5]
     values = np.asarray(few.data if hasattr(few, "tocsr") else few)
-    if values.size == 0 or values.dtype.kind not in "biuf":
-        return False
-    return bool(values.min() >= 0 and values.max() > 0 and (values == np.rint(values)).all())
+    is_number = values.size > 0 and values.dtype.kind in "biuf"
+    return bool(is_number and values.min() >= 0 and values.max() > 0 and (values == np.rint(values)).all())
 
 
 def count_hint(adata: Any, layer: str | None) -> str:

@@ -1,5 +1,6 @@
 """Quantile bins and log1p values against upstream's own output, bit for bit, and as properties."""
 
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +10,11 @@ import torch
 from tahoex1_hf.encoding_tahoe_x1 import (
     _checked_lengths,
     _distinct_values,
+    _fused_multiply_add,
     _quantile_edges,
     bin_expression,
     log_normalize,
+    unit_quantiles,
 )
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "binning" / "binning.npz")
@@ -25,6 +28,13 @@ def join(rows):
 
 def split(values, offsets):
     return np.split(values, offsets[1:-1])
+
+
+def torch_rounds_once() -> bool:
+    """Whether torch's `lerp` has a fused multiply-add here, as on the processors where the recordings were made."""
+    start, end, weight = torch.rand((3, 1000), generator=torch.Generator().manual_seed(0)) * 0.5
+    step = (end - start).double()  # exact, since float32 was subtracted
+    return torch.equal(torch.lerp(start, end, weight), (weight.double() * step + start.double()).float())
 
 
 def by_torch(row, num_bins, right):
@@ -89,6 +99,7 @@ def test_all_cases_in_one_batch_are_the_cases_alone(right):
         np.testing.assert_array_equal(bins, GOLDEN[f"{case}/bins51_right{int(right)}"], err_msg=case)
 
 
+@pytest.mark.skipif(not torch_rounds_once(), reason="torch's lerp rounds twice on this processor")
 @pytest.mark.parametrize(("num_bins", "right"), [(51, False), (51, True), (31, True), (7, False)])
 def test_bins_equal_torch_quantile_on_random_cells(num_bins, right):
     rows = random_rows(num_bins + right, 300)
@@ -165,3 +176,33 @@ def test_refused_arguments():
 def test_log1p_of_cells_without_values():
     values, offsets = join([np.zeros(0), np.array([1.0, 3.0]), np.array([0.0])])
     np.testing.assert_allclose(log_normalize(values, offsets, 4.0), np.log1p([1, 3, 0]), rtol=1e-6)
+
+
+def test_products_and_sums_are_rounded_once() -> None:
+    """Against exact fractions; the last two numbers come out wrong where float64 rounds them first."""
+    random = np.random.default_rng(0)
+    a, b, c = random.standard_normal((3, 2000)) * 2.0 ** random.integers(-20, 20, (3, 2000))
+    # Just below the middle of two float32 numbers, by less than float64 can tell beside 1: it sees the middle itself,
+    # from which a second rounding goes to the even number above.
+    a, b, c = np.append(a, [1 + 2**-15, -1 - 2**-15]), np.append(b, [(1 - 2**-15) / 2**24] * 2), np.append(c, [1, -1])
+    c[-2:] *= 1 + 2**-23
+    a, b, c = a.astype(np.float32), b.astype(np.float32), c.astype(np.float32)
+    twice = (a.astype(np.float64) * b + c).astype(np.float32)
+    assert (twice != _fused_multiply_add(a, b, c))[-2:].all()
+    exact = [Fraction(float(x)) * Fraction(float(y)) + Fraction(float(z)) for x, y, z in zip(a, b, c, strict=True)]
+    found = _fused_multiply_add(a, b, c)
+    for value, wanted in zip(found, exact, strict=True):
+        neighbours = [Fraction(float(np.nextafter(value, np.float32(side)))) for side in (-np.inf, np.inf)]
+        error = abs(Fraction(float(value)) - wanted)
+        assert all(error <= abs(each - wanted) for each in neighbours)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 30, 50, 51, 255])
+def test_unit_quantiles(count: int) -> None:
+    found = unit_quantiles(count)
+    assert found.dtype == np.float32
+    assert found[0] == 0
+    assert count == 1 or found[-1] == 1
+    assert np.abs(found - np.linspace(0, 1, count)).max() <= 2**-24
+    if torch_rounds_once():
+        assert np.array_equal(found, torch.linspace(0, 1, count).numpy())

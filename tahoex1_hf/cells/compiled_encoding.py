@@ -8,11 +8,10 @@ Several threads may encode different cells at the same time. It needs numba, whi
 from typing import Any, cast
 
 import numpy as np
-import torch
 
 from tahoex1_hf.cells import kernels
 from tahoex1_hf.cells.ragged import compact_csr
-from tahoex1_hf.encoding_tahoe_x1 import EncodedCells, GeneMatch, GeneRows, mix64
+from tahoex1_hf.encoding_tahoe_x1 import EncodedCells, GeneMatch, GeneRows, mix64, unit_quantiles
 from tahoex1_hf.tokenization_tahoe_x1 import DRUG_TOKEN, TahoeX1Tokenizer
 
 _ENCODINGS = {"bins": kernels.BINS, "raw": kernels.RAW}
@@ -99,7 +98,7 @@ def _settings(tokenizer: TahoeX1Tokenizer, special: list[int], room: int) -> Any
         room=room,
         sample=tokenizer.overflow == "sample",
         encoding=_ENCODINGS[tokenizer.value_encoding],
-        quantiles=torch.linspace(0, 1, tokenizer.num_bins - 1, dtype=torch.float32).numpy(),
+        quantiles=unit_quantiles(tokenizer.num_bins - 1),
         right=tokenizer.right_binning,
         target_sum=float(tokenizer.target_sum),
         mask_probabilities=np.zeros(0),

@@ -39,7 +39,7 @@ class Settings(NamedTuple):
         room: most genes of a cell that are kept.
         sample: whether the genes of cells that have more are sampled; otherwise the first are kept.
         encoding: `BINS`, `LOG1P` or `RAW`.
-        quantiles: `(num_bins - 1,)` float32, `torch.linspace(0, 1, num_bins - 1)`.
+        quantiles: `(num_bins - 1,)` float32, `unit_quantiles(num_bins - 1)`.
         right: whether edges equal to a count lie below it, as `right` of `bin_expression`.
         target_sum: sum of a cell before the logarithm.
         mask_probabilities: float64 shares of the genes to predict, one of which is taken at random for each cell;

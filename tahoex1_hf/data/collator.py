@@ -9,7 +9,7 @@ import torch
 
 from tahoex1_hf.cells import kernels
 from tahoex1_hf.cells.ragged import CountRows
-from tahoex1_hf.encoding_tahoe_x1 import padded_length
+from tahoex1_hf.encoding_tahoe_x1 import padded_length, unit_quantiles
 
 if TYPE_CHECKING:
     from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
@@ -88,7 +88,7 @@ class CellCollator:
             room=length - len(ids),
             sample=tokenizer.overflow == "sample",
             encoding=_ENCODINGS[tokenizer.value_encoding],
-            quantiles=torch.linspace(0, 1, tokenizer.num_bins - 1, dtype=torch.float32).numpy(),
+            quantiles=unit_quantiles(tokenizer.num_bins - 1),
             right=tokenizer.right_binning,
             target_sum=float(tokenizer.target_sum),
             mask_probabilities=probabilities,
