@@ -1,5 +1,6 @@
 """Values in MDS shards: pickled numbers come back as they were; whatever else a pickle asks for is refused."""
 
+import itertools
 import os
 import pickle
 from collections import OrderedDict
@@ -87,6 +88,7 @@ def test_other_pickles_are_refused(value: Any, message: str) -> None:
         b"\x82\x01.",  # a registered extension
         pickle.dumps(Calls(torch.storage._load_from_bytes, b"PK\x03\x04")),
     ],
+    ids=(f"case {number}" for number in itertools.count()),  # torch puts addresses into its pickles
 )
 def test_damaged_and_crafted_pickles(content: bytes) -> None:
     with pytest.raises(BadInput, match="pickled value"):
