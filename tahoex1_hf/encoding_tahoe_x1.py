@@ -534,9 +534,7 @@ def count_problem(rows: GeneRows, first_cell: int, gene_names: Mapping[int, str]
         gene_names: token id -> gene, for the message.
     """
     counts = rows.counts
-    if not len(counts):
-        return None, None
-    if not (counts.min() >= 0 and counts.max() < np.inf):  # false for NaN too
+    if not (counts.min(initial=0) >= 0 and counts.max(initial=0) < np.inf):  # false for NaN too
         place = int(np.flatnonzero(~(np.isfinite(counts) & (counts >= 0)))[0])
         value, gene = counts[place], gene_names[int(rows.tokens[place])]
         cell = first_cell + int(np.searchsorted(rows.offsets, place, side="right")) - 1
@@ -576,7 +574,8 @@ def count_hint(adata: Any, layer: str | None) -> str:
     """Say where an AnnData keeps non-negative integers, as advice; five rows of each matrix are looked at."""
     if adata is None:
         return " Pass the raw counts."
-    places = [f'layer="{name}"' for name in adata.layers if name != layer and _looks_like_counts(adata.layers[name])]
+    others = [name for name in adata.layers if name not in (None, layer)]  # None is X, since anndata 0.13
+    places = [f'layer="{name}"' for name in others if _looks_like_counts(adata.layers[name])]
     if layer is not None and adata.X is not None and _looks_like_counts(adata.X):
         places.append("adata.X (leave out layer=)")
     if adata.raw is not None and _looks_like_counts(adata.raw.X):

@@ -432,11 +432,12 @@ class TahoeX1Tokenizer(PreTrainedTokenizer):
             raise ValueError(
                 f"gene_id_column={gene_id_column!r} is not in adata.var: it has {list(adata.var.columns)}."
             )
-        if layer is not None and layer not in adata.layers:
-            raise ValueError(f"layer={layer!r} is not in adata.layers: it has {list(adata.layers)}.")
+        layers = [name for name in adata.layers if name is not None]  # since anndata 0.13, X is among them
+        if layer is not None and layer not in layers:
+            raise ValueError(f"layer={layer!r} is not in adata.layers: it has {layers}.")
         matrix = adata.X if layer is None else adata.layers[layer]
         if matrix is None:
-            raise ValueError(f"adata.X is empty: name the counts with layer=, one of {list(adata.layers)}.")
+            raise ValueError(f"adata.X is empty: name the counts with layer=, one of {layers}.")
 
         def advice() -> str:
             columns = [name for name in adata.var.columns if self._vocabulary.knows_most(adata.var[name][:200])]

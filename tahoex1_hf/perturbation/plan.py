@@ -108,11 +108,12 @@ def make_groups(source: CellInput, mask: np.ndarray, groupby: str | None) -> Gro
     if groupby not in source.obs_columns:
         raise ValueError(f"groupby={groupby!r} is not in adata.obs: it has {source.obs_columns}.")
     column = source.column(groupby).iloc[numbers]
-    values = column.astype(object).where(column.notna(), None).map(lambda value: None if value is None else str(value))
-    names = sorted({value for value in values if value is not None})
+    known = column.notna().to_numpy()
+    values = np.array([str(value) for value in column], dtype=object)
+    names = sorted(set(values[known]))
     if not names:
         raise ValueError(f"groupby={groupby!r} is missing for all of the chosen cells.")
-    return Groups(names, [numbers[(values == name).to_numpy()] for name in names])
+    return Groups(names, [numbers[known & (values == name)] for name in names])
 
 
 class GeneNames:

@@ -446,4 +446,4 @@ def test_operations_of_a_step(precision: Precision, said: int) -> None:
     model = training_model(config, precision)
     with Count() as count:
         loss(model, precision, 1, 32).backward()
-    assert count.number == pytest.approx(said, rel=0.1)
+    assert count.number == pytest.approx(said, rel=0.2)  # torch 2.13 makes 700 in bfloat16, torch 2.15 812

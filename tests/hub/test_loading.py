@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from elsewhere import run_elsewhere
 from forked import PATIENCE
 from helpers import REPO_ROOT, Variant
@@ -477,9 +478,14 @@ def test_adapters_on_weights_of_the_original(way: str, hf_home: Path, tmp_path: 
         model = model.merge_and_unload()
     else:
         model = base
-        model.load_adapter(tmp_path / "adapter")
-        assert torch.equal(embed(model, SMALL), expected)
-        model.save_pretrained(tmp_path / "again")  # of a model with an adapter, transformers saves the adapter
+        try:
+            model.load_adapter(tmp_path / "adapter")
+            assert torch.equal(embed(model, SMALL), expected)
+            model.save_pretrained(tmp_path / "again")  # of a model with an adapter, transformers saves the adapter
+        except ValueError as error:
+            if "version of PEFT" not in str(error):
+                raise
+            pytest.skip(f"transformers {transformers.__version__} and this PEFT do not go together: {error}")
         again = load_file(tmp_path / "again" / "adapter_model.safetensors")
         assert again.keys() == names
         return
