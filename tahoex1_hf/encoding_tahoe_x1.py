@@ -206,7 +206,7 @@ class Vocabulary:
         if not isinstance(vocabulary, dict) or not all(type(i) is int and i >= 0 for i in vocabulary.values()):
             raise ValueError(f"vocab_file={path!r} must hold a JSON object token -> id with ids from 0.")
         if len(set(vocabulary.values())) < len(vocabulary):
-            raise ValueError(f"vocab_file={path!r} gives several tokens the same id: each needs an id of its own.")
+            raise ValueError(f"vocab_file={path!r} gives the same id to several tokens: each needs one of its own.")
         return cls(vocabulary)
 
     def match(
