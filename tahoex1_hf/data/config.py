@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from tahoex1_hf.common.files import WholeFile
 from tahoex1_hf.common.recipes import read_recipe
 
 Config = TypeVar("Config", bound=BaseModel)
@@ -21,6 +22,11 @@ class Strict(BaseModel):
     """Base of all parts of the configuration."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    def write(self, path: Path) -> None:
+        """Write all settings as YAML, those at their defaults too; the file is there whole or not at all."""
+        with WholeFile(path) as partial:
+            partial.write_text(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
 
 
 class JoinConfig(Strict):

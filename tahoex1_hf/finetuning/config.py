@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
-import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from tahoex1_hf.common.recipes import read_recipe
@@ -125,10 +124,6 @@ class FinetuneConfig(Strict):
     def starts_from_probe(self) -> bool:
         """Whether training starts with a head that was fitted to the base's embeddings."""
         return False
-
-    def write(self, path: Path) -> None:
-        """Write all keys to a YAML file, also those at their defaults."""
-        path.write_text(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
 
 
 class _Splits(FinetuneConfig):

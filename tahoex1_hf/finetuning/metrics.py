@@ -1,7 +1,7 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
 """Metrics of a test set, and their means and intervals over several test sets."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -95,19 +95,6 @@ def _paired(truth: np.ndarray, predicted: np.ndarray) -> tuple[np.ndarray, np.nd
     if not len(truth):
         raise ValueError("truth is empty: there is nothing to measure.")
     return truth, predicted
-
-
-def summarize(metrics: Sequence[Mapping[str, float]]) -> dict[str, dict[str, Any]]:
-    """Summarise metrics over folds or seeds.
-
-    Args:
-        metrics: Metrics of each fold or seed. One in which a metric is not defined does not count for it.
-
-    Returns:
-        `interval` of the values of each metric.
-    """
-    names = list(dict.fromkeys(name for each in metrics for name in each))
-    return {name: interval([each[name] for each in metrics if name in each]) for name in names}
 
 
 def paired_difference(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, Any]:

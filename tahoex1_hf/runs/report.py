@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from tahoex1_hf.common.files import write_json
+from tahoex1_hf.common.files import WholeFile, write_json
 
 CONFIDENCE = 0.95
 REPORT, TEXT, TABLE, FIGURE = "report.json", "report.md", "scores.csv", "scores.png"
@@ -270,6 +270,7 @@ class Report:
             title: Label of its axis; by default the metric's name.
         """
         write_json(folder / REPORT, {**facts, "scores": [asdict(score) for score in self.scores]})
-        (folder / TEXT).write_text(text, encoding="utf-8")
-        (folder / TABLE).write_text(self.csv(), encoding="utf-8")
+        for name, content in ((TEXT, text), (TABLE, self.csv())):
+            with WholeFile(folder / name) as partial:
+                partial.write_text(content, encoding="utf-8")
         self.draw(folder / FIGURE, headline, title)

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
-import yaml
 from pydantic import Field, field_validator, model_validator
 
 from tahoex1_hf.common.recipes import read_recipe
@@ -155,10 +154,6 @@ class PretrainConfig(Strict):
     def datasets(self) -> list[str]:
         """Locations of the datasets, as a list even for a single one."""
         return [self.dataset] if isinstance(self.dataset, str) else self.dataset
-
-    def write(self, path: Path) -> None:
-        """Write all settings as YAML, those at their defaults too."""
-        path.write_text(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
 
 
 def read_pretrain_config(path: str | Path, overrides: Sequence[str] = ()) -> PretrainConfig:

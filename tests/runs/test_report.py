@@ -84,3 +84,11 @@ def test_files(tmp_path: Path) -> None:
     assert tuple(table) == COLUMNS
     assert table["fold"].isna().sum() == 3
     assert (tmp_path / "scores.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_folds_in_which_a_metric_is_not_defined_are_left_out_of_its_mean() -> None:
+    report = Report("regression", "cells")
+    report.add("model", [{"r2": 0.5}, {"r2": 0.7, "pearson": 0.9}], numbers=[10, 20])
+    found = report.summaries()["model"]
+    assert found["r2"]["mean"] == pytest.approx(0.6)
+    assert found["pearson"]["values"] == [0.9]

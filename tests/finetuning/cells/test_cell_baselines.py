@@ -17,7 +17,6 @@ from tahoex1_hf.finetuning.metrics import (
     interval,
     paired_difference,
     regression_metrics,
-    summarize,
 )
 from tahoex1_hf.finetuning.splits import Split, make_splits
 
@@ -95,12 +94,6 @@ def test_interval_covers_the_truth_nineteen_times_in_twenty() -> None:
     samples = np.random.default_rng(0).normal(3.0, 2.0, (2000, 5))
     covered = [(found := interval(row))["low"] <= 3.0 <= found["high"] for row in samples]
     assert abs(np.mean(covered) - 0.95) < 0.02
-
-
-def test_summary_leaves_out_what_is_not_defined() -> None:
-    found = summarize([{"r2": 0.5}, {"r2": 0.7, "pearson": 0.9}])
-    assert found["r2"]["mean"] == pytest.approx(0.6)
-    assert found["pearson"]["values"] == [0.9]
 
 
 def test_difference_is_paired() -> None:

@@ -12,9 +12,9 @@ from scipy.sparse import csr_matrix
 
 from tahoex1_hf.finetuning.cells.baselines import classification_baselines, regression_baselines
 from tahoex1_hf.finetuning.cells.report import CellResults, compare, read_report, write_cell_report
-from tahoex1_hf.finetuning.metrics import classification_metrics, regression_metrics, summarize
+from tahoex1_hf.finetuning.metrics import classification_metrics, regression_metrics
 from tahoex1_hf.finetuning.splits import Split, make_splits
-from tahoex1_hf.runs.report import Report
+from tahoex1_hf.runs.report import Report, interval
 
 CLASSES = ["B", "NK", "T"]
 OURS = "Tahoe-x1, lora"
@@ -176,7 +176,7 @@ def test_numbers(tmp_path: Path) -> None:
 
 
 def scores(*values: float, name: str = "macro_f1") -> dict[str, Any]:
-    return summarize([{name: value} for value in values])
+    return {name: interval(values)}
 
 
 def test_who_wins() -> None:
