@@ -12,7 +12,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
 
-from tqdm.auto import tqdm
+from tahoex1_hf.common.progress import progress_bar
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -36,7 +36,7 @@ def run_tasks(
         RuntimeError: for a process that was ended from outside, for instance for want of memory.
         Exception: an exception of a task; tasks that have not started are then left undone.
     """
-    with tqdm(total=len(tasks) + done, initial=done, desc=description, disable=None, file=sys.stderr) as bar:
+    with progress_bar(None, total=len(tasks) + done, initial=done, desc=description, file=sys.stderr) as bar:
         if num_proc == 1 or len(tasks) <= 1:
             for task in tasks:
                 result = function(task)

@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
-from tqdm.auto import tqdm
 
 from tahoex1_hf.cells import encoding
 from tahoex1_hf.cells.encoding import ChunkEncoder, EncodeOptions
@@ -29,6 +28,7 @@ from tahoex1_hf.cells.opening import open_all
 from tahoex1_hf.cells.readers.base import CellInput
 from tahoex1_hf.common.digests import json_digest, tokenizer_digest, weights_digest
 from tahoex1_hf.common.processes import Processes
+from tahoex1_hf.common.progress import progress_bar
 from tahoex1_hf.embedding.shards import Shard, ShardFolder
 from tahoex1_hf.embedding.writers import EmbeddingWriter, check_output, open_writer
 from tahoex1_hf.hub.models import model_and_tokenizer, model_name, without_peft
@@ -254,8 +254,8 @@ class _Run:
         cells = sum(high - low for _, low, high in (self.plan.cells(*stretch) for stretch in ranges))
         title = "Embedding" if processes.count == 1 else f"Embedding ({processes.index + 1}/{processes.count})"
         gene_means, writer, written = self._gene_means(), uuid.uuid4().hex, []
-        with tqdm(
-            total=cells, unit="cell", desc=title, position=processes.index, disable=not progress, smoothing=0.05
+        with progress_bar(
+            progress, total=cells, unit="cell", desc=title, position=processes.index, smoothing=0.05
         ) as bar:
             for start, stop in ranges:
                 for first, last, shard in self._shards(start, stop, gene_means, bar):

@@ -5,10 +5,10 @@ import copy
 from collections.abc import Callable, Iterator
 
 import numpy as np
-from tqdm.auto import tqdm
 
 from tahoex1_hf.cells.encoding import Chunk, ChunkEncoder
 from tahoex1_hf.common.prefetch import prefetch
+from tahoex1_hf.common.progress import progress_bar
 from tahoex1_hf.inference.encoder import CellEncoder, GeneMeans
 from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
 
@@ -52,7 +52,7 @@ def embed_input(
     num_cells = chunks.cells.num_cells
     embeddings = np.empty((num_cells, encoder.width), dtype=np.float32)
     num_empty = 0
-    with tqdm(total=num_cells, unit="cell", desc="Embedding", disable=not progress) as bar:
+    with progress_bar(progress, total=num_cells, unit="cell", desc="Embedding") as bar:
         for chunk, part in embed_chunks(encoder, chunks.chunks(0, num_cells), gene_means, bar.update):
             embeddings[chunk.start : chunk.start + len(part)] = part
             num_empty += len(chunk.cells.empty_cells)

@@ -17,6 +17,7 @@ from tahoex1_hf.cells.genes import GeneOptions
 from tahoex1_hf.cells.opening import open_cells
 from tahoex1_hf.common.digests import json_digest, tokenizer_digest, weights_digest
 from tahoex1_hf.common.prefetch import prefetch
+from tahoex1_hf.common.progress import progress_bar
 from tahoex1_hf.encoding_tahoe_x1 import mix64
 from tahoex1_hf.hub.models import model_and_tokenizer, no_expression_head, without_peft
 from tahoex1_hf.inference.chunks import with_context
@@ -298,7 +299,7 @@ class _Run:
     def carry_out(self, journal: Journal, toward: np.ndarray | None, progress: bool) -> None:
         """Measure the perturbations that the journal lacks, and add them to it."""
         total, done = sum(map(self._most_changed, self.tasks)), sum(map(self._most_changed, journal.finished))
-        with tqdm(total=total, initial=done, unit="cell", desc="Perturbing", disable=not progress) as bar:
+        with progress_bar(progress, total=total, initial=done, unit="cell", desc="Perturbing") as bar:
             unfinished = len(journal.finished) < len(self.tasks)
             target = self._mean_embedding(toward) if toward is not None and unfinished else None
             for group in range(len(self.groups.names)):

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from tahoex1_hf.cells.encoding import EncodeOptions
 from tahoex1_hf.cells.genes import GeneOptions
 from tahoex1_hf.cells.opening import Source, open_cells
 from tahoex1_hf.cells.readers.base import CellInput
+from tahoex1_hf.common.progress import progress_bar
 from tahoex1_hf.finetuning.cells.labelled import SAMPLE_SEED
 from tahoex1_hf.finetuning.cells.prediction_output import PredictionWriter
 from tahoex1_hf.finetuning.cells.predictor import CellPredictor, Predictor, load_predictor
@@ -78,7 +78,7 @@ def predict_anndata(
     width = () if ready.classes is None else (ready.head_width,)
     outputs = np.empty((cells.num_cells, *width), dtype=np.float32)
     done = num_empty = 0
-    with tqdm(total=cells.num_cells, unit="cell", desc="Predicting", disable=not progress) as bar:
+    with progress_bar(progress, total=cells.num_cells, unit="cell", desc="Predicting") as bar:
         for part, predictions in ready.predict_chunks(cells, drugs, bar.update):
             outputs[done : done + len(predictions)] = predictions
             done += len(predictions)
@@ -166,7 +166,7 @@ def _write_predictions(
 ) -> int:
     """Write the predictions of all cells; returns the number of cells without a known gene."""
     num_empty = 0
-    with tqdm(total=cells.num_cells, unit="cell", desc="Predicting", disable=not progress) as bar:
+    with progress_bar(progress, total=cells.num_cells, unit="cell", desc="Predicting") as bar:
         for part, predictions in ready.predict_chunks(cells, drugs, bar.update):
             writer.write(predictions)
             num_empty += len(part.empty_cells)
