@@ -442,14 +442,7 @@ def launch(*arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--main_process_port", "0"]
     command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     command += ["--multi_gpu"]  # accelerate's name for its launcher, GPUs or not
-    return subprocess.run(
-        [*command, *map(str, arguments)],
-        env=forked.environment(),
-        capture_output=True,
-        text=True,
-        timeout=forked.PATIENCE,
-        check=False,
-    )
+    return forked.launch_as_a_user([*command, *arguments])
 
 
 def test_two_processes_give_the_same(tmp_path: Path, cells: anndata.AnnData, vocab: Path, driver: Path) -> None:

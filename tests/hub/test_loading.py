@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 from elsewhere import run_elsewhere
-from forked import PATIENCE
+from forked import PATIENCE, Forked
 from helpers import REPO_ROOT, Variant
 from hub_server import Hub, commit_of, fill_cache, read_files, serve
 from mapped import names_in_memory
@@ -512,10 +512,12 @@ def test_a_failed_translation_leaves_nothing(hf_home: Path, monkeypatch: pytest.
 PROCESS = """
     import os, signal, sys, time
     from pathlib import Path
+    from huggingface_hub import constants
     from tahoex1_hf import TahoeX1Model
     from tahoex1_hf.hub import loading as model_loading
 
-    translate, role = model_loading.translate_folder, sys.argv[1]
+    translate, role, constants.HF_HOME = model_loading.translate_folder, *sys.argv[1:]
+    constants.HF_HUB_CACHE = constants.HF_HOME + "/hub"
 
     def slowly(source, folder):
         with open("translations", "a") as file:
@@ -536,24 +538,14 @@ PROCESS = """
 
 @pytest.mark.slow
 def test_two_processes_at_once_after_one_was_killed(tmp_path: Path, hf_home: Path) -> None:
-    environment = os.environ | {
-        "PYTHONPATH": str(REPO_ROOT),
-        "HF_HOME": str(hf_home),
-        "OMP_NUM_THREADS": str(torch.get_num_threads()),
-    }
+    def start(role: str) -> Forked:
+        return Forked([sys.executable, "-c", textwrap.dedent(PROCESS), role, hf_home], cwd=tmp_path)
 
-    def start(role: str) -> subprocess.Popen:
-        command = [sys.executable, "-c", textwrap.dedent(PROCESS), role]
-        return subprocess.Popen(command, env=environment, cwd=tmp_path, stderr=subprocess.PIPE)
-
-    killed = start("killed")
-    killed.communicate(timeout=PATIENCE)
-    assert killed.returncode == -9
+    assert start("killed").wait() == -9
     assert not translations(hf_home)
     processes = [start(role) for role in ("one", "two")]
-    for process in processes:
-        _, stderr = process.communicate(timeout=PATIENCE)
-        assert process.returncode == 0, stderr.decode()
+    for done in (process.completed() for process in processes):
+        assert done.returncode == 0, done.stderr
     assert (tmp_path / "translations").read_text().splitlines()[0] == "killed"
     assert len((tmp_path / "translations").read_text().splitlines()) == 2  # one of the two waited for the other
     assert len(translations(hf_home)) == 1

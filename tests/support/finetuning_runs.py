@@ -120,10 +120,3 @@ def command(script: Path, processes: int = 1, **values: Any) -> list[str]:
 def start(arguments: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
     """Run a command to its end in a forked process."""
     return forked.run(arguments, forked.environment(**environment))
-
-
-def start_launcher(arguments: list[str]) -> subprocess.CompletedProcess[str]:
-    """Run a command to its end in processes of its own, as a user starts it."""
-    return subprocess.run(
-        arguments, env=forked.environment(), capture_output=True, text=True, timeout=forked.PATIENCE, check=False
-    )

@@ -1,13 +1,15 @@
 """A process that has imported everything once and forks a child for each command that it is asked to run.
 
-`forked.py` starts it and sends it commands through the socket whose descriptor is argv[1]. Importing torch,
-transformers and the package takes 8 CPU seconds, the fork some milliseconds.
+`forked.py` starts it, and `forked_python.py` stands for Python where a launcher starts processes. Both connect to
+the socket at the path argv[2] for each command. Importing torch, transformers and the package takes 8 CPU seconds, the
+fork some milliseconds. The server ends when the tests do, which close the socket whose descriptor is argv[1].
 
 A fork keeps only the thread that called it. The server therefore never starts a thread, nor a parallel region of
 OpenMP, after which a child of libgomp's would wait for threads that are not there: it imports, and nothing else.
 """
 
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -23,6 +25,9 @@ import types
 from pathlib import Path
 from typing import Any
 
+# Read while libraries are imported: a command that wants others than the server has must be a process of its own.
+READ_AT_IMPORT = ("HF_", "MKL_", "NUMBA_", "OMP_", "OPENBLAS_", "PYTHON", "TORCH_", "TORCHAO_", "TRANSFORMERS_")
+SET_BY_LAUNCHERS = {"PYTHON_EXEC", "TORCH_NCCL_ASYNC_ERROR_HANDLING"}  # and read later, or by launchers alone
 # What our code imports only inside of functions, so that importing our modules does not import it.
 LIBRARIES = [
     "accelerate.utils.fsdp_utils",
@@ -72,6 +77,9 @@ def run_command(request: dict[str, Any], files: list[int]) -> int:
     random.seed()
     sys.modules["numpy"].random.seed()  # type: ignore[attr-defined]
     option, *arguments = request["arguments"]
+    if option == "-u":  # what launchers ask for: output without a delay
+        option, *arguments = arguments
+        sys.stdout.reconfigure(write_through=True)  # type: ignore[union-attr]
     try:
         if option == "-c":
             sys.argv, sys.path[:0] = ["-c", *arguments[1:]], [""]
@@ -105,46 +113,87 @@ def child(request: dict[str, Any], files: list[int]) -> None:
         os._exit(status & 0xFF)
 
 
-def serve(control: socket.socket) -> None:
-    """Fork a child for each request; tell on the request's socket its number, then its status and CPU seconds."""
-    woken, wake = socket.socketpair()
-    for end in (woken, wake):
-        end.setblocking(False)
-    signal.set_wakeup_fd(wake.fileno())
-    signal.signal(signal.SIGCHLD, lambda *_: None)
-    waiting: dict[int, socket.socket] = {}
-    selector = selectors.DefaultSelector()
-    selector.register(control, selectors.EVENT_READ)
-    selector.register(woken, selectors.EVENT_READ)
-    while True:
-        ready = {key.fileobj for key, _ in selector.select()}
-        if woken in ready:
-            woken.recv(4096)
-            while waiting:
-                number, state, used = os.wait4(-1, os.WNOHANG)
-                if not number:
-                    break
-                with waiting.pop(number) as answer, contextlib.suppress(OSError):  # nobody may be waiting any more
-                    answer.send(f"{os.waitstatus_to_exitcode(state)} {used.ru_utime + used.ru_stime}".encode())
-        if control in ready:
-            message, files, _, _ = socket.recv_fds(control, 1 << 20, 3)
-            if not message:  # the tests have ended
+def refusal(environment: dict[str, str]) -> str:
+    """Name the variables that the imports have read, where a command's environment has other values of them."""
+    names = {name for name in {*environment, *os.environ} if name.startswith(READ_AT_IMPORT)} - SET_BY_LAUNCHERS
+    return ", ".join(sorted(name for name in names if environment.get(name) != os.environ.get(name)))
+
+
+class Server:
+    """The children that run, each with the connection on which its end is awaited."""
+
+    def __init__(self, control: socket.socket, path: str) -> None:
+        self.listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.listener.bind(path)
+        self.listener.listen(64)
+        self.control, self.ended, self.wake = control, *socket.socketpair()
+        for end in (self.ended, self.wake):
+            end.setblocking(False)
+        self.waiting: dict[int, socket.socket] = {}
+        self.cpu_seconds = 0.0
+        self.selector = selectors.DefaultSelector()
+        for each in (self.listener, control, self.ended):
+            self.selector.register(each, selectors.EVENT_READ)
+
+    def serve(self) -> None:
+        """Start what is asked for until the tests end; then end all that still runs."""
+        signal.set_wakeup_fd(self.wake.fileno())
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        while True:
+            ready = {key.fileobj for key, _ in self.selector.select()}
+            if self.ended in ready:
+                self.ended.recv(4096)
+                self.report_ends()
+            if self.control in ready:
                 break
+            for number, answer in self.waiting.items():
+                if answer in ready:  # who asked for it is gone
+                    self.selector.unregister(answer)
+                    os.kill(number, signal.SIGKILL)
+            if self.listener in ready:
+                self.start()
+        for number in self.waiting:
+            os.kill(number, signal.SIGKILL)
+            os.waitpid(number, 0)
+
+    def start(self) -> None:
+        """Fork a child for a command and answer with its number, or say why not."""
+        answer, _ = self.listener.accept()
+        message, files, _, _ = socket.recv_fds(answer, 1 << 20, 2)
+        request = json.loads(message)
+        if refused := refusal(request["environment"]):
+            answer.send(f"{refused}: other than the fork server's; start a process with subprocess".encode())
+            answer.close()
+        else:
             number = os.fork()
             if number == 0:
-                child(json.loads(message), files)
-            answer = socket.socket(fileno=files.pop())
+                for each in (answer, self.control, self.listener, *self.waiting.values()):
+                    each.close()
+                child(request, files)
             answer.send(str(number).encode())
-            waiting[number] = answer
-            for file in files:
-                os.close(file)
-    for number in waiting:
-        os.kill(number, signal.SIGKILL)
-        os.waitpid(number, 0)
+            self.waiting[number] = answer
+            self.selector.register(answer, selectors.EVENT_READ)
+        for file in files:
+            os.close(file)
+
+    def report_ends(self) -> None:
+        """Send the status of the children that have ended, and the CPU seconds that all have taken up to now."""
+        while self.waiting:
+            number, state, used = os.wait4(-1, os.WNOHANG)
+            if not number:
+                break
+            with self.waiting.pop(number) as answer, contextlib.suppress(OSError, KeyError):  # KeyError: unregistered
+                self.cpu_seconds += used.ru_utime + used.ru_stime
+                answer.send(f"{os.waitstatus_to_exitcode(state)} {self.cpu_seconds}".encode())
+                self.selector.unregister(answer)
 
 
 if __name__ == "__main__":
-    with socket.socket(fileno=int(sys.argv[1])) as requests:
+    with socket.socket(fileno=int(sys.argv[1])) as tests:
         import_everything()
-        requests.send(b"ready")
-        serve(requests)
+        # Collecting garbage, which each end of a training does, would look through all that was imported, and copy it.
+        gc.collect()
+        gc.freeze()
+        server = Server(tests, sys.argv[2])
+        tests.send(b"ready")
+        server.serve()

@@ -21,8 +21,6 @@ from typing import Any
 SUPPORT = Path(__file__).parent
 ROOT = SUPPORT.parents[1]
 PATIENCE = 1800.0  # seconds after which a process is taken to hang, however busy the machine is
-# Read while libraries are imported: a command that wants others than the server has must be a process of its own.
-READ_AT_IMPORT = ("HF_", "MKL_", "NUMBA_", "OMP_", "OPENBLAS_", "PYTHON", "TORCH_", "TORCHAO_", "TRANSFORMERS_")
 SERVER_ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
@@ -40,13 +38,18 @@ def environment(**changes: str) -> dict[str, str]:
 
 
 class ForkServer:
-    """The process that forks, and the socket through which it is asked to."""
+    """The process that forks, and the path of the socket at which it is asked to."""
 
     def __init__(self) -> None:
-        self.cpu_seconds = 0.0  # of the commands that have ended
+        self.cpu_seconds = 0.0  # of the processes that have ended, those that launchers started among them
+        self.folder = tempfile.TemporaryDirectory()
+        self.path = os.path.join(self.folder.name, "socket")
+        self.python = Path(self.folder.name, "python")
+        self.python.write_text(f'#!/bin/sh\nexec "{sys.executable}" -S -E "{SUPPORT / "forked_python.py"}" "$@"\n')
+        self.python.chmod(0o755)
         self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
-            command = [sys.executable, str(SUPPORT / "fork_server.py"), str(theirs.fileno())]
+            command = [sys.executable, str(SUPPORT / "fork_server.py"), str(theirs.fileno()), self.path]
             self.log = tempfile.TemporaryFile()
             self.process = subprocess.Popen(
                 command, env=FIRST_ENVIRONMENT, pass_fds=[theirs.fileno()], stdout=self.log, stderr=self.log
@@ -60,13 +63,7 @@ class ForkServer:
         """End the server, and with it the commands that still run."""
         self.control.close()
         self.process.wait()
-
-    def check(self, environment: Mapping[str, str]) -> None:
-        """Raise where a command's environment has what the server's imports should have seen."""
-        names = [name for name in {*environment, *FIRST_ENVIRONMENT} if name.startswith(READ_AT_IMPORT)]
-        other = sorted(name for name in names if environment.get(name) != FIRST_ENVIRONMENT.get(name))
-        if other:
-            raise ValueError(f"{', '.join(other)}: other than the fork server's; start a process with subprocess")
+        self.folder.cleanup()
 
 
 _server: ForkServer | None = None
@@ -85,6 +82,20 @@ def server() -> ForkServer:
     return _server
 
 
+def ask(
+    path: str, arguments: list[str], env: Mapping[str, str], folder: str, outputs: list[int]
+) -> tuple[socket.socket, int]:
+    """Have a command started; return the connection on which its end will be told, and its number."""
+    request = {"arguments": arguments, "environment": dict(env), "folder": folder}
+    answer = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    answer.connect(path)
+    socket.send_fds(answer, [json.dumps(request).encode()], outputs)
+    number = answer.recv(1 << 12).decode()
+    if not number.isdecimal():
+        raise ValueError(number)
+    return answer, int(number)
+
+
 class Forked:
     """A running command, as `subprocess.Popen` is one; its output goes to temporary files."""
 
@@ -95,15 +106,10 @@ class Forked:
         if python != sys.executable:
             raise ValueError(f"{python}: the fork server runs the Python of the tests alone, {sys.executable}")
         env = environment() if env is None else dict(env)
-        server().check(env)
         self.args, self.returncode = [python, *rest], None
         self._files = [tempfile.TemporaryFile(), tempfile.TemporaryFile()]
-        self._answer, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        request = {"arguments": rest, "environment": env, "folder": str(cwd or Path.cwd())}
-        with theirs:
-            descriptors = [*(file.fileno() for file in self._files), theirs.fileno()]
-            socket.send_fds(server().control, [json.dumps(request).encode()], descriptors)
-        self.pid = int(self._answer.recv(32))
+        outputs = [file.fileno() for file in self._files]
+        self._answer, self.pid = ask(server().path, rest, env, str(cwd or Path.cwd()), outputs)
 
     def poll(self) -> int | None:
         """Return the status of a command that has ended, or None."""
@@ -125,7 +131,7 @@ class Forked:
             status, seconds = answer.split()
             self.returncode = int(status)
             self._answer.close()
-            server().cpu_seconds += float(seconds)
+            server().cpu_seconds = max(server().cpu_seconds, float(seconds))
         return self.returncode
 
     def send_signal(self, number: int) -> None:
@@ -162,6 +168,18 @@ def run(
 ) -> subprocess.CompletedProcess[str]:
     """Run a command to its end, as `subprocess.run(..., capture_output=True, text=True)` does."""
     return Forked(arguments, env, cwd).completed(timeout)
+
+
+def launch_as_a_user(
+    launcher: Sequence[object], env: Mapping[str, str] | None = None, cwd: str | Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run a command that begins with torchrun or `accelerate launch`: a fork, as are the processes that it starts."""
+    return run(launcher, {**(environment() if env is None else env), **stand_in()}, cwd)
+
+
+def stand_in() -> dict[str, str]:
+    """Return the variables that make torch's launcher start forks."""
+    return {"PYTHON_EXEC": str(server().python), "FORK_SERVER": server().path}
 
 
 def launch(

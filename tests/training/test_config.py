@@ -1,7 +1,6 @@
 """Settings of pretraining that must not change what is learnt, and ends of a run that must do no harm."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -14,8 +13,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from accelerate.utils.launch import prepare_multi_gpu_env
 from fixed_steps import FixedSteps, fixed_trainer, tiny
 from forked import PATIENCE
 from helpers import GOLDEN_VARIANTS, make_batch, packed, tiny_config, tiny_model
@@ -36,18 +33,7 @@ def launched(name: str, output: Path, dataset: Path, **changes: Any) -> subproce
     start = command("ddp", output, dataset, **changes)
     place = start.index("--multi_gpu")
     file = ["--config_file", str(CONFIGS / f"{name}.yaml"), "--num_processes", "2"]
-    return subprocess.run(
-        [*start[:place], *file, *start[place + 3 :]],
-        env=environment("single"), capture_output=True, text=True, timeout=PATIENCE, check=False,
-    )  # fmt: skip
-
-
-def arranged(name: str, output: Path, dataset: Path, **changes: Any) -> subprocess.CompletedProcess[str]:
-    """Fork two processes with the environment that accelerate's launcher makes of one of the example files."""
-    file = ["--config_file", str(CONFIGS / f"{name}.yaml"), "--num_processes", "2"]
-    args, *_ = _validate_launch_command(launch_command_parser().parse_args([*file, "script.py"]))
-    env = {key: value for key, value in prepare_multi_gpu_env(args).items() if value != os.environ.get(key)}
-    return forked.launch(2, command("single", output, dataset, **changes), forked.environment(**env))
+    return forked.launch_as_a_user([*start[:place], *file, *start[place + 3 :]])
 
 
 def test_checkpointed_activations_change_nothing(tmp_path: Path) -> None:
@@ -90,8 +76,8 @@ def test_half_precision_and_the_examples_of_fsdp_and_fp8(
     pytest.importorskip("torchao")
     shutil.copytree(finished_run("single", **WITHOUT_DROPOUT), tmp_path / "single")
     finished("single", tmp_path / "bf16", training_dataset, precision="bf16", **WITHOUT_DROPOUT)
-    for name, start in (("fsdp2", launched), ("fp8_fsdp2", arranged)):
-        done = start(name, tmp_path / name, training_dataset, precision="launcher", **WITHOUT_DROPOUT)
+    for name in ("fsdp2", "fp8_fsdp2"):
+        done = launched(name, tmp_path / name, training_dataset, precision="launcher", **WITHOUT_DROPOUT)
         assert done.returncode == 0, done.stderr[-3000:]
     losses = {
         name: [line[key] for line in curve(tmp_path / name) for key in ("loss", "eval_loss") if key in line]

@@ -3,11 +3,11 @@
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
 import yaml
@@ -93,14 +93,16 @@ def test_two_nodes_on_loopback(finished_run: Callable[..., Path], training_datas
         "HOSTS": "one two",
         "GPUS": "1",
         "SSH": str(ssh),
-        "ACCELERATE": f"{sys.executable} -m accelerate.commands.accelerate_cli",
+        "ACCELERATE": f"{forked.server().python} -m accelerate.commands.accelerate_cli",
         "MAIN_IP": "127.0.0.1",
         "PORT": str(free_port()),
         "LAUNCH_OPTIONS": "--multi_gpu",
     }
     done = subprocess.run(
         [str(LAUNCH / "ssh_nodes.sh"), *settings],
-        cwd=ROOT, env={**environment("ddp"), **changes}, capture_output=True, text=True, timeout=PATIENCE, check=False,
+        cwd=ROOT,
+        env={**environment("ddp"), **forked.stand_in(), **changes},
+        capture_output=True, text=True, timeout=PATIENCE, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     ours, theirs = (load_file(folder / "model.safetensors") for folder in (tmp_path / "nodes", single))

@@ -22,7 +22,6 @@ from finetuning_runs import (
     result,
     settings,
     start,
-    start_launcher,
     write_base,
 )
 from helpers import largest_departure_of_weights, largest_difference
@@ -316,7 +315,7 @@ def test_two_processes_learn_the_same(task: str, base: Path, data: Path, tmp_pat
         if name == "one":
             done = start(command(SCRIPT, **values))
         elif task == "classification":
-            done = start_launcher(command(SCRIPT, processes=2, **values))
+            done = forked.launch_as_a_user(command(SCRIPT, processes=2, **values))
         else:
             done = forked.launch(2, command(SCRIPT, **values), forked.environment())
         assert done.returncode == 0, done.stderr[-2000:]

@@ -1,0 +1,34 @@
+"""Stand for Python where a launcher starts processes: run what it is given as a fork of the fork server's.
+
+Nothing but the standard library is imported, and little of it, since this is the whole cost of a start.
+"""
+
+import contextlib
+import os
+import signal
+import sys
+from typing import Any
+
+from forked import ask
+
+
+def main() -> None:
+    """Start the command, hand signals on to it, and end as it ends."""
+    answer, number = ask(os.environ["FORK_SERVER"], sys.argv[1:], os.environ, os.getcwd(), [1, 2])
+
+    def hand_on(received: int, _: Any) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(number, received)
+
+    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(each, hand_on)
+    status = int(answer.recv(64).split()[0])
+    if status < 0:  # a signal ended it
+        if -status != signal.SIGKILL:
+            signal.signal(-status, signal.SIG_DFL)
+        os.kill(os.getpid(), -status)
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()
