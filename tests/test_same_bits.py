@@ -146,6 +146,7 @@ def test_an_operation_that_adds_in_any_order_is_found(monkeypatch: pytest.Monkey
         config = tiny_config(**SIZES, expression_encoder_dropout=0.0)
         model, batch = tiny_model(config).train(), make_batch(config, LENGTHS)
         run = with_gradients(model, packed(batch))
-        assert any(differing(run) for _ in range(20))
+        first = run()
+        assert not all(all(map(torch.equal, first, run())) for _ in range(400))  # a quarter of them differs
     finally:
         torch.set_num_threads(before)

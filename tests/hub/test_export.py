@@ -2,13 +2,13 @@
 
 import importlib.util
 import json
-import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 import typer
@@ -49,14 +49,9 @@ def build(sizes: dict[str, Path], destination: Path, default: str = "small", car
     return build_repository(sizes, destination, default=default, cards={default: card})
 
 
-def export(*arguments: object, **environment: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, REPO_ROOT / "conversion" / "export_to_hub.py", *map(str, arguments)],
-        env=os.environ | {"PYTHONPATH": str(REPO_ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads())} | environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+def export(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, REPO_ROOT / "conversion" / "export_to_hub.py", *arguments]
+    return forked.run(command, forked.environment(**environment))
 
 
 @pytest.mark.slow

@@ -1,19 +1,18 @@
 """Loading from the Hub: from its cache, over HTTP, without the package, and in the layout that is published today."""
 
 import json
-import os
-import subprocess
 import sys
 import textwrap
 import time
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 import transformers
 from elsewhere import run_elsewhere
-from forked import PATIENCE, Forked
-from helpers import REPO_ROOT, Variant
+from forked import Forked
+from helpers import Variant
 from hub_server import Hub, commit_of, fill_cache, read_files, serve
 from mapped import names_in_memory
 from safetensors.torch import load_file, save_file
@@ -298,18 +297,15 @@ def test_every_failure_says_what_it_is(tmp_path: Path) -> None:
         {"tahoebio/pickled": pickled, "tahoebio/today": today, "tahoebio/broken": broken, "tahoebio/gated": today},
         gated={"tahoebio/gated"},
     )
-    environment = os.environ | {"PYTHONPATH": str(REPO_ROOT), "HF_HOME": str(tmp_path / "hf_home")}
-    environment |= {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    online = {"HF_HOME": str(tmp_path / "hf_home"), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
     with serve(hub):
-        environment["HF_ENDPOINT"] = hub.url
-        process = subprocess.Popen(
-            [sys.executable, "-c", textwrap.dedent(ERRORS)], env=environment, cwd=tmp_path, stderr=subprocess.PIPE
-        )
+        environment = forked.environment(**online, HF_ENDPOINT=hub.url)
+        process = Forked([sys.executable, "-c", textwrap.dedent(ERRORS)], environment, tmp_path)
         while process.poll() is None and not (tmp_path / "server-may-stop").exists():
             time.sleep(0.05)
     (tmp_path / "server-stopped").touch()
-    _, stderr = process.communicate(timeout=PATIENCE)
-    assert process.returncode == 0, stderr.decode()
+    done = process.completed()
+    assert done.returncode == 0, done.stderr
     weights = [r for r in hub.requests if r.is_download and r.path.endswith("model.safetensors")]
     pickles = [request.path for request in hub.requests if request.is_download and request.path.endswith(".pt")]
     assert {path.split("/")[2] for path in pickles} == {"pickled"}

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 # Read while libraries are imported: a command that wants others than the server has must be a process of its own.
-READ_AT_IMPORT = ("HF_", "MKL_", "NUMBA_", "OMP_", "OPENBLAS_", "PYTHON", "TORCH_", "TORCHAO_", "TRANSFORMERS_")
+READ_AT_IMPORT = ("MKL_", "NUMBA_", "OMP_", "OPENBLAS_", "PYTHON", "TORCH_", "TORCHAO_", "TRANSFORMERS_")
 SET_BY_LAUNCHERS = {"PYTHON_EXEC", "TORCH_NCCL_ASYNC_ERROR_HANDLING"}  # and read later, or by launchers alone
 # What our code imports only inside of functions, so that importing our modules does not import it.
 LIBRARIES = [
@@ -65,6 +65,17 @@ def import_everything() -> None:
         raise RuntimeError(f"importing started threads, which children of this process would lack: {sorted(left)}")
 
 
+def read_hub_variables() -> None:
+    """Have huggingface_hub read its variables again: where the Hub is, where its cache is, whether to use them.
+
+    Remote code lies where `HF_HOME` was when transformers was imported: to test that, start a process.
+    """
+    import huggingface_hub
+
+    importlib.reload(huggingface_hub.constants)
+    huggingface_hub.hf_api.api.endpoint = huggingface_hub.constants.ENDPOINT
+
+
 def run_command(request: dict[str, Any], files: list[int]) -> int:
     """Become the process that `python SCRIPT ARGUMENTS` or `python -c CODE ARGUMENTS` would be; return its status."""
     signal.set_wakeup_fd(-1)
@@ -73,6 +84,8 @@ def run_command(request: dict[str, Any], files: list[int]) -> int:
     os.dup2(files[1], 2)
     os.environ.clear()
     os.environ.update(request["environment"])
+    if any(name.startswith("HF_") for name in request["environment"]):
+        read_hub_variables()
     os.chdir(request["folder"])
     random.seed()
     sys.modules["numpy"].random.seed()  # type: ignore[attr-defined]

@@ -14,7 +14,6 @@ import pytest
 import torch
 import yaml
 from fixed_steps import FixedSteps, fixed_trainer, tiny
-from forked import PATIENCE
 from helpers import GOLDEN_VARIANTS, make_batch, packed, tiny_config, tiny_model
 from safetensors.torch import load_file
 from torch._dynamo.eval_frame import OptimizedModule
@@ -128,9 +127,7 @@ def test_an_original_checkpoint_is_gone_on_from(tmp_path: Path, monkeypatch: pyt
     settings = [each for each in settings if not each.startswith("model.")]
     settings += ["learning_rate=1e-6", "attention=sdpa"]
     settings[settings.index(str(RECIPE))] = str(RECIPE.with_name("3b-stage2.yaml"))
-    done = subprocess.run(
-        settings, env=environment("single"), capture_output=True, text=True, timeout=PATIENCE, check=False
-    )
+    done = forked.run(settings, environment("single"))
     assert done.returncode == 0, done.stderr[-3000:]
     ours = load_file(tmp_path / "run" / "model.safetensors")
     theirs = TahoeX1ForPreTraining.from_pretrained(original).state_dict()

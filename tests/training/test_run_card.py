@@ -1,11 +1,10 @@
 """The card of a pretraining run, and its way to the Hub."""
 
 import re
-import subprocess
 from pathlib import Path
 
+import forked
 import pytest
-from forked import PATIENCE
 from hub_server import Hub, serve
 from training_runs import command, environment
 
@@ -19,11 +18,10 @@ def test_a_run_is_pushed_with_its_card(training_dataset: Path, tmp_path: Path) -
     arguments = command("single", run, training_dataset, baselines="true", max_steps=3)
     with serve(hub):
         online = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": "hf_test"}
-        done = subprocess.run(
+        done = forked.run(
             [*arguments, "--push-to-hub", "someone/mine"],
-            env={**environment("single"), **online, "HF_HOME": str(tmp_path / "hf_home")},
-            capture_output=True, text=True, timeout=PATIENCE, check=False,
-        )  # fmt: skip
+            {**environment("single"), **online, "HF_HOME": str(tmp_path / "hf_home")},
+        )
     assert done.returncode == 0, done.stderr[-3000:]
     uploaded = hub.repos["someone/mine"]
     assert {"README.md", "config.json", "model.safetensors", "vocab.json", "modeling_tahoe_x1.py"} <= uploaded.keys()

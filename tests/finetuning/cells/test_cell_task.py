@@ -151,8 +151,11 @@ def test_predict_gives_what_was_tested(base: Path, data: Path, tmp_path: Path) -
     assert largest_difference(np.asarray(predicted)[arrays["test"]], tested) < 1e-5
 
 
-@pytest.mark.slow
-def test_the_report_stands_beside_the_adapter(base: Path, data: Path, tmp_path: Path) -> None:
+def test_the_report_stands_beside_the_adapter(
+    base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # UMAP itself takes 8 s of compiling: tests/examples/test_demo.py draws one.
+    monkeypatch.setattr("tahoex1_hf.common.plots.umap_places", lambda embeddings, seed: embeddings[:, :2])
     config = make_config(base, data, tmp_path / "run", method="linear_probe", folds=3, report=True)
     assert finetune(config) == 0
     report = json.loads((tmp_path / "run" / "report.json").read_text())
