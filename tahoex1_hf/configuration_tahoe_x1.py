@@ -17,6 +17,7 @@ Activation = Literal["relu", "leaky_relu", "gelu", "silu", "tanh", "sigmoid"]
 # Choices among the settings of the tokenizer.
 VALUE_ENCODINGS = ("bins", "log1p", "raw")
 OVERFLOWS = ("sample", "first", "top")
+UNKNOWN_DRUGS = ("pad", "error")
 # Its settings in the original's spelling, which would otherwise vanish among transformers' own keyword arguments.
 _ORIGINAL_TOKENIZER_NAMES = {
     "max_length": "context_length",
@@ -271,6 +272,7 @@ def check_tokenizer_settings(options: Mapping[str, Any]) -> None:
     require("pad_value", is_number(options["pad_value"]) and options["pad_value"] < 0, "a negative number")
     for name in ("right_binning", "first_gene_raw"):
         require(name, type(options[name]) is bool, "True or False")
+    require("unknown_drugs", options["unknown_drugs"] in UNKNOWN_DRUGS, f"one of {UNKNOWN_DRUGS}")
     table = options["drug_to_id"]
     if table is not None:
         good = isinstance(table, Mapping) and all(type(k) is str and is_int(v, 0) for k, v in table.items())

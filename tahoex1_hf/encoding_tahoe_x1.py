@@ -1,26 +1,30 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""Genes and their tokens, counts of cells as ragged arrays, and what becomes of them: values, a choice, batches.
+"""Genes and drugs by name, counts of cells as ragged arrays, and what becomes of them: values, and a choice.
 
-All but the vocabulary are pure functions on flat arrays with offsets, vectorised over the cells. This file travels
-to the Hugging Face Hub beside the weights: it imports only numpy, torch and transformers.
+All but the tables of genes and drugs are pure functions on flat arrays with offsets, vectorised over the cells. This
+file travels to the Hugging Face Hub beside the weights: it imports only numpy, transformers and a file that travels
+with it.
 """
 
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
-from transformers import BatchEncoding
 from transformers.utils import logging
+
+from .configuration_tahoe_x1 import similar_names
 
 logger = logging.get_logger(__name__)
 
 _VERSION_SUFFIX = re.compile(r"\.\d+$")
 _SPECIAL_TOKEN = re.compile(r"^<.*>$")
+# How the missing values of Python, numpy and pandas print themselves.
+_MISSING = ("None", "nan", "<NA>")
 _OTHER_SPECIES = re.compile(r"^ENS[A-Z]{3,4}G\d+")
 
 
@@ -277,92 +281,72 @@ class Vocabulary:
         return tokens
 
 
-@dataclass
-class EncodedCells:
-    """Tokenized cells without padding; cell `i` is `[offsets[i]:offsets[i + 1]]` of the flat arrays.
+class DrugTable:
+    """The drugs of a model, by name; blanks around a name mean nothing. Id 0 stands for no drug.
 
-    Attributes:
-        input_ids: `(total,)` int64 token ids, special tokens included.
-        expression_values: `(total,)` float32 bins, log1p values or counts; `pad_value` at special tokens.
-        offsets: `(num_cells + 1,)` int64.
-        drug_ids: `(num_cells,)` int64, 0 for no drug; None where no drugs were given.
-        cell_numbers: `(num_cells,)` int64 number of every cell in its data set.
-        empty_cells: rows (0 to num_cells - 1) of the cells in which no known gene is expressed.
+    Args:
+        ids: drug -> id.
     """
 
-    input_ids: np.ndarray
-    expression_values: np.ndarray
-    offsets: np.ndarray
-    drug_ids: np.ndarray | None
-    cell_numbers: np.ndarray
-    empty_cells: np.ndarray
+    def __init__(self, ids: Mapping[str, int]):
+        self.ids = dict(ids)
+        self._trimmed = {name.strip(): number for name, number in ids.items()}
+        self._reported: set[str] = set()
 
-    @property
-    def num_cells(self) -> int:
-        """Number of cells."""
-        return len(self.offsets) - 1
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what was reported: a hash of the tokenizer must not change with its use."""
+        return {**self.__dict__, "_reported": set()}
 
-    @property
-    def lengths(self) -> np.ndarray:
-        """`(num_cells,)` int64 tokens per cell, special tokens included."""
-        return np.diff(self.offsets)
+    def find(self, name: Any) -> int | None:
+        """Return the id of a drug, 0 for a missing value or "", None for a drug that the table lacks."""
+        if not isinstance(name, str):
+            name = "" if str(name) in _MISSING else str(name)
+        found = self.ids.get(name, self._trimmed.get(name.strip()))
+        return found if found is not None or name.strip() else 0
 
-    def padded(
-        self,
-        rows: Sequence[int] | np.ndarray | None = None,
-        *,
-        pad_token_id: int,
-        pad_value: float,
-        pad_to_multiple_of: int | None = None,
-    ) -> dict[str, torch.Tensor]:
-        """Pad cells on the right to the longest of them.
-
-        Args:
-            rows: which cells, in which order; None takes all.
-            pad_token_id: id put into the padding.
-            pad_value: expression value put into the padding.
-            pad_to_multiple_of: round the padded length up to a multiple of this.
+    def look_up(self, names: Sequence[Any]) -> tuple[np.ndarray, Counter[str]]:
+        """Look up the drug of each cell.
 
         Returns:
-            `input_ids`, `attention_mask` (int64) and `expression_values` (float32), each `(cells, length)`; `drug_ids`
-            `(cells,)` where the cells have them.
+            `(cells,)` int64 ids, 0 for drugs that the table lacks; and the number of cells of each of these drugs.
         """
-        chosen = np.arange(self.num_cells) if rows is None else np.asarray(rows, dtype=np.int64)
-        fills = {
-            "input_ids": (self.input_ids, pad_token_id),
-            "expression_values": (self.expression_values, np.float32(pad_value)),
-            "attention_mask": (np.ones(len(self.input_ids), dtype=np.int64), 0),
-        }
-        length = padded_length(self.lengths[chosen], pad_to_multiple_of)
-        batch = pad_ragged(fills, self.offsets, chosen, length)
-        if self.drug_ids is not None:
-            batch["drug_ids"] = torch.from_numpy(self.drug_ids[chosen])
-        return batch
+        ids = np.array([self.find(name) or 0 for name in names], dtype=np.int64)
+        return ids, self.unknown(Counter(names))
 
+    def unknown(self, cells: Mapping[Any, int]) -> Counter[str]:
+        """Return those drugs of drug -> number of cells that the table lacks."""
+        total: Counter[str] = Counter()
+        for name, number in cells.items():
+            if self.find(name) is None:
+                total[str(name).strip()] += int(number)
+        return total
 
-def padded_length(lengths: np.ndarray, multiple: int | None) -> int:
-    """Return the longest length, rounded up to a multiple."""
-    longest = int(lengths.max(initial=0))
-    if multiple is None:
-        return longest
-    if multiple < 1:
-        raise ValueError(f"pad_to_multiple_of={multiple}: pass a positive number or None.")
-    return -(-longest // multiple) * multiple
+    def settle(self, unknown: Mapping[str, int], rule: str, warn: str = "always") -> None:
+        """Do what a rule says of drugs that the table lacks.
 
-
-def pad_ragged(
-    fills: Mapping[str, tuple[np.ndarray, Any]], offsets: np.ndarray, rows: np.ndarray, length: int
-) -> dict[str, torch.Tensor]:
-    """Gather `{name: (flat array, fill)}` into `(rows, length)` tensors with one index for all."""
-    steps = np.arange(length)
-    inside = steps[None, :] < np.diff(offsets)[rows][:, None]
-    index = (offsets[:-1][rows][:, None] + steps[None, :])[inside]
-    batch = {}
-    for name, (flat, fill) in fills.items():
-        padded = np.full(inside.shape, fill, dtype=flat.dtype)
-        padded[inside] = flat[index]
-        batch[name] = torch.from_numpy(padded)
-    return batch
+        Args:
+            unknown: drug -> number of cells.
+            rule: `"error"` raises ValueError; `"pad"` warns that the cells count as cells without a drug.
+            warn: `"always"`; `"new"`, if this table has not warned of all of them before; `"never"`, as if it had.
+        """
+        told = warn == "never" or (warn == "new" and self._reported.issuperset(unknown))
+        if rule == "pad":
+            self._reported.update(unknown)
+        if not unknown or (rule == "pad" and told):
+            return
+        most = sorted(unknown, key=lambda name: (-unknown[name], name))
+        listed = ", ".join(f"{name!r} ({unknown[name]:,})" for name in most[:20])
+        listed += f" and {len(most) - 20} others" if len(most) > 20 else ""
+        if rule == "error":
+            raise ValueError(
+                f"drugs: {most[0]!r} is not in the drug table{similar_names(most[0], self.ids)} Unknown drugs, with "
+                f"their numbers of cells: {listed}. List the names with tokenizer.drug_to_id, pass None for no drug, "
+                'or take unknown drugs for no drug, as the original does: unknown_drugs="pad" (--unknown-drugs pad).'
+            )
+        logger.warning(
+            f"Drugs that are not in the drug table, with their numbers of cells: {listed}. These cells count as cells "
+            'without a drug, as in the original; unknown_drugs="error" refuses them.'
+        )
 
 
 class GeneRows(NamedTuple):
@@ -488,43 +472,6 @@ def to_csr(matrix: Any) -> Any:
     return matrix.tocsr()
 
 
-def pad_features(
-    features: Any, fills: Mapping[str, Any], max_length: int | None = None, multiple: int | None = None
-) -> dict[str, torch.Tensor]:
-    """Pad tokenized cells that came back one by one, as a data loader gives them.
-
-    Args:
-        features: a list of mappings, one per cell, or one mapping with a list per cell.
-        fills: what to pad each entry of varying length with, `attention_mask` excepted, which is padded with 0.
-        max_length: padded length; by default that of the longest cell.
-        multiple: round the padded length up to a multiple of this.
-
-    Returns:
-        The padded entries `(cells, length)`, and the others, with one number per cell, `(cells,)`.
-
-    Raises:
-        ValueError: for features without an entry of `fills`, and for a cell longer than `max_length`.
-    """
-    is_mapping = isinstance(features, Mapping)
-    columns = dict(features) if is_mapping else {name: [cell[name] for cell in features] for name in features[0]}
-    missing = [name for name in fills if name not in columns]
-    if missing:
-        raise ValueError(f"encoded_inputs lacks {missing}: pass what the tokenizer returned for each cell.")
-    lengths = np.array([len(ids) for ids in columns["input_ids"]], dtype=np.int64)
-    length = padded_length(lengths if max_length is None else np.array([max_length]), multiple)
-    if lengths.max(initial=0) > length:
-        raise ValueError(f"max_length={max_length} is shorter than a cell of {lengths.max()} tokens.")
-    columns.setdefault("attention_mask", [np.ones(n) for n in lengths])
-    dtypes = {"input_ids": np.int64, "expression_values": np.float32, "attention_mask": np.int64}
-    ragged = {
-        name: (np.concatenate([np.asarray(row, dtype=dtypes[name]) for row in columns.pop(name)]), fill)
-        for name, fill in {**fills, "attention_mask": 0}.items()
-    }
-    batch = pad_ragged(ragged, np.concatenate([[0], np.cumsum(lengths)]), np.arange(len(lengths)), length)
-    batch.update({name: torch.as_tensor(np.asarray(column)) for name, column in columns.items()})
-    return batch
-
-
 def count_problem(rows: GeneRows, first_cell: int, gene_names: Mapping[int, str]) -> tuple[str | None, str | None]:
     """Look for values that cannot be counts: (what cannot be encoded, what can but looks wrong), None where fine.
 
@@ -553,16 +500,6 @@ def count_problem(rows: GeneRows, first_cell: int, gene_names: Mapping[int, str]
     return None, f"counts: the values are not integers{looks}. The models were trained on raw counts."
 
 
-def as_batch(batch: Mapping[str, torch.Tensor], return_tensors: str | None) -> BatchEncoding:
-    """Return a padded batch in the form that `return_tensors` names: "pt", "np" or None for lists."""
-    if return_tensors not in (None, "pt", "np"):
-        raise ValueError(f'return_tensors={return_tensors!r}: pass "pt", "np" or None.')
-    if return_tensors == "pt":
-        return BatchEncoding(dict(batch))
-    arrays = {name: tensor.numpy() for name, tensor in batch.items()}
-    return BatchEncoding(arrays if return_tensors else {name: array.tolist() for name, array in arrays.items()})
-
-
 def _looks_like_counts(matrix: Any) -> bool:
     few = matrix[:5]
     values = np.asarray(few.data if hasattr(few, "tocsr") else few)
@@ -583,17 +520,3 @@ def count_hint(adata: Any, layer: str | None) -> str:
     if not places:
         return " Pass the raw counts; this AnnData has no layer and no .raw with non-negative integers."
     return f" Raw counts seem to be in {' and in '.join(places)}: pass that."
-
-
-def concatenate_cells(parts: Sequence[EncodedCells]) -> EncodedCells:
-    """Put tokenized cells behind each other."""
-    cells = np.cumsum([0, *(part.num_cells for part in parts)])
-    drug_ids = [part.drug_ids for part in parts if part.drug_ids is not None]
-    return EncodedCells(
-        input_ids=np.concatenate([part.input_ids for part in parts]),
-        expression_values=np.concatenate([part.expression_values for part in parts]),
-        offsets=np.concatenate([[0], np.cumsum(np.concatenate([part.lengths for part in parts]))]),
-        drug_ids=np.concatenate(drug_ids) if drug_ids else None,
-        cell_numbers=np.concatenate([part.cell_numbers for part in parts]),
-        empty_cells=np.concatenate([part.empty_cells + n for part, n in zip(parts, cells[:-1], strict=True)]),
-    )

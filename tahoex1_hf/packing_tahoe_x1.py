@@ -1,17 +1,19 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""What the model does with the layout of a batch: the cell of each token, what it sees, attention, and targets.
+"""The layout of a batch: padding, the cell of each token, what it sees, attention, and targets.
 
 This file travels to the Hugging Face Hub beside the weights.
 """
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
+from transformers import BatchEncoding
 from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.masking_utils import and_masks, create_bidirectional_mask, packed_sequence_mask_function
 from transformers.utils import TransformersKwargs
@@ -330,3 +332,162 @@ def masked_mse(
     zero = predictions.new_zeros(())
     difference = torch.where(target_mask, predictions, zero) - torch.where(target_mask, labels.float(), zero)
     return difference.square().sum() / num_targets
+
+
+@dataclass
+class EncodedCells:
+    """Tokenized cells without padding; cell `i` is `[offsets[i]:offsets[i + 1]]` of the flat arrays.
+
+    Attributes:
+        input_ids: `(total,)` int64 token ids, special tokens included.
+        expression_values: `(total,)` float32 bins, log1p values or counts; `pad_value` at special tokens.
+        offsets: `(num_cells + 1,)` int64.
+        drug_ids: `(num_cells,)` int64, 0 for no drug; None where no drugs were given.
+        cell_numbers: `(num_cells,)` int64 number of every cell in its data set.
+        empty_cells: rows (0 to num_cells - 1) of the cells in which no known gene is expressed.
+    """
+
+    input_ids: np.ndarray
+    expression_values: np.ndarray
+    offsets: np.ndarray
+    drug_ids: np.ndarray | None
+    cell_numbers: np.ndarray
+    empty_cells: np.ndarray
+
+    @property
+    def num_cells(self) -> int:
+        """Number of cells."""
+        return len(self.offsets) - 1
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """`(num_cells,)` int64 tokens per cell, special tokens included."""
+        return np.diff(self.offsets)
+
+    def as_lists(self) -> dict[str, list[Any]]:
+        """Return a list per cell of `input_ids`, `expression_values` and `attention_mask`; and `drug_ids`, if any."""
+        cuts = self.offsets[1:-1]
+        parts = {"input_ids": self.input_ids, "expression_values": self.expression_values}
+        lists = {name: [part.tolist() for part in np.split(flat, cuts)] for name, flat in parts.items()}
+        lists["attention_mask"] = [[1] * int(length) for length in self.lengths]
+        if not self.num_cells:
+            lists = {name: [] for name in lists}
+        return lists if self.drug_ids is None else {**lists, "drug_ids": self.drug_ids.tolist()}
+
+    def padded(
+        self,
+        rows: Sequence[int] | np.ndarray | None = None,
+        *,
+        pad_token_id: int,
+        pad_value: float,
+        pad_to_multiple_of: int | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """Pad cells on the right to the longest of them.
+
+        Args:
+            rows: which cells, in which order; None takes all.
+            pad_token_id: id put into the padding.
+            pad_value: expression value put into the padding.
+            pad_to_multiple_of: round the padded length up to a multiple of this.
+
+        Returns:
+            `input_ids`, `attention_mask` (int64) and `expression_values` (float32), each `(cells, length)`; `drug_ids`
+            `(cells,)` where the cells have them.
+        """
+        chosen = np.arange(self.num_cells) if rows is None else np.asarray(rows, dtype=np.int64)
+        fills = {
+            "input_ids": (self.input_ids, pad_token_id),
+            "expression_values": (self.expression_values, np.float32(pad_value)),
+            "attention_mask": (np.ones(len(self.input_ids), dtype=np.int64), 0),
+        }
+        length = padded_length(self.lengths[chosen], pad_to_multiple_of)
+        batch = pad_ragged(fills, self.offsets, chosen, length)
+        if self.drug_ids is not None:
+            batch["drug_ids"] = torch.from_numpy(self.drug_ids[chosen])
+        return batch
+
+
+def concatenate_cells(parts: Sequence[EncodedCells]) -> EncodedCells:
+    """Put tokenized cells behind each other."""
+    cells = np.cumsum([0, *(part.num_cells for part in parts)])
+    drug_ids = [part.drug_ids for part in parts if part.drug_ids is not None]
+    return EncodedCells(
+        input_ids=np.concatenate([part.input_ids for part in parts]),
+        expression_values=np.concatenate([part.expression_values for part in parts]),
+        offsets=np.concatenate([[0], np.cumsum(np.concatenate([part.lengths for part in parts]))]),
+        drug_ids=np.concatenate(drug_ids) if drug_ids else None,
+        cell_numbers=np.concatenate([part.cell_numbers for part in parts]),
+        empty_cells=np.concatenate([part.empty_cells + n for part, n in zip(parts, cells[:-1], strict=True)]),
+    )
+
+
+def padded_length(lengths: np.ndarray, multiple: int | None) -> int:
+    """Return the longest length, rounded up to a multiple."""
+    longest = int(lengths.max(initial=0))
+    if multiple is None:
+        return longest
+    if multiple < 1:
+        raise ValueError(f"pad_to_multiple_of={multiple}: pass a positive number or None.")
+    return -(-longest // multiple) * multiple
+
+
+def pad_ragged(
+    fills: Mapping[str, tuple[np.ndarray, Any]], offsets: np.ndarray, rows: np.ndarray, length: int
+) -> dict[str, torch.Tensor]:
+    """Gather `{name: (flat array, fill)}` into `(rows, length)` tensors with one index for all."""
+    steps = np.arange(length)
+    inside = steps[None, :] < np.diff(offsets)[rows][:, None]
+    index = (offsets[:-1][rows][:, None] + steps[None, :])[inside]
+    batch = {}
+    for name, (flat, fill) in fills.items():
+        padded = np.full(inside.shape, fill, dtype=flat.dtype)
+        padded[inside] = flat[index]
+        batch[name] = torch.from_numpy(padded)
+    return batch
+
+
+def pad_features(
+    features: Any, fills: Mapping[str, Any], max_length: int | None = None, multiple: int | None = None
+) -> dict[str, torch.Tensor]:
+    """Pad tokenized cells that came back one by one, as a data loader gives them.
+
+    Args:
+        features: a list of mappings, one per cell, or one mapping with a list per cell.
+        fills: what to pad each entry of varying length with, `attention_mask` excepted, which is padded with 0.
+        max_length: padded length; by default that of the longest cell.
+        multiple: round the padded length up to a multiple of this.
+
+    Returns:
+        The padded entries `(cells, length)`, and the others, with one number per cell, `(cells,)`.
+
+    Raises:
+        ValueError: for features without an entry of `fills`, and for a cell longer than `max_length`.
+    """
+    is_mapping = isinstance(features, Mapping)
+    columns = dict(features) if is_mapping else {name: [cell[name] for cell in features] for name in features[0]}
+    missing = [name for name in fills if name not in columns]
+    if missing:
+        raise ValueError(f"encoded_inputs lacks {missing}: pass what the tokenizer returned for each cell.")
+    lengths = np.array([len(ids) for ids in columns["input_ids"]], dtype=np.int64)
+    length = padded_length(lengths if max_length is None else np.array([max_length]), multiple)
+    if lengths.max(initial=0) > length:
+        raise ValueError(f"max_length={max_length} is shorter than a cell of {lengths.max()} tokens.")
+    columns.setdefault("attention_mask", [np.ones(n) for n in lengths])
+    dtypes = {"input_ids": np.int64, "expression_values": np.float32, "attention_mask": np.int64}
+    ragged = {
+        name: (np.concatenate([np.asarray(row, dtype=dtypes[name]) for row in columns.pop(name)]), fill)
+        for name, fill in {**fills, "attention_mask": 0}.items()
+    }
+    batch = pad_ragged(ragged, np.concatenate([[0], np.cumsum(lengths)]), np.arange(len(lengths)), length)
+    batch.update({name: torch.as_tensor(np.asarray(column)) for name, column in columns.items()})
+    return batch
+
+
+def as_batch(batch: Mapping[str, torch.Tensor], return_tensors: str | None) -> BatchEncoding:
+    """Return a padded batch in the form that `return_tensors` names: "pt", "np" or None for lists."""
+    if return_tensors not in (None, "pt", "np"):
+        raise ValueError(f'return_tensors={return_tensors!r}: pass "pt", "np" or None.')
+    if return_tensors == "pt":
+        return BatchEncoding(dict(batch))
+    arrays = {name: tensor.numpy() for name, tensor in batch.items()}
+    return BatchEncoding(arrays if return_tensors else {name: array.tolist() for name, array in arrays.items()})

@@ -23,29 +23,25 @@ from transformers.utils import logging
 
 from .configuration_tahoe_x1 import check_tokenizer_settings, refuse_misspelt_settings, similar_names
 from .encoding_tahoe_x1 import (
-    EncodedCells,
+    DrugTable,
     GeneMatch,
     GeneRows,
     Vocabulary,
-    as_batch,
     as_counts,
     bin_expression,
-    concatenate_cells,
     count_hint,
     count_problem,
     kept_genes,
     log_normalize,
     matrix_rows,
     merge_repeats,
-    pad_features,
     to_csr,
 )
+from .packing_tahoe_x1 import EncodedCells, as_batch, concatenate_cells, pad_features
 
 logger = logging.get_logger(__name__)
 
 DRUG_TOKEN = "<drug>"
-# How the missing values of Python, numpy and pandas print themselves.
-_MISSING = ("None", "nan", "<NA>")
 # Matrix elements read at once: bounds the memory of a dense or backed matrix to about 128 MB of float32.
 _CHUNK_ELEMENTS = 2**25
 
@@ -72,7 +68,9 @@ class TahoeX1Tokenizer(PreTrainedTokenizer):
         context_length: most tokens per cell, `<cls>` and `<drug>` included; None keeps every expressed gene.
         overflow: genes kept of a longer cell: `"sample"` (at random), `"first"` (by column), `"top"` (highest counts).
         pad_value: expression value of special tokens and of padding; negative.
-        drug_to_id: drug name -> id of the drug table; id 0 stands for no drug.
+        drug_to_id: drug name -> id of the drug table; id 0 stands for no drug. Blanks around a name mean nothing.
+        unknown_drugs: what becomes of drugs that the table lacks: `"pad"`, their cells count as cells without a drug,
+            as in the original, and a warning lists drugs and cells; `"error"`, they are refused.
         first_gene_raw: upstream compatibility, off by default. Embedding a drug model without drugs, upstream left
             the first gene of each cell out of the encoding and gave it its raw count. No effect where drugs are given.
         pad_token: padding token.
@@ -100,6 +98,7 @@ class TahoeX1Tokenizer(PreTrainedTokenizer):
         overflow: str = "sample",
         pad_value: float = -2.0,
         drug_to_id: dict[str, int] | None = None,
+        unknown_drugs: str = "pad",
         first_gene_raw: bool = False,
         pad_token: str = "<pad>",
         cls_token: str = "<cls>",
@@ -116,15 +115,15 @@ class TahoeX1Tokenizer(PreTrainedTokenizer):
             "overflow": overflow,
             "pad_value": pad_value,
             "drug_to_id": drug_to_id,
+            "unknown_drugs": unknown_drugs,
             "first_gene_raw": first_gene_raw,
         }
         refuse_misspelt_settings(kwargs, options)
         check_tokenizer_settings(options)
-        self.value_encoding, self.overflow = value_encoding, overflow
+        self.value_encoding, self.context_length, self.overflow = value_encoding, context_length, overflow
         self.num_bins, self.right_binning, self.first_gene_raw = num_bins, right_binning, first_gene_raw
         self.target_sum, self.pad_value = float(target_sum), float(pad_value)
-        self.context_length = context_length
-        self.drug_to_id = None if drug_to_id is None else dict(drug_to_id)
+        self.drug_to_id, self.unknown_drugs = drug_to_id, unknown_drugs
         for role, token in (("pad_token", pad_token), ("cls_token", cls_token)):
             if str(token) not in self._vocabulary.ids:
                 raise ValueError(f"{role}={str(token)!r} is not in {vocab_file}: name the token that it has instead.")
@@ -161,6 +160,15 @@ class TahoeX1Tokenizer(PreTrainedTokenizer):
     def is_gene(self) -> np.ndarray:
         """`(largest id + 1,)` bool, which ids are genes: neither special tokens nor fillers."""
         return self._vocabulary.is_gene
+
+    @property
+    def drug_to_id(self) -> dict[str, int] | None:
+        """Drug name -> id of the drug table, None without one."""
+        return None if self.drug_table is None else self.drug_table.ids
+
+    @drug_to_id.setter
+    def drug_to_id(self, ids: Mapping[str, int] | None) -> None:
+        self.drug_table = None if ids is None else DrugTable(ids)
 
     def get_vocab(self) -> dict[str, int]:
         """Return token -> id, a copy."""
@@ -329,25 +337,23 @@ class TahoeX1Tokenizer(PreTrainedTokenizer):
             return log_normalize(rows.counts, rows.offsets, self.target_sum)
         return bin_expression(rows.counts, rows.offsets, self.num_bins, self.right_binning)
 
-    def drug_ids(self, drugs: str | Sequence[str | None], num_cells: int) -> np.ndarray:
-        """Return `(num_cells,)` int64 ids of one drug for all cells, or of one per cell; refuse unknown ones."""
-        if self.drug_to_id is None:
+    def drug_ids(
+        self, drugs: str | Sequence[str | None], num_cells: int, unknown_drugs: str | None = None
+    ) -> np.ndarray:
+        """Return `(num_cells,)` int64 ids of one drug for all cells, which must be known, or of one per cell."""
+        if self.drug_table is None:
             raise ValueError(
                 "drugs was given, but this tokenizer has no drug table: use a drug model, or leave drugs out."
             )
-        names: list[Any] = [drugs] * num_cells if isinstance(drugs, str) else list(drugs)
-        if len(names) != num_cells:
+        names = [drugs] if isinstance(drugs, str) else list(drugs)
+        if not isinstance(drugs, str) and len(names) != num_cells:
             raise ValueError(
                 f"drugs has {len(names)} entries for {num_cells} cells: pass one per cell, or one string."
             )
-        names = [name if isinstance(name, str) or str(name) not in _MISSING else "" for name in names]
-        unknown = next((name for name in names if name != "" and name not in self.drug_to_id), None)
-        if unknown is not None:
-            raise ValueError(
-                f"drugs: {unknown!r} is not in the drug table{similar_names(unknown, self.drug_to_id)} List the names "
-                "with tokenizer.drug_to_id, or pass None for no drug."
-            )
-        return np.array([0 if name == "" else self.drug_to_id[name] for name in names], dtype=np.int64)
+        ids, unknown = self.drug_table.look_up(names)
+        rule = "error" if isinstance(drugs, str) else unknown_drugs or self.unknown_drugs
+        self.drug_table.settle(unknown, rule, warn="new")
+        return np.repeat(ids, num_cells) if isinstance(drugs, str) else ids
 
     # Calling the tokenizer ------------------------------------------------------------------------
 
@@ -404,7 +410,9 @@ class TahoeX1Tokenizer(PreTrainedTokenizer):
                 raise ValueError("gene_ids= is missing: pass the Ensembl id of every column of the matrix.")
             genes = self.match_genes(gene_ids, gene_symbols=gene_symbols)
         pieces = self._pieces(cells, genes, gene_symbols)
-        encoded = self._encode_pieces(pieces, drugs, first_cell, seed, lambda: count_hint(source, layer))
+        num_cells = len(cells) if isinstance(cells, (list, tuple)) else getattr(cells, "shape", (0,))[0]
+        drug_ids = None if drugs is None else self.drug_ids(drugs, num_cells)
+        encoded = self._encode_pieces(pieces, drug_ids, first_cell, seed, lambda: count_hint(source, layer))
         return self._to_batch(encoded, padding, pad_to_multiple_of, return_tensors)
 
     def read_anndata(
@@ -452,13 +460,13 @@ class TahoeX1Tokenizer(PreTrainedTokenizer):
 
     def is_drug_column(self, drugs: Any, columns: Iterable[str]) -> bool:
         """Return whether `drugs` names one of the columns of obs. Raise ValueError where that is in doubt."""
-        if not isinstance(drugs, str) or self.drug_to_id is None or drugs == "":
+        if not isinstance(drugs, str) or self.drug_table is None or drugs == "":
             return False
-        columns = list(columns)
-        if drugs in columns and drugs in self.drug_to_id:
+        columns, is_drug = list(columns), self.drug_table.find(drugs) is not None
+        if drugs in columns and is_drug:
             raise ValueError(f"drugs={drugs!r} is a column of adata.obs and a drug: pass a list, one drug per cell.")
-        if drugs not in columns and drugs not in self.drug_to_id:
-            similar = similar_names(drugs, [*columns, *self.drug_to_id])
+        if drugs not in columns and not is_drug:
+            similar = similar_names(drugs, [*columns, *self.drug_table.ids])
             place = "a column of adata.obs nor in the drug table"
             raise ValueError(f"drugs={drugs!r} is neither {place}{similar} Names: see tokenizer.drug_to_id.")
         return drugs in columns
@@ -501,31 +509,27 @@ class TahoeX1Tokenizer(PreTrainedTokenizer):
     def _encode_pieces(
         self,
         pieces: Iterable[tuple[GeneRows, bool]],
-        drugs: Any,
+        drug_ids: np.ndarray | None,
         first_cell: int,
         seed: int,
         advice: Callable[[], str],
     ) -> EncodedCells:
         said: set[str] = set()
+        parts: list[EncodedCells] = []
+        done = 0
 
         def warn(message: str) -> None:  # once per call, however many pieces there are
             if message not in said:
                 logger.warning(message)
             said.add(message)
 
-        parts: list[EncodedCells] = []
-        done = 0
-        one_drug = drugs is None or isinstance(drugs, str)
-        drugs = drugs if one_drug else list(drugs)
         for rows, repeats in pieces:
             num_cells = len(rows.offsets) - 1
-            own = drugs if one_drug else drugs[done : done + num_cells]
-            ids = None if own is None else self.drug_ids(own, num_cells)
             parts.append(
                 self.encode_rows(
                     rows,
                     repeats=repeats,
-                    drug_ids=ids,
+                    drug_ids=None if drug_ids is None else drug_ids[done : done + num_cells],
                     first_cell=first_cell + done,
                     seed=seed,
                     warn=warn,
@@ -533,8 +537,6 @@ class TahoeX1Tokenizer(PreTrainedTokenizer):
                 )
             )
             done += num_cells
-        if not one_drug and len(drugs) != done:
-            raise ValueError(f"drugs has {len(drugs)} entries for {done} cells: pass one per cell, or one string.")
         encoded = parts[0] if len(parts) == 1 else concatenate_cells(parts)
         report_empty(encoded)
         return encoded
@@ -549,17 +551,7 @@ class TahoeX1Tokenizer(PreTrainedTokenizer):
         if multiple is not None and not padding:
             raise ValueError(f"pad_to_multiple_of={multiple} needs padding=True.")
         if not padding and return_tensors is None:
-            lengths, starts = encoded.lengths, encoded.offsets[1:-1]
-            data: dict[str, Any] = {
-                "input_ids": [ids.tolist() for ids in np.split(encoded.input_ids, starts)],
-                "expression_values": [values.tolist() for values in np.split(encoded.expression_values, starts)],
-                "attention_mask": [[1] * int(length) for length in lengths],
-            }
-            if not encoded.num_cells:
-                data = {name: [] for name in data}
-            if encoded.drug_ids is not None:
-                data["drug_ids"] = encoded.drug_ids.tolist()
-            return BatchEncoding(data)
+            return BatchEncoding(encoded.as_lists())
         if not padding and len(set(encoded.lengths.tolist())) > 1:
             raise ValueError(f"return_tensors={return_tensors!r} with cells of different lengths: pass padding=True.")
         pad_id = self._vocabulary.ids[str(self.pad_token)]

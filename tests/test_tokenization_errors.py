@@ -70,6 +70,7 @@ def log(caplog):
         ({"drug_to_id": ["a"]}, r"drug_to_id=\['a'\]: pass a dict name -> id with distinct ids"),
         ({"drug_to_id": {"<pad>": 0, "a": 1, "b": 1}}, "distinct ids"),
         ({"drug_to_id": {"<pad>": 0, "a": "1"}}, "distinct ids"),
+        ({"unknown_drugs": "skip"}, r"unknown_drugs='skip': pass one of \('pad', 'error'\)"),
         ({"drug_to_id": {"a": 1}}, "id 0 is there, for cells without a drug"),
         ({"pad_token": "[PAD]"}, r"pad_token='\[PAD\]' is not in .*vocab.json: name the token that it has"),
         ({"cls_token": "[CLS]"}, r"cls_token='\[CLS\]' is not in"),
@@ -283,8 +284,12 @@ def test_wrong_drugs(tokenizer, adata, vocab_file, counts, ids):
         ValueError, match=r"'Drug 1O' is not in the drug table; did you mean .*'Drug 1'.*tokenizer.drug_to_id"
     ):
         tokenizer(counts, gene_ids=ids, drugs="Drug 1O")
-    with pytest.raises(ValueError, match=r"'Drog 3' is not in the drug table.*pass None for no drug"):
-        tokenizer(counts, gene_ids=ids, drugs=["Drug 1"] * 7 + ["Drog 3"])
+    strict = TahoeX1Tokenizer(vocab_file, drug_to_id=tokenizer.drug_to_id, unknown_drugs="error")
+    with pytest.raises(
+        ValueError,
+        match=r"'Drog 3' is not in the drug table; did you mean 'Drug 3'.*: 'Drog 3' \(2\), 'x' \(1\)\..*pass None",
+    ):
+        strict(counts, gene_ids=ids, drugs=["Drug 1"] * 5 + ["Drog 3", "x", " Drog 3"])
     for wrong in (["Drug 1"] * 7, ["Drug 1"] * 9):
         with pytest.raises(ValueError, match=f"drugs has {len(wrong)} entries for 8 cells"):
             tokenizer(counts, gene_ids=ids, drugs=wrong)

@@ -13,7 +13,7 @@ from golden_tokenizers import VARIANTS, examples, make, same_batch
 from transformers import AutoTokenizer, DataCollatorWithPadding
 
 from tahoex1_hf import TahoeX1Tokenizer
-from tahoex1_hf.encoding_tahoe_x1 import EncodedCells
+from tahoex1_hf.packing_tahoe_x1 import EncodedCells
 
 
 @pytest.fixture
@@ -354,6 +354,54 @@ def test_drugs(golden):
     padded = tokenizer(counts, gene_ids=genes, drugs="Drug 1", padding=True, return_tensors="pt")
     assert padded["drug_ids"].tolist() == [1, 1, 1]
     assert padded["drug_ids"].dtype == torch.int64
+
+
+@pytest.fixture
+def released_drugs(shared_data):
+    """The drug table of the released model, and the drug of every sample of Tahoe-100M."""
+    table = json.loads(shared_data("tahoe/drug_to_id_pad.json").read_text())
+    return table, pd.read_parquet(shared_data("tahoe/sample_metadata.parquet"))["drug"].tolist()
+
+
+def test_the_drugs_of_tahoe_100m(golden, released_drugs, caplog):
+    """The table has 377 drugs, `<pad>` aside. The control and two drugs are not in it; two names end in a blank."""
+    table, drugs = released_drugs
+    assert (len(table), len(set(drugs))) == (378, 380)
+    absent = ["DMSO_TF", "Sacubitril/Valsartan", "Verteporfin"]
+    blank = {name for name in drugs if name != name.strip()}
+    assert blank == {"Selinexor ", "Erdafitinib "}
+    vocab = golden / "b_3b_like_chem" / "model" / "vocab.json"
+    tokenizer = TahoeX1Tokenizer(vocab, drug_to_id=table)
+    gene = tokenizer.convert_ids_to_tokens(int(np.flatnonzero(tokenizer.is_gene)[0]))
+    cells = [([gene], [1])] * len(drugs)
+    with caplog.at_level(logging.WARNING):
+        found = tokenizer(cells, drugs=drugs)["drug_ids"]
+    assert found == [0 if name in absent else table[name.strip()] for name in drugs]
+    (record,) = caplog.records  # one warning, with names and cells
+    for name in absent:
+        assert f"{name!r} ({drugs.count(name)})" in record.getMessage()
+    assert "Selinexor" not in record.getMessage()
+    with caplog.at_level(logging.WARNING):
+        tokenizer(cells[:9], drugs=["DMSO_TF"] * 9)  # the next batch of datasets.map
+    assert len(caplog.records) == 1
+    refuses = TahoeX1Tokenizer(vocab, drug_to_id=table, unknown_drugs="error")
+    with pytest.raises(ValueError, match="'DMSO_TF' is not in the drug table"):
+        refuses(cells, drugs=drugs)
+    assert refuses(cells[:1], drugs="Erdafitinib")["drug_ids"] == [table["Erdafitinib"]]
+
+
+def test_a_drug_for_all_cells_must_be_known(golden):
+    vocab = golden / "b_3b_like_chem" / "model" / "vocab.json"
+    tokenizer = TahoeX1Tokenizer(vocab, drug_to_id={"<pad>": 0, "Selinexor": 1})
+    assert tokenizer.drug_ids("Selinexor ", 2).tolist() == [1, 1]
+    with pytest.raises(ValueError, match="'Selinexer' is not in the drug table; did you mean 'Selinexor'"):
+        tokenizer.drug_ids("Selinexer", 2)
+
+
+def test_the_rule_for_unknown_drugs_is_saved(golden, tmp_path):
+    vocab = golden / "b_3b_like_chem" / "model" / "vocab.json"
+    TahoeX1Tokenizer(vocab, drug_to_id={"<pad>": 0}, unknown_drugs="error").save_pretrained(tmp_path)
+    assert TahoeX1Tokenizer.from_pretrained(tmp_path).unknown_drugs == "error"
 
 
 def test_drugs_of_an_anndata(golden):

@@ -5,17 +5,19 @@ Which cells make a chunk depends on the input alone, and so does everything that
 files, processes and interruptions there are.
 """
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from transformers.utils import logging
 
 from tahoex1_hf.cells import compilation
 from tahoex1_hf.cells.readers.base import INDEX, Block, CellInput, token_dtype
-from tahoex1_hf.encoding_tahoe_x1 import EncodedCells, GeneRows
+from tahoex1_hf.encoding_tahoe_x1 import GeneRows
+from tahoex1_hf.packing_tahoe_x1 import EncodedCells
 from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer, report_empty
 
 logger = logging.get_logger(__name__)
@@ -33,44 +35,81 @@ class EncodeOptions:
         tokenizer: the tokenizer of the model.
         drugs: for models with a drug encoder: a column of obs, the drug of all cells, or one per cell.
         seed: seed of the sampling of cells longer than the context.
+        unknown_drugs: `"pad"` or `"error"`, what becomes of drugs that the tokenizer's table lacks; by default the
+            tokenizer's `unknown_drugs`.
     """
 
     tokenizer: TahoeX1Tokenizer
     drugs: str | Sequence[str | None] | None = None
     seed: int = 0
+    unknown_drugs: str | None = None
 
 
 class DrugIds:
     """The drugs of an input's cells, as ids.
 
+    Drugs that the table lacks are found before any work is done; those of a remote input, as its cells are read.
+
     Args:
         cells: the input.
-        tokenizer: the tokenizer with the drug table.
-        drugs: a column of obs, the drug of all cells, one per cell, or None.
+        options: tokenizer with the drug table; a column of obs, the drug of all cells, one per cell, or None; and what
+            becomes of unknown drugs.
 
     Attributes:
         columns: columns of obs that blocks must have.
+        unknown: drugs that the table lacks, and their numbers of cells. `report_unknown_drugs` tells of them.
+        is_counted: whether `unknown` is complete from the beginning.
 
     Raises:
-        ValueError: where `drugs` is neither a column nor a drug, or both, or has another length than there are cells.
+        ValueError: where `drugs` is neither a column nor a drug, or both, or has another length than there are cells;
+            and for unknown drugs, with the rule `"error"`.
     """
 
-    def __init__(self, cells: CellInput, tokenizer: TahoeX1Tokenizer, drugs: str | Sequence[str | None] | None):
+    def __init__(self, cells: CellInput, options: "EncodeOptions"):
+        tokenizer, drugs = options.tokenizer, options.drugs
         self.cells, self.tokenizer, self.drugs = cells, tokenizer, drugs
+        self.rule = options.unknown_drugs or tokenizer.unknown_drugs
         is_column = isinstance(drugs, str) and tokenizer.is_drug_column(drugs, cells.obs_columns)
         self.columns = [str(drugs)] if is_column else []
-        if drugs is not None and not isinstance(drugs, str) and len(drugs) != cells.num_cells:
+        self.unknown: Counter[str] = Counter()
+        self.is_counted = not (is_column and "://" in cells.path)
+        if drugs is None:
+            return
+        if isinstance(drugs, str) and not is_column:
+            tokenizer.drug_ids(drugs, 1)
+            return
+        if not is_column and len(drugs) != cells.num_cells:
             raise ValueError(f"drugs has {len(drugs)} entries for {cells.num_cells} cells: pass one per cell.")
+        if self.is_counted:
+            self._note(cells.value_counts(self.columns[0]) if is_column else Counter(drugs))
+
+    def _note(self, cells: Mapping[Any, int]) -> None:
+        """Note the unknown drugs of some cells, drug -> number of cells, or refuse them."""
+        table = self.tokenizer.drug_table
+        if table is None:
+            raise ValueError("drugs was given, but this tokenizer has no drug table: use a drug model.")
+        unknown = table.unknown(cells)
+        self.unknown.update(unknown)
+        if self.rule == "error":
+            table.settle(unknown, self.rule)
+
+    def _look_up(self, names: Sequence[str | None]) -> np.ndarray:
+        table = self.tokenizer.drug_table
+        assert table is not None  # else the constructor has refused the drugs
+        ids, unknown = table.look_up(names)
+        if not self.is_counted:
+            self._note(unknown)
+        return ids
 
     def of_block(self, block: Block) -> np.ndarray | None:
         """Return the drug ids of a block's cells, `(cells,)` int64; None where no drugs were given."""
-        number = block.stop - block.start
         if self.drugs is None:
             return None
         if self.columns:
-            return self.tokenizer.drug_ids(block.obs[self.columns[0]].tolist(), number)
-        own = self.drugs if isinstance(self.drugs, str) else self.drugs[block.start : block.stop]
-        return self.tokenizer.drug_ids(own, number)
+            return self._look_up(block.obs[self.columns[0]].tolist())
+        if isinstance(self.drugs, str):
+            return self.tokenizer.drug_ids(self.drugs, block.stop - block.start)
+        return self._look_up(self.drugs[block.start : block.stop])
 
     def of_cells(self, numbers: np.ndarray) -> np.ndarray | None:
         """Return the drug ids of cells, by the cells' numbers."""
@@ -78,12 +117,20 @@ class DrugIds:
             return None
         if isinstance(self.drugs, str) and not self.columns:
             return self.tokenizer.drug_ids(self.drugs, len(numbers))
-        return self.tokenizer.drug_ids([self._values[number] for number in numbers], len(numbers))
+        return self._look_up([self._values[number] for number in numbers])
 
     @cached_property
     def _values(self) -> Sequence[str | None]:
         """The drug of each cell."""
         return self.cells.column(self.columns[0]).tolist() if self.columns else list(self.drugs or ())
+
+
+def report_unknown_drugs(drug_ids: Sequence[DrugIds]) -> None:
+    """Warn once of the unknown drugs of a run, with the numbers of their cells in all of its inputs."""
+    unknown = sum((each.unknown for each in drug_ids), Counter())
+    table = drug_ids[0].tokenizer.drug_table if drug_ids else None
+    if table is not None:
+        table.settle(unknown, "pad")
 
 
 class Chunk(NamedTuple):
@@ -104,7 +151,7 @@ class ChunkEncoder:
 
     def __init__(self, cells: CellInput, options: EncodeOptions):
         self.cells, self.options = cells, options
-        self.drug_ids = DrugIds(cells, options.tokenizer, options.drugs)
+        self.drug_ids = DrugIds(cells, options)
 
     def chunks(self, start: int, stop: int, names: bool = False) -> Iterator[Chunk]:
         """Encode cells `start` to `stop`, cut into chunks at the multiples of `CHUNK_CELLS`.

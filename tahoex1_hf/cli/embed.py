@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from tahoex1_hf.cli import options
-from tahoex1_hf.cli.options import Dtype
+from tahoex1_hf.cli.options import Dtype, UnknownDrugsRule
 from tahoex1_hf.cli.running import command
 
 
@@ -38,6 +38,7 @@ def embed(
     ] = None,
     layer: options.Layer = None,
     drugs: options.Drugs = None,
+    unknown_drugs: options.UnknownDrugs = UnknownDrugsRule.pad,
     max_length: options.MaxLength = None,
     dtype: Annotated[
         Dtype, typer.Option(help="auto: bfloat16 where the hardware is faster at it. int8: weights of 8 bits.")
@@ -78,6 +79,7 @@ def embed(
         gene_symbols=read_gene_symbols(gene_symbols),
         gene_metadata=gene_metadata,
         drugs=drugs,
+        unknown_drugs=unknown_drugs.value,
         gene_embeddings=gene_embeddings,
         max_length=max_length,
         seed=seed,

@@ -25,6 +25,13 @@ class FloatDtype(StrEnum):
     bfloat16 = "bfloat16"
 
 
+class UnknownDrugsRule(StrEnum):
+    """What becomes of drugs that the drug table lacks."""
+
+    pad = "pad"
+    error = "error"
+
+
 # Every command -------------------------------------------------------------------------------------------------------
 
 Quiet = Annotated[
@@ -58,6 +65,12 @@ GeneSymbols = Annotated[
 ]
 Layer = Annotated[str | None, typer.Option(help="Layer that holds the raw counts.", show_default="X")]
 Drugs = Annotated[str | None, typer.Option(help="Column of obs that holds the drugs, or one drug for all cells.")]
+UnknownDrugs = Annotated[
+    UnknownDrugsRule,
+    typer.Option(
+        help="Drugs that the model's table lacks: pad counts their cells as cells without a drug, error refuses them."
+    ),
+]
 MaxLength = Annotated[
     int | None, typer.Option(help="Largest number of tokens of a cell.", show_default="the model's context length")
 ]

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from tahoex1_hf.cli import options
-from tahoex1_hf.cli.options import Dtype
+from tahoex1_hf.cli.options import Dtype, UnknownDrugsRule
 from tahoex1_hf.cli.running import command
 
 
@@ -89,6 +89,7 @@ def perturb(
     gene_symbols: options.GeneSymbols = None,
     layer: options.Layer = None,
     drugs: options.Drugs = None,
+    unknown_drugs: options.UnknownDrugs = UnknownDrugsRule.error,
     max_length: options.MaxLength = None,
     dtype: Annotated[
         Dtype, typer.Option(help="bfloat16 moves the embeddings as far as perturbing many a gene does.")
@@ -139,6 +140,7 @@ def perturb(
         gene_id_column=gene_id_column,
         gene_symbols=read_gene_symbols(gene_symbols),
         drugs=drugs,
+        unknown_drugs=unknown_drugs.value,
         max_length=max_length,
         seed=seed,
         batch_tokens=batch_tokens,

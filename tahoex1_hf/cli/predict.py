@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from tahoex1_hf.cli import options
-from tahoex1_hf.cli.options import FloatDtype
+from tahoex1_hf.cli.options import FloatDtype, UnknownDrugsRule
 from tahoex1_hf.cli.running import NOTHING_WRITTEN, command
 
 
@@ -41,6 +41,14 @@ def predict(
             show_default="as trained",
         ),
     ] = None,
+    unknown_drugs: Annotated[
+        UnknownDrugsRule | None,
+        typer.Option(
+            help="Drugs that the model's table lacks: pad counts their cells as cells without a drug, error refuses "
+            "them.",
+            show_default="as trained",
+        ),
+    ] = None,
     dtype: Annotated[
         FloatDtype, typer.Option(help="auto: bfloat16 where the hardware is faster at it.")
     ] = FloatDtype.auto,
@@ -71,6 +79,7 @@ def predict(
         gene_id_column=gene_id_column,
         gene_symbols=read_gene_symbols(gene_symbols),
         drugs=drugs,
+        unknown_drugs=unknown_drugs and unknown_drugs.value,
         batch_tokens=batch_tokens,
         device=device,
         dtype=dtype.value,

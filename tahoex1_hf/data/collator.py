@@ -9,7 +9,8 @@ import torch
 
 from tahoex1_hf.cells import kernels
 from tahoex1_hf.cells.ragged import CountRows
-from tahoex1_hf.encoding_tahoe_x1 import padded_length, unit_quantiles
+from tahoex1_hf.encoding_tahoe_x1 import unit_quantiles
+from tahoex1_hf.packing_tahoe_x1 import padded_length
 
 if TYPE_CHECKING:
     from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
@@ -34,7 +35,8 @@ class CellCollator:
             (value 0), instead of padding. (The original's `unexp_padding` fills up to the longest cell of the batch,
             which makes a cell depend on its batch.)
         pad_to_multiple_of: number of which the padded length is a multiple.
-        drug_token: whether cells begin with `<cls>`, `<drug>`; by default if the tokenizer has drugs.
+        drug_token: whether cells begin with `<cls>`, `<drug>`; by default if the tokenizer has drugs. The tokenizer's
+            `unknown_drugs` decides about drugs that its table lacks.
         mask_value: value of `expression_values` at targets, which the model does not read.
 
     Raises:
@@ -203,7 +205,7 @@ class CellCollator:
         streams = torch.randint(2**63 - 1, (len(lengths),)).numpy().astype(np.uint64)
         drugs = None
         if self.drug_token:
-            drugs = np.array([self.drug_id(row.get("drug")) for row in features], dtype=np.int64)
+            drugs = self.tokenizer.drug_ids([row.get("drug") for row in features], len(features))
         return self.collate([(np.arange(len(lengths)), cells)], streams, drugs)
 
     def _checked(self, row: Mapping[str, Any], number: int) -> tuple[np.ndarray, np.ndarray]:
@@ -227,19 +229,3 @@ class CellCollator:
         if genes.dtype.kind not in "iu" or genes.min() < 0 or genes.max() >= len(known) or not known[genes].all():
             raise ValueError(f"cell {number} has an id that is not a gene's: leave <cls> out, it is added here.")
         return genes.astype(np.int64)[counts != 0], counts[counts != 0]
-
-    def drug_id(self, drug: str | None) -> int:
-        """Return the id of a drug, 0 for no drug.
-
-        Raises:
-            ValueError: for a drug that the tokenizer's table lacks.
-        """
-        if drug is None or drug == "":
-            return 0
-        table = self.tokenizer.drug_to_id or {}
-        if drug not in table:
-            raise ValueError(
-                f"drug {drug!r} is not in the tokenizer's table of {len(table)} drugs: correct the name, or leave the "
-                "drug of these cells empty."
-            )
-        return table[drug]

@@ -8,20 +8,25 @@ costs more than making them.
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
 from tahoex1_hf.cells.ragged import CountRows
-from tahoex1_hf.cells.readers.prepared import PreparedDataset, check_vocabulary
+from tahoex1_hf.cells.readers.prepared import PreparedDataset, check_vocabulary, column_ids, count_values
 from tahoex1_hf.common.prefetch import prefetch_calls
 from tahoex1_hf.data.collator import CellCollator
 from tahoex1_hf.data.order import MIX_BLOCK, CellOrder, Cells, MixedOrder
+from tahoex1_hf.encoding_tahoe_x1 import DrugTable
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 
 class _Position(NamedTuple):
@@ -115,11 +120,18 @@ class CellBatches(IterableDataset):
             )
 
     def _open_folders(self, places: list[str | Path], split: str, options: dict[str, Any]) -> list[PreparedDataset]:
-        drug_id = self.collator.drug_id if self.collator.drug_token else None
-        max_open = 8 + 4 * len(places)
-        folders = [PreparedDataset(place, split, max_open=max_open, drug_id=drug_id, **options) for place in places]
+        tokenizer = self.collator.tokenizer
+        table = tokenizer.drug_table if self.collator.drug_token else None
+        warn = "new" if self.rank == 0 else "never"  # every process refuses unknown drugs, but one warns
+        settle = None if table is None else partial(_settle, table, tokenizer.unknown_drugs, warn)
+        ids = None if table is None or settle is None else partial(_drug_ids, table, settle)
+        folders = [
+            PreparedDataset(place, split, max_open=8 + 4 * len(places), drug_ids=ids, **options) for place in places
+        ]
         for folder in folders:
-            check_vocabulary(folder, self.collator.tokenizer)
+            check_vocabulary(folder, tokenizer)
+        if settle is not None:  # of remote datasets, the drugs are seen as the shards come
+            settle(sum((folder.value_counts("drug") for folder in folders if folder.cache is None), Counter()))
         return folders
 
     def _set_order(self, shuffle: bool, weights: Sequence[float] | None, epoch_cells: int | None, window: int) -> None:
@@ -292,6 +304,17 @@ class CellBatches(IterableDataset):
                 wanted[dataset] = order.shards_near(*divmod(place, order.num_cells), order.window)
         for folder, numbers in zip(self.folders, wanted, strict=True):
             folder.prefetch(numbers)
+
+
+def _settle(table: DrugTable, rule: str, warn: str, cells: Mapping[Any, int]) -> None:
+    """Refuse or report those drugs of drug -> number of cells that the table lacks."""
+    table.settle(table.unknown(cells), rule, warn)
+
+
+def _drug_ids(table: DrugTable, settle: Callable[[Mapping[Any, int]], None], column: "pa.ChunkedArray") -> np.ndarray:
+    """Return the drug ids of a shard's column."""
+    settle(count_values(column))
+    return column_ids(column, lambda names: table.look_up(names)[0])
 
 
 def _by_shard(cells: Cells) -> Iterator[tuple[np.ndarray, int]]:

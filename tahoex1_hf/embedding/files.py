@@ -22,7 +22,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from tahoex1_hf.cells import encoding
-from tahoex1_hf.cells.encoding import ChunkEncoder, EncodeOptions
+from tahoex1_hf.cells.encoding import ChunkEncoder, DrugIds, EncodeOptions, report_unknown_drugs
 from tahoex1_hf.cells.genes import TAHOE_100M_GENES, GeneOptions
 from tahoex1_hf.cells.opening import open_all
 from tahoex1_hf.cells.readers.base import CellInput
@@ -101,6 +101,7 @@ def embed_files(
     gene_symbols: Mapping[str, str] | None = None,
     gene_metadata: str | None = None,
     drugs: str | None = None,
+    unknown_drugs: str | None = None,
     gene_embeddings: bool = False,
     max_length: int | None = None,
     seed: int = 0,
@@ -129,6 +130,7 @@ def embed_files(
         gene_symbols: as in `embed_anndata`.
         gene_metadata: gene table of a dataset in the form of Tahoe-100M; by default the dataset's own on the Hub.
         drugs: for models with a drug encoder, a column of the cells, or one drug for all cells.
+        unknown_drugs: as in `embed_anndata`.
         gene_embeddings: as in `embed_anndata`; needs a single `.h5ad` source and an `.h5ad` output.
         max_length: as in `embed_anndata`.
         seed: as in `embed_anndata`; a cell is known by its number in its file.
@@ -147,7 +149,7 @@ def embed_files(
     check_output(target, gene_embeddings)
     processes = Processes.current()
     loaded, tokenizer = model_and_tokenizer(model, tokenizer)
-    options = EncodeOptions(with_context(tokenizer, max_length), drugs, seed)
+    options = EncodeOptions(with_context(tokenizer, max_length), drugs, seed, unknown_drugs)
     genes = GeneOptions(gene_id_column, gene_symbols, layer, gene_metadata or TAHOE_100M_GENES)
     with ExitStack() as stack:
         shards = ShardFolder(f"{target}.shards")
@@ -209,6 +211,7 @@ class _Run:
         def first() -> list[np.ndarray]:
             lock.acquire()
             self.shards.claim(identity, restart)
+            report_unknown_drugs([each for each in self._drug_ids() if each.is_counted])
             self._sort_by_cell()
             # With gene embeddings, a shard that is in no sum was written just before a kill, and is made again.
             finished = self.shards.summed() if self.gene_embeddings else self.shards.finished()
@@ -222,6 +225,9 @@ class _Run:
         if not self.shards.is_local:  # each machine has its own sorted counts then
             self._sort_by_cell()
         return share
+
+    def _drug_ids(self) -> list[DrugIds]:
+        return [each.drug_ids for each in self.plan.encoders]
 
     def _sort_by_cell(self) -> None:
         for cells in self.plan.inputs:
@@ -263,6 +269,7 @@ class _Run:
                     if gene_means is not None:
                         written.append((first, last))
                         self.shards.write_sums(writer, written, gene_means.state())
+        report_unknown_drugs([each for each in self._drug_ids() if not each.is_counted])
 
     def _shards(
         self, start: int, stop: int, gene_means: GeneMeans | None, bar: Any
@@ -330,6 +337,7 @@ def _identity(run: _Run, model: TahoeX1PreTrainedModel, more: dict[str, Any]) ->
         "max_length": tokenizer.context_length,
         "genes": [json_digest(each.genes.token_ids.tolist()) for each in run.plan.inputs if each.genes is not None],
         "drugs": options.drugs,
+        "unknown_drugs": options.unknown_drugs or tokenizer.unknown_drugs,
         "seed": options.seed,
         "dtype": run.encoder.dtype_name,
         "gene_embeddings": run.gene_embeddings,

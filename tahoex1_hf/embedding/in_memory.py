@@ -31,6 +31,7 @@ def embed_anndata(
     gene_id_column: str | None = None,
     gene_symbols: Mapping[str, str] | None = None,
     drugs: str | Sequence[str | None] | None = None,
+    unknown_drugs: str | None = None,
     gene_embeddings: bool = False,
     max_length: int | None = None,
     seed: int = 0,
@@ -54,6 +55,9 @@ def embed_anndata(
         gene_id_column: column of `adata.var` with Ensembl ids; by default `adata.var_names`.
         gene_symbols: mapping from gene symbol to Ensembl id, for genes named by symbol.
         drugs: for models with a drug encoder, a column of `adata.obs`, the drug of all cells, or one drug per cell.
+        unknown_drugs: `"pad"`: cells whose drug is not in the model's drug table count as cells without a drug, as in
+            the original, and a warning lists drugs and cells; `"error"`: they are refused; by default the tokenizer's
+            `unknown_drugs`, which is `"pad"`. A single drug for all cells must always be known.
         gene_embeddings: whether to write each gene's mean contextual embedding over the cells that express it to
             `adata.varm[key_added]`; NaN for genes that no cell expresses or the vocabulary lacks.
         max_length: most tokens of a cell; by default the tokenizer's `context_length`.
@@ -71,7 +75,7 @@ def embed_anndata(
     """
     loaded, tokenizer = model_and_tokenizer(model, tokenizer)
     tokenizer = with_context(tokenizer, max_length)
-    options = EncodeOptions(tokenizer, drugs, seed)
+    options = EncodeOptions(tokenizer, drugs, seed, unknown_drugs)
     cells = open_cells(adata, tokenizer, GeneOptions(gene_id_column, gene_symbols, layer))
     encoder = CellEncoder(without_peft(loaded), tokenizer, batch_tokens=batch_tokens, device=device, dtype=dtype)
     genes = cells.genes

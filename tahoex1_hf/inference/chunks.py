@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from tahoex1_hf.cells.encoding import Chunk, ChunkEncoder
+from tahoex1_hf.cells.encoding import Chunk, ChunkEncoder, report_unknown_drugs
 from tahoex1_hf.common.prefetch import prefetch
 from tahoex1_hf.common.progress import progress_bar
 from tahoex1_hf.inference.encoder import CellEncoder, GeneMeans
@@ -49,6 +49,7 @@ def embed_input(
         `(cells, width)` float32 embeddings, each row of length 1, and the number of cells in which no known gene is
         expressed.
     """
+    report_unknown_drugs([chunks.drug_ids])
     num_cells = chunks.cells.num_cells
     embeddings = np.empty((num_cells, encoder.width), dtype=np.float32)
     num_empty = 0

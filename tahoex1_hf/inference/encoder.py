@@ -10,9 +10,10 @@ import torch
 from torch.nn.functional import normalize
 
 from tahoex1_hf.configuration_tahoe_x1 import TahoeX1Config
-from tahoex1_hf.encoding_tahoe_x1 import EncodedCells, GeneMatch
+from tahoex1_hf.encoding_tahoe_x1 import GeneMatch
 from tahoex1_hf.inference.ragged import can_run_ragged, ragged_forward
 from tahoex1_hf.modeling_tahoe_x1 import TahoeX1Model, TahoeX1PreTrainedModel
+from tahoex1_hf.packing_tahoe_x1 import EncodedCells
 from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
 
 logger = logging.getLogger(__name__)

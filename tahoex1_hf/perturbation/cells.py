@@ -14,16 +14,10 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from transformers.utils import logging
 
-from tahoex1_hf.cells.encoding import DrugIds, EncodeOptions
+from tahoex1_hf.cells.encoding import DrugIds, EncodeOptions, report_unknown_drugs
 from tahoex1_hf.cells.readers.base import CellInput
-from tahoex1_hf.encoding_tahoe_x1 import (
-    EncodedCells,
-    GeneMatch,
-    GeneRows,
-    count_problem,
-    kept_genes,
-    mix64,
-)
+from tahoex1_hf.encoding_tahoe_x1 import GeneMatch, GeneRows, count_problem, kept_genes, mix64
+from tahoex1_hf.packing_tahoe_x1 import EncodedCells
 
 if TYPE_CHECKING:
     pass
@@ -127,7 +121,8 @@ class CellSource:
             )
         if cells.genes is None:
             raise ValueError(f"{cells.path} has no table of genes: perturb cells of an AnnData or an .h5ad file.")
-        self.genes, self._drug_ids = cells.genes, DrugIds(cells, tokenizer, options.drugs)
+        self.genes, self._drug_ids = cells.genes, DrugIds(cells, options)
+        report_unknown_drugs([self._drug_ids])
         special = 1 if options.drugs is None else 2
         self.room = None if tokenizer.context_length is None else tokenizer.context_length - special
         self.num_tokens = max(tokenizer.get_vocab().values()) + 1

@@ -97,6 +97,7 @@ def perturb_genes(
     gene_id_column: str | None = None,
     gene_symbols: Mapping[str, str] | None = None,
     drugs: str | Sequence[str | None] | None = None,
+    unknown_drugs: str | None = "error",
     max_length: int | None = None,
     seed: int = 0,
     batch_tokens: int | None = None,
@@ -146,6 +147,7 @@ def perturb_genes(
         gene_id_column: as in `embed_anndata`.
         gene_symbols: as in `embed_anndata`.
         drugs: as in `embed_anndata`.
+        unknown_drugs: as in `embed_anndata`, but `"error"` by default.
         max_length: as in `embed_anndata`.
         seed: as in `embed_anndata`; also the seed of the halves of cells in predictions, and of the choice among
             controls that are equally near.
@@ -171,7 +173,7 @@ def perturb_genes(
         )
     with ExitStack() as stack:
         loaded, tokenizer = model_and_tokenizer(model, tokenizer, expression=expression)
-        options = EncodeOptions(with_context(tokenizer, max_length), drugs, seed)
+        options = EncodeOptions(with_context(tokenizer, max_length), drugs, seed, unknown_drugs)
         opened = open_cells(adata, options.tokenizer, GeneOptions(gene_id_column, gene_symbols, layer))
         forward = _forward(without_peft(loaded), options.tokenizer, expression, batch_tokens, device, dtype)
         source = CellSource(opened, options)
@@ -292,6 +294,7 @@ class _Run:
             "target": None if toward is None else json_digest(toward.tolist()),
             "genes": json_digest([[task.group, task.genes, task.control] for task in self.tasks]),
             "drugs": options.drugs if options.drugs is None or isinstance(options.drugs, str) else list(options.drugs),
+            "unknown_drugs": options.unknown_drugs,
             "seed": options.seed,
             "dtype": self.forward.encoder.dtype_name,
         }

@@ -1,6 +1,7 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
 """A pretraining run from its configuration to the final model."""
 
+import copy
 import json
 import logging
 import os
@@ -41,8 +42,9 @@ _VALIDATION_BATCH = 32
 def make_tokenizer(config: PretrainConfig) -> TahoeX1Tokenizer:
     """Return the tokenizer of the initial weights, or a new one with the dataset's vocabulary."""
     source = config.tokenizer or config.init_from
+    rule = config.unknown_drugs
     if source is not None:
-        tokenizer: TahoeX1Tokenizer = TahoeX1Tokenizer.from_pretrained(find_model(source))
+        tokenizer: TahoeX1Tokenizer = TahoeX1Tokenizer.from_pretrained(find_model(source), unknown_drugs=rule)
         return tokenizer
     import fsspec
 
@@ -51,7 +53,7 @@ def make_tokenizer(config: PretrainConfig) -> TahoeX1Tokenizer:
     vocab = location
     if "://" in location:
         vocab = fsspec.open_local(f"simplecache::{location}")
-    return TahoeX1Tokenizer(vocab, context_length=config.context_length, drug_to_id=table)
+    return TahoeX1Tokenizer(vocab, context_length=config.context_length, drug_to_id=table, unknown_drugs=rule)
 
 
 def make_model(config: PretrainConfig, tokenizer: TahoeX1Tokenizer) -> TahoeX1ForPreTraining:
@@ -171,7 +173,7 @@ def _collator(config: PretrainConfig, tokenizer: TahoeX1Tokenizer) -> CellCollat
 def _validation(config: PretrainConfig, collator: CellCollator) -> ValidationCells | None:
     if not config.eval_cells:
         return None
-    raw = make_tokenizer(config)
+    raw = copy.copy(collator.tokenizer)  # it has warned of unknown drugs already
     raw.value_encoding = "raw"
     return ValidationCells(config, collator, _collator(config, raw), min(_VALIDATION_BATCH, config.eval_cells))
 

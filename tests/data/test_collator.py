@@ -310,7 +310,8 @@ def test_other_streams_give_other_samples_and_targets(vocab: Path) -> None:
 
 
 def test_the_drug_token_stands_second_and_takes_one_place(vocab: Path) -> None:
-    with_drugs = tokenizer(vocab, drug_to_id={"<pad>": 0, "aspirin": 1, "DMSO": 2})
+    table = {"<pad>": 0, "aspirin": 1, "Selinexor": 2}
+    with_drugs = tokenizer(vocab, drug_to_id=table)
     collator = CellCollator(with_drugs)
     cells = cells_of([500, 10, 0])
     batch = collate(collator, cells, drug_ids=np.array([2, 0, 1]))
@@ -322,10 +323,12 @@ def test_the_drug_token_stands_second_and_takes_one_place(vocab: Path) -> None:
     assert batch["target_mask"].sum(1).tolist() == [31, 5, 0]
     with pytest.raises(ValueError, match="drug_ids is missing"):
         collate(collator, cells)
-    features = [{"genes": [9, 8], "counts": [1, 2], "drug": name} for name in ("DMSO", None, "")]
-    assert collator(features)["drug_ids"].tolist() == [2, 0, 0]
-    with pytest.raises(ValueError, match=r"drug 'water' is not in the tokenizer's table of 3"):
-        collator([{**features[0], "drug": "water"}])
+    names = ("Selinexor ", None, "", "DMSO_TF")  # a name with a blank, and the control, which is no drug
+    features = [{"genes": [9, 8], "counts": [1, 2], "drug": name} for name in names]
+    assert collator(features)["drug_ids"].tolist() == [2, 0, 0, 0]
+    refuses = CellCollator(tokenizer(vocab, drug_to_id=table, unknown_drugs="error"))
+    with pytest.raises(ValueError, match="'DMSO_TF' is not in the drug table"):
+        refuses(features)
 
 
 # Rows as datasets gives them ----------------------------------------------------------------------

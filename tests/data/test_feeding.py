@@ -1,6 +1,7 @@
 """Training batches from prepared datasets: the same for any number of processes and workers, and after any stop."""
 
 import json
+import logging
 import sys
 from collections import Counter
 from pathlib import Path
@@ -328,31 +329,45 @@ def test_several_datasets_without_weights_are_one_pool(folder: Path, collator: C
 # Drugs, formats, remote places ----------------------------------------------------------------------
 
 
-def test_drugs_are_looked_up_in_the_tokenizers_table(tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", ["arrow", "parquet"])
+def test_drugs_are_looked_up_in_the_tokenizers_table(
+    tmp_path: Path, form: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The control of Tahoe-100M is in no table, and names of it end in a blank."""
     adata = make_cells(60)
-    adata.obs["drug"] = [None if i % 5 == 0 else ["aspirin", "DMSO"][i % 2] for i in range(60)]
+    names = ["Selinexor ", "DMSO_TF", "aspirin"]
+    adata.obs["drug"] = [None if i % 5 == 0 else names[i % 3] for i in range(60)]
     adata.write_h5ad(tmp_path / "a.h5ad")
     vocab = write_vocab(tmp_path / "model", drug_token=True)
     from tahoex1_hf.data.config import parse_config
     from tahoex1_hf.data.preparation import prepare
 
     sources = [source(tmp_path / "a.h5ad", metadata={"name": "_index", "drug": "drug"})]
-    config = {"sources": sources, "output": str(tmp_path / "out"), "vocab": str(vocab), "validation": {"fraction": 0}}
-    prepare(parse_config(config, "test"))
-    table = {"<pad>": 0, "DMSO": 1, "aspirin": 2}
-    batches = CellBatches(
-        tmp_path / "out",
-        CellCollator(TahoeX1Tokenizer(str(vocab), drug_to_id=table)),
-        batch_size=60,
-        shuffle=False,
-    )
-    drugs = next(iter(batches))["drug_ids"].tolist()
-    rows = read_dataset(tmp_path / "out")
-    assert drugs == [0 if name is None else table[name] for name in rows["drug"].astype(object).where(rows["drug"].notna(), None)]  # fmt: skip  # noqa: E501
+    config = {
+        "sources": sources,
+        "output": str(tmp_path / "out"),
+        "vocab": str(vocab),
+        "validation": {"fraction": 0.3},
+    }
+    prepare(parse_config({**config, "format": form, "shard_size_mb": 0.005}, "test"))
+    table = {"<pad>": 0, "Selinexor": 1, "aspirin": 2}
+    collator = CellCollator(TahoeX1Tokenizer(str(vocab), drug_to_id=table))
+    rows = read_dataset(tmp_path / "out", "train")
+    kind = rows["drug"].astype(object).where(rows["drug"].notna(), None)
+    with caplog.at_level(logging.WARNING):
+        batches = CellBatches(tmp_path / "out", collator, batch_size=len(rows), shuffle=False)
+        drugs = next(iter(batches))["drug_ids"].tolist()
+        CellBatches(tmp_path / "out", collator, batch_size=4, split="validation")
+        other = CellCollator(TahoeX1Tokenizer(str(vocab), drug_to_id=table))
+        next(iter(CellBatches(tmp_path / "out", other, batch_size=4, rank=1, world_size=2)))
+    assert drugs == [0 if name is None else table.get(name.strip(), 0) for name in kind]
     assert set(drugs) == {0, 1, 2}
-    unknown = CellCollator(TahoeX1Tokenizer(str(vocab), drug_to_id={"<pad>": 0, "DMSO": 1}))
-    with pytest.raises(ValueError, match="drug 'aspirin' is not in the tokenizer's table"):
-        next(iter(CellBatches(tmp_path / "out", unknown, batch_size=8)))
+    (record,) = caplog.records  # one for all splits and processes, before the first batch
+    assert f"'DMSO_TF' ({kind.tolist().count('DMSO_TF')})" in record.getMessage()
+    refuses = CellCollator(TahoeX1Tokenizer(str(vocab), drug_to_id=table, unknown_drugs="error"))
+    for rank in (0, 1):
+        with pytest.raises(ValueError, match="'DMSO_TF' is not in the drug table"):
+            CellBatches(tmp_path / "out", refuses, batch_size=8, rank=rank, world_size=2)
 
 
 def test_parquet_and_wide_types_feed_the_same(tmp_path: Path) -> None:

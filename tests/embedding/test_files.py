@@ -228,6 +228,30 @@ def test_drugs_of_files_and_datasets(tmp_path: Path, cells: anndata.AnnData, voc
         run(tmp_path / "cells.h5ad", tmp_path / "x.npy", *parts, drugs="water", progress=False)
 
 
+def test_unknown_drugs_are_told_once_for_all_files(
+    tmp_path: Path, cells: anndata.AnnData, vocab: Path, prepared: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = tiny_model(tiny_config(vocab_size=NUM_GENES + 4, num_drugs=3, drug_token_id=3), TahoeX1Model)
+    parts = model, TahoeX1Tokenizer(str(vocab), context_length=None, drug_to_id={"<pad>": 0, "s1": 1, "s2": 2})
+    cells.obs["drug"] = cells.obs["sample"].astype(str).replace({"s1": "s1 ", "s3": "DMSO_TF", "s4": "DMSO_TF"})
+    cells.write_h5ad(tmp_path / "a.h5ad")
+    cells.write_h5ad(tmp_path / "b.h5ad")
+    known = cells.copy()
+    known.obs["drug"] = known.obs["sample"].astype(str).replace({"s3": "", "s4": ""})
+    values = expected(known, parts, drugs="drug").obsm[KEY]
+    assert not np.array_equal(values, expected(known, parts, drugs="s1").obsm[KEY])
+    run([tmp_path / "a.h5ad", tmp_path / "b.h5ad"], tmp_path / "out.npy", *parts, drugs="drug", progress=False)
+    np.testing.assert_array_equal(np.load(tmp_path / "out.npy"), np.concatenate([values, values]))
+    (record,) = [record for record in caplog.records if "drug table" in record.getMessage()]
+    assert f"'DMSO_TF' ({2 * (cells.obs['drug'] == 'DMSO_TF').sum()})" in record.getMessage()
+    caplog.clear()
+    expected(cells, parts, drugs="drug")  # another run tells it again
+    assert "'DMSO_TF'" in caplog.text
+    for sources, column in ((tmp_path / "a.h5ad", "drug"), (prepared, "drug")):
+        with pytest.raises(ValueError, match=r"is not in the drug table.*--unknown-drugs pad"):
+            run(sources, tmp_path / "x.npy", *parts, drugs=column, unknown_drugs="error", progress=False)
+
+
 def test_tables_in_the_form_of_tahoe_100m(tmp_path: Path, cells: anndata.AnnData, parts) -> None:
     counts = cells.X.toarray()
     (tmp_path / "data").mkdir()

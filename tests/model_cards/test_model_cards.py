@@ -26,7 +26,7 @@ jinja2 = pytest.importorskip("jinja2")
 
 CARDS = REPO_ROOT / "model_cards"
 DEMO = REPO_ROOT / "examples" / "demo_checkpoint"
-RELEASED = {"70m": 70_996_993, "1_3b": 1_353_854_977, "3b": 2_717_043_713}
+RELEASED = {"70m": 70_996_993, "1_3b": 1_353_854_977, "3b": 2_717_041_665}
 NAMES = [*RELEASED, "demo"]
 SECTIONS = [
     "Quick start",

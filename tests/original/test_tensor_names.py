@@ -91,7 +91,7 @@ RELEASED: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 32,
         "num_attention_heads": 20,
         "hidden_act": "gelu",
-        "num_drugs": 379,
+        "num_drugs": 378,
         "drug_fingerprint_size": 2048,
         "drug_token_id": 2,
     },

@@ -223,6 +223,12 @@ def test_drugs_stay_with_their_cells(tmp_path: Path) -> None:
     assert table["cosine_distance"][0] == pytest.approx(distances.mean(), **CLOSE)
     wrong = perturb_genes(adata, model, tokenizer, [GENES[8]], drugs="a", **QUIET).table
     assert wrong["cosine_distance"][0] != pytest.approx(distances.mean(), rel=0.01)
+    adata.obs["drug"] = ["a", "DMSO_TF"] * 10
+    with pytest.raises(ValueError, match="'DMSO_TF' is not in the drug table"):
+        perturb_genes(adata, model, tokenizer, [GENES[8]], drugs="drug", **QUIET)
+    padded = perturb_genes(adata, model, tokenizer, [GENES[8]], drugs="drug", unknown_drugs="pad", **QUIET).table
+    none = perturb_genes(adata, model, tokenizer, [GENES[8]], drugs=["a", None] * 10, **QUIET).table
+    assert padded["cosine_distance"][0] == none["cosine_distance"][0]
 
 
 def masked_predictions(model: Any, cell: dict[str, torch.Tensor], hidden: np.ndarray) -> np.ndarray:

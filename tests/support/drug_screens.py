@@ -14,7 +14,7 @@ from scipy.sparse import csr_matrix
 
 from tahoex1_hf import TahoeX1ForPreTraining, TahoeX1Tokenizer
 
-BITS, CONTROL = 16, "DMSO"
+BITS, CONTROL = 16, "DMSO_TF"  # as in Tahoe-100M, whose drug table does not hold the control
 GENES = ALL_GENES[:30]
 LINES = ["A", "B", "C"]
 # Every pair of eight features is a drug; a feature sets bits of its own, and moves genes of its own.
@@ -64,7 +64,7 @@ def write_drug_base(folder: Path, context_length: int = 40) -> Path:
     vocab = folder / "own_vocab.json"
     vocab.write_text(json.dumps({token: number for number, token in enumerate(tokens)}))
     known = DRUGS[: -len(NEW)]
-    table = {"<pad>": 0, CONTROL: 1, **{drug: 2 + n for n, drug in enumerate(known)}}
+    table = {"<pad>": 0, **{drug: 1 + n for n, drug in enumerate(known)}}
     tokenizer = TahoeX1Tokenizer(vocab, context_length=context_length, drug_to_id=table)
     config = tiny_config(
         vocab_size=len(tokens),
@@ -75,8 +75,7 @@ def write_drug_base(folder: Path, context_length: int = 40) -> Path:
         expression_encoder_dropout=0.0,
     )
     model = tiny_model(config, TahoeX1ForPreTraining)
-    rows = np.concatenate([np.zeros((2, BITS), np.float32), fingerprints()[: len(known)]])
-    rows[1, -1] = 1  # the solvent has a fingerprint too
+    rows = np.concatenate([np.zeros((1, BITS), np.float32), fingerprints()[: len(known)]])
     with torch.no_grad():
         model.tahoe.embeddings.drug_encoder.embedding.weight.copy_(torch.from_numpy(rows))
     model.save_pretrained(folder)

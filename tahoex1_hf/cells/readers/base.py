@@ -2,6 +2,7 @@
 """What all inputs of cells have in common: known genes and counts, columns of obs, and errors."""
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -88,6 +89,10 @@ class CellInput(ABC):
         Raises:
             BadInput: for a column that is not there.
         """
+
+    def value_counts(self, name: str) -> "Counter[Any]":
+        """Count the cells of each value of a column of obs, missing values among them."""
+        return Counter(dict(self.column(name).astype(object).value_counts(dropna=False)))
 
     @abstractmethod
     def blocks(

@@ -5,7 +5,7 @@ import json
 import logging
 import os
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -73,12 +73,12 @@ class OpenShard:
         return GeneRows(genes, counts.astype(np.float32, copy=False), offsets)
 
 
-def open_shard(path: Path, drug_id: Callable[[str | None], int] | None = None) -> OpenShard:
+def open_shard(path: Path, drug_ids: Callable[[pa.ChunkedArray], np.ndarray] | None = None) -> OpenShard:
     """Open a shard. Arrow files are mapped and nothing is copied; Parquet files are read whole.
 
     Args:
         path: path of the shard.
-        drug_id: function from the name of a drug to its id; None where no drugs are wanted.
+        drug_ids: function from the column of drugs to the id of each cell's; None where no drugs are wanted.
 
     Raises:
         ValueError: where it is not a shard of a prepared dataset.
@@ -95,10 +95,10 @@ def open_shard(path: Path, drug_id: Callable[[str | None], int] | None = None) -
     if not np.array_equal(lengths, count_lengths):
         raise ValueError(f"{path}: cells have different numbers of genes and counts.")
     drugs = None
-    if drug_id is not None:
+    if drug_ids is not None:
         if "drug" not in table.column_names:
             raise ValueError(f"{path} has no column 'drug', only {table.column_names}: prepare it with drugs.")
-        drugs = _ids(table.column("drug"), drug_id)
+        drugs = drug_ids(table.column("drug"))
     return OpenShard(CountRows(genes, gene_starts, counts, count_starts, lengths), table, drugs)
 
 
@@ -138,13 +138,41 @@ def _bases(chunks: list[pa.ListArray], dtype: np.dtype, whole: pa.Buffer | None)
     return bases
 
 
-def _ids(column: pa.ChunkedArray, to_id: Callable[[str | None], int]) -> np.ndarray:
-    """Return the ids of a column of strings, looking up only its distinct values."""
-    encoded = column.dictionary_encode() if not pa.types.is_dictionary(column.type) else column.unify_dictionaries()
-    parts = []
+def _column_alone(path: Path, name: str) -> pa.ChunkedArray:
+    """Read one column of a shard."""
+    if path.suffix == ".parquet":
+        import pyarrow.parquet as pq
+
+        names = pq.read_schema(path).names
+        table = pq.read_table(path, columns=[name] if name in names else [])
+    else:
+        table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()  # mapped: other columns are not read
+        names = table.column_names
+    if name not in names:
+        raise ValueError(f"{path} has no column {name!r}, only {names}: prepare it with that column.")
+    return table.column(name)
+
+
+def _codes(column: pa.ChunkedArray) -> Iterator[tuple[list[Any], np.ndarray]]:
+    """Yield the distinct values of each chunk of a column, the last of them None, and the value of each row."""
+    encoded = column if pa.types.is_dictionary(column.type) else column.dictionary_encode()
     for chunk in encoded.chunks:
-        table = np.array([*(to_id(value) for value in chunk.dictionary.to_pylist()), to_id(None)], dtype=np.int64)
-        parts.append(table[chunk.indices.fill_null(len(chunk.dictionary)).to_numpy(zero_copy_only=False)])
+        values = [*chunk.dictionary.to_pylist(), None]
+        yield values, chunk.indices.fill_null(len(values) - 1).to_numpy(zero_copy_only=False).astype(np.int64)
+
+
+def count_values(column: pa.ChunkedArray) -> Counter[Any]:
+    """Count the rows of each value of a column."""
+    total: Counter[Any] = Counter()
+    for values, codes in _codes(column):
+        counts = np.bincount(codes, minlength=len(values)).tolist()
+        total.update({value: number for value, number in zip(values, counts, strict=True) if number})
+    return total
+
+
+def column_ids(column: pa.ChunkedArray, to_ids: Callable[[list[Any]], np.ndarray]) -> np.ndarray:
+    """Return the ids of a column's values, `(rows,)` int64, looking up only its distinct values."""
+    parts = [to_ids(values)[codes] for values, codes in _codes(column)]
     return np.concatenate([np.zeros(0, dtype=np.int64), *parts])
 
 
@@ -157,7 +185,7 @@ class PreparedDataset:
         max_open: number of shards that stay open; the least recently used are closed.
         cache_folder: folder where remote shards are kept.
         cache_bytes: most bytes kept there, unless the shards in use are larger.
-        drug_id: `drug_id` of `open_shard`.
+        drug_ids: `drug_ids` of `open_shard`.
         storage_options: options for fsspec.
 
     Raises:
@@ -173,10 +201,10 @@ class PreparedDataset:
         max_open: int = 16,
         cache_folder: str | Path | None = None,
         cache_bytes: float = 20e9,
-        drug_id: Callable[[str | None], int] | None = None,
+        drug_ids: Callable[[pa.ChunkedArray], np.ndarray] | None = None,
         storage_options: dict[str, Any] | None = None,
     ) -> None:
-        self.location, self.split, self.drug_id, self.max_open = str(location), split, drug_id, max_open
+        self.location, self.split, self.drug_ids, self.max_open = str(location), split, drug_ids, max_open
         self.cache: ShardCache | None = None
         if "://" in self.location:
             self.cache = ShardCache(self.location, cache_folder, cache_bytes, storage_options or {})
@@ -221,7 +249,7 @@ class PreparedDataset:
         record = self.shards[number]
         path = Path(self.location) / record["file"] if self.cache is None else self.cache.fetch(record)
         try:
-            shard = open_shard(path, self.drug_id)
+            shard = open_shard(path, self.drug_ids)
         except (pa.ArrowInvalid, OSError, ValueError) as error:
             raise ValueError(f"{path} cannot be read as a shard: {error}") from error
         if len(shard.cells.lengths) != record["cells"]:
@@ -233,6 +261,14 @@ class PreparedDataset:
             while len(self._open) > self.max_open:
                 self._open.popitem(last=False)
         return shard
+
+    def value_counts(self, name: str) -> Counter[Any]:
+        """Count the cells of each value of a column, shard after shard."""
+        total: Counter[Any] = Counter()
+        for record in self.shards:
+            path = Path(self.location) / record["file"] if self.cache is None else self.cache.fetch(record)
+            total.update(count_values(_column_alone(path, name)))
+        return total
 
     def prefetch(self, numbers: Iterable[int]) -> None:
         """Start to fetch remote shards that are needed soon."""
@@ -291,6 +327,10 @@ class PreparedInput(CellInput):
 
         numbers = range(len(self.dataset.sizes))
         return pd.concat([self._column(name, n, 0, self.dataset.sizes[n]) for n in numbers], ignore_index=True)
+
+    def value_counts(self, name: str) -> Counter[Any]:
+        """Count the cells of each value of a column of metadata, shard after shard."""
+        return self.dataset.value_counts(name)
 
     def _column(self, name: str, number: int, low: int, high: int) -> "pd.Series":
         """Return rows `low` to `high` of a shard's column."""

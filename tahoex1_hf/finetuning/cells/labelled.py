@@ -16,22 +16,23 @@ from typing import Any
 import numpy as np
 import torch
 
-from tahoex1_hf.cells.encoding import CHUNK_CELLS, DrugIds
+from tahoex1_hf.cells.encoding import CHUNK_CELLS, DrugIds, EncodeOptions, report_unknown_drugs
 from tahoex1_hf.cells.genes import GeneOptions
 from tahoex1_hf.cells.opening import open_cells, read_obs_column
 from tahoex1_hf.cells.ragged import CountRows
 from tahoex1_hf.cells.readers.base import INDEX, CellInput
 from tahoex1_hf.data.collator import CellCollator
-from tahoex1_hf.encoding_tahoe_x1 import EncodedCells, GeneRows, count_problem, mix64
+from tahoex1_hf.encoding_tahoe_x1 import GeneRows, count_problem, mix64
 from tahoex1_hf.finetuning.cells.labels import class_labels, group_names, number_labels
 from tahoex1_hf.finetuning.config import (
+    ClassesConfig,
     ClassificationConfig,
-    DrugResponseConfig,
     FinetuneConfig,
     MaskedExpressionConfig,
     RegressionConfig,
 )
 from tahoex1_hf.finetuning.sampling import content_numbers
+from tahoex1_hf.packing_tahoe_x1 import EncodedCells
 from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -213,7 +214,9 @@ def read_cells(config: FinetuneConfig, tokenizer: TahoeX1Tokenizer, folder: Path
         )
         labels, classes, rows = found.values, found.classes, found.rows
     options = GeneOptions(config.gene_id_column, config.gene_symbols, config.layer)
-    drugs = None if isinstance(config, DrugResponseConfig) else config.drugs
+    encoding = EncodeOptions(tokenizer)
+    if isinstance(config, ClassesConfig | RegressionConfig | MaskedExpressionConfig):
+        encoding = EncodeOptions(tokenizer, config.drugs, unknown_drugs=config.unknown_drugs)
     with tempfile.TemporaryDirectory(dir=folder) as spool:
         source = open_cells(config.data, tokenizer, options, spool=spool)
         rows = np.arange(source.num_cells) if rows is None else rows
@@ -227,7 +230,9 @@ def read_cells(config: FinetuneConfig, tokenizer: TahoeX1Tokenizer, folder: Path
             column = read_obs_column(config.data, split, "split")
             parts = column.iloc[rows].astype(object).astype(str).to_numpy(dtype=object)
         source.sort_by_cell()
-        stored = StoredCounts(source, DrugIds(source, tokenizer, drugs), folder)
+        drug_ids = DrugIds(source, encoding)
+        report_unknown_drugs([drug_ids])
+        stored = StoredCounts(source, drug_ids, folder)
     try:
         names = read_obs_column(config.data, INDEX, "name").astype(str).to_numpy(dtype=object)[rows]
     except ValueError:  # other files than AnnData have no names that can be read alone

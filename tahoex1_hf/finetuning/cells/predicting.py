@@ -37,6 +37,7 @@ def predict_anndata(
     gene_id_column: str | None = None,
     gene_symbols: Mapping[str, str] | None = None,
     drugs: str | None = None,
+    unknown_drugs: str | None = None,
     batch_tokens: int | None = None,
     device: str | torch.device | None = None,
     dtype: DtypeName = "auto",
@@ -59,6 +60,7 @@ def predict_anndata(
         gene_id_column: Column of `adata.var` with Ensembl ids; the default is `adata.var_names`.
         gene_symbols: Gene symbol -> Ensembl id, for genes named by symbol.
         drugs: For models with a drug encoder: a column of `adata.obs`, or one drug for all cells.
+        unknown_drugs: As in `embed_anndata`; by default as the model was trained, or `"error"`.
         batch_tokens: Most tokens of a batch; changes speed and memory, not the result.
         device: Device to compute on; by default the fastest there is.
         dtype: Precision of the matrix products, as in `embed_anndata`.
@@ -74,16 +76,17 @@ def predict_anndata(
     predictor = load_predictor(model, base, tokenizer)
     ready = CellPredictor(predictor, batch_tokens=batch_tokens, device=device, dtype=dtype)
     options, drugs = _settings(predictor, gene_symbols, layer, gene_id_column, drugs)
+    encoding = _encoding(predictor, ready, drugs, unknown_drugs)
     cells = open_cells(adata, ready.tokenizer, options)
     width = () if ready.classes is None else (ready.head_width,)
     outputs = np.empty((cells.num_cells, *width), dtype=np.float32)
     done = num_empty = 0
     with progress_bar(progress, total=cells.num_cells, unit="cell", desc="Predicting") as bar:
-        for part, predictions in ready.predict_chunks(cells, drugs, bar.update):
+        for part, predictions in ready.predict_chunks(cells, encoding, bar.update):
             outputs[done : done + len(predictions)] = predictions
             done += len(predictions)
             num_empty += len(part.empty_cells)
-    _add_predictions(adata, predictor, outputs, _provenance(predictor, ready, cells, num_empty))
+    _add_predictions(adata, predictor, outputs, _provenance(predictor, ready, encoding, cells, num_empty))
     return predictor.column
 
 
@@ -112,6 +115,7 @@ def predict_files(
     gene_id_column: str | None = None,
     gene_symbols: Mapping[str, str] | None = None,
     drugs: str | None = None,
+    unknown_drugs: str | None = None,
     batch_tokens: int | None = None,
     device: str | torch.device | None = None,
     dtype: DtypeName = "auto",
@@ -131,6 +135,7 @@ def predict_files(
         gene_id_column: Column of `var` with Ensembl ids.
         gene_symbols: Gene symbol -> Ensembl id.
         drugs: Column of `obs` with drugs, or one drug for all cells.
+        unknown_drugs: `"pad"` or `"error"`.
         batch_tokens: Most tokens of a batch.
         device: Device to compute on.
         dtype: Precision of the matrix products.
@@ -148,13 +153,14 @@ def predict_files(
     predictor = load_predictor(model, base, tokenizer)
     ready = CellPredictor(predictor, batch_tokens=batch_tokens, device=device, dtype=dtype)
     options, drugs = _settings(predictor, gene_symbols, layer, gene_id_column, drugs)
+    encoding = _encoding(predictor, ready, drugs, unknown_drugs)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as spool:
         cells = open_cells(Source(str(source), "anndata"), ready.tokenizer, options, spool=spool)
         cells.sort_by_cell()
         writer = PredictionWriter(source, output, predictor.column, cells.num_cells, predictor.classes)
         try:
-            num_empty = _write_predictions(writer, ready, cells, drugs, progress)
-            writer.finish(_provenance(predictor, ready, cells, num_empty))
+            num_empty = _write_predictions(writer, ready, cells, encoding, progress)
+            writer.finish(_provenance(predictor, ready, encoding, cells, num_empty))
         except BaseException:
             writer.abandon()
             raise
@@ -162,12 +168,12 @@ def predict_files(
 
 
 def _write_predictions(
-    writer: PredictionWriter, ready: CellPredictor, cells: CellInput, drugs: str | None, progress: bool
+    writer: PredictionWriter, ready: CellPredictor, cells: CellInput, encoding: EncodeOptions, progress: bool
 ) -> int:
     """Write the predictions of all cells; returns the number of cells without a known gene."""
     num_empty = 0
     with progress_bar(progress, total=cells.num_cells, unit="cell", desc="Predicting") as bar:
-        for part, predictions in ready.predict_chunks(cells, drugs, bar.update):
+        for part, predictions in ready.predict_chunks(cells, encoding, bar.update):
             writer.write(predictions)
             num_empty += len(part.empty_cells)
     return num_empty
@@ -200,8 +206,17 @@ def _settings(
     return GeneOptions(gene_id_column, gene_symbols, layer), drugs
 
 
-def _provenance(predictor: Predictor, ready: CellPredictor, cells: CellInput, num_empty: int) -> dict[str, Any]:
-    own = EncodeOptions(ready.tokenizer, seed=SAMPLE_SEED)
-    facts = provenance(str(predictor.record.get("model") or predictor.name), ready.encoder, own, [cells], num_empty)
+def _encoding(
+    predictor: Predictor, ready: CellPredictor, drugs: str | None, unknown_drugs: str | None
+) -> EncodeOptions:
+    rule = unknown_drugs or predictor.record.get("unknown_drugs") or "error"
+    return EncodeOptions(ready.tokenizer, drugs, SAMPLE_SEED, rule)
+
+
+def _provenance(
+    predictor: Predictor, ready: CellPredictor, encoding: EncodeOptions, cells: CellInput, num_empty: int
+) -> dict[str, Any]:
+    name = str(predictor.record.get("model") or predictor.name)
+    facts = provenance(name, ready.encoder, encoding, [cells], num_empty)
     del facts["normalized"]  # the head reads embeddings as they are
     return {"adapter": predictor.name, "label": str(predictor.record.get("label") or ""), **facts}

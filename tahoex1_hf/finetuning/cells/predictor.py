@@ -16,16 +16,17 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from tahoex1_hf.cells import encoding
-from tahoex1_hf.cells.encoding import DrugIds
+from tahoex1_hf.cells.encoding import DrugIds, EncodeOptions, report_unknown_drugs
 from tahoex1_hf.cells.readers.base import CellInput
 from tahoex1_hf.common.prefetch import prefetch
-from tahoex1_hf.encoding_tahoe_x1 import EncodedCells, GeneRows
+from tahoex1_hf.encoding_tahoe_x1 import GeneRows
 from tahoex1_hf.finetuning.cells.labelled import SAMPLE_SEED
 from tahoex1_hf.finetuning.sampling import content_numbers
 from tahoex1_hf.hub.adapters import ADAPTER_CONFIG, RECORD, find_adapter, load_adapter, read_record
 from tahoex1_hf.hub.models import without_peft
 from tahoex1_hf.inference.encoder import CellEncoder, DtypeName
 from tahoex1_hf.modeling_tahoe_x1 import TahoeX1ForSequenceClassification
+from tahoex1_hf.packing_tahoe_x1 import EncodedCells
 from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer, report_empty
 
 if TYPE_CHECKING:
@@ -198,16 +199,17 @@ class CellPredictor:
         return 1 if self.classes is None else len(self.classes)
 
     def predict_chunks(
-        self, cells: CellInput, drugs: str | None, on_batch: Any = lambda num_cells: None
+        self, cells: CellInput, options: EncodeOptions, on_batch: Any = lambda num_cells: None
     ) -> Iterator[tuple[EncodedCells, np.ndarray]]:
         """Yield encoded cells and predictions, chunk after chunk; the next is read while the model computes.
 
         Args:
             cells: Cells to predict for, sorted by cell.
-            drugs: A column of obs, one drug for all cells, or None.
+            options: Drugs of the cells, and what becomes of unknown ones.
             on_batch: Function called after each batch with its number of cells.
         """
-        drug_ids = DrugIds(cells, self.tokenizer, drugs)
+        drug_ids = DrugIds(cells, options)
+        report_unknown_drugs([drug_ids])
         chunks = cells.chunks(0, cells.num_cells, encoding.CHUNK_CELLS, drug_ids.columns)
         for encoded in prefetch(self.encode(chunk.rows, drug_ids.of_block(chunk)) for chunk in chunks):
             yield encoded, self.predict(encoded, on_batch)

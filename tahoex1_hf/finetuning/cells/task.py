@@ -206,7 +206,18 @@ class CellTask:
 
     def record(self, facts: dict[str, Any]) -> dict[str, Any]:
         """Return the content of `finetuning.json`."""
-        kept = ("task", "label", "method", "size", "layer", "gene_id_column", "drugs", "group", "seed")
+        kept = (
+            "task",
+            "label",
+            "method",
+            "size",
+            "layer",
+            "gene_id_column",
+            "drugs",
+            "unknown_drugs",
+            "group",
+            "seed",
+        )
         return {
             **settings_of(self.config, kept),
             "model": base_name(self.config),

@@ -7,7 +7,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from tahoex1_hf.encoding_tahoe_x1 import EncodedCells, mix64
+from tahoex1_hf.encoding_tahoe_x1 import mix64
 from tahoex1_hf.finetuning.cells.labelled import LabelledCells
 from tahoex1_hf.finetuning.config import DrugResponseConfig
 from tahoex1_hf.finetuning.drugs.screen import Screen
@@ -16,7 +16,7 @@ from tahoex1_hf.finetuning.sampling import content_numbers
 from tahoex1_hf.finetuning.trainer import FinetuneTrainer
 from tahoex1_hf.hub.models import without_peft
 from tahoex1_hf.modeling_tahoe_x1 import TahoeX1ForPreTraining
-from tahoex1_hf.packing_tahoe_x1 import CellLayout
+from tahoex1_hf.packing_tahoe_x1 import CellLayout, EncodedCells
 
 
 def inner_model(model: Any) -> TahoeX1ForPreTraining:

@@ -9,11 +9,12 @@ import torch
 
 from tahoex1_hf.cells.genes import GeneOptions
 from tahoex1_hf.cells.opening import open_cells
-from tahoex1_hf.encoding_tahoe_x1 import EncodedCells, GeneRows
+from tahoex1_hf.encoding_tahoe_x1 import GeneRows
 from tahoex1_hf.finetuning.drugs.objective import decode_change, inner_model
 from tahoex1_hf.finetuning.sampling import content_numbers
 from tahoex1_hf.hub.adapters import find_adapter, load_adapter, read_record
 from tahoex1_hf.inference.encoder import CellEncoder
+from tahoex1_hf.packing_tahoe_x1 import EncodedCells
 from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def predict_drug_response(
     Args:
         adapter: Folder or Hub id of a model trained with `task=drug_response`.
         controls: Untreated cells of one context, with raw counts; all of them are used.
-        drugs: Names in the tokenizer's drug table.
+        drugs: Names in the tokenizer's drug table; also the control, which changes nothing.
         base: Folder or Hub id of the base; by default the one that the adapter names.
 
     Returns:
@@ -71,9 +72,12 @@ def predict_drug_response(
             total += mean_embedding(encoder, cells) * cells.num_cells
         return total / source.num_cells
 
-    ids = tokenizer.drug_ids(drugs, len(drugs))
-    untreated = mean(int(record["control_id"]))
-    differences = torch.stack([mean(int(drug)) - untreated for drug in ids]).float().to(encoder.device)
+    control, control_id = str(record["control"]).strip(), int(record["control_id"])
+    known = [drug for drug in drugs if drug.strip() != control]  # the drug table need not hold the control
+    numbers = iter(tokenizer.drug_ids(known, len(known), unknown_drugs="error").tolist())
+    ids = [control_id if drug.strip() == control else next(numbers) for drug in drugs]
+    untreated = mean(control_id)
+    differences = torch.stack([mean(drug) - untreated for drug in ids]).float().to(encoder.device)
     changes = decode_change(model, differences, genes).float().cpu().numpy()
     return pd.DataFrame(changes, index=list(drugs), columns=record["response_genes"])
 

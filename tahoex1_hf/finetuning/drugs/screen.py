@@ -70,8 +70,8 @@ def read_screen(config: DrugResponseConfig, cells: LabelledCells) -> Screen:
         ValueError: For columns that are not there, and where there are no controls or too few conditions.
     """
     drugs, contexts, batches, missing = _columns(config)
-    treated = ~missing & (drugs != config.control)
-    untreated = ~missing & (drugs == config.control)
+    treated = ~missing & (drugs != config.control.strip())
+    untreated = ~missing & (drugs == config.control.strip())
     if not untreated.any():
         listed = ", ".join(sorted(set(drugs[~missing]))[:5])
         raise ValueError(f"control={config.control} stands for no cell in drugs={config.drugs}; there are {listed}.")
@@ -130,7 +130,7 @@ def _columns(config: DrugResponseConfig) -> tuple[np.ndarray, np.ndarray, np.nda
 
 def _column(config: DrugResponseConfig, name: str | None, role: str) -> np.ndarray:
     column = read_obs_column(config.data, str(name), role)
-    return column.astype(object).astype(str).to_numpy(dtype=object)
+    return column.astype(object).astype(str).str.strip().to_numpy(dtype=object)
 
 
 def _units(keys: np.ndarray, chosen: np.ndarray) -> tuple[list[tuple[Any, ...]], np.ndarray]:

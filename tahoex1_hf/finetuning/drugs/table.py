@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from tahoex1_hf.encoding_tahoe_x1 import DrugTable
 from tahoex1_hf.finetuning.config import DrugResponseConfig
 from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
 
@@ -30,8 +31,8 @@ def new_fingerprints(
     Raises:
         ValueError: For drugs without a fingerprint, naming them.
     """
-    known = tokenizer.drug_to_id or {}
-    new = [drug for drug in drugs if drug not in known]
+    known = tokenizer.drug_table or DrugTable({})
+    new = [drug for drug in drugs if known.find(drug) is None]
     if not new:
         return {}
     if config.drug_table is None or config.drug_fingerprints is None:
@@ -40,12 +41,14 @@ def new_fingerprints(
             "make fingerprints of them with `tahoex1 drug-fingerprints`, and name the two files with drug_table and "
             "drug_fingerprints."
         )
-    table = json.loads(Path(config.drug_table).read_text(encoding="utf-8"))
+    table = DrugTable(json.loads(Path(config.drug_table).read_text(encoding="utf-8")))
     rows = np.load(config.drug_fingerprints, allow_pickle=False)
-    missing = [drug for drug in new if drug not in table or table[drug] >= len(rows)]
+    numbers = {drug: table.find(drug) for drug in new}
+    found = {drug: number for drug, number in numbers.items() if number is not None and number < len(rows)}
+    missing = [drug for drug in new if drug not in found]
     if missing:
         raise ValueError(f"drug_table={config.drug_table} has no fingerprint of {', '.join(missing[:5])}: add them.")
-    return {drug: rows[table[drug]].astype(np.float32) for drug in new}
+    return {drug: rows[number].astype(np.float32) for drug, number in found.items()}
 
 
 def teach_tokenizer(tokenizer: TahoeX1Tokenizer, drugs: list[str], first: int) -> None:

@@ -87,9 +87,10 @@ class DrugTask:
         new = new_fingerprints(config, self.tokenizer, sorted({*self.screen.drugs}))
         self.added = np.stack(list(new.values())) if new else None
         teach_tokenizer(self.tokenizer, list(new), self.num_known)
-        table = self.tokenizer.drug_to_id or {}
-        self.drug_ids = np.array([table[name] for name in self.screen.drugs], dtype=np.int64)
-        self.control_id = int(table.get(config.control, 0))
+        self.drug_ids = self.tokenizer.drug_ids(self.screen.drugs.tolist(), len(self.screen), unknown_drugs="error")
+        # A control that the base does not know, such as the solvent, is what the model knows as no drug.
+        table = self.tokenizer.drug_table
+        self.control_id = (table.find(config.control) if table is not None else None) or 0
         self.ours = model_title(config)
 
     # Splits -----------------------------------------------------------------------------------------

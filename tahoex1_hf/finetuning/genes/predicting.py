@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import torch
 
-from tahoex1_hf.cells.encoding import DrugIds
+from tahoex1_hf.cells.encoding import DrugIds, EncodeOptions
 from tahoex1_hf.cells.genes import GeneOptions
 from tahoex1_hf.cells.opening import open_cells
 from tahoex1_hf.encoding_tahoe_x1 import GeneRows
@@ -115,7 +115,7 @@ def predict_gene_classes(
         raise ValueError(f"adapter={adapter} was trained for {task}, not for gene_classification.")
     model, tokenizer = load_adapter(folder, base)
     cells = open_cells(adata, tokenizer, GeneOptions(gene_id_column, layer=layer))
-    drug_ids = DrugIds(cells, tokenizer, drugs)
+    drug_ids = DrugIds(cells, EncodeOptions(tokenizer, drugs, unknown_drugs="error"))
     expressing = np.zeros(len(tokenizer), dtype=np.int64)
 
     def chunks() -> Iterator[tuple[GeneRows, np.ndarray | None]]:

@@ -43,6 +43,14 @@ def test_cells_with_drugs(data: Path, tmp_path: Path) -> None:
     expected = load_tokenizer(config)(cells[[1, 4, 7]], drugs="drug", padding=True, return_tensors="pt")
     assert torch.equal(batch["input_ids"], expected["input_ids"])
     assert torch.equal(batch["expression_values"], expected["expression_values"])
+    cells.obs["drug"] = cells.obs["drug"].astype(str).replace({"taxol": "DMSO_TF", "aspirin": "aspirin "})
+    cells.write_h5ad(tmp_path / "unknown.h5ad")
+    unknown = make_config(base, tmp_path / "unknown.h5ad", tmp_path / "run", drugs="drug", epochs=1)
+    with pytest.raises(ValueError, match="'DMSO_TF' is not in the drug table"):
+        read_cells(unknown, load_tokenizer(config), tmp_path)
+    padded = unknown.model_copy(update={"unknown_drugs": "pad"})
+    batch = read_cells(padded, load_tokenizer(config), tmp_path).batch(np.array([1, 4, 7]))
+    assert batch["drug_ids"].tolist() == [1, 0, 0]
     assert finetune(config) == 0
     masked = make_config(
         base, tmp_path / "treated.h5ad", tmp_path / "mlm", task="masked_expression", label=None, epochs=1

@@ -344,3 +344,12 @@ def test_models_with_drugs(data: Path, tmp_path: Path) -> None:
     ]
     np.testing.assert_array_equal(found[0], found[2])
     assert np.abs(found[0] - found[1]).max() > 1e-4
+    cells = anndata.read_h5ad(data)
+    cells.obs["drug"] = ["aspirin ", "DMSO_TF"] * (cells.n_obs // 2)
+    cells.write_h5ad(tmp_path / "treated.h5ad")
+    options = ["--model", tmp_path / "model", "--drugs", "drug"]
+    refused = run(tmp_path / "treated.h5ad", tmp_path / "x.h5ad", *options)
+    assert refused.exit_code == 1
+    assert "'DMSO_TF' is not in the drug table" in refused.output
+    padded = predict(tmp_path / "treated.h5ad", tmp_path / "out.h5ad", *options, "--unknown-drugs", "pad")
+    np.testing.assert_array_equal(probabilities(padded, "tahoex1_prediction")[::2], found[0][::2])

@@ -174,7 +174,7 @@ def test_pairs_of_a_batch(place: Path, tmp_path: Path) -> None:
         assert torch.equal(treated, untreated)
     treated, untreated = batch["drug_ids"].chunk(2)
     assert treated.tolist() == run.drug_ids[rows // 2].tolist()
-    assert set(untreated.tolist()) == {1}  # the solvent, which the base knows
+    assert set(untreated.tolist()) == {0}  # the solvent, which no drug table holds
     scale = np.sqrt((run.screen.changes[split.train].astype(np.float64) ** 2).mean())
     assert np.allclose(batch["changes"], run.screen.changes[rows // 2] / scale, atol=1e-5)
     obs = anndata.read_h5ad(run.config.data).obs
@@ -222,7 +222,7 @@ def test_no_drug_no_change(place: Path, tmp_path: Path) -> None:
 
 def test_new_drugs_are_rows_of_the_table(place: Path, tmp_path: Path) -> None:
     run = make_run(place, tmp_path)
-    known = 2 + len(DRUGS) - len(NEW)
+    known = 1 + len(DRUGS) - len(NEW)
     before = TahoeX1ForPreTraining.from_pretrained(place / "base")
     model = run.base()
     assert model.config.num_drugs == known + len(NEW)
@@ -245,7 +245,7 @@ def test_new_drugs_are_rows_of_the_table(place: Path, tmp_path: Path) -> None:
     [
         ({"drug_table": None, "drug_fingerprints": None}, r"4 drugs are not in the drug table .*drug-fingerprints"),
         ({"drug_table": "few.json"}, "has no fingerprint of drug47, drug56, drug57: add"),
-        ({"control": "water"}, "control=water stands for no cell in drugs=drug; there are DMSO"),
+        ({"control": "water"}, "control=water stands for no cell in drugs=drug; there are DMSO_TF"),
         ({"context": "tissue"}, "context=tissue is not a column of obs"),
         ({"drugs": "compound"}, "drugs=compound is not a column of obs"),
         ({"min_condition_cells": 1000}, "0 conditions have 1000 cells and as many controls"),
@@ -278,7 +278,7 @@ def test_settings_that_do_not_go_together(place: Path, tmp_path: Path) -> None:
         ({"drug_table": None}, "go together"),
         (
             {"task": "masked_expression"},
-            "control=DMSO is for task=drug_response, not for masked_expression: leave it out",
+            "control=DMSO_TF is for task=drug_response, not for masked_expression: leave it out",
         ),
     ):
         with pytest.raises(ValueError, match=said):
