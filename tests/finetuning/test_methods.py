@@ -71,7 +71,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(method: str, base: Path
                 if "lora_B" in name:  # which are zeros, and leave no gradient to the others
                     torch.nn.init.normal_(parameter, std=0.05)
         if checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": False})
+            model.gradient_checkpointing_enable({"use_reentrant": False})
             if method != "full":
                 model.enable_input_require_grads()
             inner = model.get_base_model() if method != "full" else model

@@ -194,8 +194,8 @@ def test_without_the_package(tmp_path: Path, filled: tuple[Path, dict[str, str]]
 # Over HTTP ----------------------------------------------------------------------------------------
 
 OVER_HTTP = """
-    import httpx2
     from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
     constants.DOWNLOAD_CHUNK_SIZE = 2**14  # what has arrived is kept in such pieces
     import torch, transformers
     from safetensors.torch import load_file, save_file
@@ -211,7 +211,7 @@ OVER_HTTP = """
         result = model(**load_file("small.safetensors")).pooler_output
     save_file({"result": result.contiguous()}, "results.safetensors")
     for step in ("/again", "/new-commit"):
-        httpx2.get(constants.ENDPOINT + step)
+        get_session().get(constants.ENDPOINT + step)
         load()
 """
 

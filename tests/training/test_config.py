@@ -141,14 +141,14 @@ def prepared(folder: Path, genes: list[str], vocab: Path) -> Path:
     """A dataset of 40 cells of these genes."""
     import anndata
     import numpy as np
-    from scipy.sparse import random as random_sparse
+    from scipy.sparse import csr_matrix
 
     from tahoex1_hf.data.config import parse_config
     from tahoex1_hf.data.preparation import prepare
 
-    counts = random_sparse(40, len(genes), density=0.1, format="csr", dtype=np.float32, rng=np.random.default_rng(0))
-    counts.data = np.ceil(counts.data * 9)
-    adata = anndata.AnnData(counts)
+    random = np.random.default_rng(0)
+    counts = random.integers(1, 10, (40, len(genes))) * (random.random((40, len(genes))) < 0.1)
+    adata = anndata.AnnData(csr_matrix(counts.astype(np.float32)))
     adata.var_names = genes
     adata.write_h5ad(folder / "cells.h5ad")
     source = {"kind": "anndata", "paths": [str(folder / "cells.h5ad")], "min_known_genes": 0}

@@ -91,7 +91,7 @@ def needed(layers: int, checkpointing: bool) -> Callable[[int], float]:
     config = tiny_config(hidden_size=64, vocab_size=200, num_hidden_layers=layers)
     model, measure = training_model(config, CPU_FLOAT32), PassMemory(torch.device("cpu"))
     if checkpointing:
-        model.activation_checkpointing_enable()
+        model.gradient_checkpointing_enable()
     return lambda cells: measure(lambda: loss(model, CPU_FLOAT32, cells, 128).backward())
 
 
