@@ -2,10 +2,15 @@
 
 import gc
 import os
+import tempfile
 
 # Read by huggingface_hub and tokenizers when they are first imported, so set before any test imports them.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if capability := os.environ.get("ATEN_CPU_CAPABILITY"):
+    # torch.compile takes what it made for the true CPU for what it would make for the imitated one.
+    folder = f"torchinductor_{os.getuid()}_{capability}"
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(tempfile.gettempdir(), folder))
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
