@@ -17,7 +17,7 @@ GENES = [f"ENSG{i:011d}" for i in range(NUM_GENES)]
 
 
 def write_vocab(folder: Path, genes: list[str] = GENES, drug_token: bool = False) -> Path:
-    """A vocabulary whose ids are not the gene numbers."""
+    """Write a vocabulary whose ids are not the gene numbers; return its path."""
     folder.mkdir(parents=True, exist_ok=True)
     tokens = ["<pad>", "<cls>", "<eoc>", *(["<drug>"] if drug_token else []), *reversed(genes)]
     path = folder / "vocab.json"
@@ -26,7 +26,7 @@ def write_vocab(folder: Path, genes: list[str] = GENES, drug_token: bool = False
 
 
 def make_cells(num_cells: int, seed: int = 0, genes: list[str] = GENES, largest: int = 40) -> anndata.AnnData:
-    """Cells with whole counts, different numbers of genes, and metadata of several types."""
+    """Make cells with whole counts, different numbers of genes, and metadata of several types."""
     rng = np.random.default_rng(seed)
     dense = rng.integers(1, largest, (num_cells, len(genes))) * (rng.random((num_cells, len(genes))) < 0.3)
     dense[np.arange(num_cells), rng.integers(0, len(genes), num_cells)] += 1  # no cell is empty
@@ -44,7 +44,7 @@ def make_cells(num_cells: int, seed: int = 0, genes: list[str] = GENES, largest:
 
 
 def write_cells(adata: anndata.AnnData, path: Path, kind: str) -> Path:
-    """Write cells as a source of this kind; returns its path."""
+    """Write cells as a source of this kind; return its path."""
     if kind in ("csr", "csc", "dense"):
         adata = adata.copy()
         adata.X = {"csr": csr_matrix, "csc": csc_matrix, "dense": lambda x: x.toarray()}[kind](adata.X)
@@ -94,7 +94,7 @@ def write_10x_mtx(adata: anndata.AnnData, folder: Path, shuffled: bool = True) -
 
 
 def read_dataset(folder: Path, split: str | None = None) -> pd.DataFrame:
-    """The rows of a prepared dataset in their order, with genes and counts as arrays."""
+    """Return the rows of a prepared dataset in their order, with genes and counts as arrays."""
     manifest = json.loads((folder / "manifest.json").read_text())
     tables = []
     for name, part in manifest["splits"].items():
@@ -108,17 +108,17 @@ def read_dataset(folder: Path, split: str | None = None) -> pd.DataFrame:
 
 
 def expressed(genes: Any, counts: Any, vocab: Path) -> dict[str, float]:
-    """Gene -> count of one row of a dataset."""
+    """Return gene -> count for one row of a dataset."""
     names = {i: token for token, i in json.loads(vocab.read_text()).items()}
     return {names[gene]: float(count) for gene, count in zip(genes, counts, strict=True)}
 
 
 def expressed_in(adata: anndata.AnnData, cell: int) -> dict[str, float]:
-    """Gene -> count of one cell of an AnnData."""
+    """Return gene -> count for one cell of an AnnData."""
     row = csr_matrix(adata.X)[cell].toarray()[0]
     return {adata.var_names[g]: float(row[g]) for g in np.flatnonzero(row)}
 
 
 def file_bytes(folder: Path) -> dict[str, bytes]:
-    """Every file of a folder."""
+    """Return the bytes of every file of a folder."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}

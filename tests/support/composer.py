@@ -14,7 +14,7 @@ SETTINGS = ("model_config.yml", "collator_config.yml", "vocab.json", "drug_to_id
 
 
 def composer_state(tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """What Composer saves: the optimizer, the clock and the random numbers beside the model."""
+    """Return the state that Composer saves: optimizer, clock and random numbers beside the model."""
     name = next(iter(tensors))
     optimizer = {
         "state": {name: {"step": torch.tensor(4.0), "exp_avg": torch.zeros(3)}},

@@ -1,4 +1,4 @@
-"""A simulated drug screen: what drugs do is planted, and depends on their fingerprints and on the cell line."""
+"""A simulated drug screen with planted effects, which depend on the drugs' fingerprints and on the cell line."""
 
 import itertools
 import json
@@ -17,14 +17,14 @@ from tahoex1_hf import TahoeX1ForPreTraining, TahoeX1Tokenizer
 BITS, CONTROL = 16, "DMSO_TF"  # as in Tahoe-100M, whose drug table does not hold the control
 GENES = ALL_GENES[:30]
 LINES = ["A", "B", "C"]
-# Every pair of eight features is a drug; a feature sets bits of its own, and moves genes of its own.
+# Every pair of eight features is a drug; each feature sets its own bits and moves its own genes.
 PAIRS = list(itertools.combinations(range(8), 2))
 DRUGS = ["drug" + "".join(map(str, pair)) for pair in PAIRS]
-NEW = DRUGS[-4:]  # not in the table of the base
+NEW = DRUGS[-4:]  # these are not in the table of the base
 
 
 def fingerprints() -> np.ndarray:
-    """`(drugs, bits)`; two for each feature."""
+    """Return fingerprints as `(drugs, bits)`; each feature sets two bits."""
     table = np.zeros((len(DRUGS), BITS), dtype=np.float32)
     for row, pair in enumerate(PAIRS):
         for feature in pair:
@@ -35,7 +35,7 @@ def fingerprints() -> np.ndarray:
 def simulated_screen(
     cells_per_condition: int = 16, seed: int = 0, names: tuple[str, ...] = tuple(LINES)
 ) -> anndata.AnnData:
-    """Poisson counts. A drug multiplies the rates of genes; by how much depends on the line's sensitivity."""
+    """Simulate Poisson counts; a drug multiplies rates of genes by factors that depend on the line's sensitivity."""
     random = np.random.default_rng(seed)
     effects = random.normal(0, 1.2, (8, len(GENES))) * (random.random((8, len(GENES))) < 0.4)
     rates = {line: random.gamma(2, 4, len(GENES)) for line in names}
@@ -58,7 +58,7 @@ def simulated_screen(
 
 
 def write_drug_base(folder: Path, context_length: int = 40) -> Path:
-    """A model with random weights that knows the first drugs."""
+    """Write a model with random weights that knows the first drugs."""
     folder.mkdir(parents=True)
     tokens = ["<pad>", "<cls>", "<drug>", *GENES]
     vocab = folder / "own_vocab.json"
@@ -84,7 +84,7 @@ def write_drug_base(folder: Path, context_length: int = 40) -> Path:
 
 
 def write_new_drugs(folder: Path) -> dict[str, str]:
-    """Files as `tahoex1 drug-fingerprints` writes them, with the drugs that the base lacks."""
+    """Write files as `tahoex1 drug-fingerprints` does, with the drugs that the base lacks."""
     table = {"<pad>": 0, **{drug: 1 + n for n, drug in enumerate(NEW)}}
     (folder / "drug_to_id_pad.json").write_text(json.dumps(table))
     rows = np.concatenate([np.zeros((1, BITS), np.float32), fingerprints()[-len(NEW) :]])

@@ -1,4 +1,4 @@
-"""Runs code where the package is not installed."""
+"""Run code where the package is not installed."""
 
 import os
 import subprocess
@@ -10,7 +10,7 @@ from helpers import REPO_ROOT
 
 
 def run_elsewhere(script: str, folder: Path, *arguments: object) -> subprocess.CompletedProcess:
-    """Run Python where the package can't be imported."""
+    """Run a script in a Python that cannot import the package."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     environment |= {"HF_HOME": str(folder / "hf_home"), "HF_HUB_OFFLINE": "1"}
     environment.setdefault("OMP_NUM_THREADS", "1")

@@ -1,4 +1,4 @@
-"""A small base, cells whose labels can be learnt, and fine-tuning runs of seconds."""
+"""A small base, cells whose labels can be learnt, and fine-tuning runs that take seconds."""
 
 import hashlib
 import json
@@ -26,7 +26,7 @@ KINDS = ["B cell", "NK", "T cell"]
 
 
 def write_base(folder: Path, genes: list[str] = GENES, **changes: Any) -> Path:
-    """A model with random weights, and its tokenizer."""
+    """Write a model with random weights, and its tokenizer."""
     with_drugs = "num_drugs" in changes
     vocab = write_vocab(folder.parent / f"{folder.name}_vocab", genes, drug_token=with_drugs)
     table = {"drug_to_id": {"<pad>": 0, "aspirin": 1, "caffeine": 2, "taxol": 3}} if with_drugs else {}
@@ -41,7 +41,7 @@ def write_base(folder: Path, genes: list[str] = GENES, **changes: Any) -> Path:
 
 
 def labelled_cells(num_cells: int = 120, seed: int = 0, noise: float = 0.1) -> anndata.AnnData:
-    """Cells of three kinds that express genes of their own, and a number that depends on what they express."""
+    """Make cells of three kinds, each with its own genes, and a number that depends on what a cell expresses."""
     random = np.random.default_rng(seed)
     kinds = np.arange(num_cells) % 3
     own = np.arange(len(GENES)) % 3 == kinds[:, None]
@@ -61,7 +61,7 @@ def labelled_cells(num_cells: int = 120, seed: int = 0, noise: float = 0.1) -> a
 
 
 def settings(base: Path, data: Path, output: Path, **changes: Any) -> dict[str, Any]:
-    """Of a run of a few steps."""
+    """Return the settings of a run of a few steps."""
     usual = {
         "task": "classification",
         "model": str(base),
@@ -74,7 +74,7 @@ def settings(base: Path, data: Path, output: Path, **changes: Any) -> dict[str, 
         "batch_size": 16,
         "learning_rate": 0.01,
         "precision": "no",
-        "head_start": "random",  # which has more to learn
+        "head_start": "random",  # a random head has more to learn
         "report": False,
     }
     chosen = {**usual, **changes}
@@ -97,10 +97,10 @@ def digest(path: Path) -> str:
 
 
 def command(script: Path, processes: int = 1, **values: Any) -> list[str]:
-    """As a user gives it; all that the recipe holds is replaced."""
+    """Return the command as a user gives it, with a value for every key that the recipe sets."""
     recipe = RECIPES / "classification.yaml"
     launcher = [sys.executable]
-    if processes > 1:  # with --cpu, accelerate starts one process whatever the number
+    if processes > 1:  # with --cpu, accelerate would start one process whatever the number
         launcher += ["-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu"]
         launcher += ["--num_processes", str(processes), "--main_process_port", str(free_port())]
     defaults = {

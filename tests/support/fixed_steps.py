@@ -1,4 +1,4 @@
-"""A trainer whose batches are given."""
+"""A trainer with given batches."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,7 +23,7 @@ def tiny(dataset: Path, output: Path, **changes: Any) -> PretrainConfig:
 
 
 class FixedSteps:
-    """Stands for StepBatches: the same batch at every step."""
+    """A stand-in for StepBatches that gives the same batch at every step."""
 
     def __init__(self, batch: dict[str, Any], steps: int):
         self.batch, self.max_steps, self.steps_per_epoch = batch, steps, steps

@@ -25,10 +25,10 @@ import types
 from pathlib import Path
 from typing import Any
 
-# Read while libraries are imported: a command that wants others than the server has must be a process of its own.
+# Libraries read these variables while they are imported, so a command with other values must start as a process.
 READ_AT_IMPORT = ("MKL_", "NUMBA_", "OMP_", "OPENBLAS_", "PYTHON", "TORCH_", "TORCHAO_", "TRANSFORMERS_")
-SET_BY_LAUNCHERS = {"PYTHON_EXEC", "TORCH_NCCL_ASYNC_ERROR_HANDLING"}  # and read later, or by launchers alone
-# What our code imports only inside of functions, so that importing our modules does not import it.
+SET_BY_LAUNCHERS = {"PYTHON_EXEC", "TORCH_NCCL_ASYNC_ERROR_HANDLING"}  # read later, or by launchers alone
+# Our code imports these only inside functions, so importing our modules does not import them.
 LIBRARIES = [
     "accelerate.utils.fsdp_utils",
     "anndata",
@@ -66,7 +66,7 @@ def import_everything() -> None:
 
 
 def read_hub_variables() -> None:
-    """Have huggingface_hub read its variables again: where the Hub is, where its cache is, whether to use them.
+    """Make huggingface_hub read its variables again: where the Hub is, where its cache is, whether to use them.
 
     Remote code lies where `HF_HOME` was when transformers was imported: to test that, start a process.
     """
@@ -90,7 +90,7 @@ def run_command(request: dict[str, Any], files: list[int]) -> int:
     random.seed()
     sys.modules["numpy"].random.seed()  # type: ignore[attr-defined]
     option, *arguments = request["arguments"]
-    if option == "-u":  # what launchers ask for: output without a delay
+    if option == "-u":  # launchers ask for it: output without a delay
         option, *arguments = arguments
         sys.stdout.reconfigure(write_through=True)  # type: ignore[union-attr]
     try:
@@ -127,13 +127,13 @@ def child(request: dict[str, Any], files: list[int]) -> None:
 
 
 def refusal(environment: dict[str, str]) -> str:
-    """Name the variables that the imports have read, where a command's environment has other values of them."""
+    """Name the variables that the imports have read and that have other values in a command's environment."""
     names = {name for name in {*environment, *os.environ} if name.startswith(READ_AT_IMPORT)} - SET_BY_LAUNCHERS
     return ", ".join(sorted(name for name in names if environment.get(name) != os.environ.get(name)))
 
 
 class Server:
-    """The children that run, each with the connection on which its end is awaited."""
+    """The running children, each with the connection on which its end is awaited."""
 
     def __init__(self, control: socket.socket, path: str) -> None:
         self.listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -149,7 +149,7 @@ class Server:
             self.selector.register(each, selectors.EVENT_READ)
 
     def serve(self) -> None:
-        """Start what is asked for until the tests end; then end all that still runs."""
+        """Start the commands that are asked for until the tests end; then end those that still run."""
         signal.set_wakeup_fd(self.wake.fileno())
         signal.signal(signal.SIGCHLD, lambda *_: None)
         while True:
@@ -160,7 +160,7 @@ class Server:
             if self.control in ready:
                 break
             for number, answer in self.waiting.items():
-                if answer in ready:  # who asked for it is gone
+                if answer in ready:  # the process that asked for the child is gone
                     self.selector.unregister(answer)
                     os.kill(number, signal.SIGKILL)
             if self.listener in ready:
@@ -204,7 +204,7 @@ class Server:
 if __name__ == "__main__":
     with socket.socket(fileno=int(sys.argv[1])) as tests:
         import_everything()
-        # Collecting garbage, which each end of a training does, would look through all that was imported, and copy it.
+        # Each end of a training collects garbage; that would visit all imported objects, and so copy their memory.
         gc.collect()
         gc.freeze()
         server = Server(tests, sys.argv[2])

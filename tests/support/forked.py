@@ -1,8 +1,8 @@
 """Commands that run as forks of a process that has imported everything (`fork_server.py`), as `subprocess` runs them.
 
-A command costs 1.5 CPU seconds so, and 9 as a process that begins with importing torch and the package. What a fork
-cannot show is how a process starts: the order of imports, hash seeds that differ, what the launcher hands on.
-A few tests start true processes for that.
+A command costs 1.5 CPU seconds this way, and 9 as a process that first imports torch and the package. A fork cannot
+show how a process starts: the order of imports, differing hash seeds, what the launcher hands on. A few tests start
+true processes for that.
 """
 
 import atexit
@@ -33,15 +33,15 @@ FIRST_ENVIRONMENT = {**os.environ, **SERVER_ENVIRONMENT}  # before tests change 
 
 
 def environment(**changes: str) -> dict[str, str]:
-    """Return the environment of a command: that of the tests, with what the server's imports have seen."""
+    """Return the environment of a command: the tests' own, with the values that the server's imports have read."""
     return {**os.environ, **SERVER_ENVIRONMENT, **changes}
 
 
 class ForkServer:
-    """The process that forks, and the path of the socket at which it is asked to."""
+    """The process that forks, and the path of the socket that takes its commands."""
 
     def __init__(self) -> None:
-        self.cpu_seconds = 0.0  # of the processes that have ended, those that launchers started among them
+        self.cpu_seconds = 0.0  # used by the processes that have ended, including those that launchers started
         self.folder = tempfile.TemporaryDirectory()
         self.path = os.path.join(self.folder.name, "socket")
         self.python = Path(self.folder.name, "python")
@@ -85,7 +85,7 @@ def server() -> ForkServer:
 def ask(
     path: str, arguments: list[str], env: Mapping[str, str], folder: str, outputs: list[int]
 ) -> tuple[socket.socket, int]:
-    """Have a command started; return the connection on which its end will be told, and its number."""
+    """Have a command started; return the connection on which its end will be reported, and its process number."""
     request = {"arguments": arguments, "environment": dict(env), "folder": folder}
     answer = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     answer.connect(path)
@@ -97,7 +97,7 @@ def ask(
 
 
 class Forked:
-    """A running command, as `subprocess.Popen` is one; its output goes to temporary files."""
+    """A running command with the interface of `subprocess.Popen`; its output goes to temporary files."""
 
     def __init__(
         self, arguments: Sequence[object], env: Mapping[str, str] | None = None, cwd: str | Path | None = None
@@ -119,7 +119,7 @@ class Forked:
             return None
 
     def wait(self, timeout: float | None = None) -> int:
-        """Wait for the end and return the status: negative is the number of the signal that ended it."""
+        """Wait for the end and return the status; a negative one is the number of the signal that ended it."""
         if self.returncode is None:
             self._answer.settimeout(timeout)
             try:
@@ -144,7 +144,7 @@ class Forked:
         self.send_signal(signal.SIGKILL)
 
     def completed(self, timeout: float | None = None) -> subprocess.CompletedProcess[str]:
-        """Wait for the end, kill what takes longer than `timeout` seconds, and return status and output."""
+        """Wait for the end, kill the command after `timeout` seconds, and return status and output."""
         try:
             self.wait(timeout)
         except subprocess.TimeoutExpired:
@@ -173,7 +173,7 @@ def run(
 def launch_as_a_user(
     launcher: Sequence[object], env: Mapping[str, str] | None = None, cwd: str | Path | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Run a command that begins with torchrun or `accelerate launch`: a fork, as are the processes that it starts."""
+    """Run a command that begins with torchrun or `accelerate launch`, as a fork that starts its processes as forks."""
     return run(launcher, {**(environment() if env is None else env), **stand_in()}, cwd)
 
 
@@ -187,7 +187,8 @@ def launch(
 ) -> subprocess.CompletedProcess[str]:
     """Run a command in several processes that find one another, as `torchrun` and `accelerate launch` start them.
 
-    As there, where one fails the others are sent SIGTERM, and the status is 1. Their outputs follow one another.
+    As with these launchers, where one process fails the others are sent SIGTERM, and the status is 1. The outputs of
+    the processes follow one another.
     """
     from torch.distributed import TCPStore
 
@@ -205,7 +206,7 @@ def launch(
         "TORCHELASTIC_MAX_RESTARTS": "0",
         "TORCHELASTIC_RESTART_COUNT": "0",
         "TORCHELASTIC_RUN_ID": "none",
-        "TORCHELASTIC_USE_AGENT_STORE": "True",  # the launcher holds the store, no process of the group
+        "TORCHELASTIC_USE_AGENT_STORE": "True",  # the launcher holds the store, not a process of the group
         "WORLD_SIZE": str(processes),
     }
     group = []
@@ -219,7 +220,7 @@ def launch(
 
 
 def _wait_for_all(group: list[Forked], deadline: float) -> None:
-    """Wait until all have ended; end the others where one fails."""
+    """Wait until all processes have ended; where one fails, end the others."""
     states: list[Any] = [None]
     while None in states and not any(states):
         if time.monotonic() > deadline:

@@ -1,6 +1,6 @@
-"""Stand for Python where a launcher starts processes: run what it is given as a fork of the fork server's.
+"""Stand for Python where a launcher starts processes: run its arguments as a fork of the fork server.
 
-Nothing but the standard library is imported, and little of it, since this is the whole cost of a start.
+It imports only a little of the standard library, since this is the whole cost of a start.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ def main() -> None:
     for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(each, hand_on)
     status = int(answer.recv(64).split()[0])
-    if status < 0:  # a signal ended it
+    if status < 0:  # a signal ended the command
         if -status != signal.SIGKILL:
             signal.signal(-status, signal.SIG_DFL)
         os.kill(os.getpid(), -status)

@@ -1,4 +1,4 @@
-"""A process that trains a tiny model in precision argv[1]; what it saw goes into argv[2], as JSON."""
+"""Train a tiny model in precision argv[1]; write the observations into argv[2], as JSON."""
 
 import json
 import os
@@ -29,7 +29,7 @@ def whole_gradient(model: torch.nn.Module) -> torch.Tensor:
 
 
 class Watched(PretrainingTrainer):
-    """Looks at the gradients that passes leave, and compares their sum with that of each pass alone in float64."""
+    """Inspect the gradients that passes leave, and compare their sum with each pass alone, added up in float64."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -74,7 +74,7 @@ def trained(batch: dict[str, Any], size: int | None) -> Watched:
 
 
 def copies_of_shards(run: Watched, batch: dict[str, Any]) -> dict[str, Any]:
-    """HSDP: two copies, each of one shard. (Accelerate itself refuses it on CPUs.)"""
+    """Compare gradients under HSDP, with two copies of one shard each. (Accelerate itself refuses it on CPUs.)"""
     mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("copies", "shards"))
     policy = run.accelerator.state.fsdp_plugin.mixed_precision_policy or MixedPrecisionPolicy()
     model = tiny_model(run.model.config)
@@ -106,7 +106,7 @@ def main() -> None:
             seen[str(size)] = {"curve": curve, "left": run.left, "apart": run.apart, "size": run.microbatch_size}
     with torch.no_grad():
         outputs = run._outputs(run.model_wrapped, run._prepare_inputs(batch))
-        # What the model hands out without the trainer's help.
+        # The model's own outputs, without the trainer's help.
         plain = run.model_wrapped(**run._prepare_inputs(batch))
     seen["types"] = {name: [str(outputs[name].dtype), str(plain[name].dtype)] for name in outputs}
     seen["hsdp"] = copies_of_shards(run, batch)

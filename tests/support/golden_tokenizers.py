@@ -1,4 +1,4 @@
-"""Tokenizers of the golden checkpoints, and the examples that they are compared on."""
+"""Tokenizers of the golden checkpoints, and the examples on which they are compared."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,7 @@ def make(golden: Path, variant: str = "a_70m_like", **options: Any) -> TahoeX1To
 
 
 def examples(golden: Path, variant: str) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Return upstream's raw examples as (token ids, counts) pairs, without their <cls>."""
+    """Return the original's raw examples as (token ids, counts) pairs, without their <cls>."""
     z = np.load(golden / variant / "examples.npz")
     starts, stops = z["offsets"][:-1] + 1, z["offsets"][1:]
     return [(z["genes"][a:b], z["expressions"][a:b]) for a, b in zip(starts, stops, strict=True)]

@@ -20,12 +20,12 @@ GOLDEN = REPO_ROOT / "tests" / "golden"
 SHARED_GOLDEN = Path(os.environ.get("TAHOEX1_SHARED_GOLDEN", REPO_ROOT.parent / "shared" / "golden"))
 NO_SHARED_GOLDEN = f"the complete recordings are not here: {SHARED_GOLDEN} (or TAHOEX1_SHARED_GOLDEN)"
 
-# Models this small gain nothing from a second thread; OMP_NUM_THREADS=2 shows that the tests pass with it, too.
+# Models this small gain nothing from a second thread; with OMP_NUM_THREADS=2 the tests pass, too.
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
 PAD, CLS, DRUG, FIRST_GENE = 0, 1, 2, 3
 
-# The features of the published models and of the golden variants, small.
+# Small shapes with the features of the published models and of the golden variants.
 SHAPES: dict[str, dict[str, Any]] = {
     "plain": {},
     "observed_or_self": {"attention_mask_style": "observed_or_self"},
@@ -54,7 +54,7 @@ def tiny_config(**changes: Any) -> TahoeX1Config:
 
 
 def perturb(model: PreTrainedModel, seed: int = 1) -> PreTrainedModel:
-    """Move what is initialised to zeros and ones, which would hide a bias or a norm that is left out."""
+    """Move the weights that start as zeros and ones, which would hide a missing bias or norm."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -79,7 +79,7 @@ def make_batch(
     seed: int = 0,
     targets: bool = True,
 ) -> dict[str, torch.Tensor]:
-    """Arguments of `TahoeX1ForPreTraining` for random cells, padded behind each cell."""
+    """Return arguments of `TahoeX1ForPreTraining` for random cells, padded behind each cell."""
     random = np.random.default_rng(seed)
     shape = (len(lengths), padded_to or max(lengths))
     num_special = 2 if config.num_drugs else 1
@@ -110,12 +110,12 @@ def without_labels(batch: dict[str, Any]) -> dict[str, Any]:
 
 
 def rows(batch: dict[str, torch.Tensor], index: Any) -> dict[str, torch.Tensor]:
-    """Some cells of a batch, in the padding of the whole."""
+    """Return some cells of a batch, in the padding of the whole."""
     return {name: tensor[index] for name, tensor in batch.items()}
 
 
 def packed(batch: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """The same cells back to back in one row, with the arguments that flash attention wants as well."""
+    """Return the same cells back to back in one row, including the arguments that flash attention wants."""
     valid = batch["attention_mask"].bool()
     lengths = valid.sum(1)
     boundaries = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).int()
@@ -138,7 +138,7 @@ def largest_difference(ours: torch.Tensor | np.ndarray, theirs: torch.Tensor | n
 
 
 def gradients(model: PreTrainedModel, batches: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """Gradients of the loss, summed over the batches.
+    """Return the gradients of the loss, summed over the batches.
 
     Key biases are left out: softmax is blind to them, so that their gradients are zero but for rounding.
     """
@@ -153,7 +153,7 @@ def gradients(model: PreTrainedModel, batches: list[dict[str, Any]]) -> dict[str
 
 
 def largest_relative_difference(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
-    """Over named tensors, each relative to its own largest value."""
+    """Return the largest difference of named tensors, each relative to its own largest value."""
     assert ours.keys() == theirs.keys()
     return max(
         largest_difference(ours[name], theirs[name]) / max(theirs[name].abs().max().item(), 1e-6) for name in theirs
@@ -163,11 +163,12 @@ def largest_relative_difference(ours: dict[str, torch.Tensor], theirs: dict[str,
 def largest_departure_of_weights(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
     """Compare weights that Adam trained in two ways: the norm of the difference, relative to each tensor's norm.
 
-    Not number by number: Adam divides each gradient by its own size, so where a gradient is hardly more than
-    rounding, the rounding decides over a visible share of a step. That happens to some numbers of every tensor, and to
-    more of those that make the keys, whose gradients nearly cancel: the softmax is blind to what all keys share. How
-    many depends on the kind of CPU. Over a few steps of 0.01 single numbers were seen to depart by 5e-3 of the
-    largest, and a tensor by 6e-4 of its norm. Cells that are lost, taken twice or weighted wrongly move it by a tenth.
+    Comparing number by number would not do: Adam divides each gradient by its own size, so where a gradient is hardly
+    more than rounding, the rounding decides over a visible share of a step. That happens to some numbers of every
+    tensor, and to more of those that make the keys, whose gradients nearly cancel: the softmax is blind to what all
+    keys share. How many depends on the kind of CPU. Over a few steps of 0.01 single numbers were seen to depart by
+    5e-3 of the largest, and a tensor by 6e-4 of its norm. Cells that are lost, taken twice or weighted wrongly move a
+    tensor by a tenth.
     """
     assert ours.keys() == theirs.keys()
     return max(
@@ -178,7 +179,7 @@ def largest_departure_of_weights(ours: dict[str, torch.Tensor], theirs: dict[str
 
 @contextmanager
 def layer_outputs(model: PreTrainedModel) -> Iterator[list[torch.Tensor]]:
-    """Collects what each layer returns (the last one before the final norm, which `hidden_states` lacks)."""
+    """Collect the output of each layer (of the last one before the final norm, which `hidden_states` lacks)."""
     outputs: list[torch.Tensor] = []
 
     def record(module: torch.nn.Module, arguments: Any, output: torch.Tensor) -> None:
@@ -194,7 +195,7 @@ def layer_outputs(model: PreTrainedModel) -> Iterator[list[torch.Tensor]]:
 
 @dataclass(frozen=True)
 class Variant:
-    """One golden checkpoint, and the recordings that it is to reproduce."""
+    """A golden checkpoint, and the recordings that it must reproduce."""
 
     name: str
     mode: str
@@ -204,7 +205,7 @@ class Variant:
         return GOLDEN / self.name / "model"
 
     def batch(self, name: str, targets: bool = False) -> dict[str, torch.Tensor]:
-        """Arguments of `TahoeX1ForPreTraining`; with `targets`, its hidden positions and labels too."""
+        """Return arguments of `TahoeX1ForPreTraining`; with `targets`, its hidden positions and labels too."""
         arrays = np.load(GOLDEN / self.name / f"{name}.npz")
         batch = {
             "input_ids": torch.tensor(arrays["gene"]),
@@ -220,7 +221,7 @@ class Variant:
         return batch
 
     def recorded(self, kind: str, complete: bool = False) -> dict[str, np.ndarray]:
-        """Recorded arrays: `out_nomlm`, `out_masked`, `out_log`, `inter_masked` or `grads_masked`."""
+        """Return recorded arrays: `out_nomlm`, `out_masked`, `out_log`, `inter_masked` or `grads_masked`."""
         folder = (SHARED_GOLDEN if complete else GOLDEN) / self.name
         return dict(np.load(folder / f"{kind}_{self.mode}.npz"))
 

@@ -30,7 +30,7 @@ def read_files(folder: Path) -> dict[str, bytes]:
 
 
 def fill_cache(cache: Path, repo_id: str, revisions: dict[str, Path]) -> dict[str, str]:
-    """Lay a repository out as huggingface_hub does: blobs, snapshots of links to them, refs. Returns the commits."""
+    """Lay a repository out as huggingface_hub does (blobs, snapshots of links to them, refs); return the commits."""
     storage = cache / f"models--{repo_id.replace('/', '--')}"
     (storage / "blobs").mkdir(parents=True)
     (storage / "refs").mkdir()
@@ -55,7 +55,7 @@ class Request:
     path: str
     range: str | None
     status: int = 0
-    sent: int = 0  # bytes of the body
+    sent: int = 0  # bytes of the body that were sent
 
     @property
     def is_download(self) -> bool:
@@ -64,7 +64,7 @@ class Request:
 
 @dataclass
 class Hub:
-    """Repositories, what was asked of them, and what goes wrong."""
+    """Repositories, the requests for them, and the failures to simulate."""
 
     repos: dict[str, dict[str, bytes]] = field(default_factory=dict)
     gated: set[str] = field(default_factory=set)
@@ -214,7 +214,7 @@ def serve(hub: Hub) -> Iterator[ThreadingHTTPServer]:
     finally:
         server.shutdown()
         server.server_close()
-        for connection in hub.connections:  # those that clients keep open too
+        for connection in hub.connections:  # including those that clients keep open
             with suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
         thread.join()

@@ -1,4 +1,4 @@
-"""examples/finetune_lora.py killed in the midst of step KILL_AT, or (KILL_IN=save) of writing its checkpoint."""
+"""Run examples/finetune_lora.py, killed in step KILL_AT or (KILL_IN=save) while it writes the checkpoint."""
 
 import os
 import runpy

@@ -1,4 +1,4 @@
-"""examples/pretrain.py that is sent KILL_SIGNAL in the midst of step KILL_AT, in process KILL_RANK."""
+"""Run examples/pretrain.py, which gets KILL_SIGNAL in step KILL_AT, in process KILL_RANK."""
 
 import os
 import runpy

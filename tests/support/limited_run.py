@@ -1,4 +1,4 @@
-"""examples/pretrain.py that can write no file of more than LIMIT bytes."""
+"""Run examples/pretrain.py, which can write no file of more than LIMIT bytes."""
 
 import os
 import resource

@@ -1,4 +1,4 @@
-"""Which weights of a model are views of a file that is mapped into memory."""
+"""Find the weights of a model that are views of a file mapped into memory."""
 
 from pathlib import Path
 

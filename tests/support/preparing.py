@@ -1,4 +1,4 @@
-"""Preparing data sets in tests."""
+"""Prepare datasets in tests."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Folders that are made once and read by many tests, whichever process of pytest-xdist runs them."""
+"""Folders that are made once and read by many tests, in any process of pytest-xdist."""
 
 import hashlib
 import json
@@ -13,9 +13,9 @@ from filelock import FileLock
 
 
 def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], Any]) -> Path:
-    """Return the folder of this name, which the first test that asks for it has made.
+    """Return the folder of this name; the first test that asks for it makes it.
 
-    Tests must leave it as it is; one that changes something copies it before.
+    Tests must leave the folder as it is; a test that changes something copies it first.
     """
     root = factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
@@ -24,13 +24,13 @@ def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path],
     folder.parent.mkdir(exist_ok=True)
     with FileLock(folder.with_name(f"{name}.lock")):
         if not made.exists():
-            shutil.rmtree(folder, ignore_errors=True)  # of a try that failed
+            shutil.rmtree(folder, ignore_errors=True)  # left by a try that failed
             make(folder)
             made.touch()
     return folder
 
 
 def name_of_run(kind: str, changes: dict[str, Any]) -> str:
-    """Return a folder name that tells runs of other settings apart."""
+    """Return a folder name that differs for runs with other settings."""
     settings = json.dumps(changes, sort_keys=True, default=str)
     return f"{kind}-{hashlib.sha256(settings.encode()).hexdigest()[:12]}"

@@ -1,4 +1,4 @@
-"""Files like Tahoe-100M's."""
+"""Write files in the layout of Tahoe-100M."""
 
 import shutil
 from pathlib import Path
@@ -11,7 +11,7 @@ NUM_GENES, NUM_CELLS = 40, 50
 
 
 def cell_table(counts: np.ndarray, token_ids: np.ndarray | None = None) -> pa.Table:
-    """Cells as Tahoe-100M has them: `<cls>`, then the genes with their numbers from 3."""
+    """Return cells as Tahoe-100M stores them: `<cls>`, then the genes with their numbers from 3."""
     token_ids = np.arange(3, 3 + counts.shape[1]) if token_ids is None else token_ids
     cells = [np.flatnonzero(row) for row in counts]
     columns = {
@@ -35,7 +35,7 @@ COMMIT, SHA256 = "a" * 40, "b" * 64
 
 
 def fill_cache(cache: Path, name: str, content: Path, blob: str, revision: str = "main") -> None:
-    """Put a file where a download puts it: content under its hash, names as links, the branch in `refs`."""
+    """Put a file where a download would: content under its hash, names as links, the branch in `refs`."""
     repository = cache / "datasets--tahoebio--Tahoe-100M"
     for folder in ("blobs", "refs", f"snapshots/{COMMIT}/{Path(name).parent}"):
         (repository / folder).mkdir(parents=True, exist_ok=True)

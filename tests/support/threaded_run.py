@@ -1,4 +1,4 @@
-"""examples/pretrain.py with THREADS threads; killed as by `killed_run.py` where KILL_AT is set."""
+"""Run examples/pretrain.py with THREADS threads; where KILL_AT is set, it is killed as by `killed_run.py`."""
 
 import os
 import runpy

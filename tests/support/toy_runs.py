@@ -11,7 +11,7 @@ from tahoex1_hf.runs.trainer import ResumableTrainer
 
 
 class ToyModel(torch.nn.Module):
-    """A linear model behind dropout, whose loss is a squared error."""
+    """Dropout and a linear layer, with a squared error as loss."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -30,7 +30,7 @@ def toy_batch(seed: int) -> dict[str, torch.Tensor]:
 
 
 class ToyBatches:
-    """Two batches a step; five steps an epoch."""
+    """Batches for two microbatches a step and five steps an epoch."""
 
     def __init__(self, seed: int = 0):
         self.dataset: list[int] = [0] * 5
@@ -49,7 +49,7 @@ class ToyBatches:
 
 
 class ToyTrainer(ResumableTrainer):
-    """Calls `at_step` with the number of a step in its midst."""
+    """A trainer that calls `at_step` with the step's number in the middle of each step."""
 
     at_step: Callable[[int], None] = staticmethod(lambda step: None)
 

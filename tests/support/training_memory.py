@@ -1,4 +1,4 @@
-"""Models and batches whose training memory is measured."""
+"""Models and batches for measuring the memory of training."""
 
 from collections.abc import Callable
 
@@ -19,7 +19,7 @@ def training_model(config: TahoeX1Config, precision: Precision) -> TahoeX1ForPre
 def loss(model: TahoeX1ForPreTraining, precision: Precision, cells: int, length: int) -> torch.Tensor:
     config = model.config
     batch = longest_cells(length, cells, packed=True, vocab_size=config.vocab_size, drugs=config.num_drugs > 0)
-    if precision.weights == 2:  # fully_shard casts what a module is given
+    if precision.weights == 2:  # fully_shard casts a module's inputs
         floats = {name for name, value in batch.items() if torch.is_tensor(value) and value.is_floating_point()}
         batch |= {name: batch[name].bfloat16() for name in floats}
     with torch.autocast("cpu", torch.bfloat16, enabled=precision.autocast):
@@ -27,7 +27,7 @@ def loss(model: TahoeX1ForPreTraining, precision: Precision, cells: int, length:
 
 
 def line(measure: Callable[[int], float], low: int, high: int) -> tuple[float, float]:
-    """Return the bytes per cell, and those that do not depend on the number of cells."""
+    """Return the bytes per cell, and the bytes that do not depend on the number of cells."""
     a, b = measure(low), measure(high)
     slope = (b - a) / (high - low)
     return slope, a - low * slope

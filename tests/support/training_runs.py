@@ -1,4 +1,4 @@
-"""Pretraining runs in processes of their own, as a user starts them."""
+"""Pretraining runs in separate processes, as a user starts them."""
 
 import json
 import socket
@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "examples" / "pretrain.py"
 RECIPE = ROOT / "examples" / "configs" / "pretrain" / "debug.yaml"
 
-# A run of some seconds; dropout is off where runs that divide the work otherwise are compared.
+# A run of some seconds; dropout is off where runs are compared that divide the work differently.
 TINY = {
     "model.hidden_size": 32,
     "model.num_hidden_layers": 2,
@@ -68,7 +68,7 @@ def environment(kind: str) -> dict[str, str]:
 def run(
     kind: str, output: Path, dataset: Path, script: Path = SCRIPT, env: Mapping[str, str] = {}, **changes: Any
 ) -> subprocess.CompletedProcess[str]:
-    """Run to the end, in one forked process or (other kinds than "single") in two."""
+    """Run to the end, in one forked process, or in two for other kinds than "single"."""
     arguments = command("single", output, dataset, script, **changes)
     whole = {**environment(kind), **env}
     return forked.run(arguments, whole) if kind == "single" else forked.launch(2, arguments, whole)
@@ -81,7 +81,7 @@ def finished(kind: str, output: Path, dataset: Path, **changes: Any) -> str:
 
 
 def curve(output: Path) -> list[Mapping[str, float]]:
-    """The log without what depends on the clock."""
+    """Return the log without the entries that depend on the clock."""
     history = json.loads((output / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
     timed = ("per_second", "utilisation", "memory", "hours", "seconds", "train_runtime", "total_flos", "train_loss")
     lines = [{k: v for k, v in line.items() if not any(t in k for t in timed)} for line in history]

@@ -1,4 +1,4 @@
-"""Fine-tuning runs in processes of their own: several that talk to one another, and one that is killed."""
+"""Fine-tuning runs in separate processes: several that talk to one another, and one that is killed."""
 
 import signal
 import subprocess
@@ -20,14 +20,14 @@ def in_processes(config: FinetuneConfig, number: int, *options: str) -> subproce
     return forked.launch(number, [sys.executable, str(SCRIPT), str(recipe), *options], forked.environment())
 
 
-def killed_run_goes_on(config: FinetuneConfig, whole: FinetuneConfig, step: int) -> None:
+def check_that_a_killed_run_resumes(config: FinetuneConfig, whole: FinetuneConfig, step: int) -> None:
     """Kill the run of a configuration in a step, start it again, and compare it with a whole one bit for bit."""
     recipe = Path(config.output_dir).with_suffix(".yaml")
     config.write(recipe)
     killer = [sys.executable, str(ROOT / "tests" / "support" / "killed_finetuning.py"), str(recipe)]
     killed = start(killer, KILL_IN="step", KILL_AT=str(step))
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
-    assert sorted(Path(config.output_dir).rglob("checkpoint-*/complete.json"))  # there is something to go on from
+    assert sorted(Path(config.output_dir).rglob("checkpoint-*/complete.json"))  # there is a checkpoint to resume from
     runs = [start([sys.executable, str(SCRIPT), str(recipe)]), in_processes(whole, 1)]
     for done in runs:
         assert done.returncode == 0, done.stderr[-2000:]

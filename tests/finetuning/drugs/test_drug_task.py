@@ -1,4 +1,4 @@
-"""Response to drugs: conditions, baselines and metrics by hand, new drugs, and runs on a simulated screen."""
+"""Test the response to drugs: conditions, baselines and metrics by hand, new drugs, runs on a simulated screen."""
 
 import json
 from pathlib import Path
@@ -25,7 +25,7 @@ from finetuning_runs import RECIPES, digest, write_base
 from helpers import DRUG, largest_difference
 from safetensors.torch import load_file
 from scipy.sparse import csr_matrix
-from two_processes import in_processes, killed_run_goes_on
+from two_processes import check_that_a_killed_run_resumes, in_processes
 
 from tahoex1_hf import TahoeX1ForPreTraining
 from tahoex1_hf.finetuning.config import DrugResponseConfig, parse_finetune_config, read_finetune_config
@@ -146,7 +146,7 @@ def genes_of(place: Path, screen: Any) -> list[str]:
 
 
 @pytest.mark.parametrize("kind", ["drug", "context"])
-def test_nothing_held_out_is_trained_on(kind: str, place: Path, tmp_path: Path) -> None:
+def test_held_out_conditions_are_not_trained_on(kind: str, place: Path, tmp_path: Path) -> None:
     run = make_run(place, tmp_path, folds=3)
     splits = run.splits(kind)
     for split in splits:
@@ -290,7 +290,7 @@ def test_settings_that_do_not_go_together(place: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_planted_effect_is_learnt_for_drugs_that_the_base_never_saw(place: Path, tmp_path: Path) -> None:
-    """On a simulated screen: a new drug shares each of its bits with others, and that is all that is known of it."""
+    """In the simulated screen a new drug is known only by its bits, each of which it shares with other drugs."""
     before = digest(place / "base" / "model.safetensors")
     run = make_run(place, tmp_path / "run", epochs=30, eval_steps=40, lora_rank=8)
     screen = run.screen
@@ -309,8 +309,8 @@ def test_a_planted_effect_is_learnt_for_drugs_that_the_base_never_saw(place: Pat
     assert pearson[NULL] == 0
     assert error["model"] < error[NULL]
     assert pearson["model"] > pearson[CONTEXT_MEAN]  # which does not know the drug
-    assert facts["validation_loss"] < 1  # that of no change
-    # One line, and the new drugs are there.
+    assert facts["validation_loss"] < 1  # predicting no change has 1
+    # One line of code loads the model, with the new drugs.
     model, tokenizer = load_adapter(tmp_path / "run")
     assert set(NEW) <= set(tokenizer.drug_to_id)
     assert largest_difference(run.changes(model, split.test), changes) < 1e-5
@@ -324,7 +324,7 @@ def test_a_planted_effect_is_learnt_for_drugs_that_the_base_never_saw(place: Pat
     assert list(found.columns) == genes_of(place, screen)
     weights = load_file(tmp_path / "run" / "adapter_model.safetensors")
     assert {name.split(".")[-2] for name in weights if "lora" not in name} == {"gene_query", "cell_proj"}
-    # A base that has the drugs is left as it is; one that has others in their place is refused.
+    # A base that has the drugs is left as it is; one that has other drugs in their rows is refused.
     base = run.base()
     add_saved_drugs(tmp_path / "run", base)
     assert base.config.num_drugs == run.base().config.num_drugs
@@ -366,7 +366,7 @@ def test_a_whole_run(method: str, place: Path, tmp_path: Path) -> None:
     assert read_record(tmp_path / "run")["control"] == CONTROL
     model, tokenizer = load_adapter(tmp_path / "run")
     assert inner_model(model).config.num_drugs == len(tokenizer.drug_to_id)
-    if both:  # the model to keep learnt from all conditions
+    if both:  # the model that is kept has learnt from all conditions
         with np.load(tmp_path / "run" / "result.npz") as arrays:
             assert len(arrays["test"]) == 0
     else:
@@ -389,9 +389,9 @@ def test_two_processes_learn_the_same(place: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_exactly(place: Path, tmp_path: Path) -> None:
+def test_a_killed_run_resumes_exactly(place: Path, tmp_path: Path) -> None:
     configs = [make_config(place, tmp_path / name, held_out=["drug"], epochs=4) for name in ("killed", "whole")]
-    killed_run_goes_on(*configs, step=6)
+    check_that_a_killed_run_resumes(*configs, step=6)
 
 
 def test_the_recipe_is_valid() -> None:

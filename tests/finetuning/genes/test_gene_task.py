@@ -1,4 +1,4 @@
-"""Classification of genes: tables, splits, weights, predictions over cells, baselines, whole runs."""
+"""Test the classification of genes: tables, splits, weights, predictions over cells, baselines, whole runs."""
 
 import json
 import re
@@ -16,7 +16,7 @@ from cells import GENES
 from finetuning_runs import digest, write_base
 from helpers import largest_difference
 from scipy.sparse import csr_matrix
-from two_processes import in_processes, killed_run_goes_on
+from two_processes import check_that_a_killed_run_resumes, in_processes
 
 from tahoex1_hf import TahoeX1ForPreTraining, TahoeX1Tokenizer
 from tahoex1_hf.finetuning.config import GeneClassificationConfig, parse_finetune_config
@@ -29,7 +29,7 @@ from tahoex1_hf.finetuning.objectives import HELD_OUT
 from tahoex1_hf.finetuning.running import finetune
 from tahoex1_hf.hub.adapters import load_adapter, read_record
 
-HIGH = np.arange(len(GENES)) % 3 == 0  # genes that are strongly expressed where they are: what is to be learnt
+HIGH = np.arange(len(GENES)) % 3 == 0  # genes that are strong where they are expressed: runs are to learn this
 UNEXPRESSED = [7, 30]  # HIGH is true of the second
 
 
@@ -56,7 +56,7 @@ def gene_frame() -> pd.DataFrame:
 
 
 def write_alike_base(folder: Path) -> None:
-    """A base whose genes are almost alike without context: what is learnt of one has to come from its expression."""
+    """Write a base whose genes are almost alike without context, so that only their expression tells them apart."""
     model = TahoeX1ForPreTraining.from_pretrained(write_base(folder))
     table = model.tahoe.embeddings.gene_encoder.embedding.weight
     with torch.no_grad():
@@ -118,7 +118,7 @@ def test_genes_that_are_left_out_are_counted(place: Path, tmp_path: Path) -> Non
     counts = gene_cells().X.toarray()
     for name, token, label, cells in zip(genes.names, genes.tokens, genes.labels, genes.num_cells, strict=True):
         number = GENES.index(name.partition(".")[0])
-        assert token == 3 + 59 - number  # the vocabulary lists the genes from behind
+        assert token == 3 + 59 - number  # the vocabulary lists the genes in reverse order
         assert genes.classes[label] == ("high" if HIGH[number] else "low")
         assert cells == (counts[:, number] > 0).sum()
 
@@ -189,7 +189,7 @@ def test_settings_that_do_not_go_together(place: Path, tmp_path: Path) -> None:
         make_run(place, tmp_path, genes="nowhere.csv")
 
 
-# What is learnt and predicted ----------------------------------------------------------------------
+# Learning and predicting ---------------------------------------------------------------------------
 
 
 def test_the_head_starts_as_a_probe(place: Path, tmp_path: Path) -> None:
@@ -226,10 +226,10 @@ def test_labels_and_weights_of_a_batch(place: Path, tmp_path: Path) -> None:
         {round(totals[int(run.genes.tokens[row])], 4) for row in split.train if run.genes.labels[row] == k}
         for k in (0, 1)
     ]
-    assert [len(values) for values in of_class] == [1, 1]  # every gene of a class weighs the same in all
+    assert [len(values) for values in of_class] == [1, 1]  # all genes of a class have the same total weight
     highs = (run.genes.labels[split.train] == 0).sum()
     lows = len(split.train) - highs
-    assert of_class[0].pop() * highs == pytest.approx(of_class[1].pop() * lows, rel=1e-3)  # and so do the classes
+    assert of_class[0].pop() * highs == pytest.approx(of_class[1].pop() * lows, rel=1e-3)  # and so have the classes
     assert objective.token_weights[tokens].mean().item() == pytest.approx(1, rel=1e-5)
 
 
@@ -317,7 +317,7 @@ def test_a_run_learns_what_can_be_learnt(method: str, place: Path, tmp_path: Pat
     scores = {name: metrics["auroc"]["mean"] for name, metrics in report["metrics"].items()}
     assert scores.pop(f"Tahoe-x1, {method}") > 0.9
     assert scores["majority class"] == 0.5
-    # A gene's embedding says nothing here, and how strongly a gene is expressed where it is decides.
+    # Here a gene's embedding says nothing; what decides is how strongly the gene is expressed where it is.
     assert scores["logistic regression on frozen gene embeddings"] < 0.9
     assert scores["random forest on mean expression and fraction of cells"] > 0.7
     assert report["genes_left_out"]["expressed in no cell"] == 2
@@ -392,9 +392,9 @@ def test_two_processes_learn_the_same(place: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_exactly(place: Path, tmp_path: Path) -> None:
+def test_a_killed_run_resumes_exactly(place: Path, tmp_path: Path) -> None:
     configs = [make_config(place, tmp_path / name, epochs=3) for name in ("killed", "whole")]
-    killed_run_goes_on(*configs, step=10)
+    check_that_a_killed_run_resumes(*configs, step=10)
 
 
 def test_the_card_and_the_recipe(place: Path, tmp_path: Path) -> None:
@@ -409,7 +409,7 @@ def test_the_card_and_the_recipe(place: Path, tmp_path: Path) -> None:
 
 
 def test_depmap_genes_in_heart_cells(shared_data: Callable[[str], Path], tmp_path: Path) -> None:
-    """Real data: which labelled genes there are, without training."""
+    """Real data hold the expected labelled genes; nothing is trained."""
     table = shared_data("labels/egbench_depmap26q1_gene_universe.parquet")
     cells = shared_data("h5ad/heart_san_1000_native_ensembl.h5ad")
     tokenizer = TahoeX1Tokenizer(shared_data("tahoe/vocab.json"))
