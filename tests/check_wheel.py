@@ -19,7 +19,7 @@ from cells import make_cells, write_cells, write_vocab
 from hub_server import Hub, serve
 
 ROOT = Path(__file__).resolve().parents[1]
-# What lies beside the source in the root folder: hidden things, and what was built or made there.
+# Names beside the source in the root folder: hidden files, and what was built or made there.
 NOT_SOURCE = {"build", "dist", "demo_output", "outputs", "runs", "wandb", "venv"}
 
 # Run with the folder that the wheel was installed into as its argument.
@@ -54,7 +54,7 @@ assert script.load() is app, "the console script tahoex1 is not tahoex1_hf.cli.a
 
 
 def run_python(what: str, *arguments: str | Path, **options) -> str:
-    """Run this Python, say what it was for, and end the check with its output where it fails."""
+    """Run this Python and print `what` it checks; end the wheel check with its output where it fails."""
     command = [sys.executable, *arguments]
     result = subprocess.run(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False, **options
@@ -66,7 +66,7 @@ def run_python(what: str, *arguments: str | Path, **options) -> str:
 
 
 def check(condition: bool, what: str, output: object) -> None:
-    """End the check with an output where a condition on it does not hold."""
+    """End the check and print `output` where the condition on it does not hold."""
     if not condition:
         sys.exit(f"{output}\nwheel check FAILED: {what}")
 
@@ -80,7 +80,7 @@ def not_source(folder: str, names: list[str]) -> set[str]:
 
 
 def check_contents(wheel: Path) -> None:
-    """Only the package may be in the wheel, and all of it: modules, recipes, cards, a license."""
+    """Check that the wheel holds the whole package and nothing else: modules, recipes, cards, a license."""
     with zipfile.ZipFile(wheel) as archive:
         files = {name for name in archive.namelist() if ".dist-info/" not in name}
     package = ROOT / "tahoex1_hf"
@@ -94,7 +94,7 @@ def check_contents(wheel: Path) -> None:
 
 
 def check_command(target: Path, away: dict[str, Any]) -> None:
-    """The command as it was installed, and as a module."""
+    """Check the command as it was installed, and as a module."""
     version = run_python("the script tahoex1", target / "bin" / "tahoex1", "--version", **away)
     check(version.startswith("tahoex1_hf "), "tahoex1 --version", version)
     for module in ("tahoex1_hf", "tahoex1_hf.cli"):

@@ -1,4 +1,4 @@
-"""Shared fixtures, and which tests are skipped where."""
+"""Shared fixtures, and the rules for skipping tests."""
 
 import gc
 import os
@@ -23,7 +23,7 @@ pytest_plugins = ["cpu_times"]
 GOLDEN = REPO_ROOT / "tests" / "golden"
 SHARED_DATA = Path(os.environ.get("TAHOEX1_SHARED_DATA", REPO_ROOT.parent / "shared" / "data"))
 
-# Files that take long, longest first: begun last, one of them would keep a single core busy at the end.
+# Files that take long, longest first: one that began last would run alone at the end, on a single core.
 LONG_FILES = (
     "training/test_several_processes.py",
     "training/test_config.py",
@@ -44,7 +44,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Spare the garbage collector, which each end of a training calls, what the imports have made: 0.4 s a time."""
+    """Exclude what the imports have made from garbage collection, which each end of a training calls: 0.4 s a time."""
     gc.collect()
     gc.freeze()
 
@@ -59,7 +59,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
             pytest.skip("needs a CUDA device, and torch.cuda.is_available() is false")
 
 
-# What torch cannot do where ATEN_CPU_CAPABILITY imitates a simpler CPU than the one that its other parts ask.
+# Errors of torch where ATEN_CPU_CAPABILITY imitates a simpler CPU, but parts of torch still look at the real one.
 IMITATION_FAILS = ("pack_vnni2 is only supported when avx512", "torch.compile on current platform is not supported")
 
 
@@ -75,13 +75,13 @@ def pytest_runtest_call(item: pytest.Item) -> Any:
 
 @pytest.fixture(scope="session")
 def golden() -> Path:
-    """The folder of recorded reference results."""
+    """Return the folder of the original's recorded results."""
     return GOLDEN
 
 
 @pytest.fixture(scope="session")
 def shared_data() -> Callable[[str], Path]:
-    """Finds a file of real data outside the repository: ``shared_data("tahoe/vocab.json")``."""
+    """Return a function that finds real data outside the repository: ``shared_data("tahoe/vocab.json")``."""
 
     def find(name: str) -> Path:
         path = SHARED_DATA / name
@@ -94,7 +94,7 @@ def shared_data() -> Callable[[str], Path]:
 
 @pytest.fixture
 def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty Hub cache, offline."""
+    """Return an empty Hub cache, and go offline."""
     cache = tmp_path / "hub"
     cache.mkdir()
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -104,7 +104,7 @@ def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[str]:
-    """Address of an S3 server on the loopback interface. Its buckets are there for the whole session."""
+    """Return the address of an S3 server on the loopback interface, whose buckets last for the whole session."""
     server_module = pytest.importorskip("moto.server")
     pytest.importorskip("s3fs")
     server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
@@ -115,7 +115,7 @@ def s3_server() -> Iterator[str]:
 
 @pytest.fixture
 def s3(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The same, with the environment set so that every client goes there."""
+    """Return the same address, with the environment set so that every client uses it."""
     for name, value in {
         "AWS_ENDPOINT_URL": s3_server,
         "AWS_ACCESS_KEY_ID": "test",
@@ -131,7 +131,7 @@ def s3(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
 
 @pytest.fixture(scope="session")
 def training_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """80 training and 20 validation cells, prepared."""
+    """Return a prepared dataset of 80 training and 20 validation cells."""
     from shared_runs import made_once
 
     def make(folder: Path) -> None:
@@ -152,7 +152,7 @@ def training_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def finished_run(training_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """The output folder of a whole pretraining run, to be read only: ``finished_run("single", max_steps=3)``."""
+    """Return a function that gives the folder of a whole run, to be read only: ``finished_run("single")``."""
     from shared_runs import made_once, name_of_run
     from training_runs import finished
 

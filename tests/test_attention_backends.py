@@ -1,4 +1,4 @@
-"""The attention backends agree, and the mask is the one that the configuration names."""
+"""The attention backends agree, and use the mask that the configuration names."""
 
 from collections.abc import Iterator
 
@@ -30,14 +30,14 @@ other_backends = pytest.mark.parametrize("attention", ["eager", "flex_attention"
 
 @pytest.fixture
 def uncompiled() -> Iterator[None]:
-    """Flex attention compiles itself for every new shape; as plain torch it computes the same, at once."""
+    """Run flex attention as plain torch, which computes the same at once instead of compiling for every shape."""
     torch.compiler.set_stance("force_eager")
     yield
     torch.compiler.set_stance("default")
 
 
 def brute_force_mask(batch: dict[str, torch.Tensor], style: str) -> torch.Tensor:
-    """`(cells, length, length)`, whether a query (row) may see a key, from the rule as it is written."""
+    """Return whether a query (row) may see a key, `(cells, length, length)`, straight from the written rule."""
     valid, target = batch["attention_mask"].bool(), batch["target_mask"]
     cells, length = valid.shape
     allowed = torch.zeros(cells, length, length, dtype=torch.bool)
@@ -114,7 +114,7 @@ def test_attention_weights_follow_the_mask() -> None:
 
 
 def test_combining_masks_with_or_would_do_nothing() -> None:
-    # Why the model combines them with and: transformers starts from a mask that allows everything.
+    # This is why the model combines masks with "and": transformers starts from a mask that allows everything.
     config = tiny_config()
     config._attn_implementation = "sdpa"
     batch = make_batch(config)

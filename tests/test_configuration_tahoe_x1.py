@@ -1,4 +1,4 @@
-"""The configuration: what it accepts, what it refuses, and that it comes back as it was saved."""
+"""The configuration accepts and refuses the right values, and comes back as it was saved."""
 
 import json
 from pathlib import Path
@@ -49,11 +49,11 @@ def test_config_of_a_saved_model_loads(tmp_path: Path) -> None:
     assert (loaded.num_labels, loaded.id2label) == (3, {0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"})
 
 
-def test_the_original_names() -> None:
+def test_names_of_the_original() -> None:
     config = TahoeX1Config(d_model=64, n_layers=3, n_heads=2)
     assert (config.hidden_size, config.num_hidden_layers, config.num_attention_heads) == (64, 3, 2)
     assert (config.d_model, config.n_layers, config.n_heads) == (64, 3, 2)
-    assert (config.intermediate_size, config.num_key_value_heads) == (256, 2)  # derived from them
+    assert (config.intermediate_size, config.num_key_value_heads) == (256, 2)  # derived from the original's names
     config.d_model = 128
     assert config.hidden_size == 128
 
@@ -98,7 +98,7 @@ def test_wrong_types_are_refused(wrong: dict[str, Any]) -> None:
         setattr(config, name, wrong[name])
 
 
-def test_whole_numbers_where_fractions_are_meant() -> None:
+def test_whole_numbers_for_fractional_options() -> None:
     config = TahoeX1Config(expression_encoder_dropout=0, expression_max_value=20, classifier_dropout=0)
     assert (config.expression_encoder_dropout, config.expression_max_value) == (0, 20)
 

@@ -1,4 +1,4 @@
-"""Quantile bins and log1p values against upstream's own output, bit for bit, and as properties."""
+"""Quantile bins and log1p values equal the original's output bit for bit, and have the right properties."""
 
 from fractions import Fraction
 from pathlib import Path
@@ -22,7 +22,7 @@ CASES = sorted({name.split("/")[0] for name in GOLDEN})
 
 
 def join(rows):
-    """Rows as (values, offsets)."""
+    """Return rows as (values, offsets)."""
     return np.concatenate(rows), np.cumsum([0, *(len(row) for row in rows)])
 
 
@@ -31,7 +31,7 @@ def split(values, offsets):
 
 
 def torch_is_as_recorded() -> bool:
-    """Whether this torch, on this processor, gives the recorded quantiles.
+    """Return whether this torch, on this processor, gives the recorded quantiles.
 
     It does not from torch 2.15 on, nor on processors without a fused multiply-add.
     """
@@ -45,14 +45,14 @@ def torch_is_as_recorded() -> bool:
 
 
 def by_torch(row, num_bins, right):
-    """The definition, one cell at a time."""
+    """Bin one cell by the definition."""
     row = torch.from_numpy(row)
     edges = torch.quantile(row[row != 0], torch.linspace(0, 1, num_bins - 1))
     return (torch.searchsorted(edges, row, side="right" if right else "left") + (not right)).float().numpy()
 
 
 def random_rows(seed, count):
-    """Cells of 1 to 3,000 values: small counts, large counts, uniform, log-normalised, and a few values repeated."""
+    """Return cells of 1 to 3,000 values: small or large counts, uniform, log-normalised, or a few values repeated."""
     rng = np.random.default_rng(seed)
     rows = []
     for i in range(count):
@@ -71,7 +71,7 @@ def random_rows(seed, count):
 @pytest.mark.parametrize("right", [False, True])
 @pytest.mark.parametrize("num_bins", [51, 31, 7, 3, 2])
 @pytest.mark.parametrize("case", CASES)
-def test_bins_equal_upstream(case, num_bins, right):
+def test_bins_equal_the_originals(case, num_bins, right):
     row = GOLDEN[f"{case}/row"]
     bins = bin_expression(row, np.array([0, len(row)]), num_bins, right)
     assert bins.dtype == np.float32
@@ -79,7 +79,7 @@ def test_bins_equal_upstream(case, num_bins, right):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_edges_equal_upstream(case):
+def test_edges_equal_the_originals(case):
     row = GOLDEN[f"{case}/row"]
     lengths = _checked_lengths(np.array([0, len(row)]), len(row))
     _, values, cells, counts = _distinct_values(row, lengths)
@@ -89,8 +89,8 @@ def test_edges_equal_upstream(case):
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if (GOLDEN[f"{case}/row"] >= 0).all()])
-def test_log1p_equals_upstream(case):
-    # upstream sums in float32; float64 sums differ by at most a rounding or two
+def test_log1p_equals_the_originals(case):
+    # The original sums in float32; sums in float64 differ by at most a rounding or two.
     row = GOLDEN[f"{case}/row"]
     np.testing.assert_allclose(
         log_normalize(row, np.array([0, len(row)])), GOLDEN[f"{case}/log10000"], rtol=3e-7, atol=1e-7
@@ -98,15 +98,15 @@ def test_log1p_equals_upstream(case):
 
 
 @pytest.mark.parametrize("right", [False, True])
-def test_all_cases_in_one_batch_are_the_cases_alone(right):
-    # integer and fractional cells together take the sorting path, integer cells alone the histogram: same bits
+def test_cases_in_one_batch_equal_each_case_alone(right):
+    # Integer and fractional cells together take the sorting path, integer cells alone the histogram: same bits.
     rows = [GOLDEN[f"{case}/row"] for case in CASES]
     values, offsets = join([*rows, np.zeros(0, np.float32)])
     for case, bins in zip(CASES, split(bin_expression(values, offsets, 51, right), offsets), strict=False):
         np.testing.assert_array_equal(bins, GOLDEN[f"{case}/bins51_right{int(right)}"], err_msg=case)
 
 
-@pytest.mark.skipif(not torch_is_as_recorded(), reason="this torch rounds quantiles otherwise than the original did")
+@pytest.mark.skipif(not torch_is_as_recorded(), reason="this torch rounds quantiles differently from the recording")
 @pytest.mark.parametrize(("num_bins", "right"), [(51, False), (51, True), (31, True), (7, False)])
 def test_bins_equal_torch_quantile_on_random_cells(num_bins, right):
     rows = random_rows(num_bins + right, 300)
@@ -119,13 +119,13 @@ def test_bins_equal_torch_quantile_on_random_cells(num_bins, right):
 def test_histogram_and_sorting_agree():
     rows = [row for i, row in enumerate(random_rows(5, 100)) if i % 5 == 0]  # small counts
     values, offsets = join(rows)
-    # one far outlier makes a histogram too large, so that the others go through the sort
+    # One far outlier makes the histogram too large, so that the other cells are sorted.
     outlier = np.array([2.0**23], dtype=np.float32)
     with_outlier = bin_expression(*join([outlier, *rows]))
     np.testing.assert_array_equal(with_outlier[1:], bin_expression(values, offsets))
 
 
-def test_the_company_and_the_order_of_cells_do_not_matter():
+def test_the_other_cells_and_their_order_do_not_matter():
     rows = random_rows(1, 60)
     values, offsets = join(rows)
     bins = split(bin_expression(values, offsets), offsets)
@@ -186,11 +186,11 @@ def test_log1p_of_cells_without_values():
 
 
 def test_products_and_sums_are_rounded_once() -> None:
-    """Against exact fractions; the last two numbers come out wrong where float64 rounds them first."""
+    """Results equal exact fractions; the last two would come out wrong if float64 rounded them first."""
     random = np.random.default_rng(0)
     a, b, c = random.standard_normal((3, 2000)) * 2.0 ** random.integers(-20, 20, (3, 2000))
-    # Just below the middle of two float32 numbers, by less than float64 can tell beside 1: it sees the middle itself,
-    # from which a second rounding goes to the even number above.
+    # This lies below the middle of two float32 numbers by less than float64 can resolve beside 1: float64 sees the
+    # middle itself, from which a second rounding goes to the even number above.
     a, b, c = np.append(a, [1 + 2**-15, -1 - 2**-15]), np.append(b, [(1 - 2**-15) / 2**24] * 2), np.append(c, [1, -1])
     c[-2:] *= 1 + 2**-23
     a, b, c = a.astype(np.float32), b.astype(np.float32), c.astype(np.float32)

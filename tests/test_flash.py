@@ -1,4 +1,4 @@
-"""Flash attention: its logic on a CPU, with a plain stand-in for the kernel, and the kernel itself on a GPU.
+"""Test flash attention: its logic on a CPU, with a plain stand-in for the kernel, and the kernel itself on a GPU.
 
 The tests marked `gpu` have never been run: there was no CUDA device where they were written.
 """
@@ -17,11 +17,11 @@ from tahoex1_hf import TahoeX1Config
 from tahoex1_hf.inference.ragged import ragged_forward
 
 CLOSE = 1e-5
-FLASH_SHAPES = ["plain", "drugs", "gqa_glu_post_mean"]  # the mask of the others is not flash attention's
+FLASH_SHAPES = ["plain", "drugs", "gqa_glu_post_mean"]  # flash attention has no mask like that of the others
 
 
 class PlainFlash:
-    """What the flash-attn package offers, one sequence after the other in plain torch; notes which entry was used."""
+    """The flash-attn package in plain torch, one sequence after the other; it records which function was used."""
 
     def __init__(self) -> None:
         self.calls: list[str] = []
@@ -62,7 +62,7 @@ class PlainFlash:
 
 @pytest.fixture
 def flash(monkeypatch: pytest.MonkeyPatch) -> Iterator[PlainFlash]:
-    """transformers' own flash code (unpadding, packing, padding back), with another kernel at the bottom."""
+    """Run transformers' own flash code (unpadding, packing, padding back) with the stand-in as its kernel."""
     kernel = PlainFlash()
 
     def lazy_imports(*args, **kwargs):
@@ -77,7 +77,7 @@ def flash(monkeypatch: pytest.MonkeyPatch) -> Iterator[PlainFlash]:
 
 def flash_model(config: TahoeX1Config) -> PreTrainedModel:
     model = tiny_model(config)
-    model.config._attn_implementation = "flash_attention_2"  # past the check for a GPU
+    model.config._attn_implementation = "flash_attention_2"  # bypasses the check for a GPU
     assert model.tahoe.layers[0].self_attn.config._attn_implementation == "flash_attention_2"
     return model
 
@@ -168,7 +168,7 @@ def test_the_restricted_mask_is_refused_only_with_targets(flash: PlainFlash) -> 
 
 @pytest.mark.parametrize("missing", ["cu_seq_lens_k", "max_length_q", "max_length_k"])
 def test_packed_rows_need_every_argument(flash: PlainFlash, missing: str) -> None:
-    # transformers would fall back to attention over the whole row, from cell to cell.
+    # transformers would fall back to attention over the whole row, across the borders of cells.
     model, row = flash_model(tiny_config()), packed(make_batch(tiny_config()))
     del row[missing]
     with pytest.raises(ValueError, match=missing):

@@ -1,4 +1,4 @@
-"""The model's numbers are those of the original program, on four checkpoints recorded from it."""
+"""The model gives the original program's numbers, on four checkpoints recorded from it."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,7 +39,7 @@ complete = pytest.mark.parametrize(
 
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The golden checkpoints, as the converter writes them."""
+    """Return the golden checkpoints as the converter writes them."""
     folder = tmp_path_factory.mktemp("converted")
     for variant in GOLDEN_VARIANTS:
         convert_original_folder(variant.checkpoint, folder / variant.name)
@@ -48,7 +48,7 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture
 def uncompiled() -> Iterator[None]:
-    """Flex attention compiles itself for every new shape; as plain torch it computes the same, at once."""
+    """Run flex attention as plain torch, which computes the same at once instead of compiling for every shape."""
     torch.compiler.set_stance("force_eager")
     yield
     torch.compiler.set_stance("default")
@@ -63,7 +63,7 @@ def load(converted: dict[str, Path]):
 
 
 def columns(ours: torch.Tensor, recorded: np.ndarray) -> torch.Tensor:
-    """Of a contextual embedding, what the recordings keep: every eighth number, or all."""
+    """Return the numbers of a contextual embedding that the recordings keep: every eighth, or all."""
     return ours[..., :: ours.shape[-1] // recorded.shape[-1]]
 
 
@@ -90,7 +90,7 @@ def compare_outputs(model: PreTrainedModel, variant: Variant, kind: str, complet
         base = model.tahoe(**batch)
     compared = batch["input_ids"] != model.config.pad_token_id
     if model.config.cell_pooling == "mean_with_padding":
-        compared = torch.ones_like(compared)  # there the embeddings of padding are part of the cell's
+        compared = torch.ones_like(compared)  # the embeddings of padding are part of such a cell's
     differences = {
         "cell": largest_difference(ours.pooler_output, recorded["cell_emb"]),
         "gene": largest_difference(
@@ -155,7 +155,7 @@ def test_intermediates(load, variant: Variant, attention: str, complete: bool) -
     assert len(layers) == num_layers
     ours = encoders | {f"layer{i}": layer for i, layer in enumerate(layers)}
     assert ours.keys() == recorded.keys()
-    for i in range(num_layers - 1):  # the last of hidden_states is after the final norm
+    for i in range(num_layers - 1):  # the last of hidden_states comes after the final norm
         assert torch.equal(hidden_states[i + 1], layers[i])
     assert torch.equal(hidden_states[-1], model.tahoe.norm(layers[-1]))
     compared = (batch["input_ids"] != model.config.pad_token_id)[cells]

@@ -1,4 +1,4 @@
-"""The tokenizer and the training collator give upstream's recorded collations, value for value."""
+"""The tokenizer and the training collator give the original's recorded collations, value for value."""
 
 import json
 
@@ -22,16 +22,16 @@ SETTINGS = {
 @pytest.mark.parametrize("by", ["tokenizer", "training collator"])
 @pytest.mark.parametrize("kind", SETTINGS)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_collations_equal_upstream(golden, variant, kind, by):
+def test_collations_equal_the_originals(golden, variant, kind, by):
     config = yaml.safe_load((golden / variant / "model" / "collator_config.yml").read_text())
     options = {"num_bins": config["num_bins"], "right_binning": config["right_binning"], **SETTINGS[kind]}
-    if options.pop("flip", False):  # the file of c, whose config bins to the right, is binned to the left
+    if options.pop("flip", False):  # the file of c is binned to the left, though its configuration bins to the right
         options["right_binning"] = not options["right_binning"]
     tokenizer = make(golden, variant, **options)
     drugs = None
     if variant == "b_3b_like_chem":
         names = json.loads((golden / variant / "examples_drugs.json").read_text())
-        # upstream reads an unknown drug as no drug; here it is an error
+        # The original reads an unknown drug as no drug; here it is an error.
         drugs = [name if name in tokenizer.drug_to_id else None for name in names]
     if by == "tokenizer":
         batch = tokenizer(examples(golden, variant), drugs=drugs, padding=True, return_tensors="np")
@@ -43,19 +43,19 @@ def test_collations_equal_upstream(golden, variant, kind, by):
     wanted = np.load(golden / variant / f"collate_{kind}.npz")
     special = 1 if drugs is None else 2
     for i, (genes, _) in enumerate(examples(golden, variant)):
-        # Wanted: upstream's row without padding ...
+        # Expected is the original's row without padding ...
         real = wanted["gene"][i] != tokenizer.pad_token_id
         ids, values = wanted["gene"][i][real], wanted["expr"][i][real]
         raw = wanted["expr_raw"][i][real]
-        # ... and without explicit zeros (example 1), which upstream keeps as genes of bin 1 and we drop by design
+        # ... and without explicit zeros (example 1), which the original keeps as genes of bin 1 and we drop by design.
         ids, values = ids[raw != 0], values[raw != 0]
         ours = batch["attention_mask"][i].sum()
         got_ids, got_values = batch["input_ids"][i][:ours], batch["expression_values"][i][:ours]
         if kind == "truncate":
-            # where upstream's 24 tokens hold zeros, ours hold genes that upstream cut off
+            # Where the original's 24 tokens hold zeros, ours hold genes that the original cut off.
             got_ids, got_values = got_ids[: len(ids)], got_values[: len(ids)]
         elif len(genes) + special > real.sum():
-            # b: the longest example loses its last gene upstream (fault 6), whose batch length forgets the drug token
+            # b: the original's batch length forgets the drug token, so its longest example loses the last gene.
             assert variant == "b_3b_like_chem"
             assert i == 2
             assert len(got_ids) == len(ids) + 1
@@ -71,7 +71,7 @@ def test_collations_equal_upstream(golden, variant, kind, by):
         np.testing.assert_array_equal(batch["drug_ids"], wanted["drug_ids"])
 
 
-def test_first_gene_raw_equals_upstream_without_drugs(golden):
+def test_first_gene_raw_equals_the_original_without_drugs(golden):
     wanted = np.load(golden / "b_3b_like_chem" / "collate_bin_nochem.npz")
     cells = examples(golden, "b_3b_like_chem")
     batch = make(golden, "b_3b_like_chem", first_gene_raw=True)(cells, padding=True, return_tensors="np")
@@ -100,7 +100,7 @@ def test_first_gene_raw_leaves_drug_cells_alone_and_survives_sampling(golden):
 
 
 @pytest.mark.parametrize("variant", VARIANTS[:2])
-def test_match_genes_equals_upstream(golden, variant):
+def test_match_genes_equals_the_original(golden, variant):
     var = ad.read_h5ad(golden / variant / "adata.h5ad").var
     match = make(golden, variant).match_genes(var["ensembl_id"])
     np.testing.assert_array_equal(match.token_ids, var["id_in_vocab"])

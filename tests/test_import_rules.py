@@ -1,4 +1,4 @@
-"""Which part of the package may import which: every arrow points down, and there are no circles."""
+"""Imports between the parts of the package point down, and there are no circles."""
 
 import ast
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "tahoex1_hf"
 HUB_FILES = "configuration_tahoe_x1 modeling_tahoe_x1 packing_tahoe_x1 observed_attention_tahoe_x1 encoding_tahoe_x1"
 MODEL = {*HUB_FILES.split(), "tokenization_tahoe_x1"}
 
-# What each part may import beside itself.
+# The parts that each part may import beside itself.
 ALLOWED: dict[str, set[str]] = {
     "model": set(),
     "common": set(),
@@ -28,13 +28,13 @@ ALLOWED["cli"] = {*ALLOWED, "cli"}
 
 
 def part_of(module: str) -> str:
-    """The part that a module belongs to: a folder, or `model` for the files that travel to the Hub."""
+    """Return the part that a module belongs to: a folder, or `model` for the files that travel to the Hub."""
     first = module.split(".")[1] if "." in module else ""
     return "model" if first in MODEL else first
 
 
 def imported(path: Path) -> Iterator[str]:
-    """Every module of the package that a file imports, at its top or in a function."""
+    """Yield every module of the package that a file imports, at its top or in a function."""
     here = ".".join(["tahoex1_hf", *path.relative_to(PACKAGE).with_suffix("").parts])
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -45,7 +45,7 @@ def imported(path: Path) -> Iterator[str]:
             yield from (f"{module}.{name.name}" for name in node.names)
 
 
-# The package's own front door, which names everything, and its version.
+# The package's `__init__`, which names everything, and its version.
 FRONT = {"__init__", "__main__"}
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if str(path.relative_to(PACKAGE).with_suffix("")) not in FRONT)
 

@@ -1,4 +1,4 @@
-"""Where tests lie, and the house rules of CONTRIBUTING.md that a machine can check."""
+"""Tests lie in the right files, and the house rules of CONTRIBUTING.md that a machine can check hold."""
 
 import ast
 import re
@@ -12,7 +12,7 @@ PACKAGE, TESTS = ROOT / "tahoex1_hf", ROOT / "tests"
 FOLDERS = ("tahoex1_hf", "tests", "benchmarks", "conversion", "examples", "model_cards")
 LONGEST_FILE, LONGEST_FUNCTION = 600, 60
 
-# Modules that no test file is named after, below the file that tests them: its subject is larger than one module.
+# Modules without a test file of their name, listed under the file that tests them: it covers more than one module.
 TESTED_IN: dict[str, set[str]] = {
     "cells/test_opening.py": {
         "cells/compilation",
@@ -133,7 +133,7 @@ def modules() -> set[str]:
 
 
 def test_every_module_has_its_tests() -> None:
-    """In the folder and by the name that mirror its own, or in the file that `TESTED_IN` names."""
+    """A module's tests are in the file that mirrors its folder and name, or in the file that `TESTED_IN` names."""
     own = {name for name in modules() if (TESTS / name).with_name(f"test_{Path(name).name}.py").is_file()}
     listed = [name for names in TESTED_IN.values() for name in names]
     assert len(listed) == len(set(listed))
@@ -176,7 +176,7 @@ ARGUMENT = re.compile(r"^(?P<name>\*{0,2}\w+)( \([^)]*\))?: (?P<text>.*)$")
 
 
 def argument_texts(docstring: str) -> Iterator[tuple[str, str]]:
-    """Yield the names and first lines of what a docstring's sections Args and Attributes list."""
+    """Yield the names and first lines of the entries in a docstring's sections Args and Attributes."""
     listing = False
     for line in docstring.splitlines():
         if re.match(r"\s*(Args|Attributes):$", line):

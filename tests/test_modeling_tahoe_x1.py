@@ -1,4 +1,4 @@
-"""The model as a transformers model: its arguments, outputs, files and initial weights; and PEFT on it."""
+"""Test the model as a transformers model: its arguments, outputs, files and initial weights; and PEFT on it."""
 
 from pathlib import Path
 from typing import Any
@@ -70,7 +70,7 @@ def test_shapes_that_do_not_agree(name: str) -> None:
 
 
 def test_four_dimensional_masks_are_refused() -> None:
-    # transformers hands them to the backends as they are, which each backend reads differently.
+    # transformers hands them to the backends unchanged, and each backend reads them differently.
     batch = make_batch(tiny_config())
     with pytest.raises(ValueError, match="attention_mask has shape"):
         tiny_model(tiny_config())(**batch | {"attention_mask": torch.ones(4, 1, 14, 14, dtype=torch.bool)})
@@ -111,7 +111,7 @@ def test_counting_padding_needs_padding() -> None:
 
 
 @every_shape
-def test_what_comes_back(shape: str) -> None:
+def test_outputs(shape: str) -> None:
     config = tiny_config(**SHAPES[shape])
     model, batch = tiny_model(config), make_batch(config)
     base = model.tahoe(**without_labels(batch))
@@ -163,7 +163,7 @@ def test_some_hidden_states() -> None:
 
 @every_class
 @every_shape
-def test_saved_is_loaded(model_class: type, shape: str, tmp_path: Path) -> None:
+def test_saved_models_load_unchanged(model_class: type, shape: str, tmp_path: Path) -> None:
     config = tiny_config(**SHAPES[shape], num_labels=3)
     model, batch = tiny_model(config, model_class), make_batch(config, targets=False)
     model.save_pretrained(tmp_path)
@@ -241,7 +241,7 @@ def test_initial_weights(model_class: type, shape: str) -> None:
 
 @every_shape
 def test_no_weight_is_left_uninitialised(shape: str, tmp_path: Path) -> None:
-    # from_pretrained builds on the meta device: what neither the file nor _init_weights fills would be random memory.
+    # from_pretrained builds on the meta device: weights that neither the file nor _init_weights fills would be random.
     config = tiny_config(**SHAPES[shape])
     with torch.device("meta"):
         model = TahoeX1ForPreTraining(config)

@@ -1,4 +1,4 @@
-"""Attention to observed tokens and oneself: equal to masked attention, in its gradients too."""
+"""Attention to observed tokens and to the token itself equals masked attention, in its gradients too."""
 
 from typing import Any
 
@@ -38,7 +38,7 @@ def some_observed(lengths: list[int], share: float = 0.5) -> torch.Tensor:
 
 
 def masked(tokens: Tensors, lengths: list[int], observed: torch.Tensor) -> torch.Tensor:
-    """The same by masks, cell by cell."""
+    """Compute the same by masks, cell by cell."""
     outputs = []
     for (q, k, v), seen in zip(
         zip(*(tensor.split(lengths, dim=1) for tensor in tokens), strict=True), observed.split(lengths), strict=True
@@ -86,7 +86,7 @@ def test_as_precise_as_masks(dtype: torch.dtype, scale: float) -> None:
 
 
 @pytest.mark.parametrize("heads", [HEADS, 2])
-def test_rows_choose_by_length(heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_rows_choose_this_attention(heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packing_tahoe_x1, "SHORTEST_WITH_OBSERVED_KEYS", 16)
     lengths = [40, 16, 16, 15, 3]
     tokens, observed = some_tokens(90, heads=heads), some_observed(lengths)

@@ -1,4 +1,4 @@
-"""A cell's result depends on nothing but the cell: not on its batch, the padding, the order, or what it hides."""
+"""A cell's result depends on the cell alone: not on its batch, the padding, the order, or its hidden values."""
 
 import math
 from collections.abc import Iterator
@@ -32,7 +32,7 @@ every_shape = pytest.mark.parametrize("shape", SHAPES)
 
 @pytest.fixture
 def uncompiled() -> Iterator[None]:
-    """Flex attention compiles itself for every new shape; as plain torch it computes the same, at once."""
+    """Run flex attention as plain torch, which computes the same at once instead of compiling for every shape."""
     torch.compiler.set_stance("force_eager")
     yield
     torch.compiler.set_stance("default")
@@ -86,7 +86,7 @@ def test_packed_gene_classification(shape: str) -> None:
     valid = batch["attention_mask"].bool()
     labels = torch.randint(0, 3, valid.shape, generator=torch.Generator().manual_seed(0))
     labels[torch.rand(valid.shape, generator=torch.Generator().manual_seed(1)) < 0.5] = -100
-    labels[~valid] = 1  # padding has no label, whatever stands there
+    labels[~valid] = 1  # labels of padding do not count, whatever they are
     with torch.no_grad():
         padded, ours = model(**batch, labels=labels), model(**packed(batch | {"labels": labels}))
     assert padded.logits.shape == (*valid.shape, 3)
@@ -181,7 +181,7 @@ def test_padding_may_hold_anything(shape: str, attention: str, fill: float) -> N
 
 @pytest.mark.parametrize("fill", [0.0, 1e30, math.nan])
 @every_shape
-def test_what_is_hidden_is_not_read(shape: str, fill: float) -> None:
+def test_hidden_values_are_not_read(shape: str, fill: float) -> None:
     config = tiny_config(**SHAPES[shape])
     model, batch = tiny_model(config), make_batch(config)
     changed = batch | {
@@ -197,7 +197,7 @@ def test_what_is_hidden_is_not_read(shape: str, fill: float) -> None:
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_the_values_that_are_not_hidden_are_read() -> None:
+def test_other_values_are_read() -> None:
     config = tiny_config()
     model, batch = tiny_model(config), make_batch(config)
     observed = batch["attention_mask"].bool() & ~batch["target_mask"] & (batch["expression_values"] > 0)
@@ -232,7 +232,7 @@ def test_without_a_padding_token_every_position_counts() -> None:
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @every_shape
 def test_a_row_of_padding_alone(shape: str, attention: str) -> None:
-    # As when the last batch is filled up to a fixed size.
+    # This happens where the last batch is filled up to a fixed size.
     config = tiny_config(**SHAPES[shape])
     model, batch = tiny_model(config, attention=attention), make_batch(config)
     empty: dict[str, Any] = {name: torch.zeros_like(tensor[:1]) for name, tensor in batch.items()}

@@ -1,4 +1,4 @@
-"""The model from files alone: loaded with `trust_remote_code` where the package is not installed. And import cost."""
+"""The model loads with `trust_remote_code` where the package is not installed, and the package imports cheaply."""
 
 import json
 import os
@@ -40,7 +40,7 @@ AUTO_CLASSES = {
 
 @pytest.fixture
 def registered(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What writing a folder for the Hub needs: the classes copy their files when they are saved."""
+    """Register the classes, so that they copy their files when they are saved into a folder for the Hub."""
     for auto_class, model_class in (("AutoConfig", TahoeX1Config), *AUTO_CLASSES.items()):
         monkeypatch.setattr(model_class, "_auto_class", None, raising=False)
         model_class.register_for_auto_class(auto_class)

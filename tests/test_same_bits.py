@@ -25,7 +25,7 @@ from tahoex1_hf.inference.ragged import ragged_forward
 from tahoex1_hf.packing_tahoe_x1 import CellLayout
 from tahoex1_hf.training.metrics import batch_sums
 
-REPETITIONS = {1: 3, 2: 20, 3: 20}  # by threads: one has nobody to race with
+REPETITIONS = {1: 3, 2: 20, 3: 20}  # by number of threads: a single thread has none to race with
 # 610 tokens of 64 numbers are more than one thread's share. Two threads meet in the second cell, three in the first
 # and the third. The second is long enough to attend to its observed tokens alone.
 LENGTHS = (210, 260, 110, 30)
@@ -42,7 +42,7 @@ Run = Callable[[], Results]
 @pytest.fixture(scope="module", autouse=True)
 def busy_neighbour() -> Iterator[None]:
     """Keep a core busy beside the tests, so that their threads do not run in step."""
-    # It ends by itself where the tests are killed.
+    # The neighbour ends by itself where the tests are killed.
     script = "import os\nparent = os.getppid()\nwhile os.getppid() == parent: pass"
     neighbour = subprocess.Popen([sys.executable, "-S", "-c", script])
     yield
@@ -109,7 +109,7 @@ def test_heads(task: str, threads: int) -> None:
 
 def test_sums_of_an_evaluation(threads: int) -> None:
     config = tiny_config(**SIZES)
-    # Rank correlations go over all targets: many of them, so that their sums are shared out.
+    # Rank correlations go over all targets; there are many, so that threads share their sums.
     batch = packed(make_batch(config, LENGTHS * 120))
     generator = torch.Generator().manual_seed(0)
     shape = batch["input_ids"].shape
@@ -138,7 +138,7 @@ def test_inference_without_padding(wanted: str, threads: int) -> None:
 
 
 def test_an_operation_that_adds_in_any_order_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Indexing by the cell of each token, as it was once: its backward pass adds with atomic operations."""
+    """Indexing by the cell of each token, as the code once did, adds with atomic operations in its backward pass."""
     monkeypatch.setattr(CellLayout, "per_token", lambda layout, vectors: vectors[layout.token_cells])
     before = torch.get_num_threads()
     torch.set_num_threads(2)

@@ -1,4 +1,4 @@
-"""Every refusal and every warning of the cell tokenizer says what is wrong and what to do."""
+"""Every error and every warning of the cell tokenizer says what is wrong and what to do."""
 
 import json
 import logging
@@ -129,7 +129,7 @@ def test_no_token_can_be_added(tokenizer):
     assert len(tokenizer) == 604
 
 
-# What is handed in --------------------------------------------------------------------------------
+# Inputs -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("cells", ["some text", ["two", "texts"], None, {"a": 1}, [[0, 1, 2]], [1, 2], 5])
@@ -226,7 +226,7 @@ def test_symbols(tokenizer, ids):
 
 
 def test_symbols_among_ensembl_ids(tokenizer, ids):
-    # Ensembl's own symbol columns hold the id where a gene has no symbol
+    # Ensembl's own symbol columns hold the id where a gene has no symbol.
     with pytest.raises(ValueError, match=r"2 of 5 genes .*look like gene symbols"):
         tokenizer.match_genes([*ids[:2], "TP53", "GAPDH", "MYC"])
     assert tokenizer.match_genes([*ids[:3], "ERCC-00002", "GFP"]).num_matched == 3
@@ -265,7 +265,7 @@ def test_other_unknown_genes(tokenizer, ids):
         tokenizer.match_genes("ENSG00000000003")
 
 
-def test_places_of_an_anndata_that_are_not_there(tokenizer, adata):
+def test_missing_parts_of_an_anndata(tokenizer, adata):
     adata.layers["spliced"] = adata.X
     with pytest.raises(ValueError, match=r"layer='counts' is not in adata.layers: it has \['spliced'\]"):
         tokenizer(adata, layer="counts")
@@ -335,7 +335,7 @@ def test_refused_counts(vocab_file, counts, ids, form, value, message, value_enc
         tokenizer([(ids, counts[5])])
 
 
-def test_counts_of_unknown_genes_are_not_looked_at(tokenizer, counts, ids):
+def test_counts_of_unknown_genes_are_not_checked(tokenizer, counts, ids):
     counts[0, 0] = np.nan
     assert tokenizer(counts, gene_ids=["unknown", *ids[1:]])
 
@@ -362,7 +362,7 @@ def test_refused_counts_of_an_anndata_name_the_raw_ones(tokenizer, adata):
 
 
 @pytest.mark.parametrize("value_encoding", ["bins", "log1p", "raw"])
-def test_log_normalised_values_are_one_warning(vocab_file, adata, log, monkeypatch, value_encoding):
+def test_log_normalised_values_give_one_warning(vocab_file, adata, log, monkeypatch, value_encoding):
     monkeypatch.setattr("tahoex1_hf.tokenization_tahoe_x1._CHUNK_ELEMENTS", 40)  # two cells at a time
     tokenizer = TahoeX1Tokenizer(vocab_file, value_encoding=value_encoding)
     adata.layers["counts"] = adata.X.copy()
@@ -376,7 +376,7 @@ def test_log_normalised_values_are_one_warning(vocab_file, adata, log, monkeypat
     assert 'Raw counts seem to be in layer="counts": pass that' in log.text
 
 
-def test_other_fractions_are_a_warning_too(tokenizer, counts, ids, log):
+def test_other_fractions_give_a_warning_too(tokenizer, counts, ids, log):
     tokenizer(counts + 0.5, gene_ids=ids)
     assert "the values are not integers. The models were trained on raw counts" in log.text
     log.clear()
@@ -384,6 +384,6 @@ def test_other_fractions_are_a_warning_too(tokenizer, counts, ids, log):
     assert not log.records
 
 
-def test_csc_is_a_warning(tokenizer, counts, ids, log):
+def test_csc_gives_a_warning(tokenizer, counts, ids, log):
     tokenizer(sp.csc_matrix(counts), gene_ids=ids)
     assert "The matrix is CSC (by gene) and is converted to CSR" in log.text

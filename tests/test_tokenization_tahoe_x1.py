@@ -1,4 +1,4 @@
-"""The cell tokenizer: every way to hand in cells, sampling, drugs, saving and padding."""
+"""Test the cell tokenizer: every way to hand in cells, sampling, drugs, saving and padding."""
 
 import json
 import logging
@@ -31,7 +31,7 @@ def tokens_of(tokenizer):
 
 
 def same(one, other):
-    """Two encodings hold the same cells."""
+    """Assert that two encodings hold the same cells."""
     for name in ("input_ids", "expression_values", "offsets", "cell_numbers", "empty_cells"):
         np.testing.assert_array_equal(getattr(one, name), getattr(other, name), err_msg=name)
     np.testing.assert_array_equal(one.drug_ids, other.drug_ids)
@@ -95,7 +95,7 @@ def test_pairs_backed_files_and_stored_disorder_give_the_same_cells(golden, adat
         same_batch(tokenizer(backed, gene_id_column="ensembl_id"), wanted)
         backed.file.close()
 
-    # columns within a row in any order, explicit zeros, entries stored in two parts
+    # Columns within a row in any order, explicit zeros, entries stored in two parts.
     rng = np.random.default_rng(0)
     coo = adata.X.tocoo()
     rows = np.concatenate([coo.row, coo.row, [0, 0]])
@@ -129,7 +129,7 @@ def test_pieces_give_the_same_cells(golden, monkeypatch, caplog):
 
 @pytest.mark.parametrize("dtype", ["uint8", "uint16", "uint64", "int8", "int64", "float16", "float64", "bool"])
 def test_count_types(tokenizer, dtype):
-    # unsigned counts must not wrap the -2 of special tokens around (upstream's fault 8)
+    # Unsigned counts must not wrap the -2 of special tokens around, as they do in the original.
     dense = np.random.default_rng(0).integers(0, 2 if dtype == "bool" else 100, (5, 40))
     ids = tokens_of(tokenizer)[:40]
     wanted = tokenizer(dense.astype(np.float32), gene_ids=ids)
@@ -223,14 +223,14 @@ def test_duplicate_genes_are_added_up_at_the_first_place(golden, value_encoding)
     counts = np.array([[0, 2, 5, 3], [1, 2, 5, 3], [0, 0, 5, 0]])
     names = [a + ".1", b, c, a + ".2"]
     vocabulary = tokenizer.get_vocab()
-    # in cell 0 only the second column of gene a is expressed: its place is still that of the first
+    # In cell 0 only the second column of gene a is expressed; the gene still takes the place of the first column.
     wanted = [([a, b, c], [3, 2, 5]), ([a, b, c], [4, 2, 5]), ([c], [5])]
     batch = tokenizer(wanted)
     for matrix in (counts, sp.csr_matrix(counts), sp.csc_matrix(counts)):
         same_batch(tokenizer(matrix, gene_ids=names), batch)
     same_batch(tokenizer(counts, gene_ids=["x", b, c, "y"], gene_symbols={"x": a, "y": a}), batch)
     assert batch["input_ids"][0] == [tokenizer.cls_token_id, *(vocabulary[gene] for gene in (a, b, c))]
-    # within a pair the first mention is the place
+    # Within a pair, a gene takes the place of its first mention.
     same_batch(tokenizer([([a, b, c, a + ".7"], [1, 2, 5, 2])]), tokenizer([([a, b, c], [3, 2, 5])]))
 
 
@@ -248,7 +248,7 @@ def test_values_are_encoded_over_the_known_genes_of_the_whole_cell(golden):
         assert [value_of[token] for token in sampled["input_ids"][i]] == sampled["expression_values"][i]
 
 
-# Longer cells than the context --------------------------------------------------------------------
+# Cells longer than the context --------------------------------------------------------------------
 
 
 def test_overflow_keeps_order_and_length(golden, adata):
@@ -293,7 +293,7 @@ def test_sampling_depends_on_seed_and_cell_number_alone(golden, adata):
     assert (tokenizer.encode_counts(adata.X, genes, seed=4).input_ids != whole.input_ids).any()
     twice = tokenizer.encode_counts(adata.X[[0, 0]], genes)
     assert (np.diff(twice.input_ids.reshape(2, -1), axis=0) != 0).any()
-    # and the other order of the columns samples the same genes
+    # The reverse order of the columns samples the same genes.
     mirrored = tokenizer.encode_counts(adata.X[:, ::-1], tokenizer.match_genes(adata.var["ensembl_id"][::-1]), seed=3)
     for a, b in zip(
         np.split(mirrored.input_ids, mirrored.offsets[1:-1]),
@@ -413,7 +413,7 @@ def test_drugs_of_an_anndata(golden):
     assert tokenizer(adata, gene_id_column="ensembl_id", drugs=adata.obs["treatment"])["drug_ids"] == [1, 0, 3, 1]
 
 
-# A tokenizer like others --------------------------------------------------------------------------
+# Behaving like other tokenizers -------------------------------------------------------------------
 
 OPTIONS = {
     "value_encoding": "log1p",
@@ -478,7 +478,7 @@ def test_a_vocabulary_without_end_token(tmp_path):
         assert tok([(["ENSG00000000001"], [3])])["input_ids"] == [[2, 1]]
 
 
-def test_what_comes_back(tokenizer, adata):
+def test_outputs(tokenizer, adata):
     lists = tokenizer(adata[:4], gene_id_column="ensembl_id")
     lengths = [len(ids) for ids in lists["input_ids"]]
     assert len(set(lengths)) > 1
@@ -538,7 +538,7 @@ def test_data_collator_with_padding(golden):
     assert fixed["input_ids"].shape == (6, 104)
     assert torch.equal(fixed["expression_values"][:, 100:], torch.full((6, 4), -2.0))
     assert torch.equal(tokenizer.pad(lists, return_tensors="pt")["input_ids"], wanted["input_ids"])
-    # already padded features keep their mask
+    # Features that are already padded keep their mask.
     again = tokenizer.pad(tokenizer(cells, padding=True), padding="max_length", max_length=80, return_tensors="pt")
     assert torch.equal(again["attention_mask"].sum(1), wanted["attention_mask"].sum(1) - 1)
 

@@ -1,4 +1,4 @@
-"""What importing the package tells OpenMP about threads that wait."""
+"""Importing the package tells OpenMP to let waiting threads sleep."""
 
 import os
 import subprocess
@@ -16,7 +16,7 @@ FIRST = {
     ("first", "given", "expected"),
     [("nothing", None, "PASSIVE"), ("nothing", "ACTIVE", "ACTIVE"), ("torch", None, None)],
 )
-def test_they_sleep_unless_one_asked_otherwise_or_it_is_too_late(
+def test_threads_sleep_unless_the_user_asked_otherwise_or_it_is_too_late(
     first: str, given: str | None, expected: str | None
 ) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}

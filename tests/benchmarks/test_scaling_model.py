@@ -1,4 +1,4 @@
-"""Memory formulas against what autograd and a process really take; docs/scaling.md against its arithmetic."""
+"""Compare memory formulas with what autograd and a process really take, and docs/scaling.md with its arithmetic."""
 
 import json
 import os
@@ -42,12 +42,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "decoder": {"expression_decoder_layers": 3, "cell_decoder_act": "gelu"},
     "bare": {"gene_encoder_norm": False, "expression_encoder_norm": False, "expression_encoder_dropout": 0.0},
 }
-# On a CPU, without autocast, as FSDP2 computes on GPUs.
+# What FSDP2 computes on GPUs, here on a CPU without autocast.
 CPU_ALL_BF16 = replace(GPU_FSDP2, cuda=False, output_copied=True, dense_mask=True)
 
 
 def kept(config: TahoeX1Config, precision: Precision, cells: int, length: int) -> float:
-    """Bytes of all storages that autograd keeps, weights left out."""
+    """Return the bytes of all storages that autograd keeps, without the weights."""
     model = training_model(config, precision)
     weights = {p.untyped_storage()._cdata for p in model.parameters()}
     seen: dict[int, torch.UntypedStorage] = {}
@@ -68,7 +68,7 @@ def kept(config: TahoeX1Config, precision: Precision, cells: int, length: int) -
 
 @pytest.mark.parametrize("precision", [CPU_FLOAT32, CPU_BF16, CPU_ALL_BF16], ids=["float32", "autocast", "bf16"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_kept_bytes_are_those_of_autograd(variant: str, precision: Precision) -> None:
+def test_kept_bytes_equal_autograds(variant: str, precision: Precision) -> None:
     config = tiny_config(hidden_size=64, vocab_size=200, **VARIANTS[variant])
     for length in (64, 160, 288):  # with masks, and from 256 on with the observed keys alone
         per_cell, fixed = line(lambda cells, length=length: kept(config, precision, cells, length), 2, 4)
@@ -78,17 +78,17 @@ def test_kept_bytes_are_those_of_autograd(variant: str, precision: Precision) ->
 
 
 def float32_norm(x: torch.Tensor, *args: Any, norm: Any = functional.layer_norm, **kwargs: Any) -> torch.Tensor:
-    """As under autocast on CUDA, where layer_norm is among the operations that are done in float32."""
+    """Compute layer_norm in float32, as autocast on CUDA does."""
     return norm(x.float() if torch.is_autocast_enabled("cpu") else x, *args, **kwargs)
 
 
 def byte_dropout(x: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
-    """As on CUDA, where dropout keeps a bool for each number."""
+    """Keep a bool for each number, as dropout on CUDA does."""
     return torch.native_dropout(x, p, training)[0]
 
 
 def one_run(self: PackedAttention, query: Any, key: Any, value: Any, scaling: float) -> tuple[torch.Tensor, None]:
-    """As flash attention, whose output needs no new layout."""
+    """Stand for flash attention, whose output needs no new layout."""
     assert self.runs is not None
     ((cells, _),) = self.runs
     q, k, v = (tensor[0].unflatten(1, (cells, -1)).transpose(0, 1) for tensor in (query, key, value))
@@ -101,7 +101,7 @@ def one_run(self: PackedAttention, query: Any, key: Any, value: Any, scaling: fl
 def test_kept_bytes_of_the_real_shapes(
     model: scaling_plan.Model, precision: Precision, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The planned models at their own size and context, with CUDA's rules; tensors without memory."""
+    """The planned models have their own size and context and follow CUDA's rules; their tensors have no memory."""
     length = model.context
     config = TahoeX1Config(**{**model.config.to_diff_dict(), "attention_mask_style": "full"})
     monkeypatch.setattr(functional, "layer_norm", float32_norm)
@@ -122,7 +122,7 @@ def test_kept_bytes_of_the_real_shapes(
 
 
 class Alive(TorchDispatchMode):
-    """Finds the storages that are made and still there."""
+    """Find the storages that were made and are still there."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -142,7 +142,7 @@ class Alive(TorchDispatchMode):
 
 
 def test_checkpointing_keeps_the_layers_inputs() -> None:
-    """Hooks do not see them: what is alive after the forward pass is counted."""
+    """Hooks do not see these inputs, so the test counts what is alive after the forward pass."""
     config = tiny_config(hidden_size=64, vocab_size=200, num_hidden_layers=6)
 
     def alive(cells: int, checkpointing: bool) -> float:
@@ -161,8 +161,8 @@ def test_checkpointing_keeps_the_layers_inputs() -> None:
 
 
 @pytest.mark.parametrize("precision", [CPU_FLOAT32, CPU_BF16], ids=["float32", "autocast"])
-def test_largest_microbatch_is_foreseen(precision: Precision) -> None:
-    """The same limit, measured by a pass and computed from the configuration: never more, nor much less."""
+def test_largest_microbatch_is_predicted(precision: Precision) -> None:
+    """The limit computed from the configuration is never above the one measured by a pass, nor far below it."""
     config = tiny_config(hidden_size=64, vocab_size=200, attention_mask_style="observed_or_self")
     model, pass_memory = training_model(config, precision), PassMemory(torch.device("cpu"))
     states = memory.states(config, precision, "one")
@@ -184,10 +184,10 @@ def test_largest_microbatch_is_foreseen(precision: Precision) -> None:
     [(GPU_AUTOCAST, False, 1.15), (GPU_FSDP2, True, 1.3)],
     ids=["autocast", "bf16-checkpointing"],
 )
-def test_passes_need_no_more_than_is_said(
+def test_passes_need_no_more_than_predicted(
     precision: Precision, checkpointing: bool, most: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """torch's MemTracker on tensors without memory, with CUDA's rules: peak of the second micro-batch of a step."""
+    """torch's MemTracker gives the peak of a step's second micro-batch, on tensors without memory, by CUDA's rules."""
     config = TahoeX1Config(vocab_size=1000, hidden_size=256, num_hidden_layers=4, num_attention_heads=4)
     cells, length = 32, 256
     monkeypatch.setattr(functional, "layer_norm", float32_norm)
@@ -206,7 +206,7 @@ def test_passes_need_no_more_than_is_said(
                 loss(model, precision, cells, length).backward()
         peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
     parameters = memory.count_parameters(config)
-    # Weights, gradients and a second one of the table, here all in the type of the weights; and autocast's copies.
+    # Weights, gradients, a second gradient of the table, all in the type of the weights here; and autocast's copies.
     fixed = (
         precision.weights * (2 * parameters.total + parameters.table) + 2 * parameters.matrices * precision.autocast
     )
@@ -241,8 +241,8 @@ print(json.dumps(peaks[1:]))
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_memory_of_a_real_run() -> None:
-    """The 70M shape in float32, two micro-batches, one of 4 x 256 tokens: never more than said, nor much less."""
-    # Freed arrays go back to the system at once, so that what is resident is what is used.
+    """The 70M shape in float32 with two micro-batches, one of 4 x 256 tokens, needs about as much as predicted."""
+    # Freed arrays go back to the system at once, so that resident memory equals used memory.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
     run = subprocess.run(
         [sys.executable, "-c", PEAK], capture_output=True, text=True, env=environment, check=False, timeout=PATIENCE
@@ -260,7 +260,7 @@ def test_memory_of_a_real_run() -> None:
 
 def test_parameters_are_counted_without_memory() -> None:
     found = memory.count_parameters(TahoeX1Config())
-    assert found.total == 70_996_993  # upstream's facts
+    assert found.total == 70_996_993  # as the original counts them
     assert found.table == 62720 * 512
     assert found.table + 12 * found.layer + found.rest == found.total
     config = tiny_config()
@@ -279,7 +279,7 @@ def test_bytes_of_states() -> None:
         sharded = memory.states(config, GPU_FSDP2, "fsdp2", shards)
         assert sharded.total - sharded.copies == pytest.approx(16 * total / shards)
         several = memory.states(config, GPU_FSDP2, "fsdp2", shards, accumulate=True)
-        # Weights of two units and the root; gradients of a unit and the root; a unit's in float32.
+        # Weights of two units and the root; gradients of a unit and the root; gradients of a unit in float32.
         assert sharded.copies == 2 * (2 * table + rest) + 2 * (table + rest) + 4 * table
         assert several.copies - sharded.copies == 4 * table / shards
     with pytest.raises(ValueError, match="shards=8: ddp keeps whole weights"):
@@ -287,12 +287,12 @@ def test_bytes_of_states() -> None:
 
 
 def test_fsdp2_has_the_types_that_are_counted() -> None:
-    """The trainer's policy, on fully_shard itself: bfloat16 for weights in use, gradients in float32 in every pass."""
+    """Under the trainer's policy fully_shard uses weights in bfloat16 and adds gradients in float32 in every pass."""
     plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
     plugin.set_mixed_precision("bf16")
     policy = only_computing(plugin.mixed_precision_policy)
     assert (policy.param_dtype, policy.reduce_dtype) == (torch.bfloat16, torch.float32)
-    alone = not dist.is_initialized()  # another test may have left a group, of this process too
+    alone = not dist.is_initialized()  # another test may have left a process group in this process
     if alone:
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
@@ -322,11 +322,11 @@ def test_fsdp2_has_the_types_that_are_counted() -> None:
 # Time ---------------------------------------------------------------------------------------------------
 
 
-def test_published_utilisation_is_met_by_the_model_it_is_taken_for() -> None:
+def test_published_utilisation_is_met_by_the_model_that_it_was_measured_on() -> None:
     model, assumptions = scaling_plan.models()[2], scaling_plan.assumptions()
     plan = plan_step(model.config, model.context, model.global_batch, 8, "fsdp2", assumptions)
     assert plan is not None
-    # Weights are read anew for each micro-batch, which the published figure is not divided for.
+    # Weights are read anew for each micro-batch, which the published figure does not take into account.
     assert 0.42 < plan.flops / (plan.compute * H100.peak) <= 0.43
     assert plan.utilisation < 0.43
     with pytest.raises(ValueError, match=r"utilisation=0.99: with passes=4.0 no rate"):
@@ -357,7 +357,7 @@ def test_plan_keeps_to_its_limits() -> None:
 
 
 def test_communication_by_hand() -> None:
-    """DDP of the 70M shape on 8 GPUs, nothing hidden: an all-reduce of float32 gradients over NVLink."""
+    """DDP of the 70M shape on 8 GPUs all-reduces float32 gradients over NVLink, with nothing hidden behind compute."""
     model = scaling_plan.models()[0]
     nothing = Assumptions(matrix_share=0.5, overlap=0.0)
     plan = plan_step(model.config, 1024, 4800, 8, "ddp", nothing)
@@ -384,10 +384,10 @@ def test_communication_by_hand() -> None:
 # The document -------------------------------------------------------------------------------------------
 
 
-def test_document_is_what_is_computed() -> None:
+def test_document_holds_the_computed_tables() -> None:
     text = scaling_plan.DOCUMENT.read_text(encoding="utf-8")
     assert scaling_plan.filled(text) == text, "run: python -m benchmarks.scaling_plan"
-    # The figure that the text repeats for the model that is ours.
+    # The text repeats this figure for our own model.
     assert f"{memory.count_parameters(scaling_plan.models()[3].config).total:,}" in text
     with pytest.raises(ValueError, match="has tables"):
         scaling_plan.filled("")
@@ -399,13 +399,13 @@ def test_picture_is_drawn(tmp_path: Path) -> None:
 
 
 def planned(number: int, devices: int, strategy: memory.Strategy, **changes: Any) -> Any:
-    """Plan of a model of the document, or None where it does not fit."""
+    """Return the plan of one of the document's models, or None where the model does not fit."""
     model = scaling_plan.models()[number]
     arguments = (model.config, model.context, model.global_batch, devices, strategy, scaling_plan.assumptions())
     return plan_step(*arguments, **changes)
 
 
-def test_what_the_text_says() -> None:
+def test_figures_in_the_text() -> None:
     assert planned(0, 64, "ddp").device_hours(266e6) / 64 == pytest.approx(1.1, abs=0.05)
     tiny_step = planned(0, 512, "fsdp2")
     assert tiny_step.cells == 9
@@ -430,7 +430,7 @@ def test_what_the_text_says() -> None:
 
 
 class Count(TorchDispatchMode):
-    """Operations that are more than views."""
+    """Count the operations that are more than views."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -444,7 +444,7 @@ class Count(TorchDispatchMode):
 
 @pytest.mark.parametrize(("precision", "said"), [(CPU_BF16, 1200), (CPU_ALL_BF16, 700)], ids=["autocast", "bf16"])
 def test_operations_of_a_step(precision: Precision, said: int) -> None:
-    config = tiny_config(num_hidden_layers=12)  # their number does not depend on the width
+    config = tiny_config(num_hidden_layers=12)  # the number of operations does not depend on the width
     model = training_model(config, precision)
     with Count() as count:
         loss(model, precision, 1, 32).backward()

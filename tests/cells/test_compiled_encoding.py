@@ -1,4 +1,4 @@
-"""The compiled encoding of cells equals the tokenizer's own, bit for bit, and leaves to it what is unusual."""
+"""The compiled encoding of cells equals the tokenizer's own bit for bit, and leaves unusual cells to the tokenizer."""
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -29,7 +29,7 @@ def compiled() -> None:
 def encode_chunk(
     ours: TahoeX1Tokenizer, matrix: Any, genes: GeneMatch, drugs: Any = None, first_cell: int = 0, seed: int = 0
 ) -> EncodedCells:
-    """What an input's cells become, on the way that they take where there are many."""
+    """Return an input's cells, encoded in the way that is used for many cells."""
     rows, _ = gene_rows(matrix, genes, first_cell, ours)
     known = ours.convert_ids_to_tokens(int(np.flatnonzero(ours.is_gene)[0]))
     adata = anndata.AnnData(np.ones((matrix.shape[0], 1)), var={"gene": [known]})
@@ -63,7 +63,7 @@ def assert_same(ours: EncodedCells, theirs: EncodedCells) -> None:
 
 @pytest.fixture
 def watched(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How often the tokenizer's own encoding was taken."""
+    """Return a list that grows with each use of the tokenizer's own encoding."""
     calls: list[int] = []
     real = TahoeX1Tokenizer.encode_rows
 
@@ -165,7 +165,7 @@ def test_other_matrices_give_the_same_rows(tmp_path: Path, change: Any) -> None:
     ours = tokenizer(tmp_path)
     matrix, genes = change(counts_of(20)), ours.match_genes(GENES)
     rows, _ = gene_rows(matrix, genes, 0, ours)
-    # Sorted: of the unsorted matrix, the compiled way makes none.
+    # Sorted here, since the compiled way makes no rows of an unsorted matrix.
     same = csr_matrix(matrix)
     assert change is not unsorted or compacted_rows(same, genes, np.uint16) is None
     same.has_sorted_indices = False
@@ -195,7 +195,7 @@ def test_other_settings_are_left_to_the_tokenizer(
     assert len(watched) == 2
 
 
-def test_what_is_wrong_is_said_by_the_tokenizer(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_tokenizer_reports_wrong_counts(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     ours = tokenizer(tmp_path)
     genes = ours.match_genes(GENES)
     bad = counts_of(20)
@@ -213,7 +213,7 @@ def test_a_damaged_matrix_is_not_read_beyond_its_genes(tmp_path: Path) -> None:
     for column in (10**8, -(10**8)):
         bad = counts_of(20)
         bad.indices[7] = column
-        with pytest.raises(IndexError):  # of numpy, in the tokenizer's own encoding
+        with pytest.raises(IndexError):  # raised by numpy in the tokenizer's own encoding
             encode_chunk(ours, bad, ours.match_genes(GENES))
 
 

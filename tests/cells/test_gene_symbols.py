@@ -1,4 +1,4 @@
-"""Tables of gene symbols, whatever the order and the names of their columns."""
+"""Tables of gene symbols are read whatever the order and the names of their columns."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Whatever holds cells, they are opened in one place, and become the same encoded cells, bit for bit."""
+"""Cells of every kind of input are opened in one place and become the same encoded cells, bit for bit."""
 
 import ast
 from collections.abc import Iterator
@@ -31,7 +31,7 @@ def tokenizer(tmp_path: Path) -> TahoeX1Tokenizer:
 
 
 def encoded(cells: CellInput) -> dict[str, tuple[bytes, bytes]]:
-    """Token ids and values of each cell, by name."""
+    """Return the token ids and values of each cell, by name."""
     cells.sort_by_cell()
     found = {}
     encoder = ChunkEncoder(cells, EncodeOptions(cells.tokenizer))
@@ -70,7 +70,7 @@ def test_a_file_and_the_dataset_prepared_from_it_are_the_same_cells(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_some_cells_are_those_of_all(tmp_path: Path, tokenizer: TahoeX1Tokenizer, kind: str) -> None:
+def test_selected_cells_equal_those_of_the_whole(tmp_path: Path, tokenizer: TahoeX1Tokenizer, kind: str) -> None:
     adata = make_cells(40)
     cells = open_cells(write_cells(adata, tmp_path / "cells", kind), tokenizer, spool=tmp_path / "spool")
     assert cells.column(INDEX).tolist() == adata.obs_names.tolist()
@@ -89,7 +89,7 @@ def test_some_cells_are_those_of_all(tmp_path: Path, tokenizer: TahoeX1Tokenizer
 
 
 def with_places(folder: Path) -> tuple[anndata.AnnData, Path]:
-    """Cells whose counts are in a layer and in raw, with other genes there, and what is no counts in X."""
+    """Write cells whose counts are in a layer and, for other genes, in raw; X holds no counts."""
     adata = make_cells(30)
     whole = adata.copy()
     whole.var["ensembl"] = GENES
@@ -131,7 +131,7 @@ def test_counts_and_genes_are_found_in_the_same_places_in_memory_and_on_disk(
         (GeneOptions("ensembl"), None),
     ],
 )
-def test_what_is_not_there_is_said_with_the_file_and_the_way_out(
+def test_errors_about_missing_parts_name_the_file_and_the_way_out(
     tmp_path: Path, tokenizer: TahoeX1Tokenizer, options: GeneOptions, said: str | None
 ) -> None:
     _, path = with_places(tmp_path)
@@ -142,7 +142,7 @@ def test_what_is_not_there_is_said_with_the_file_and_the_way_out(
         open_cells(path, tokenizer, options)
 
 
-def test_values_that_are_no_counts_are_said_with_the_file_and_where_counts_are(
+def test_errors_about_values_that_are_no_counts_name_the_file_and_where_counts_are(
     tmp_path: Path, tokenizer: TahoeX1Tokenizer
 ) -> None:
     adata, path = with_places(tmp_path)
@@ -154,7 +154,7 @@ def test_values_that_are_no_counts_are_said_with_the_file_and_where_counts_are(
         encoded(open_cells(adata, tokenizer, GeneOptions("ensembl")))
 
 
-def test_a_cut_off_index_is_said_when_the_file_is_opened(tmp_path: Path, tokenizer: TahoeX1Tokenizer) -> None:
+def test_a_cut_off_index_is_reported_when_the_file_is_opened(tmp_path: Path, tokenizer: TahoeX1Tokenizer) -> None:
     import h5py
 
     path = write_cells(make_cells(20), tmp_path / "cells", "csr")
@@ -186,7 +186,7 @@ OPENERS = {
     "read_10x_mtx",
     "read_zarr",
 }
-# The tokenizer takes an AnnData that is open.
+# The tokenizer takes an AnnData that is already open.
 MAY_OPEN = ("cells/", "tokenization_tahoe_x1.py")
 
 
@@ -207,7 +207,7 @@ def test_cells_are_opened_in_one_place() -> None:
 @pytest.mark.parametrize("kind", ["csr", "zarr"])
 @pytest.mark.parametrize("index", ["string", "category"])
 def test_names_that_are_no_plain_array(tmp_path: Path, tokenizer: TahoeX1Tokenizer, kind: str, index: str) -> None:
-    """Nullable strings are what anndata 0.13 with pandas 3 writes for names; older ones can be told to."""
+    """anndata 0.13 with pandas 3 writes names as nullable strings; older versions can be told to."""
     adata = make_cells(20)
     path = write_cells(adata, tmp_path / "cells", kind)
     store = h5py.File(path, "r+") if kind == "csr" else zarr.open_group(path, mode="r+", use_consolidated=False)

@@ -1,4 +1,4 @@
-"""What all commands share: help, messages, errors, interruption."""
+"""All commands share help, messages, errors and interruption."""
 
 import ast
 import importlib
@@ -33,7 +33,7 @@ def run(*arguments: object) -> Result:
 
 @pytest.fixture(autouse=True)
 def messages_as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """`--verbose` and `--quiet` change what all tests of a process share."""
+    """Restore the logging that `--verbose` and `--quiet` change, since all tests of a process share it."""
     monkeypatch.setenv("TQDM_DISABLE", "")
     yield
     logging.getLogger("tahoex1_hf").setLevel(logging.NOTSET)
@@ -49,8 +49,8 @@ def test_every_command_has_the_shared_options() -> None:
         assert run(name, "--help").exit_code == 0, name
 
 
-def test_what_commands_import_when_they_run_exists() -> None:
-    """Nothing but running a command would notice that a function which it imports has moved."""
+def test_functions_that_commands_import_when_they_run_exist() -> None:
+    """Otherwise only running a command would show that a function which it imports has moved."""
     for path in (REPO_ROOT / "tahoex1_hf" / "cli").glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("tahoex1_hf"):
@@ -94,10 +94,10 @@ def test_the_package_can_be_run(module: str) -> None:
     assert "Usage: tahoex1 " in done.stdout
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert "typer" in imported
-    assert not {"torch", "transformers", "numpy", "pydantic", "yaml"} & imported  # what makes --help slow
+    assert not {"torch", "transformers", "numpy", "pydantic", "yaml"} & imported  # they make --help slow
 
 
-# A command of its own for the rest ----------------------------------------------------------------------------------
+# The rest, with a command made for it ------------------------------------------------------------------------------
 
 
 def command_that(raises: BaseException | None, **settings: object) -> typer.Typer:
@@ -145,7 +145,7 @@ def test_a_fault_of_the_program_keeps_its_traceback() -> None:
         assert CliRunner().invoke(command_that(error)).exception is error
 
 
-def test_an_exit_code_of_its_own_is_kept() -> None:
+def test_a_commands_own_exit_code_is_kept() -> None:
     assert CliRunner().invoke(command_that(typer.Exit(75), errors=(RuntimeError,))).exit_code == 75
 
 
@@ -159,8 +159,8 @@ def test_quiet_and_verbose(caplog: pytest.LogCaptureFixture) -> None:
     assert isinstance(record.exc_info[1], ValueError)  # type: ignore[index]
 
 
-def test_messages_of_other_libraries_about_themselves_are_left_out() -> None:
-    """In a process of its own, since a library says such things once, when it is imported."""
+def test_messages_of_other_libraries_about_themselves_are_hidden() -> None:
+    """This needs its own process, since a library says such things once, when it is imported."""
     pytest.importorskip("torchao")
     code = "import tahoex1_hf.cli.running as running; running.set_up_logging(False, False)\n"
     code += "import logging, transformers.modeling_utils\n"
@@ -173,7 +173,7 @@ def test_messages_of_other_libraries_about_themselves_are_left_out() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_a_device_that_is_not_there_is_told_in_a_sentence(tmp_path: Path) -> None:
+def test_a_missing_device_is_reported_in_a_sentence(tmp_path: Path) -> None:
     out = ["--device", "cuda"]
     for arguments in (
         ("embed", CELLS, tmp_path / "out.npy", "--model", MODEL, *out),

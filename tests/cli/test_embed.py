@@ -38,7 +38,7 @@ def run(*arguments: object) -> Result:
 
 
 def embed(source: Path, output: Path, model: Path, *more: object) -> Result:
-    # By itself it takes bfloat16 on CPUs that are fast at it.
+    # Without this the command takes bfloat16 on CPUs that are fast at it.
     result = run(source, output, "--model", model, "--gene-id-column", "ensembl_id", "--dtype", "float32", *more)
     assert result.exit_code == 0, result.output
     return result

@@ -1,4 +1,4 @@
-"""Recipes that come with the package, by name, from a file of one's own, and at the paths of before."""
+"""Recipes are found by name in the package, in a user's own file, and at their earlier paths."""
 
 from pathlib import Path
 
@@ -54,7 +54,7 @@ def test_recipes_by_name_and_by_file_are_the_same(tmp_path: Path, monkeypatch: p
     assert read_config("census") == read_config(mine)
 
 
-def test_a_file_goes_before_a_recipe_of_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_takes_precedence_over_a_recipe_of_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert find_recipe("debug", "pretrain") == ALL["debug"]
     Path("debug").write_text("seed: 1\n")
@@ -64,13 +64,13 @@ def test_a_file_goes_before_a_recipe_of_its_name(tmp_path: Path, monkeypatch: py
 @pytest.mark.parametrize(
     ("folder", "command"), [("pretrain", "pretrain"), ("finetune", "finetune"), ("data", "prepare")]
 )
-def test_the_paths_of_before_still_hold(folder: str, command: str) -> None:
+def test_earlier_paths_still_work(folder: str, command: str) -> None:
     found = {path.stem: path.read_text() for path in (CLONE / folder).glob("*.yaml")}
     assert found == {name: path.read_text() for name, path in packaged_recipes(command).items()}
 
 
 def test_files_of_the_clone_are_left_out_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a recipe names for a first try must not stand in the way of one's own cells."""
+    """The files that a recipe names for a first try must not get in the way of a user's own cells."""
     monkeypatch.chdir(tmp_path)
     own = ["data=cells.h5ad", "label=kind", "output_dir=out"]
     config = read_finetune_config("classification", [*own, "model=base"])
@@ -79,7 +79,7 @@ def test_files_of_the_clone_are_left_out_elsewhere(tmp_path: Path, monkeypatch: 
         read_finetune_config("classification", own)
     monkeypatch.chdir(REPO_ROOT)
     assert read_finetune_config("classification").gene_symbols == "examples/pbmc68k_symbol_to_ensembl.csv"
-    mine = tmp_path / "mine.yaml"  # one's own file is taken as it is
+    mine = tmp_path / "mine.yaml"  # a user's own file is taken as it is
     mine.write_text(yaml.safe_dump({"model": "examples/nowhere"}))
     assert read_recipe(mine, "finetune") == {"model": "examples/nowhere"}
 

@@ -1,4 +1,4 @@
-"""Digests keep their values: unfinished runs and adapters on disk are told apart by them."""
+"""Digests keep their values, since they identify unfinished runs and adapters on disk."""
 
 from types import SimpleNamespace
 
@@ -44,7 +44,7 @@ def test_digests_are_those_of_the_first_release() -> None:
     ]
 
 
-def test_every_setting_that_decides_the_encoding_counts() -> None:
+def test_every_setting_of_the_encoding_changes_the_digest() -> None:
     changes = [{}, {"num_bins": 52}, {"context_length": None}, {"overflow": "first"}, {"drug_to_id": {"<pad>": 0}}]
     assert len({tokenizer_digest(tokenizer(**change)) for change in changes}) == len(changes)
     assert vocabulary_digest(tokenizer(num_bins=52)) == vocabulary_digest(tokenizer())

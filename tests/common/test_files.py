@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Files appear whole or not at all."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from tahoex1_hf.common.files import WholeFile, whole_folder, write_json
 
 @pytest.fixture
 def synced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What is done to the disk, in order: names of synced files and folders, and `replace`."""
+    """Record what is done to the disk, in order: names of synced files and folders, and `replace`."""
     done: list[str] = []
     fsync, replace, rename = os.fsync, os.replace, os.rename
 
@@ -102,7 +102,7 @@ def test_a_kill_in_the_middle_leaves_what_was_there(tmp_path: Path) -> None:
     ended = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=False)
     assert ended.returncode == -signal.SIGKILL
     assert json.loads(path.read_text()) == {"value": "old"}
-    write_json(path, {"value": "newer"})  # what the killed process left is in nobody's way
+    write_json(path, {"value": "newer"})  # the killed process left nothing that gets in the way
     assert json.loads(path.read_text()) == {"value": "newer"}
 
 
@@ -160,7 +160,7 @@ def test_an_error_leaves_no_folder(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_a_place_that_is_taken_stays_as_it_is(tmp_path: Path) -> None:
+def test_an_existing_folder_stays_as_it_is(tmp_path: Path) -> None:
     path = tmp_path / "folder"
     path.mkdir()
     (path / "file").write_text("first")

@@ -1,4 +1,4 @@
-"""Work that waits for an import."""
+"""Work waits for an import."""
 
 import importlib
 import sys

@@ -1,4 +1,4 @@
-"""Reading ahead: in order, bounded, with the producer's errors, and without threads left behind."""
+"""Reading ahead keeps the order and the bound, hands on the producer's errors, and leaves no thread behind."""
 
 import gc
 import threading
@@ -41,7 +41,7 @@ def test_none_is_an_item_like_any_other() -> None:
 
 
 @pytest.mark.parametrize("ahead", [1, 3])
-def test_the_next_items_are_made_while_one_is_used_but_no_more(ahead: int) -> None:
+def test_only_the_next_items_are_made_while_one_is_used(ahead: int) -> None:
     made: list[int] = []
 
     def items() -> Iterator[int]:

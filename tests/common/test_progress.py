@@ -1,4 +1,4 @@
-"""Progress bars, shown and switched off."""
+"""Progress bars are shown, and can be switched off."""
 
 import pytest
 

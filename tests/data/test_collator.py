@@ -1,4 +1,4 @@
-"""Batches for pretraining: values as the tokenizer's, samples and targets drawn fairly, nothing else involved."""
+"""Batches for pretraining have the tokenizer's values and fairly drawn samples and targets; nothing else matters."""
 
 from collections import Counter
 from itertools import pairwise
@@ -30,7 +30,7 @@ def tokenizer(vocab: Path, **settings: Any) -> TahoeX1Tokenizer:
 
 
 def cells_of(lengths: list[int], seed: int = 0, dtype: Any = np.uint16, largest: int = 60) -> CountRows:
-    """Cells with distinct genes; geometric counts, as in real cells, with some large ones."""
+    """Return cells with distinct genes and, as in real cells, geometric counts of which some are large."""
     rng = np.random.default_rng(seed)
     genes = np.concatenate([np.zeros(0, int), *(4 + rng.choice(len(GENES), n, replace=False) for n in lengths)])
     counts = np.minimum(rng.geometric(0.3, len(genes)), largest)
@@ -49,7 +49,7 @@ def collate(collator: CellCollator, cells: CountRows, seed: int = 0, **kwargs: A
 
 
 def as_dicts(batch: dict[str, Any], name: str, specials: int = 1) -> list[dict[int, float]]:
-    """Gene -> value of every cell of a padded batch."""
+    """Return gene -> value for every cell of a padded batch."""
     result = []
     for row in range(len(batch["input_ids"])):
         valid = batch["attention_mask"][row]
@@ -86,7 +86,7 @@ def test_bins_equal_the_golden_recordings(vocab: Path, golden: Path) -> None:
     for name in sorted({key.split("/")[0] for key in recorded}):
         row = recorded[f"{name}/row"]
         if not len(row) or not (np.isfinite(row).all() and row.min() > 0):
-            continue  # the collator's cells have no zeros, and negative or missing counts are refused before
+            continue  # the collator's cells have no zeros, and negative or missing counts were refused earlier
         starts, sizes = np.zeros(1, dtype=np.int64), np.array([len(row)])
         cells = CountRows(np.arange(4, 4 + len(row), dtype=np.uint16), starts, row, starts, sizes)
         for num_bins in (51, 31, 7, 3):
@@ -167,7 +167,7 @@ def test_targets_are_hidden_and_labelled(vocab: Path) -> None:
     assert [len(cell) for cell in plain] == [40, 7, 1, 0, 63]
 
 
-def test_of_several_probabilities_one_is_drawn_per_cell(vocab: Path) -> None:
+def test_each_cell_draws_one_of_several_probabilities(vocab: Path) -> None:
     batch = collate(CellCollator(tokenizer(vocab), mlm_probability=[0.1, 0.5, 1.0]), cells_of([50] * 600))
     numbers = Counter(batch["target_mask"].sum(1).tolist())
     assert set(numbers) == {5, 25, 50}
@@ -175,14 +175,14 @@ def test_of_several_probabilities_one_is_drawn_per_cell(vocab: Path) -> None:
 
 
 def chi_square(counts: np.ndarray, expected: float) -> float:
-    """Chi-square statistic, as standard deviations from its mean."""
+    """Return the chi-square statistic, in standard deviations from its mean."""
     statistic = ((counts - expected) ** 2 / expected).sum()
     return float((statistic - (len(counts) - 1)) / np.sqrt(2 * (len(counts) - 1)))
 
 
 @pytest.mark.parametrize(("length", "kept"), [(90, 63), (64, 63), (1000, 63), (65, 63)])
 def test_every_gene_is_sampled_and_hidden_equally_often(vocab: Path, length: int, kept: int) -> None:
-    """Also pairs of neighbours, which share random bits: as often as if drawn apart."""
+    """Pairs of neighbours, which share random bits, occur as often as if drawn apart."""
     collator, repeats = CellCollator(tokenizer(vocab, value_encoding="raw"), mlm_probability=0.3), 4000
     genes = np.arange(4, 4 + length, dtype=np.uint16)
     zeros, sizes = np.zeros(repeats, dtype=np.int64), np.full(repeats, length)
@@ -205,7 +205,7 @@ def test_every_gene_is_sampled_and_hidden_equally_often(vocab: Path, length: int
         pairs = (target_flags[:, :-distance] & target_flags[:, distance:]).sum()
         expected = repeats * (length - distance) * targets * (targets - 1) / (length * (length - 1))
         assert abs(pairs - expected) < 6 * np.sqrt(expected) + 1
-    # Targets are no property of being corrected in or out of the sample: first and last of the kept are like others.
+    # Sampling does not favour targets at the edges: the first and last kept genes are hidden as often as the others.
     shares = target_flags.sum(0) / np.maximum(kept_flags.sum(0), 1)
     assert abs(shares.mean() - targets / kept) < 0.01
 
@@ -239,7 +239,7 @@ def test_a_small_vocabulary_leaves_some_padding(tmp_path: Path) -> None:
     assert sorted(batch["input_ids"][0, 1:31].tolist()) == list(range(3, 33))
 
 
-# What a cell does not depend on -------------------------------------------------------------------
+# Cells depend on nothing else ---------------------------------------------------------------------
 
 
 def rows_of(batch: dict[str, Any]) -> list[tuple[list[float], ...]]:
@@ -264,7 +264,7 @@ def test_a_cell_does_not_depend_on_batch_order_or_padding(vocab: Path) -> None:
                 cells.genes, cells.gene_starts[[i]], cells.counts, cells.count_starts[[i]], cells.lengths[[i]]
             )
             assert rows_of(collator.collate([(np.zeros(1, dtype=int), one)], streams[[i]])) == [whole[i]]
-    # in two parts, as cells of two shards come
+    # In two parts, as the cells of two shards arrive.
     parts = [(order[:2], order[:2]), (order[2:], order[2:])]
     split = [
         (rows, CountRows(cells.genes, cells.gene_starts[c], cells.counts, cells.count_starts[c], cells.lengths[c]))
@@ -331,7 +331,7 @@ def test_the_drug_token_stands_second_and_takes_one_place(vocab: Path) -> None:
         refuses(features)
 
 
-# Rows as datasets gives them ----------------------------------------------------------------------
+# Rows of datasets ---------------------------------------------------------------------------------
 
 
 def test_rows_of_datasets_are_collated_with_torchs_random_numbers(vocab: Path) -> None:

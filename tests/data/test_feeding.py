@@ -1,4 +1,4 @@
-"""Training batches from prepared datasets: the same for any number of processes and workers, and after any stop."""
+"""Training batches from prepared datasets are the same for any number of processes and workers, and after any stop."""
 
 import json
 import logging
@@ -27,7 +27,7 @@ BATCH_KEYS = ("input_ids", "expression_values", "target_mask", "labels")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """330 cells in several shards."""
+    """Return a dataset of 330 cells in several shards."""
     place = tmp_path_factory.mktemp("dataset")
     make_cells(350).write_h5ad(place / "a.h5ad")
     settings = {"shard_size_mb": 0.006, "validation": {"fraction": 0.06}}
@@ -50,7 +50,7 @@ def num_cells(folder: Path) -> int:
 
 
 def cells_of(batch: dict[str, Any]) -> list[tuple]:
-    """Every cell of a batch, without its padding."""
+    """Return every cell of a batch, without its padding."""
     masks = batch["attention_mask"]
     return [tuple(tuple(batch[k][r][masks[r]].tolist()) for k in BATCH_KEYS) for r in range(len(masks))]
 
@@ -60,11 +60,11 @@ def steps_of(batches: Any) -> list[list[tuple]]:
 
 
 def joined(parts: Any) -> list[tuple]:
-    """The cells of several batches."""
+    """Return the cells of several batches."""
     return [cell for part in parts for cell in part]
 
 
-def test_an_epoch_is_every_cell_once_as_it_is_on_disk(folder: Path) -> None:
+def test_an_epoch_holds_every_cell_once_as_it_is_on_disk(folder: Path) -> None:
     whole = CellCollator(TahoeX1Tokenizer(str(folder / "vocab.json"), value_encoding="raw"), mlm_probability=None)
     batches = CellBatches(folder, whole, batch_size=7, drop_last=False)
     seen = Counter()
@@ -218,7 +218,7 @@ def test_resume_is_exact_in_mid_epoch(folder: Path, collator: CellCollator, stop
     iterator.close()
     resumed = CellBatches(folder, collator, batch_size=8, num_threads=threads)
     resumed.load_state_dict(state)
-    resumed.set_epoch(0)  # as a trainer does; it must not throw the place away
+    resumed.set_epoch(0)  # as a trainer does; the position must survive it
     assert seen + steps_of(resumed) + steps_of(resumed) == expected
 
 
@@ -256,7 +256,7 @@ def test_resume_with_another_number_of_processes(folder: Path, collator: CellCol
         uneven.load_state_dict(state)
 
 
-def test_a_state_of_other_data_or_settings_is_refused(folder: Path, collator: CellCollator, tmp_path: Path) -> None:
+def test_a_state_from_other_data_or_settings_is_refused(folder: Path, collator: CellCollator, tmp_path: Path) -> None:
     state = CellBatches(folder, collator, batch_size=8).state_dict()
     make_cells(100, seed=5).write_h5ad(tmp_path / "a.h5ad")
     other = run(tmp_path, [source(tmp_path / "a.h5ad")])
@@ -381,7 +381,7 @@ def test_parquet_and_wide_types_feed_the_same(tmp_path: Path) -> None:
 
 
 def test_float_counts_feed_the_same_bins(tmp_path: Path) -> None:
-    """Bins do not depend on scale, so counts written as float32 halves give those of the uint16 counts."""
+    """Bins do not depend on scale, so counts written as float32 halves give the bins of the uint16 counts."""
     adata = make_cells(50)
     adata.write_h5ad(tmp_path / "a.h5ad")
     adata.X = adata.X * np.float32(0.5)
@@ -419,7 +419,7 @@ def test_a_remote_dataset_feeds_the_same_through_a_bounded_cache(
         files = [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
         largest = max(largest, sum(path.stat().st_size for path in files if path.name[0] != "."))
     assert seen == expected
-    # One more than the bound may be on its way, since what is in use stays.
+    # There may be one shard above the bound, since a shard in use stays.
     assert 0 < largest <= 5 * max(sizes) < sum(sizes) + 5 * max(sizes)
     again = CellBatches(remote, collator, batch_size=8, window=40, cache_folder=tmp_path / "cache")
     assert steps_of(again) == expected
@@ -460,10 +460,10 @@ def test_s3_feeds_the_same(folder: Path, collator: CellCollator, tmp_path: Path,
     assert steps_of(batches) == steps_of(CellBatches(folder, collator, batch_size=16))
 
 
-# What is wrong --------------------------------------------------------------------------------------
+# Errors ---------------------------------------------------------------------------------------------
 
 
-def test_places_and_settings_that_cannot_be_used(folder: Path, collator: CellCollator, tmp_path: Path) -> None:
+def test_unusable_folders_and_settings_are_refused(folder: Path, collator: CellCollator, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"not a prepared dataset.*tahoex1 prepare"):
         CellBatches(tmp_path, collator, batch_size=8)
     with pytest.raises(ValueError, match=r"split='test'.*\['train', 'validation'\]"):

@@ -1,4 +1,4 @@
-"""The drug table: numbers and fingerprints, and `tahoex1 drug-fingerprints`."""
+"""The drug table holds numbers and fingerprints; `tahoex1 drug-fingerprints` makes it."""
 
 import json
 import sys
@@ -97,7 +97,7 @@ def test_columns_are_chosen_by_name(tmp_path: Path) -> None:
     assert written.drug_to_id == {"<pad>": 0, "aspirin": 1}
 
 
-def test_other_drugs_do_not_replace_a_table_half(tmp_path: Path) -> None:
+def test_other_drugs_replace_neither_file_of_a_table(tmp_path: Path) -> None:
     first = table(tmp_path / "d.csv", [("aspirin", ASPIRIN)])
     drug_fingerprints(first, tmp_path / "out")
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}

@@ -1,4 +1,4 @@
-"""The order of cells: every cell once, whatever is asked for, and never another."""
+"""The order of cells has every cell once, however it is asked for, and never changes."""
 
 import pytest
 
@@ -33,7 +33,7 @@ def test_shards_are_named_before_they_are_needed() -> None:
 
 
 def test_the_order_never_changes() -> None:
-    """Frozen: a checkpoint saved today must resume with a later version, and with another version of numpy."""
+    """A checkpoint saved today must resume with a later version of this package, and of numpy."""
     cells = CellOrder([5, 3, 4], seed=42, window=6).cells(2, 0, 12)
     assert cells.shards.tolist() == FROZEN[0]
     assert cells.rows.tolist() == FROZEN[1]

@@ -1,4 +1,4 @@
-"""`tahoex1 prepare`: every cell arrives once, with its counts, whatever the source, the processes or interruptions."""
+"""`tahoex1 prepare` writes every cell once, with its counts, whatever the source, the processes or interruptions."""
 
 import json
 import os
@@ -25,7 +25,7 @@ from tahoex1_hf.data.preparation import prepare
 
 
 def assert_holds(folder: Path, adata: anndata.AnnData, tmp_path: Path) -> pd.DataFrame:
-    """Every cell is there once, with its counts in column order."""
+    """Assert that every cell is there once, with its counts in column order; return the rows."""
     rows = read_dataset(folder)
     assert sorted(rows["name"]) == sorted(adata.obs_names)
     for _, row in rows.iterrows():
@@ -121,7 +121,7 @@ def test_the_number_of_processes_changes_no_byte(tmp_path: Path) -> None:
 # Interruptions ------------------------------------------------------------------------------------
 
 
-def test_a_run_killed_outright_goes_on_without_redoing_or_doubling(tmp_path: Path) -> None:
+def test_a_killed_run_resumes_without_redoing_or_doubling(tmp_path: Path) -> None:
     make_cells(400).write_h5ad(tmp_path / "a.h5ad")
     write_vocab(tmp_path)
     settings = {"piece_cells": 10, "shard_size_mb": 0.01}
@@ -129,7 +129,7 @@ def test_a_run_killed_outright_goes_on_without_redoing_or_doubling(tmp_path: Pat
     config = {"sources": [source(tmp_path / "a.h5ad")], "vocab": str(tmp_path / "vocab.json"), **settings}
     config["output"] = str(tmp_path / "cut")
     (tmp_path / "config.yaml").write_text(json.dumps(config))  # JSON is YAML
-    # It stops after some pieces, so that the kill comes in the midst of them however busy the machine is.
+    # The run pauses after some pieces, so that it is killed among them however busy the machine is.
     code = (
         "import time, tahoex1_hf.data.preparation as p\n"
         "real, calls = p.write_piece, []\n"
@@ -170,13 +170,13 @@ def test_workers_end_with_a_run_that_was_killed(tmp_path: Path) -> None:
     process = subprocess.Popen([sys.executable, *command], start_new_session=True, stderr=subprocess.DEVNULL)
 
     def others() -> list[str]:
-        """Processes of the run's session: its workers and their server."""
+        """Return the processes of the run's session: its workers and their server."""
         found = []
         for path in Path("/proc").glob("[0-9]*/stat"):
             try:
                 state, _, _, session = path.read_text().rpartition(")")[2].split()[:4]
             except OSError:
-                continue  # it has ended meanwhile
+                continue  # the process has ended meanwhile
             if int(session) == process.pid and state != "Z" and path.parent.name != str(process.pid):
                 found.append(path.parent.name)
         return found
@@ -351,7 +351,7 @@ def test_a_column_is_held_out_whole(tmp_path: Path) -> None:
     assert splits[0] | splits[1] == {"s1", "s2", "s3", "s4"}
 
 
-def test_the_split_has_the_asked_share_and_is_spread_over_the_order(tmp_path: Path) -> None:
+def test_the_split_has_the_requested_share_and_is_spread_over_the_order(tmp_path: Path) -> None:
     make_cells(3000).write_h5ad(tmp_path / "a.h5ad")
     folder = run(tmp_path, [source(tmp_path / "a.h5ad")], validation={"fraction": 0.2})
     held_out = manifest_of(folder)["splits"]["validation"]["cells"]

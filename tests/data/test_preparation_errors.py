@@ -1,4 +1,4 @@
-"""What is wrong with a file, a table or a setting is said, and stops the run or is listed: nothing is lost."""
+"""Faults of a file, a table or a setting are named, and either stop the run or are listed: nothing is lost."""
 
 import json
 from pathlib import Path
@@ -29,7 +29,7 @@ def corrupt_index(path: Path) -> None:
         file["X/indptr"][-1] += 5
 
 
-def corrupt_columns(path: Path) -> None:  # found only when the counts are read
+def corrupt_columns(path: Path) -> None:  # which is noticed only when the counts are read
     make_cells(20).write_h5ad(path)
     with h5py.File(path, "r+") as file:
         file["X/indices"][7] = 4000
@@ -145,13 +145,13 @@ def test_all_bad_files_are_reported_at_once(tmp_path: Path) -> None:
         run(tmp_path, [source(tmp_path / "*.h5ad")])
 
 
-def test_nothing_left_is_an_error_that_says_why(tmp_path: Path) -> None:
+def test_an_error_says_why_no_cell_is_left(tmp_path: Path) -> None:
     make_cells(20).write_h5ad(tmp_path / "a.h5ad")
     with pytest.raises(ValueError, match="no cell is left: 0 files were skipped; min_genes dropped 20"):
         run(tmp_path, [source(tmp_path / "a.h5ad", min_genes=61)])
 
 
-def test_what_cannot_be_found_is_named(tmp_path: Path) -> None:
+def test_missing_inputs_are_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"nowhere.*does not exist"):
         run(tmp_path, [source(tmp_path / "nowhere")])
     (tmp_path / "folder").mkdir()
@@ -275,7 +275,7 @@ def test_the_command_with_a_configuration(tmp_path: Path) -> None:
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
     ],
 )
-def test_the_command_says_what_is_wrong(arguments: list[str], said: str) -> None:
+def test_errors_of_the_command(arguments: list[str], said: str) -> None:
     result = CliRunner().invoke(app, ["prepare", *arguments])
     assert result.exit_code == 1
     assert said in result.output

@@ -1,4 +1,4 @@
-"""Making vocab.json from a reference file, and `tahoex1 build-vocab`."""
+"""vocab.json is made from a reference file, also by `tahoex1 build-vocab`."""
 
 import json
 from pathlib import Path
@@ -92,7 +92,7 @@ def test_h5ad_gives_var_names_or_a_column_and_its_counts_are_not_read(tmp_path: 
         build_vocabulary(path, tmp_path / "new.json")
     import h5py
 
-    with h5py.File(path, "a") as file:  # without its counts the file is as good
+    with h5py.File(path, "a") as file:  # the file serves as well without its counts
         del file["X"]
         file["X"] = "no matrix"
     assert build_vocabulary(path, tmp_path / "again.json", gene_id_column="ensembl_id") == expected
@@ -114,7 +114,7 @@ def test_versions_are_left_out_and_then_genes_may_not_repeat(tmp_path: Path) -> 
         build_vocabulary(path, tmp_path / "new.json")
 
 
-def test_ids_that_are_none_are_named_with_the_columns_that_hold_some(tmp_path: Path) -> None:
+def test_wrong_ids_are_named_with_the_columns_that_hold_ensembl_ids(tmp_path: Path) -> None:
     path = tmp_path / "g.csv"
     pd.DataFrame({"ensembl_id": [*GENES, "ENSG00000000040_PAR_Y", "TP53"]}).to_csv(path, index=False)
     with pytest.raises(ValueError, match=r"2 of 5 .*'ENSG00000000040_PAR_Y', 'TP53'"):
@@ -153,7 +153,7 @@ def test_settings_that_cannot_work(tmp_path: Path, options: dict, said: str) -> 
         ("g.txt", b"text", "a table is .csv"),
     ],
 )
-def test_files_that_are_no_reference(tmp_path: Path, name: str, content: bytes, said: str) -> None:
+def test_unusable_reference_files_are_refused(tmp_path: Path, name: str, content: bytes, said: str) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=said):
         build_vocabulary(tmp_path / name, tmp_path / "vocab.json")
@@ -196,7 +196,7 @@ def test_command(tmp_path: Path, app: typer.Typer) -> None:
     assert list(json.loads(output.read_text()))[:3] == ["<cls>", "<pad>", GENES[0]]
 
 
-def test_command_says_what_is_wrong_without_a_traceback(tmp_path: Path, app: typer.Typer) -> None:
+def test_errors_of_the_command_have_no_traceback(tmp_path: Path, app: typer.Typer) -> None:
     result = CliRunner().invoke(app, ["build-vocab", str(tmp_path / "none.csv"), str(tmp_path / "v.json")])
     assert (result.exit_code, result.stderr) == (
         1,

@@ -1,4 +1,4 @@
-"""Embedding files: every kind of input, runs that are stopped, several processes; always the same numbers."""
+"""Embedding files gives the same numbers for every kind of input, after a stop, and with several processes."""
 
 import json
 import shutil
@@ -39,7 +39,7 @@ CHUNK = 16
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Many chunks, each a shard, of few cells."""
+    """Make chunks of few cells, each of which becomes a shard."""
     monkeypatch.setattr(encoding, "CHUNK_CELLS", CHUNK)
     monkeypatch.setattr(embed_files, "_SHARD_SECONDS", 0.0)
 
@@ -51,7 +51,7 @@ def vocab(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def parts(vocab: Path) -> tuple[TahoeX1Model, TahoeX1Tokenizer]:
-    """A model, and a tokenizer whose context is shorter than many cells."""
+    """Return a model, and a tokenizer whose context is shorter than many cells."""
     return tiny_model(tiny_config(vocab_size=NUM_GENES + 4), TahoeX1Model), TahoeX1Tokenizer(
         str(vocab), context_length=16
     )
@@ -89,7 +89,7 @@ def test_every_kind_of_file_gives_the_same(tmp_path: Path, cells: anndata.AnnDat
 
 
 def test_the_models_folder_is_no_setting(tmp_path: Path, cells: anndata.AnnData, parts, stopping) -> None:
-    """A run goes on with the same weights and settings from another place."""
+    """A run resumes with the same weights and settings from another folder."""
     path = write_cells(cells, tmp_path / "cells", "csr")
     stopping(2)
     with pytest.raises(Stop):
@@ -102,7 +102,7 @@ def test_the_models_folder_is_no_setting(tmp_path: Path, cells: anndata.AnnData,
 
 
 def test_a_file_of_an_old_anndata(tmp_path: Path, cells: anndata.AnnData, vocab: Path) -> None:
-    """Before 0.7, obs and var were one compound dataset each, and sparse matrices had other attributes."""
+    """Before anndata 0.7, obs and var were one compound dataset each, and sparse matrices had other attributes."""
     with h5py.File(tmp_path / "old.h5ad", "w") as file:
         group = file.create_group("X")
         for name in ("data", "indices", "indptr"):
@@ -276,7 +276,7 @@ def test_the_hub_dataset_from_the_cache(tmp_path: Path, cells: anndata.AnnData, 
     np.testing.assert_allclose(embeddings, expected(cells, parts).obsm[KEY], atol=1e-6, rtol=0)
 
 
-# Stopping and going on ------------------------------------------------------------------------------
+# Stopping and resuming ------------------------------------------------------------------------------
 
 
 class Stop(Exception):
@@ -285,7 +285,7 @@ class Stop(Exception):
 
 @pytest.fixture
 def stopping(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int | None], list[int]]]:
-    """Have the encoder fail after a number of chunks; returns the list of the cells that were embedded."""
+    """Make the encoder fail after a number of chunks, and return the list of the cells that were embedded."""
     real = CellEncoder.embed
 
     def make(after: int | None) -> list[int]:
@@ -306,7 +306,7 @@ def stopping(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int | None],
 
 @pytest.mark.parametrize("after", [1, 3, 6])
 @pytest.mark.parametrize("genes", [False, True])
-def test_a_stopped_run_goes_on(
+def test_a_stopped_run_resumes(
     tmp_path: Path, cells: anndata.AnnData, parts, after: int, genes: bool, stopping
 ) -> None:
     path, output = write_cells(cells, tmp_path / "cells", "csr"), tmp_path / "out.h5ad"
@@ -346,7 +346,7 @@ def test_shards_and_sums_that_do_not_fit(tmp_path: Path, cells: anndata.AnnData,
     np.testing.assert_array_equal(anndata.read_h5ad(output).varm[KEY], reference.varm[KEY])
 
 
-def test_other_settings_do_not_go_on_with_it(tmp_path: Path, cells: anndata.AnnData, parts, stopping) -> None:
+def test_a_run_with_other_settings_is_refused(tmp_path: Path, cells: anndata.AnnData, parts, stopping) -> None:
     path, output = write_cells(cells, tmp_path / "cells", "csr"), tmp_path / "out.npy"
     stopping(2)
     with pytest.raises(Stop):
@@ -376,7 +376,7 @@ def test_settings_that_an_older_run_did_not_record_are_taken_to_be_the_same(
         embed(path, tmp_path / "out.npy", parts)
     record = tmp_path / "out.npy.shards" / "run.json"
     identity = json.loads(record.read_text())
-    del identity["batch_tokens"]  # as the code of before wrote it
+    del identity["batch_tokens"]  # as earlier versions wrote it
     record.write_text(json.dumps(identity))
     assert embed(path, tmp_path / "out.npy", parts, batch_tokens=200).shape == (100, 32)
 
@@ -437,7 +437,9 @@ def driver(tmp_path: Path) -> Path:
     return path
 
 
-def test_killed_and_started_again(tmp_path: Path, cells: anndata.AnnData, vocab: Path, driver: Path) -> None:
+def test_a_killed_run_resumes_in_another_process(
+    tmp_path: Path, cells: anndata.AnnData, vocab: Path, driver: Path
+) -> None:
     path = write_cells(cells, tmp_path / "cells", "csr")
     command = [sys.executable, driver, path, tmp_path / "out.npy", vocab]
     shards = tmp_path / "out.npy.shards"
@@ -462,7 +464,7 @@ def test_killed_and_started_again(tmp_path: Path, cells: anndata.AnnData, vocab:
 
 
 def launch(*arguments: object) -> subprocess.CompletedProcess[str]:
-    """Start two processes with accelerate's launcher, as a user does."""
+    """Run two processes with accelerate's launcher, as a user does."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--main_process_port", "0"]
     command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     command += ["--multi_gpu"]  # accelerate's name for its launcher, GPUs or not
@@ -545,7 +547,7 @@ def test_s3(tmp_path: Path, cells: anndata.AnnData, parts, s3: str) -> None:
     np.testing.assert_array_equal(np.load(tmp_path / "out.npy"), expected(cells, parts).obsm[KEY])
 
 
-def test_what_cannot_be_used(tmp_path: Path, cells: anndata.AnnData, parts) -> None:
+def test_unusable_inputs_are_refused(tmp_path: Path, cells: anndata.AnnData, parts) -> None:
     path = write_cells(cells, tmp_path / "cells", "csr")
     two = [path, write_cells(cells, tmp_path / "more", "csr")]
     for sources, options, said in (

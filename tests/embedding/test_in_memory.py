@@ -1,4 +1,4 @@
-"""embed_anndata against the original's recorded embeddings, and what its results must not depend on."""
+"""embed_anndata gives the original's recorded embeddings, which depend on nothing but the cells."""
 
 import logging
 import threading
@@ -22,7 +22,7 @@ KEY = "X_tahoe_x1"
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory):
-    """Load a converted golden checkpoint, by variant."""
+    """Return a function that loads a converted golden checkpoint, by variant."""
     loaded = {}
 
     def load(variant: str) -> tuple[TahoeX1Model, TahoeX1Tokenizer]:
@@ -40,7 +40,7 @@ def golden_cells(variant: str) -> anndata.AnnData:
 
 
 def embedded(adata: anndata.AnnData, checkpoint, **options) -> np.ndarray:
-    # By itself it takes bfloat16 on CPUs that are fast at it.
+    # Without this the function takes bfloat16 on CPUs that are fast at it.
     options = {"dtype": "float32", **options}
     embed_anndata(adata, *checkpoint, gene_id_column="ensembl_id", progress=False, **options)
     return adata.obsm[KEY]
@@ -52,7 +52,7 @@ def test_equals_the_originals_cell_and_gene_embeddings(checkpoint) -> None:
     assert cells.dtype == np.float32
     assert np.abs(cells - expected["cell_embs"]).max() < 1e-6
     tokenizer = checkpoint("a_70m_like")[1]
-    # The file's rows are in the order of vocab.json, which is that of get_vocab().
+    # The file's rows are in the order of vocab.json, as get_vocab() is.
     row_of = {token: row for row, token in enumerate(tokenizer.get_vocab())}
     genes = expected["gene_embs"][[row_of[gene] for gene in adata.var["ensembl_id"]]]
     assert np.isnan(genes).any()
@@ -63,7 +63,7 @@ def test_drug_model_with_unknown_drugs_equals_the_original(checkpoint) -> None:
     adata, expected = golden_cells("b_3b_like_chem"), np.load(GOLDEN / "b_3b_like_chem" / "emb_flash.npz")
     cells = embedded(adata, checkpoint("b_3b_like_chem"), drugs=[None] * adata.n_obs)
     difference = np.abs(cells - expected["cell_embs"]).max(1)
-    # In each of its batches of 8 the original cuts one gene off the longest cell (upstream-facts, fault 6).
+    # In each of its batches of 8 the original cuts one gene off the longest cell.
     genes = np.diff(adata.X.indptr)
     cut = [
         start + np.flatnonzero(genes[start : start + 8] == genes[start : start + 8].max()) for start in range(0, 50, 8)
@@ -212,7 +212,7 @@ def test_errors_name_the_way_out(checkpoint) -> None:
     assert not adata.obsm
 
 
-def test_padding_dependent_pooling_is_warned_of(checkpoint, caplog) -> None:
+def test_pooling_that_depends_on_padding_gives_a_warning(checkpoint, caplog) -> None:
     with caplog.at_level(logging.WARNING):
         embedded(golden_cells("a_70m_like"), (checkpoint("a_70m_like")[0], checkpoint("a_70m_like")[1]))
         assert "mean_with_padding" not in caplog.text
@@ -238,7 +238,7 @@ def test_auto_dtype_on_a_cpu_follows_the_hardware(monkeypatch) -> None:
     assert choose_dtype("auto", cpu) == torch.float32
 
 
-def test_gene_means_of_a_brute_force_loop() -> None:
+def test_gene_means_equal_a_brute_force_loop() -> None:
     ids, hidden = torch.tensor([[1, 5, 3], [1, 3, 0]]), torch.randn(2, 3, 4)
     means = GeneMeans(np.array([3, -1, 5, 7, 3]), 10, 4, torch.device("cpu"))
     means.add(ids, hidden)

@@ -1,4 +1,4 @@
-"""The example configurations are valid and explain every key; every kind of source gives the same real cells."""
+"""Example configurations are valid and explain every key; every kind of source gives the same real cells."""
 
 import json
 import re
@@ -50,7 +50,7 @@ def test_every_key_is_in_an_example_with_a_comment() -> None:
 
 
 def as_mds(adata: anndata.AnnData, folder: Path, vocab: dict[str, int]) -> None:
-    """An uncompressed MDS dataset, written here; test_mds_source reads what the real library wrote."""
+    """Write an uncompressed MDS dataset; data/sources/test_mds.py reads what the real library wrote."""
     import pickle
 
     import torch
@@ -96,7 +96,7 @@ def as_tahoe_100m(adata: anndata.AnnData, path: Path, table: pd.DataFrame) -> No
 
 
 def sources_of(adata: anndata.AnnData, folder: Path, vocab: Path, genes: Path) -> dict[str, dict[str, Any]]:
-    """The same cells as every kind of source."""
+    """Write the same cells as every kind of source; return the settings of each."""
     plain = anndata.AnnData(csr_matrix(adata.X), obs=adata.obs[[]], var=adata.var[[]])
     for kind in ("csr", "csc", "dense"):
         (folder / kind).mkdir()
@@ -152,7 +152,7 @@ def test_every_kind_of_source_gives_the_same_real_cells(tmp_path: Path, shared_d
 
 @pytest.fixture(scope="module")
 def pbmc() -> anndata.AnnData:
-    """The counts of the cells that every scanpy has; genes are symbols."""
+    """Return counts of the cells that come with every scanpy; genes are symbols."""
     import scanpy
 
     adata = scanpy.datasets.pbmc68k_reduced()

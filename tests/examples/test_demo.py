@@ -1,4 +1,4 @@
-"""The demo, its checkpoint, and the script that trains it."""
+"""Test the demo, its checkpoint, and the script that trains it."""
 
 import json
 import sys
@@ -26,7 +26,7 @@ def examples_on_path(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run_example(name: str, *arguments: str | Path) -> str:
-    """Run a script as a user does, but where a download fails."""
+    """Run a script as a user does, but offline, so that a download fails."""
     blocked = {"HTTPS_PROXY": "http://127.0.0.1:9", "HTTP_PROXY": "http://127.0.0.1:9"}
     result = forked.run([sys.executable, EXAMPLES / name, *arguments], forked.environment(**blocked))
     assert result.returncode == 0, result.stdout + result.stderr
@@ -41,7 +41,7 @@ def test_the_counts_are_recovered() -> None:
     assert cells.X.dtype == np.int32
     assert cells.X.data.min() == 1
     assert cells.X.max() == 259
-    # No gene subset can hold more than the cell has. (n_counts is the file's own, over all genes.)
+    # A subset of genes cannot hold more counts than the cell. (n_counts is the file's own, over all genes.)
     assert (cells.X.sum(axis=1).A1 <= cells.obs["n_counts"].to_numpy()).all()
     assert sum(gene in load_gene_symbols() for gene in cells.var_names) == 744
 
@@ -60,7 +60,7 @@ def test_the_checkpoint_loads_complete_and_is_small() -> None:
     model, report = AutoModelForPreTraining.from_pretrained(CHECKPOINT, output_loading_info=True)
     assert not any(report.values()), report
     base, report = AutoModel.from_pretrained(CHECKPOINT, output_loading_info=True)
-    # What the base model has no place for are the decoders, and nothing is missing.
+    # The base model has no place for the decoders; nothing is missing.
     assert {name.split(".")[0] for name in report.pop("unexpected_keys")} <= {"expression_decoder", "cell_decoder"}
     assert not any(report.values()), report
     tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT)
@@ -69,7 +69,7 @@ def test_the_checkpoint_loads_complete_and_is_small() -> None:
 
 
 def test_the_training_log_is_of_this_checkpoint_and_better_than_constants() -> None:
-    """Computes the recorded loss on the held-out cells again, from the shipped weights."""
+    """The shipped weights give the recorded loss on the held-out cells again."""
     from train_demo_checkpoint import losses, split_cells, tokenize, validation_masking
 
     log = json.loads((CHECKPOINT / "training_log.json").read_text())
@@ -103,7 +103,7 @@ def test_the_demo_runs_and_training_helped(tmp_path: Path) -> None:
     assert len(np.unique(picture.reshape(-1, picture.shape[2]), axis=0)) > 100
 
 
-def test_the_text_says_what_the_numbers_say() -> None:
+def test_the_text_agrees_with_the_numbers() -> None:
     from demo import caveats, comparison
 
     better = {("kNN", "accuracy"): np.array([0.8, 0.81, 0.8, 0.79, 0.8]), ("kNN", "macro-F1"): np.full(5, 0.5)}
@@ -127,7 +127,7 @@ def test_training_runs_and_its_output_loads(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "training_log.json").read_text())["steps"] == 3
 
 
-def test_masking_hides_what_it_says() -> None:
+def test_masking_hides_the_targets() -> None:
     from train_demo_checkpoint import NOT_A_TARGET, MaskingCollator, build_tokenizer
 
     tokenizer = build_tokenizer()

@@ -1,4 +1,4 @@
-"""Adapters: saved and loaded exactly, in every way; merged, switched, refused; with and without the package."""
+"""Adapters are saved and loaded exactly, in every way; merged, switched, refused; with and without the package."""
 
 import json
 from pathlib import Path
@@ -37,7 +37,7 @@ def base(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def adapters(folder: Path, base: Path) -> dict[str, Path]:
-    """Adapters of every method, with weights that are far from those they start with."""
+    """Write adapters of every method, whose weights are far from their initial ones."""
     written = {}
     for number, method in enumerate(METHODS):
         config = make_config(base, folder / "none.h5ad", folder / method, method=method)
@@ -187,7 +187,7 @@ def test_adapters_for_another_base_are_refused(adapters: dict[str, Path], base: 
     (tmp_path / "moved").mkdir()
     for path in adapters["lora"].iterdir():
         (tmp_path / "moved" / path.name).write_bytes(path.read_bytes())
-    (tmp_path / "moved" / "finetuning.json").unlink()  # as of an adapter that PEFT alone wrote
+    (tmp_path / "moved" / "finetuning.json").unlink()  # as if PEFT alone had written the adapter
     with pytest.raises(ValueError, match="does not fit this base, whose layers have other sizes"):
         load_adapter(tmp_path / "moved", base=wider)
     with pytest.raises(FileNotFoundError, match="holds no adapter"):
@@ -236,7 +236,7 @@ def test_the_card(adapters: dict[str, Path]) -> None:
 
 
 def hub_folder(base: Path, folder: Path) -> Path:
-    """The base as it lies on the Hub: with the code."""
+    """Write the base as it lies on the Hub: with the code."""
     import tahoex1_hf
 
     folder.mkdir()

@@ -1,4 +1,4 @@
-"""Training batches by step: their cells follow from seed and number."""
+"""The cells of a training batch follow from the seed and the step's number."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ import pytest
 from tahoex1_hf.finetuning.batches import TrainingBatches, epoch_order
 
 
-def test_order_of_the_cells_is_a_function_of_the_seed() -> None:
+def test_order_of_the_cells_follows_from_the_seed() -> None:
     rows, lengths = np.arange(10, 110), np.random.default_rng(0).integers(5, 50, 200)
     first = epoch_order(rows, lengths, 8, seed=3, epoch=1)
     assert np.array_equal(first, epoch_order(rows, lengths, 8, seed=3, epoch=1))
@@ -17,7 +17,7 @@ def test_order_of_the_cells_is_a_function_of_the_seed() -> None:
     assert np.ptp(lengths[first], axis=1).mean() < 0.3 * np.ptp(lengths[rows])  # similar lengths share a batch
 
 
-def test_steps_are_shared_by_processes_and_gone_on_with() -> None:
+def test_steps_are_shared_by_processes_and_resume() -> None:
     lengths = np.full(40, 9)
 
     def steps(rank: int, processes: int, done: int = 0) -> list[np.ndarray]:

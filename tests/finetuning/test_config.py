@@ -1,4 +1,4 @@
-"""Configurations: which keys a task has, and runs that an earlier version began."""
+"""Configurations have the keys of their task; runs that an earlier version began are resumed."""
 
 from pathlib import Path
 from typing import Any
@@ -49,13 +49,13 @@ def test_keys_of_other_tasks_are_errors_that_name_them(task: str) -> None:
     every = {key for config in CONFIGS.values() for key in config.model_fields}
     others = sorted(every - set(CONFIGS[task].model_fields))
     assert others
-    parse_finetune_config(values | dict.fromkeys(others))  # null says nothing
+    parse_finetune_config(values | dict.fromkeys(others))  # null counts as not given
     for key in others:
         with pytest.raises(ValueError, match=f"{key}=something is for task={tasks_with(key)[0]}.*, not for {task}"):
             parse_finetune_config({**values, key: "something"})
 
 
-def test_all_that_is_wrong_is_named_at_once() -> None:
+def test_all_wrong_keys_are_named_at_once() -> None:
     with pytest.raises(ValueError, match="the configuration") as caught:
         parse_finetune_config({"task": "regression", **COMMON, "lora_rnk": 2, "genes": "x.csv", "epochs": -1})
     said = str(caught.value)
@@ -86,14 +86,14 @@ def test_the_resolved_configuration_of_an_earlier_version_is_read() -> None:
     assert changed_settings(other, before) == ["task"]
 
 
-def test_a_run_that_an_earlier_version_began_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_an_earlier_version_began_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     write_base(tmp_path / "base")
     labelled_cells(60).write_h5ad("cells.h5ad")
     changes = ["method=linear_probe", "folds=2", "report=false", "precision=no"]
     config = read_finetune_config(EARLIER, changes)
     assert finetune(config) == 0
-    (tmp_path / "run" / "result.json").unlink()  # as if it had been stopped behind the folds
+    (tmp_path / "run" / "result.json").unlink()  # as if the run had been stopped after the folds
     before = yaml.safe_load(EARLIER.read_text()) | {"method": "linear_probe", "folds": 2}
     (tmp_path / "run" / "config.resolved.yaml").write_text(yaml.safe_dump(before))
     done = digest(tmp_path / "run" / "folds" / "0" / "result.npz")

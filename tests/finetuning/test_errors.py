@@ -1,4 +1,4 @@
-"""Bad input of fine-tuning: what is wrong, and the way out, before any training."""
+"""Errors about bad input name the fault and the way out, before any training."""
 
 import logging
 import shutil
@@ -30,7 +30,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(base: Path, tmp_path: Path) -> Callable[..., Any]:
-    """Writes cells and starts a run on them."""
+    """Return a function that writes cells and starts a run on them."""
 
     def start(adata: anndata.AnnData, **changes: Any) -> int:
         adata.write_h5ad(tmp_path / "cells.h5ad")
@@ -41,7 +41,7 @@ def run(base: Path, tmp_path: Path) -> Callable[..., Any]:
 
 @pytest.fixture
 def read(base: Path, tmp_path: Path) -> Callable[..., LabelledCells]:
-    """Writes cells and reads them as a run does."""
+    """Return a function that writes cells and reads them as a run does."""
 
     def reading(adata: anndata.AnnData, **changes: Any) -> LabelledCells:
         adata.write_h5ad(tmp_path / "cells.h5ad")
@@ -57,7 +57,7 @@ def with_column(values: Any, name: str = "kind") -> anndata.AnnData:
     return adata
 
 
-def test_label_column_that_is_not_there(run: Callable[..., Any]) -> None:
+def test_missing_label_column(run: Callable[..., Any]) -> None:
     with pytest.raises(
         ValueError, match=r"label=cell_type is not a column of obs of .*; there are donor, dose, kind, pair"
     ):
@@ -71,7 +71,7 @@ def test_constant_labels(run: Callable[..., Any]) -> None:
         run(with_column([2.0] * 30), task="regression")
 
 
-def test_measurements_are_no_classes(run: Callable[..., Any]) -> None:
+def test_measurements_are_not_classes(run: Callable[..., Any]) -> None:
     with pytest.raises(ValueError, match=r"30 distinct values and decimals, not classes: set task=regression"):
         run(labelled_cells(30), label="dose")
     adata = labelled_cells(120)
@@ -113,14 +113,14 @@ def test_cells_without_a_label_are_left_out_and_counted(read: Callable[..., Labe
         read(with_column([""] * 30))
 
 
-def test_text_is_no_number(run: Callable[..., Any]) -> None:
+def test_text_is_not_a_number(run: Callable[..., Any]) -> None:
     with pytest.raises(ValueError, match=r"label=kind: 30 values are not finite numbers, 'B cell' for one"):
         run(labelled_cells(30), task="regression")
     with pytest.raises(ValueError, match="1 values are not finite numbers, inf for one"):
         run(with_column([np.inf, *range(29)]), task="regression")
 
 
-def test_groups_that_cannot_be_used(run: Callable[..., Any]) -> None:
+def test_unusable_groups(run: Callable[..., Any]) -> None:
     with pytest.raises(ValueError, match="group=batch is not a column of obs"):
         run(labelled_cells(30), group="batch")
     with pytest.raises(ValueError, match=r"2 groups \(a, b\) are too few: 3 are needed"):
@@ -129,7 +129,7 @@ def test_groups_that_cannot_be_used(run: Callable[..., Any]) -> None:
         run(with_column(pd.Categorical(["a", "b", None] * 10), "batch"), group="batch")
 
 
-def test_given_split_that_leaks(run: Callable[..., Any]) -> None:
+def test_a_given_split_that_leaks(run: Callable[..., Any]) -> None:
     adata = with_column((["train"] * 4 + ["test"]) * 6, "part")
     with pytest.raises(ValueError, match=r"leakage: . groups are in train and in test .*leave group out"):
         run(adata, split="part", group="donor")
@@ -146,7 +146,7 @@ def test_cells_that_stand_in_the_file_twice(run: Callable[..., Any]) -> None:
         run(twice, group="donor", target_modules=["none"])
 
 
-def test_files_that_cannot_be_used(run: Callable[..., Any], base: Path, tmp_path: Path) -> None:
+def test_unusable_files(run: Callable[..., Any], base: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"data=.*none\.h5ad does not exist"):
         finetune(make_config(base, tmp_path / "none.h5ad", tmp_path / "run"))
     adata = labelled_cells(30)
@@ -161,7 +161,7 @@ def test_files_that_cannot_be_used(run: Callable[..., Any], base: Path, tmp_path
         run(labelled_cells(30), layer="raw")
 
 
-def test_log_normalised_counts_are_warned_of(read: Callable[..., LabelledCells], caplog: Any) -> None:
+def test_log_normalised_counts_give_a_warning(read: Callable[..., LabelledCells], caplog: Any) -> None:
     adata = labelled_cells(30)
     adata.X = adata.X.log1p()
     with caplog.at_level(logging.WARNING, "tahoex1_hf"):
@@ -198,7 +198,7 @@ def test_overrides(override: str, message: str) -> None:
         read_finetune_config(RECIPES / "classification.yaml", [override])
 
 
-def test_target_modules_that_are_not_there(run: Callable[..., Any]) -> None:
+def test_missing_target_modules(run: Callable[..., Any]) -> None:
     with pytest.raises(ValueError, match=r"target_modules=\['query'\]: query is not a linear layer.*q_proj"):
         run(labelled_cells(30), target_modules=["query"])
 
@@ -218,7 +218,7 @@ def test_a_base_that_is_not_whole(run: Callable[..., Any], base: Path, tmp_path:
         run(labelled_cells(30), model=str(tmp_path / "part"))
 
 
-def test_classes_of_the_test_alone_are_warned_of(run: Callable[..., Any], caplog: Any) -> None:
+def test_classes_among_test_cells_alone_give_a_warning(run: Callable[..., Any], caplog: Any) -> None:
     adata = with_column(["A"] * 10 + ["B"] * 10 + ["C"] * 10)
     adata.obs["part"] = ["train"] * 20 + ["test"] * 10
     with caplog.at_level(logging.WARNING, "tahoex1_hf"):
@@ -242,7 +242,7 @@ def test_a_folder_of_another_run(run: Callable[..., Any]) -> None:
         run(changed, method="linear_probe")
 
 
-def test_best_weights_that_are_gone_are_an_error(tmp_path: Path) -> None:
+def test_missing_best_weights_are_an_error(tmp_path: Path) -> None:
     lost = SimpleNamespace(state=TrainerState(best_model_checkpoint=str(tmp_path / "checkpoint-3")))
     with pytest.raises(FileNotFoundError, match=r"checkpoint-3, is gone"):
         FinetuneTrainer._load_best_model(lost)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""What each method trains: adapters in their places, checkpointed activations, quantised bases."""
+"""Each method trains the right weights: adapters in their places, checkpointed activations, quantised bases."""
 
 from pathlib import Path
 from typing import Any
@@ -68,7 +68,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(method: str, base: Path
         model: Any = adapt(load_base(config, TahoeX1ForSequenceClassification, num_labels=3), config)
         if method != "full":
             for name, parameter in model.named_parameters():
-                if "lora_B" in name:  # which are zeros, and leave no gradient to the others
+                if "lora_B" in name:  # these start as zeros, and then the others have no gradient
                     torch.nn.init.normal_(parameter, std=0.05)
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})

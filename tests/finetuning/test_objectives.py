@@ -1,4 +1,4 @@
-"""Losses: masks, class weights, and independence of padding."""
+"""Test losses: masks, class weights, and independence of padding."""
 
 from pathlib import Path
 

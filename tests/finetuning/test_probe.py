@@ -1,4 +1,4 @@
-"""The linear probe: an exact fit, which last digits of the embeddings do not move; heads that start from it."""
+"""The linear probe is an exact fit, which the embeddings' last digits do not move; heads can start from it."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,7 +26,7 @@ SPLIT = Split(TRAIN, VALIDATION, TEST)
 
 
 def embeddings(num_cells: int = 260, width: int = 48) -> np.ndarray:
-    """Features as those of models: far from zero, of few large directions and many small ones."""
+    """Return features like those of models: far from zero, with few large directions and many small ones."""
     random = np.random.default_rng(0)
     directions = np.linalg.qr(random.normal(size=(width, width)))[0] * 0.5 ** np.arange(width)[:, None].clip(max=12)
     return (random.normal(size=(num_cells, width)) @ directions + random.normal(size=width)).astype(np.float32)
@@ -68,9 +68,9 @@ def test_the_fit_is_the_minimum_of_the_penalised_loss(num_classes: int) -> None:
     chances = np.exp(logits - logits.max(1, keepdims=True))
     residuals = chances / chances.sum(1, keepdims=True) - np.eye(num_classes)[cells.labels[TRAIN]]
     slopes, penalised = residuals.T @ x, weights * scale
-    if num_classes == 2:  # one row of weights for the two
+    if num_classes == 2:  # the two classes share one row of weights
         slopes, penalised = slopes[1:], penalised[1:]
-    # At a minimum the gradient of C times the loss is the weights', turned round; C is one of those that are tried.
+    # At a minimum the gradient of C times the loss equals the negative weights; C is one of the values that are tried.
     strength = -(penalised * slopes).sum() / (slopes**2).sum()
     assert min(abs(np.log10(strength) - np.log10(each)) for each in probe._STRENGTHS) < 1e-4
     assert np.abs(penalised + strength * slopes).max() < 1e-4 * np.abs(penalised).max()
@@ -111,7 +111,7 @@ def test_test_cells_are_not_looked_at() -> None:
     assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-# Heads that start from it -------------------------------------------------------------------------
+# Heads that start from a probe --------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +137,7 @@ def test_training_starts_from_a_fitted_head(task: str, label: str, base: Path, d
         changes = {"task": task, "label": label, "epochs": 0.1, "learning_rate": 1e-7, **changes}
         finetune(make_config(base, data, tmp_path / name, **changes))
         outputs[name] = result(tmp_path / name)[1]["outputs"]
-    # After a step that changes next to nothing.
+    # Compared after a step that changes next to nothing.
     assert largest_difference(outputs["fitted"], outputs["probe"]) < 1e-4 * np.abs(outputs["probe"]).max()
     assert largest_difference(outputs["random"], outputs["probe"]) > 0.1
 
@@ -167,7 +167,7 @@ def test_dropout_does_not_drown_what_a_fitted_head_sees(
     finetune(make_config(base, data, tmp_path / "run", **{"epochs": 0.1, **changes}))
     assert set(seen) == {expected}
     model, _ = load_adapter(tmp_path / "run")
-    assert model.config.expression_encoder_dropout == 0.4  # that of the base, for who trains further
+    assert model.config.expression_encoder_dropout == 0.4  # the base's own, for training it further
 
 
 def test_a_head_starts_from_cells_of_every_class(base: Path, data: Path, tmp_path: Path, monkeypatch: Any) -> None:

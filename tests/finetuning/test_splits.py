@@ -1,4 +1,4 @@
-"""Splits: shares, strata, groups, folds, and that nothing leaks from one part into another."""
+"""Splits keep shares, strata, groups and folds, and nothing leaks from one part into another."""
 
 import numpy as np
 import pytest
@@ -85,7 +85,7 @@ def test_leakage_is_an_error() -> None:
         check_split(Split(rows[:3], rows[3:6], rows[6:]), groups)
 
 
-def test_cells_that_are_there_twice_leak() -> None:
+def test_cells_that_stand_twice_leak() -> None:
     split = Split(np.arange(4), np.array([4]), np.arange(5, 9))
     contents = np.array([1, 2, 3, 4, 5, 6, 2, 7, 3])
     with pytest.raises(ValueError, match=r"leakage: 2 test cells hold exactly the counts .*cell 6 is one"):

@@ -46,13 +46,13 @@ MORE = {
 }
 DRUG_FILES = ["drug_fps_pad.npy", "drug_to_id_pad.json"]
 
-COLUMN_STEP = 8  # of the width of contextual embeddings
-INTERMEDIATE_CELLS = (1, 4)  # of the six
+COLUMN_STEP = 8  # every eighth column of contextual embeddings is kept
+INTERMEDIATE_CELLS = (1, 4)  # two of the six cells
 GRADIENT_POSITIONS = 256  # at most, per parameter
 
 
 def gradient_positions(size: int) -> np.ndarray:
-    """Flat positions at which the gradient of a parameter of this many values is kept."""
+    """Return the flat positions at which the gradient of a parameter of this many values is kept."""
     return np.linspace(0, size - 1, min(size, GRADIENT_POSITIONS)).astype(np.int64)
 
 

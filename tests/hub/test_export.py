@@ -1,4 +1,4 @@
-"""`conversion/export_to_hub.py`: what it builds, that it proves it, and that it uploads nothing else."""
+"""`conversion/export_to_hub.py` builds a repository, proves that it loads, and uploads nothing else."""
 
 import importlib.util
 import json
@@ -41,7 +41,7 @@ def sizes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture
 def unproven(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For tests of what comes before the proof, which takes a second process."""
+    """Leave out the proof, which takes a second process, for tests of the steps before it."""
     monkeypatch.setattr(hub_export, "compare_isolated_load", lambda repository, sources: dict.fromkeys(sources, 0.0))
 
 
@@ -74,7 +74,7 @@ def test_upload_through_the_real_client(tmp_path: Path, sizes: dict[str, Path]) 
 
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
-    """The command in this process, without the proof; a failure of the test where it speaks to the Hub."""
+    """Return the command, run in this process without the proof; the test fails if it contacts the Hub."""
     spec = importlib.util.spec_from_file_location("export_to_hub", REPO_ROOT / "conversion" / "export_to_hub.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -118,7 +118,7 @@ def test_a_push_without_a_card_is_refused_before_anything_is_done(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_a_repository_holds(tmp_path: Path, sizes: dict[str, Path], unproven: None) -> None:
+def test_contents_of_a_repository(tmp_path: Path, sizes: dict[str, Path], unproven: None) -> None:
     (sizes["small"] / "training_args.bin").write_bytes(b"a pickle")
     build(sizes, tmp_path / "repository")
     (sizes["small"] / "training_args.bin").unlink()
@@ -187,7 +187,7 @@ def test_a_wrong_export_is_never_put_in_place(
 
     monkeypatch.setattr(hub_export, "_add_checkpoint", add_damaged)
     if damage == "code":
-        monkeypatch.setattr(hub_export, "CODE_FILES", CODE_FILES[:1] + CODE_FILES[2:])  # what the tokenizer imports
+        monkeypatch.setattr(hub_export, "CODE_FILES", CODE_FILES[:1] + CODE_FILES[2:])  # the tokenizer imports it
     message = "does not load without the package" if damage == "code" else "Without the package, .* gives another"
     with pytest.raises(RuntimeError, match=message):
         build({"small": sizes["small"]}, tmp_path / "repository")

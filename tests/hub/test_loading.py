@@ -1,4 +1,4 @@
-"""Loading from the Hub: from its cache, over HTTP, without the package, and in the layout that is published today."""
+"""Models load from the Hub: from its cache, over HTTP, without the package, and in the layout published today."""
 
 import json
 import sys
@@ -44,7 +44,7 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def exported(converted: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """70m at the root, 3b in a sub-folder; that it loads is for these tests to prove."""
+    """Return an export with 70m at the root and 3b in a sub-folder; these tests themselves prove that it loads."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(hub_export, "compare_isolated_load", lambda repository, sources: dict.fromkeys(sources, 0.0))
         folder = tmp_path_factory.mktemp("exported") / "repository"
@@ -54,7 +54,7 @@ def exported(converted: dict[str, Path], tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture(scope="module")
 def filled(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
-    """The cache with two revisions: in `old`, the final norm's weights are doubled."""
+    """Return a cache with two revisions; in `old` the final norm's weights are doubled."""
     old = tmp_path_factory.mktemp("old") / "repository"
     for name, content in read_files(exported).items():
         (old / name).parent.mkdir(parents=True, exist_ok=True)
@@ -75,7 +75,7 @@ def hub_cache(filled: tuple[Path, dict[str, str]], monkeypatch: pytest.MonkeyPat
 
 @pytest.fixture
 def hf_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where checkpoints of the original are translated to, and the Hub's cache with one of today's repositories."""
+    """Return a home for translated checkpoints, whose Hub cache holds one of today's repositories."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "hf_home"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hf_home" / "hub"))
     today = todays_repository(tmp_path / "today")
@@ -106,7 +106,7 @@ def translations(hf_home: Path) -> list[Path]:
 
 
 def copies(hf_home: Path) -> list[Path]:
-    """Files of weights in the package's own cache."""
+    """Return the files of weights in the package's own cache."""
     return [path for path in translations(hf_home) if not path.is_symlink()]
 
 
@@ -196,7 +196,7 @@ def test_without_the_package(tmp_path: Path, filled: tuple[Path, dict[str, str]]
 OVER_HTTP = """
     from huggingface_hub import constants
     from huggingface_hub.utils import get_session
-    constants.DOWNLOAD_CHUNK_SIZE = 2**14  # what has arrived is kept in such pieces
+    constants.DOWNLOAD_CHUNK_SIZE = 2**14  # a broken download keeps whole pieces of this size
     import torch, transformers
     from safetensors.torch import load_file, save_file
     torch.set_num_threads(1)
@@ -242,9 +242,9 @@ def test_over_http_with_a_broken_connection(
     assert 0 < start <= 100_000
     assert weights[1].sent == size - start
     assert not [path for path in paths if "/3b/" in path]
-    assert len(second) > 1  # it asked whether anything is new
+    assert len(second) > 1  # the client asked whether anything is new
     assert sum(request.sent for request in second) == 0  # and fetched nothing
-    # Of a new commit, what has the ETag of what is there is not fetched either.
+    # A new commit's files with a known ETag are not fetched either.
     assert [request.path for request in third if request.method == "HEAD" and "model.safetensors" in request.path]
     assert sum(request.sent for request in third) == len(changed)
 
@@ -285,10 +285,10 @@ ERRORS = """
 
 
 @pytest.mark.slow
-def test_every_failure_says_what_it_is(tmp_path: Path) -> None:
+def test_every_failure_has_its_own_message(tmp_path: Path) -> None:
     today = read_files(todays_repository(tmp_path / "today"))
     broken = {name: content for name, content in today.items() if name != "70m-model/collator_config.yml"}
-    # Beside safetensors a pickle is not even fetched; without them it is what there is.
+    # Where there are safetensors, a pickle is not even fetched; otherwise it is used.
     pickled = {name: content for name, content in today.items() if not name.endswith(".safetensors")}
     torch.save({"state": {"model": load_file(SMALL.checkpoint / "model.safetensors")}}, tmp_path / "best-model.pt")
     pickled["70m-model/best-model.pt"] = (tmp_path / "best-model.pt").read_bytes()
@@ -340,7 +340,7 @@ def test_todays_layout(hf_home: Path, converted: dict[str, Path], monkeypatch: p
     assert [path.parent.name for path in translations(hf_home)] == [commit]
     stamp = translations(hf_home)[0].lstat().st_mtime_ns
     monkeypatch.setattr(model_loading, "translate_folder", lambda *a: pytest.fail("translated again"))
-    # The other ways in find what is there; the size may be spelt as in the new layout.
+    # The other ways of loading find the translation; the size may be spelt as in the new layout.
     for subfolder in ("70m", "70m-model"):
         head, report = TahoeX1ForPreTraining.from_pretrained(
             REPO_ID, subfolder=subfolder, revision="main", dtype=torch.float64, output_loading_info=True
@@ -374,7 +374,7 @@ def test_todays_layout_with_drugs_and_in_a_folder(hf_home: Path, converted: dict
         TahoeX1Model.from_pretrained("tahoebio/elsewhere", subfolder="70m-model")
 
 
-def test_what_is_not_ours_is_left_to_transformers(tmp_path: Path, hf_home: Path) -> None:
+def test_other_models_are_left_to_transformers(tmp_path: Path, hf_home: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(OSError, match="it holds no Tahoe-x1 model"):
         TahoeX1Model.from_pretrained(tmp_path / "empty")
@@ -386,14 +386,14 @@ def test_what_is_not_ours_is_left_to_transformers(tmp_path: Path, hf_home: Path)
 
 
 def test_weights_are_loaded_where_they_are(hf_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Views of the published file: no second copy on disk, and none in memory but of the matrix that is transposed."""
+    """Weights are views of the published file: there is no copy on disk, and in memory only of a transposed matrix."""
     folder = hf_home.parent / "today" / "70m-model"
     model = TahoeX1ForPreTraining.from_pretrained(folder)
     (link,) = translations(hf_home)
     assert link.resolve() == folder / "model.safetensors"
     assert not copies(hf_home)
     assert names_in_memory(model, folder / "model.safetensors") == {"cell_decoder.cell_proj.weight"}
-    # The weights move: what is left behind is made anew, and what they are now is loaded.
+    # After the weights have moved or changed, the translation is made anew and the present weights are loaded.
     before = embed(model, SMALL)
     moved = folder.rename(folder.with_name("moved"))
     assert torch.equal(embed(TahoeX1Model.from_pretrained(moved), SMALL), before)
@@ -436,7 +436,7 @@ def test_a_pickle_is_converted_into_the_cache(hf_home: Path) -> None:
 
 
 @pytest.mark.parametrize("model_class", [TahoeX1Model, TahoeX1ForPreTraining, TahoeX1ForSequenceClassification])
-def test_what_was_loaded_from_the_original_is_saved_under_our_names(
+def test_weights_loaded_from_the_original_are_saved_under_our_names(
     model_class: type, hf_home: Path, tmp_path: Path
 ) -> None:
     model = model_class.from_pretrained(REPO_ID, subfolder="70m-model")
@@ -477,7 +477,7 @@ def test_adapters_on_weights_of_the_original(way: str, hf_home: Path, tmp_path: 
         try:
             model.load_adapter(tmp_path / "adapter")
             assert torch.equal(embed(model, SMALL), expected)
-            model.save_pretrained(tmp_path / "again")  # of a model with an adapter, transformers saves the adapter
+            model.save_pretrained(tmp_path / "again")  # transformers saves only the adapter of such a model
         except ValueError as error:
             if "version of PEFT" not in str(error):
                 raise

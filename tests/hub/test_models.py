@@ -1,4 +1,4 @@
-"""Wherever a model is asked for, a folder, a Hub name or a loaded model will do."""
+"""Functions that need a model take a folder, a Hub name or a loaded model."""
 
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ KEY = "X_tahoe_x1"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A converted model with its tokenizer, whose context is shorter than many cells."""
+    """Write a converted model and its tokenizer, whose context is shorter than many cells."""
     place = tmp_path_factory.mktemp("model")
     vocab = write_vocab(tmp_path_factory.mktemp("vocab"), drug_token=False)
     tiny_model(tiny_config(vocab_size=NUM_GENES + 3), TahoeX1ForPreTraining).save_pretrained(place)
@@ -45,7 +45,7 @@ def expected(cells: anndata.AnnData, loaded: tuple[Any, TahoeX1Tokenizer]) -> np
 
 @pytest.fixture(params=["folder", "text", "hub"])
 def name(request: pytest.FixtureRequest, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The model by its folder, by the folder's path as text, and by its name on a Hub that has it."""
+    """Give the model as its folder, as the folder's path in text, and as its name on a Hub that has it."""
     if request.param == "hub":
         monkeypatch.setattr(loading, "download_snapshot", lambda *arguments: folder)
         return "someone/model"

@@ -1,4 +1,4 @@
-"""The Auto classes know the model type, in whatever order things are imported, and nothing is imported early."""
+"""The Auto classes know the model type whatever the order of imports, and nothing is imported early."""
 
 import os
 import pickle
@@ -30,22 +30,22 @@ def run(code: str, given: bytes = b"") -> None:
     assert done.returncode == 0, done.stderr.decode()[-3000:]
 
 
-def test_the_package_imports_nothing_before_it_is_used_and_is_known_then() -> None:
+def test_the_package_imports_nothing_before_its_use_and_is_known_afterwards() -> None:
     run(
         "import sys, tahoex1_hf\n"
         "found = {'torch', 'transformers', 'numpy', 'typer', 'accelerate'} & set(sys.modules)\n"
         "assert not found, found\n"
-        # BERT's module imports the Auto models in the midst of what our models need.
+        # BERT's module imports the Auto models while it imports what our models need.
         "from transformers import BertModel\n" + LOAD
     )
 
 
-def test_it_is_known_where_transformers_was_imported_first() -> None:
+def test_the_model_type_is_known_where_transformers_was_imported_first() -> None:
     run("from transformers import AutoModel, AutoTokenizer\n" + LOAD)
 
 
 def test_a_configuration_from_another_process_finds_its_model() -> None:
-    """A worker that gets a pickled configuration makes none by itself."""
+    """A worker process that receives a pickled configuration creates none itself."""
     config = TahoeX1Config(vocab_size=8, hidden_size=8, num_attention_heads=2, num_hidden_layers=1)
     run(
         "import pickle, sys\n"

@@ -1,4 +1,4 @@
-"""Converting from every place where a checkpoint may lie: the same numbers from each, or an error that helps."""
+"""Converting a checkpoint gives the same numbers from every place where it may lie, or an error that helps."""
 
 import json
 import os
@@ -91,7 +91,7 @@ def test_every_source_gives_the_recorded_outputs(
     assert {"model_config.yml", "collator_config.yml", "vocab.json"} < set(manifest["files_read"])
 
 
-def test_sharded_tensors_are_those_of_the_whole(tmp_path: Path) -> None:
+def test_sharded_tensors_equal_the_whole(tmp_path: Path) -> None:
     source = as_sharded(WITH_DRUGS, tmp_path)
     convert_original_folder(source, tmp_path / "pieces")
     convert_original_folder(WITH_DRUGS, tmp_path / "whole")
@@ -101,7 +101,7 @@ def test_sharded_tensors_are_those_of_the_whole(tmp_path: Path) -> None:
 
 
 def test_a_tensor_in_several_pieces(tmp_path: Path) -> None:
-    """FSDP cuts tensors along their rows; here by two processes' worth of pieces in one index."""
+    """FSDP cuts tensors along their rows; here one index lists the pieces of two processes."""
     from torch.distributed.checkpoint.filesystem import _StorageInfo
     from torch.distributed.checkpoint.metadata import (
         ChunkStorageMetadata,

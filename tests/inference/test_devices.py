@@ -1,4 +1,4 @@
-"""The device that a model is run on."""
+"""The device of a model is chosen and checked."""
 
 import pytest
 import torch
@@ -6,13 +6,13 @@ import torch
 from tahoex1_hf.inference.encoder import choose_device
 
 
-def test_a_device_that_is_there_is_taken() -> None:
+def test_an_existing_device_is_taken() -> None:
     assert choose_device("cpu") == choose_device(torch.device("cpu")) == torch.device("cpu")
     assert choose_device().type in ("cpu", "cuda", "mps")
 
 
 @pytest.mark.parametrize("device", ["cuda", "cuda:0", torch.device("cuda")])
-def test_cuda_where_there_is_none(device: str | torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cuda_without_a_gpu(device: str | torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match=r"device='cuda.* cannot be used, .*: pass cpu, or leave the device out"):
         choose_device(device)
@@ -26,7 +26,7 @@ def test_a_gpu_with_a_number_that_is_too_high(monkeypatch: pytest.MonkeyPatch) -
         choose_device("cuda:2")
 
 
-def test_an_apple_gpu_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mps_without_an_apple_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     with pytest.raises(ValueError, match="there is no Apple GPU here"):
         choose_device("mps")

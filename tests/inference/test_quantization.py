@@ -1,4 +1,4 @@
-"""Int8 weights: close to float32, a quarter of the layers' memory, and the model itself left as it is."""
+"""Int8 weights are close to float32, take a quarter of the layers' memory, and leave the model itself as it is."""
 
 import copy
 from pathlib import Path
@@ -33,7 +33,7 @@ def test_embeddings_are_close_and_the_model_is_left_alone(parts) -> None:
         results.append(cells.obsm[KEY])
     np.testing.assert_array_equal(results[0], results[2])
     cosines = (results[0] * results[1]).sum(1)
-    assert 0.999 < cosines.min() < 1 - 1e-7  # close, and not the same
+    assert 0.999 < cosines.min() < 1 - 1e-7  # close, but not the same
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
@@ -48,7 +48,7 @@ def test_layers_take_a_quarter_and_the_rest_is_shared(parts) -> None:
     assert quantised.dtype == torch.int8
     assert quantised.shape == theirs.layers[0].mlp.up_proj.weight.shape
     assert scale.numel() == quantised.shape[0]  # one per output
-    assert encoder.dtype_name in ("int8 weights, float32", "int8 weights, bfloat16")  # as the CPU is faster
+    assert encoder.dtype_name in ("int8 weights, float32", "int8 weights, bfloat16")  # whichever is faster here
 
 
 def test_without_torchao(parts, monkeypatch: pytest.MonkeyPatch) -> None:

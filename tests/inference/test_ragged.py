@@ -19,7 +19,7 @@ LENGTHS = (14, 14, 14, 12, 9, 9, 6, 3)
 
 
 def both(shape: str, all_tokens: bool, lengths: tuple[int, ...] = LENGTHS, **changes: Any) -> tuple:
-    """Padded and ragged results: cell embeddings and hidden states of the tokens."""
+    """Return padded and ragged results: cell embeddings and hidden states of the tokens."""
     config = tiny_config(**{**SHAPES[shape], **changes})
     model = tiny_model(config, TahoeX1Model)
     batch = make_batch(config, lengths, targets=False)
@@ -89,7 +89,7 @@ def test_values_that_are_all_different() -> None:
         assert largest_difference(pooled, model(**batch).pooler_output) < CLOSE
 
 
-def test_an_adapter_of_keys_and_values_is_not_passed_by() -> None:
+def test_an_adapter_of_keys_and_values_is_applied() -> None:
     peft = pytest.importorskip("peft")
     config = tiny_config()
     model, batch = tiny_model(config, TahoeX1Model), make_batch(config, LENGTHS, targets=False)
@@ -107,7 +107,7 @@ def test_an_adapter_of_keys_and_values_is_not_passed_by() -> None:
 
 @pytest.mark.parametrize("heads", [4, 2])
 def test_jagged_attention_equals_attention_by_cell(heads: int) -> None:
-    """What runs on CUDA, here in torch's plain rendering."""
+    """The attention that CUDA runs, here computed by plain torch."""
     boundaries = torch.tensor([0, 5, 9, 9 + 1, 20])
     torch.manual_seed(0)
     query, key, value = (torch.randn(1, n, 20, 8, requires_grad=True) for n in (4, heads, heads))
@@ -123,7 +123,7 @@ def test_jagged_attention_equals_attention_by_cell(heads: int) -> None:
         assert largest_difference(by_cell, jagged) < 1e-4  # gradients of up to 20
 
 
-def test_where_it_serves() -> None:
+def test_which_models_it_serves() -> None:
     cpu = torch.device("cpu")
     assert can_run_ragged(tiny_model(tiny_config(), TahoeX1Model), cpu)
     assert can_run_ragged(tiny_model(tiny_config(), TahoeX1Model), torch.device("cuda"))

@@ -5,8 +5,8 @@ In an environment of its own, from the root of the repository:
     python -m venv mds-venv && mds-venv/bin/pip install torch==2.14.1 mosaicml-streaming==0.13.0
     mds-venv/bin/python tests/mds/make_shards.py
 
-They were written with Python 3.11.7, mosaicml-streaming 0.13.0, torch 2.14.1 and numpy 2.1.3. `cells.json` holds what
-went into them; `vocab.json` the ids that they use.
+The shards were written with Python 3.11.7, mosaicml-streaming 0.13.0, torch 2.14.1 and numpy 2.1.3. `cells.json` holds
+the cells that went into them, `vocab.json` the ids that they use.
 """
 
 import json
@@ -24,13 +24,13 @@ CLS, CLS_VALUE = 1, -2.0
 
 
 def vocabulary() -> dict[str, int]:
-    """Special tokens first, as in the original's vocabularies, and fillers last."""
+    """Return a vocabulary with special tokens first, as in the original's, and fillers last."""
     names = ["<pad>", "<cls>", "<eoc>", *(f"ENSG{1000 + i:011d}" for i in range(NUM_GENES)), "<junk0>", "<junk1>"]
     return {name: i for i, name in enumerate(names)}
 
 
 def make_cells(count: int) -> list[dict[str, Any]]:
-    """Cells of up to 30 genes; the second expresses none, the third has a stored zero and a gene twice."""
+    """Make cells of up to 30 genes; the second expresses none, the third has a stored zero and a gene twice."""
     random.seed(17)
     cells = []
     for number in range(count):
@@ -53,7 +53,7 @@ def make_cells(count: int) -> list[dict[str, Any]]:
 
 
 def as_upstream(cells: list[dict[str, Any]], folder: Path) -> None:
-    """The original's layout: torch tensors of a datasets.Dataset, chunk folders and their merged index."""
+    """Write the original's layout: torch tensors of a datasets.Dataset, chunk folders and their merged index."""
     import torch
     from streaming import MDSWriter
     from streaming.base.util import merge_index
@@ -75,7 +75,7 @@ def as_upstream(cells: list[dict[str, Any]], folder: Path) -> None:
 
 
 def as_plain(cells: list[dict[str, Any]], folder: Path) -> None:
-    """Uncompressed, without hashes; every kind of pickle in turn, and metadata of every encoding."""
+    """Write shards without compression or hashes, with every kind of pickle in turn and all encodings of metadata."""
     import torch
     from streaming import MDSWriter
 
@@ -129,7 +129,7 @@ def as_plain(cells: list[dict[str, Any]], folder: Path) -> None:
 
 
 def as_arrays(cells: list[dict[str, Any]], folder: Path) -> None:
-    """The encodings of arrays, with and without type and shape; gz and other hashes."""
+    """Write the encodings of arrays, with and without type and shape; gz and other hashes."""
     from streaming import MDSWriter
 
     columns = {"genes": "ndarray:int32", "expressions": "ndarray", "id": "int", "umis": "ndarray:float64:1"}

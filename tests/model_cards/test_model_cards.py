@@ -1,4 +1,4 @@
-"""The model cards: strict facts, valid metadata, and examples that run."""
+"""Model cards have strict facts, valid metadata, and examples that run."""
 
 import json
 import re
@@ -56,7 +56,7 @@ def python_blocks(card: str) -> list[str]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_parameters_are_those_of_the_shape(name: str) -> None:
+def test_parameters_follow_from_the_shape(name: str) -> None:
     facts = load_facts(CARDS / f"{name}.yaml")
     with torch.device("meta"):
         model = TahoeX1ForPreTraining(TahoeX1Config(**vars(facts.shape)))
@@ -65,7 +65,7 @@ def test_parameters_are_those_of_the_shape(name: str) -> None:
     assert facts.size == name.replace("_", ".")
 
 
-def test_demo_facts_are_those_of_the_checkpoint() -> None:
+def test_demo_facts_agree_with_the_checkpoint() -> None:
     facts = load_facts(CARDS / "demo.yaml")
     config = json.loads((DEMO / "config.json").read_text(encoding="utf-8"))
     assert {key: config[key] for key in vars(facts.shape)} == vars(facts.shape)
@@ -77,7 +77,7 @@ def test_demo_facts_are_those_of_the_checkpoint() -> None:
     assert losses == [f"{loss:.3f}" for loss in (*log["final"].values(), *log["baselines"].values())]
 
 
-def test_work_per_cell_is_what_the_benchmark_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_work_per_cell_equals_the_benchmarks_count(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(REPO_ROOT))
     from tahoex1_hf.training.flops import embedding_flops
 
@@ -124,7 +124,7 @@ def test_card_is_complete(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_metadata_are_what_the_hub_knows(name: str) -> None:
+def test_the_hub_knows_the_metadata(name: str) -> None:
     from transformers.pipelines import SUPPORTED_TASKS
 
     data = check_card(render_card(CARDS / f"{name}.yaml")).data
@@ -134,7 +134,7 @@ def test_metadata_are_what_the_hub_knows(name: str) -> None:
     assert data.tags == list(dict.fromkeys(data.tags))
     assert data.datasets == (["tahoebio/Tahoe-100M"] if name in RELEASED else None)
     assert data.base_model is None
-    # A figure without a source that the Hub could show is in the text alone.
+    # A figure without a source that the Hub could show stands only in the text.
     assert data.eval_results is None
     copy = check_card(render_card(CARDS / f"{name}.yaml", repo_id="someone/copy")).data
     assert copy.base_model == ("tahoebio/Tahoe-x1" if name in RELEASED else None)
@@ -176,14 +176,14 @@ def test_command_writes_the_card_and_a_page(tmp_path: Path) -> None:
     assert "missing key 'tags'" in wrong.output
 
 
-def test_demo_checkpoint_has_the_card_that_its_facts_make() -> None:
+def test_card_of_the_demo_checkpoint_is_rendered_from_its_facts() -> None:
     assert (DEMO / "README.md").read_text(encoding="utf-8") == render_card(CARDS / "demo.yaml"), (
         "run `python model_cards/render.py model_cards/demo.yaml examples/demo_checkpoint/README.md`"
     )
 
 
 def prepare(folder: Path, name: str, subfolder: str, variant: str | None) -> str:
-    """Lay out what a card's examples need, and return them, pointed to a small checkpoint."""
+    """Lay out the files that a card's examples need, and return the examples, pointed to a small checkpoint."""
     folder.mkdir()
     if variant is None:
         model_id = DEMO
@@ -220,7 +220,7 @@ from pathlib import Path
 
 import torch
 
-torch.cpu.get_capabilities = lambda: {}  # a CPU without bfloat16, which the examples would take by themselves
+torch.cpu.get_capabilities = lambda: {}  # a CPU without bfloat16, which the examples would otherwise choose
 for folder in sys.argv[1:]:
     os.chdir(folder)
     names = {}

@@ -1,4 +1,4 @@
-"""Converting checkpoints of the original program: nothing lost, nothing guessed, nothing half done."""
+"""Converting checkpoints of the original program loses nothing, guesses nothing, and leaves nothing half done."""
 
 import json
 import os
@@ -36,7 +36,7 @@ def equal_tensors(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """A copy of a golden checkpoint, to be spoilt."""
+    """Return a copy of a golden checkpoint that tests may spoil."""
     return Path(shutil.copytree(PLAIN, tmp_path / "source"))
 
 
@@ -47,7 +47,7 @@ def edit_yaml(path: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
 
 
 def assert_refused(source: Path, error: type[Exception], match: str) -> None:
-    """Conversion fails with this message, and leaves nothing behind."""
+    """Assert that conversion fails with this message and leaves nothing behind."""
     destination = source.parent / "out" / "converted"
     with pytest.raises(error, match=match):
         convert_original_folder(source, destination)
@@ -73,7 +73,7 @@ def test_auto_classes_load_what_is_written(variant: Variant, tmp_path: Path) -> 
 
     base, report = AutoModel.from_pretrained(tmp_path / "converted", output_loading_info=True)
     assert type(base) is TahoeX1Model
-    assert not any(report.values()), report  # that the decoders are left out is meant, and goes without saying
+    assert not any(report.values()), report  # the decoders are left out on purpose, so nothing is reported
     assert equal_tensors(base.state_dict(), model.tahoe.state_dict())
     batch = without_labels(variant.batch("batch_masked", targets=True))
     with torch.no_grad():
@@ -92,7 +92,7 @@ def test_pickle_gives_the_same_folder_as_safetensors(source: Path, tmp_path: Pat
     convert_original_folder(source, tmp_path / "from_pickle")
     written = {path.name for path in (tmp_path / "from_pickle").iterdir()}
     assert written == {path.name for path in (tmp_path / "from_safetensors").iterdir()}
-    for name in written - {"conversion.json"}:  # which names what was read
+    for name in written - {"conversion.json"}:  # it names the files that were read
         from_pickle = (tmp_path / "from_pickle" / name).read_bytes()
         assert from_pickle == (tmp_path / "from_safetensors" / name).read_bytes(), name
 
@@ -112,7 +112,7 @@ def test_pickle_runs_nothing(source: Path) -> None:
     torch.save({"state": {"model": tensors, "extra": RunsACommand(marker)}}, source / "best-model.pt")
     assert_refused(source, ValueError, "tensors alone")
     assert not marker.exists()
-    torch.load(source / "best-model.pt", weights_only=False)  # it would have run
+    torch.load(source / "best-model.pt", weights_only=False)  # here the command does run
     assert marker.exists()
 
 
@@ -162,7 +162,7 @@ def test_settings_that_are_unknown_or_contradict(source: Path, file: str, edit: 
     ("use_attn_mask", "style"), [(None, "observed_or_self"), (True, "observed_or_self"), (False, "full")]
 )
 def test_attention_mask_of_the_original(source: Path, use_attn_mask: bool | None, style: str) -> None:
-    # The published 70M and 1.3B settings leave it out, and were trained with the mask.
+    # The published 70M and 1.3B settings lack this key, and the models were trained with the mask.
     def edit(settings: dict[str, Any]) -> None:
         del settings["attn_config"]["use_attn_mask"]
         settings["attn_config"]["attn_impl"] = "triton"
@@ -201,7 +201,7 @@ def test_drug_names(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert "knows no drug by name" in caplog.text
 
 
-def test_destination_that_is_there(source: Path, tmp_path: Path) -> None:
+def test_existing_destination(source: Path, tmp_path: Path) -> None:
     destination = tmp_path / "there"
     destination.mkdir()
     convert_original_folder(source, destination)  # an empty folder is as good as none
@@ -242,7 +242,7 @@ def test_fingerprints_of_another_shape(tmp_path: Path) -> None:
 
 
 def test_3b_without_drugs(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Weights without drug encoder, as the original loads them with use_chem_inf off."""
+    """Weights may lack the drug encoder, as the original loads them with use_chem_inf off."""
     source = Path(shutil.copytree(WITH_DRUGS, tmp_path / "source"))
     tensors = load_file(source / "model.safetensors")
     save_file({k: v for k, v in tensors.items() if "chem_encoder" not in k}, source / "model.safetensors")

@@ -1,4 +1,4 @@
-"""Back to the original: the same tensors, and settings that mean the same."""
+"""Restoring the original's format gives the same tensors, and settings with the same meaning."""
 
 import json
 import shutil
@@ -47,7 +47,7 @@ def test_there_and_back(variant: Variant, max_shard_size: int, tmp_path: Path) -
     again, before = open_original(tmp_path / "back"), open_original(variant.checkpoint)
     assert again.config.to_dict() == before.config.to_dict()
     assert again.tokenizer_arguments == before.tokenizer_arguments
-    # What the original's code reads without a default.
+    # The original's code reads these keys without a default.
     model = yaml.safe_load((tmp_path / "back" / "model_config.yml").read_text())
     assert {"attn_impl", "attn_type"} <= set(model["attn_config"])
     assert {"vocab_size", "n_layers", "n_heads", "d_model", "expansion_ratio", "mvc"} <= set(model)
@@ -56,7 +56,7 @@ def test_there_and_back(variant: Variant, max_shard_size: int, tmp_path: Path) -
     assert {"pad_token_id", "pad_value", "num_bins", "mlm_probability", "mask_value", "sampling"} <= set(collator)
     has_drugs = before.config.num_drugs > 0
     assert ("chemical_encoder" in model) == has_drugs == collator["use_chem_token"] == ("drug_to_id_path" in collator)
-    convert_original_folder(tmp_path / "back", tmp_path / "ours again")  # and it verifies
+    convert_original_folder(tmp_path / "back", tmp_path / "ours again")  # this verifies it, too
 
 
 @pytest.fixture
@@ -101,14 +101,14 @@ def test_settings_back_and_forth(
         ({}, {"num_bins": 31}, "one setting for both"),
     ],
 )
-def test_what_the_original_lacks(
+def test_settings_that_the_original_lacks_are_refused(
     shape: dict[str, Any], options: dict[str, Any], match: str, tokenizer: Callable[..., TahoeX1Tokenizer]
 ) -> None:
     with pytest.raises(ValueError, match=match):
         restore_settings(tiny_config(**shape), tokenizer(**options))
 
 
-def test_only_a_pretraining_checkpoint_goes_back(tmp_path: Path) -> None:
+def test_only_a_pretraining_checkpoint_can_be_restored(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"has no config\.json"):
         restore_original_folder(PLAIN, tmp_path / "back")
     convert_original_folder(PLAIN, tmp_path / "ours")

@@ -1,4 +1,4 @@
-"""The rules between the original's names of the weights and ours: every tensor, both ways, bit for bit."""
+"""The rules between the original's names of the weights and ours keep every tensor, both ways, bit for bit."""
 
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,7 @@ def load_by_rules(config: TahoeX1Config, original: dict[str, torch.Tensor]) -> d
 def test_transformers_itself_saves_back_in_the_original_names(
     variant: Variant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The rules are registered as transformers wants them; only because ours says so are they not used for saving."""
+    """The rules are registered as transformers wants them; saving skips them only because our model says so."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "hf_home"))
     model = TahoeX1ForPreTraining.from_pretrained(variant.checkpoint)
     model.save_pretrained(tmp_path / "saved", save_original_format=True)
@@ -99,7 +99,7 @@ RELEASED: dict[str, dict[str, Any]] = {
 
 
 def expected_parameters(config: TahoeX1Config) -> int:
-    """Added up from the table of the architecture, not from our modules."""
+    """Add up the parameters from the table of the architecture, not from our modules."""
     d, vocab, norm = config.hidden_size, config.vocab_size, 2 * config.hidden_size
     square = d * d + d
     encoders = vocab * d + norm + 2 * d + (2 * d + square + norm)

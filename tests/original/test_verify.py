@@ -1,4 +1,4 @@
-"""A conversion is verified: what is wrong is found, and the manifest says what was done."""
+"""Verifying a conversion finds faults, and the manifest says what was done."""
 
 import hashlib
 import json
@@ -78,7 +78,7 @@ def test_a_wrong_tensor_is_found(kind: str, tmp_path: Path, monkeypatch: pytest.
     ids=str,
 )
 def test_a_wrongly_translated_setting_is_found(variant: str, change: dict[str, Any], tmp_path: Path) -> None:
-    """The reference reads the original's own settings, so that it notices what the translation got wrong."""
+    """The reference computation reads the original's own settings, so it notices what the translation got wrong."""
     checkpoint = GOLDEN / variant / "model"
     convert_original_folder(checkpoint, tmp_path / "out")
     opened = open_original(checkpoint)
@@ -88,7 +88,7 @@ def test_a_wrongly_translated_setting_is_found(variant: str, change: dict[str, A
 
 
 class Shapes:
-    """Weights of a released size without their numbers."""
+    """The shapes of a released size's weights, without their numbers."""
 
     def __init__(self, config: TahoeX1Config) -> None:
         self.shapes = our_shapes(config)

@@ -1,4 +1,4 @@
-"""Reading weights: where they lie, and damaged, malicious or ambiguous files."""
+"""Weights are read wherever they lie; damaged, malicious or ambiguous files are refused."""
 
 import json
 import os
@@ -53,7 +53,7 @@ def test_shards_and_index(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("pickled", [False, True])
 def test_weights_stay_in_their_file(pickled: bool, tmp_path: Path) -> None:
-    """A conversion holds no weights in memory but the matrix that is transposed."""
+    """A conversion holds no weights in memory but a matrix that it transposes."""
     source = Path(as_composer_file(PLAIN, tmp_path)) if pickled else PLAIN
     model = open_original(source).load_model()
     path = source if pickled else source / "model.safetensors"
@@ -128,11 +128,11 @@ def test_malicious_pickles_run_nothing(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="could not be read as an array of numbers"):
         convert_original_folder(with_fingerprints, tmp_path / "out")
     assert not marker.exists()
-    np.load(with_fingerprints / "drug_fps_pad.npy", allow_pickle=True)  # it would have run
+    np.load(with_fingerprints / "drug_fps_pad.npy", allow_pickle=True)  # here the command does run
     assert marker.exists()
 
 
-def test_weights_that_are_ambiguous(tmp_path: Path) -> None:
+def test_ambiguous_weights_are_refused(tmp_path: Path) -> None:
     path = Path(as_composer_file(PLAIN, tmp_path))
     convert_original_folder(path.parent, tmp_path / "the only one")
     shutil.copy(path, path.parent / "ep5.pt")

@@ -1,4 +1,4 @@
-"""Folders that are written whole or not at all, also by a process that is killed."""
+"""Folders are written whole or not at all, even by a process that is killed."""
 
 import multiprocessing
 import os

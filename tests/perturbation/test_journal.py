@@ -1,4 +1,4 @@
-"""In-silico perturbation: the null distribution, resuming, choices and errors, and the command."""
+"""Test in-silico perturbation: the null distribution, resuming, choices and errors, and the command."""
 
 import json
 import sys
@@ -66,7 +66,7 @@ def run_all(adata: Any, model: Any, tokenizer: TahoeX1Tokenizer, **options: Any)
 # The null distribution ------------------------------------------------------------------------------------
 
 
-def test_controls_are_the_nearest_in_expression_and_never_the_tested() -> None:
+def test_controls_are_nearest_in_expression_and_never_a_tested_gene() -> None:
     expressing = np.array([[10, 10, 11, 40, 9, 10, 2]])
     sums = np.array([[20, 21, 22, 80, 400, 20, 4.0]])
     levels = Levels(np.array([50]), expressing, sums)
@@ -75,7 +75,7 @@ def test_controls_are_the_nearest_in_expression_and_never_the_tested() -> None:
     assert finder.of(0, [0]) == [(1,), (2,), (3,)]  # not 5, which is tested, nor 6, in too few cells; 4 is far
     assert Controls(levels, np.array([], dtype=int), 2, 5, False, ties).of(0, [0]) == [(5,), (1,)]
     assert Controls(levels, np.array([0, 5]), 2, 5, False, ties).of(0, [0, 5]) == [(1, 2), (2, 3)]
-    # In no cell of the group, but in enough of all.
+    # Genes that no cell of the group expresses, but enough of all cells do.
     both = Levels(np.array([50, 50]), np.stack([expressing[0] * 0, expressing[0]]), np.stack([sums[0] * 0, sums[0]]))
     assert Controls(both, np.array([0]), 9, 5, False, ties).of(0, [0]) == []
     assert Controls(both, np.array([0]), 9, 5, True, ties).of(0, [0]) == [(1,), (2,), (3,), (4,), (5,)]
@@ -150,7 +150,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tahoex1_hf.perturbation.plan._BLOCK_EVERY_GENE", 4)
 
 
-def test_a_killed_run_goes_on_and_gives_the_same_bits(
+def test_a_killed_run_resumes_and_gives_the_same_bits(
     tokenizer: TahoeX1Tokenizer, model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_blocks: None
 ) -> None:
     adata, partial = make_cells(40, seed=5), tmp_path / "out.csv.partial"
@@ -222,8 +222,8 @@ def test_genes_are_found_by_symbol_column_and_version(tokenizer: TahoeX1Tokenize
     symbols = {f"OTHER{i}": gene for i, gene in enumerate(GENES)}
     named = perturb_genes(adata, model, tokenizer, ["OTHER3"], gene_symbols=symbols, **QUIET).table
     assert named["gene_id"][0] == GENES[3]
-    # In other batches the last bits of float32 embeddings differ: by some 1e-6 of their length, which moves a
-    # distance d by up to 1e-6 * sqrt(2 d), here 1.4e-5 of it.
+    # Other batches change the last bits of float32 embeddings by some 1e-6 of their length, which moves a
+    # distance d by up to 1e-6 * sqrt(2 d), here by 1.4e-5 of d.
     assert named["cosine_distance"][0] == pytest.approx(table["cosine_distance"]["SYM3"], rel=1e-4)
     everything = perturb_genes(adata, model, tokenizer, "all", min_cells=3, **QUIET).table
     assert set(everything["gene"]) <= set(adata.var["feature_name"])
@@ -232,7 +232,7 @@ def test_genes_are_found_by_symbol_column_and_version(tokenizer: TahoeX1Tokenize
         perturb_genes(adata, model, tokenizer, ["twin"], **QUIET)
 
 
-def test_folder_of_an_adapter_is_a_model(tokenizer: TahoeX1Tokenizer, model: Any, tmp_path: Path) -> None:
+def test_folder_of_an_adapter_serves_as_a_model(tokenizer: TahoeX1Tokenizer, model: Any, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     model.save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
@@ -294,7 +294,7 @@ def test_errors_say_what_to_do(tokenizer: TahoeX1Tokenizer, model: Any, options:
         perturb_genes(make_cells(20, seed=5), model, tokenizer, **arguments)
 
 
-def test_deleting_what_no_cell_expresses_is_an_error(tokenizer: TahoeX1Tokenizer, model: Any) -> None:
+def test_deleting_genes_that_no_cell_expresses_is_an_error(tokenizer: TahoeX1Tokenizer, model: Any) -> None:
     adata = make_cells(20, seed=5)
     counts = dense(adata)
     counts[:, [3, 8]] = 0
@@ -394,7 +394,7 @@ def test_command_on_real_cells(pbmc: Path, tmp_path: Path) -> None:
         ("out.csv", ["--genes", "LYZ", "--cells", "bulk_labels == 'Nobody'"], "leaves none of the 700 cells"),
     ],
 )
-def test_command_says_what_is_wrong(pbmc: Path, tmp_path: Path, output: str, options: list[str], message: str) -> None:
+def test_errors_of_the_command(pbmc: Path, tmp_path: Path, output: str, options: list[str], message: str) -> None:
     result = run_command(pbmc, tmp_path / output, *options)
     assert result.exit_code == 1
     assert message in result.output
@@ -408,7 +408,7 @@ def test_example(pbmc: Path, tmp_path: Path) -> None:
     result = forked.run([*command, "--null-genes", 3])
     assert result.returncode == 0, result.stdout + result.stderr
     table = pd.read_csv(tmp_path / "perturbation.csv").set_index("gene")["target_change"]
-    # The effector genes are what the naive cells lack; CCR7 and CD8B are not.
+    # Naive cells lack the effector genes, but not CCR7 and CD8B.
     assert table[["FGFBP2", "PRF1", "GZMB"]].min() > 0.002
     assert table[["CCR7", "CD8B"]].max() < 0
     assert (tmp_path / "perturbation.png").stat().st_size > 10_000

@@ -1,4 +1,4 @@
-"""In-silico perturbation: answers that are known, brute force, sampling of long cells, and what must not matter."""
+"""In-silico perturbation equals known answers and brute force, samples long cells, and depends on nothing else."""
 
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,7 @@ def dense(adata: anndata.AnnData) -> np.ndarray:
 
 
 def embedded(counts: np.ndarray, model: Any, tokenizer: TahoeX1Tokenizer) -> tuple[np.ndarray, np.ndarray]:
-    """Embeddings of length 1 by `embed_anndata`, and raw ones by a plain forward pass, of explicit counts."""
+    """Return embeddings of length 1 by `embed_anndata`, and raw ones by a plain forward pass, of explicit counts."""
     adata = anndata.AnnData(csr_matrix(counts), var=pd.DataFrame(index=GENES))
     embed_anndata(adata, model, tokenizer, dtype="float32", device="cpu", progress=False)
     with torch.inference_mode():
@@ -65,16 +65,16 @@ def changed_counts(counts: np.ndarray, genes: list[int], mode: str, value: float
     return counts
 
 
-# Against what is known ---------------------------------------------------------------------------
+# Against known answers ----------------------------------------------------------------------------
 
 
 def planted_model(tokenizer: TahoeX1Tokenizer, special: dict[str, int]) -> TahoeX1Model:
-    """A model whose cell embedding is the mean of one direction per gene: direction 0, or that of `special`."""
+    """Make a model whose cell embedding is the mean of one direction per gene: direction 0, or that in `special`."""
     config = tiny_config(
         vocab_size=len(tokenizer), cell_pooling="mean", gene_encoder_norm=False, expression_encoder_norm=False
     )
     model = TahoeX1Model(config).eval()
-    # Cosines of different frequencies: orthogonal, of mean 0 and variance 1, which layer norm leaves as they are.
+    # Cosines of different frequencies are orthogonal, with mean 0 and variance 1, so layer norm changes none of them.
     steps = (torch.arange(32) + 0.5) * torch.pi / 32
     directions = torch.stack([2**0.5 * torch.cos(k * steps) for k in range(1, 6)])
     with torch.no_grad():
@@ -89,11 +89,11 @@ def planted_model(tokenizer: TahoeX1Tokenizer, special: dict[str, int]) -> Tahoe
 
 
 def planted_cells(num_cells: int = 30, num_genes: int = 20) -> anndata.AnnData:
-    """All cells express the first `num_genes` genes with the same counts."""
+    """Make cells that all express the first `num_genes` genes with the same counts."""
     counts = np.zeros((num_cells, len(GENES)), dtype=np.float32)
     counts[:, :num_genes] = np.arange(1, num_genes + 1)
     state = np.where(np.arange(num_cells) < num_cells // 2, "sick", "healthy")
-    counts[state == "healthy", 0] = 0  # does not express the planted gene
+    counts[state == "healthy", 0] = 0  # healthy cells do not express the planted gene
     return anndata.AnnData(csr_matrix(counts), obs=pd.DataFrame({"state": state}), var=pd.DataFrame(index=GENES))
 
 
@@ -108,7 +108,7 @@ def test_planted_gene_is_found_with_the_shift_that_follows_from_geometry(tokeniz
     assert first["cosine_distance"] == pytest.approx(1 - 20 / 401**0.5, abs=1e-8)
     assert first["target_change"] == pytest.approx(1 - 20 / 401**0.5, abs=1e-8)
     assert (first["n_cells"], first["n_cells_expressing"], first["n_cells_changed"]) == (15, 15, 15)
-    # Mean of 21 vectors of length sqrt(32) before, of 20 after.
+    # The mean is over 21 vectors of length sqrt(32) before, over 20 after.
     assert first["euclidean_shift"] == pytest.approx(32**0.5 * ((20 / 21 - 1) ** 2 + 1 / 21**2) ** 0.5, rel=1e-5)
     expected = (19 * 20 + 1) / (362 * 401) ** 0.5
     np.testing.assert_allclose(others["cosine_distance"], 1 - expected, atol=1e-8)
@@ -241,7 +241,7 @@ def masked_predictions(model: Any, cell: dict[str, torch.Tensor], hidden: np.nda
 def plain_predictions(
     model: Any, tokenizer: TahoeX1Tokenizer, counts: np.ndarray, token: int, ids: np.ndarray, number: int, seed: int
 ) -> dict[int, float]:
-    """Predict the half of one cell in which the perturbed gene `token` is not; only the genes `ids` are seen."""
+    """Predict the half of one cell without the perturbed gene `token`; the model sees only the genes `ids`."""
     there = np.flatnonzero(counts)
     tokens = np.array([tokenizer.get_vocab()[GENES[gene]] for gene in there])
     batch = with_context(tokenizer, 1024)([(tokens, counts[there])], return_tensors="pt")
@@ -364,7 +364,7 @@ def test_long_cells_keep_the_same_other_genes(vocab: Path, overflow: str, mode: 
         assert min(seen_in_sample, seen_sampled_out) > 3
 
 
-def test_shift_of_long_cells_is_not_that_of_another_sample(tokenizer: TahoeX1Tokenizer, model: Any) -> None:
+def test_shift_of_long_cells_does_not_come_from_another_sample(tokenizer: TahoeX1Tokenizer, model: Any) -> None:
     adata = make_cells(60, seed=2)
     counts = dense(adata)
     exact = perturb_genes(adata, model, tokenizer, "all", max_length=10, **QUIET).table
@@ -377,7 +377,7 @@ def test_shift_of_long_cells_is_not_that_of_another_sample(tokenizer: TahoeX1Tok
         embeddings.append(resampled.obsm["X_tahoe_x1"].astype(np.float64))
     noise = (((embeddings[1] - embeddings[0]) ** 2).sum(1) / 2).mean()
     assert exact["cosine_distance"].mean() < noise / 2
-    # And the shifts are those between the cells whose sampling the test above looks at.
+    # The shifts lie between the same cells whose sampling the test above checks.
     source = CellSource(open_cells(adata, tokenizer), EncodeOptions(with_context(tokenizer, 10)))
     cells = source.read(np.arange(60))
     for gene in (3, 30):
@@ -395,7 +395,7 @@ def test_shift_of_long_cells_is_not_that_of_another_sample(tokenizer: TahoeX1Tok
         assert row["cosine_distance"] == pytest.approx(distances.mean().item(), **CLOSE)
 
 
-# What must not matter ----------------------------------------------------------------------------------
+# Things that must not matter ---------------------------------------------------------------------------
 
 
 def run_all(adata: Any, model: Any, tokenizer: TahoeX1Tokenizer, **options: Any) -> pd.DataFrame:

@@ -1,4 +1,4 @@
-"""Options of Trainer that are the same for every run."""
+"""Test the options of Trainer that are the same for every run."""
 
 import dataclasses
 import warnings
@@ -19,15 +19,15 @@ def made(folder: Path, **changes: Any) -> TrainingArguments:
 
 
 @pytest.mark.parametrize("wanted", [False, True])
-def test_checkpointed_activations_are_asked_for_without_a_warning(wanted: bool, tmp_path: Path) -> None:
+def test_checkpointed_activations_are_requested_without_a_warning(wanted: bool, tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", FutureWarning)
         args = made(tmp_path, activation_checkpointing=wanted)
-    assert bool(args.gradient_checkpointing) == wanted  # the name that all of transformers 5 can read
+    assert bool(args.gradient_checkpointing) == wanted  # every transformers 5 can read this name
 
 
-def test_the_name_is_one_that_transformers_knows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before 5.23 there was no `activation_checkpointing`."""
+def test_transformers_knows_the_name_of_the_option(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers before 5.23 had no `activation_checkpointing`."""
     fields = [field for field in dataclasses.fields(TrainingArguments) if not field.name.startswith("activation_")]
 
     def earlier(**options: Any) -> Any:
@@ -41,9 +41,7 @@ def test_the_name_is_one_that_transformers_knows(tmp_path: Path, monkeypatch: py
     assert args.gradient_checkpointing_kwargs == {"use_reentrant": False}
 
 
-def test_no_mixed_precision_is_none_whatever_the_launcher_says(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_mixed_precision_overrides_the_launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     for precision, used in (("no", "no"), ("launcher", "bf16"), ("bf16", "bf16")):
         assert made(tmp_path, precision=precision).mixed_precision == used

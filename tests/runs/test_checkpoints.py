@@ -1,4 +1,4 @@
-"""Which checkpoints are whole, and which stay."""
+"""Whole checkpoints are recognised, and old ones removed."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ def write(folder: Path, step: int, whole: bool = True) -> Path:
     return path
 
 
-def test_they_are_in_the_order_of_their_steps(tmp_path: Path) -> None:
+def test_checkpoints_are_in_the_order_of_their_steps(tmp_path: Path) -> None:
     for step in (2, 10, 9):
         write(tmp_path, step)
     (tmp_path / "checkpoint-x").mkdir()
@@ -25,7 +25,7 @@ def test_they_are_in_the_order_of_their_steps(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["weights", "optimizer/state", "complete.json"])
-def test_a_checkpoint_cut_short_is_passed_over(damage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_checkpoint_cut_short_is_skipped(damage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     older, newer = write(tmp_path, 2), write(tmp_path, 9)
     assert last_whole(tmp_path) == newer
     (newer / damage).write_bytes(b"?")
@@ -40,7 +40,7 @@ def test_a_checkpoint_cut_short_is_passed_over(damage: str, tmp_path: Path, capl
     ("limit", "best", "kept"),
     [(1, None, [9]), (2, None, [6, 9]), (9, None, [2, 4, 6, 9]), (2, 2, [2, 9]), (2, 9, [6, 9]), (1, 2, [2, 9])],
 )
-def test_old_ones_are_removed(limit: int, best: int | None, kept: list[int], tmp_path: Path) -> None:
+def test_old_checkpoints_are_removed(limit: int, best: int | None, kept: list[int], tmp_path: Path) -> None:
     for step in (2, 4, 6, 9):
         write(tmp_path, step)
     write(tmp_path, 10, whole=False)

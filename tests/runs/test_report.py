@@ -1,4 +1,4 @@
-"""The table of scores: rows, intervals, CSV, Markdown, cards and pictures."""
+"""Test the table of scores: rows, intervals, CSV, Markdown, cards and pictures."""
 
 import json
 from pathlib import Path
@@ -29,7 +29,7 @@ def test_a_row_per_fold_and_one_for_the_mean() -> None:
     expected = ttest_1samp([0.8, 0.6, 0.7], 0).confidence_interval(0.95)
     assert (accuracy[3].lower, accuracy[3].upper) == pytest.approx((expected.low, expected.high))
     auroc = [score for score in scores if score.metric == "auroc"]
-    assert [(score.fold, score.n) for score in auroc] == [(0, 10), (2, 30), (None, 40)]  # where it is defined
+    assert [(score.fold, score.n) for score in auroc] == [(0, 10), (2, 30), (None, 40)]  # only where it is defined
     assert {score.seconds for score in scores if score.method == "majority class"} == {None}
 
 

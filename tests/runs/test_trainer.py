@@ -1,4 +1,4 @@
-"""Runs that are interrupted at any moment and go on as if nothing had happened."""
+"""Runs that are interrupted at any moment resume as if nothing had happened."""
 
 import json
 import os
@@ -25,7 +25,7 @@ BEST = {
 
 
 def log(trainer: ToyTrainer) -> list[dict[str, float]]:
-    """The log without what depends on the clock."""
+    """Return the log without the entries that depend on the clock."""
     timed = ("runtime", "per_second", "total_flos")
     return [{k: v for k, v in line.items() if not any(t in k for t in timed)} for line in trainer.state.log_history]
 
@@ -60,14 +60,14 @@ def asked_to_end(trainer: ToyTrainer, step: int) -> None:
 def test_an_interrupted_run_has_the_log_and_the_weights_of_a_whole_one(
     step: int, options: dict[str, Any], tmp_path: Path
 ) -> None:
-    """The mean loss of the run, `train_loss`, among the lines of the log."""
+    """The log includes the mean loss of the run, `train_loss`."""
     whole = toy_trainer(tmp_path / "whole", **options)
     whole.run()
     interrupted(toy_trainer(tmp_path / "cut", **options), step)
-    torch.manual_seed(99)  # whatever the state of the process that goes on
-    gone_on = toy_trainer(tmp_path / "cut", **options)
-    gone_on.run()
-    assert same_ends(gone_on, whole)
+    torch.manual_seed(99)  # the state of the process that resumes must not matter
+    resumed = toy_trainer(tmp_path / "cut", **options)
+    resumed.run()
+    assert same_ends(resumed, whole)
 
 
 @pytest.mark.parametrize("options", [{}, BEST], ids=["last weights", "best weights"])
@@ -78,10 +78,10 @@ def test_sigterm_between_two_lines_of_the_log(options: dict[str, Any], tmp_path:
     asked_to_end(toy_trainer(tmp_path / "asked", **options), 7)
     assert signal.getsignal(signal.SIGTERM) is before
     assert is_whole(tmp_path / "asked" / "checkpoint-7")
-    gone_on = toy_trainer(tmp_path / "asked", **options)
-    gone_on.run()
-    assert not gone_on.preempted
-    assert same_ends(gone_on, whole)
+    resumed = toy_trainer(tmp_path / "asked", **options)
+    resumed.run()
+    assert not resumed.preempted
+    assert same_ends(resumed, whole)
 
 
 def test_sigterm_in_the_last_step_changes_nothing(tmp_path: Path) -> None:
@@ -91,8 +91,8 @@ def test_sigterm_in_the_last_step_changes_nothing(tmp_path: Path) -> None:
     assert not trainer.preempted
 
 
-def test_the_mean_loss_of_a_run_is_that_of_its_lines(tmp_path: Path) -> None:
-    trainer = toy_trainer(tmp_path, max_steps=10)  # the last two steps are in no line
+def test_the_mean_loss_of_a_run_is_the_mean_over_its_steps(tmp_path: Path) -> None:
+    trainer = toy_trainer(tmp_path, max_steps=10)  # no line of the log covers the last two steps
     losses: list[float] = []
     step = trainer.training_step
     trainer.training_step = lambda *a: losses.append(step(*a).item()) or torch.tensor(losses[-1])  # type: ignore
@@ -102,14 +102,14 @@ def test_the_mean_loss_of_a_run_is_that_of_its_lines(tmp_path: Path) -> None:
     assert trainer.state.log_history[-1]["train_loss"] == pytest.approx(sum(losses) / 10, rel=1e-6)
 
 
-def test_epochs_are_those_of_the_data(tmp_path: Path) -> None:
+def test_epochs_follow_from_the_data(tmp_path: Path) -> None:
     trainer = toy_trainer(tmp_path)
     trainer.run()
     assert [line["epoch"] for line in trainer.state.log_history if "loss" in line] == [0.8, 1.6, 2.4]
 
 
-def test_checkpoints_without_progress_are_gone_on_from(tmp_path: Path) -> None:
-    """As fine-tuning runs of earlier versions left them."""
+def test_checkpoints_without_progress_are_resumed_from(tmp_path: Path) -> None:
+    """Fine-tuning runs of earlier versions left such checkpoints."""
     whole = toy_trainer(tmp_path / "whole", logging_steps=3)
     whole.run()
     interrupted(toy_trainer(tmp_path / "cut", logging_steps=3), 8)
@@ -120,21 +120,19 @@ def test_checkpoints_without_progress_are_gone_on_from(tmp_path: Path) -> None:
     complete = json.loads((newest / "complete.json").read_text())
     complete["files"] = {name: size for name, size in complete["files"].items() if "progress" not in name}
     (newest / "complete.json").write_text(json.dumps(complete))
-    gone_on = toy_trainer(tmp_path / "cut", logging_steps=3)
-    gone_on.run()
-    assert same_ends(gone_on, whole)
+    resumed = toy_trainer(tmp_path / "cut", logging_steps=3)
+    resumed.run()
+    assert same_ends(resumed, whole)
 
 
-def test_other_data_are_refused(tmp_path: Path) -> None:
+def test_resuming_with_other_data_is_refused(tmp_path: Path) -> None:
     interrupted(toy_trainer(tmp_path), 8)
     with pytest.raises(ValueError, match=r"checkpoint-6 was made with other seed: give the data and settings"):
         toy_trainer(tmp_path, seed=1).run()
 
 
-def test_another_number_of_processes_goes_on_with_the_whole_log(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Two processes have left two thirds and a third of the window."""
+def test_another_number_of_processes_keeps_the_whole_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Two processes have left two thirds and one third of the logging window."""
     whole = toy_trainer(tmp_path / "whole")
     whole.run()
     interrupted(toy_trainer(tmp_path / "cut"), 8)
@@ -145,10 +143,10 @@ def test_another_number_of_processes_goes_on_with_the_whole_log(
         (folder / f"{number}-progress.json").write_text(json.dumps({"window": part}))
     (folder / "progress.json").write_text(json.dumps({"data": {"seed": 0}, "processes": 2}))
     (folder / "complete.json").write_text(json.dumps({"files": {}}))
-    gone_on = toy_trainer(tmp_path / "cut")
-    gone_on.run()
+    resumed = toy_trainer(tmp_path / "cut")
+    resumed.run()
     assert "is of 2 processes, this run has 1" in caplog.text
-    for line, expected in zip(log(gone_on), log(whole), strict=True):
+    for line, expected in zip(log(resumed), log(whole), strict=True):
         assert line == pytest.approx(expected, rel=1e-6)
 
 
@@ -165,7 +163,7 @@ def test_a_run_that_has_ended_is_not_trained_further(tmp_path: Path) -> None:
 
 
 def test_the_best_checkpoint_stays(tmp_path: Path) -> None:
-    """Its loss is lowest at the first evaluation: steps of this size lead away."""
+    """The loss is lowest at the first evaluation, since steps of this size lead away from the minimum."""
     trainer = toy_trainer(tmp_path, learning_rate=100.0, **BEST)
     trainer.run()
     best = f"checkpoint-{trainer.state.best_global_step}"
@@ -173,7 +171,7 @@ def test_the_best_checkpoint_stays(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.glob("checkpoint-*")} == {best, "checkpoint-12"}
 
 
-def test_best_weights_that_are_gone_are_an_error(tmp_path: Path) -> None:
+def test_missing_best_weights_are_an_error(tmp_path: Path) -> None:
     trainer = toy_trainer(tmp_path, learning_rate=100.0, **BEST)
     trainer.run()
     shutil.rmtree(tmp_path / f"checkpoint-{trainer.state.best_global_step}")

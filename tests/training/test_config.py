@@ -1,4 +1,4 @@
-"""Settings of pretraining that must not change what is learnt, and ends of a run that must do no harm."""
+"""Some settings of pretraining must not change the result, and some ends of a run must do no harm."""
 
 import json
 import shutil
@@ -28,7 +28,7 @@ WITHOUT_DROPOUT = {"model__expression_encoder_dropout": 0.0}
 
 
 def launched(name: str, output: Path, dataset: Path, **changes: Any) -> subprocess.CompletedProcess[str]:
-    """Start two processes with accelerate's launcher, arranged by one of the example files."""
+    """Run two processes with accelerate's launcher, configured by one of the example files."""
     start = command("ddp", output, dataset, **changes)
     place = start.index("--multi_gpu")
     file = ["--config_file", str(CONFIGS / f"{name}.yaml"), "--num_processes", "2"]
@@ -50,13 +50,15 @@ def test_checkpointed_activations_change_nothing(tmp_path: Path) -> None:
 
 
 def test_compiled_steps_are_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the compiler's first half alone: making machine code takes minutes."""
+    """Only the compiler's first half is used, since making machine code takes minutes."""
     config = tiny_config(expression_encoder_dropout=0.0, attention_mask_style="observed_or_self")
     batch = make_batch(config, lengths=[12, 9, 12, 7])
     batch["labels"] = batch["labels"].masked_fill(~batch["target_mask"], -100.0)
     curves = {}
     for compiled in ("false", "true"):
-        monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "NO")  # Trainer writes it, and another at the end undoes that
+        monkeypatch.setenv(
+            "ACCELERATE_DYNAMO_BACKEND", "NO"
+        )  # Trainer sets it, and monkeypatch restores it at the end
         args = training_arguments(tiny(Path("unused"), tmp_path, compile=compiled, logging_steps=1, eval_cells=0), 3)
         if args.torch_compile:
             monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "AOT_EAGER")
@@ -71,7 +73,7 @@ def test_compiled_steps_are_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_half_precision_and_the_examples_of_fsdp_and_fp8(
     finished_run: Callable[..., Path], training_dataset: Path, tmp_path: Path
 ) -> None:
-    """The files as they are, on CPUs. torch computes FP8 products there too: that they run on a GPU is not shown."""
+    """The files run as they are on CPUs, where torch computes FP8 products too; this shows nothing about GPUs."""
     pytest.importorskip("torchao")
     shutil.copytree(finished_run("single", **WITHOUT_DROPOUT), tmp_path / "single")
     finished("single", tmp_path / "bf16", training_dataset, precision="bf16", **WITHOUT_DROPOUT)
@@ -99,7 +101,7 @@ def test_fp8_takes_the_layers_that_it_can() -> None:
 
     settings = yaml.safe_load((CONFIGS / "fp8_fsdp2.yaml").read_text())["fp8_config"]
     assert settings["backend"] == "AO"
-    assert settings["pad_inner_dim"]  # the number of tokens of a micro-batch is any
+    assert settings["pad_inner_dim"]  # a micro-batch may have any number of tokens
     config = tiny_config(hidden_size=32, expression_encoder_dropout=0.0)
     batch, expected = packed(make_batch(config, lengths=[5, 9, 12, 11])), tiny_model(config)
     model = tiny_model(config)
@@ -108,7 +110,7 @@ def test_fp8_takes_the_layers_that_it_can() -> None:
     for layer in range(config.num_hidden_layers):
         assert {f"tahoe.layers.{layer}.self_attn.{part}_proj" for part in "qkvo"} <= converted
         assert {f"tahoe.layers.{layer}.mlp.{part}_proj" for part in ("up", "down")} <= converted
-    # Values in and out keep their digits.
+    # The layers that read and write values keep their digits.
     assert not converted & {"tahoe.embeddings.expression_encoder.linear1", "expression_decoder.output"}
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = model(**batch).loss
@@ -117,7 +119,7 @@ def test_fp8_takes_the_layers_that_it_can() -> None:
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
 
 
-def test_an_original_checkpoint_is_gone_on_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_starts_from_a_checkpoint_of_the_original(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf_home"))
     original = next(v.checkpoint for v in GOLDEN_VARIANTS if v.name.startswith("a_"))
     vocab = json.loads((original / "vocab.json").read_text())
@@ -132,13 +134,13 @@ def test_an_original_checkpoint_is_gone_on_from(tmp_path: Path, monkeypatch: pyt
     ours = load_file(tmp_path / "run" / "model.safetensors")
     theirs = TahoeX1ForPreTraining.from_pretrained(original).state_dict()
     assert ours.keys() == theirs.keys()
-    for name, weight in theirs.items():  # two steps of a learning rate of 1e-6, in bfloat16
+    for name, weight in theirs.items():  # after two steps with a learning rate of 1e-6, in bfloat16
         torch.testing.assert_close(ours[name], weight, rtol=1e-5, atol=1e-5)
     assert not all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 def prepared(folder: Path, genes: list[str], vocab: Path) -> Path:
-    """A dataset of 40 cells of these genes."""
+    """Prepare a dataset of 40 cells with these genes."""
     import anndata
     import numpy as np
     from scipy.sparse import csr_matrix
@@ -157,7 +159,7 @@ def prepared(folder: Path, genes: list[str], vocab: Path) -> Path:
     return folder / "set"
 
 
-def test_a_damaged_shard_ends_the_run_and_says_which(training_dataset: Path, tmp_path: Path) -> None:
+def test_a_damaged_shard_ends_the_run_and_is_named(training_dataset: Path, tmp_path: Path) -> None:
     shutil.copytree(training_dataset, tmp_path / "set")
     shard = next(path for path in (tmp_path / "set").rglob("*.arrow") if "train" in str(path))
     with shard.open("rb+") as file:

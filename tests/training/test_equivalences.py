@@ -83,7 +83,7 @@ def test_four_times_four_accumulated_is_sixteen(shape: str, pack: bool) -> None:
     for num_targets in (batch["target_mask"].sum(), int(batch["target_mask"].sum())):
         accumulated = gradients(model, [b | {"num_items_in_batch": num_targets} for b in micro])
         assert largest_relative_difference(accumulated, whole) < CLOSE_GRADIENTS
-    # The plain mean of each micro-batch would be something else.
+    # The plain mean over micro-batches would differ.
     assert largest_relative_difference(gradients(model, micro), whole) > 0.1
 
 
@@ -97,7 +97,7 @@ def test_gradient_checkpointing_changes_nothing(shape: str, use_reentrant: bool)
     expected = gradients(model, [batch])
     assert len(calls) == 1
     model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
-    model.enable_input_require_grads()  # what reentrant checkpointing wants; harmless otherwise
+    model.enable_input_require_grads()  # reentrant checkpointing needs it; harmless otherwise
     assert model.is_gradient_checkpointing
     checkpointed = gradients(model, [batch])
     assert len(calls) == 3  # forward, and once more in backward
@@ -263,6 +263,6 @@ def test_gene_classifier_loss() -> None:
     assert model.tahoe.layers[0].self_attn.q_proj.weight.grad.abs().max() > 0
     none = model(**batch, labels=torch.full_like(labels, -100)).loss
     assert none.item() == 0
-    none.backward()  # a step in which no gene has a label changes nothing, and is no NaN
+    none.backward()  # a step in which no gene has a label changes nothing and gives no NaN
     with pytest.raises(ValueError, match=r"labels has shape \(4,\), input_ids has \(4, 14\)"):
         model(**batch, labels=torch.zeros(4, dtype=torch.long))

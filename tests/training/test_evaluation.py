@@ -1,4 +1,4 @@
-"""Evaluations of the model in training: right on planted data, harmless to the training."""
+"""Evaluations during training are right on planted data, and do not disturb the training."""
 
 import json
 import logging
@@ -45,7 +45,7 @@ def evaluate(evaluation: Any, model: Any, tokenizer: TahoeX1Tokenizer, folder: P
 
 
 def cells_file(folder: Path, planted: bool) -> Path:
-    """Two types of cells; planted: which of their genes are expressed most follows the type."""
+    """Write two types of cells; if `planted`, the type decides which genes are expressed most."""
     cells = make_cells(60, largest=40)
     kinds = np.array(["a", "b"])[np.arange(60) % 2]
     if planted:

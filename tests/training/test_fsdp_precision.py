@@ -1,4 +1,4 @@
-"""FSDP2 in half precision: what is rounded and what is not; and what memory a micro-batch is found to need."""
+"""FSDP2 in half precision rounds only what it should, and the memory of a micro-batch is measured correctly."""
 
 import json
 import sys
@@ -32,7 +32,7 @@ def half(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def test_micro_batches_are_one_step_under_fsdp(tmp_path: Path) -> None:
-    """In float32, to its last digits: all sixteen cells at once, four by four, one by one, and as many as fit."""
+    """All sixteen cells at once, four by four, one by one, and as many as fit agree to float32's last digits."""
     seen = run_of_two('"no"', tmp_path)
     for size in ("4", "1", "None"):
         for found, expected in zip(seen[size]["curve"], seen["16"]["curve"], strict=True):
@@ -41,7 +41,7 @@ def test_micro_batches_are_one_step_under_fsdp(tmp_path: Path) -> None:
 
 
 def test_gradients_are_added_up_in_float32(half: dict[str, Any]) -> None:
-    """As bfloat16 they would be 0.3 % off after four passes, and more after sixteen."""
+    """In bfloat16 the sums would be 0.3 % off after four passes, and more after sixteen."""
     for size in ("16", "4", "1"):
         assert half[size]["apart"] < 1e-6
 
@@ -60,27 +60,27 @@ def test_copies_of_shards_are_exchanged_once_a_step(half: dict[str, Any]) -> Non
 
 
 def test_losses_keep_their_digits(half: dict[str, Any]) -> None:
-    """Rounded to bfloat16 the first, 887.8, would be 887.0, 888.3 or 887.6, by the micro-batches."""
+    """Rounded to bfloat16, the first loss of 887.8 would be 887.0, 888.3 or 887.6, depending on the micro-batches."""
     first = [half[size]["curve"][0] for size in ("16", "4", "1")]
     for found_loss, norm in first[1:]:
         assert found_loss == pytest.approx(first[0][0], rel=1e-6)
-        assert norm == pytest.approx(first[0][1], rel=5e-4)  # weights' gradients are rounded in each pass
+        assert norm == pytest.approx(first[0][1], rel=5e-4)  # the weights' gradients are rounded in each pass
     found = torch.tensor([value for value, _ in half["1"]["curve"]])
     assert not torch.equal(found, found.bfloat16().float())
     handed_out = {name: types[0] for name, types in half["types"].items()}
     assert set(handed_out.values()) == {"torch.float32"}
     assert {"loss", "expression_predictions", "cell_expression_predictions"} <= handed_out.keys()
-    # They are computed in it, from predictions in bfloat16.
+    # The loss is computed in float32, from predictions in bfloat16.
     assert half["types"]["loss"][1] == "torch.float32"
     assert half["types"]["expression_predictions"][1] == "torch.bfloat16"
 
 
-def test_looking_for_a_micro_batch_leaves_no_gradient(half: dict[str, Any]) -> None:
+def test_the_search_for_a_micro_batch_leaves_no_gradient(half: dict[str, Any]) -> None:
     assert half["None"]["size"] == 16
     assert half["None"]["curve"] == half["16"]["curve"]
 
 
-def test_nothing_that_fsdp_warns_of(half: dict[str, Any]) -> None:
+def test_fsdp_gives_no_warning(half: dict[str, Any]) -> None:
     assert half["views"] == 0
 
 
@@ -97,10 +97,10 @@ def needed(layers: int, checkpointing: bool) -> Callable[[int], float]:
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["whole", "checkpointed"])
 def test_a_pass_needs_what_autograd_keeps(checkpointing: bool) -> None:
-    """Layers' part is that, the inputs of checkpointed layers included; and in all it is no more than is foreseen."""
+    """A layer needs what it keeps, or its input where it is checkpointed; a pass needs no more than predicted."""
     per_token = {}
     for layers in (4, 12):
-        # With fewer cells the worst moment is the end, when all gradients of weights are there.
+        # With fewer cells the peak comes at the end, when all gradients of weights are there.
         slope, _ = line(needed(layers, checkpointing), 6, 10)
         per_token[layers] = slope / 128
         config = tiny_config(hidden_size=64, vocab_size=200, num_hidden_layers=layers)
@@ -112,7 +112,7 @@ def test_a_pass_needs_what_autograd_keeps(checkpointing: bool) -> None:
     assert (per_token[12] - per_token[4]) / 8 == pytest.approx(expected, rel=0.05)
 
 
-def test_views_and_what_was_there_are_not_counted() -> None:
+def test_views_and_existing_tensors_are_not_counted() -> None:
     measure, weight = PassMemory(torch.device("cpu")), torch.ones(1000, 10)
     before = torch.zeros(1000, 10)
 

@@ -1,4 +1,4 @@
-"""Accelerate configurations and launchers, as far as a machine without a cluster can show."""
+"""Accelerate configurations and launchers work, as far as a machine without a cluster can show."""
 
 import os
 import shutil
@@ -75,14 +75,14 @@ def test_kubernetes_manifest_agrees_with_itself() -> None:
     assert given["--main_process_port"] == str(container["ports"][0]["containerPort"])
     assert (ROOT / given["--config_file"]).is_file()
     assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
-    # The part of it that is Kubernetes' own, by Kubernetes' schema. JobSet's comes from no registry of packages.
+    # Kubernetes' own part is checked by its schema; no registry of packages has JobSet's.
     kubernetes_validate = pytest.importorskip("kubernetes_validate")
     whole = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": name}, "spec": spec}
     kubernetes_validate.validate(whole, "1.30", strict=True)
 
 
 def test_two_nodes_on_loopback(finished_run: Callable[..., Path], training_dataset: Path, tmp_path: Path) -> None:
-    """ssh_nodes.sh with a stand-in for ssh that runs the command here: two launchers, one rendezvous."""
+    """ssh_nodes.sh starts two launchers that meet, with a stand-in for ssh that runs the command here."""
     without_dropout = {"model__expression_encoder_dropout": 0.0}
     single = finished_run("single", **without_dropout)
     ssh = tmp_path / "ssh"

@@ -1,4 +1,4 @@
-"""Pretraining in this process: recipes, micro-batches, metrics, the original's five steps through Trainer."""
+"""Test pretraining in this process: recipes, micro-batches, metrics, the original's five steps through Trainer."""
 
 import json
 import logging
@@ -50,7 +50,7 @@ def test_recipes_are_valid(path: Path) -> None:
 
 
 def test_recipes_hold_the_originals_values() -> None:
-    """Section 5 of upstream's facts, typed in again."""
+    """The original's values are typed in again here."""
     table = {
         "70m": (4800, 3e-4, "cosine", 1e-5, 6, 1024),
         "1_3b": (3584, 1e-4, "cosine", 1e-6, 8, 1024),
@@ -115,7 +115,7 @@ def test_optimizer_is_the_originals(tmp_path: Path) -> None:
     assert (args.adam_beta1, args.adam_beta2, args.adam_epsilon, args.max_grad_norm) == (0.9, 0.95, 1e-8, 1.0)
 
 
-def test_no_mixed_precision_is_none_whatever_the_launcher_says(tmp_path: Path, monkeypatch: Any) -> None:
+def test_no_mixed_precision_overrides_the_launcher(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     for precision, used in (('"no"', "no"), ("launcher", "bf16"), ("bf16", "bf16")):
         assert training_arguments(tiny(Path("unused"), tmp_path, precision=precision), 5).mixed_precision == used
@@ -210,7 +210,7 @@ def test_the_largest_microbatch_that_fits() -> None:
         largest_microbatch(measure, limit=100, most=4)
 
 
-def test_the_probe_is_a_batch_that_the_model_takes() -> None:
+def test_the_model_takes_the_batch_of_the_search() -> None:
     model = tiny_model(tiny_config())
     for form in (True, False):
         batch = longest_cells(16, 3, packed=form, vocab_size=model.config.vocab_size, drugs=False)
@@ -219,7 +219,7 @@ def test_the_probe_is_a_batch_that_the_model_takes() -> None:
 
 
 def test_finding_the_microbatch_leaves_the_run_unchanged(training_dataset: Path, tmp_path: Path) -> None:
-    """With as many cells as a step has, found or given."""
+    """Both runs take all of a step's cells in one micro-batch; one finds the size, the other is given it."""
     for name, size in (("found", "auto"), ("given", 8)):
         assert pretrain(tiny(training_dataset, tmp_path / name, microbatch_size=size)) == 0
     found, given = (
@@ -231,7 +231,7 @@ def test_finding_the_microbatch_leaves_the_run_unchanged(training_dataset: Path,
 # Metrics ------------------------------------------------------------------------------------------------
 
 
-def test_spearman_is_scipys() -> None:
+def test_spearman_equals_scipys() -> None:
     rng = np.random.default_rng(0)
     cells = rng.integers(0, 7, 200)
     cells[cells == 5] = 6
@@ -267,7 +267,7 @@ def test_sums_do_not_depend_on_how_cells_are_divided() -> None:
     assert math.isnan(MetricSums.zero("cpu").means()["loss"])
 
 
-def test_spikes_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+def test_spikes_give_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     from transformers import TrainerControl, TrainerState
 
     warning, state = SpikeWarning(), TrainerState()
@@ -318,7 +318,7 @@ def test_the_loss_on_real_cells_falls_below_a_constant(tmp_path: Path) -> None:
     assert status["baselines"]["mean_bin_of_each_gene"] < status["baselines"]["mean_bin"]
 
 
-def test_weights_alone_are_taken_from_another_run(
+def test_init_from_takes_only_the_weights_of_another_run(
     finished_run: Callable[..., Path], training_dataset: Path, tmp_path: Path
 ) -> None:
     second = read_pretrain_config(
@@ -339,7 +339,7 @@ def test_weights_alone_are_taken_from_another_run(
         pretrain(second.model_copy(update={"model": {"hidden_size": 8}, "output_dir": str(tmp_path / "three")}))
 
 
-def test_a_checkpoint_of_another_run_is_gone_on_from(
+def test_a_checkpoint_of_another_run_is_resumed(
     finished_run: Callable[..., Path], training_dataset: Path, tmp_path: Path
 ) -> None:
     one = finished_run("single")

@@ -1,4 +1,4 @@
-"""A run that was ended at any moment goes on as if nothing had happened: same curve, same weights, bit for bit."""
+"""A run that was ended at any moment resumes as if nothing had happened: same curve, same weights, bit for bit."""
 
 import json
 import shutil
@@ -26,7 +26,7 @@ def test_killed_and_uninterrupted_runs_are_equal(
 ) -> None:
     killed("single", tmp_path, training_dataset, "SIGKILL", 5)
     assert status(tmp_path)["status"] == "running"
-    # As a user does it: a process of its own, which no fork server has begun.
+    # A true process, as a user starts it, not one of the fork server's.
     again = command("single", tmp_path, training_dataset)
     done = subprocess.run(
         again, env=environment("single"), capture_output=True, text=True, timeout=PATIENCE, check=False
@@ -38,7 +38,7 @@ def test_killed_and_uninterrupted_runs_are_equal(
     assert same_weights(tmp_path, finished_run("single"))
 
 
-def test_sigterm_saves_the_present_step_and_exits_with_its_own_code(
+def test_sigterm_saves_the_current_step_and_exits_with_its_own_code(
     finished_run: Callable[..., Path], training_dataset: Path, tmp_path: Path
 ) -> None:
     assert killed("single", tmp_path, training_dataset, "SIGTERM", 4) == 75
@@ -66,7 +66,7 @@ def test_a_checkpoint_cut_short_is_not_resumed_from(
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(training_dataset: Path, tmp_path: Path) -> None:
-    # The limit on file sizes stands for the disk's end: the optimizer's state is twice the weights.
+    # A limit on file sizes stands for a full disk: the optimizer's state is twice as large as the weights.
     finished("single", tmp_path / "run", training_dataset, max_steps=3)
     size = (tmp_path / "run" / "checkpoint-3" / "model.safetensors").stat().st_size
     shutil.rmtree(tmp_path / "run" / "checkpoint-3")
@@ -94,7 +94,7 @@ def test_another_dataset_is_refused(training_dataset: Path, tmp_path: Path) -> N
 
 @pytest.fixture
 def busy_neighbour() -> Iterator[None]:
-    """A process that never rests: threads then meet in another order in every run."""
+    """Run a process that never rests, so that threads meet in another order in every run."""
     neighbour = subprocess.Popen([sys.executable, "-S", "-E", "-c", "while True: pass"])
     yield
     neighbour.kill()
@@ -108,5 +108,5 @@ def test_two_threads_beside_a_busy_neighbour_change_no_bit(
     for name, more in (("one", {}), ("killed", kill), ("killed", {})):
         done = run("single", tmp_path / name, training_dataset, THREADED, {"THREADS": "2", **more}, **WIDE)
         assert done.returncode == (-signal.SIGKILL if more else 0), done.stderr[-2000:]
-    assert "checkpoint-3" in done.stderr  # the killed run went on from there
+    assert "checkpoint-3" in done.stderr  # the killed run resumed from there
     assert same_weights(tmp_path / "one", tmp_path / "killed")  # two runs, and more: one of them was killed

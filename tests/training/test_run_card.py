@@ -1,4 +1,4 @@
-"""The card of a pretraining run, and its way to the Hub."""
+"""Test the card of a pretraining run, and its upload to the Hub."""
 
 import re
 from pathlib import Path
@@ -25,7 +25,7 @@ def test_a_run_is_pushed_with_its_card(training_dataset: Path, tmp_path: Path) -
     assert done.returncode == 0, done.stderr[-3000:]
     uploaded = hub.repos["someone/mine"]
     assert {"README.md", "config.json", "model.safetensors", "vocab.json", "modeling_tahoe_x1.py"} <= uploaded.keys()
-    # What belongs to the run alone stays here.
+    # Files that belong to the run alone are not uploaded.
     assert not [name for name in uploaded if "checkpoint" in name or "status" in name or "trainer" in name]
     assert uploaded["model.safetensors"] == (run / "model.safetensors").read_bytes()
     text = uploaded["README.md"].decode()

@@ -1,4 +1,4 @@
-"""The folder of a pretraining run, and the microbatch size that is found once and then kept."""
+"""Test the folder of a pretraining run, and the microbatch size that is found once and then kept."""
 
 import json
 import logging
@@ -43,28 +43,28 @@ def test_the_settings_with_the_size_repeat_the_run_elsewhere(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("changes", [{"processes": 2}, {"context_length": 64}, {"model__hidden_size": 64}])
-def test_a_size_of_other_circumstances_is_not_taken(changes: dict[str, Any], tmp_path: Path) -> None:
+def test_a_size_found_under_other_conditions_is_not_used(changes: dict[str, Any], tmp_path: Path) -> None:
     automatic(tmp_path).note_microbatch(3)
     assert automatic(tmp_path, **changes).microbatch_size is None
 
 
-def test_a_size_that_was_given_is_not_taken_for_one_that_was_found(tmp_path: Path) -> None:
+def test_a_given_size_is_not_mistaken_for_a_found_one(tmp_path: Path) -> None:
     automatic(tmp_path, microbatch_size=4).write("running")
     assert json.loads((tmp_path / "run_status.json").read_text()) == {"status": "running"}
     assert automatic(tmp_path).microbatch_size is None
 
 
-def test_files_of_an_earlier_version_or_none_are_no_obstacle(tmp_path: Path) -> None:
+def test_missing_files_and_those_of_earlier_versions_do_no_harm(tmp_path: Path) -> None:
     (tmp_path / "run_status.json").write_text('{"status": "running"}')
     (tmp_path / "config.resolved.yaml").write_text(yaml.safe_dump({"microbatch_size": "auto"}))
     assert automatic(tmp_path).microbatch_size is None
     assert automatic(tmp_path / "none").microbatch_size is None
 
 
-def test_a_run_takes_the_same_size_whatever_memory_there_is_later(
+def test_a_run_uses_the_same_size_whatever_memory_there_is_later(
     training_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A size is found, the run ends before its first checkpoint; repeated with more memory, and resumed with less."""
+    """A run that has found a size keeps it when it is repeated with more memory and resumed with less."""
     config = tiny(training_dataset, tmp_path / "auto", microbatch_size="auto", eval_cells=0)
 
     def memory_for(cells: int) -> None:
@@ -101,7 +101,7 @@ def test_a_run_takes_the_same_size_whatever_memory_there_is_later(
 
 
 def test_keys_of_earlier_versions_are_accepted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """They stand in every config.resolved.yaml that was written then."""
+    """Every config.resolved.yaml of those versions holds them."""
     tiny(Path("data"), tmp_path).write(tmp_path / "config.yaml")
     with (tmp_path / "config.yaml").open("a") as file:
         file.write("peak_tflops: null\nspike_factor: 3.0\n")

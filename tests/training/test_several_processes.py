@@ -1,4 +1,4 @@
-"""Several processes train one model: they are ended and go on together, and their number changes no result."""
+"""Several processes train one model: they end and resume together, and their number changes no result."""
 
 import os
 from collections.abc import Callable
@@ -59,8 +59,8 @@ def test_other_numbers_of_processes_see_the_same_cells(
 def test_processes_do_not_change_the_result(kind: str, finished_run: Callable[..., Path]) -> None:
     several, single = (finished_run(name, **WITHOUT_DROPOUT) for name in (kind, "single"))
     ours, theirs = (load_file(folder / "model.safetensors") for folder in (several, single))
-    # Keys' biases add the same to every key of a query, which softmax takes out again: their gradients are rounding
-    # errors, of which Adam makes whole steps.
+    # The bias of the keys adds the same to all scores of a query, which softmax cancels: its gradients are rounding
+    # errors, which Adam turns into whole steps.
     for name in theirs.keys() - {f"tahoe.layers.{layer}.self_attn.k_proj.bias" for layer in range(2)}:
         torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=1e-5)
     for line, expected in zip(curve(several), curve(single), strict=True):

@@ -1,4 +1,4 @@
-"""Reading ranges of chunked arrays: the right numbers, every chunk once."""
+"""Ranges of chunked arrays hold the right numbers, and every chunk is read once."""
 
 import itertools
 from pathlib import Path
@@ -12,7 +12,7 @@ from tahoex1_hf.cells.readers.csr import AlignedArray
 
 
 class Counting:
-    """An array that notes what is read of it."""
+    """An array that records which parts of it are read."""
 
     def __init__(self, array: np.ndarray, chunks: tuple[int, ...] | None) -> None:
         self.array, self.chunks, self.shape, self.reads = array, chunks, array.shape, []

@@ -1,4 +1,4 @@
-"""Cells in the layout of Tahoe-100M, from Parquet and Arrow files, here and far away."""
+"""Cells in the layout of Tahoe-100M are read from local and remote Parquet and Arrow files."""
 
 import json
 import os
@@ -30,7 +30,7 @@ IN_VOCABULARY = GENES[:-3]
 
 @pytest.fixture(scope="module")
 def counts() -> np.ndarray:
-    """Cell 7 has no counts; every other cell has some."""
+    """Return counts; cell 7 has none, every other cell has some."""
     generator = np.random.default_rng(0)
     counts = generator.integers(1, 9, (NUM_CELLS, NUM_GENES)) * (generator.random((NUM_CELLS, NUM_GENES)) < 0.3)
     counts[:, 0] += 1
@@ -40,7 +40,7 @@ def counts() -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> TahoeX1Tokenizer:
-    """Its ids are not those of the gene table: backwards, behind other special tokens."""
+    """Return a tokenizer whose ids differ from the gene table's: in reverse order, behind other special tokens."""
     path = tmp_path_factory.mktemp("vocab") / "vocab.json"
     path.write_text(
         json.dumps({token: i for i, token in enumerate(["<cls>", *IN_VOCABULARY[::-1], "<eoc>", "<pad>"])})
@@ -67,7 +67,7 @@ def gene_metadata(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def source(tmp_path: Path, gene_metadata: Path, tokenizer: TahoeX1Tokenizer):
-    """Make a source of some paths."""
+    """Return a function that opens paths as a source."""
 
     def make(*paths: object, **options: Any) -> OpenedFiles:
         values = {
@@ -97,7 +97,7 @@ WRITERS = {
 
 
 def together(chunks: Iterator[Block], tokenizer: TahoeX1Tokenizer) -> tuple[np.ndarray, pd.DataFrame, float]:
-    """Cells x genes of the vocabulary in the order of `IN_VOCABULARY`, metadata, and unknown counts."""
+    """Return cells x genes in the order of `IN_VOCABULARY`, the metadata, and the sum of unknown counts."""
     parts = list(chunks)
     dense = []
     for part in parts:
@@ -130,7 +130,7 @@ def test_cells_come_back_as_they_were_written(tmp_path: Path, source, counts, to
 
 
 @pytest.mark.parametrize("kind", WRITERS)
-def test_every_range_is_that_part_of_the_whole(
+def test_every_range_equals_that_part_of_the_whole(
     tmp_path: Path, source, counts, tokenizer, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = WRITERS[kind](cell_table(counts), tmp_path)
@@ -210,7 +210,7 @@ def test_folders_globs_and_several_paths_are_listed_once_in_order(tmp_path: Path
             source(nothing).list_files()
 
 
-# What is wrong with a file ----------------------------------------------------------------------------
+# Faulty files ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -309,7 +309,7 @@ def test_a_missing_file_and_a_wrong_range(tmp_path: Path, source, counts) -> Non
 
 
 def test_a_failing_disk_is_not_a_bad_file(tmp_path: Path, source, counts, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else a moment without network would leave a file out of a dataset that is made with on_bad_file: skip."""
+    """Otherwise a short loss of network would drop a file from a dataset prepared with on_bad_file: skip."""
     path = write_parquet(cell_table(counts), tmp_path / "cells.parquet")
 
     def fails(*_: object, **__: object) -> None:
@@ -378,11 +378,11 @@ def test_a_source_travels_to_another_process(tmp_path: Path, source, counts, tok
     assert np.array_equal(together(copy.read(path, 0, 50, []), tokenizer)[0], counts[:, :-3])
 
 
-# Far away ---------------------------------------------------------------------------------------------
+# Remote files -----------------------------------------------------------------------------------------
 
 
 class CountedFile:
-    """A file in memory that notes how much of it is read."""
+    """A file in memory that records how much of it is read."""
 
     def __init__(self, file: Any, log: list[int]) -> None:
         self.file, self.log = file, log
@@ -450,7 +450,7 @@ def test_remote_files_are_listed_and_read(
         source("counted://bucket/none").list_files()
 
 
-def test_of_a_remote_parquet_file_only_what_is_needed_is_fetched(source, remote) -> None:
+def test_only_the_needed_parts_of_a_remote_parquet_file_are_fetched(source, remote) -> None:
     counts = np.random.default_rng(1).integers(1, 1000, (3000, NUM_GENES)).astype(np.float32)
     table = cell_table(counts).append_column("text", [[os.urandom(300).hex() for _ in range(3000)]])
     with remote.open("/cells.parquet", "wb") as file:
@@ -517,7 +517,7 @@ def test_offline_the_hubs_cache_is_read(
     assert np.array_equal(together(cells.read(path, 0, 50, []), tokenizer)[0], counts[:, :-3])
 
 
-def test_offline_what_is_not_in_the_cache_is_said(source, gene_metadata: Path, hub_cache: Path) -> None:
+def test_offline_an_error_names_what_the_cache_lacks(source, gene_metadata: Path, hub_cache: Path) -> None:
     default = Tahoe100MSource(kind="tahoe-100m")
     cells = source(*default.paths, gene_metadata=default.gene_metadata)
     with pytest.raises(

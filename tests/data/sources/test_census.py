@@ -1,4 +1,4 @@
-"""Cells of a SOMA experiment, and of the census."""
+"""Cells are read from a SOMA experiment and from the census."""
 
 import itertools
 import json
@@ -41,7 +41,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> TahoeX1Tokenizer:
 
 @pytest.fixture(scope="module")
 def cells() -> anndata.AnnData:
-    """Cells 0, 7 and 59 have no counts."""
+    """Return cells of which 0, 7 and 59 have no counts."""
     generator = np.random.default_rng(0)
     counts = generator.integers(1, 9, (NUM_CELLS, NUM_GENES)) * (generator.random((NUM_CELLS, NUM_GENES)) < 0.3)
     counts[[0, 7, 59]] = 0
@@ -79,7 +79,7 @@ def source(tmp_path: Path, tokenizer: TahoeX1Tokenizer) -> Make:
 
 
 def together(chunks: Iterator[Block], tokenizer: TahoeX1Tokenizer) -> tuple[np.ndarray, pd.DataFrame, float]:
-    """Cells x genes of the vocabulary, metadata, and unknown counts."""
+    """Return cells x genes of the vocabulary, the metadata, and the sum of unknown counts."""
     parts = list(chunks)
     shapes = [(len(part.rows.offsets) - 1, tokenizer.vocab_size) for part in parts]
     dense = [
@@ -118,7 +118,7 @@ def test_cells_come_back_as_they_were_written(uri: str, source: Make, cells, tok
         (1, 7, 64),
     ],
 )
-def test_every_range_is_that_part_of_the_whole_and_chunks_are_bounded(
+def test_every_range_equals_that_part_of_the_whole_and_chunks_are_bounded(
     uri: str, source: Make, cells, tokenizer, monkeypatch, elements: int, query_cells: int, buffer_bytes: int
 ) -> None:
     monkeypatch.setattr(census, "CHUNK_ELEMENTS", elements)
@@ -138,8 +138,8 @@ def test_every_range_is_that_part_of_the_whole_and_chunks_are_bounded(
     assert all(chunk.obs.shape == (len(chunk.rows.offsets) - 1, 0) for chunk in experiment.read(uri, 3, 30, []))
 
 
-def test_the_buffer_is_that_of_the_source(uri: str, source: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the test above relies on: some cells really are torn apart by the tables that TileDB gives."""
+def test_the_source_uses_the_given_buffer(uri: str, source: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test above relies on it: TileDB's tables then really split some cells."""
     monkeypatch.setattr(census, "_BUFFER_BYTES", 64)
     experiment = source(uri)._opened()
     tables = list(experiment.matrix.read((slice(None), slice(None)), result_order="row-major").tables())
@@ -167,7 +167,7 @@ def test_filters_choose_cells_and_genes(uri: str, source: Make, cells, tokenizer
 
 @pytest.mark.parametrize("with_dataset", [False, True])
 def test_the_name_of_a_cell_is_its_observation_joinid(tmp_path: Path, source: Make, cells, with_dataset: bool) -> None:
-    """Two data sets of the census may have a cell of the same name: the name of the data set stands before it."""
+    """Two datasets of the census may have cells of the same name, so the dataset's name comes first."""
     adata = cells.copy()
     adata.obs["observation_joinid"] = [f"o{i % 30}" for i in range(NUM_CELLS)]
     expected = adata.obs["observation_joinid"].tolist()
@@ -195,7 +195,7 @@ def test_only_the_columns_asked_for_are_read(uri: str, source: Make, monkeypatch
     assert asked[2:] == [["soma_joinid", "tissue"]]
 
 
-# What is wrong ----------------------------------------------------------------------------------------
+# Errors -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -225,7 +225,7 @@ def test_columns_and_ranges_that_are_not_there(uri: str, source: Make) -> None:
         list(source(uri).read(uri, 0, 61, []))
 
 
-def test_what_is_no_experiment(tmp_path: Path, uri: str, source: Make) -> None:
+def test_places_without_an_experiment_are_refused(tmp_path: Path, uri: str, source: Make) -> None:
     for path in (str(tmp_path / "none"), f"{uri}/obs"):
         with pytest.raises(BadInput, match="it is not a SOMA experiment, or does not exist"):
             source(path).inspect(path)
@@ -262,7 +262,7 @@ def test_values_that_cannot_be_counts(tmp_path: Path, source: Make, cells, value
         list(experiment.read(uri, 5, 30, []))
 
 
-def test_what_to_install(uri: str, source: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_named(uri: str, source: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tiledbsoma", None)
     monkeypatch.setitem(sys.modules, "cellxgene_census", None)
     for given in (uri, None):
@@ -316,11 +316,11 @@ def test_a_forked_process_reads_after_its_parent_did(uri: str, source: Make, cel
     assert [answers.get(), answers.get()] == [expected, expected]
 
 
-def test_the_cells_are_looked_for_once(uri: str, source: Make, tmp_path: Path) -> None:
+def test_cells_are_searched_for_once(uri: str, source: Make, tmp_path: Path) -> None:
     heart = source(uri, value_filter='tissue == "heart"')
     heart.inspect(uri)
     [file] = (tmp_path / "spool").iterdir()
-    np.save(file, np.array([4, 9]))  # another process takes what it finds
+    np.save(file, np.array([4, 9]))  # another process uses the cells that it finds here
     assert source(uri, value_filter='tissue == "heart"').inspect(uri).num_cells == 2
     assert source(uri, value_filter='tissue == "lung"').inspect(uri).num_cells == 20
     assert len(list((tmp_path / "spool").iterdir())) == 2

@@ -1,4 +1,4 @@
-"""The original's MDS shards, as the real library wrote them (tests/mds/make_shards.py): its cells, or a reason."""
+"""The original's MDS shards, written by the real library (tests/mds/make_shards.py), give their cells or a reason."""
 
 import hashlib
 import json
@@ -32,7 +32,7 @@ UNKNOWN = ["ENSG00000001002", "ENSG00000001017"]  # ids 5 and 20 of the shards, 
 
 @pytest.fixture
 def tokenizer(tmp_path: Path) -> TahoeX1Tokenizer:
-    """A vocabulary whose genes have other ids than those of the shards, and in which two are missing."""
+    """Return a tokenizer whose genes have other ids than in the shards, and which lacks two of them."""
     genes = [name for name in reversed(SOURCE_IDS) if name.startswith("ENSG") and name not in UNKNOWN]
     names = ["ENSG00000009999", *genes, "<cls>", "<pad>"]
     path = tmp_path / "ours" / "vocab.json"
@@ -61,7 +61,7 @@ def edit_index(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
 
 
 def expected_cell(cell: dict[str, Any]) -> dict[str, float]:
-    """Gene -> count, without <cls>, zeros and what our vocabulary lacks; repeated genes added up."""
+    """Return gene -> count without <cls>, zeros and genes that our vocabulary lacks; repeated genes are added up."""
     sums: dict[str, float] = {}
     for i, count in zip(cell["genes"][1:], cell["expressions"][1:], strict=True):
         if count and SOURCE_NAMES[i] not in UNKNOWN:
@@ -113,12 +113,12 @@ def test_shards_of_a_merged_index_are_listed_once(source: Callable[..., MDSFiles
     assert source(folder).list_files() == expected
     assert source(folder, folder / "chunk_1", folder / "index.json").list_files() == expected
     parts = copied("upstream", tmp_path)
-    (parts / "index.json").unlink()  # a folder above those with an index
+    (parts / "index.json").unlink()  # leaves a folder above those that have an index
     assert source(parts).list_files() == [path.replace(str(folder), str(parts)) for path in expected]
 
 
 def test_a_shard_is_found_without_listing_first(source: Callable[..., MDSFiles], tmp_path: Path) -> None:
-    """As in a worker process, which gets its path alone; also where only the merged index is left."""
+    """A worker process gets only the path; the shard is found even where only the merged index is left."""
     path = str(SHARDS / "upstream" / "chunk_1" / "shard.00001.mds")
     count = source(SHARDS / "upstream").inspect(path).num_cells
     assert count == 10
@@ -139,7 +139,7 @@ def test_report(source: Callable[..., MDSFiles], tmp_path: Path) -> None:
     assert first.fingerprint != second.fingerprint
     assert first.fingerprint == source(SHARDS / "upstream" / "chunk_0").inspect(files.list_files()[0]).fingerprint
     assert not first.by_gene
-    # without hashes the file itself tells whether it has changed
+    # Without hashes in the index, the file itself shows whether it has changed.
     shard = copied("plain", tmp_path) / "shard.00000.mds"
     before = source(shard.parent).inspect(str(shard)).fingerprint
     os.utime(shard, (1, 1))
@@ -259,7 +259,7 @@ def test_every_hash_is_checked(algorithm: str, form: str, source: Callable[..., 
         read_whole(files, files.list_files()[0])
 
 
-def test_unknown_hash_is_said(
+def test_unknown_hash_is_reported(
     source: Callable[..., MDSFiles], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = copied("plain", tmp_path)
@@ -289,7 +289,7 @@ def test_missing_and_truncated_shards(source: Callable[..., MDSFiles], tmp_path:
 def test_a_decompressed_shard_is_enough(
     source: Callable[..., MDSFiles], tokenizer: TahoeX1Tokenizer, tmp_path: Path
 ) -> None:
-    """What the library leaves in its cache."""
+    """The library leaves such shards in its cache."""
     zstandard = pytest.importorskip("zstandard")
     folder = copied("upstream", tmp_path) / "chunk_0"
     packed = folder / "shard.00000.mds.zstd"
@@ -305,7 +305,7 @@ def test_a_decompressed_shard_is_enough(
 
 
 def test_compressed_content_that_does_not_fit(source: Callable[..., MDSFiles], tmp_path: Path) -> None:
-    """Checks that remain where an index has no hashes."""
+    """Some checks remain where an index has no hashes."""
     zstandard = pytest.importorskip("zstandard")
     folder = copied("upstream", tmp_path) / "chunk_0"
     packed = folder / "shard.00000.mds.zstd"
@@ -392,7 +392,7 @@ def test_damaged_index(
     assert str(folder / "index.json") in str(error.value)
 
 
-def test_what_is_missing_is_named(source: Callable[..., MDSFiles], tmp_path: Path) -> None:
+def test_missing_files_and_columns_are_named(source: Callable[..., MDSFiles], tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="nowhere is not a folder"):
         source(tmp_path / "nowhere").list_files()
     (tmp_path / "empty").mkdir()
@@ -416,11 +416,11 @@ def test_missing_packages_are_named(source: Callable[..., MDSFiles], monkeypatch
                 read_whole(files, files.list_files()[0])
 
 
-# Cells that cannot be right -----------------------------------------------------------------------
+# Impossible cells ---------------------------------------------------------------------------------
 
 
 def write_shard(folder: Path, cells: list[tuple[bytes, bytes]], encoding: str = "pkl") -> str:
-    """An uncompressed shard of our own making, with what the real library would refuse to write."""
+    """Write an uncompressed shard by hand, with content that the real library would refuse to write."""
     bodies = [b"".join(len(v).to_bytes(4, "little") for v in (e, g)) + e + g for g, e in cells]
     head = b"{}"
     offsets = np.cumsum([4 * (len(cells) + 2) + len(head), *map(len, bodies)]).astype("<u4")
@@ -471,7 +471,7 @@ def test_impossible_cells(
     cells = [([1, 7], [-2.0, 1.0]), (genes, counts)]
     encoded = [(json.dumps(g).encode(), json.dumps(e).encode()) for g, e in cells]
     path = write_shard(tmp_path / "made", encoded, "json")
-    gaps = {name: 66 if name == "<junk1>" else i for name, i in SOURCE_IDS.items() if i != 65}  # 65 is nobody's
+    gaps = {name: 66 if name == "<junk1>" else i for name, i in SOURCE_IDS.items() if i != 65}  # no token has 65
     (tmp_path / "gaps.json").write_text(json.dumps(gaps))
     vocab = tmp_path / "gaps.json" if genes == [1, 65] else SHARDS / "vocab.json"
     with pytest.raises(BadInput, match=message):
@@ -513,7 +513,7 @@ def test_malicious_pickle_is_not_run(column: int, source: Callable[..., MDSFiles
         read_whole(source(tmp_path / "made"), path)
     assert not (tmp_path / "was_run").exists()
     pickle.loads(cell[column])
-    assert (tmp_path / "was_run").exists()  # it is malicious indeed
+    assert (tmp_path / "was_run").exists()  # the pickle really is malicious
 
 
 # S3 -----------------------------------------------------------------------------------------------
@@ -521,7 +521,7 @@ def test_malicious_pickle_is_not_run(column: int, source: Callable[..., MDSFiles
 
 @pytest.fixture
 def bucket(s3: str) -> Any:
-    """A client of the loopback server, which has the shards."""
+    """Return a client of the loopback server, which has the shards."""
     import boto3
 
     client = boto3.client("s3")
@@ -559,7 +559,7 @@ def test_s3(bucket: Any, source: Callable[..., MDSFiles], tokenizer: TahoeX1Toke
     assert list((tmp_path / "spool").iterdir()) == []
 
 
-def test_s3_says_what_is_missing(bucket: Any, source: Callable[..., MDSFiles]) -> None:
+def test_s3_errors_name_what_is_missing(bucket: Any, source: Callable[..., MDSFiles]) -> None:
     for url in ("s3://mds-cells/nothing", "s3://no-such-bucket/x"):
         with pytest.raises(FileNotFoundError, match=rf"{url} (holds no index|does not exist)"):
             source(url).list_files()

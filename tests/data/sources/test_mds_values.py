@@ -1,4 +1,4 @@
-"""Values in MDS shards: pickled numbers come back as they were; whatever else a pickle asks for is refused."""
+"""Pickled numbers in MDS shards come back as they were; anything else that a pickle asks for is refused."""
 
 import itertools
 import os
@@ -19,7 +19,7 @@ from tahoex1_hf.data.sources.restricted_pickle import load_restricted
 
 
 class Calls:
-    """Pickles as a call."""
+    """An object that pickles as a call."""
 
     def __init__(self, function: Any, *args: Any) -> None:
         self.call = (function, args)
@@ -129,7 +129,7 @@ def test_numbers_come_back_as_they_were(protocol: int) -> None:
 
 
 def test_pickles_of_numpy_1() -> None:
-    """The modules had other names."""
+    """numpy 1 had other names for its modules."""
     for value in (np.arange(4), np.float64(2)):
         old = pickle.dumps(value, protocol=2).replace(b"numpy._core", b"numpy.core")
         assert b"numpy.core" in old

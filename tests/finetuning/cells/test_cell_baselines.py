@@ -1,4 +1,4 @@
-"""Metrics against known answers; baselines that find planted signals, and nothing where there is none."""
+"""Metrics give known answers; baselines find planted signals, and nothing where there is none."""
 
 import numpy as np
 import pytest
@@ -24,7 +24,7 @@ LINEAR, BOOSTED, MAJORITY = "PCA + logistic regression", "PCA + gradient boostin
 
 
 def planted(num_cells: int = 240, num_genes: int = 60, seed: int = 0) -> tuple[csr_matrix, np.ndarray]:
-    """Counts of three kinds of cells, each with genes of its own, and the kinds."""
+    """Return counts of three kinds of cells, each with its own genes, and the kinds."""
     random = np.random.default_rng(seed)
     kinds = random.integers(0, 3, num_cells)
     own = np.arange(num_genes) % 3 == kinds[:, None]
@@ -41,7 +41,7 @@ def test_classification_metrics_by_hand() -> None:
     assert found["accuracy"] == pytest.approx(4 / 6)
     assert found["balanced_accuracy"] == pytest.approx((2 / 3 + 1 + 0) / 3)
     assert found["macro_f1"] == pytest.approx((2 / 3 + 4 / 5 + 0) / 3)
-    # By class: of all pairs of a cell with the class and one without, the share in the right order, ties as halves.
+    # For each class: the share of pairs (a cell of the class, a cell of another) in the right order, ties as halves.
     first = (2 * (1 + 1 + 0.5) + (0.5 + 0.5 + 0)) / 9
     second = 2 * (1 + 1 + 0.5 + 1) / 8
     third = 0.5  # never predicted: all ties
@@ -81,7 +81,7 @@ def test_arrays_that_do_not_fit(predicted: np.ndarray) -> None:
         classification_metrics(np.zeros(0), np.zeros(0))
 
 
-def test_interval_is_students() -> None:
+def test_interval_is_students_t() -> None:
     values = [0.5, 0.6, 0.7, 0.65, 0.55]
     half = t.ppf(0.975, 4) * np.std(values, ddof=1) / np.sqrt(5)
     found = interval(values)
@@ -172,7 +172,7 @@ def test_nothing_of_the_test_cells_is_used() -> None:
     other_labels = labels.copy()
     other_labels[split.test] = (labels[split.test] + 1) % 3
     other_counts = counts.toarray()
-    # All test cells but the first are different: what is predicted for the first must not change.
+    # All test cells but the first are different: the prediction for the first must not change.
     other_counts[split.test[1:]] = np.random.default_rng(5).poisson(9.0, other_counts[split.test[1:]].shape)
     for predict, first, second in (
         (classification_baselines, labels, other_labels),
@@ -187,7 +187,7 @@ def test_nothing_of_the_test_cells_is_used() -> None:
 def test_strength_is_chosen_on_the_validation_cells(monkeypatch: pytest.MonkeyPatch) -> None:
     random = np.random.default_rng(0)
     counts = csr_matrix(random.poisson(2.0, (80, 70)).astype(np.float32))
-    # Few cells and as many components: only the strongest regularisation comes near to a constant.
+    # With few cells and as many components, only the strongest regularisation comes near to a constant.
     numbers = random.normal(size=80)
     split = Split(np.arange(50), np.arange(50, 65), np.arange(65, 80))
     chosen = regression_baselines(counts, numbers, [split], 0)["PCA + ridge regression"][0]
@@ -203,7 +203,7 @@ def test_odd_splits() -> None:
     one_class = Split(np.flatnonzero(labels == 0), np.zeros(0, dtype=int), np.flatnonzero(labels == 1))
     for each in classification_baselines(counts, labels, [one_class], 0, 3).values():
         np.testing.assert_array_equal(each[0].argmax(1), 0)
-    # No gene varies: the baselines can but know the shares.
+    # No gene varies, so the baselines can only know the shares.
     same = csr_matrix(np.ones((60, 1), dtype=np.float32))
     for each in classification_baselines(same, labels, make_splits(labels, seed=0), 0, 3).values():
         assert np.isfinite(each[0]).all()

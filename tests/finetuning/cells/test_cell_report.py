@@ -1,4 +1,4 @@
-"""The report of a run: what it says, and to whom it gives the prize."""
+"""The report of a run says what it should, and names the right winner."""
 
 import json
 import re
@@ -22,7 +22,7 @@ OURS = "Tahoe-x1, lora"
 
 @pytest.fixture(scope="module", autouse=True)
 def _quick_umap(module_monkeypatch: pytest.MonkeyPatch) -> None:
-    """UMAP compiles for half a minute; tests/training/test_evaluation.py draws with it."""
+    """Replace UMAP, which compiles for half a minute; tests/training/test_evaluation.py draws with it."""
     module_monkeypatch.setattr("tahoex1_hf.common.plots.umap_places", lambda embeddings, seed: embeddings[:, :2])
 
 
@@ -40,7 +40,7 @@ def cells(num_cells: int = 150) -> tuple[csr_matrix, np.ndarray]:
 
 
 def probabilities(truth: np.ndarray, right: float, seed: int = 0) -> np.ndarray:
-    """Of a model that is right in about such a share of the cells."""
+    """Return the probabilities of a model that is right in about this share of the cells."""
     random = np.random.default_rng(seed)
     chosen = np.where(random.random(len(truth)) < right, truth, (truth + 1) % 3)
     return np.eye(3)[chosen] * 0.8 + 0.2 / 3
@@ -71,7 +71,7 @@ def write(folder: Path, right: float, folds: int = 3, **changes: Any) -> dict[st
 
 
 def scores_of(results: CellResults, counts: csr_matrix) -> Report:
-    """As `run_folds` makes them."""
+    """Score the model and the baselines as `run_folds` does."""
     classes, labels, splits = results.classes, results.labels, results.splits
     if classes is None:
         baselines = regression_baselines(counts, labels, splits, 0)

@@ -1,4 +1,4 @@
-"""Fine-tuning runs: tasks, methods, resuming, processes, early stopping, folds."""
+"""Test fine-tuning runs: tasks, methods, resuming, processes, early stopping, folds."""
 
 import json
 import re
@@ -131,7 +131,7 @@ def test_masked_expression_fits_the_cells_better_than_the_base(base: Path, data:
     assert f"The model {does} the constants" in report
     assert read_record(tmp_path / "run")["metrics"]["model"] == test["model"]
     assert "The model beats the base" in (tmp_path / "run" / "README.md").read_text()
-    # As the card says: embed with it, and train on from it.
+    # The card promises two things: one can embed with the model, and train it further.
     merged, tokenizer = model.merge_and_unload(), load_tokenizer(config)
     cells = labelled_cells(12)
     embed_anndata(cells, merged, tokenizer, dtype="float32", progress=False)
@@ -142,7 +142,7 @@ def test_masked_expression_fits_the_cells_better_than_the_base(base: Path, data:
 
 
 def test_predict_gives_what_was_tested(base: Path, data: Path, tmp_path: Path) -> None:
-    config = make_config(base, data, tmp_path / "run", method="linear_probe", context_length=12)  # cells are sampled
+    config = make_config(base, data, tmp_path / "run", method="linear_probe", context_length=12)  # genes are sampled
     finetune(config)
     arrays = result(tmp_path / "run")[1]
     predict_files(data, tmp_path / "out.h5ad", tmp_path / "run", dtype="float32", progress=False)
@@ -154,7 +154,7 @@ def test_predict_gives_what_was_tested(base: Path, data: Path, tmp_path: Path) -
 def test_the_report_stands_beside_the_adapter(
     base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # UMAP itself takes 8 s of compiling: tests/examples/test_demo.py draws one.
+    # UMAP itself compiles for 8 s: tests/examples/test_demo.py draws one.
     monkeypatch.setattr("tahoex1_hf.common.plots.umap_places", lambda embeddings, seed: embeddings[:, :2])
     config = make_config(base, data, tmp_path / "run", method="linear_probe", folds=3, report=True)
     assert finetune(config) == 0
@@ -193,7 +193,7 @@ def test_microbatches_change_no_step(task: str, label: str | None, base: Path, d
 
 
 def test_best_weights_are_kept_and_training_stops_early(base: Path, data: Path, tmp_path: Path) -> None:
-    # At this rate the loss on the validation cells soon rises.
+    # At this learning rate the loss on the validation cells soon rises.
     folder = tmp_path / "run"
     config = make_config(base, data, folder, learning_rate=0.3, epochs=40, early_stopping_patience=2)
     finetune(config)
@@ -241,7 +241,7 @@ def test_folds_test_on_every_cell_and_the_last_model_knows_all(base: Path, data:
     ("task", "method"),
     [("regression", "dora"), ("masked_expression", "full"), ("classification", "head_only")],
 )
-def test_a_run_that_was_cut_short_goes_on_exactly(
+def test_a_run_that_was_cut_short_resumes_exactly(
     task: str, method: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = write_base(tmp_path / "base", expression_encoder_dropout=0.1)
@@ -260,12 +260,12 @@ def test_a_run_that_was_cut_short_goes_on_exactly(
         patch.setattr(FinetuneTrainer, "_clip_grad_norm", cut)
         with pytest.raises(KeyboardInterrupt):
             finetune(config)
-    torch.manual_seed(99)  # whatever the state of the process that goes on
+    torch.manual_seed(99)  # the state of the process that resumes must not matter
     assert finetune(config) == 0
     name = "model.safetensors" if method == "full" else "adapter_model.safetensors"
-    whole, gone_on = load_file(tmp_path / "whole" / name), load_file(tmp_path / "cut" / name)
-    assert gone_on.keys() == whole.keys()
-    assert all(torch.equal(gone_on[key], whole[key]) for key in whole)
+    whole, resumed = load_file(tmp_path / "whole" / name), load_file(tmp_path / "cut" / name)
+    assert resumed.keys() == whole.keys()
+    assert all(torch.equal(resumed[key], whole[key]) for key in whole)
 
 
 def test_a_run_that_stopped_early_is_not_trained_further(
@@ -275,7 +275,7 @@ def test_a_run_that_stopped_early_is_not_trained_further(
     finetune(make_config(base, data, tmp_path / "whole", **changes))
     config = make_config(base, data, tmp_path / "cut", **changes)
     with monkeypatch.context() as patch:
-        patch.setattr("tahoex1_hf.finetuning.cells.task.save_adapter", lambda *_: 1 / 0)  # killed behind the training
+        patch.setattr("tahoex1_hf.finetuning.cells.task.save_adapter", lambda *_: 1 / 0)  # killed after the training
         with pytest.raises(ZeroDivisionError):
             finetune(config)
     finetune(config)
@@ -286,11 +286,11 @@ def test_a_run_that_stopped_early_is_not_trained_further(
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_exactly(data: Path, tmp_path: Path) -> None:
+def test_a_killed_run_resumes_exactly(data: Path, tmp_path: Path) -> None:
     base = write_base(tmp_path / "base", expression_encoder_dropout=0.1)
     given = settings(base, data, tmp_path / "killed", epochs=4)
     values = {name: json.dumps(value) for name, value in given.items()}
-    # In a process of its own too: libraries that this one has loaded may let it round otherwise.
+    # This run, too, needs its own process: the libraries loaded into this one may make it round differently.
     whole_run = start(command(SCRIPT, **values | {"output_dir": json.dumps(str(tmp_path / "whole"))}))
     assert whole_run.returncode == 0, whole_run.stderr[-2000:]
     for kill_in, kill_at in (("step", "7"), ("save", "15")):
@@ -302,9 +302,9 @@ def test_a_killed_run_goes_on_exactly(data: Path, tmp_path: Path) -> None:
     done = start(command(SCRIPT, **values))
     assert done.returncode == 0, done.stderr[-2000:]
     name = "adapter_model.safetensors"
-    whole, gone_on = load_file(tmp_path / "whole" / name), load_file(tmp_path / "killed" / name)
-    assert all(torch.equal(gone_on[key], whole[key]) for key in whole)
-    assert gone_on.keys() == whole.keys()
+    whole, resumed = load_file(tmp_path / "whole" / name), load_file(tmp_path / "killed" / name)
+    assert all(torch.equal(resumed[key], whole[key]) for key in whole)
+    assert resumed.keys() == whole.keys()
 
 
 @pytest.mark.slow

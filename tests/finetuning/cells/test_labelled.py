@@ -1,4 +1,4 @@
-"""Cells of a file as a run reads them."""
+"""A fine-tuning run reads the cells of a file."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Cells longer than the context, split into parts."""
+"""Cells longer than the context are split into parts."""
 
 from pathlib import Path
 

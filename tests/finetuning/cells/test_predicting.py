@@ -1,4 +1,4 @@
-"""`tahoex1 predict`: what is written, and that a cell's prediction depends on the cell alone."""
+"""`tahoex1 predict` writes the right files, and a cell's prediction depends on the cell alone."""
 
 import json
 import shutil
@@ -36,7 +36,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Cells of which many are longer than the context of the fine-tuned models, and one has no known gene."""
+    """Write cells; many are longer than the fine-tuned models' context, and one has no known gene."""
     adata = labelled_cells(100)
     counts = adata.X.toarray()
     counts[7] = 0
@@ -96,8 +96,8 @@ def test_output_is_the_input_plus_predictions(data: Path, adapter: Path, tmp_pat
     assert facts["cells_without_known_genes"] == 1
 
 
-def test_predictions_are_those_of_the_model(data: Path, adapter: Path, tmp_path: Path) -> None:
-    """Cell by cell through `forward`, with nothing of our batching."""
+def test_predictions_equal_the_models(data: Path, adapter: Path, tmp_path: Path) -> None:
+    """Each cell goes through `forward` alone, without our batching."""
     result = predict(data, tmp_path / "out.h5ad", "--adapter", adapter)
     model, tokenizer = load_adapter(adapter)
     counts = csr_matrix(anndata.read_h5ad(data).X)
@@ -122,7 +122,7 @@ def test_batches_change_nothing(data: Path, adapter: Path, tmp_path: Path, batch
     np.testing.assert_allclose(probabilities(other), expected, atol=1e-6)
 
 
-def test_order_and_company_change_nothing(
+def test_order_and_other_cells_change_nothing(
     data: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = probabilities(predict(data, tmp_path / "a.h5ad", "--adapter", adapter))
@@ -136,7 +136,7 @@ def test_order_and_company_change_nothing(
     np.testing.assert_allclose(probabilities(shuffled), expected[order], atol=1e-6)
 
 
-def test_number_of_a_cell_is_its_content() -> None:
+def test_number_of_a_cell_follows_from_its_content() -> None:
     random = np.random.default_rng(0)
     tokens, counts = random.permutation(1000)[:30], random.integers(1, 9, 30).astype(np.float32)
     offsets = np.array([0, 10, 10, 30])
@@ -163,7 +163,7 @@ def test_counts_wherever_they_are(data: Path, adapter: Path, tmp_path: Path, kin
     np.testing.assert_allclose(probabilities(other), expected, atol=1e-6)
 
 
-def test_settings_of_the_training_hold(base: Path, data: Path, tmp_path: Path) -> None:
+def test_settings_of_the_training_are_used(base: Path, data: Path, tmp_path: Path) -> None:
     source = anndata.read_h5ad(data)
     source.var["id"], source.var_names = GENES, [f"name{i}" for i in range(len(GENES))]
     source.X = source.X * 0
@@ -172,7 +172,7 @@ def test_settings_of_the_training_hold(base: Path, data: Path, tmp_path: Path) -
         base, tmp_path / "in.h5ad", tmp_path / "model", layer="counts", gene_id_column="id", method="linear_probe"
     )
     here = predict(tmp_path / "in.h5ad", tmp_path / "a.h5ad", "--adapter", folder)
-    # A file that is laid out otherwise: "" is what would hold without the training.
+    # A file with another layout: without the training's settings, "" would be used.
     there = predict(data, tmp_path / "b.h5ad", "--adapter", folder, "--layer", "", "--gene-id-column", "")
     np.testing.assert_allclose(probabilities(there), probabilities(here), atol=1e-6)
     assert probabilities(here).std() > 0.05
@@ -181,7 +181,7 @@ def test_settings_of_the_training_hold(base: Path, data: Path, tmp_path: Path) -
 def test_a_whole_model(base: Path, data: Path, tmp_path: Path) -> None:
     folder = tuned(base, data, tmp_path / "model", method="full", epochs=1)
     found = predict(data, tmp_path / "a.h5ad", "--model", folder)
-    # A folder that transformers wrote, with nothing of ours: the label has no name, the classes have.
+    # transformers alone wrote this folder, so the classes have names, but the label has none.
     model = TahoeX1ForSequenceClassification.from_pretrained(folder)
     model.save_pretrained(tmp_path / "plain")
     TahoeX1Tokenizer.from_pretrained(folder).save_pretrained(tmp_path / "plain")
@@ -200,8 +200,8 @@ def test_a_number(base: Path, data: Path, tmp_path: Path) -> None:
     assert "classes" not in found.uns["tahoex1_dose"]
 
 
-def test_as_the_report_says(base: Path, data: Path, tmp_path: Path) -> None:
-    """The engine's predictions for its test cells are those of the command."""
+def test_predictions_equal_those_of_the_report(base: Path, data: Path, tmp_path: Path) -> None:
+    """The command predicts for the test cells what the run predicted."""
     folder = tuned(base, data, tmp_path / "model", epochs=2)
     with np.load(folder / "result.npz") as arrays:
         rows, logits = arrays["test"], arrays["outputs"]
@@ -221,7 +221,7 @@ def test_in_place_and_again(data: Path, adapter: Path, tmp_path: Path) -> None:
 
 
 def test_obs_of_an_old_anndata(data: Path, adapter: Path, tmp_path: Path) -> None:
-    """anndata 0.7 kept categories apart; new columns are written its successor's way."""
+    """anndata 0.7 kept categories apart; new columns are written as later versions do."""
     shutil.copyfile(data, tmp_path / "old.h5ad")
     source = anndata.read_h5ad(data)
     with h5py.File(tmp_path / "old.h5ad", "r+") as file:
@@ -268,7 +268,7 @@ def test_cells_in_memory_are_predicted_like_those_of_a_file(
 # Errors -----------------------------------------------------------------------------------------------
 
 
-def test_nothing_is_left_behind_by_a_failure(
+def test_a_failure_leaves_nothing_behind(
     data: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: Any, **__: Any) -> None:
@@ -323,7 +323,7 @@ def test_a_progress_bar_counts_cells(data: Path, adapter: Path, tmp_path: Path, 
 
 
 def test_models_with_drugs(data: Path, tmp_path: Path) -> None:
-    """The drug of the training holds for the prediction; another one changes it."""
+    """A prediction uses the drug of the training; another drug changes it."""
     from cells import write_vocab
     from helpers import tiny_config
 

@@ -1,4 +1,4 @@
-"""Metrics and baselines of a drug response."""
+"""Test the metrics and baselines of a drug response."""
 
 import numpy as np
 import pytest

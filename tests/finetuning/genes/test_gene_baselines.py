@@ -1,4 +1,4 @@
-"""Baselines of a gene classification."""
+"""Test the baselines of a gene classification."""
 
 import numpy as np
 
