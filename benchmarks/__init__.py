@@ -1,1 +1,1 @@
-"""Speed of the package beside the speed of the machine, measured in the same run: `python -m benchmarks`."""
+"""Measure the speed of the package beside the speed of the machine, in the same run: `python -m benchmarks`."""

@@ -1,10 +1,10 @@
-"""The whole suite, which prints one table and writes results.json, results.png and scaling.png into a folder.
+"""Run the whole suite, print one table, and write results.json, results.png and scaling.png into a folder.
 
     python -m benchmarks [--quick] [--rounds 3] [--only PART]... [--output benchmarks/results]
 
 The machine may be shared and noisy, so each round measures in turn the hardware's limit, the reference (the original's
-algorithm, `reference.py`) and ours. What counts are the medians of the ratios within rounds; absolute rates say only
-what the machine was like that day. Values are compared too: where they differ from the reference's, the run stops.
+algorithm, `reference.py`) and ours. Read the medians of the ratios within rounds; absolute rates only show the state
+of the machine that day. Values are compared too: where they differ from the reference's, the run stops.
 """
 
 import json
@@ -80,7 +80,7 @@ def write_json(path: Path, suite: Suite, machine: dict, rows: Sequence[Row], sec
 def main(
     output: Annotated[Path, typer.Option(help="Folder for results.json and the charts.")] = Path(__file__).parent
     / "results",
-    quick: Annotated[bool, typer.Option("--quick", help="Tiny sizes, to check that all of it works.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Use tiny sizes, to check that everything works.")] = False,
     rounds: Annotated[
         int | None, typer.Option(min=1, help="Number of rounds.", show_default="3; with --quick 2")
     ] = None,
@@ -88,7 +88,7 @@ def main(
 ) -> None:
     """Measure speed and memory beside the original's algorithm and the hardware's limits."""
     suite = Suite(rounds=rounds or (2 if quick else 3), quick=quick)
-    if quick:  # so small products wait for a second thread longer than it saves, above all on a busy machine
+    if quick:  # waiting for a second thread would cost such small products more than it saves
         torch.set_num_threads(1)
         os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that the suite starts
     machine = description()
@@ -102,7 +102,7 @@ def main(
         start = time.perf_counter()
         rows += measure(suite)
         seconds[part.value] = round(time.perf_counter() - start, 1)
-        # After every part, so that what was measured is not lost if a later part stops the run.
+        # Written after every part, so that no figure is lost if a later part stops the run.
         all_rows = [*machine_rows(suite.limits.values()), *rows]
         write_json(output / "results.json", suite, machine, all_rows, seconds)
     title = f"{machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}; {suite.rounds} rounds"

@@ -1,4 +1,4 @@
-"""Attention on a CPU: cell by cell beside padded buckets, and in training, to observed keys alone beside masks."""
+"""Measure attention on a CPU: cell by cell beside padded buckets; in training, to observed keys alone beside masks."""
 
 import time
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from benchmarks.measuring import Row, Suite, Task, in_turn
 from tahoex1_hf.observed_attention_tahoe_x1 import ObservedKeys
 from tahoex1_hf.packing_tahoe_x1 import PackedAttention
 
-HEADS, WIDTH, BUCKET = 8, 64, 8  # heads and their width are those of the 70M shape
+HEADS, WIDTH, BUCKET = 8, 64, 8  # the 70M shape has such heads
 
 
 class Cells:

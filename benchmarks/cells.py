@@ -1,4 +1,4 @@
-"""Cells to measure with: real ones where they lie beside the project, else synthetic counts, and a vocabulary."""
+"""Provide cells to measure with (real ones if they lie beside the project, else synthetic) and a vocabulary."""
 
 import json
 import tempfile
@@ -12,11 +12,11 @@ from tahoex1_hf import TahoeX1Tokenizer
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 HEART = SHARED / "h5ad" / "heart_san_1000_native_ensembl.h5ad"
-VOCABULARY_SIZE = 62720  # that of the released models
+VOCABULARY_SIZE = 62720  # as in the released models
 
 
 def real_or_synthetic_cells(num_cells: int) -> tuple[csr_matrix, np.ndarray, str]:
-    """Return counts, Ensembl ids, and where they come from."""
+    """Return counts, Ensembl ids, and the origin of the cells."""
     if HEART.is_file():
         import anndata
 

@@ -1,4 +1,4 @@
-"""Charts of a run: speed beside the reference and the hardware (results.png), and how it scales (scaling.png)."""
+"""Draw charts of a run: speed beside the reference and the hardware (results.png), and scaling (scaling.png)."""
 
 import statistics
 from collections.abc import Callable, Sequence

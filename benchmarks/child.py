@@ -1,7 +1,7 @@
-"""Running a command in a process of its own, with its time and the peak of its memory.
+"""Run a command in its own process, and measure its time and peak memory.
 
-A process that is started by another begins with the other's peak of memory as its own, so that a command started from
-a benchmark that has used 5 GB seems to use 5 GB. This file, run as a script, stands between them, since it is small.
+A process starts with the peak memory of the process that started it, so a command started from a benchmark that has
+used 5 GB seems to use 5 GB. This file, run as a small script, stands between the two.
 """
 
 import json
@@ -40,7 +40,7 @@ class Run:
 
     @property
     def reason(self) -> str:
-        """Line of the output that seems to say why the command failed."""
+        """Line of the output that probably says why the command failed."""
         lines = [line[line.index("Error") :].strip() for line in self.output.splitlines() if "Error" in line]
         return lines[0][:150] if lines else self.last_line or f"no output, code {self.code}"
 
@@ -49,7 +49,7 @@ def run(command: list[str], environment: dict[str, str] | None = None, timeout: 
     """Run a command in the project's folder, with its package importable and the Hub offline.
 
     Raises:
-        subprocess.TimeoutExpired: After `timeout` seconds, when the command and all that it started have been ended.
+        subprocess.TimeoutExpired: After `timeout` seconds; the command and all that it started have then been ended.
     """
     variables = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", **(environment or {})}
     with tempfile.TemporaryFile("w+b") as output:
@@ -75,7 +75,7 @@ def python(*arguments: str, environment: dict[str, str] | None = None, timeout: 
 
 def _launch(command: list[str]) -> dict[str, float]:
     start = time.perf_counter()
-    process = subprocess.Popen(command, stdout=sys.stderr)  # what it prints goes where its errors go
+    process = subprocess.Popen(command, stdout=sys.stderr)  # its output goes to the same place as its errors
     _, status, usage = os.wait4(process.pid, 0)
     seconds = time.perf_counter() - start
     process.returncode = os.waitstatus_to_exitcode(status)

@@ -1,11 +1,11 @@
-"""Making training batches from disk, beside the original's way, `datasets` and the machine's memory copy.
+"""Measure making training batches from disk, beside the original's way, `datasets` and the machine's memory copy.
 
     python -m benchmarks.data [--cells 20000] [--rounds 5] [--batch-size 64] [--mds FOLDER] [--json FILE]
 
-Each round measures everything in turn, and what counts are ratios in a round: the machine may be shared. "One core"
-means that the process is bound to one; on two, ours uses two threads, the reference two worker processes (as the
-original does), each with its own share of the batches. Batches are finished: binned, sampled to the context, masked,
-padded.
+Each round measures everything in turn; read the ratios within a round, since the machine may be shared. "One core"
+means that the process is bound to one core; on two cores, ours uses two threads, the reference two worker processes
+(as the original does), each with its own share of the batches. Batches are finished: binned, sampled to the context,
+masked, padded.
 """
 
 import json
@@ -38,10 +38,10 @@ PAD_ID, CLS_ID, PAD_VALUE, MASK_VALUE = 0, 1, -2.0, -1.0
 
 
 class TorchLoop(IterableDataset):
-    """The reference: the work of the original's collator, cell by cell in torch, on cells that lie in memory.
+    """The reference, which does the work of the original's collator, cell by cell in torch, on cells in memory.
 
-    It does what the original is known to do (`torch.quantile` of the cell at 50 places, bucketing,
-    a random permutation to sample and one to choose the targets, padding); it reads no files, which is in its favour.
+    It takes the original's steps (`torch.quantile` of the cell at 50 places, bucketing, a random permutation to sample
+    and another to choose the targets, padding), but reads no files, which is in its favour.
     """
 
     def __init__(self, cells: list[tuple[torch.Tensor, torch.Tensor]], batch_size: int) -> None:
@@ -151,7 +151,7 @@ def memory_copy() -> float:
 def measurements(
     folder: Path, vocab: Path, batch_size: int, num_cells: int
 ) -> dict[str, tuple[int, Callable[[], float]]]:
-    """Return name -> number of cores, and the function that measures."""
+    """Return name -> number of cores and the function that measures."""
     plain = CellCollator(TahoeX1Tokenizer(str(vocab), context_length=CONTEXT))
     packed = CellCollator(plain.tokenizer, packed=True)
     table = {"<pad>": 0, "aspirin": 1, "DMSO": 2}
@@ -198,7 +198,7 @@ def measurements(
 
 
 def bytes_per_cell(folder: Path, num_cells: int, mds: Path | None) -> dict[str, float]:
-    """Return the bytes that a cell takes on disk, by format."""
+    """Return the bytes of a cell on disk, by format."""
     sizes = {"h5ad (uncompressed)": (folder / "cells.h5ad").stat().st_size / num_cells}
     for name in ("arrow", "parquet", "floats"):
         sizes[{"floats": "arrow, non-integer"}.get(name, name)] = (
@@ -216,9 +216,11 @@ def bytes_per_cell(folder: Path, num_cells: int, mds: Path | None) -> dict[str, 
 def main(
     cells: Annotated[int, typer.Option(help="Number of cells in the dataset.")] = 20000,
     rounds: Annotated[int, typer.Option(help="Number of rounds.")] = 5,
-    batch_size: Annotated[int, typer.Option(help="Cells of a batch.")] = 64,
+    batch_size: Annotated[int, typer.Option(help="Number of cells in a batch.")] = 64,
     mds: Annotated[Path | None, typer.Option(help="Folder with the same cells as MDS, to compare sizes.")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="File to write the figures to as well.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="File to which the figures are also written.")
+    ] = None,
 ) -> None:
     """Print the rates, their ratios and the bytes per cell."""
     torch.set_num_threads(1)

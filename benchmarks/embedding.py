@@ -1,4 +1,4 @@
-"""Embedding cells and genes, from counts to rows of length 1, beside the reference."""
+"""Measure embedding cells and genes, from counts to rows of length 1, beside the reference."""
 
 import time
 from collections.abc import Callable
@@ -23,7 +23,7 @@ TOLERANCE = 1e-4  # largest difference between embeddings of length 1, in float3
 
 
 def random_model(model_class: type[Any], config: TahoeX1Config) -> Any:
-    """Return a model with random weights, in biases and norms too, so that none can be mistaken for another."""
+    """Return a model with random weights, biases and norms, so that none can be mistaken for another."""
     torch.manual_seed(0)
     model = model_class(config).eval()
     with torch.no_grad():
@@ -34,7 +34,7 @@ def random_model(model_class: type[Any], config: TahoeX1Config) -> Any:
 
 
 def reference_shape(config: TahoeX1Config) -> reference.Shape:
-    """Return the same shape for the reference."""
+    """Return the reference's settings for the same shape."""
     return reference.Shape(config.vocab_size, config.hidden_size, config.num_hidden_layers, config.num_attention_heads)
 
 
@@ -82,7 +82,7 @@ class Subject:
 
 
 def kinds_of_cells(suite: Suite) -> dict[str, np.ndarray]:
-    """Return the tokens of each cell, `<cls>` included; none is longer than the context, so that none is sampled."""
+    """Return the tokens of each cell, `<cls>` included; all cells fit into the context, so that none is sampled."""
     rng = np.random.default_rng(0)
     short, ragged, long = suite.pick((48, 24, 8), (16, 16, 8))
     most = suite.pick(CONTEXT, 512)
@@ -143,9 +143,9 @@ def check(figures: dict[str, float]) -> None:
 def performed_flops(config: TahoeX1Config, lengths: np.ndarray) -> float:
     """Return the operations that this package performs on a CPU where only `<cls>` is asked for.
 
-    All layers but the last are computed for every token. The last projects nothing but `<cls>` (its query, the query
-    taken through the key's matrix, the value of the mean, the output, the feed-forward block), and looks at each
-    token twice per head. The expression encoder runs on a batch's distinct values, too few to count.
+    All layers but the last are computed for every token. The last projects only `<cls>` (its query, the query times
+    the key's matrix, the value of the mean, the output, the feed-forward block), and visits each token twice per head.
+    The expression encoder runs on a batch's distinct values, which are too few to count.
     """
     d, f = config.hidden_size, config.intermediate_size or 4 * config.hidden_size
     tokens = float(lengths.sum())
@@ -163,9 +163,9 @@ def _tasks(suite: Suite, subject: Subject, encoders: dict[str, CellEncoder], con
     useful = {"useful": gflop["useful"]}
     tasks = {"reference": Task(subject.reference_rate, suite.limits["matmul float32"], useful)}
     for name, encoder in encoders.items():
-        # int8 weights do not change the type of the products, which is that of the activations
+        # Products have the type of the activations, which int8 weights do not change.
         limit = suite.limits["matmul bfloat16" if encoder.dtype == torch.bfloat16 else "matmul float32"]
-        # with quantised weights the last layer projects all keys and values
+        # With quantised weights the last layer projects all keys and values.
         costs = gflop if name != "int8" else useful
         tasks[name] = Task(lambda name=name, e=encoder: subject.our_rate(name, e), limit, costs)
     return tasks
@@ -175,7 +175,7 @@ def _row(suite: Suite, name: str, ours: Series, theirs: Series, figures: dict[st
     remark = f"max difference {figures['max_difference']:.1e}, min cosine {figures['min_cosine']:.6f}"
     row = Row("embedding", name, "cells/s", ours, theirs, remark, details={**figures, "shape": suite.shape_name})
     if row.ratio is not None and "performed" in row.fractions:
-        # What the ratio would be if all operations ran at the rate of a plain matrix product.
+        # The ratio that would result if all operations ran at the rate of a plain matrix product.
         row.details["bound_of_ratio"] = bound = row.ratio / row.fractions["performed"]
         row.remark += f"; at the limit's rate {bound:.2f} times the reference"
     return row

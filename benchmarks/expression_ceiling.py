@@ -1,9 +1,10 @@
-"""How much of a masked gene's bin can be known: each gene's mean, and its mean among cells of the same annotation.
+"""Estimate how well a hidden gene's bin can be predicted, by its mean over all cells and over cells of a kind.
 
     python -m benchmarks.expression_ceiling CELLS.h5ad COLUMN --model FOLDER
 
-The annotation stands for all that a model could find out about a cell. Bins are taken over all genes of a cell and
-mapped to -1 ... 1 as `scale_targets` does it; errors are those of a tenth of the cells, which no mean includes.
+The kind, a column of obs, stands for everything that a model could find out about a cell. Bins are taken over all
+genes of a cell and mapped to -1 ... 1 as `scale_targets` does; errors are measured on a tenth of the cells, which no
+mean includes.
 """
 
 from pathlib import Path
@@ -16,7 +17,7 @@ import typer
 from tahoex1_hf import TahoeX1Tokenizer
 from tahoex1_hf.encoding_tahoe_x1 import bin_expression, matrix_rows
 
-NUM_BINS, DRAWN_TO_MEAN = 51, 10  # weight of a gene's overall mean in its mean among cells of a kind, in cells
+NUM_BINS, DRAWN_TO_MEAN = 51, 10  # a gene's mean over a kind includes its overall mean as if it were 10 more cells
 
 
 def mean_where(keys: np.ndarray, values: np.ndarray, size: int, prior: float) -> np.ndarray:

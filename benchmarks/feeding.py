@@ -1,4 +1,4 @@
-"""Making training batches from disk, as a short form of `python -m benchmarks.data`, whose functions it uses."""
+"""Measure making training batches from disk, in a short form of `python -m benchmarks.data`."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +11,7 @@ from tahoex1_hf.data.collator import CellCollator
 from tahoex1_hf.data.feeding import CellBatches
 
 BATCH = 64
-# Rows of the table: name, cores, ours and the reference as `benchmarks.data` calls them.
+# Rows of the table: name, cores, and the names that `benchmarks.data` has for ours and for the reference.
 PAIRS = (
     ("1 core", 1, "tahoex1_hf, 1 core", "torch loop, 1 core"),
     ("2 cores (2 threads, reference: 2 workers)", 2, "tahoex1_hf, 2 cores (2 threads)",

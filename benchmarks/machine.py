@@ -1,4 +1,4 @@
-"""Description of the machine, and the rates at which it multiplies and copies, which all else is compared with."""
+"""Describe the machine, and measure its rates of multiplying and copying, with which everything else is compared."""
 
 import os
 import platform
@@ -19,7 +19,7 @@ ALL_CORES = sorted(os.sched_getaffinity(0))
 
 @contextmanager
 def bound_to(cores: int) -> Iterator[None]:
-    """Bind this thread, and those it starts, to a number of cores; torch then works in this thread alone."""
+    """Bind this thread and the threads that it starts to a number of cores; torch then works in this thread alone."""
     threads = torch.get_num_threads()
     os.sched_setaffinity(0, ALL_CORES[:cores])
     torch.set_num_threads(1)
@@ -42,7 +42,7 @@ def matmul_rate(dtype: torch.dtype = torch.float32, seconds: float = 0.5) -> flo
 
 
 def copy_rate(threads: int = 1, megabytes: int = 256) -> float:
-    """Return the GB/s, read and written together, of copies between arrays of `megabytes`, one pair per thread."""
+    """Return the GB/s (read and written together) of copies between arrays of `megabytes`, one pair per thread."""
     numbers = megabytes * 2**20 // 8 // threads
     pairs = [(np.ones(numbers), np.empty(numbers)) for _ in range(threads)]
 
@@ -59,7 +59,7 @@ def copy_rate(threads: int = 1, megabytes: int = 256) -> float:
 
 
 def description() -> dict[str, Any]:
-    """Return what to know about the machine beside the figures."""
+    """Return the facts about the machine that belong beside the figures."""
     import transformers
 
     settings = torch.__config__.show()

@@ -1,4 +1,4 @@
-"""Measuring tasks in turn, and the rows of the table that result."""
+"""Measure tasks in turn, and collect the rows of the resulting table."""
 
 import statistics
 import sys
@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 
 class Limit:
-    """Highest rate of the hardware, measured again beside every piece of work."""
+    """The hardware's highest rate, measured again beside every piece of work."""
 
     def __init__(self, name: str, unit: str, measure: Callable[[], float]):
         self.name, self.unit, self.measure = name, unit, measure
@@ -36,8 +36,8 @@ class Task:
 
     Attributes:
         work: Function that does the work once and returns its rate (or its seconds).
-        limit: Hardware limit that is measured just before and after; their mean is what the rate is compared with.
-        costs: What one unit of the rate takes of the limit (GFLOP or GB per cell), by the way of counting.
+        limit: Hardware limit that is measured just before and after; the rate is compared with the mean of both.
+        costs: Cost of one unit of the rate in units of the limit (GFLOP or GB per cell), by the way of counting.
     """
 
     work: Callable[[], float]
@@ -55,7 +55,7 @@ class Series:
 
 
 def in_turn(tasks: Mapping[str, Task], rounds: int) -> dict[str, Series]:
-    """Do all tasks once per round: what disturbs the machine disturbs them alike, and ratios in a round hold."""
+    """Do all tasks once per round, so that a disturbed machine slows all alike and ratios within a round hold."""
     series = {name: Series(fractions={count: [] for count in task.costs}) for name, task in tasks.items()}
     for number in range(rounds):
         for name, task in tasks.items():
@@ -108,7 +108,7 @@ class Row:
 
     @property
     def best(self) -> float:
-        """Value of the round that the machine's other users disturbed least."""
+        """Best value of all rounds, which the machine's other users disturbed least."""
         return min(self.values) if self.smaller_is_better else max(self.values)
 
     @property

@@ -1,4 +1,4 @@
-"""Peak memory of `tahoex1 embed` on files of growing size, each run in a fresh process."""
+"""Measure the peak memory of `tahoex1 embed` on files of growing size, each in a fresh process."""
 
 import functools
 import json

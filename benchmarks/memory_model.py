@@ -1,9 +1,9 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""Bytes that a training step needs on each device, calculated from the configuration alone.
+"""Calculate the bytes that a training step needs on each device from the configuration alone.
 
-Nothing is allocated: parameters are counted on the meta device, and what autograd keeps for the backward pass is
-written down operation by operation. `tests/benchmarks/test_scaling_model.py` compares the formulas with what autograd
-keeps.
+Nothing is allocated: parameters are counted on the meta device, and the bytes that autograd keeps for the backward
+pass are written down operation by operation. `tests/benchmarks/test_scaling_model.py` compares the formulas with
+autograd.
 """
 
 import json
@@ -20,7 +20,7 @@ from tahoex1_hf.packing_tahoe_x1 import SHORTEST_WITH_OBSERVED_KEYS
 
 Strategy = Literal["one", "ddp", "fsdp2", "hsdp"]
 
-# What the derivative of an activation needs: its argument, or its result (derivatives.yaml of torch).
+# Whether the derivative of an activation needs its argument or its result (derivatives.yaml of torch).
 _KEEPS_RESULT = {"relu", "sigmoid", "tanh"}
 _NORM_STATISTICS = 8  # bytes of a token's mean and reciprocal deviation, float32
 _ADAMW_MOMENTS = 8  # bytes of the two moments, float32
@@ -33,7 +33,7 @@ class Precision:
     Args:
         weights: Bytes of a weight while the layer computes.
         product: Bytes of a number that enters a matrix product.
-        stream: Bytes of a number of the residual stream, and so of what enters its norms.
+        stream: Bytes of a number of the residual stream, and so of its norms' inputs.
         autocast: Whether every product makes its own copy of its argument, and of the weights.
         cuda: Whether norms compute in float32 under autocast, and dropout keeps a mask of bytes.
         output_copied: Whether the output of attention is kept twice, as attention and as the projection lay it out.
@@ -60,7 +60,7 @@ GPU_FSDP2 = Precision(2, 2, 2, cuda=True)
 
 @dataclass(frozen=True)
 class Parameters:
-    """How many weights the parts of a model have.
+    """Numbers of weights in the parts of a model.
 
     Args:
         total: Weights of the model.
@@ -97,7 +97,7 @@ def _counted(settings: str) -> Parameters:
 def kept_per_token(config: TahoeX1Config, precision: Precision, length: int, *, checkpointing: bool = False) -> float:
     """Return the bytes that autograd keeps for the backward pass, per token of a packed batch.
 
-    Attention keeps no scores: query, key, value, output and one float32 per head, whichever fused kernel it is.
+    Attention keeps no scores, only query, key, value, output and one float32 per head, with every fused kernel.
 
     Args:
         config: Configuration of the model.
@@ -112,11 +112,11 @@ def kept_per_token(config: TahoeX1Config, precision: Precision, length: int, *, 
 
 
 def layer_per_token(config: TahoeX1Config, precision: Precision, length: int) -> float:
-    """Return the bytes per token that one layer keeps; it makes no difference where its norms are."""
+    """Return the bytes per token that one layer keeps; the position of its norms makes no difference."""
     d, f = config.hidden_size, config.intermediate_size or 4 * config.hidden_size
     groups = config.num_attention_heads // (config.num_key_value_heads or config.num_attention_heads)
     w = precision.product
-    # Autocast converts the norm's output for each of the projections anew.
+    # Autocast converts the norm's output anew for each of the projections.
     copies = 3 if precision.autocast else 1
     attention = copies * d + d + 2 * d // groups + d + (d if precision.output_copied else 0)
     kept = w * attention + 4 * config.num_attention_heads
@@ -137,9 +137,9 @@ def layer_per_token(config: TahoeX1Config, precision: Precision, length: int) ->
 def _outside_per_token(config: TahoeX1Config, precision: Precision) -> float:
     """Return the bytes per token that embeddings, final norm, decoders and losses keep."""
     d, w, p = config.hidden_size, precision.product, precision.weights
-    # A copy of what enters a product, where it is already kept in another type.
+    # A second copy of a product's input, where the input is already kept in another type.
     copy = w * d if precision.autocast else 0
-    inputs = 8 + 1 + p + 8  # gene, whether a target, expression, and to which cell it belongs
+    inputs = 8 + 1 + p + 8  # gene, whether it is a target, expression, and number of the cell
     # The first product takes the values themselves, in the type of its weights.
     expression = p * d + (copy or _argument(config.expression_encoder_act) * p * d)
     if config.expression_encoder_norm:
@@ -147,7 +147,7 @@ def _outside_per_token(config: TahoeX1Config, precision: Precision) -> float:
     if config.expression_encoder_dropout:
         expression += d * (1 if precision.cuda else w)
     genes = p * d + _NORM_STATISTICS if config.gene_encoder_norm else 0
-    drugs = 1 if config.num_drugs else 0  # where they stand
+    drugs = 1 if config.num_drugs else 0  # the positions of the drugs
     norm = precision.stream * d + _NORM_STATISTICS if config.norm_position == "pre" else 0
     mean = 0 if config.cell_pooling == "cls" else 4 * d
     decoder = (copy or p * d) + config.expression_decoder_layers * (
@@ -185,8 +185,8 @@ class States:
         weights: Weights in float32, whole or this device's shard.
         gradients: Gradients in float32, whole or this device's shard.
         moments: The two moments of AdamW in float32.
-        copies: What is there twice. On one device: bfloat16 copies of matrices under autocast, and with several
-            microbatches the table's new gradient beside the old one. With DDP the same, and buckets as large as the
+        copies: Bytes held twice. On one device: bfloat16 copies of matrices under autocast, and with several
+            microbatches the table's new gradient beside the old one. With DDP also buckets as large as the
             gradients. With FSDP2: gathered weights in bfloat16; a unit's gradients in bfloat16, in float32 for the
             exchange, and with several microbatches their earlier sum; the root's gradients in bfloat16.
     """

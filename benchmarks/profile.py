@@ -1,4 +1,4 @@
-"""Shares of an embedding's time by kind of operation, which show where time could be gained."""
+"""Measure the shares of an embedding's time by kind of operation, which show where time could be gained."""
 
 import numpy as np
 import torch

@@ -1,9 +1,9 @@
-"""The reference: the original's algorithm in plain torch.
+"""Implement the reference: the original's algorithm in plain torch.
 
-It stands in for the original program, which needs CUDA, flash-attn and Composer, and has none of this package in it:
-cells collated one by one, in the order in which they come, padded to the longest of a batch of eight; fused query, key
-and value; attention over padded rows with a mask; the cell decoder multiplied out gene by gene. What else slows the
-original (files, worker processes, callbacks) is left out, in its favour.
+It stands in for the original program, which needs CUDA, flash-attn and Composer, and uses nothing of this package:
+cells are collated one by one, in the order in which they come, and padded to the longest of a batch of eight; query,
+key and value are fused; attention runs over padded rows with a mask; the cell decoder is multiplied out gene by gene.
+Other things that slow the original (files, worker processes, callbacks) are left out, in its favour.
 """
 
 from collections.abc import Iterator, Sequence
@@ -29,9 +29,7 @@ class Shape:
     heads: int = 8
     max_value: float = 512.0
     dropout: float = 0.1
-    fused: bool = (
-        True  # whether torch's kernel computes attention, or scores and softmax written out, as in the original
-    )
+    fused: bool = True  # whether torch's kernel computes attention, instead of written-out scores and softmax
 
 
 class Attention(nn.Module):
@@ -104,7 +102,7 @@ class Reference(nn.Module):
 
 
 class ReferenceForTraining(nn.Module):
-    """The reference with both decoders, and the mask under which a target sees the observed genes and itself."""
+    """The reference with both decoders and a mask; a target sees the observed genes and itself."""
 
     def __init__(self, shape: Shape):
         super().__init__()
@@ -130,7 +128,7 @@ class ReferenceForTraining(nn.Module):
 
 
 def weights_for_reference(ours: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return the tensors of a `TahoeX1Model`'s state, named and fused as the reference has them."""
+    """Return the tensors of a `TahoeX1Model`'s state, named and fused as in the reference."""
     renamed: dict[str, torch.Tensor] = {}
     simple = {
         "embeddings.gene_encoder.embedding.": "gene_embedding.",

@@ -1,4 +1,4 @@
-"""Speed by the length of the cells, by their number, and by the number of processes."""
+"""Measure the speed by length of the cells, by their number, and by number of processes."""
 
 import shutil
 import subprocess
@@ -66,7 +66,7 @@ def by_length(suite: Suite) -> list[Row]:
 
 
 def by_cells(suite: Suite) -> list[Row]:
-    """Return the cells per second of the command, its start included, in the runs of the part `memory`."""
+    """Return the cells per second of the command, start included, in the runs of the part `memory`."""
     return [
         Row("scaling", f"tahoex1 embed, {run.cells:,} cells", "cells/s", Series([run.cells / run.seconds]),
             remark=f"{run.seconds:.0f} s, start included; small checkpoint, 20 genes a cell",
@@ -106,18 +106,18 @@ def by_processes(suite: Suite) -> list[Row]:
 
 @dataclass(frozen=True)
 class Command:
-    """`tahoex1 embed` on one file: the arguments of Python, the output and the number of cells."""
+    """A run of `tahoex1 embed` on one file: the arguments of Python, the output and the number of cells."""
 
     arguments: list[str]
     output: Path
     cells: int
 
     def rate(self) -> float:
-        """Return the cells per second, the start of the processes included."""
+        """Return the cells per second, including the start of the processes."""
         return self.cells / self.run().checked().seconds
 
     def run(self) -> Run:
-        """Run the command into an empty folder, since it would resume an earlier run."""
+        """Run the command into an empty folder, since otherwise it would resume an earlier run."""
         shutil.rmtree(self.output.parent, ignore_errors=True)
         self.output.parent.mkdir()
         return python(*self.arguments, environment=ONE_THREAD, timeout=1200)
@@ -147,7 +147,7 @@ def why_not(launcher: list[str], two: Command, one: Command, folder: Path) -> st
 
 
 def save_model(folder: Path, suite: Suite) -> Path:
-    """Save a model with the demo's vocabulary, but so large that starting a process is not most of the work."""
+    """Save a model with the demo's vocabulary, large enough that starting a process is not most of the work."""
     tokenizer = TahoeX1Tokenizer.from_pretrained(MODEL)
     sizes = suite.pick({"hidden_size": 256, "num_hidden_layers": 6}, {"hidden_size": 64, "num_hidden_layers": 2})
     config = suite.config(vocab_size=len(tokenizer), num_attention_heads=4, **sizes)

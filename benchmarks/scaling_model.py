@@ -1,8 +1,8 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""Memory and time of a training step on many GPUs, calculated: nothing in it was measured on a GPU.
+"""Calculate memory and time of a training step on many GPUs; nothing here was measured on a GPU.
 
-The memory is that of `memory_model`, whose formulas are tested. The time is that of a roofline model; `Assumptions`
-lists what it assumes.
+Memory comes from `memory_model`, whose formulas are tested. Time comes from a roofline model, whose assumptions
+`Assumptions` lists.
 """
 
 from collections.abc import Iterator
@@ -43,12 +43,12 @@ H100 = Hardware()
 
 @dataclass(frozen=True)
 class Assumptions:
-    """Quantities that the time depends on, and that were not measured here.
+    """Quantities that the time depends on and that were not measured here.
 
     Args:
         matrix_share: Share of the peak at which matrix products and attention run (see the function `matrix_share`).
-        passes: Number of times that each byte kept for the backward pass crosses the device's memory in a step:
-            written and read in the forward pass, read in the backward pass, and its gradient once.
+        passes: Number of times that each byte kept for the backward pass crosses the device's memory in a step: it is
+            written and read in the forward pass and read in the backward pass, and its gradient crosses once.
         links: Share of a link's rate that collectives reach.
         overlap: Share of the computing time behind which communication can hide.
         reserved: Bytes of the device that the driver and the communication library take.
@@ -64,17 +64,17 @@ class Assumptions:
 def matrix_share(
     utilisation: float, config: TahoeX1Config, length: int, hardware: Hardware = H100, passes: float = 4.0
 ) -> float:
-    """Return the share of the peak at which products run, where a step as a whole has a published utilisation.
+    """Return the share of the peak at which products run, from the published utilisation of a whole step.
 
-    A step is more than products: it also moves data. This solves
+    A step computes products and also moves data. This solves
     `flops / (utilisation * peak) = flops / (share * peak) + traffic / memory_rate` for the share, with the types of
     FSDP2.
 
     Args:
         utilisation: Published model FLOP utilisation, between 0 and 1.
-        config: Configuration of the model that it was published for.
+        config: Configuration of the model for which the utilisation was published.
         length: Number of tokens of a cell.
-        hardware: Device that it was published for.
+        hardware: Device for which it was published.
         passes: See `Assumptions`.
 
     Raises:
@@ -96,7 +96,7 @@ class Plan:
 
     Args:
         devices: Number of devices.
-        strategy: How they share the work.
+        strategy: Way in which they share the work.
         checkpointing: Whether layers are computed again in the backward pass.
         cells: Cells of a step on each device.
         microbatch: Cells of a pass.
@@ -104,7 +104,7 @@ class Plan:
         pass_bytes: Bytes of a pass over a microbatch.
         flops: Floating-point operations of the model on each device.
         compute: Seconds of the passes.
-        waiting: Seconds in which a device waits for others, beyond what is hidden.
+        waiting: Seconds in which a device waits for others, without the time that is hidden.
         optimizer: Seconds of the optimizer's step.
         peak: FLOP/s of a device.
     """
@@ -129,7 +129,7 @@ class Plan:
 
     @property
     def utilisation(self) -> float:
-        """Model FLOP utilisation; what checkpointing computes again does not count."""
+        """Model FLOP utilisation; recomputation by checkpointing does not count."""
         return self.flops / (self.seconds * self.peak)
 
     @property
@@ -163,9 +163,9 @@ def plan_step(
     Args:
         config: Configuration of the model.
         length: Number of tokens of every cell.
-        global_batch: Cells of a step. Those that cannot be shared evenly are left out, as the recipes have to.
+        global_batch: Cells of a step. Cells that cannot be shared evenly are left out, as recipes must do, too.
         devices: Number of devices; whole machines where there are several.
-        strategy: How the devices share the work.
+        strategy: Way in which the devices share the work.
         assumptions: Assumptions on rates.
         checkpointing: Whether layers are computed again in the backward pass.
         hardware: Memory and rates of a device.
@@ -199,7 +199,7 @@ def plan_step(
     compute = _compute_seconds(config, precision, length, cells, passes, assumptions, hardware, checkpointing)
     per_pass, per_step = _communication_seconds(config, strategy, devices, assumptions, hardware)
     hidden = assumptions.overlap * compute / passes
-    # Gradients travel in the last backward pass, which with DDP is two thirds of what there is to hide behind.
+    # Gradients travel in the last backward pass; with DDP that is two thirds of the time that can hide them.
     last = hidden * 2 / 3 if strategy == "ddp" else hidden
     waiting = (passes - 1) * max(0.0, per_pass - hidden) + max(0.0, per_pass + per_step - last)
     total = memory.count_parameters(config).total
@@ -236,7 +236,7 @@ def plans(
     assumptions: Assumptions,
     hardware: Hardware = H100,
 ) -> Iterator[Plan]:
-    """Plan a step in every way that fits into memory. Arguments are those of `plan_step`."""
+    """Plan a step in every way that fits into memory, with the arguments of `plan_step`."""
     strategies: tuple[Strategy, ...] = ("one", "ddp", "fsdp2", "hsdp")
     for strategy in strategies:
         for checkpointing in (False, True):
@@ -277,10 +277,10 @@ def _compute_seconds(
     lengths = np.full(cells, length)
     flops = training_flops(config, lengths)
     traffic = assumptions.passes * cells * length * memory.kept_per_token(config, precision, length)
-    if checkpointing:  # the forward pass a second time, which writes and reads what it keeps
+    if checkpointing:  # a second forward pass, which writes and reads the values that it keeps
         flops += embedding_flops(config, lengths)
         traffic *= 1 + 2 / assumptions.passes
-    # Every pass reads the weights for outputs, for gradients of inputs, and writes their own gradients.
+    # Every pass reads the weights for outputs and for gradients of inputs, and writes the weights' gradients.
     traffic += passes * 3 * precision.product * memory.count_parameters(config).total
     return float(flops / (assumptions.matrix_share * hardware.peak) + traffic / hardware.memory_rate)
 
@@ -288,10 +288,10 @@ def _compute_seconds(
 def _communication_seconds(
     config: TahoeX1Config, strategy: Strategy, devices: int, assumptions: Assumptions, hardware: Hardware
 ) -> tuple[float, float]:
-    """Return the seconds of communication in each pass, and those that every step has once besides.
+    """Return the seconds of communication in each pass, and the further seconds once per step.
 
-    In a ring each of n devices passes on (n - 1) / n of what is gathered or reduced, and twice that in an all-reduce.
-    A ring over machines enters and leaves each machine by all its network cards together.
+    In a ring each of n devices passes on (n - 1) / n of the gathered or reduced bytes, in an all-reduce twice that.
+    A ring over machines enters and leaves each machine through all its network cards together.
     """
     if strategy == "one":
         return 0.0, 0.0

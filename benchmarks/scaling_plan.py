@@ -18,12 +18,12 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCUMENT = ROOT / "docs" / "scaling.md"
 RECIPES = ROOT / "tahoex1_hf" / "training" / "recipes"
 
-EPOCH = 266e6  # cells, by the original's paper
-PRICE = 2.5  # dollars for an hour of a GPU, an assumption: prices are between about half and twice of it
-UTILISATION = 0.43  # by the original's paper; taken as that of the 3B shape at a context of 1,024
+EPOCH = 266e6  # cells, from the original's paper
+PRICE = 2.5  # dollars for an hour of a GPU; an assumption: prices range from about half to twice as much
+UTILISATION = 0.43  # from the original's paper; we assume that it is for the 3B shape at a context of 1,024
 DEVICES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 NAMES = {"one": "one GPU", "ddp": "DDP", "fsdp2": "FSDP2", "hsdp": "HSDP"}
-SIMPLER_WITHIN = 1.10  # a simpler plan is chosen where it takes at most so many times the fastest's time
+SIMPLER_WITHIN = 1.10  # a simpler plan is chosen if it takes at most this many times as long as the fastest
 
 
 @dataclass(frozen=True)
@@ -38,11 +38,11 @@ class Model:
 
 @cache
 def models() -> tuple[Model, ...]:
-    """Return the models of the recipes, and a larger one that is ours."""
+    """Return the models of the recipes, and a larger one of our own."""
     found = []
     for name, recipe in (("70M", "70m"), ("1.3B", "1_3b"), ("3B", "3b-stage1")):
         settings = read_pretrain_config(RECIPES / f"{recipe}.yaml")
-        # The drugs of the 3B recipe are in files that are not here: 378 rows, with fingerprints of 2,048 bits.
+        # The 3B recipe has its drugs (378 rows, with fingerprints of 2,048 bits) in files that are not here.
         drugs = {"num_drugs": 378, "drug_token_id": 2} if settings.drug_table else {}
         config = TahoeX1Config(**settings.model, **drugs)
         found.append(Model(name, config, settings.global_batch_size, settings.context_length))
@@ -55,7 +55,7 @@ def models() -> tuple[Model, ...]:
 
 @cache
 def assumptions() -> Assumptions:
-    """Return the assumptions, with products at the rate that explains the published utilisation."""
+    """Return the assumptions; products run at the rate that explains the published utilisation."""
     anchor = models()[2]
     return Assumptions(matrix_share(UTILISATION, anchor.config, anchor.context))
 
@@ -133,22 +133,22 @@ def by_devices(model: Model) -> tuple[str, str]:
              f"{100 * plan.utilisation:.0f} %", f"{100 * alone.utilisation:.0f} %", f"{plan.rate:,.0f}",
              f"{hours / devices:,.1f}", f"{hours:,.0f} / {hours * PRICE:,.0f}"]
         )  # fmt: skip
-    first = ["GPUs", "parallelism", "cells per GPU and step", "micro-batch x passes", "weights", "gradients", "AdamW",
+    first = ["GPUs", "parallelism", "cells per GPU and step", "microbatch x passes", "weights", "gradients", "AdamW",
              "copies and gathered", "activations", "sum (GB)"]  # fmt: skip
-    second = ["GPUs", "parallelism", "step (s)", "of it optimizer", "communication", "MFU", "MFU, nothing hidden",
+    second = ["GPUs", "parallelism", "step (s)", "of which optimizer", "communication", "MFU", "MFU, nothing hidden",
               "cells/s", "hours per epoch", "GPU hours / dollars per epoch"]  # fmt: skip
     return table(first, sizes), table(second, times)
 
 
 def strategies(devices: int) -> str:
-    """Return the table of all plans that fit on a number of devices, so that the choice can be judged."""
+    """Return the table of all plans that fit on a number of devices, to judge the choice by."""
     rows = []
     for model in models():
         for plan in plans(model.config, model.context, model.global_batch, devices, assumptions()):
             yes = "yes" if plan.checkpointing else "no"
             rows.append([model.name, NAMES[plan.strategy], yes, plan.microbatch, gigabytes(plan.states.total),
                          gigabytes(plan.bytes), f"{100 * plan.utilisation:.0f} %"])  # fmt: skip
-    header = ["model", "parallelism", "checkpointing", "micro-batch", "weights to gathered (GB)", "sum (GB)", "MFU"]
+    header = ["model", "parallelism", "checkpointing", "microbatch", "weights to gathered (GB)", "sum (GB)", "MFU"]
     return table(header, rows)
 
 
@@ -164,13 +164,13 @@ def contexts(devices: int) -> str:
             rows.append([model.name, f"{context:,}", NAMES[plan.strategy], plan.microbatch,
                          f"{100 * plan.utilisation:.0f} %", f"{plan.rate:,.0f}", f"{hours / devices:,.1f}",
                          f"{hours:,.0f}", f"{hours * PRICE:,.0f}"])  # fmt: skip
-    header = ["model", "tokens of a cell", "parallelism", "micro-batch", "MFU", "cells/s", "hours", "GPU hours",
+    header = ["model", "tokens of a cell", "parallelism", "microbatch", "MFU", "cells/s", "hours", "GPU hours",
               "dollars"]  # fmt: skip
     return table(header, rows)
 
 
 def networks(devices: int) -> str:
-    """Return the table of FSDP2 beside HSDP on slower networks."""
+    """Return the table that compares FSDP2 and HSDP on slower networks."""
     rows = []
     for gigabits in (400, 200, 100, 50, 25):
         hardware = replace(H100, network=gigabits / 8 * 1e9)
@@ -195,7 +195,7 @@ def used() -> str:
         ["NVLink in one direction, data sheet", f"{H100.machine_link / 1e9:.0f} GB/s per GPU"],
         ["network", f"{H100.network * 8 / 1e9:.0f} Gb/s per GPU, {H100.per_machine} GPUs in a machine"],
         ["model FLOP utilisation of the 3B shape, published", f"{100 * UTILISATION:.0f} %"],
-        ["share of the peak in products that explains it", f"{100 * a.matrix_share:.1f} %"],
+        ["share of the peak in products, which explains it", f"{100 * a.matrix_share:.1f} %"],
         ["times that a kept byte crosses the GPU's memory", f"{a.passes:.0f}"],
         ["share of a link's rate that is reached", f"{100 * a.links:.0f} %"],
         ["share of computing behind which communication hides", f"{100 * a.overlap:.0f} %"],
@@ -206,7 +206,7 @@ def used() -> str:
 
 
 def tables() -> dict[str, str]:
-    """Return all tables of the document by the names that it gives them."""
+    """Return all tables of the document, by their names in it."""
     found = {"assumptions": used(), "shapes": shapes(), "strategies": strategies(64), "contexts": contexts(64),
              "networks": networks(64)}  # fmt: skip
     for model in models():
@@ -215,10 +215,10 @@ def tables() -> dict[str, str]:
 
 
 def filled(document: str) -> str:
-    """Return the document with its tables made anew, between `<!-- table NAME -->` and `<!-- end -->`.
+    """Return the document with new tables between `<!-- table NAME -->` and `<!-- end -->`.
 
     Raises:
-        ValueError: For a table that the document lacks, or that nothing makes.
+        ValueError: For a table that the document lacks, or that no function makes.
     """
     made = tables()
     names = re.findall(r"<!-- table (.+?) -->", document)
@@ -234,7 +234,7 @@ def filled(document: str) -> str:
 
 
 def draw(path: Path) -> None:
-    """Draw the hours of an epoch by number of devices, and what fills the memory of each of 64."""
+    """Draw the hours of an epoch by number of devices, and the parts of the memory on each of 64 devices."""
     from benchmarks.charts import STYLE, plt
 
     colors = ("#9ecae1", "#4292c6", "#1f6fb4", "#08306b")
@@ -272,7 +272,7 @@ def draw(path: Path) -> None:
             right.barh(place, sizes, left=start, color=color, height=0.62, label=part)
             start += sizes
         right.axvline(H100.memory / 1e9, color="black", linewidth=0.8)
-        right.set_yticks(place, [f"{name}, micro-batch {plan.microbatch}" for name, plan in bars])
+        right.set_yticks(place, [f"{name}, microbatch {plan.microbatch}" for name, plan in bars])
         right.invert_yaxis()
         right.set_xlabel("GB on each GPU (line: what it has)")
         right.set_title("Memory on 64 H100s, without checkpointing", pad=24)

@@ -1,4 +1,4 @@
-"""Time to start: the command's help, importing the package, embedding the first cells.
+"""Measure the time to start: the command's help, importing the package, embedding the first cells.
 
 Starting is measured in CPU seconds (user and system) of a fresh process, which busy neighbours hardly change.
 
@@ -24,7 +24,7 @@ HELP = "tahoex1 --help"
 IMPORT_PACKAGE = "import tahoex1_hf"
 IMPORT_MODEL = "from tahoex1_hf import TahoeX1Model"
 IMPORT_BERT = "from transformers import BertModel"
-TOKENS = 256  # of every cell: equal, so that cells per second mean the same at the beginning and at the end
+TOKENS = 256  # the same for every cell, so that cells per second mean the same at the beginning and at the end
 FIRST_SECONDS = 5.0
 
 
@@ -38,7 +38,7 @@ def measure(suite: Suite) -> list[Row]:
     """Return the rows of this part."""
     ours = (HELP, IMPORT_PACKAGE, IMPORT_MODEL)
     for name in suite.pick((IMPORT_BERT, *ours), ()):
-        cpu_seconds(name)  # then the files are in the page cache, and compiled
+        cpu_seconds(name)  # afterwards the files are compiled and in the page cache
     tasks = {name: Task(lambda name=name: cpu_seconds(name)) for name in (IMPORT_BERT, *ours)}
     series = in_turn(tasks, suite.pick(max(5, suite.rounds), 1))
     remark = f"fresh process; reference: {IMPORT_BERT}"
@@ -50,7 +50,7 @@ def measure(suite: Suite) -> list[Row]:
 
 
 def first_cells(suite: Suite) -> list[Row]:
-    """Return the rate of the first seconds after loading (tokenizing, first batches), beside the rate after that."""
+    """Return the rate of the first seconds after loading (tokenizing, first batches), beside the later rate."""
     first, rest = Series(), Series()
     seconds = suite.pick(FIRST_SECONDS, 0.5)
     times_of_rounds = []

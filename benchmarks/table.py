@@ -1,4 +1,4 @@
-"""The table that a run prints."""
+"""Render the table that a run prints."""
 
 import statistics
 from collections.abc import Sequence

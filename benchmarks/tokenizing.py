@@ -1,4 +1,4 @@
-"""Tokenizing: from rows of a CSR matrix to cells without padding, beside the original's work, cell by cell."""
+"""Measure tokenizing, from rows of a CSR matrix to cells without padding, beside the original's way, cell by cell."""
 
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +24,7 @@ COLUMNS, EXPRESSED, CONTEXT, CHUNK = 20_000, 2_500, 2048, 256
 def encode_chunk(
     tokenizer: TahoeX1Tokenizer, counts: csr_matrix, genes: GeneMatch, first_cell: int = 0
 ) -> EncodedCells:
-    """Do what `tahoex1 embed` does with rows that it has read."""
+    """Encode rows as `tahoex1 embed` does after reading them."""
     rows, _ = gene_rows(counts, genes, first_cell, tokenizer)
     encoded = encode_compiled(tokenizer, rows, first_cell=first_cell)
     assert encoded is not None
@@ -62,7 +62,7 @@ class Chunks:
             return 10 * self.num_cells / (time.perf_counter() - start)
 
     def plain_rate(self, number: int) -> float:
-        """Return the cells per second of numpy, on a number of chunks."""
+        """Return the cells per second of numpy alone, on a number of chunks."""
         with bound_to(1):
             start = time.perf_counter()
             cells = sum(self.plain(chunk).num_cells for chunk in range(number))
@@ -99,10 +99,10 @@ def measure(suite: Suite) -> list[Row]:
     genes = tokenizer.match_genes(ensembl_ids(COLUMNS))
     ours = Chunks(tokenizer, genes, [counts[i * CHUNK : (i + 1) * CHUNK] for i in range(number)])
     cells = cells_in_torch(counts[: suite.pick(512, 128)], genes.token_ids)
-    ours.compiled(0)  # compiles where that was not done before
+    ours.compiled(0)  # compiles the kernels, unless they are compiled already
     ours.plain(0)
 
-    # Counts and their columns are read, int64 ids and float32 values are written. A copy reads and writes 8 bytes.
+    # Tokenizing reads counts and columns and writes int64 ids and float32 values. A copy reads and writes 8 bytes.
     per_cell = {"copy": (EXPRESSED * (4 + 4) + CONTEXT * (8 + 4)) / 1e9}
     tasks = {
         "reference": Task(lambda: reference_rate(cells)),

@@ -1,11 +1,11 @@
-"""A step of pretraining (forward, backward, clipping, AdamW), beside the reference with the same weights and batch.
+"""Measure a step of pretraining (forward, backward, clipping, AdamW) beside the reference with the same weights.
 
-There are two references: one with attention written out, as in the original's torch path, and one with torch's fused
-kernel. The loop of Trainer is measured beside the bare step too.
+Both take the same batch. There are two references: one with attention written out, as in the original's torch path,
+and one with torch's fused kernel. Trainer's loop is measured beside the bare step, too.
 
-    python -m benchmarks.train reference|padded|packed|... [--quick]      # two steps, in a process of its own
+    python -m benchmarks.train reference|padded|packed|... [--quick]
 
-measures nothing; the suite runs it to see how much memory a step takes.
+makes two steps and measures nothing; the suite runs it as a process to see how much memory a step takes.
 """
 
 import copy
@@ -38,7 +38,7 @@ Loss = Callable[[], torch.Tensor]
 
 
 class Way(StrEnum):
-    """Ways of making a step."""
+    """A way of making a step."""
 
     reference = "reference"
     fused = "reference_fused"
@@ -51,7 +51,7 @@ OURS = (Way.padded, Way.packed, Way.bfloat16)
 
 
 def make_batch(lengths: np.ndarray, vocab_size: int) -> dict[str, torch.Tensor]:
-    """Return a padded batch of cells of given lengths, with half of the genes to be predicted."""
+    """Return a padded batch of cells of given lengths; half of the genes are targets."""
     rng = np.random.default_rng(0)
     shape = (len(lengths), int(lengths.max()))
     ids = np.full(shape, reference.PAD_ID)
@@ -62,7 +62,7 @@ def make_batch(lengths: np.ndarray, vocab_size: int) -> dict[str, torch.Tensor]:
         ids[row, 1:length] = rng.choice(np.arange(3, vocab_size), length - 1, replace=False)
         values[row, 1:length] = rng.integers(1, 51, length - 1)
         targets[row, 1 + rng.permutation(length - 1)[: int(TARGETS * (length - 1))]] = True
-    # Labels near zero, as large as a prediction: a wrong prediction then shows in the loss.
+    # Labels near zero are as large as a prediction, so that a wrong prediction shows in the loss.
     labels = (torch.tensor(values) - 25.5) / 14.4
     return {
         "input_ids": torch.tensor(ids),
@@ -74,7 +74,7 @@ def make_batch(lengths: np.ndarray, vocab_size: int) -> dict[str, torch.Tensor]:
 
 
 def packed(batch: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """Return the same cells packed: behind each other in one row."""
+    """Return the same cells packed, one after another in one row."""
     valid = batch["attention_mask"]
     arguments: dict[str, Any] = {
         name: tensor[valid].unsqueeze(0) for name, tensor in batch.items() if name != "attention_mask"
@@ -124,7 +124,7 @@ class Trainer:
 
 
 def make_trainer(way: Way, model: TahoeX1ForPreTraining, batch: dict[str, torch.Tensor]) -> Trainer:
-    """Return a trainer that makes the step in one way, from the same weights."""
+    """Return a trainer that makes steps in one way, from the same weights."""
     if way in (Way.reference, Way.fused):
         shape = replace(reference_shape(model.config), fused=way == Way.fused)
         theirs = reference.training_reference(shape, model.state_dict())
@@ -196,7 +196,7 @@ def loop(suite: Suite) -> list[Row]:
     turns = Turns(bare, cells, steps)
     arguments = training_arguments(config, steps)
     trainer = PretrainingTrainer(model, arguments, turns, microbatch_size=CELLS, callbacks=[turns])
-    trainer._save_checkpoint = lambda *_: None  # a checkpoint would be part of the step's time
+    trainer._save_checkpoint = lambda *_: None  # a checkpoint would count as part of the step's time
     progress("  loop")
     turns.begun = time.perf_counter()
     trainer.train()
@@ -209,7 +209,7 @@ def loop(suite: Suite) -> list[Row]:
 
 
 class Turns(TrainerCallback):
-    """Batches with the same cells at every step, and a callback that makes a bare step after each; it times both."""
+    """Batches with the same cells at every step, and a callback that makes a bare step after each and times both."""
 
     def __init__(self, bare: Trainer, cells: dict[str, Any], steps: int):
         self.make_bare_step, self.cells, self.max_steps, self.steps_per_epoch = bare.step, cells, steps, steps
@@ -225,7 +225,7 @@ class Turns(TrainerCallback):
             yield self.cells
 
     def identity(self) -> dict[str, Any]:
-        """Return nothing: this run is never resumed."""
+        """Return an empty identity, since this run is never resumed."""
         return {}
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
@@ -241,7 +241,7 @@ def largest_difference(ours: dict[str, float], theirs: dict[str, float]) -> floa
 
 
 def peaks_of_memory(suite: Suite) -> list[Row]:
-    """Return the peak memory of two steps on the longer cells, each way in a process of its own."""
+    """Return the peak memory of two steps on the longer cells, each way in its own process."""
     progress("  memory")
     quick = ["--quick"] if suite.quick else []
     with ThreadPoolExecutor(suite.pick(1, len(Way))) as pool:  # the full size does not fit into memory three times

@@ -1,11 +1,11 @@
-"""Time of a pass where idle OpenMP threads spin, and where they sleep.
+"""Measure the time of a pass when idle OpenMP threads spin, and when they sleep.
 
     python -m benchmarks.waiting [--quick] [--rounds 5] [--neighbours 0]
 
-torch's threads wait for each other hundreds of times in a forward pass. A thread that spins is there at once, and
-takes the core from whoever could use it: beside other processes it keeps away the very thread that it waits for. The
-policies below are set in the environment of fresh processes, and each round measures all of them in turn. Neighbours
-are processes that keep a core busy. Figures are milliseconds of time and of processors per pass.
+torch's threads wait for each other hundreds of times in a forward pass. A thread that spins reacts at once, but takes
+the core from other threads: beside other processes it keeps away the very thread that it waits for. The policies below
+are set in the environment of fresh processes, and each round measures all of them in turn. Neighbours are processes
+that keep a core busy. Figures are milliseconds per pass, of wall-clock time and of CPU time.
 """
 
 import json
@@ -35,7 +35,7 @@ POLICIES = {
 }
 SHAPES = {"small": (128, 4, 4), "70m-like": (512, 8, 12)}  # width, heads, layers
 WORK = ("embed", "train")
-Cost = tuple[float, float]  # milliseconds of time, and of processors
+Cost = tuple[float, float]  # milliseconds of wall-clock time and of CPU time
 
 
 def work(kind: str, shape: str, seconds: float) -> Cost:
@@ -67,7 +67,7 @@ def work(kind: str, shape: str, seconds: float) -> Cost:
 @contextmanager
 def busy(neighbours: int) -> Iterator[None]:
     """Keep a number of cores busy."""
-    script = "import os\nparent = os.getppid()\nwhile os.getppid() == parent: pass"  # no longer than this process
+    script = "import os\nparent = os.getppid()\nwhile os.getppid() == parent: pass"  # ends with this process
     others = [subprocess.Popen([sys.executable, "-S", "-c", script]) for _ in range(neighbours)]
     try:
         yield
@@ -82,9 +82,9 @@ def main(
     rounds: Annotated[int, typer.Option(help="Number of rounds.")] = 5,
     neighbours: Annotated[int, typer.Option(help="Number of other processes that keep a core busy.")] = 0,
     threads: Annotated[int, typer.Option(help="Number of OpenMP threads.")] = 2,
-    only: Annotated[str, typer.Option(help="Only this work, such as `embed small`.")] = "",
+    only: Annotated[str, typer.Option(help="Work to measure alone, such as `embed small`.")] = "",
     one: Annotated[
-        str, typer.Option(help="work:shape:seconds of one process; the program calls itself with it.")
+        str, typer.Option(help="work:shape:seconds for one process; the program calls itself with this option.")
     ] = "",
 ) -> None:
     """Print the time of a pass for each policy."""
@@ -106,7 +106,7 @@ def main(
                         given = f"{kind}:{shape}:{0.5 if quick else 5}"
                         done = python("-m", "benchmarks.waiting", "--one", given, environment=environment).checked()
                         found[name].append(tuple(json.loads(done.last_line)))
-                        progress("    {:.1f} ms, {:.1f} ms of processors".format(*found[name][-1]))
+                        progress("    {:.1f} ms, {:.1f} ms of CPU time".format(*found[name][-1]))
     print(f"{'work':16} {'policy':14} {'ms':>8} {'CPU ms':>8} {'to spin':>8} {'CPU':>6}   (medians; ratios in rounds)")
     for title, found in figures.items():
         for name, values in found.items():

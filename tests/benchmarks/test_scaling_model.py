@@ -187,7 +187,7 @@ def test_largest_microbatch_is_predicted(precision: Precision) -> None:
 def test_passes_need_no_more_than_predicted(
     precision: Precision, checkpointing: bool, most: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """torch's MemTracker gives the peak of a step's second micro-batch, on tensors without memory, by CUDA's rules."""
+    """torch's MemTracker gives the peak of a step's second microbatch, on tensors without memory, by CUDA's rules."""
     config = TahoeX1Config(vocab_size=1000, hidden_size=256, num_hidden_layers=4, num_attention_heads=4)
     cells, length = 32, 256
     monkeypatch.setattr(functional, "layer_norm", float32_norm)
@@ -241,7 +241,7 @@ print(json.dumps(peaks[1:]))
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_memory_of_a_real_run() -> None:
-    """The 70M shape in float32 with two micro-batches, one of 4 x 256 tokens, needs about as much as predicted."""
+    """The 70M shape in float32 with two microbatches, one of 4 x 256 tokens, needs about as much as predicted."""
     # Freed arrays go back to the system at once, so that resident memory equals used memory.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
     run = subprocess.run(
@@ -326,7 +326,7 @@ def test_published_utilisation_is_met_by_the_model_that_it_was_measured_on() -> 
     model, assumptions = scaling_plan.models()[2], scaling_plan.assumptions()
     plan = plan_step(model.config, model.context, model.global_batch, 8, "fsdp2", assumptions)
     assert plan is not None
-    # Weights are read anew for each micro-batch, which the published figure does not take into account.
+    # Weights are read anew for each microbatch, which the published figure does not take into account.
     assert 0.42 < plan.flops / (plan.compute * H100.peak) <= 0.43
     assert plan.utilisation < 0.43
     with pytest.raises(ValueError, match=r"utilisation=0.99: with passes=4.0 no rate"):
