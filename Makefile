@@ -16,21 +16,21 @@ help: ## list the targets
 demo: .venv/.installed ## embed real cells and draw them; MODEL=<id or folder> and SIZE=<size> are optional
 	"$(BIN)/python" examples/demo.py $(if $(MODEL),--model "$(MODEL)") $(if $(SIZE),--size "$(SIZE)")
 
-# What tests and lint run with: no downloads, one thread each (OMP_NUM_THREADS=2 for two), and threads that wait without burning a core that
-# somebody else could use.
+# Tests and checks run without downloads and with one thread each (OMP_NUM_THREADS=2 for two). Waiting threads sleep, so
+# that they do not take a core from other processes.
 CHECKS := test test-cpu test-census check-wheel test-times test-lowest test-newest
 $(CHECKS): export HF_HUB_OFFLINE = 1
 $(CHECKS): export OMP_NUM_THREADS ?= 1
 $(CHECKS): export OMP_WAIT_POLICY = PASSIVE
-# tiledbsoma's reader crashed twice, and only in processes that had torchao's libraries loaded and had run other tests:
-# it runs by itself, and torchao, of which we use the Python part, leaves its libraries out.
+# tiledbsoma's reader crashed twice, only in processes that had loaded torchao's libraries and had run other tests. So
+# its tests run by themselves, and torchao, of which we use only the Python part, does not load its libraries.
 $(CHECKS): export TORCHAO_FORCE_SKIP_LOADING_SO_FILES = 1
 CENSUS_TESTS = tests/data/sources/test_census.py
 PYTEST_OPTIONS = -m "not gpu" -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder \
   $(CENSUS_TESTS:%=--ignore=%)
 PYTEST_CPU = "$(BIN)/python" -m pytest $(PYTEST_OPTIONS)
 
-# Two lines of work side by side: the tests, and all else, one after the other.
+# Two jobs run side by side: the tests, and all other checks one after another.
 test: .venv/.int8 ## all that a change must pass on a CPU: lint, the tests that need no GPU, the wheel
 	+$(MAKE) --no-print-directory -k -j2 test-cpu check-beside
 
@@ -51,8 +51,9 @@ check-wheel: .venv/.installed
 test-times: .venv/.int8 ## the tests that need no GPU, and a list of those that take most CPU seconds
 	$(PYTEST_CPU) --cpu-times 60
 
-# Environments of their own, by uv: what setup.cfg allows, not what constraints.txt pins. The census stays out, whose
-# readers hold anndata and pandas back. uv does not read pip's settings: a folder with wheels is handed on.
+# uv makes separate environments with versions that setup.cfg allows, not those of constraints.txt. The census is left
+# out, since its readers need older anndata and pandas. uv does not read pip's settings, so a folder with wheels is
+# handed on.
 NEWEST_PYTHON ?= python3.12
 UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 export UV_FIND_LINKS
@@ -97,7 +98,8 @@ clean: ## remove .venv, caches and build output
 	$(PIP_INSTALL) --no-build-isolation -e '.[data,train,demo,dev]'
 	@rm .venv/.incomplete && touch $@
 
-# By itself: where torchao is there, transformers imports it and it complains of its CUDA parts, in the demo too.
+# Installed separately: transformers imports torchao where it is installed, and torchao then warns about its CUDA parts,
+# in the demo too.
 .venv/.int8: .venv/.installed
 	$(PIP_INSTALL) -e '.[int8]' --no-build-isolation
 	@touch $@
