@@ -3,9 +3,9 @@
     python examples/demo_cells.py data/pbmc68k.h5ad
     python examples/compare_finetuning.py classification runs/compare
 
-Every method is a run of `tahoex1 finetune` in a process of its own, so that its peak memory is its own. The same
-command resumes what was stopped. In the end the folder holds comparison.json, comparison.md and comparison.png, and a
-report of each method.
+Every method is a run of `tahoex1 finetune` in its own process, so that its peak memory can be measured. The same
+command resumes a stopped comparison. At the end the folder holds comparison.json, comparison.md, comparison.png and a
+report for each method.
 """
 
 import json
@@ -45,12 +45,12 @@ def run_method(recipe: str, overrides: list[str], config: FinetuneConfig, method
 
 
 def gather(reports: dict[str, dict[str, Any]], config: FinetuneConfig) -> dict[str, Any]:
-    """Put the methods' metrics beside those of the baselines, which all reports share."""
+    """Put the methods' metrics beside the baselines' metrics, which are the same in all reports."""
     first = next(iter(reports.values()))
     baselines = {name: scores for name, scores in first["metrics"].items() if name != "model"}
     for method, report in reports.items():
         if report["splits"] != first["splits"]:
-            raise ValueError(f"{method} was tested on other folds than the rest: remove its folder, and run again.")
+            raise ValueError(f"{method} was tested on other folds than the rest: remove its folder and run again.")
     metric, higher = HEADLINE[first["task"]]
     best = first["comparison"]["best_baseline"]
     return {
@@ -114,7 +114,7 @@ def written(scores: dict[str, Any]) -> str:
 
 
 def draw(comparison: dict[str, Any], path: Path) -> None:
-    """Draw the headline metric of every method with its interval and folds, and what each cost."""
+    """Draw the headline metric of every method with its interval and folds, and the method's costs."""
     metric, names = comparison["metric"], list(comparison["metrics"])[::-1]
     figure = Figure(figsize=(13, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
@@ -162,7 +162,7 @@ def main(
     ] = None,
     full_rate: Annotated[
         float,
-        typer.Option(help="Learning rate of full fine-tuning, as a share of the recipe's: less for larger models."),
+        typer.Option(help="Learning rate of full fine-tuning, as a share of the recipe's; smaller for larger models."),
     ] = 0.5,
 ) -> None:
     """Compare linear probe, LoRA and full fine-tuning with PCA and its classifiers."""

@@ -35,7 +35,7 @@ KEY = "X_tahoe_x1"
 COMPONENTS = 50
 FOLDS = 5
 NEIGHBOURS = 15
-# Ten colours that stay apart (Tableau 10 with its grey made darker); scanpy's own for these cells has three greens.
+# Ten colours that are easy to tell apart (Tableau 10 with a darker grey); scanpy's for these cells have three greens.
 PALETTE = [
     "#4e79a7",
     "#f28e2b",
@@ -49,14 +49,14 @@ PALETTE = [
     "#555555",
 ]
 
-# The scores of one method in the folds, by classifier and metric.
+# The scores of one method in each fold, by classifier and metric.
 Scores = dict[tuple[str, str], np.ndarray]
 
 
 def untrained_embeddings(
     model: TahoeX1Model, tokenizer: TahoeX1Tokenizer, cells: AnnData, dtype: DtypeName
 ) -> np.ndarray:
-    """Return the cells' embeddings by a model of the same shape with random weights."""
+    """Return the cells' embeddings from a model of the same shape with random weights."""
     torch.manual_seed(0)
     twin = type(model)(model.config)
     copy = AnnData(cells.X, obs=cells.obs[[]], var=cells.var[[]])
@@ -65,7 +65,7 @@ def untrained_embeddings(
 
 
 def log_normalised(cells: AnnData, tokenizer: TahoeX1Tokenizer) -> np.ndarray:
-    """Return what PCA sees: log1p of counts per 10,000 over the genes that the model knows."""
+    """Return the input of PCA: log1p of counts per 10,000 over the genes that the model knows."""
     _, genes = tokenizer.read_anndata(cells, gene_symbols=load_gene_symbols())
     counts = cells.X[:, genes.token_ids >= 0].toarray().astype(np.float64)
     return np.log1p(counts / counts.sum(axis=1, keepdims=True).clip(min=1) * 1e4)
@@ -77,7 +77,7 @@ def cross_validated(features: np.ndarray, labels: np.ndarray, reduce: bool) -> S
     Args:
         features: Features, shape `(cells, features)`.
         labels: Labels, shape `(cells,)`.
-        reduce: Whether to put PCA first, fitted in each fold on its training cells alone.
+        reduce: Whether to apply PCA first, fitted in each fold on its training cells alone.
     """
     classifiers = {
         "kNN": [KNeighborsClassifier(NEIGHBOURS)],
@@ -109,10 +109,10 @@ def format_table(scores: dict[str, Scores]) -> str:
 
 
 def comparison(ours: Scores, other: Scores, name: str) -> str:
-    """Say where the model is ahead of another method and where behind.
+    """Say where the model is ahead of another method and where it is behind.
 
-    The folds are the same, so the scores are compared fold by fold; a mean difference within two standard errors, with
-    five folds a rough measure, counts as none.
+    The folds are the same, so the scores are compared fold by fold. A mean difference within two standard errors
+    counts as none; with five folds that is a rough measure.
     """
     groups: dict[str, list[str]] = {"ahead": [], "behind": [], "level": []}
     for (classifier, metric), scores in ours.items():
@@ -126,13 +126,13 @@ def comparison(ours: Scores, other: Scores, name: str) -> str:
 
 
 def caveats(shipped: bool, num_cells: int) -> str:
-    """Say what the numbers do not show."""
+    """Say which conclusions the numbers do not allow."""
     if shipped:
         log = json.loads((CHECKPOINT / "training_log.json").read_text(encoding="utf-8"))
         seen = (
             f"This checkpoint was trained on {log['training_cells']} of these same {num_cells} cells (without their "
             "labels), on a laptop's scale, so that the demo runs offline. It is not the released Tahoe-x1, and these "
-            "are no results for cells that it has not seen."
+            "results say nothing about cells that it has not seen."
         )
     else:
         seen = "These cells are public: the model may have seen them in training."
@@ -146,7 +146,7 @@ def add_umaps(cells: AnnData, features: np.ndarray) -> None:
     """Write PCA and both UMAPs into `cells.obsm`: X_pca, X_umap_tahoe_x1, X_umap_pca."""
     cells.obsm["X_pca"] = PCA(COMPONENTS, random_state=0).fit_transform(features).astype(np.float32)
     for key, target in ((KEY, "X_umap_tahoe_x1"), ("X_pca", "X_umap_pca")):
-        graph = AnnData(cells.obsm[key])  # scratch: the neighbour graphs are not kept
+        graph = AnnData(cells.obsm[key])  # a temporary AnnData, since the neighbour graphs are not kept
         sc.pp.neighbors(graph, use_rep="X", n_neighbors=NEIGHBOURS, random_state=0)
         sc.tl.umap(graph, random_state=0)
         cells.obsm[target] = graph.obsm["X_umap"]
@@ -187,7 +187,7 @@ def main(
     started = time.perf_counter()
     shipped = model is None or Path(model).resolve() == CHECKPOINT
     if shipped:
-        logging.set_verbosity_error()  # the report that the decoders are not needed here would be taken for a fault
+        logging.set_verbosity_error()  # users would take the report about unused decoders for a fault
     try:
         loaded, tokenizer = load_model_and_tokenizer(CHECKPOINT if shipped else str(model), size=size)
     except (OSError, ValueError) as error:
@@ -197,7 +197,7 @@ def main(
     name = "Tahoe-x1 demo checkpoint" if shipped else " ".join(filter(None, [str(model).rstrip("/"), size]))
     title = f"{name} ({loaded.num_parameters() / 1e6:.2f} M parameters)"
     print(f"{title}, on {cells.n_obs} human PBMCs (10x Genomics, by way of scanpy)", flush=True)
-    dtype: DtypeName = "float32" if shipped else "auto"  # the small model is to give the same numbers on all machines
+    dtype: DtypeName = "float32" if shipped else "auto"  # the small model gives the same numbers on all machines
     embed_anndata(cells, loaded, tokenizer, key_added=KEY, gene_symbols=load_gene_symbols(), dtype=dtype)
     embedded = time.perf_counter() - started
     num_genes = cells.uns["tahoe_x1"]["matched_genes"]

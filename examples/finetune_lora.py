@@ -2,8 +2,8 @@
 
     accelerate launch examples/finetune_lora.py classification data=FILE.h5ad label=COLUMN model=PATH output_dir=DIR
 
-is the same as `accelerate launch -m tahoex1_hf finetune classification data=FILE.h5ad ...`. In the end
-`tahoex1_hf.load_adapter(output_dir)` loads what was learnt.
+is the same as `accelerate launch -m tahoex1_hf finetune classification data=FILE.h5ad ...`. Afterwards
+`tahoex1_hf.load_adapter(output_dir)` loads the result.
 """
 
 import typer

@@ -1,4 +1,4 @@
-"""Rank the genes that tell cytotoxic T cells from naive ones: delete each, and see which way the cells move.
+"""Rank the genes that tell cytotoxic T cells from naive ones: delete each gene, and see which way the cells move.
 
 No network is needed: the cells come with scanpy, and the default model is the small one beside this file.
 """
@@ -20,7 +20,7 @@ CYTOTOXIC, NAIVE = "CD8+ Cytotoxic T", "CD8+/CD45RA+ Naive Cytotoxic"
 def main(
     output_dir: Annotated[Path, typer.Option(help="Folder for the table and the picture.")] = Path("demo_output"),
     model: Annotated[str, typer.Option(help="Folder or Hub repository of the model.")] = str(CHECKPOINT),
-    genes: Annotated[str, typer.Option(help='Symbols with commas between, or "all" expressed genes.')] = "all",
+    genes: Annotated[str, typer.Option(help='Symbols separated by commas, or "all" expressed genes.')] = "all",
     null_genes: Annotated[
         int, typer.Option(help="Number of genes of similar expression to compare each gene with.")
     ] = 100,

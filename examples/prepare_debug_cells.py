@@ -1,4 +1,4 @@
-"""Prepare real cells for the debug recipe: scanpy's 700 PBMCs, which need no download, or an .h5ad file of yours.
+"""Prepare real cells for the debug recipe: scanpy's 700 PBMCs, which need no download, or your own .h5ad file.
 
 python examples/prepare_debug_cells.py data/debug [--h5ad CELLS.h5ad --vocab vocab.json]
 """

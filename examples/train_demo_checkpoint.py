@@ -1,6 +1,6 @@
-"""Train the small checkpoint of `make demo`, by masked-expression modelling on 700 real cells, without their labels.
+"""Train the small checkpoint of `make demo` by masked-expression modelling on 700 real cells, without their labels.
 
-The defaults are the recipe of the checkpoint that is in the repository. It takes some ten minutes of one CPU core.
+The defaults are the recipe of the checkpoint in the repository. Training takes about ten minutes on one CPU core.
 """
 
 import json
@@ -18,7 +18,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from tahoex1_hf import TahoeX1Config, TahoeX1ForPreTraining, TahoeX1Tokenizer
 
-NOT_A_TARGET = -100.0  # transformers' Trainer counts the labels that differ from it, to average the loss over them
+NOT_A_TARGET = -100.0  # transformers' Trainer averages the loss over the number of labels that differ from this
 
 
 def build_tokenizer() -> TahoeX1Tokenizer:
@@ -60,12 +60,12 @@ class Cells(Dataset):
 
 
 class MaskingCollator:
-    """Collator that hides the expression of a random part of each cell's genes, another part every time.
+    """Collator that hides the expression of a random part of each cell's genes, a different part every time.
 
     Args:
         tokenizer: Tokenizer of the cells.
         fractions: Shares of the genes to hide; one is chosen at random for each cell.
-        max_genes: Most genes of a cell, chosen at random, which is faster, and shows a cell differently each time.
+        max_genes: Largest number of genes of a cell, chosen at random: faster, and different in each epoch.
         absent: Number of genes that the cell does not express (value 0) to add as targets, per hidden gene.
         seed: Seed of all these choices.
     """
@@ -170,7 +170,7 @@ def tokenize(tokenizer: TahoeX1Tokenizer) -> list[dict[str, np.ndarray]]:
 
 
 def split_cells(cells: list[dict[str, np.ndarray]], num_held_out: int, seed: int) -> tuple[Cells, Cells]:
-    """Return the cells to train on, and those held out."""
+    """Return the training cells and the held-out cells."""
     order = np.random.default_rng(seed).permutation(len(cells))
     return Cells([cells[i] for i in order[num_held_out:]]), Cells([cells[i] for i in order[:num_held_out]])
 
@@ -179,7 +179,7 @@ def main(
     output_dir: Annotated[Path, typer.Argument(help="Folder for the model, the tokenizer and training_log.json.")],
     epochs: Annotated[int, typer.Option(help="Passes over the training cells.")] = 80,
     max_steps: Annotated[
-        int, typer.Option(help="Number of steps to stop after, whatever the epochs; -1 for never.")
+        int, typer.Option(help="Number of steps after which to stop, whatever the epochs; -1 for no limit.")
     ] = -1,
     batch_size: Annotated[int, typer.Option(help="Cells per step.")] = 16,
     learning_rate: Annotated[float, typer.Option(help="Highest learning rate.")] = 3e-3,
@@ -189,15 +189,15 @@ def main(
         str, typer.Option(help="Token that the cell embedding is read from: cls, or the mean of all.")
     ] = "cls",
     max_genes: Annotated[
-        int, typer.Option(help="Largest number of genes of a cell in a training step; they are sampled.")
+        int, typer.Option(help="Largest number of genes of a cell in a training step; longer cells are sampled.")
     ] = 128,
     absent: Annotated[float, typer.Option(help="Targets that the cell does not express, per expressed one.")] = 1.0,
     held_out: Annotated[int, typer.Option(help="Number of cells to hold out for the validation loss.")] = 70,
-    seed: Annotated[int, typer.Option(help="Seed of everything.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of all random numbers.")] = 0,
 ) -> None:
     """Train on scanpy's 700 PBMCs, and write a checkpoint that the Auto classes load."""
     started = time.perf_counter()
-    torch.set_num_threads(1)  # the matrices are small, and the weights then do not depend on the number of cores
+    torch.set_num_threads(1)  # the matrices are small, and so the weights do not depend on the number of cores
     set_seed(seed)
     tokenizer = build_tokenizer()
     model = build_model(tokenizer, hidden_size, layers, pooling)
@@ -228,7 +228,7 @@ def main(
 def training_arguments(
     epochs: int, max_steps: int, batch_size: int, learning_rate: float, seed: int
 ) -> TrainingArguments:
-    """Return the optimiser and the schedule: those of the released models, with a rate for a model of this size."""
+    """Return the released models' optimiser and schedule, with a learning rate for a model of this size."""
     return TrainingArguments(
         output_dir=tempfile.gettempdir(),  # nothing is written there: no checkpoints, no reports
         num_train_epochs=epochs,
@@ -243,8 +243,8 @@ def training_arguments(
         max_grad_norm=1.0,
         seed=seed,
         data_seed=seed,
-        use_cpu=True,  # the same result with and without a GPU
-        remove_unused_columns=False,  # the collator reads what the Trainer would take away
+        use_cpu=True,  # gives the same result with and without a GPU
+        remove_unused_columns=False,  # the collator reads columns that Trainer would remove
         save_strategy="no",
         report_to="none",
         logging_strategy="no",

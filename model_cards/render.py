@@ -1,4 +1,4 @@
-"""Render a model card from a facts file, as Markdown for the Hub and, to look at it, as HTML.
+"""Render a model card from a facts file as Markdown for the Hub and as HTML to look at.
 
     python model_cards/render.py FACTS.yaml [OUTPUT] [--repo-id ID] [--subfolder NAME] [--html FILE]
 

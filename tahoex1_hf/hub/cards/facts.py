@@ -12,7 +12,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 
-# Facts of the released sizes, by the names that a size goes by.
+# Facts of the released sizes, by the names in use for each size.
 _FOLDER = Path(__file__).parent
 RELEASED_FACTS = {
     "70m": _FOLDER / "70m.yaml",
@@ -40,8 +40,8 @@ class Shape:
     def embedding_flops(self, tokens: int) -> float:
         """Count the floating-point operations that embed one cell, two per multiplication.
 
-        The number is that of `tahoex1_hf.training.flops.embedding_flops` for attention heads that are not grouped and
-        a feed-forward block four times as wide as the model.
+        The number equals `tahoex1_hf.training.flops.embedding_flops` for attention heads that are not grouped and a
+        feed-forward block four times as wide as the model.
 
         Args:
             tokens: number of tokens of the cell.
@@ -52,7 +52,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class DataSet:
-    """A data set that the model was trained on; `hub_id` is its name on the Hub, where it has one."""
+    """A dataset that the model was trained on; `hub_id` is its name on the Hub, where it has one."""
 
     name: str
     cells: str
@@ -62,7 +62,7 @@ class DataSet:
 
 @dataclass(frozen=True)
 class Stage:
-    """One run of the training; the weight decay is Composer's decoupled one, p *= 1 - (lr / lr0) wd."""
+    """One stage of the training; the weight decay is Composer's decoupled one, p *= 1 - (lr / lr0) wd."""
 
     name: str
     cells_per_step: int
@@ -74,13 +74,13 @@ class Stage:
 
     @property
     def torch_weight_decay(self) -> float:
-        """The same decay as torch's AdamW counts it."""
+        """The decay in the terms of torch's AdamW."""
         return self.decoupled_weight_decay / self.learning_rate
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """A measured time or size, and the machine it was measured on."""
+    """A measured time or size, and the machine on which it was measured."""
 
     what: str
     value: str
@@ -103,7 +103,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Facts:
-    """All that a card says of one model; the keys of a facts file."""
+    """All facts of a model's card; the fields are the keys of a facts file."""
 
     title: str
     size: str

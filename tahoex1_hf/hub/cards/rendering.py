@@ -1,5 +1,5 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""Rendering a model card from its facts: Markdown for the Hub, and HTML to look at.
+"""Render a model card from its facts: Markdown for the Hub, and HTML to look at.
 
 The metadata go through huggingface_hub's ModelCard. `ModelCard.validate` asks the Hub, so `check_card` checks what can
 be checked offline.
@@ -22,7 +22,8 @@ LIBRARY, PIPELINE_TAG = "transformers", "feature-extraction"
 def card_text(size: str, folder: Path, card: Path | None, *, subfolder: str, repo_id: str | None) -> str | None:
     """Return the text of a size's README.md, or None where nothing is known of the size.
 
-    It is made from the first of: `card`; the facts of the released size of that name; the README.md in `folder`.
+    It comes from the first of these that exists: `card`; the facts of the released size of that name; the README.md in
+    `folder`.
 
     Args:
         size: name of the size.
@@ -100,7 +101,7 @@ def seconds(number: float) -> str:
 
 
 def card_data(facts: Facts, repo_id: str) -> ModelCardData:
-    """Return the metadata of the card: what the Hub filters by."""
+    """Return the metadata of the card, by which the Hub filters."""
     results = [
         EvalResult(
             task_type=result.task_type,
@@ -131,10 +132,10 @@ def card_data(facts: Facts, repo_id: str) -> ModelCardData:
 def check_card(text: str) -> ModelCard:
     """Parse a card as huggingface_hub does, and check what can be checked offline.
 
-    Only `ModelCard.validate` can tell whether the Hub knows the license, the tags and the data sets.
+    Only `ModelCard.validate` can tell whether the Hub knows the license, the tags and the datasets.
 
     Raises:
-        ValueError: naming what is wrong.
+        ValueError: naming the fault.
     """
     card = ModelCard(text)
     data: Any = card.data  # a ModelCardData, which huggingface_hub types as its base class
