@@ -1,7 +1,7 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
 """The command `tahoex1`.
 
-What a command works with is imported when it runs, so that `--help` and shell completion need not wait for torch.
+A command imports its modules when it runs, so that `--help` and shell completion need not wait for torch.
 """
 
 from typing import Annotated

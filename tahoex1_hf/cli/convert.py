@@ -38,7 +38,7 @@ def convert(
 ) -> str:
     """Convert a checkpoint of the original program into a folder that AutoModel and AutoTokenizer load, or back.
 
-    The result is verified; what was read, written and compared is recorded in DST/conversion.json.
+    The result is verified; DST/conversion.json records which files were read, written and compared.
     """
     import torch
 

@@ -16,7 +16,7 @@ def embed(
         list[str],
         typer.Argument(
             metavar="IN...",
-            help="Cells with raw counts: .h5ad, .zarr, 10x files, folders of them, globs; datasets that tahoex1 "
+            help="Cells with raw counts: .h5ad, .zarr, 10x files, folders of these, globs; datasets that tahoex1 "
             "prepare made, local or at hf:// or s3://; Hub datasets like tahoebio/Tahoe-100M.",
         ),
     ],

@@ -39,7 +39,7 @@ def export(
 
     exported = export_repository(converted, repo_dir, default=default, card=card, repo_id=push)
     for name, difference in exported.differences.items():
-        typer.echo(f"{name}: loads without the package; largest difference to it {difference:.1g}")
+        typer.echo(f"{name}: loads without the package; largest difference from its outputs {difference:.1g}")
     if not exported.has_card:
         typer.echo("There is no README.md: --push will ask for one (--card).")
     sizes = {path: path.stat().st_size for path in exported.files}

@@ -30,7 +30,7 @@ def finetune(
     """Fine-tune a model on your cells, with LoRA or another method, on a CPU, on one GPU or on several.
 
     The same command resumes a run that was stopped. The exit code is 0 for a finished run, 75 where SIGTERM ended it
-    after a checkpoint, and 2 for settings or data that cannot be used. tahoex1 predict applies what was learnt.
+    after a checkpoint, and 2 for settings or data that cannot be used. tahoex1 predict applies the trained model.
     """
     from tahoex1_hf.finetuning.config import read_finetune_config
 

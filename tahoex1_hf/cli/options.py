@@ -81,12 +81,12 @@ Seed = Annotated[int, typer.Option(help="Seed of the sampling of cells longer th
 Device = Annotated[str | None, typer.Option(help="cuda, mps or cpu.", show_default="the fastest there is")]
 BatchTokens = Annotated[
     int | None,
-    typer.Option(help="Most tokens of a batch; fewer need less memory.", show_default="fit for the device"),
+    typer.Option(help="Most tokens of a batch; fewer need less memory.", show_default="suited to the device"),
 ]
 Restart = Annotated[
     bool, typer.Option("--restart", help="Discard the files of an unfinished run with other settings.")
 ]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a result that is there and differs.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing result that differs.")]
 Private = Annotated[bool, typer.Option("--private", help="Create the Hub repository as a private one.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE...", help="Keys of the recipe to change, as in seed=1.")

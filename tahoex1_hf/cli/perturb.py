@@ -21,7 +21,7 @@ class Mode(StrEnum):
 
 
 def read_genes(genes: str) -> list[str] | str:
-    """Read the option `--genes`: `all`, names with commas between, or a file with a name per line.
+    """Read the option `--genes`: `all`, names separated by commas, or a file with a name per line.
 
     Raises:
         ValueError: If it names no gene.
@@ -32,7 +32,7 @@ def read_genes(genes: str) -> list[str] | str:
     names = path.read_text(encoding="utf-8").split() if path.is_file() else genes.split(",")
     names = [name.strip() for name in names if name.strip()]
     if not names:
-        raise ValueError(f'genes={genes!r} names no gene: pass "all", names with commas between, or a file of names.')
+        raise ValueError(f'genes={genes!r} names no gene: pass "all", names separated by commas, or a file of names.')
     return names
 
 
@@ -46,13 +46,13 @@ def perturb(
         str, typer.Option(help="Folder or Hub repository of the model, or a folder with an adapter of this package.")
     ],
     genes: Annotated[
-        str, typer.Option(help='Names with commas between, a file with a name per line, or "all" expressed genes.')
+        str, typer.Option(help='Names separated by commas, a file with a name per line, or "all" expressed genes.')
     ],
     size: options.Size = None,
     revision: options.Revision = None,
     mode: Annotated[
         Mode,
-        typer.Option(help="What the count becomes: 0, the largest of the cell (its top bin), or --value (mode set)."),
+        typer.Option(help="New count: 0 (delete), the largest of the cell (overexpress), or --value (set)."),
     ] = Mode.delete,
     value: Annotated[float | None, typer.Option(help="Raw count for --mode set.")] = None,
     together: Annotated[bool, typer.Option("--together", help="Perturb all the genes at once.")] = False,
@@ -83,7 +83,7 @@ def perturb(
         int, typer.Option(help="Number of genes of similar expression to perturb for comparison; 0 for none.")
     ] = 50,
     min_cells: Annotated[
-        int, typer.Option(help="Fewest cells that express a gene; others are left out of the comparison and of 'all'.")
+        int, typer.Option(help="Fewest cells that express a gene; rarer genes are not compared, nor part of 'all'.")
     ] = 10,
     gene_id_column: options.GeneIdColumn = None,
     gene_symbols: options.GeneSymbols = None,
@@ -92,7 +92,7 @@ def perturb(
     unknown_drugs: options.UnknownDrugs = UnknownDrugsRule.error,
     max_length: options.MaxLength = None,
     dtype: Annotated[
-        Dtype, typer.Option(help="bfloat16 moves the embeddings as far as perturbing many a gene does.")
+        Dtype, typer.Option(help="bfloat16 moves the embeddings as far as many perturbations do.")
     ] = Dtype.float32,
     device: options.Device = None,
     batch_tokens: options.BatchTokens = None,

@@ -24,7 +24,7 @@ def prepare(
         list[str] | None,
         typer.Argument(
             metavar="INPUT...",
-            help=".h5ad files, .zarr stores, 10x .h5 files or matrix folders; folders with such; globs.",
+            help=".h5ad files, .zarr stores, 10x .h5 files or matrix folders; folders with such files; globs.",
         ),
     ] = None,
     output: Annotated[str | None, typer.Option(help="Folder of the dataset.")] = None,

@@ -1,5 +1,5 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""What all commands share: messages, errors, interruption."""
+"""Run commands: handle messages, errors and interruption in the same way for all of them."""
 
 import functools
 import inspect
@@ -21,7 +21,7 @@ NOTHING_WRITTEN = "Stopped. Nothing was written."
 _SHORT, _TIMED = "%(levelname)s: %(message)s", "%(asctime)s %(levelname)s %(name)s: %(message)s"
 _ERRORS = (ImportError, OSError, ValueError)
 
-# Loggers, and parts of their messages, that speak of a library itself: no user of a command can act on them.
+# Loggers and parts of messages in which a library speaks of itself; users of a command can do nothing about them.
 _NOISE = (
     ("torchao", "Skipping import of cpp extensions"),
     ("torchao", "Failed to load "),
@@ -85,7 +85,7 @@ def command(
 
 
 def fail(error: Exception | str, code: int = 1) -> NoReturn:
-    """Print an error and end the command; `--verbose` shows where it arose."""
+    """Print an error and end the command; with `--verbose`, show where the error arose."""
     typer.echo(f"Error: {error}", err=True)
     logger.debug("It arose here:", exc_info=True)
     raise typer.Exit(code) from None

@@ -85,7 +85,7 @@ def test_files_of_the_clone_are_left_out_elsewhere(tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.parametrize("text", ["- a\n- b\n", "a: [", ""])
-def test_a_file_that_is_no_recipe(tmp_path: Path, text: str) -> None:
+def test_files_other_than_recipes_are_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "wrong.yaml").write_text(text)
-    with pytest.raises(ValueError, match=r"wrong\.yaml (is no YAML|must hold keys and values)"):
+    with pytest.raises(ValueError, match=r"wrong\.yaml (is not YAML|must hold keys and values)"):
         read_recipe(tmp_path / "wrong.yaml", "pretrain")
