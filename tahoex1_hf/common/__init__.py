@@ -1,2 +1,2 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""Tools that every part of the package uses; imports nothing else of it."""
+"""Tools for every part of the package; they import no other part."""

@@ -1,7 +1,7 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
 """Digests that tell settings, tokenizers and models apart.
 
-Unfinished runs and adapters keep these digests on disk, so the value for one input must never change.
+Unfinished runs and adapters keep these digests on disk, so the digest of an input must never change.
 """
 
 import hashlib

@@ -1,5 +1,5 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""Files and folders that appear whole or not at all, also when the process or the machine is stopped."""
+"""Files and folders that appear whole or not at all, even if the process or the machine is stopped."""
 
 import json
 import os
@@ -12,14 +12,14 @@ from typing import Any
 
 
 class WholeFile:
-    """A file that is written beside its place and moved there by `finish`, in place of what was there.
+    """A file that is written beside its place; `finish` moves it there and replaces an earlier file.
 
     As a context manager, it gives the path to write to, finishes when the block ends, and discards on an error:
 
         with WholeFile("table.csv") as partial:
             table.to_csv(partial)
 
-    Several processes may write the same file: each has a partial file of its own, and the last one to finish stays.
+    Several processes may write the same file: each has its own partial file, and the last one to finish stays.
 
     Args:
         path: place of the file; its folder must exist.
@@ -40,7 +40,7 @@ class WholeFile:
         sync(self.path.parent)
 
     def discard(self) -> None:
-        """Remove the partial file, if there is one; what is at the file's place stays."""
+        """Remove the partial file, if there is one; an earlier file stays."""
         self.partial.unlink(missing_ok=True)
 
     def __enter__(self) -> Path:
@@ -51,7 +51,7 @@ class WholeFile:
             if kind is None:
                 self.finish()
         finally:
-            self.discard()  # nothing is there after a move
+            self.discard()  # has no effect after a move
 
 
 @contextmanager
@@ -59,10 +59,10 @@ def whole_folder(path: Path) -> Iterator[Path]:
     """Give a new folder beside `path` to write to, and move it there when the block ends without an error.
 
     Args:
-        path: place of the folder, where nothing may be at the end, or an empty folder.
+        path: place of the folder; when the block ends, nothing but an empty folder may be there.
 
     Raises:
-        OSError: at the end, for a place that is taken.
+        OSError: when the block ends, for a place that is taken.
     """
     partial = partial_path(path)
     partial.mkdir(parents=True)
@@ -87,7 +87,7 @@ def sync(path: Path) -> None:
     """Wait until the disk has a file's content, or a folder's entries."""
     handle = os.open(path, os.O_RDONLY)
     try:
-        # Some network file systems, and Windows, cannot sync a folder: there is nothing to wait for then.
+        # Windows and some network file systems cannot sync a folder; then there is nothing to wait for.
         with suppress(OSError) if path.is_dir() else nullcontext():
             os.fsync(handle)
     finally:
@@ -95,7 +95,7 @@ def sync(path: Path) -> None:
 
 
 def write_json(path: Path, content: Any, **style: Any) -> None:
-    """Write a JSON file that is there whole or not at all.
+    """Write a JSON file that appears whole or not at all.
 
     Args:
         path: place of the file.

@@ -1,5 +1,5 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""Work that waits until a module is imported, so that nobody pays for a module that is not used."""
+"""Delay work until a module is imported, so that unused modules cost nothing."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -38,12 +38,12 @@ _WATCHER = _Watcher()
 
 
 def call_after_import(name: str, action: Callable[[], None]) -> None:
-    """Call a function as soon as a module has been imported; at once, where it has been already.
+    """Call a function as soon as a module has been imported, or at once if it has been imported already.
 
     Args:
         name: Full name of the module.
-        action: Function without arguments. It runs when the module's own code has run to its end, again after a
-            reload, and may import what does not need an importer of the module.
+        action: Function without arguments. It runs when the module's own code has run to its end, and again after a
+            reload. It may import modules that do not need a module which is just importing this one.
     """
     if _WATCHER not in sys.meta_path:
         sys.meta_path.insert(0, _WATCHER)

@@ -1,5 +1,5 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""Figures of embeddings and predictions, written as PNG. They do without pyplot, so that any thread may draw."""
+"""Figures of embeddings and predictions, written as PNG without pyplot, so that any thread may draw."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -73,7 +73,7 @@ def draw_confusion(counts: np.ndarray, classes: Sequence[str], title: str, path:
         classes: names of the classes.
         title: title above the matrix.
         path: path of the PNG.
-        of: plural noun for what is counted.
+        of: plural noun for the counted things.
     """
     number = len(classes)
     shares = counts / counts.sum(axis=1, keepdims=True).clip(min=1)

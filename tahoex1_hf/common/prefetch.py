@@ -1,5 +1,5 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""Making items ahead of their use in threads: reading and encoding go on while the model computes."""
+"""Make items in threads ahead of their use, so that reading and encoding run while the model computes."""
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterable

@@ -11,7 +11,7 @@ import torch
 
 Value = TypeVar("Value")
 
-# Processes wait for each other at the beginning and at the end only, and hours may lie between.
+# Processes wait for each other only at the beginning and at the end, which may be hours apart.
 _TIMEOUT = timedelta(days=30)
 
 
@@ -68,6 +68,6 @@ class Processes:
         return value
 
     def wait(self) -> None:
-        """Wait until all processes have come here."""
+        """Wait until all processes have arrived here."""
         if self.state is not None:
             self.state.wait_for_everyone()

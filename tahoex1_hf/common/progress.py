@@ -11,9 +11,9 @@ def progress_bar(shown: bool | None, **options: Any) -> tqdm:
     """Return a tqdm bar, which is silent where TQDM_DISABLE is set, as `--quiet` does.
 
     Args:
-        shown: whether to show the bar; None for on a terminal only.
+        shown: whether to show the bar; None shows it only on a terminal.
         **options: other options of tqdm.
     """
     if os.environ.get("TQDM_DISABLE", "0") not in ("", "0"):
-        shown = False  # tqdm itself lets its argument win over the variable
+        shown = False  # in tqdm itself, the argument overrides the variable
     return tqdm(disable=None if shown is None else not shown, **options)

@@ -1,5 +1,5 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""Recipes: YAML files with the settings of a command, one's own or those that come with the package."""
+"""Find and read recipes: YAML files with the settings of a command, the user's own or the package's."""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -44,8 +44,8 @@ def find_recipe(recipe: str | Path, command: Command) -> Path:
 def read_recipe(recipe: str | Path, command: Command) -> dict[str, Any]:
     """Read the keys and values of a recipe.
 
-    A recipe that comes with the package may name files under `examples/`, with which it can be tried in a clone of
-    the repository. Where they do not exist these keys are left out.
+    A recipe of the package may name files under `examples/`, with which it can be tried in a clone of the repository.
+    Where these files do not exist, their keys are left out.
 
     Args:
         recipe: Path of a YAML file, or the name of a recipe that comes with the package.
@@ -55,13 +55,13 @@ def read_recipe(recipe: str | Path, command: Command) -> dict[str, Any]:
         FileNotFoundError: If there is no such recipe.
         ValueError: If the file is not YAML, or holds something other than keys and values.
     """
-    import yaml  # which whoever looks for names, as shell completion does, need not wait for
+    import yaml  # imported here, so that shell completion, which needs only names, does not wait for it
 
     path = find_recipe(recipe, command)
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
-        raise ValueError(f"{path} is no YAML: {error}") from None
+        raise ValueError(f"{path} is not YAML: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold keys and values, as the recipes that `tahoex1 recipes` prints do.")
     if path.resolve().parent == FOLDERS[command]:
