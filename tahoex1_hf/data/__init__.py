@@ -1,5 +1,5 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""Training data: preparing a dataset from any source, and feeding it to a model.
+"""Training data: prepare a dataset from any source, and feed it to a model.
 
 Names are imported on first use, so that a module of this folder does not import what it does not need.
 """

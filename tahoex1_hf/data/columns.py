@@ -1,5 +1,5 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""Metadata of cells: joined tables, filters, and the Arrow columns that are made from them."""
+"""Metadata of cells: joined tables, filters, and the Arrow columns made from them."""
 
 from collections.abc import Iterable
 from functools import lru_cache
@@ -16,7 +16,7 @@ MAX_CATEGORIES = 65536
 
 
 def source_columns(config: CommonSourceConfig) -> list[str]:
-    """Return the columns that a source itself must give: for the output, the filter and the joins."""
+    """Return the columns that a source itself must have, for the output, the filter and the joins."""
     joined = {column for join in config.join for column in join.columns}
     needed = [*config.metadata.values(), *(filter_columns(config.filter) if config.filter else ())]
     needed += [join.key for join in config.join]
@@ -24,7 +24,7 @@ def source_columns(config: CommonSourceConfig) -> list[str]:
 
 
 def add_joined(metadata: pd.DataFrame, config: CommonSourceConfig) -> tuple[pd.DataFrame, int]:
-    """Add the columns of the joined tables, and return for how many cells some table has no row."""
+    """Add the columns of the joined tables; also return the number of cells for which some table has no row."""
     missed = np.zeros(len(metadata), dtype=bool)
     for join in config.join:
         table = _join_table(join.file, join.key, tuple(join.columns))
@@ -49,7 +49,7 @@ def _join_table(file: str, key: str, columns: tuple[str, ...]) -> pd.DataFrame:
 
 
 def check_joins(joins: Iterable[JoinConfig]) -> None:
-    """Read the tables, so that what is wrong with them is found before the cells are read."""
+    """Read the tables, so that their faults are found before the cells are read."""
     for join in joins:
         _join_table(join.file, join.key, tuple(join.columns))
 
@@ -75,7 +75,7 @@ def output_columns(metadata: pd.DataFrame, config: CommonSourceConfig) -> pd.Dat
 
 
 def to_arrow(values: pd.Series) -> pa.Array:
-    """Convert numbers to int64 or float64, booleans to bool, and all else to a dictionary of strings."""
+    """Convert numbers to int64 or float64, booleans to bool, and everything else to a dictionary of strings."""
     dtype = values.dtype
     if isinstance(dtype, pd.CategoricalDtype) or not pd.api.types.is_numeric_dtype(dtype):
         texts = values.astype(object).where(values.notna(), None)

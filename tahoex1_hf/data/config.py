@@ -24,7 +24,7 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     def write(self, path: Path) -> None:
-        """Write all settings as YAML, those at their defaults too; the file is there whole or not at all."""
+        """Write all settings as YAML, including those at their defaults; the file appears whole or not at all."""
         with WholeFile(path) as partial:
             partial.write_text(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
 
@@ -41,7 +41,7 @@ class JoinConfig(Strict):
 
 
 class CommonSourceConfig(Strict):
-    """What all kinds of sources have."""
+    """Settings that all kinds of sources have."""
 
     metadata: dict[str, str] = {}
     """Column of the dataset -> column of the source (of `obs`); `_index` is the name of the cell."""
@@ -58,9 +58,9 @@ class CommonSourceConfig(Strict):
     min_known_genes: float = Field(0.5, ge=0, le=1)
     """Least fraction of a file's genes that must be in the vocabulary; a file with fewer is bad input."""
     non_integer_counts: Literal["error", "keep"] = "error"
-    """What to make of a file whose values are not whole numbers (log-normalised ones, or estimates)."""
+    """What to do with a file whose values are not whole numbers (log-normalised ones, or estimates)."""
     duplicate_barcodes: Literal["error", "drop", "keep"] = "error"
-    """What to make of a file in which the name of a cell stands twice; `drop` keeps the first."""
+    """What to do with a file in which the name of a cell stands twice; `drop` keeps the first."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -146,7 +146,7 @@ SourceConfig = Annotated[
 
 
 class ValidationSplit(Strict):
-    """Which cells are kept for validation."""
+    """The cells that are kept for validation."""
 
     fraction: float | None = Field(None, ge=0, lt=1)
     """Share of the cells, or of the values of `by`, chosen by the seed; 0.01 if neither this nor `values` is."""
@@ -158,7 +158,7 @@ class ValidationSplit(Strict):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.values is not None and self.by is None:
-            raise ValueError("values needs by, the column that they are values of.")
+            raise ValueError("values needs by, the column that holds these values.")
         if self.values is not None and self.fraction is not None:
             raise ValueError("values and fraction exclude each other: values are held out whole.")
         return self
@@ -170,10 +170,10 @@ class ValidationSplit(Strict):
 
 
 class PrepareConfig(Strict):
-    """All that decides what a prepared dataset holds, byte for byte."""
+    """All settings that decide the content of a prepared dataset, byte for byte."""
 
     sources: list[SourceConfig] = Field(min_length=1)
-    """Where the cells come from."""
+    """Sources of the cells."""
     output: str
     """Folder of the dataset; made where it does not exist."""
     vocab: str
@@ -222,7 +222,7 @@ def filter_columns(expression: str) -> list[str]:
     """Return the columns that a filter reads.
 
     Raises:
-        ValueError: where it is not a comparison of columns with values (calls, attributes and arithmetic are refused).
+        ValueError: for anything but comparisons of columns with values (calls, attributes and arithmetic are refused).
     """
     try:
         tree = ast.parse(expression, mode="eval")

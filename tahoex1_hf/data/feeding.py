@@ -111,7 +111,7 @@ class CellBatches(IterableDataset):
         self._set_order(shuffle, weights, epoch_cells, window)
         self.epoch = 0
         self._start = _Position(0)  # where the next iteration begins
-        self._next: _Position | None = None  # what comes next in the iteration that has begun
+        self._next: _Position | None = None  # the next position of an iteration that has begun
         self._identity = self._describe(shuffle, weights, window)
         if not len(self):
             raise ValueError(
@@ -142,13 +142,13 @@ class CellBatches(IterableDataset):
             self._pool, self._mixture = CellOrder(sizes, self.seed, window, shuffle), None
             self.num_cells = self._pool.num_cells
             return
-        # Each dataset has a seed of its own: with one seed, equal datasets would be read in step.
+        # Each dataset has its own seed: with a common seed, equal datasets would be read in step.
         orders = [CellOrder(f.sizes, self.seed + 7919 * d, window, shuffle) for d, f in enumerate(self.folders)]
         self.num_cells = sum(order.num_cells for order in orders) if epoch_cells is None else epoch_cells
         self._mixture = MixedOrder(orders, weights, self.num_cells, self.seed)
 
     def _describe(self, shuffle: bool, weights: Sequence[float] | None, window: int) -> dict[str, Any]:
-        """Describe what decides the batches; a state can be resumed only where all of it is the same."""
+        """Return the settings that decide the batches; a state can be resumed only where all are the same."""
         shards = [shard["sha256"] for folder in self.folders for shard in folder.shards]
         return {
             "shards": hashlib.sha256("\n".join(shards).encode()).hexdigest(),

@@ -25,7 +25,7 @@ class DrugTable:
 
     Attributes:
         drug_to_id: drug -> row of the fingerprints; `<pad>`, for no drug, is row 0.
-        without_smiles: drugs that were left out for want of a SMILES.
+        without_smiles: drugs that were left out because they have no SMILES.
     """
 
     drug_to_id: dict[str, int]
@@ -58,7 +58,7 @@ def drug_fingerprints(
         FileExistsError: where a file holds something else and `overwrite` is not set; nothing is written then.
         FileNotFoundError: where there is no `table`.
         ImportError: where rdkit is not installed.
-        ValueError: for a SMILES that cannot be read, and a drug that stands twice with different ones, naming them.
+        ValueError: for a SMILES that cannot be read, and for a drug that stands twice with different SMILES.
     """
     if radius < 0 or num_bits < 1:
         raise ValueError(f"radius={radius}, num_bits={num_bits}: pass a radius from 0, and at least one bit.")
@@ -102,7 +102,7 @@ def _read_smiles(path: Path, drug_column: str, smiles_column: str) -> tuple[dict
 
 
 def _morgan(smiles: dict[str, str], radius: int, num_bits: int) -> np.ndarray:
-    """Return fingerprints, `(drugs + 1, num_bits)`, in float32 since the original makes an embedding of them as is."""
+    """Return float32 fingerprints, `(drugs + 1, num_bits)`; the original uses them as an embedding unchanged."""
     try:
         from rdkit.Chem import MolFromSmiles
         from rdkit.Chem.rdFingerprintGenerator import GetMorganGenerator
@@ -128,7 +128,7 @@ def _morgan(smiles: dict[str, str], radius: int, num_bits: int) -> np.ndarray:
 
 @contextmanager
 def _quiet_rdkit() -> Iterator[None]:
-    """Keep rdkit from writing to the terminal what the error says better."""
+    """Keep rdkit from writing to the terminal, since our error says it better."""
     from rdkit.rdBase import BlockLogs
 
     with BlockLogs():

@@ -1,5 +1,5 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""The manifest of a prepared dataset (what went in, what was left out and why, what is there), and its card."""
+"""The manifest of a prepared dataset (input, cells left out with the reasons, content), and its card."""
 
 import platform
 from dataclasses import asdict, dataclass, field
@@ -22,7 +22,7 @@ _LIBRARIES = ("anndata", "h5py", "numpy", "pandas", "pyarrow", "scipy", "zarr")
 
 @dataclass
 class FileOutcome:
-    """What became of a file: its pieces and their statistics added up, or the reason why it was skipped."""
+    """The outcome of a file: its pieces and the sums of their statistics, or the reason why it was skipped."""
 
     source: int
     path: str
@@ -132,7 +132,7 @@ def _type_name(kind: pa.DataType) -> str:
 
 
 def write_card(path: Path, manifest: dict[str, Any]) -> None:
-    """Write the dataset's `README.md`; its head tells `datasets` and the Hub where the splits are."""
+    """Write the dataset's `README.md`, whose head tells `datasets` and the Hub where the splits are."""
     splits = {split: part for split, part in manifest["splits"].items() if part["shards"]}
     extension = manifest["configuration"]["format"]
     data_files = "".join(f"  - split: {split}\n    path: data/{split}-*.{extension}\n" for split in splits)

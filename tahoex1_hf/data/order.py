@@ -1,8 +1,8 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
 """The order in which cells are seen: a function of seed, epoch and position, computed where it is needed.
 
-There is no random generator with a state, so any place of any epoch is reached at once. That makes resuming exact, and
-lets every process take its own cells without asking the others.
+No random generator keeps a state, so any position of any epoch is reached at once. That makes resuming exact, and lets
+every process take its own cells without asking the others.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from tahoex1_hf.encoding_tahoe_x1 import mix64
 
 # Every block of this many positions of a weighted mixture has each dataset in its exact proportion.
 MIX_BLOCK = 8192
-# Each purpose has a stream of random numbers of its own.
+# Each purpose has its own stream of random numbers.
 _SHARDS, _WINDOW, _MIX, _CELL = (np.uint64(stage) for stage in range(1, 5))
 
 
@@ -73,7 +73,7 @@ class CellOrder:
         self.num_cells = int(self.sizes.sum())
         self.first_cells = np.cumsum(self.sizes) - self.sizes
         self.seed, self.window, self.shuffle = seed, window, shuffle
-        # A few windows are in use at a time: that of the current batch, and those of batches that are made ahead.
+        # A few windows are in use at a time: those of the current batch and of batches that are made ahead.
         self._shard_order = lru_cache(maxsize=4)(self._make_shard_order)
         self._cells_of = lru_cache(maxsize=8)(self._window_cells)
 

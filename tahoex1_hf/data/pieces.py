@@ -33,7 +33,7 @@ _STATISTICS = b"tahoex1"
 
 @dataclass
 class PieceStatistics:
-    """What is known of a piece, for the manifest and the second pass.
+    """Statistics of a piece, for the manifest and the second pass.
 
     Attributes:
         cells_in: number of cells read.
@@ -127,7 +127,7 @@ def write_piece(
     keys = cell_keys(seed, piece.file_number, numbers)
     validation = held_out(keys, metadata, split, seed)
     narrow = statistics.whole_numbers and statistics.max_count < 2**16
-    # Made once for both splits: an Arrow file has one dictionary per column.
+    # Dictionaries are made once for both splits, since an Arrow file has one dictionary per column.
     columns = {name: to_arrow(metadata[name]) for name in metadata.columns}
     batches = []
     for name, chosen in zip(SPLITS, (~validation, validation), strict=True):

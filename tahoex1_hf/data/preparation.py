@@ -1,9 +1,9 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""Preparing a training dataset: files are inspected, read in pieces (`pieces.py`), and gathered (`shards.py`).
+"""Prepare a training dataset: inspect files, read them in pieces (`pieces.py`), and gather these (`shards.py`).
 
 Intermediate files lie in `OUTPUT/.prepare` and appear there whole or not at all, so that a run that was stopped in any
-way resumes where it was; the folder is removed at the end. What is written depends on the configuration,
-the vocabulary and the files, and not on the number of processes.
+way resumes where it was; the folder is removed at the end. The output depends on the configuration, the vocabulary and
+the files, but not on the number of processes.
 """
 
 import json
@@ -46,7 +46,7 @@ MANIFEST = "manifest.json"
 
 @dataclass(frozen=True)
 class Job:
-    """What every worker process must know."""
+    """The settings that every worker process needs."""
 
     config_json: str
     work: str
@@ -124,7 +124,7 @@ def prepare(config: PrepareConfig, num_proc: int = 1, overwrite: bool = False) -
 
     Args:
         config: configuration of the dataset.
-        num_proc: number of processes, which changes nothing but the time.
+        num_proc: number of processes; it changes only the time.
         overwrite: whether to begin anew where `config.output` holds another dataset, or the remains of another run.
 
     Returns:
@@ -180,7 +180,7 @@ def _prepare_locked(config: PrepareConfig, output: Path, num_proc: int, overwrit
 
 
 def _identity(config: PrepareConfig) -> dict[str, Any]:
-    """Return what decides the content, apart from the files themselves."""
+    """Return the settings that decide the content, apart from the files themselves."""
     return {
         "configuration": config.model_dump(mode="json", exclude={"output"}),
         "vocab_sha256": file_sha256(Path(config.vocab)),

@@ -1,5 +1,5 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""Second pass of preparing: shards are gathered from the pieces, each a range of the cells' random keys."""
+"""Second pass of preparing: gather shards from the pieces; each shard is a range of the cells' random keys."""
 
 import hashlib
 import json

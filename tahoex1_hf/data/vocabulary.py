@@ -1,5 +1,5 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""Making a `vocab.json`: token -> id, from the genes of a reference file."""
+"""Make a `vocab.json` (token -> id) from the genes of a reference file."""
 
 import json
 import logging
@@ -40,7 +40,7 @@ def build_vocabulary(
 ) -> dict[str, int]:
     """Write a vocabulary: the special tokens, then the genes, then fillers up to a round size.
 
-    The same arguments give the same bytes. Of an `.h5ad` file only `var` is read.
+    The same arguments give the same bytes. Only `var` of an `.h5ad` file is read.
 
     Args:
         reference: `.h5ad`, or a table of genes: `.csv`, `.tsv` (also `.gz`) or `.parquet`. The genes keep its order;
@@ -49,8 +49,8 @@ def build_vocabulary(
         special_tokens: the first tokens, ids from 0.
         gene_id_column: column with Ensembl ids; by default the `var_names` of an `.h5ad`, and `ensembl_id` of a table.
             A version (`.12`) is left out.
-        pad_to_multiple_of: number up to a multiple of which `<junk0>`, `<junk1>`, ... are added, since matrix products
-            of round sizes are faster.
+        pad_to_multiple_of: number whose next multiple the size is filled up to with `<junk0>`, `<junk1>`, ..., since
+            matrix products of round sizes are faster.
         drug_token: whether to add `<drug>` behind the special tokens, for models that take a drug.
         overwrite: whether to replace a file that holds something else.
 
@@ -125,7 +125,7 @@ def _order_of_tokens(numbers: "pd.Series", reference: Path) -> np.ndarray:
 
 
 def _id_columns_hint(table: "pd.DataFrame", is_h5ad: bool) -> str:
-    """Return which columns hold Ensembl ids (judged by the first thousand rows), as advice."""
+    """Return advice on the columns that hold Ensembl ids, judged by the first thousand rows."""
     columns = {str(name): table[name] for name in table.columns} | ({"var_names": table.index} if is_h5ad else {})
     good = []
     for name, values in columns.items():
@@ -164,7 +164,7 @@ def read_table(path: Path) -> "pd.DataFrame":
 
 
 def write_files(contents: dict[Path, bytes], overwrite: bool) -> None:
-    """Write files, each whole or not at all; what is there with the same content is left alone.
+    """Write files, each whole or not at all; existing files with the same content are left alone.
 
     Raises:
         FileExistsError: before anything is written, where a file holds something else and `overwrite` is not set.

@@ -1,5 +1,5 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""Running tasks in several processes, with a progress bar."""
+"""Run tasks in several processes, with a progress bar."""
 
 import logging
 import multiprocessing
@@ -33,7 +33,7 @@ def run_tasks(
         done: number of tasks that were done before this run, for the progress bar.
 
     Raises:
-        RuntimeError: for a process that was ended from outside, for instance for want of memory.
+        RuntimeError: for a process that was ended from outside, for instance because memory ran out.
         Exception: an exception of a task; tasks that have not started are then left undone.
     """
     with progress_bar(None, total=len(tasks) + done, initial=done, desc=description, file=sys.stderr) as bar:
@@ -74,8 +74,8 @@ def _in_processes(
                 yield task, future.result()
     except BrokenProcessPool:
         raise RuntimeError(
-            "a worker process was ended from outside, perhaps for want of memory. Run the same command again to go "
-            "on; fewer processes (--num-proc) or a smaller piece_cells need less memory."
+            "a worker process was ended from outside, perhaps because memory ran out. The same command resumes the "
+            "run; fewer processes (--num-proc) or a smaller piece_cells need less memory."
         ) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

@@ -1,5 +1,5 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""What `prepare` asks of every kind of source: its files, a report on each, and blocks of cells."""
+"""The interface of sources for `prepare`: a source lists files, reports on each, and reads blocks of cells."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class FileReport:
-    """What is known of a file before its counts are read.
+    """Facts about a file that are known before its counts are read.
 
     Attributes:
         num_cells: number of cells in it, before any filter.

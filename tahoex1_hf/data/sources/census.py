@@ -32,7 +32,7 @@ _QUERY_CELLS = 16384
 # TileDB's buffer per column (its own default is 1 GB): about CHUNK_ELEMENTS elements of 8 bytes.
 _BUFFER_BYTES = 2**25
 
-# Experiments that a forked process has from its parent. It must not close them, which needs the parent's threads.
+# Experiments that a forked process inherits from its parent. It must not close them: that needs the parent's threads.
 _INHERITED: list[Any] = []
 
 
@@ -40,8 +40,8 @@ class CensusExperiment(CellSource):
     """One experiment, as one file: its address, or `census:RELEASE/ORGANISM`.
 
     The cells are those that `value_filter` keeps, in the order of their `soma_joinid`. The name of a cell is its
-    `observation_joinid`, behind the `dataset_id` where there is one, since only both together name a cell of the
-    census; an experiment without `observation_joinid` has the `soma_joinid` for a name.
+    `observation_joinid`, behind the `dataset_id` where there is one, since only both together identify a cell of the
+    census; in an experiment without `observation_joinid` the name is the `soma_joinid`.
     """
 
     config: "CensusSource"
@@ -215,7 +215,7 @@ class _Experiment:
             if sum(len(part[0]) for part in held) < CHUNK_ELEMENTS:
                 continue
             together = tuple(np.concatenate(parts) for parts in zip(*held, strict=True))
-            complete = int(together[0][-1])  # the cell of the last element may go on in the next table
+            complete = int(together[0][-1])  # the cell of the last element may have more elements in the next table
             if complete > done:
                 cut = int(np.searchsorted(together[0], complete))
                 yield from self._bounded(tuple(part[:cut] for part in together), done, complete)
@@ -245,7 +245,7 @@ class _Experiment:
 
 
 def _open(config: "CensusSource") -> Any:
-    """Open the experiment with a TileDB context of its own: a forked process shares the default one."""
+    """Open the experiment with a new TileDB context, since a forked process would share the default one."""
     tiledb_config = {"soma.init_buffer_bytes": _BUFFER_BYTES}
     if config.uri is not None:
         try:
@@ -281,10 +281,10 @@ _FILTER_ERRORS = ("QueryCondition", "query_condition", "does not exist in schema
 
 @contextmanager
 def _soma_errors(config: "CensusSource") -> Iterator[None]:
-    """Turn what TileDB finds wrong with the experiment or the filters into BadInput.
+    """Turn TileDB's errors about the experiment or the filters into BadInput.
 
-    TileDB does not tell a broken connection from a broken file. A remote experiment is taken for one with a broken
-    connection, so that a moment without network does not leave it out for good.
+    TileDB does not tell a broken connection from a broken file. For a remote experiment the connection is assumed to
+    be broken, so that a moment without network does not leave the experiment out for good.
     """
     try:
         yield

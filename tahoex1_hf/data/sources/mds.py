@@ -32,7 +32,7 @@ from tahoex1_hf.encoding_tahoe_x1 import GeneMatch, GeneRows, count_problem, mer
 from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
 
 GENES, EXPRESSIONS, CELL_ID = "genes", "expressions", "id"
-_UNKNOWN, _SPECIAL, _ABSENT = -1, -2, -3  # marks for source ids without a token of ours
+_UNKNOWN, _SPECIAL, _ABSENT = -1, -2, -3  # marks for source ids that are none of our tokens
 _NOT_IN_VOCABULARY = "gene id {id} is not in source_vocab: name the vocab.json that the shards were made with."
 _METADATA_TYPES = (str, int, float, bytes, Decimal, type(None))
 _Result = TypeVar("_Result")
@@ -186,7 +186,7 @@ class MDSFiles(CellSource):
             shards = parse_index(self._store.read(url))
         except BadInput as error:
             raise BadInput(f"{url}: {error}") from None
-        for shard in shards:  # merged indices name shards of folders that have an index of their own
+        for shard in shards:  # merged indices name shards of folders that have their own index
             self._shards.setdefault(f"{folder}/{shard.raw.basename}", (folder, shard))
         self._indexed.add(folder)
 
@@ -202,7 +202,7 @@ class MDSFiles(CellSource):
         return self._shards[path]
 
     def _stored(self, folder: str, shard: Shard) -> tuple[str, StoredFile]:
-        """Return that form of a shard, raw or compressed, that is there, after its address."""
+        """Return the address and the form (raw or compressed) in which a shard is there."""
         forms = [form for form in (shard.packed, shard.raw) if form is not None]
         for form in forms:
             if (size := self._store.size(f"{folder}/{form.basename}")) is not None:
@@ -261,7 +261,7 @@ def _gathered(
 
 
 def _flat(value: Any, column: str, kinds: str) -> np.ndarray:
-    """Return the numbers of a cell. The original once wrote batches of one cell, `(1, genes)`."""
+    """Return the numbers of a cell, also from `(1, genes)`, since the original once wrote batches of one cell."""
     try:
         array = np.asarray(value)
     except ValueError:
@@ -373,7 +373,7 @@ class _Store:
                 except PermissionError:
                     if anonymous or bucket in self._anonymous:
                         raise
-                    continue  # a public bucket may refuse credentials, and yet be open without
+                    continue  # a public bucket may refuse credentials, but be open without
                 self._anonymous[bucket] = anonymous
                 return result
         except PermissionError as error:

@@ -1,11 +1,12 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
 """The format of MDS shards (version 2), which mosaicml-streaming writes.
 
-A folder's `index.json` lists its shards, each with its length, hashes, compression and columns. A shard, decompressed:
+A folder's `index.json` lists its shards, each with its length, hashes, compression and columns. A decompressed shard
+consists of
 
     uint32 number of samples, uint32 offsets of the samples and of the end, JSON with the columns, the samples
 
-and a sample, which is one cell: the uint32 lengths of those columns that have no fixed one, then the bytes of all
+and a sample, which is one cell, of the uint32 lengths of all columns without a fixed length, then the bytes of all
 columns.
 """
 
@@ -161,7 +162,7 @@ def decompress(path: Path, shard: Shard, target: Path) -> None:
         with opened as source, target.open("wb") as file:
             while block := source.read(_BLOCK):
                 written += len(block)
-                if written > shard.raw.size:  # or a damaged shard might fill the disk
+                if written > shard.raw.size:  # otherwise a damaged shard might fill the disk
                     break
                 file.write(block)
     except errors as error:

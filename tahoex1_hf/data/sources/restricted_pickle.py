@@ -1,9 +1,9 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""Reading pickled numbers without running what a pickle asks for: numpy arrays, torch tensors, lists and scalars.
+"""Read pickled numpy arrays, torch tensors, lists and scalars without running any code that a pickle asks for.
 
-No class and no function of numpy or torch is handed to the pickle. What it names is replaced by stand-ins of this
-file, which note down dtype, shape and bytes; the array is made from them here. So a pickle can neither call anything
-nor reach the state of an object, and a tensor needs no `torch.load`, which would take several times as long.
+The pickle gets no class and no function of numpy or torch. The names that it asks for are replaced by stand-ins of
+this file, which record dtype, shape and bytes, and the array is made from these here. So a pickle can neither call
+anything nor reach the state of an object, and a tensor needs no `torch.load`, which would take several times as long.
 """
 
 import io
@@ -88,7 +88,7 @@ def _item(value: Any) -> Any:
 
 
 class _StandIn:
-    """Base of what a pickle gets to hold: it cannot set attributes of it, as it could of a function or a class."""
+    """Base of the stand-ins; a pickle cannot set their attributes, as it could set those of a function or a class."""
 
     __slots__ = ()
 
@@ -115,7 +115,7 @@ class _DType(_StandIn):
         self.dtype = np.dtype(name)
 
     def __setstate__(self, state: Any) -> None:
-        # (version, byte order, structure, sizes, flags): of such types, the name says all but the order.
+        # (version, byte order, structure, sizes, flags); for such types, the name says everything but the order.
         order = state[1]
         if order not in ("<", ">", "|", "="):
             raise pickle.UnpicklingError(f"dtype with the byte order {order!r}")
@@ -160,7 +160,7 @@ def _from_bytes(content: Any, dtype: Any, shape: Any, order: str) -> np.ndarray:
 
 
 def _empty_array(*_: Any) -> _Array:
-    """Stand in for numpy's `_reconstruct`; what is in the array comes later, as its state."""
+    """Stand in for numpy's `_reconstruct`; the content of the array comes later, as its state."""
     return _Array()
 
 
@@ -190,7 +190,7 @@ def _empty(kind: type) -> Callable[[], Any]:
 
 
 def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> _Array:
-    """Stand in for torch's `_rebuild_tensor_v2`; what follows the strides is for gradients."""
+    """Stand in for torch's `_rebuild_tensor_v2`; the arguments after the strides are for gradients."""
     if not isinstance(storage, _Storage) or not isinstance(size, tuple) or not isinstance(stride, tuple):
         raise pickle.UnpicklingError("tensor without storage, size or strides")
     if len(size) != len(stride) or any(type(n) is not int or n < 0 for n in (offset, *size, *stride)):
@@ -210,8 +210,8 @@ def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> _Arra
 def _storage(data: Any) -> _Storage:
     """Stand in for torch's `_load_from_bytes`: read a file of `torch.save` in the old format, with one storage.
 
-    Five pickles stand one behind the other: a magic number, the version, the byte order, the type and length of the
-    storage, and its key; then its length again as an int64, and its bytes.
+    The file holds five pickles one after another (a magic number, the version, the byte order, the type and length of
+    the storage, and its key), then its length again as an int64, and its bytes.
     """
     if not isinstance(data, bytes):
         raise pickle.UnpicklingError("torch storage without bytes")
@@ -236,7 +236,7 @@ _ADMITTED: dict[tuple[str, str], _StandIn] = {
     ("_codecs", "encode"): _Function(_encode),
     ("builtins", "bytes"): _Function(_empty(bytes)),
     ("__builtin__", "bytes"): _Function(_empty(bytes)),
-    ("collections", "OrderedDict"): _Function(_empty(dict)),  # a tensor's hooks, of which there are none
+    ("collections", "OrderedDict"): _Function(_empty(dict)),  # a tensor's hooks; there are none
     ("torch._utils", "_rebuild_tensor"): _Function(_tensor),
     ("torch._utils", "_rebuild_tensor_v2"): _Function(_tensor),
     ("torch.storage", "_load_from_bytes"): _Function(_storage),
