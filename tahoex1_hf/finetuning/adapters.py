@@ -1,5 +1,5 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""Writing adapters with all that loading them needs; `hub/adapters.py` describes the files and reads them."""
+"""Write adapters with everything that loading them needs; `hub/adapters.py` describes and reads the files."""
 
 import json
 from pathlib import Path
@@ -70,7 +70,7 @@ def add_results(folder: Path, metrics: dict[str, float], verdict: str) -> None:
 
 
 def _complete_adapter(folder: Path, class_name: str) -> None:
-    """Write the settings in a stable order, and what PEFT leaves out."""
+    """Write the settings in a stable order, and complete what PEFT leaves out."""
     path = folder / ADAPTER_CONFIG
     settings = json.loads(path.read_text(encoding="utf-8"))
     # PEFT keeps both as sets, whose order differs from process to process.

@@ -43,7 +43,7 @@ def epoch_order(rows: np.ndarray, lengths: np.ndarray, batch_size: int, seed: in
 
 
 class TrainingBatches:
-    """This process's batches of every step, from the present one to the last; Trainer takes them for one long epoch.
+    """This process's batches of every step, from the current one to the last; Trainer takes them for one long epoch.
 
     Args:
         make_batch: Function that makes a batch, given row numbers and the number of the epoch.
@@ -90,7 +90,7 @@ class TrainingBatches:
         return self.max_steps * self.per_step
 
     def identity(self) -> dict[str, Any]:
-        """Return what decides the order of the cells: the rows to train on, and the seed."""
+        """Return the values that decide the order of the cells: the rows to train on, and the seed."""
         rows = np.ascontiguousarray(self.dataset, dtype=np.int64)
         return {"rows": hashlib.sha256(rows.tobytes()).hexdigest(), "seed": self.seed}
 

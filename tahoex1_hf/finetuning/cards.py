@@ -1,5 +1,5 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""The card of an adapter: what it was trained for and how, its results, and how to load it."""
+"""The card of an adapter: its purpose, training and results, and how to load it."""
 
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ _METHODS = {
 }
 
 
-# What is tested, for tasks where it is not cells.
+# Plural nouns for the tested things, for tasks that do not test cells.
 _TESTED = {"gene_classification": "genes", "drug_response": "conditions"}
 _DRUG_USAGE = """## Use
 
@@ -39,8 +39,8 @@ from tahoex1_hf.finetuning.genes.predicting import predict_gene_classes
 table = predict_gene_classes("FOLDER OR HUB ID OF THIS ADAPTER", adata)
 ```
 
-`table` has a row for every gene that some cell of `adata` (raw counts) expresses: its class is that of the mean of its
-logits over these cells. `load_adapter(FOLDER)` of `tahoex1_hf` gives the model, a
+`table` has a row for every gene that some cell of `adata` (raw counts) expresses. Its class follows from the mean of
+its logits over these cells. `load_adapter(FOLDER)` of `tahoex1_hf` gives the model, a
 `TahoeX1ForTokenClassification`, and the tokenizer."""
 
 _CELL_USAGE = """## Use
@@ -80,7 +80,7 @@ def adapter_card(record: dict[str, Any]) -> str:
         "tags": ["tahoe-x1", "single-cell", record["task"].replace("_", "-")],
     }
     local = Path(base).is_absolute()
-    if not local:  # a folder of this machine says nothing to the Hub
+    if not local:  # a folder of this machine would mean nothing on the Hub
         metadata["base_model"] = base
     name = Path(base).name if local else base
     shown = f"{name} ({record['size']})" if record.get("size") else name

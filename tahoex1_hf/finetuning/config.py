@@ -23,8 +23,8 @@ class FinetuneConfig(Strict):
     """The settings that every task has. `parse_finetune_config` makes the class that belongs to a task."""
 
     task: TaskName
-    """What is learnt: masked expression (no labels), classes or numbers in a column of obs, classes of genes, or the
-    response to drugs."""
+    """Kind of fine-tuning: masked expression (no labels), classes or numbers in a column of obs, classes of genes, or
+    the response to drugs."""
     model: str
     """The base model: folder or Hub id of a checkpoint, also in the original's layout. It is not changed."""
     size: str | None = None
@@ -46,7 +46,7 @@ class FinetuneConfig(Strict):
     """Most tokens of a cell; by default the tokenizer's."""
 
     method: Method = "lora"
-    """What is trained: low-rank adapters (lora, dora, rslora; qlora on a base in 4 bits), all weights (full), or the
+    """Trained weights: low-rank adapters (lora, dora, rslora; qlora on a base in 4 bits), all weights (full), or the
     head alone, by gradients (head_only) or fitted on the frozen embeddings (linear_probe)."""
     lora_rank: int = Field(8, gt=0)
     """Rank of the adapters' matrices."""
@@ -91,7 +91,7 @@ class FinetuneConfig(Strict):
     """Seed of the splits, the order of the cells, new weights, masked genes and dropout."""
 
     precision: Literal["launcher", "no", "bf16", "fp16"] = "launcher"
-    """Mixed precision; `launcher` takes what `accelerate launch` was told."""
+    """Mixed precision; `launcher` takes the setting of `accelerate launch`."""
     attention: Literal["sdpa", "flash_attention_2", "flex_attention", "eager"] = "sdpa"
     """Attention backend."""
     gradient_checkpointing: bool = False
@@ -138,7 +138,7 @@ class _Splits(FinetuneConfig):
     @model_validator(mode="after")
     def _check_split(self) -> Self:
         if self.split is not None and self.folds > 1:
-            raise ValueError(f"split={self.split} says what is tested on: folds={self.folds} does not go with it.")
+            raise ValueError(f"split={self.split} names the cells to test on: folds={self.folds} does not go with it.")
         return self
 
 
@@ -222,7 +222,7 @@ class DrugResponseConfig(FinetuneConfig):
     batch: str | None = None
     """Column of obs with the batch or plate; treated cells are compared with the untreated ones of their batch."""
     held_out: list[Literal["drug", "context"]] = Field(["drug", "context"], min_length=1)
-    """What is held out for testing: drugs, contexts, or both, with a model for each."""
+    """Kinds of things held out for testing: drugs, contexts, or both, with a model for each kind."""
     drug_table: str | None = None
     """JSON file with drug -> row of `drug_fingerprints` (`tahoex1 drug-fingerprints`), for drugs that the base does
     not know."""
@@ -266,7 +266,7 @@ def parse_finetune_config(values: Mapping[str, Any], origin: str = "the configur
     """Make the configuration of a task from plain values.
 
     Args:
-        values: Keys and values; `task` decides which keys there are. A key of another task may be there where it is
+        values: Keys and values; `task` decides which keys are known. A key of another task is accepted where it is
             null or at its default, as in `config.resolved.yaml` of version 0.1.
         origin: Name of the file, for errors.
 

@@ -45,7 +45,7 @@ def fit(
         trainer_class: Trainer of the task.
 
     Returns:
-        The model with the best weights, in eval mode, and what the training cost.
+        The model with the best weights, in eval mode, and the costs of the training.
 
     Raises:
         Preempted: Where SIGTERM ended the training after a checkpoint.

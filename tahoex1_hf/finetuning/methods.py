@@ -1,5 +1,5 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""Methods of fine-tuning: training low-rank adapters and the head, the head alone, or all weights.
+"""Methods of fine-tuning: train low-rank adapters and the head, the head alone, or all weights.
 
 All methods except `full` leave the weights of the base as they are, and PEFT saves their adapters and the whole head
 in a few MB.

@@ -8,7 +8,7 @@ import numpy as np
 
 from tahoex1_hf.runs.report import interval
 
-# Metric that models are compared by, and whether more is better.
+# The metric by which models are compared, and whether more is better.
 HEADLINE = {"classification": ("macro_f1", True), "regression": ("rmse", False)}
 NAMES = {
     "accuracy": "accuracy",
@@ -68,8 +68,8 @@ def regression_metrics(truth: np.ndarray, predicted: np.ndarray) -> dict[str, fl
         predicted: Predicted numbers, shape `(cells,)`.
 
     Returns:
-        `rmse` and `mae`, in the unit of the numbers; `r2`, `pearson` and `spearman`. Those that are not defined, as a
-        correlation with a constant is not, are left out.
+        `rmse` and `mae`, in the unit of the numbers; `r2`, `pearson` and `spearman`. Undefined metrics, such as a
+        correlation with a constant, are left out.
 
     Raises:
         ValueError: For arrays of different lengths, or without cells.

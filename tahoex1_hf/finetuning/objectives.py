@@ -1,5 +1,5 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""The loss of a training step, and the same loss on validation cells, whatever batches they are in."""
+"""The loss of a training step, and the same loss on validation cells, whatever their batches."""
 
 from collections.abc import Callable
 from typing import Any, cast
@@ -17,7 +17,7 @@ from tahoex1_hf.finetuning.config import (
     RegressionConfig,
 )
 
-# Number of the "epoch" that decides the masked genes of validation and test cells: they are always the same.
+# The "epoch" that decides the masked genes of validation and test cells, which are always the same.
 HELD_OUT = 2**32
 
 

@@ -13,12 +13,13 @@ from tahoex1_hf.finetuning.splits import Split
 
 logger = logging.getLogger(__name__)
 
-# Most cells that a head is fitted to where it is trained further.
+# Most cells to which a head is fitted before it is trained further.
 _START_CELLS = 10_000
 # Values of C that are tried, from strong to weak regularisation; the validation cells choose.
 _STRENGTHS = (0.001, 0.01, 0.1, 1.0, 10.0, 100.0)
-# Largest entry of the loss's gradient at which a fit ends, while choosing a strength and for the chosen one. With the
-# second, differences in the last digits of the embeddings stay in the last digits of the logits.
+# A fit ends when the largest entry of the loss's gradient is below the first number while choosing a strength, and
+# below the second for the chosen one. With the second, differences in the last digits of the embeddings stay in the
+# last digits of the logits.
 _SEARCH_TOLERANCE, _TOLERANCE = 1e-5, 1e-8
 
 
@@ -48,7 +49,7 @@ def fit_probe(
     best, lowest = _STRENGTHS[0], np.inf
     for strength in _STRENGTHS:
         loss = _loss(*_fit(model, strength, _SEARCH_TOLERANCE, x, y, cells), *seen, config.task)
-        if loss > lowest:  # weaker regularisation overfits, and takes longest
+        if loss > lowest:  # weaker regularisation would overfit, and take longest
             break
         best, lowest = strength, loss
     logger.info("Linear probe: C=%g, loss on the validation cells %.4f.", best, lowest)
@@ -72,7 +73,7 @@ def _classifier(config: ClassesConfig) -> Any:
     from sklearn.linear_model import LogisticRegression
 
     balanced = "balanced" if config.class_weights == "balanced" else None
-    # Newton's method reaches the tolerance where L-BFGS is slow; each fit starts from the one before.
+    # Newton's method reaches the tolerance where L-BFGS is slow; each fit starts from the previous one.
     return LogisticRegression(solver="newton-cg", warm_start=True, max_iter=1000, class_weight=balanced)
 
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""The folder of a run: which run it belongs to, and the results of its folds."""
+"""The folder of a run: the identity of the run, and the results of its folds."""
 
 import json
 import shutil
@@ -66,7 +66,7 @@ def has_begun(output_dir: Path) -> bool:
 
 
 def check_data(config: FinetuneConfig, cells: LabelledCells, processes: PartialState) -> None:
-    """Check that the cells are those that the run began with, and note them where it begins.
+    """Check that the run began with the same cells, and note them where it begins.
 
     Raises:
         ValueError: Where the file has changed since.

@@ -1,5 +1,5 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""Fine-tuning runs: every fold of any task is trained, resumed, scored and reported here."""
+"""Run fine-tuning: train, resume, score and report every fold of any task."""
 
 import logging
 from collections.abc import Sequence
@@ -117,7 +117,7 @@ def run_fold(task: Task, fold: Fold, folder: Path, keep: bool) -> Outcome:
         if keep:
             task.save(model, facts)
         write_result(folder, fold.split, facts, **arrays)
-        discard_checkpoints(folder)  # all that is to be kept of them is saved
+        discard_checkpoints(folder)  # everything to keep has been saved
     task.processes.wait_for_everyone()
     done = read_result(folder, fold.split)
     if done is None:

@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 PARTS = ("train", "validation", "test")
 _RANGES = 10  # ranges of a number that are shared evenly between the parts
-_CERTAIN_GENES = 50  # equal counts of so many genes are no coincidence: the cells are duplicates
+_CERTAIN_GENES = 50  # equal counts of so many genes cannot be a coincidence: the cells are duplicates
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +34,7 @@ class Split:
 
 
 def strata(labels: np.ndarray | None, num_rows: int) -> np.ndarray:
-    """Return what the parts share evenly, shape `(rows,)`: classes, ranges of floats of equal size, or zeros."""
+    """Return the kinds of rows that parts share evenly, shape `(rows,)`: classes, equal ranges of floats, or zeros."""
     if labels is None:
         return np.zeros(num_rows, dtype=np.int64)
     if labels.dtype.kind != "f":
@@ -71,7 +71,7 @@ def make_splits(
         ValueError: For too few rows or groups.
     """
     if labels is None and num_rows is None:
-        raise ValueError("num_rows is missing: without labels, say how many rows there are.")
+        raise ValueError("num_rows is missing: without labels, pass the number of rows.")
     total = len(labels) if labels is not None else int(num_rows or 0)
     kinds = strata(labels, total)
     everything = np.arange(total)
@@ -169,8 +169,8 @@ def check_duplicates(split: Split, contents: np.ndarray, num_genes: np.ndarray) 
     Args:
         split: Split of the cells.
         contents: Numbers that are equal for cells with the same counts, shape `(cells,)`.
-        num_genes: Number of expressed genes, shape `(cells,)`; with few genes, equal counts may be a coincidence, and
-            are no error.
+        num_genes: Number of expressed genes, shape `(cells,)`; with few genes, equal counts may be a coincidence, so
+            they are not an error.
     """
     seen = np.concatenate([split.train, split.validation])
     seen = contents[seen[num_genes[seen] >= _CERTAIN_GENES]]
@@ -185,7 +185,7 @@ def check_duplicates(split: Split, contents: np.ndarray, num_genes: np.ndarray) 
 
 def _check_enough(rows: np.ndarray, groups: np.ndarray | None, needed: int) -> None:
     if len(rows) < needed:
-        raise ValueError(f"{len(rows)} cells are too few: {needed} parts have to be made of them.")
+        raise ValueError(f"{len(rows)} cells are too few for {needed} parts.")
     if groups is not None:
         names = np.unique(groups[rows].astype(str))
         if len(names) < needed:

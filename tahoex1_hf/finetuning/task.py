@@ -29,7 +29,7 @@ class Fold:
     Attributes:
         name: Name of its folder below `folds/`, where there are several.
         split: Row numbers to train, validate and test on.
-        part: What its test rows are called in the report; folds with the same name are averaged.
+        part: Name of its test rows in the report; folds with the same name are averaged.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Fold:
 
 @dataclass(eq=False)
 class Outcome:
-    """What is kept of a trained fold.
+    """The results that are kept of a trained fold.
 
     Attributes:
         fold: The fold.
@@ -55,7 +55,7 @@ class Outcome:
 class Task(Protocol):
     """A kind of fine-tuning.
 
-    Its rows are cells, genes or conditions: what is split into train, validation and test.
+    Its rows, which are split into train, validation and test, are cells, genes or conditions.
 
     Predictions are whatever `metrics` takes: probabilities, numbers, changes of genes.
 
@@ -78,11 +78,11 @@ class Task(Protocol):
         ...
 
     def targets(self) -> list[Fold]:
-        """Return the folds, which say what rows are predicted by a model that was not trained on them."""
+        """Return the folds; each names rows that are predicted by a model that was not trained on them."""
         ...
 
     def all_rows(self) -> Split:
-        """Return the split of the model to keep after several folds: nothing is left for testing."""
+        """Return the split of the model to keep after several folds, which leaves no rows for testing."""
         ...
 
     def model(self, split: Split, folder: Path) -> tuple[Any, dict[str, Any]]:

@@ -18,7 +18,7 @@ _VALIDATION_TOKENS = {"cuda": 65536, "cpu": 8192}  # most tokens of a batch
 
 
 class LastEvaluation(TrainerCallback):
-    """Asks for an evaluation after the last step too, where its number is no multiple of `eval_steps`."""
+    """Ask for an evaluation after the last step too, where its number is not a multiple of `eval_steps`."""
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any

@@ -1,5 +1,5 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""Whether a model beats its baselines, in words."""
+"""Say in words whether a model beats its baselines."""
 
 from collections.abc import Mapping
 from typing import Any

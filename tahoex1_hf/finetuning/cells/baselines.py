@@ -2,7 +2,7 @@
 """Baselines that a fine-tuned model has to beat: classical models of log-normalised counts of the training cells.
 
 The counts stay sparse, and dense matrices have 50 columns. Where a split has validation cells, they choose the
-strength of the linear models' regularisation (by macro-F1, or squared error), as they end the training of the model.
+strength of the linear models' regularisation (by macro-F1, or squared error), just as they end the model's training.
 """
 
 import logging
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 COMPONENTS = 50
-# Most training cells that a baseline is fitted on: more make it hardly better, and PCA slow.
+# Most training cells that a baseline is fitted on: more would hardly improve it, but make PCA slow.
 MOST_CELLS = 50_000
 _TARGET_SUM = 1e4
 # Values of C that are tried, from strong to weak regularisation.

@@ -1,9 +1,9 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""Cells of a file with their labels, for training in any order: read once, encoded when a batch is made.
+"""Cells of a file with their labels, for training in any order; they are read once and encoded batch by batch.
 
-The counts of the genes that the model knows are copied into a temporary file, from which any cell can be read at once;
-files of cells are compressed in large pieces, or sorted by gene. A copy takes 8 bytes per expressed gene on disk, and
-no memory except the system's cache.
+The counts of the genes that the model knows are copied into a temporary file, from which any cell can be read at
+once, since files of cells are compressed in large pieces, or sorted by gene. A copy takes 8 bytes per expressed gene
+on disk, and no memory except the system's cache.
 """
 
 import logging
@@ -53,7 +53,7 @@ class StoredCounts:
     """
 
     def __init__(self, source: CellInput, drugs_of: DrugIds, folder: Path):
-        # These files have no name in the folder: they are gone when the process ends, in whatever way.
+        # These files have no name in the folder, so they disappear when the process ends, however it ends.
         with tempfile.TemporaryFile(dir=folder) as tokens, tempfile.TemporaryFile(dir=folder) as counts:
             lengths, drugs = [np.zeros(0, dtype=np.int64)], list[np.ndarray | None]()
             warned = False

@@ -138,7 +138,7 @@ def _check_not_measured(values: "pd.Series", name: str | None) -> None:
 
 
 def _class_names(values: "pd.Series") -> np.ndarray:
-    """Return names as text. Whole floats lose their `.0`: numbered classes are floats where some are missing."""
+    """Return names as text; whole floats lose their `.0`, since numbered classes are floats where some are missing."""
     names = [str(int(v)) if isinstance(v, (float, np.floating)) else str(v) for v in values.astype(object)]
     return np.array(names, dtype=object)
 

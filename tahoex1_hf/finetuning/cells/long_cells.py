@@ -1,5 +1,5 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""Splitting cells longer than the context into parts that together hold every gene once."""
+"""Split cells longer than the context into parts that together hold every gene once."""
 
 import copy
 

@@ -92,7 +92,7 @@ class MaskedExpressionTask(CellTask):
     """Continued masked-expression training, see `Task`."""
 
     def model_options(self) -> dict[str, Any]:
-        """Return no options: the decoders are those of the base."""
+        """Return no options, since the decoders come from the base."""
         return {}
 
     def base(self) -> TahoeX1ForPreTraining:
@@ -127,7 +127,7 @@ class MaskedExpressionTask(CellTask):
         return {"mse": predictions}
 
     def report(self, outcomes: Sequence[Outcome], predictions: dict[str, list[Any]], scores: Report) -> dict[str, Any]:
-        """Write the report; returns the mean errors."""
+        """Write the report; return the mean errors."""
         means, verdict = write_masked_report(
             self.folder, [outcome.facts["test"] for outcome in outcomes], scores, self.ours
         )
@@ -154,7 +154,7 @@ def write_masked_report(
     Args:
         folder: Folder to write into.
         losses: Errors of each fold, with the names of `METHODS`.
-        scores: Scores of the model and of what it is compared with.
+        scores: Scores of the model and of its baselines.
         ours: Name of the model in `scores`.
 
     Returns:

@@ -43,20 +43,20 @@ def predict_anndata(
     dtype: DtypeName = "auto",
     progress: bool = True,
 ) -> str:
-    """Write what a fine-tuned model predicts for cells into `adata`.
+    """Write a fine-tuned model's predictions for cells into `adata`.
 
     The predicted classes or numbers go into `adata.obs["tahoex1_<label>"]`; for classes the probabilities go into
     `adata.obsm["tahoex1_<label>_probabilities"]`, one column per class in the order of
     `adata.uns["tahoex1_<label>"]["classes"]`. Cells without a gene that the model knows are predicted from the `<cls>`
-    token alone; `uns` counts them. For files larger than memory there is `predict_files`.
+    token alone; `uns` counts them. For files larger than memory use `predict_files`.
 
     Args:
         adata: Cells with raw counts, in memory or backed.
         model: Folder or Hub id of an adapter, or of a model that was fine-tuned as a whole; or a loaded model.
         tokenizer: Tokenizer of a loaded model; by default the one in the model's folder or repository.
         base: Folder or Hub id of an adapter's base; by default the one that the adapter names.
-        layer: Layer with the counts. Here and in `gene_id_column` and `drugs`, None is what the model was trained
-            with, and "" the default (`adata.X`).
+        layer: Layer with the counts. Here and in `gene_id_column` and `drugs`, None means the setting of the training,
+            and "" the default (`adata.X`).
         gene_id_column: Column of `adata.var` with Ensembl ids; the default is `adata.var_names`.
         gene_symbols: Gene symbol -> Ensembl id, for genes named by symbol.
         drugs: For models with a drug encoder: a column of `adata.obs`, or one drug for all cells.
@@ -91,7 +91,7 @@ def predict_anndata(
 
 
 def _add_predictions(adata: "AnnData", predictor: Predictor, outputs: np.ndarray, facts: dict[str, Any]) -> None:
-    """Put probabilities or numbers, and what made them, into the slots of `adata`."""
+    """Put probabilities or numbers, and their provenance, into the slots of `adata`."""
     import pandas as pd
 
     column, classes = predictor.column, predictor.classes
@@ -121,7 +121,7 @@ def predict_files(
     dtype: DtypeName = "auto",
     progress: bool = True,
 ) -> str:
-    """Write a file's cells with what a fine-tuned model predicts for them.
+    """Write a file's cells together with a fine-tuned model's predictions for them.
 
     The output is the input plus the slots that `predict_anndata` writes.
 
@@ -170,7 +170,7 @@ def predict_files(
 def _write_predictions(
     writer: PredictionWriter, ready: CellPredictor, cells: CellInput, encoding: EncodeOptions, progress: bool
 ) -> int:
-    """Write the predictions of all cells; returns the number of cells without a known gene."""
+    """Write the predictions of all cells; return the number of cells without a known gene."""
     num_empty = 0
     with progress_bar(progress, total=cells.num_cells, unit="cell", desc="Predicting") as bar:
         for part, predictions in ready.predict_chunks(cells, encoding, bar.update):
@@ -198,7 +198,7 @@ def check_files(source: Path, output: Path) -> None:
 def _settings(
     predictor: Predictor, gene_symbols: Mapping[str, str] | None, *settings: str | None
 ) -> tuple[GeneOptions, str | None]:
-    """Return where genes and counts are, and the drugs; None means as in the training, and "" means no setting."""
+    """Return the places of genes and counts, and the drugs; None means as in the training, "" means no setting."""
     layer, gene_id_column, drugs = (
         (predictor.record.get(name) if given is None else given) or None
         for name, given in zip(("layer", "gene_id_column", "drugs"), settings, strict=True)

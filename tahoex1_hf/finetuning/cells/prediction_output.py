@@ -1,5 +1,5 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""The file that predictions are written to: the input with new columns, written piece by piece, then renamed."""
+"""The file with predictions: the input with new columns, written piece by piece, then renamed."""
 
 import logging
 import shutil
@@ -21,8 +21,8 @@ class PredictionWriter:
     Args:
         source: `.h5ad` file, which is not changed.
         output: `.h5ad` file to write; may be the source.
-        column: Name of the column of obs. Probabilities go to `obsm[column + "_probabilities"]`, and what made them to
-            `uns[column]`. Slots of these names that the source has are replaced.
+        column: Name of the column of obs. Probabilities go to `obsm[column + "_probabilities"]`, their provenance to
+            `uns[column]`. Slots of these names in the source are replaced.
         num_cells: Number of cells of the source.
         classes: Names of the classes; None where numbers are predicted.
     """
@@ -63,7 +63,7 @@ class PredictionWriter:
         self.values = self._array(column, "codes", (num_cells,), np.min_scalar_type(-len(self.classes)))
 
     def _rewrite_old_obs(self) -> None:
-        """Write obs again where anndata before 0.8 wrote it: its columns and today's cannot stand side by side."""
+        """Write obs again if anndata before 0.8 wrote it, since its old and new columns cannot stand side by side."""
         import pandas as pd
         from anndata.io import write_elem
 

@@ -1,7 +1,7 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
 """Fine-tuned models that predict a class or a number for a cell.
 
-The prediction for a cell depends on the cell alone: not on its place in the file, nor on the cells beside it.
+The prediction for a cell depends on the cell alone, not on its place in the file or on the other cells.
 """
 
 from collections.abc import Iterator
@@ -96,7 +96,7 @@ def load_predictor(
     if record["model_class"] != TahoeX1ForSequenceClassification.__name__:
         trained_for = record.get("task") or record["model_class"]
         raise ValueError(
-            f"{source} was trained for {trained_for}: predict is for the classification and regression of cells."
+            f"{source} was trained for {trained_for}: predict serves the classification and regression of cells."
         )
     with _quiet():
         loaded, own = load_adapter(folder, base)
@@ -144,7 +144,7 @@ class CellPredictor:
 
     Args:
         predictor: Model and tokenizer; the model is moved to the device.
-        batch_tokens: Most tokens of a batch; by default fit for the device.
+        batch_tokens: Most tokens of a batch; by default suited to the device.
         device: Device to compute on; by default the fastest there is.
         dtype: Precision of the matrix products, as in `embed_anndata`; the head is always computed in float32.
     """

@@ -1,7 +1,7 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
 """The report of a run on labelled cells: the model beside classical baselines, its predictions, and pictures.
 
-A cell's prediction is that of the model that was not trained on the cell.
+A cell's prediction comes from the model that was not trained on the cell.
 """
 
 import csv
@@ -139,17 +139,15 @@ def compare(scores: Mapping[str, Mapping[str, Any]], task: str) -> dict[str, Any
     ours, theirs = scores["model"][metric], others[best]
     difference = paired_difference(ours["values"], theirs["values"])
     ahead = sign * difference["mean"] > 0
-    inner = difference["low"] if higher else difference["high"]  # the end of the interval that is nearer to no gain
+    inner = difference["low"] if higher else difference["high"]  # the end of the interval with the smaller gain
     sure = ahead and (inner is None or sign * inner > 0)
     beside = f"{NAMES[metric]} {_shown(ours)} beside {_shown(theirs)} of {best}, the best baseline"
     if not ahead:
         text = f"The model does not beat the baselines: {beside}."
     elif not sure:
-        text = (
-            f"The model is ahead of the baselines by no more than chance may do, so it does not beat them: {beside}."
-        )
+        text = f"The model is ahead by no more than chance may explain, so it does not beat the baselines: {beside}."
     elif inner is None:
-        text = f"The model beats the baselines on one test set: {beside}. How sure that is, several folds would tell."
+        text = f"The model beats the baselines on one test set: {beside}. Several folds would show how sure that is."
     else:
         text = f"The model beats the baselines: {beside}."
     return {"metric": metric, "best_baseline": best, "difference": difference, "beats": bool(sure), "text": text}
@@ -173,8 +171,8 @@ def format_report(report: Mapping[str, Any], table: str) -> str:
     lines += ["", f"{report['cells']} cells, {tested} tested in {len(splits)} split{'s' if several else ''}."]
     if several:
         lines.append(
-            "In brackets the 95 % interval of the mean over the splits (Student's t; splits share training cells, so "
-            "that it is somewhat too narrow)."
+            "In brackets: the 95 % interval of the mean over the splits (Student's t; it is somewhat too narrow, "
+            "since splits share training cells)."
         )
     else:
         lines.append("One split has no interval: set folds to 5 for one.")

@@ -130,7 +130,7 @@ class CellTask:
         return load_base(self.config, TahoeX1ForSequenceClassification, **self.model_options())
 
     def model(self, split: Split, folder: Path) -> tuple[Any, dict[str, Any]]:
-        """Train a model, or resume its training; returns the model with the best weights, and what it cost."""
+        """Train a model, or resume its training; return the model with the best weights, and its costs."""
         if self.config.method == "linear_probe":
             return self._fit_probe(split)
         objective = Objective(self.config, self.cells, split.train)
@@ -166,7 +166,7 @@ class CellTask:
         """Return cell embeddings as the head sees them, `(rows, width)`, and the head's outputs, `(rows, outputs)`."""
         inner = without_peft(model)
         device = self.processes.device
-        # Not in inference mode: it moves the weights, which could then not be trained any more.
+        # Inference mode would move the weights, which could then not be trained any more.
         encoder = CellEncoder(inner, self.tokenizer, device=device, dtype=computes_in(self.config))
         features = np.empty((len(rows), encoder.width), dtype=np.float32)
         head = getattr(inner, "classifier", None)
@@ -193,7 +193,7 @@ class CellTask:
 
     @contextlib.contextmanager
     def base_of(self, model: Any) -> Iterator[Any]:
-        """Yield the base: below adapters it is there, and is not loaded a second time."""
+        """Yield the base, which is not loaded a second time where it lies below adapters."""
         if is_peft(model):
             with model.disable_adapter():
                 yield model
@@ -252,7 +252,7 @@ class CellTask:
         return classification_metrics(truth, predictions.argmax(1), predictions)
 
     def report(self, outcomes: Sequence[Outcome], predictions: dict[str, list[Any]], scores: Report) -> dict[str, Any]:
-        """Write the report; returns the mean metrics of the model."""
+        """Write the report; return the mean metrics of the model."""
         results = CellResults(
             label=self.config.label,
             method=self.config.method,

@@ -19,7 +19,7 @@ def pearson_rows(predicted: np.ndarray, truth: np.ndarray) -> np.ndarray:
         truth: Measured changes, shape `(conditions, genes)`.
 
     Returns:
-        `(conditions,)` float64; 0 where either is constant, as for the null, so that no correlation is defined.
+        `(conditions,)` float64; 0 where no correlation is defined because either is constant, as for the null.
     """
     a = predicted.astype(np.float64) - predicted.astype(np.float64).mean(axis=1, keepdims=True)
     b = truth.astype(np.float64) - truth.astype(np.float64).mean(axis=1, keepdims=True)
@@ -50,8 +50,8 @@ def change_baselines(
 
     Returns:
         Changes `(test conditions, genes)` by baseline: no change at all; the mean change of the training conditions in
-        the same context; that of the same drug. Where there is no such condition (the drug, or the context, is held
-        out) the mean is over all training conditions.
+        the same context; and the mean change of those with the same drug. Where there is no such condition (because
+        the drug, or the context, is held out) the mean is over all training conditions.
     """
 
     def mean_of(names: np.ndarray) -> np.ndarray:

@@ -99,7 +99,7 @@ class DrugObjective(Objective):
         return torch.stack([errors.sum(), errors.new_tensor(len(errors)), errors.new_zeros(())])
 
     def metrics(self, sums: torch.Tensor, num_cells: int) -> dict[str, float]:
-        """Return the loss; that of no change is about 1."""
+        """Return the loss; predicting no change would have about 1."""
         return {"loss": float(sums[0] / sums[1])}
 
 

@@ -98,7 +98,7 @@ def _facts(config: DrugResponseConfig, screen: Screen) -> dict[str, Any]:
 def _scored(
     screen: Screen, units: np.ndarray, test: np.ndarray, predictions: dict[str, np.ndarray], ours: str
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Return the metrics of what was held out, and those of every condition by the name of a column."""
+    """Return the metrics of the held-out drugs or contexts, and every condition's metrics by column name."""
     summary, each = score(predictions, screen.changes[test], units)
     pearson = {name: by_unit(values["pearson"], units) for name, values in each.items()}
     found = {
@@ -125,7 +125,7 @@ def _text(report: dict[str, Any], scores: Report, ours: str) -> str:
             f"{found['conditions']} conditions of {found['units']} {kind}s that were not trained on. "
             + _FALLBACK[kind],
             scores.markdown(METRICS, split=f"held-out {kind}"),
-            f"Mean [95 % interval over the held-out {kind}s]. For {NULL} no correlation is defined: 0 is put there.",
+            f"Mean [95 % interval over the held-out {kind}s]. For {NULL} no correlation is defined; it is given as 0.",
             beats(found["ours_minus"], ours, METRICS["pearson"]),
         ]
     return "\n\n".join(parts) + "\n"

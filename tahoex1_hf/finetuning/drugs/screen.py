@@ -1,5 +1,5 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""A drug screen as conditions: how the mean expression of treated cells differs from that of their controls.
+"""A drug screen as conditions: the differences in mean expression between treated cells and their controls.
 
 A condition is a drug in a context (and a batch, where there are batches). Its profile is the mean over its cells of
 log(1 + counts per 10,000) of each gene. Its change is the profile minus the same mean over the control cells of its
@@ -144,7 +144,7 @@ def _units(keys: np.ndarray, chosen: np.ndarray) -> tuple[list[tuple[Any, ...]],
 def most_variable(cells: LabelledCells, used: np.ndarray, number: int) -> np.ndarray:
     """Return the genes whose log-normalised expression varies most over the used cells: token ids, rising.
 
-    The model and the baselines are scored on them. The choice tells nothing about how a drug changes them.
+    The model and the baselines are scored on these genes. Their choice reveals nothing about a drug's effect on them.
     """
     size = len(cells.tokenizer)
     sums, squares = np.zeros(size), np.zeros(size)

@@ -1,8 +1,8 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
 """Rows made from fingerprints and added to a drug table, for drugs that the model does not know.
 
-The drug encoder reads a row of the table, which began as a fingerprint, so that a new drug is told from the others by
-its fingerprint alone. The rows that the base has stay as they are.
+The drug encoder reads a row of the table, which began as a fingerprint, so a new drug differs from the others only by
+its fingerprint. The base's own rows stay as they are.
 """
 
 import json

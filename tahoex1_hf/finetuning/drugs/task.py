@@ -2,25 +2,25 @@
 """Response to drugs: how the mean expression of a population changes, from its control cells and the drug.
 
 Prediction: for a control cell i of a context and a drug d, the model embeds the cell twice, with all its genes
-observed: once with the drug at its `<drug>` token, and once with the control there. The cell decoder, which reads any
-gene g from a cell embedding, gives the change
+observed: once with the drug at its `<drug>` token, and once with the control there. The cell decoder, which reads the
+expression of any gene g from a cell embedding, gives the change
 
     change(g) = decoder(g, embedding(i, d)) - decoder(g, embedding(i, control))
 
-in log(1 + counts per 10,000). The decoder is linear in the embedding, so that it is applied to the difference, and the
-change of a condition is that of the mean difference over its control cells. Without a drug the change is zero. The
-predicted profile is the mean profile of the control cells plus the change.
+in log(1 + counts per 10,000). The decoder is linear in the embedding, so it is applied to the difference of the
+embeddings, and the change of a condition follows from the mean difference over its control cells. Without a drug the
+change is zero. The predicted profile is the mean profile of the control cells plus the change.
 
 Training: the model learns the change of the condition's mean (see `screen.py`). The control cells that a condition is
 paired with are chosen anew in every epoch, from the same context and batch, by the seed. The loss is the squared
-error, over the genes and conditions, in units of the root mean square of the training changes. What is trained are
-low-rank adapters on the transformer and on the linear layers of the drug encoder, and the whole cell decoder.
+error, over the genes and conditions, in units of the root mean square of the training changes. The trained weights
+are low-rank adapters on the transformer and on the linear layers of the drug encoder, and the whole cell decoder.
 
 Drugs that the base does not know are rows added to its drug table, made from their fingerprints (`table.py`).
 
 Test: one model is tested on drugs that no training condition has, another on contexts that none has. Three
-baselines are scored beside them: the means over the training conditions of the same context, and of the same drug, and
-no change at all.
+baselines are scored beside them: the mean over the training conditions of the same context, the mean over those of the
+same drug, and no change at all.
 """
 
 from collections.abc import Sequence
@@ -137,7 +137,7 @@ class DrugTask:
         return model
 
     def model(self, split: Split, folder: Path) -> tuple[Any, dict[str, Any]]:
-        """Train a model, or resume its training; returns the model with the best weights, and what it cost."""
+        """Train a model, or resume its training; return the model with the best weights, and its costs."""
         ids = (self.drug_ids, self.control_id)
         objective = DrugObjective(self.config, self.cells, self.screen, ids, split.train)
         train, validation = objective.samples(split.train), objective.samples(split.validation)
@@ -211,7 +211,7 @@ class DrugTask:
         return found
 
     def metrics(self, outcome: Outcome, predictions: np.ndarray) -> dict[str, list[float]]:
-        """Return the metrics of each held-out drug (or context): its conditions are not independent."""
+        """Return the metrics of each held-out drug (or context), since its conditions are not independent."""
         test = outcome.fold.split.test
         units = self.units(outcome.fold.part.removeprefix("held-out "))[test]
         found = change_metrics(predictions, self.screen.changes[test])
@@ -220,7 +220,7 @@ class DrugTask:
     def report(
         self, outcomes: Sequence[Outcome], predictions: dict[str, list[np.ndarray]], scores: Report
     ) -> dict[str, Any]:
-        """Write the report; returns the content of `report.json` without the table of scores."""
+        """Write the report; return the content of `report.json` without the table of scores."""
         return write_drug_report(self.folder, self.config, self.screen, self.tokenizer, outcomes, predictions, scores)
 
 

@@ -46,8 +46,8 @@ class GeneObjective(Objective):
     def batch(self, rows: np.ndarray, epoch: int) -> dict[str, Any]:
         """Return the arguments of the model for some cells, with labels.
 
-        Of cells longer than the context, each epoch sees another sample of genes. The labels are those of the training
-        genes; in the epoch `HELD_OUT`, those of the validation genes.
+        Cells longer than the context are sampled anew in each epoch. The labels belong to the training genes, or in
+        the epoch `HELD_OUT` to the validation genes.
         """
         cells, tokenizer = self.cells, self.cells.tokenizer
         numbers, drugs = cells.numbers[rows], cells.stored.drug_ids
@@ -79,7 +79,7 @@ class GeneObjective(Objective):
         return cross_entropy(logits[known].float(), classes, reduction="none") * weights, weights
 
     def sums(self, model: Any, batch: dict[str, Any]) -> torch.Tensor:
-        """Return the sum of the weighted losses, that of the weights, and 0 as a `(3,)` float64 tensor."""
+        """Return the sum of the weighted losses, the sum of the weights, and 0 as a `(3,)` float64 tensor."""
         labels = batch.pop("labels")
         losses, weights = self._losses(model(**batch).logits, labels)
         return torch.stack([losses.double().sum(), weights.double().sum(), losses.new_zeros(()).double()])

@@ -48,7 +48,7 @@ def predict_genes(
 ) -> np.ndarray:
     """Predict the classes of genes from all cells.
 
-    The head is linear, so that the mean of its logits is its logit of the mean embedding.
+    The head is linear, so the mean of its logits equals its logit for the mean embedding.
 
     Args:
         model: Model in eval mode, with adapters in it where there are any.

@@ -103,7 +103,7 @@ def write_gene_report(
 def _facts(
     config: GeneClassificationConfig, genes: GeneTable, outcomes: Sequence[Outcome], scores: Report
 ) -> dict[str, Any]:
-    """Return metrics of all methods, how ours differs from each, and what was learnt from."""
+    """Return the metrics of all methods, the differences of ours from each, and facts about the training data."""
     ours, two = model_title(config), len(genes.classes) == 2
     headline = "auroc" if two else "macro_f1"
     metrics = scores.summaries()

@@ -1,5 +1,5 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""Genes with labels: a table with a row per gene, of which those are kept that the cells express."""
+"""Genes with labels: a table with a row per gene, from which the genes that the cells express are kept."""
 
 import logging
 from dataclasses import dataclass

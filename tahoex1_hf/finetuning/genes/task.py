@@ -110,7 +110,7 @@ class GeneTask:
         return load_base(self.config, TahoeX1ForTokenClassification, **self.model_options())
 
     def model(self, split: Split, folder: Path) -> tuple[Any, dict[str, Any]]:
-        """Train a model, or resume its training; returns the model with the best weights, and what it cost."""
+        """Train a model, or resume its training; return the model with the best weights, and its costs."""
         config = self.config
         if config.method == "linear_probe":
             return self._fit_probe(split)
@@ -227,7 +227,7 @@ class GeneTask:
     def report(
         self, outcomes: Sequence[Outcome], predictions: dict[str, list[np.ndarray]], scores: Report
     ) -> dict[str, Any]:
-        """Write the report; returns the content of `report.json` without the table of scores."""
+        """Write the report; return the content of `report.json` without the table of scores."""
         return write_gene_report(
             self.folder, self.config, self.genes, len(self.cells), outcomes, predictions[self.ours], scores
         )
