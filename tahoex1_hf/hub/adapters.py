@@ -1,8 +1,8 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""Adapters, and models that were fine-tuned as a whole: found on disk or on the Hub, and loaded with one call.
+"""Find adapters, and models that were fine-tuned as a whole, on disk or on the Hub, and load them with one call.
 
 A folder holds what PEFT writes (`adapter_config.json`, `adapter_model.safetensors`), the tokenizer, a card, and
-`finetuning.json`: the task, the names of the classes, and what the base must be like. There is no `config.json`:
+`finetuning.json`: the task, the names of the classes, and the required shape of the base. There is no `config.json`:
 with one, transformers would take the folder for a whole model and not look for the base.
 """
 

@@ -14,7 +14,7 @@ ADDED = "added_drugs.safetensors"
 
 
 def add_drugs(model: TahoeX1PreTrainedModel, fingerprints: np.ndarray) -> None:
-    """Add rows to the drug table of a model, in place; the rows that are there stay as they are.
+    """Add rows to the drug table of a model, in place; existing rows stay as they are.
 
     Args:
         model: model with a drug encoder.
@@ -65,5 +65,5 @@ def add_saved_drugs(folder: Path, model: TahoeX1PreTrainedModel) -> None:
     if not torch.equal(there, rows):
         raise ValueError(
             f"{folder} adds drugs from row {first} on, where this base ({model.config.num_drugs} rows) has other "
-            "drugs: load the adapter on a base of its own."
+            "drugs: load the adapter on a fresh copy of its base."
         )

@@ -1,5 +1,5 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""Fetching models from the Hugging Face Hub: only what one size needs, with errors that say what to do."""
+"""Fetch models from the Hugging Face Hub: only the files that one size needs, with errors that say what to do."""
 
 import json
 from collections.abc import Mapping
@@ -64,7 +64,7 @@ def hub_has(repo_id: str, filename: str, revision: str | None, hub: Mapping[str,
 
 
 def download_snapshot(repo_id: str, size: str | None, revision: str | None, hub: Mapping[str, Any]) -> Path:
-    """Fetch what one size of a Hub repository needs, converted or in the original's layout, and nothing more.
+    """Fetch only the files that one size of a Hub repository needs, converted or in the original's layout.
 
     Args:
         repo_id: the repository, `owner/name`.

@@ -1,8 +1,8 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""Publishing converted checkpoints: building the folder of a Hub repository, proving that it loads, uploading it.
+"""Publish converted checkpoints: build the folder of a Hub repository, prove that it loads, and upload it.
 
-One size lies at the root, the others in sub-folders (`subfolder=`). The code lies at the root only: transformers looks
-for it there, whatever the sub-folder.
+One size lies at the root, the others in sub-folders (`subfolder=`). The code lies only at the root, where transformers
+looks for it whatever the sub-folder.
 """
 
 import json
@@ -50,7 +50,7 @@ CONFIG, TOKENIZER_CONFIG, VOCAB, INDEX = (
     "model.safetensors.index.json",
 )
 RUN_STATUS = "run_status.json"
-_FILES_OF_A_RUN = {RUN_STATUS, "trainer_state.json"}  # of no use to those who load the model
+_FILES_OF_A_RUN = {RUN_STATUS, "trainer_state.json"}  # users of the model do not need them
 _PACKAGE = Path(__file__).resolve().parents[1]
 
 
@@ -139,7 +139,7 @@ def push_repository(
         commit_message: message of the commit.
 
     Raises:
-        ConnectionError: where the upload stopped; what has arrived is kept, and the next call goes on from there.
+        ConnectionError: where the upload stopped; uploaded files are kept, and the next call resumes the upload.
     """
     api = HfApi()
     try:
@@ -149,8 +149,8 @@ def push_repository(
         )
     except HfHubHTTPError as error:
         raise ConnectionError(
-            f"The upload to {repo_id} stopped: {error}\nWhat has arrived is kept: run the same command again to go "
-            "on, after logging in (hf auth login) if that is what is missing."
+            f"The upload to {repo_id} stopped: {error}\nUploaded files are kept, and the same command resumes the "
+            "upload. If you are not logged in, log in first (hf auth login)."
         ) from error
     return str(commit.commit_url)
 
@@ -271,7 +271,7 @@ def _add_checkpoint(source: Path, folder: Path) -> None:
             shutil.copyfile(path, folder / path.name)
         elif path.name != "README.md" and not (source / RUN_STATUS).is_file():
             logger.warning("%s is left out: it is not part of a converted checkpoint.", path)
-    if (manifest := folder / MANIFEST).is_file():  # what is published names no folders of this machine
+    if (manifest := folder / MANIFEST).is_file():  # published files must not name folders of this machine
         record = _read_json(manifest)
         if Path(str(record["source"])).is_absolute():
             _write_json(record | {"source": Path(record["source"]).name}, manifest)

@@ -1,5 +1,5 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""Proof that an exported repository loads where this package is not installed, and computes the same there."""
+"""Prove that an exported repository loads where this package is not installed, and computes the same there."""
 
 import json
 import os
@@ -45,7 +45,7 @@ def compare_isolated_load(repository: Path, sources: Mapping[str, Path]) -> dict
 
 
 def example_cells(tokenizer: TahoeX1Tokenizer, num_cells: int = 4) -> dict[str, Any]:
-    """Make up cells of the tokenizer's own genes, the same each time, as arguments of the tokenizer."""
+    """Make up cells with the tokenizer's genes, the same each time, as arguments of the tokenizer."""
     genes = [token for token in sorted(tokenizer.get_vocab()) if token.startswith("ENS")] or [
         token for token in sorted(tokenizer.get_vocab()) if not token.startswith("<")
     ]

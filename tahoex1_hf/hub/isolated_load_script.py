@@ -1,6 +1,6 @@
 """Load an exported repository through every Auto class, without the package, and write the outputs.
 
-`isolated_load` runs this text in a process of its own. Arguments: the folder of the repository, and a folder that
+`isolated_load` runs this text in a separate process. The arguments are the folder of the repository, and a folder that
 holds cells.json (made-up cells by sub-folder) and receives the results.
 """
 
@@ -19,7 +19,7 @@ OUTPUTS = ("pooler_output", "expression_predictions", "cell_expression_predictio
 
 
 def check(good: bool, problem: object) -> None:
-    """End the process with `problem` unless `good`; unlike assert, also under `python -O`."""
+    """End the process with `problem` unless `good`; unlike assert, this also works under `python -O`."""
     if not good:
         raise SystemExit(str(problem))
 

@@ -1,8 +1,8 @@
-"""Finding a model: a converted folder, a Hub repository, or either in the original program's layout.
+"""Find a model: a converted folder, a Hub repository, or either in the original program's layout.
 
 The Auto classes need a `config.json` and a tokenizer that the original's layout lacks. They are written once, into a
-cache beside the Hub's, with a link to the weights, which are loaded where they are. This is how `from_pretrained` of
-the package's classes, and the command, read what is published today.
+cache beside the Hub's, with a link to the weights, which are loaded where they are. In this way the command, and
+`from_pretrained` of the package's classes, read the checkpoints that are published today.
 """
 
 import hashlib
@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 _ORIGINAL_FILES = (MODEL_CONFIG, COLLATOR_CONFIG, VOCAB, SAFETENSORS, PICKLE, DRUG_TABLE, DRUG_FINGERPRINTS)
 _HUB_OPTIONS = ("cache_dir", "token", "local_files_only")
-_TRANSLATION = 2  # raised when something else is written; version 1 wrote converted copies
+_TRANSLATION = 2  # raised when the content of the cache changes; version 1 wrote converted copies
 
 
 def load_model_and_tokenizer(
@@ -75,7 +75,7 @@ def find_model(model: str | Path, *, size: str | None = None, revision: str | No
 
 
 def locate_checkpoint(name: Any, marker: str, options: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Return what `from_pretrained` is to load, instead of a checkpoint in the original's layout.
+    """Return the folder for `from_pretrained` to load instead of a checkpoint in the original's layout.
 
     Args:
         name: folder or Hub repository that `from_pretrained` was called with.
@@ -107,7 +107,7 @@ def locate_checkpoint(name: Any, marker: str, options: Mapping[str, Any]) -> tup
     if not _model_files(root):
         adapter = (root / (size or "") / "adapter_config.json").is_file()
         if marker == "config.json" and not adapter and options.get("config") is None:
-            # Without this, transformers would go on with the default configuration.
+            # Without this, transformers would continue with the default configuration.
             raise FileNotFoundError(f"{name} has neither config.json nor {MODEL_CONFIG}: it holds no Tahoe-x1 model.")
         return name, options
     folder = find_model(path if path.exists() else str(name), size=size, revision=revision, **hub)

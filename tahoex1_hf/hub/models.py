@@ -1,5 +1,5 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""A model and its tokenizer from whatever a caller has: a folder, a Hub name or a loaded model."""
+"""Get a model and its tokenizer from whatever a caller has: a folder, a Hub name or a loaded model."""
 
 from pathlib import Path
 from typing import Any
@@ -68,7 +68,7 @@ def without_peft(model: Any) -> Any:
 
 
 def model_name(given: Any, loaded: Any) -> str:
-    """Return the name to record for a model: the folder of an adapter, or where the model was loaded from."""
+    """Return the name to record for a model: the folder of an adapter, or the place that the model came from."""
     if isinstance(given, (str, Path)) and is_peft(loaded):
         return str(given)
     return str(loaded.name_or_path or "")

@@ -1,5 +1,5 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""Registration of the model type `tahoe_x1` with transformers' Auto classes, which waits until it is needed.
+"""Register the model type `tahoe_x1` with transformers' Auto classes, once this is needed.
 
 If `import tahoex1_hf` registered the classes at once, it would import torch and transformers' models.
 """
@@ -14,8 +14,8 @@ _AUTO = "transformers.models.auto"
 def register_when_used() -> None:
     """Register each class with transformers as soon as something that may ask for it is imported or made.
 
-    transformers imports its Auto models in the midst of modules that ours need, so ours cannot be imported right after
-    them. They are imported with the first configuration of a Tahoe-x1 model instead, without which no Auto class
+    transformers imports its Auto models in the middle of modules that ours need, so ours cannot be imported right
+    after them. Ours are imported with the first configuration of a Tahoe-x1 model instead, without which no Auto class
     looks for them.
     """
     call_after_import(f"{_AUTO}.configuration_auto", _register_configuration)
@@ -80,7 +80,7 @@ def _let_tokenizer_read_originals() -> None:
 
 
 def _locate_checkpoint(name: Any, marker: str, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Let `from_pretrained` also read what the original published; the files on the Hub work without it."""
+    """Let `from_pretrained` also read the original's published files; our files on the Hub work without it."""
     from tahoex1_hf.hub.loading import locate_checkpoint
 
     return locate_checkpoint(name, marker, options)

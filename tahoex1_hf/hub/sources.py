@@ -1,4 +1,4 @@
-"""Converting from wherever a checkpoint of the original lies: a folder or file, a Hub repository, an S3 bucket."""
+"""Convert a checkpoint of the original from where it lies: a folder or file, a Hub repository, or an S3 bucket."""
 
 import logging
 import shutil
@@ -46,7 +46,7 @@ def convert_checkpoint(
         destination: folder to make.
         size: name of one of several sizes, for instance `70m`.
         revision: branch, tag or commit of a Hub repository.
-        dtype: type of the converted tensors; that of the original by default.
+        dtype: type of the converted tensors; by default the original's.
         max_shard_size: largest size of one file of weights, in bytes.
 
     Raises:
@@ -65,7 +65,7 @@ def convert_checkpoint(
 
 
 def _fetch(source: str | Path, size: str | None, revision: str | None, download: Path) -> tuple[Path, str]:
-    """Return where the files are, fetching them if need be, and their origin for the manifest."""
+    """Return the folder of the files, fetching them if need be, and their origin for the manifest."""
     name = str(source)
     is_s3 = name.startswith("s3://")
     if revision is not None and (is_s3 or Path(source).exists()):
@@ -165,7 +165,7 @@ def _list_s3(root: str) -> tuple[dict[str, int], Any]:
         except PermissionError:
             if anonymous:
                 raise
-            continue  # a public bucket may refuse credentials, and yet be open without
+            continue  # a public bucket may refuse credentials, but be open without
         if not found:
             bucket = root.split("/")[0]
             filesystem.ls(bucket)  # raises where there is no such bucket
@@ -175,7 +175,7 @@ def _list_s3(root: str) -> tuple[dict[str, int], Any]:
 
 
 def _needed(names: Iterable[str], source: str) -> list[str]:
-    """Return which files of a checkpoint's folder to fetch: the settings, and the weights in one form."""
+    """Return the files of a checkpoint's folder that are fetched: the settings, and the weights in one form."""
     here = {name for name in names if name.count("/") <= 1 and ".." not in name.split("/")}
     small = [name for name in _SMALL_FILES if name in here]
     for name in (SAFETENSORS, PICKLE):

@@ -64,7 +64,7 @@ def test_upload_through_the_real_client(tmp_path: Path, sizes: dict[str, Path]) 
         online["HF_HOME"] = str(tmp_path / "hf_home")
         run = export(*arguments, "--push", "tahoebio/new", "--commit-message", "First", **online)
     assert run.returncode == 0, run.stderr
-    assert "large: loads without the package; largest difference to it 0" in run.stdout
+    assert "large: loads without the package; largest difference from its outputs 0" in run.stdout
     assert hub.commits[0]["summary"] == "First"
     uploaded = hub.repos["tahoebio/new"]
     assert uploaded == read_files(repository)

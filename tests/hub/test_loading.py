@@ -138,7 +138,7 @@ def test_tokenizers_and_sizes_from_the_cache(hub_cache: dict[str, str], converte
         assert tokenizer.get_vocab() == own_tokenizer.get_vocab()
         assert tokenizer.drug_to_id == own_tokenizer.drug_to_id
     assert find_model(REPO_ID, size="3b").name == "3b"
-    assert find_model(REPO_ID, size="70m") == find_model(REPO_ID)  # what lies at the root has a name too
+    assert find_model(REPO_ID, size="70m") == find_model(REPO_ID)  # the size at the root has a name too
     assert torch.equal(
         embed(TahoeX1Model.from_pretrained(REPO_ID, subfolder="70m"), SMALL), own(converted["70m"], SMALL)
     )
@@ -386,7 +386,7 @@ def test_other_models_are_left_to_transformers(tmp_path: Path, hf_home: Path) ->
 
 
 def test_weights_are_loaded_where_they_are(hf_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Weights are views of the published file: there is no copy on disk, and in memory only of a transposed matrix."""
+    """Weights are views of the published file: nothing is copied on disk, and in memory only a transposed matrix."""
     folder = hf_home.parent / "today" / "70m-model"
     model = TahoeX1ForPreTraining.from_pretrained(folder)
     (link,) = translations(hf_home)

@@ -22,7 +22,7 @@ for kind, options in kinds.items():
 
 
 def run(code: str, given: bytes = b"") -> None:
-    """Run code in a process of its own, since what is imported stays imported."""
+    """Run code in a new process, since imported modules stay imported."""
     environment = {**os.environ, "PYTHONPATH": str(REPO_ROOT), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, input=given, capture_output=True, timeout=PATIENCE, check=False
