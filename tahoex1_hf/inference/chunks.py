@@ -1,5 +1,5 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""Embedding chunks of cells that are read and encoded while the model works."""
+"""Embed chunks of cells that are read and encoded while the model works."""
 
 import copy
 from collections.abc import Callable, Iterator

@@ -1,4 +1,4 @@
-"""Running a model over tokenized cells: device, precision, and batches of cells of similar length."""
+"""Run a model over tokenized cells: device, precision, and batches of cells of similar length."""
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
@@ -41,7 +41,9 @@ def _check_device(device: str | torch.device) -> torch.device:
     try:
         chosen = torch.device(device)
     except RuntimeError as error:
-        raise ValueError(f"device={device!r} is none that PyTorch knows: pass cuda, mps or cpu. ({error})") from None
+        raise ValueError(
+            f"device={device!r} is not one that PyTorch knows: pass cuda, mps or cpu. ({error})"
+        ) from None
     way_out = "pass cpu, or leave the device out for the fastest there is."
     if chosen.type == "cuda" and not torch.cuda.is_available():
         build = (
@@ -60,7 +62,7 @@ def _check_device(device: str | torch.device) -> torch.device:
 def choose_dtype(dtype: DtypeName, device: torch.device) -> torch.dtype:
     """Return the precision asked for; `auto` is bfloat16 where the hardware multiplies it faster, else float32.
 
-    With `int8` it is the weights that have eight bits; this is then the precision of all else.
+    With `int8` the weights have eight bits, and the returned precision is used for everything else.
     """
     if dtype not in ("auto", "float32", "bfloat16", "int8"):
         raise ValueError(f'dtype must be "auto", "float32", "bfloat16" or "int8", got {dtype!r}.')
@@ -80,8 +82,8 @@ def length_sorted_batches(lengths: np.ndarray, batch_tokens: int, padded: bool =
 
     Args:
         lengths: `(cells,)` tokens per cell.
-        batch_tokens: most tokens of a batch; a longer cell makes a batch of its own.
-        padded: count the padding too.
+        batch_tokens: most tokens of a batch; a longer cell makes its own batch.
+        padded: whether to count the padding too.
 
     Yields:
         Row numbers of the cells of one batch.
@@ -120,11 +122,11 @@ class GeneMeans:
         self._counts.index_add_(0, slots, torch.ones_like(slots))
 
     def state(self) -> dict[str, np.ndarray]:
-        """Sums and counts, to go on with later."""
+        """Return the sums and counts, to which later batches can be added."""
         return {"sums": self._sums.cpu().numpy(), "counts": self._counts.cpu().numpy()}
 
     def add_state(self, state: Mapping[str, np.ndarray]) -> None:
-        """Add what `state` returned."""
+        """Add the sums and counts that `state` returned."""
         self._sums += torch.from_numpy(state["sums"]).to(self._sums)
         self._counts += torch.from_numpy(state["counts"]).to(self._counts)
 
@@ -140,14 +142,14 @@ class CellEncoder:
 
     Args:
         model: any Tahoe-x1 model; its decoders, if any, are not run. It is moved to the device and set to eval mode.
-        tokenizer: the tokenizer of the cells, for what stands in the padding.
-        batch_tokens: most tokens of a batch; by default fit for the device. It decides how many rows a product of
-            matrices has, and so which kernel computes it and in which order a sum is rounded: between two settings
+        tokenizer: tokenizer of the cells, which decides the values in the padding.
+        batch_tokens: most tokens of a batch; by default suited to the device. It decides how many rows a product of
+            matrices has, and so which kernel computes it and in which order sums are rounded: between two settings
             embeddings of length 1 differ by up to 1e-6 in float32, and by 1e-2 in bfloat16, whose numbers have two
             or three digits.
-        device: by default the fastest there is.
-        dtype: float32 weights stay as they are; with bfloat16 they are multiplied under autocast, with int8 the
-            layers of a copy are quantised.
+        device: device to compute on; by default the fastest there is.
+        dtype: precision of the matrix products. Weights stay in float32; bfloat16 multiplies them under autocast, and
+            int8 quantises the layers of a copy.
     """
 
     def __init__(
@@ -186,7 +188,7 @@ class CellEncoder:
 
     @property
     def width(self) -> int:
-        """The width of the embeddings."""
+        """Width of the embeddings."""
         return self.config.hidden_size
 
     def gene_means(self, genes: GeneMatch) -> GeneMeans:
@@ -194,7 +196,7 @@ class CellEncoder:
         return GeneMeans(genes.token_ids, self.config.vocab_size, self.width, self.device)
 
     def precision(self) -> AbstractContextManager[Any]:
-        """Return the autocast that the precision asked for needs."""
+        """Return the autocast for the chosen precision."""
         if self.dtype == torch.float32 or self.model.dtype == self.dtype:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype)
@@ -211,13 +213,13 @@ class CellEncoder:
         Args:
             cells: tokenized cells.
             gene_means: running means to which the cells' gene embeddings are added.
-            on_batch: called after each batch with its number of cells.
+            on_batch: function called after each batch with its number of cells.
 
         Returns:
             `(cells, width)` float32, each row of length 1.
         """
         embeddings = np.empty((cells.num_cells, self.width), dtype=np.float32)
-        with self.precision():  # around all batches: weights are cast once
+        with self.precision():  # around all batches, so that weights are cast once
             for rows, pooled in self.pooled_batches(cells, gene_means):
                 embeddings[rows] = normalize(pooled.float(), dim=1).cpu().numpy()
                 on_batch(len(rows))

@@ -1,5 +1,5 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""A record of what made embeddings or predictions, kept beside them."""
+"""A record of how embeddings or predictions were made, kept beside them."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,13 +15,13 @@ from tahoex1_hf.inference.encoder import CellEncoder
 def provenance(
     model_name: str, encoder: CellEncoder, options: EncodeOptions, inputs: Sequence[CellInput], num_empty: int
 ) -> dict[str, Any]:
-    """Describe what made embeddings, in types that an h5ad file holds.
+    """Describe how embeddings were made, in types that an h5ad file holds.
 
     Args:
         model_name: folder or Hub name of the model.
         encoder: model that was run.
-        options: how the cells were encoded.
-        inputs: where the cells come from.
+        options: options of the encoding.
+        inputs: origin of the cells.
         num_empty: number of cells in which no known gene is expressed.
     """
     from tahoex1_hf import __version__

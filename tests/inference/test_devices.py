@@ -33,5 +33,5 @@ def test_mps_without_an_apple_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_device_that_does_not_exist() -> None:
-    with pytest.raises(ValueError, match="device='gpu' is none that PyTorch knows: pass cuda, mps or cpu"):
+    with pytest.raises(ValueError, match="device='gpu' is not one that PyTorch knows: pass cuda, mps or cpu"):
         choose_device("gpu")
