@@ -1,8 +1,8 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""Translating the settings of the original's checkpoints (`model_config.yml`, `collator_config.yml`) into ours.
+"""Translate the settings of the original's checkpoints (`model_config.yml`, `collator_config.yml`) into ours.
 
 Every key is either translated, or listed here as having no effect on what a trained model computes. Any other key is
-an error, since to drop a setting silently would silently give a wrong model.
+an error, since dropping a setting silently would silently give a wrong model.
 """
 
 import logging
@@ -196,7 +196,7 @@ def translate_collator_config(
 def _refuse_unsupported(
     norm: _Section, expression: _Section, decoder: _Section, cell_decoder: _Section, gene: _Section, drug: _Section
 ) -> None:
-    """Take the keys of which the original runs, or its checkpoints use, some values only; refuse the others."""
+    """Take the keys for which the original or its checkpoints use only some values, and refuse other values."""
     for part, key, allowed in (
         (norm, "norm_type", ("low_precision_layernorm", "layernorm")),
         (expression, "input_emb_style", ("continuous",)),

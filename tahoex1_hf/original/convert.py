@@ -1,5 +1,5 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""Opening a checkpoint of the original program, and converting it into a folder that the Auto classes load.
+"""Open a checkpoint of the original program, and convert it into a folder that the Auto classes load.
 
 A checkpoint is a folder with `model_config.yml`, `collator_config.yml`, `vocab.json` and its weights:
 `model.safetensors`, a Composer pickle (`best-model.pt`, or any other single `*.pt`), or the pieces of a sharded
@@ -46,7 +46,7 @@ _DRUG_WEIGHT = "model.chem_encoder.embedding.weight"
 
 @dataclass(frozen=True)
 class OriginalCheckpoint:
-    """A checkpoint of the original whose settings are translated and whose weights are yet to be read.
+    """A checkpoint of the original, with translated settings and weights that have not been read yet.
 
     Args:
         model_settings: contents of `model_config.yml`.
@@ -68,7 +68,7 @@ class OriginalCheckpoint:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The widest type of the original's tensors."""
+        """Widest type of the original's tensors."""
         return reduce(torch.promote_types, self.weights.dtypes.values())
 
     def load_model(self, dtype: torch.dtype | None = None) -> TahoeX1ForPreTraining:

@@ -1,7 +1,7 @@
-"""The original's forward pass in plain torch, from the original's own tensor names and settings.
+"""Compute the original's forward pass in plain torch, from the original's own tensor names and settings.
 
-It is independent of our modelling code and of the translation of names and settings, so that a conversion can be
-checked against it. Weights are read, as float32, when they are needed, and dropped afterwards.
+This is independent of our modelling code and of the translation of names and settings, so that a conversion can be
+checked against it. Weights are read as float32 when they are needed, and dropped afterwards.
 """
 
 from collections.abc import Callable, Mapping

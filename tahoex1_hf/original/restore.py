@@ -1,4 +1,4 @@
-"""Writing a converted checkpoint in the layout that the original program loads."""
+"""Write a converted checkpoint in the layout that the original program loads."""
 
 import json
 import logging
@@ -39,12 +39,12 @@ def restore_original_folder(
     Args:
         source: converted folder, with the weights of `TahoeX1ForPreTraining`.
         destination: folder to make.
-        dtype: type of the tensors; that of the source by default.
+        dtype: type of the tensors; by default the source's.
 
     Raises:
         FileExistsError: when `destination` exists and is not an empty folder.
         FileNotFoundError: naming the file that is missing.
-        ValueError: where the original has no setting for what the model or its tokenizer does.
+        ValueError: where the original has no setting for a property of the model or its tokenizer.
     """
     source, destination = Path(source), Path(destination)
     if not (source / "config.json").is_file():
@@ -84,7 +84,7 @@ def restore_settings(config: TahoeX1Config, tokenizer: TahoeX1Tokenizer) -> tupl
             f"The tokenizer has num_bins={tokenizer.num_bins}, the model {config.num_bins}: the original has one "
             "setting for both, so make them equal."
         )
-    # Translating forward again is the proof that nothing was lost.
+    # Translating forward again proves that nothing was lost.
     drug_table = (config.num_drugs, config.drug_fingerprint_size) if config.num_drugs else None
     again = translate_model_config(model, collator, vocab, drug_table)
     # A classifier's dropout is not part of the pretrained model.
@@ -124,7 +124,7 @@ def _model_settings(config: TahoeX1Config) -> dict[str, Any]:
         "use_cell_conditioned_generation": False,
         "cell_emb_style": "cls" if config.cell_pooling == "cls" else "avg-pool",
         "attn_config": {
-            # To the original's load_model, "triton" means: trained with the mask, run without it.
+            # For the original's load_model, "triton" means "trained with the mask, run without it".
             "attn_impl": "triton" if masked else "flash",
             "attn_type": "grouped_query_attention",
             "kv_n_heads": config.num_key_value_heads,

@@ -23,8 +23,8 @@ from transformers.core_model_loading import (
 from tahoex1_hf.configuration_tahoe_x1 import TahoeX1Config
 from tahoex1_hf.modeling_tahoe_x1 import TahoeX1ForPreTraining
 
-# The rules, in the order in which they apply. None matches a name of ours, and the reverse of each undoes it, whatever
-# the order.
+# The rules, in the order in which they apply. None matches one of our names, and the reverse of each undoes it in any
+# order.
 _RENAMED = [
     (r"^model\.gene_encoder\.embedding\.", "tahoe.embeddings.gene_encoder.embedding."),
     (r"^model\.gene_encoder\.enc_norm\.", "tahoe.embeddings.gene_encoder.norm."),

@@ -1,4 +1,4 @@
-"""Proof of a conversion: the converted model against the original's forward pass, and the manifest that records it."""
+"""Verify a conversion against the original's tensors and forward pass, and write the manifest that records it."""
 
 import copy
 import json
@@ -38,13 +38,13 @@ RELEASED = {
 
 @dataclass(frozen=True)
 class Verification:
-    """What was checked of a conversion.
+    """The result of checking a conversion.
 
     Args:
         num_parameters: number of parameters of the converted model.
         released_size: name of the released model of this shape, None where there is none.
         num_tensors: number of tensors of the original, all of which are accounted for.
-        tensors: how the tensors were compared.
+        tensors: result of comparing the tensors.
         differences: largest relative difference of each output from the original's forward pass; empty where the
             tensors are equal bit for bit and no forward pass is needed.
     """
@@ -71,7 +71,7 @@ def verify_conversion(
     config: TahoeX1Config,
     folder: Path,
 ) -> Verification:
-    """Compare a converted folder with the original it came from, tensor by tensor and by what they compute.
+    """Compare a converted folder with its original, tensor by tensor and by their outputs.
 
     Args:
         settings: contents of `model_config.yml`.
@@ -81,8 +81,8 @@ def verify_conversion(
         folder: converted folder.
 
     Raises:
-        ValueError: where a tensor is missing or differs, the number of parameters is not that of the released model
-            of this shape, or an output differs by more than rounding.
+        ValueError: where a tensor is missing or differs, the number of parameters differs from the released model of
+            this shape, or an output differs by more than rounding.
     """
     weights = open_weights(weights_file(folder))
     check_tensors(weights.shapes, our_shapes(config), "the converted checkpoint")
@@ -94,7 +94,7 @@ def verify_conversion(
         return original.read(name).to(dtype)  # rounded as the converted tensor was
 
     reference = OriginalForward(settings, collator["pad_token_id"], read, set(original.shapes))
-    # The parameters are views of the mapped file: nothing is held in memory but the file's cache.
+    # The parameters are views of the mapped file, so memory holds only the file's cache.
     model = TahoeX1ForPreTraining.from_pretrained(folder, config=copy.deepcopy(config), attn_implementation="sdpa")
     differences: dict[str, float] = {}
     for style in ("observed", "masked"):
@@ -220,7 +220,7 @@ def weights_file(folder: Path) -> Path:
 def write_manifest(
     folder: Path, source: str, read: Mapping[str, Any], dtype: torch.dtype | None, verification: Verification
 ) -> None:
-    """Write `conversion.json`: where the weights come from, what was written, and with which versions."""
+    """Write `conversion.json`: the origin of the weights, the written files, and the versions."""
     written = describe_files({path.name: path for path in folder.iterdir() if path.name != MANIFEST})
     manifest = {
         "source": source,

@@ -1,5 +1,5 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""Reading the tensors of a checkpoint one at a time, from whatever file they are in, without running its code.
+"""Read the tensors of a checkpoint one at a time, from any kind of file, without running its code.
 
 Tensors of safetensors files and pickles are views of the file, mapped into memory; those of a sharded checkpoint are
 put together when they are read.
@@ -93,7 +93,7 @@ def open_weights(path: Path) -> TensorReader:
 
 
 class UnreadTensor:
-    """A tensor that is read when it is sliced, as transformers does with what it loads."""
+    """A tensor that is read when it is sliced, which transformers does when it loads weights."""
 
     def __init__(self, reader: TensorReader, name: str):
         self._reader = reader

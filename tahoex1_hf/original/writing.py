@@ -1,5 +1,5 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""Writing a folder whole or not at all, and describing the files in it."""
+"""Write a folder whole or not at all, and describe the files in it."""
 
 import hashlib
 import shutil
@@ -24,7 +24,7 @@ def check_destination(destination: Path) -> None:
 def workspace(destination: Path) -> Iterator[Path]:
     """Make a folder beside `destination` to work in, and move its sub-folder `result` to `destination` at the end.
 
-    What a killed process left behind is removed first.
+    Remains of killed processes are removed first.
     """
     check_destination(destination)
     destination.parent.mkdir(parents=True, exist_ok=True)
