@@ -44,7 +44,7 @@ class Change:
         if self.mode not in ("delete", "overexpress", "set"):
             raise ValueError(f'mode={self.mode!r}: pass "delete", "overexpress" or "set".')
         if (self.mode == "set") != (self.value is not None):
-            raise ValueError(f'value={self.value}: pass the raw count with mode="set", and with no other.')
+            raise ValueError(f'value={self.value}: pass a raw count with mode="set", and only then.')
         if self.value is not None and not 0 <= self.value < np.inf:
             raise ValueError(f"value={self.value}: pass a raw count, zero or more.")
 
@@ -176,7 +176,7 @@ class CellSource:
 
 
 def gene_places(offsets: np.ndarray, special: int) -> np.ndarray:
-    """Return the index of every gene once each cell has `special` tokens in front; `offsets` are without them."""
+    """Return the index of every gene when each cell has `special` tokens in front; `offsets` do not count these."""
     cells = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
     return np.arange(offsets[-1]) + special * (cells + 1)
 
@@ -274,7 +274,7 @@ class Pairs:
         return self._encoded(self.after, np.ones(len(self.chosen), dtype=bool))
 
     def unperturbed(self, pairs: np.ndarray) -> tuple[EncodedCells, np.ndarray]:
-        """Encode "before", like `perturbed`, of the pairs that are True in `pairs`."""
+        """Encode "before", in the form of `perturbed`, for the pairs that are True in `pairs`."""
         return self._encoded(self.before, pairs)
 
     def _encoded(self, counts: np.ndarray, pairs: np.ndarray) -> tuple[EncodedCells, np.ndarray]:
@@ -291,7 +291,7 @@ class Pairs:
         A perturbed gene is never hidden.
 
         Returns:
-            `(total genes,)` bool, the hidden genes; `(pairs,)` bool, the pairs that need a "before" of their own.
+            `(total genes,)` bool, the hidden genes; `(pairs,)` bool, the pairs that need their own "before".
         """
         numbers, seed = self.cells.numbers[self.chosen], self.cells.source.options.seed
         seen = halves(np.arange(len(self.chosen)), self.members[:, 0], numbers, seed)

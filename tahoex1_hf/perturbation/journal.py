@@ -21,7 +21,7 @@ class Journal:
     Args:
         path: path of the file, which is made if it does not exist; None keeps everything in memory.
         settings: everything that decides the result.
-        restart: whether to discard what a run with other settings left.
+        restart: whether to discard the results of a run with other settings.
 
     Raises:
         ValueError: on entering, for the file of a run with other settings, which the message names, and for a file

@@ -1,8 +1,8 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
 """Measures of perturbations: the shift of cell embeddings, and the change of predicted expression.
 
-Cells come in chunks. Of perturbed cells only sums are kept; of each unperturbed cell of a group, its embedding and, if
-expression is predicted, one value for each gene that it expresses.
+Cells come in chunks. For perturbed cells only sums are kept; for each unperturbed cell of a group its embedding and,
+if expression is predicted, one value for each gene that it expresses.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +16,7 @@ from tahoex1_hf.inference.encoder import CellEncoder, length_sorted_batches
 from tahoex1_hf.packing_tahoe_x1 import EncodedCells
 from tahoex1_hf.perturbation.cells import CellRows, Change, Pairs, gene_places, halves
 
-# Number of genes of perturbed cells that are encoded together: tens of megabytes with everything computed on the way.
+# Number of genes of perturbed cells that are encoded together: tens of megabytes, intermediate arrays included.
 PIECE_TOKENS = 2**19
 
 
@@ -44,7 +44,7 @@ class Moments:
             return np.where(self.count > 1, np.sqrt(self.squares / (self.count - 1) / self.count), np.nan)
 
     def of(self, group: int) -> tuple[float, float]:
-        """Return the mean and standard error of one group; NaN where there are too few values."""
+        """Return the mean and standard error of a group; NaN where there are too few values."""
         mean = self.mean[group] if self.count[group] else np.nan
         return float(mean), float(self.standard_error()[group])
 

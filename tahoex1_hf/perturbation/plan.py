@@ -1,5 +1,5 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""The plan of a run: perturbations, their cells, and the genes of like expression that each is compared with."""
+"""The plan of a run: perturbations, their cells, and the genes of similar expression that each is compared with."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -222,7 +222,7 @@ class Levels:
 
 
 class Controls:
-    """Genes of like expression, whose perturbation shows what shift to expect from any gene of that expression.
+    """Genes of similar expression, whose perturbation shows the shift to expect from any gene of that expression.
 
     Candidates are the genes that at least `min_cells` cells express, without the tested genes. The nearest are taken,
     by the squared difference of the log2 share of cells that express a gene, plus that of the log2 mean count in these

@@ -1,5 +1,5 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""A figure of ranked perturbations: their shifts beside those of genes of like expression."""
+"""A figure of ranked perturbations: their shifts beside the shifts of genes of similar expression."""
 
 import math
 from pathlib import Path
@@ -120,7 +120,7 @@ def _points(axis: Any, table: "DataFrame", measure: str) -> None:
         axis.annotate(row["gene"], where, fontsize=7, xytext=(3, offset), textcoords="offset points")
     axis.axhline(0, color="black", linewidth=0.6)
     axis.set_xlabel(_axis_label(measure), fontsize=8)
-    axis.set_ylabel("z score against genes of like expression", fontsize=8)
+    axis.set_ylabel("z score against genes of similar expression", fontsize=8)
     axis.tick_params(labelsize=8)
     axis.legend(fontsize=7, frameon=False)
     axis.spines[["top", "right"]].set_visible(False)

@@ -1,5 +1,5 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""In-silico perturbation: genes are deleted, overexpressed or set in cells, and the model says what that changes."""
+"""In-silico perturbation: delete, overexpress or set genes in cells, and measure how the model's outputs change."""
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -112,7 +112,7 @@ def perturb_genes(
     A changed cell is encoded as if it had been measured that way: bins are computed anew from all its counts. In cells
     longer than the context, the other genes of the sample are the same with and without the perturbation, and the
     perturbed gene is always in the sample. Means are over the cells whose counts change: deleting a gene from a cell
-    that does not express it is no perturbation.
+    that does not express it is not a perturbation.
 
     The null distribution of a perturbation consists of the shifts that `null_genes` other genes cause, perturbed in
     the same way in the cells of the same group: the genes nearest in expression (share of cells that express them, and
@@ -153,9 +153,9 @@ def perturb_genes(
             controls that are equally near.
         batch_tokens: as in `embed_anndata`.
         device: as in `embed_anndata`.
-        dtype: as in `embed_anndata`, but float32 by default: bfloat16 moves embeddings as far as many a gene does.
+        dtype: as in `embed_anndata`; by default float32, as bfloat16 moves embeddings as far as many perturbations.
         partial: file that keeps finished perturbations, from which the same call resumes; remove it afterwards.
-        restart: whether to discard what an unfinished run with other arguments left in `partial`.
+        restart: whether to discard the results of an unfinished run with other arguments in `partial`.
         progress: whether to show a progress bar.
 
     Returns:
@@ -283,7 +283,7 @@ class _Run:
         self.tasks = list(dict.fromkeys([*controls, *(other for others in controls.values() for other in others)]))
 
     def identity(self, model: torch.nn.Module, toward: np.ndarray | None) -> dict[str, Any]:
-        """Return what decides the result, apart from the kind of device."""
+        """Return everything that decides the result, apart from the kind of device."""
         options = self.source.options
         numbers = [each.tolist() for each in self.groups.numbers]
         return {

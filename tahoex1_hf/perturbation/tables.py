@@ -21,7 +21,7 @@ _FORMATS = (".csv", ".parquet")
 
 
 def compared(observed: float, null: np.ndarray, two_sided: bool) -> dict[str, float]:
-    """Compare a shift with those of its controls.
+    """Compare a shift with the shifts of its controls.
 
     Args:
         observed: mean shift of the perturbation.
@@ -129,7 +129,7 @@ def check_table(path: str | Path) -> None:
 
 
 def write_table(table: "DataFrame", path: str | Path) -> None:
-    """Write a table as CSV or Parquet, as the ending of its name says; the file appears when it is complete."""
+    """Write a table as CSV or Parquet, by the ending of its name; the file appears when it is complete."""
     check_table(path)
     with WholeFile(path) as partial:
         if Path(path).suffix == ".csv":
