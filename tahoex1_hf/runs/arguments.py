@@ -13,7 +13,7 @@ def run_arguments(*, precision: str, activation_checkpointing: bool, **own: Any)
     """Return Trainer's options for a run whose batches are made by step.
 
     Args:
-        precision: `"bf16"`, `"fp16"`, `"no"`, or `"launcher"` for what `accelerate launch` was told.
+        precision: `"bf16"`, `"fp16"`, `"no"`, or `"launcher"` for the setting of `accelerate launch`.
         activation_checkpointing: Whether layers are computed again in the backward pass, which saves memory.
         **own: Options of this run.
     """
@@ -30,7 +30,7 @@ def run_arguments(*, precision: str, activation_checkpointing: bool, **own: Any)
         **(_activation_checkpointing() if activation_checkpointing else {}),
         **own,
     )
-    if precision == "no":  # otherwise the launcher's precision would be taken
+    if precision == "no":  # otherwise Trainer would use the launcher's precision
         arguments.mixed_precision = "no"
     return arguments
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""Finding, sealing and removing the checkpoints of a run.
+"""Find, seal and remove the checkpoints of a run.
 
 A checkpoint is many files of many processes. The last thing written is a list of all files and their sizes: a folder
 without it, or with other files, was cut short and is never resumed from.
@@ -75,6 +75,6 @@ def remove_old(output_dir: Path, limit: int, best: Path | None = None) -> None:
             kept.append(folder)
     for folder in whole:
         if folder not in kept:
-            # The list of files goes first: a removal that is cut short must not leave what seems to be a checkpoint.
+            # The list of files goes first, so that an interrupted removal does not leave an apparent checkpoint.
             (folder / COMPLETE).unlink()
             shutil.rmtree(folder)

@@ -15,7 +15,7 @@ class LogWindow:
         num_losses: Number of losses of a step.
 
     Attributes:
-        losses: Sum over the steps of each loss, as far as this process's cells contribute to it.
+        losses: Sum over the steps of each loss, with the contribution of this process's cells only.
         steps: Number of steps.
         cells: Number of cells that this process has seen.
         tokens: Number of their tokens.
@@ -52,11 +52,11 @@ class LogWindow:
 
     @classmethod
     def merged(cls, states: Sequence[dict[str, Any]], first: bool) -> "LogWindow":
-        """Return the window of a process that resumes a run of another number of processes.
+        """Return the window of a process that resumes a run which had another number of processes.
 
         Args:
             states: `state` of all earlier processes, which cover the same steps.
-            first: Whether this is the first process. It takes all sums, the others none.
+            first: Whether this is the first process. The first takes all sums, the others take none.
         """
         window = cls.restored(states[0])
         sums = zip(*(state["losses"] for state in states), strict=True)

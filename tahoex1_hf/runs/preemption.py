@@ -1,5 +1,5 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""Saving a checkpoint where SIGTERM asks a run to end."""
+"""Save a checkpoint when SIGTERM asks a run to end."""
 
 import signal
 import threading
@@ -18,7 +18,7 @@ class Preempted(Exception):
 
 
 class Preemption(TrainerCallback):
-    """On SIGTERM, save a checkpoint after the present step and end the run, in all processes at the same step.
+    """On SIGTERM, save a checkpoint after the current step and end the run, in all processes at the same step.
 
     Attributes:
         agreed: Whether the run was ended in this way.
@@ -38,7 +38,7 @@ class Preemption(TrainerCallback):
             self._earlier_handler = signal.signal(signal.SIGTERM, self._ask)
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
-        """Restore the handler that was there before."""
+        """Restore the earlier handler."""
         if self._earlier_handler is not None:
             signal.signal(signal.SIGTERM, self._earlier_handler)
             self._earlier_handler = None
@@ -46,7 +46,7 @@ class Preemption(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> TrainerControl:
-        """End the run if any process was asked to: the signal reaches them at different steps."""
+        """End the run if any process was asked to, since the signal reaches processes at different steps."""
         asked = self._asked
         if args.world_size > 1:
             flag = torch.tensor(float(asked), device=args.device)

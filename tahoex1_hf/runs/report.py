@@ -25,7 +25,7 @@ class Score:
     """The value of a metric.
 
     Attributes:
-        task: What was learnt or evaluated.
+        task: Name of the task.
         dataset: Name of the data.
         split: Part of the data that was scored: `test`, `held-out drug`.
         fold: Number of the fold, from 0; None for the mean over all folds.
@@ -57,8 +57,8 @@ COLUMNS = tuple(field.name for field in fields(Score))
 def interval(values: Sequence[float]) -> dict[str, Any]:
     """Return the mean of some values, and its 95 % confidence interval by Student's t.
 
-    The values are taken to be independent. Those of folds are not quite, since the folds share training cells
-    (Bengio and Grandvalet 2004, J. Mach. Learn. Res. 5), so that the interval is somewhat too narrow.
+    The values are assumed to be independent. Values of folds are not quite, since the folds share training cells
+    (Bengio and Grandvalet 2004, J. Mach. Learn. Res. 5), so the interval is somewhat too narrow.
 
     Returns:
         `mean`; `low` and `high`, None where there are fewer than two values; `values`.
@@ -97,7 +97,7 @@ class Report:
     """Scores of models and baselines, which it writes as tables and a picture.
 
     Args:
-        task: What was learnt or evaluated.
+        task: Name of the task.
         dataset: Name of the data.
 
     Attributes:
@@ -119,7 +119,7 @@ class Report:
     ) -> None:
         """Add a method's scores: a row for each metric and fold, and one for each metric's mean.
 
-        The interval of the mean is that of the folds' values, or where a fold has several, that of all folds' values.
+        The interval of the mean is over the folds' values or, where a fold has several values, over all values.
 
         Args:
             method: Name of the model or baseline.
@@ -205,8 +205,7 @@ class Report:
         """Return a Markdown table of the means: a row for each method, a column for each metric.
 
         Args:
-            titles: Metric -> heading; metrics that are not among them are left out, and the order is theirs. By
-                default all metrics.
+            titles: Metric -> heading, in the order of the columns; other metrics are left out. By default all metrics.
             methods: Method -> title; by default its name.
             split: Part of the data; by default all, where no method has scores on two parts.
             digits: Digits after the point; by default as in `format_value`.
@@ -241,7 +240,7 @@ class Report:
 
         splits = list(dict.fromkeys(score.split for score in self.scores if score.metric == metric))
         rows = [score for score in self.scores if score.metric == metric and score.fold is None]
-        rows.reverse()  # the first stands above
+        rows.reverse()  # so that the first stands at the top
         figure = Figure(figsize=(7, 1.2 + 0.4 * len(rows)), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.subplots()

@@ -1,5 +1,5 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""The status file of a run, for whoever started it."""
+"""The status file of a run, for the program that started it."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ STATUS = "run_status.json"
 
 
 def write_status(output_dir: Path, status: str, **more: Any) -> None:
-    """Write the status of a run. Launchers turn every exit code into 1, so that the code alone does not tell.
+    """Write the status of a run, since launchers turn every exit code into 1.
 
     Args:
         output_dir: Folder of the run.

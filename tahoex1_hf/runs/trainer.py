@@ -1,8 +1,8 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
 """A transformers Trainer whose runs can be interrupted at any moment, and resume as if nothing had happened.
 
-What a step sees follows from its number, checkpoints are whole or not there, SIGTERM ends a run after a checkpoint,
-and the log does not depend on interruptions. Pretraining and fine-tuning add their data and their losses.
+The cells of a step follow from its number, checkpoints appear whole or not at all, SIGTERM ends a run after a
+checkpoint, and the log does not depend on interruptions. Pretraining and fine-tuning add their data and their losses.
 """
 
 import json
@@ -54,12 +54,12 @@ class RunBatches(Protocol):
     def __iter__(self) -> Iterator[dict[str, Any]]: ...
 
     def identity(self) -> dict[str, Any]:
-        """Return what decides the order of the cells, by name; a checkpoint with other values is refused."""
+        """Return the values that decide the order of the cells, by name; a checkpoint with other values is refused."""
         ...
 
 
 class StepCounter(TrainerCallback):
-    """Counts steps for the log, and epochs of the data: Trainer takes the whole run for one.
+    """Count steps for the log, and epochs of the data, since Trainer takes the whole run for one epoch.
 
     Args:
         trainer: Trainer of the run.
@@ -120,7 +120,7 @@ class ResumableTrainer(Trainer):
         return self.args.process_index, self.args.world_size
 
     def get_train_dataloader(self) -> Any:
-        """Return the batches; Accelerate is not to divide them, since each process makes its own."""
+        """Return the batches, which Accelerate must not divide, since each process makes its own."""
         return self.batches
 
     # Steps, log and evaluation ----------------------------------------------------------------------
@@ -144,7 +144,7 @@ class ResumableTrainer(Trainer):
         super().log(self.extended(logs), start_time)
 
     def window_means(self, window: LogWindow) -> dict[str, float]:
-        """Return what a line of the log says of its steps, `loss` at least.
+        """Return the means that a line of the log gives for its steps, at least `loss`.
 
         Args:
             window: Sums over the steps, of all processes.
@@ -152,14 +152,14 @@ class ResumableTrainer(Trainer):
         return {"loss": window.losses[0] / window.steps}
 
     def extended(self, logs: dict[str, float]) -> dict[str, float]:
-        """Return a line of the log with what a subclass adds to it."""
+        """Return a line of the log with the additions of a subclass."""
         return logs
 
     def _whole_window(self) -> LogWindow:
         return self.window.totals(self.args.device, self.args.world_size)
 
     def _mean_loss(self) -> float:
-        """Return the mean loss over all steps of the run, those before an interruption among them."""
+        """Return the mean loss over all steps of the run, including those before an interruption."""
         total = last = 0.0
         for line in self.state.log_history:
             if "loss" in line:
@@ -185,15 +185,15 @@ class ResumableTrainer(Trainer):
     # Checkpoints ------------------------------------------------------------------------------------
 
     def progress(self) -> dict[str, Any]:
-        """Return what this process needs to resume from a checkpoint, beside what Trainer saves."""
+        """Return the values beside Trainer's own that this process needs to resume from a checkpoint."""
         return {"window": self.window.state()}
 
     def restore_progress(self, state: dict[str, Any]) -> None:
-        """Restore what `progress` returned in this process."""
+        """Restore the values that `progress` returned in this process."""
         self.window = LogWindow.restored(state["window"])
 
     def save_beside(self, folder: Path) -> None:
-        """Save what goes with the model, such as its tokenizer; called in the process that saves."""
+        """Save the companions of the model, such as its tokenizer; called in the process that saves."""
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         """Write a checkpoint, and declare it whole when all processes are done; then remove old ones."""
@@ -214,7 +214,7 @@ class ResumableTrainer(Trainer):
             free = shutil.disk_usage(output_dir).free / 1e9
             error.add_note(
                 f"{folder} could not be written ({free:.1f} GB are free there); it will not be resumed from. Make "
-                "room, and give the same command again: it resumes from the last whole checkpoint."
+                "room and run the same command again: it resumes from the last whole checkpoint."
             )
             raise
         finally:
@@ -227,7 +227,7 @@ class ResumableTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     def _load_best_model(self) -> None:
-        """Load the best weights; where they are gone, Trainer would only warn and keep the last ones."""
+        """Load the best weights; raise an error if they are gone, where Trainer would only warn and keep the last."""
         best = self.state.best_model_checkpoint
         if best is None or not Path(best).is_dir():
             raise FileNotFoundError(
@@ -240,7 +240,7 @@ class ResumableTrainer(Trainer):
         """Train to the last step, from the newest whole checkpoint in the run's folder where there is one.
 
         Args:
-            begin: Checkpoint of another run to begin with, where this one has none yet.
+            begin: Checkpoint of another run to begin with, where this run has none yet.
 
         Raises:
             ValueError: If the checkpoint was made with other data.
