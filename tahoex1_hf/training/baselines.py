@@ -9,7 +9,7 @@ from tahoex1_hf.data.feeding import CellBatches
 from tahoex1_hf.training.config import PretrainConfig
 from tahoex1_hf.training.stream import ValidationCells
 
-_CELLS = 20_000  # training cells that means are taken over: enough for every gene that is often expressed
+_CELLS = 20_000  # training cells over which means are taken: enough for every gene that is often expressed
 
 
 def baseline_losses(

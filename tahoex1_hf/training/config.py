@@ -17,12 +17,12 @@ from tahoex1_hf.training.evaluation import CellTypeConfig, GeneEssentialityConfi
 
 logger = logging.getLogger(__name__)
 
-# Keys of earlier versions, with the values that they had where nothing was said.
+# Keys of earlier versions, with their former defaults.
 _RETIRED = {"peak_tflops": None, "spike_factor": 3.0}
 
 
 class PretrainConfig(Strict):
-    """The settings of a run: everything that decides its weights, and what it records on the way."""
+    """The settings of a run: everything that decides its weights, and the records that it keeps."""
 
     dataset: str | list[str]
     """Folder or URL of a prepared dataset (`tahoex1 prepare`), or several."""
@@ -61,7 +61,7 @@ class PretrainConfig(Strict):
     unexpressed_padding: bool = False
     """Whether cells are filled up to the context length with genes that they do not express; needs `packed: false`."""
     pad_to_multiple_of: int | None = Field(None, gt=0)
-    """Number to a multiple of which padded lengths are rounded up, for `compile`; needs `packed: false`."""
+    """Number whose next multiple padded lengths are rounded up to, for `compile`; needs `packed: false`."""
 
     global_batch_size: int = Field(gt=0)
     """Number of cells in a step, over all processes."""
@@ -93,7 +93,7 @@ class PretrainConfig(Strict):
     """Norm to which larger gradients are scaled down."""
 
     precision: Literal["launcher", "no", "bf16", "fp16"] = "launcher"
-    """Mixed precision; `launcher` takes what `accelerate launch` was told (also fp8)."""
+    """Mixed precision; `launcher` takes the setting of `accelerate launch` (also fp8)."""
     attention: Literal["sdpa", "flash_attention_2", "flex_attention", "eager"] = "sdpa"
     """Implementation of attention."""
     activation_checkpointing: bool = False
@@ -125,7 +125,7 @@ class PretrainConfig(Strict):
     @model_validator(mode="before")
     @classmethod
     def _without_retired(cls, values: Any) -> Any:
-        """Accept the keys of earlier versions, which are in every config.resolved.yaml that these wrote."""
+        """Accept the keys of earlier versions, which stand in every config.resolved.yaml that they wrote."""
         if not isinstance(values, dict):
             return values
         for key, default in _RETIRED.items():
@@ -168,7 +168,7 @@ def read_pretrain_config(path: str | Path, overrides: Sequence[str] = ()) -> Pre
         overrides: `key=value`, with dots for keys within keys (`model.hidden_size=64`); values are YAML.
 
     Raises:
-        ValueError: If an override is no `key=value`, or a key is unknown, missing or wrong; all such keys are named.
+        ValueError: If an override is not `key=value`, or a key is unknown, missing or wrong; all such keys are named.
     """
     values = with_overrides(read_recipe(path, "pretrain"), overrides)
     # A recipe's epochs give way to a given number of steps.

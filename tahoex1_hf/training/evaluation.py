@@ -1,8 +1,8 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
 """Evaluations of the model in training: how well it separates cell types, and essential genes from others.
 
-The main process embeds; classifiers and pictures are made in a thread while the training goes on. The random states
-are left as they were, so that a run does not depend on whether it is evaluated.
+The main process embeds; a thread makes classifiers and pictures while the training continues. Evaluations restore the
+random states, so that a run does not depend on whether it is evaluated.
 """
 
 import contextlib
@@ -62,7 +62,7 @@ class CellTypeConfig(_EvaluationConfig):
     gene_symbols: str | None = None
     """CSV with gene symbol and Ensembl id, for files that name genes by symbol."""
     max_cells: int = Field(2000, gt=1)
-    """Largest number of cells; of more, some are chosen at random."""
+    """Largest number of cells; if there are more, some are chosen at random."""
     neighbors: int = Field(15, gt=0)
     """Number of nearest neighbours of a cell whose types are compared with its own, for the purity."""
 
@@ -94,7 +94,7 @@ def full_model(model: torch.nn.Module) -> torch.nn.Module | None:
     state = get_model_state_dict(inner, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if not first:
         return None
-    # FSDP derives a class of its own from the model's class; ours is among its bases.
+    # FSDP derives a new class from the model's class; ours is among its bases.
     kind = next(c for c in type(inner).__mro__ if c.__module__.endswith("modeling_tahoe_x1"))
     config = inner.config
     with torch.device("meta"):
@@ -117,11 +117,11 @@ def undisturbed_random() -> Iterator[None]:
 
 
 class _Evaluation(TrainerCallback, ABC):
-    """Runs `features` on the main process at evaluations, and `score` in a thread.
+    """A callback that runs `features` on the main process at evaluations, and `score` in a thread.
 
     Attributes:
-        log: Function that takes the results. Whoever makes the trainer sets it.
-        tokenizer: Tokenizer of the model. Whoever makes the trainer sets it.
+        log: Function that takes the results; set when the trainer is made.
+        tokenizer: Tokenizer of the model; set when the trainer is made.
     """
 
     def __init__(self, config: Any):
@@ -138,12 +138,12 @@ class _Evaluation(TrainerCallback, ABC):
 
     @abstractmethod
     def score(self, features: Features, picture: Path, step: int) -> dict[str, float]:
-        """Return metrics of embeddings, and draw a picture of them where there is one."""
+        """Return metrics of embeddings, and draw the evaluation's picture, if it has one."""
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
     ) -> None:
-        """Embed, and let a thread do the rest while the training goes on."""
+        """Embed, and let a thread do the rest while the training continues."""
         self.evaluations += 1
         if self.evaluations % self.config.every_evals:
             return
@@ -155,7 +155,7 @@ class _Evaluation(TrainerCallback, ABC):
             with undisturbed_random():
                 features = self.features(whole)
         except Exception:
-            logger.warning("Evaluation %s failed; the training goes on.", self.config.name, exc_info=True)
+            logger.warning("Evaluation %s failed; the training continues.", self.config.name, exc_info=True)
             return
         finally:
             whole.train(was_training)
@@ -169,7 +169,7 @@ class _Evaluation(TrainerCallback, ABC):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> TrainerControl:
-        """Wait for results at the next line of the log, so that the log does not depend on how long they took."""
+        """Wait for results at the next line of the log, so that the log does not depend on their duration."""
         if control.should_log or control.should_save:
             self.collect(args)
         return control
@@ -184,7 +184,7 @@ class _Evaluation(TrainerCallback, ABC):
             try:
                 metrics = {f"eval_{self.config.name}_{name}": value for name, value in future.result().items()}
             except Exception:
-                logger.warning("Evaluation %s failed; the training goes on.", self.config.name, exc_info=True)
+                logger.warning("Evaluation %s failed; the training continues.", self.config.name, exc_info=True)
                 continue
             logger.info("Step %d: %s", step, metrics)
             path = Path(str(args.output_dir)) / "evaluation" / "results.jsonl"
@@ -235,7 +235,7 @@ class CellTypeEvaluation(_Evaluation):
         """Return the rising numbers of the cells to embed, and their labels."""
         config = self.config
         if config.label not in cells.obs_columns:
-            raise ValueError(f"label={config.label!r} is not in obs of {config.file}: {cells.obs_columns} are.")
+            raise ValueError(f"label={config.label!r} is not in obs of {config.file}: it has {cells.obs_columns}.")
         column = cells.column(config.label)
         known = np.flatnonzero(column.notna().to_numpy())
         labels = column.iloc[known].astype(str)
@@ -253,7 +253,7 @@ class CellTypeEvaluation(_Evaluation):
         return rows, column.iloc[rows].astype(str).to_numpy()
 
     def score(self, features: Features, picture: Path, step: int) -> dict[str, float]:
-        """Return the macro-F1 over the folds, the purity, and its ratio to that of random neighbours."""
+        """Return the macro-F1 over the folds, the purity, and its ratio to the purity of random neighbours."""
         from sklearn.linear_model import LogisticRegression
         from sklearn.metrics import f1_score
         from sklearn.model_selection import StratifiedKFold, cross_val_predict
@@ -310,7 +310,7 @@ class GeneEssentialityEvaluation(_Evaluation):
             raise ValueError(f"{config.name}: set label, or negatives_file.")
         if config.label is not None:
             if config.label not in table:
-                raise ValueError(f"label={config.label!r} is not in {config.file}: {list(table)} are.")
+                raise ValueError(f"label={config.label!r} is not in {config.file}: it has {list(table)}.")
             table = table[table[config.label].notna()]
             return table[config.gene_id_column].astype(str).tolist(), table[config.label].astype(int).to_numpy()
         negatives = self._table(config.negatives_file)
@@ -323,7 +323,7 @@ class GeneEssentialityEvaluation(_Evaluation):
         table = pd.read_parquet(path) if path.endswith(".parquet") else pd.read_csv(path)
         column = self.config.gene_id_column
         if column not in table:
-            raise ValueError(f"gene_id_column={column!r} is not in {path}: {list(table)} are.")
+            raise ValueError(f"gene_id_column={column!r} is not in {path}: it has {list(table)}.")
         return table.dropna(subset=[column]).drop_duplicates(column)
 
     def score(self, features: Features, picture: Path, step: int) -> dict[str, float]:

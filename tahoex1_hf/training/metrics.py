@@ -41,7 +41,7 @@ class MetricSums:
 
 
 def average_ranks(values: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
-    """Return the rank of each value within its group, up to a constant per group. Ties share the mean of their ranks.
+    """Return the rank of each value within its group, up to a constant per group; ties share their mean rank.
 
     Args:
         values: Values, shape `(n,)`.
@@ -101,7 +101,7 @@ def batch_sums(
         outputs: `expression_predictions` and `cell_expression_predictions`, shape `(batch, length)`.
         batch: Batch with `labels`, `target_mask` and, if it is packed, `cu_seq_lens_q`.
         counts: Raw counts at the targets, in the shape of the labels.
-        scale: Factor and offset that turn labels into what the model predicts (see `scale_targets`).
+        scale: Factor and offset that turn labels into the model's unit (see `scale_targets`).
     """
     targets = batch["target_mask"]
     labels = batch["labels"][targets].double() * scale[0] + scale[1]

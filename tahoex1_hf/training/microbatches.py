@@ -23,7 +23,7 @@ def microbatches(batch: Batch, cells: int) -> Iterator[Batch]:
 
     Args:
         batch: Batch of `CellCollator`, padded `(cells, length)` or packed `(1, tokens)`.
-        cells: Number of cells of a part; the last may have fewer.
+        cells: Number of cells of a part; the last part may have fewer.
     """
     if "cu_seq_lens_q" not in batch:
         for start in range(0, len(batch["input_ids"]), cells):
@@ -116,7 +116,7 @@ def largest_microbatch(measure: Callable[[int], float], limit: float, most: int)
 
 
 class PassMemory:
-    """Measures the memory that a forward and backward pass takes on top of what is in use.
+    """A measurement of the memory that a forward and backward pass takes on top of the memory in use.
 
     On a GPU the allocator reports it. Elsewhere `AliveTensors` counts the tensors that exist at the same time. (Hooks
     on saved tensors would miss the inputs that checkpointed layers keep.)
@@ -139,7 +139,7 @@ class PassMemory:
                 torch.cuda.empty_cache()
                 return float("inf")
             return torch.cuda.max_memory_allocated(self.device) - before
-        # The mode does not see into compiled code, and what dynamo meets under a mode it never compiles again.
+        # The mode does not see into compiled code, and dynamo never compiles code that it has met under a mode.
         with torch.compiler.set_stance("force_eager"), AliveTensors() as alive:
             run()
         return alive.most
@@ -157,12 +157,12 @@ class PassMemory:
             return free + cached - optimizer_bytes
         import psutil
 
-        # Only half of the memory: what kernels take for themselves is not counted, and a laptop does other things too.
+        # Only half of the memory, since the kernels' own memory is not counted, and a laptop does other things too.
         return psutil.virtual_memory().available / 2 / processes - optimizer_bytes
 
 
 class AliveTensors(TorchDispatchMode):
-    """Counts, while it is entered, the bytes of tensors that operations have made and that still exist.
+    """A mode that counts the bytes of tensors which operations have made under it and which still exist.
 
     Attributes:
         most: Largest number of bytes at any moment.

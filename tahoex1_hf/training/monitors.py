@@ -22,7 +22,7 @@ _SPIKE = 3.0  # a value above this many times its recent median is a spike
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Return the FLOP/s of a device: those of its data sheet, or those measured on a product of matrices."""
+    """Return the FLOP/s of a device, from its data sheet or measured on a product of matrices."""
     if device.type == "cuda" and dtype != torch.float32:
         name = torch.cuda.get_device_name(device)
         for known, tflops in _PEAKS.items():
@@ -42,7 +42,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
 
 
 class SpeedMonitor(TrainerCallback):
-    """Adds speed, memory and the remaining time to the lines of the log.
+    """A callback that adds speed, memory and the remaining time to the lines of the log.
 
     Args:
         args: Trainer's options.
@@ -90,7 +90,7 @@ class SpeedMonitor(TrainerCallback):
 
 
 class SpikeWarning(TrainerCallback):
-    """Warns of a loss or gradient norm that is more than three times its recent median."""
+    """A callback that warns of a loss or gradient norm of more than three times its recent median."""
 
     def __init__(self) -> None:
         self.recent: dict[str, deque[float]] = {name: deque(maxlen=50) for name in ("loss", "grad_norm")}

@@ -1,5 +1,5 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""A pretraining run from its configuration to the final model."""
+"""Pretrain a model, from the configuration of the run to the final weights."""
 
 import copy
 import json
@@ -134,7 +134,7 @@ def pretrain(config: PretrainConfig) -> int:
     """
     processes = PartialState(cpu=not torch.cuda.is_available())
     folder = RunFolder(config, processes.num_processes)
-    processes.wait_for_everyone()  # until all have read what an earlier start wrote
+    processes.wait_for_everyone()  # until all have read the files of an earlier start
     if processes.is_main_process:
         folder.write("running")
     if not os.isatty(2):

@@ -1,8 +1,8 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""The facts that a run knows about its model, for a model card.
+"""Collect the facts that a run knows about its model, for a model card.
 
-What no run can know (who the donors are, what the model is good for) is not made up: the card says that it is not
-known.
+Facts that no run can know (who the donors are, what the model is good for) are not made up: the card says that they
+are not known.
 """
 
 from pathlib import Path
@@ -38,13 +38,13 @@ _METRICS = {
 # Facts that are the same for every run.
 _ALIKE: dict[str, Any] = {
     "released": False,
-    "data_note": "What is known of the data is in their `manifest.json` (`tahoex1 prepare`): donors, tissues and "
-    "assays are not described here.",
+    "data_note": "The `manifest.json` of the data (`tahoex1 prepare`) holds the known facts about them; donors, "
+    "tissues and assays are not described here.",
     "measured": [],
-    "parity": "What the package computes with a checkpoint of the original agrees with the original (`tests/golden`).",
+    "parity": "With checkpoints of the original, the package computes what the original computes (`tests/golden`).",
     "intended_use": ["Research on cells like those of its training data."],
-    "out_of_scope": ["A judgement of Tahoe-x1: the released models saw 266 million cells."],
-    "limits": ["How it does on other tissues, assays and donors than those of its training data is not known."],
+    "out_of_scope": ["Judging Tahoe-x1: the released models saw 266 million cells."],
+    "limits": ["Its quality on other tissues, assays and donors than those of its training data is not known."],
     "citation": _CITATION,
     "license": "apache-2.0",
     "tags": ["biology", "single-cell", "transcriptomics", "scRNA-seq", "tahoe-x1"],
@@ -97,7 +97,7 @@ def card_facts(
             for key, (task, metric) in _METRICS.items()
             if key in results
         ],
-        "results_note": _results_note(config, model, cells[1]) if results else "No held-out cells were looked at.",
+        "results_note": _results_note(config, model, cells[1]) if results else "No held-out cells were evaluated.",
     }
 
 
@@ -152,5 +152,5 @@ def _results_note(config: PretrainConfig, model: TahoeX1Config, held_out: int) -
 def write_facts(facts: dict[str, Any], output_dir: Path) -> None:
     """Write the facts of a run beside its model."""
     text = yaml.safe_dump(facts, sort_keys=False, allow_unicode=True, width=120)
-    note = "# Facts of the card of this run: complete them, then python model_cards/render.py\n"
+    note = "# Facts for the card of this run: complete them, then run python model_cards/render.py\n"
     (output_dir / FACTS).write_text(note + text, encoding="utf-8")

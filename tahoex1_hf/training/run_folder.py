@@ -36,15 +36,15 @@ class RunFolder:
     """The folder of a pretraining run.
 
     Another microbatch size adds gradients up in another order, which changes the last digits of the weights. With
-    `microbatch_size: auto` the size is therefore noted when it is found, and the same command on the same folder takes
+    `microbatch_size: auto` the size is therefore noted when it is found, and the same command on the same folder uses
     it again, however much memory there is then.
 
     Args:
         config: Configuration of the run.
-        processes: Number of processes. A size that was found with another number is not taken.
+        processes: Number of processes. A size that was found with another number is not used.
 
     Attributes:
-        microbatch_size: Size that was given, else the one that this run found before, else None.
+        microbatch_size: Size that was given, else the size that this run found before, else None.
     """
 
     def __init__(self, config: PretrainConfig, processes: int):

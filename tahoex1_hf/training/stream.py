@@ -1,5 +1,5 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""Training cells by step: the cells of a step follow from its number, so that a checkpoint holds no position."""
+"""Training cells by step: the cells of a step follow from its number, so a checkpoint need not hold a position."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -10,7 +10,7 @@ from tahoex1_hf.training.config import PretrainConfig
 
 
 class StepBatches:
-    """This process's batch of every step, from the present one to the last, over as many epochs as that takes.
+    """This process's batch of every step, from the current one to the last, over as many epochs as needed.
 
     Trainer takes it for a data loader of one long epoch. Every epoch of the data has the same number of steps. Cells
     at its end that do not fill a step are left out; which ones differs from epoch to epoch.
@@ -46,7 +46,7 @@ class StepBatches:
                     return
 
     def identity(self) -> dict[str, Any]:
-        """Return what decides the order of the cells: data, seed and number of cells in a step."""
+        """Return the values that decide the order of the cells: data, seed and number of cells in a step."""
         state: dict[str, Any] = self.cells.state_dict()["identity"]
         return {**state, "cells_of_a_step": (self.cells.batch_size or 0) * self.cells.world_size}
 

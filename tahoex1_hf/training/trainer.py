@@ -149,7 +149,7 @@ class PretrainingTrainer(ResumableTrainer):
             together = self.accelerator.no_sync(model)
         with together:
             outputs = self._outputs(model, {**part, "num_items_in_batch": targets})
-            # Processes' gradients are averaged, but their losses are parts of one mean.
+            # Gradients are averaged over the processes, whose losses are parts of one mean.
             self.accelerator.backward(outputs.loss * self.args.world_size)
         return torch.stack([outputs.expression_loss.detach(), outputs.cell_expression_loss.detach()])
 
@@ -255,7 +255,7 @@ class PretrainingTrainer(ResumableTrainer):
         return {"microbatch_size": self.microbatch_size, **super().progress()}
 
     def restore_progress(self, state: dict[str, Any]) -> None:
-        """Restore what `progress` returned; a microbatch size that was given stays."""
+        """Restore the values that `progress` returned; a given microbatch size stays."""
         super().restore_progress(state)
         if self.microbatch_size is None:
             self._set_microbatch(state["microbatch_size"])
@@ -270,7 +270,7 @@ class PretrainingTrainer(ResumableTrainer):
         whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
         state: dict[str, Any] = get_model_state_dict(self.accelerator.unwrap_model(self.model), options=whole)
         if self.args.should_save:
-            # A new model: transformers looks at the tensors of the model that it saves, and these may be shards.
+            # A new model, since transformers reads the tensors of the model that it saves, and these may be shards.
             with torch.device("meta"):
                 model = TahoeX1ForPreTraining(self.accelerator.unwrap_model(self.model).config)
             model.load_state_dict({name: value.cpu() for name, value in state.items()}, assign=True)
@@ -296,4 +296,4 @@ def local(parameter: torch.Tensor) -> torch.Tensor:
 
 
 def discard(_: Any) -> None:
-    """Discard a value at once, and with it what it keeps alive."""
+    """Discard a value at once, and with it everything that it keeps alive."""

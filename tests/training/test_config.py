@@ -101,7 +101,7 @@ def test_fp8_takes_the_layers_that_it_can() -> None:
 
     settings = yaml.safe_load((CONFIGS / "fp8_fsdp2.yaml").read_text())["fp8_config"]
     assert settings["backend"] == "AO"
-    assert settings["pad_inner_dim"]  # a micro-batch may have any number of tokens
+    assert settings["pad_inner_dim"]  # a microbatch may have any number of tokens
     config = tiny_config(hidden_size=32, expression_encoder_dropout=0.0)
     batch, expected = packed(make_batch(config, lengths=[5, 9, 12, 11])), tiny_model(config)
     model = tiny_model(config)

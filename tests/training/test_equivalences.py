@@ -75,7 +75,7 @@ def test_targets_in_the_padding_do_not_count() -> None:
 @every_shape
 def test_four_times_four_accumulated_is_sixteen(shape: str, pack: bool) -> None:
     config = tiny_config(**SHAPES[shape])
-    lengths = (9, 14, 6, 12, 5, 30, 7, 21, 20, 4, 11, 16, 8, 13, 10, 18)  # so that the micro-batches weigh differently
+    lengths = (9, 14, 6, 12, 5, 30, 7, 21, 20, 4, 11, 16, 8, 13, 10, 18)  # so that the microbatches weigh differently
     model, batch = tiny_model(config), make_batch(config, lengths)
     whole = gradients(model, [batch])
     arrange = packed if pack else dict
@@ -83,7 +83,7 @@ def test_four_times_four_accumulated_is_sixteen(shape: str, pack: bool) -> None:
     for num_targets in (batch["target_mask"].sum(), int(batch["target_mask"].sum())):
         accumulated = gradients(model, [b | {"num_items_in_batch": num_targets} for b in micro])
         assert largest_relative_difference(accumulated, whole) < CLOSE_GRADIENTS
-    # The plain mean over micro-batches would differ.
+    # The plain mean over microbatches would differ.
     assert largest_relative_difference(gradients(model, micro), whole) > 0.1
 
 

@@ -126,7 +126,7 @@ def test_a_failed_evaluation_does_not_end_the_training(
     settings = {"name": "kinds", "file": str(cells_file(tmp_path, True)), "label": "kind", **changes}
     with caplog.at_level(logging.WARNING):
         assert evaluate(CellTypeEvaluation(CellTypeConfig(**settings)), model, tokenizer, tmp_path) == []
-    assert "the training goes on" in caplog.text
+    assert "the training continues" in caplog.text
     assert said in caplog.text
 
 

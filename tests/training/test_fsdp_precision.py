@@ -1,4 +1,4 @@
-"""FSDP2 in half precision rounds only what it should, and the memory of a micro-batch is measured correctly."""
+"""FSDP2 in half precision rounds only what it should, and the memory of a microbatch is measured correctly."""
 
 import json
 import sys
@@ -31,7 +31,7 @@ def half(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return run_of_two("bf16", tmp_path_factory.mktemp("bf16"))
 
 
-def test_micro_batches_are_one_step_under_fsdp(tmp_path: Path) -> None:
+def test_microbatches_are_one_step_under_fsdp(tmp_path: Path) -> None:
     """All sixteen cells at once, four by four, one by one, and as many as fit agree to float32's last digits."""
     seen = run_of_two('"no"', tmp_path)
     for size in ("4", "1", "None"):
@@ -60,7 +60,7 @@ def test_copies_of_shards_are_exchanged_once_a_step(half: dict[str, Any]) -> Non
 
 
 def test_losses_keep_their_digits(half: dict[str, Any]) -> None:
-    """Rounded to bfloat16, the first loss of 887.8 would be 887.0, 888.3 or 887.6, depending on the micro-batches."""
+    """Rounded to bfloat16, the first loss of 887.8 would be 887.0, 888.3 or 887.6, depending on the microbatches."""
     first = [half[size]["curve"][0] for size in ("16", "4", "1")]
     for found_loss, norm in first[1:]:
         assert found_loss == pytest.approx(first[0][0], rel=1e-6)
@@ -75,7 +75,7 @@ def test_losses_keep_their_digits(half: dict[str, Any]) -> None:
     assert half["types"]["expression_predictions"][1] == "torch.bfloat16"
 
 
-def test_the_search_for_a_micro_batch_leaves_no_gradient(half: dict[str, Any]) -> None:
+def test_the_search_for_a_microbatch_leaves_no_gradient(half: dict[str, Any]) -> None:
     assert half["None"]["size"] == 16
     assert half["None"]["curve"] == half["16"]["curve"]
 

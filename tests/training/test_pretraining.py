@@ -1,4 +1,4 @@
-"""Test pretraining in this process: recipes, micro-batches, metrics, the original's five steps through Trainer."""
+"""Test pretraining in this process: recipes, microbatches, metrics, the original's five steps through Trainer."""
 
 import json
 import logging
@@ -219,7 +219,7 @@ def test_the_model_takes_the_batch_of_the_search() -> None:
 
 
 def test_finding_the_microbatch_leaves_the_run_unchanged(training_dataset: Path, tmp_path: Path) -> None:
-    """Both runs take all of a step's cells in one micro-batch; one finds the size, the other is given it."""
+    """Both runs take all of a step's cells in one microbatch; one finds the size, the other is given it."""
     for name, size in (("found", "auto"), ("given", 8)):
         assert pretrain(tiny(training_dataset, tmp_path / name, microbatch_size=size)) == 0
     found, given = (
