@@ -3,8 +3,8 @@
 Importing the package makes the model type `tahoe_x1` known to transformers' Auto classes. Nothing else is imported
 before it is used.
 
-Threads of torch that wait for others sleep, unless OMP_WAIT_POLICY is set or torch was imported first: spinning, as is
-OpenMP's custom, they take the processors from the threads that they wait for wherever a machine is shared.
+torch's waiting threads sleep, unless OMP_WAIT_POLICY is set or torch was imported first. By default OpenMP lets them
+spin, and on a shared machine spinning threads take the cores from the very threads that they wait for.
 """
 
 import os
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from tahoex1_hf.hub.registration import register_when_used
 
-if "torch" not in sys.modules:  # OpenMP reads it once, when torch loads it; measured by benchmarks/waiting.py
+if "torch" not in sys.modules:  # OpenMP reads the variable once, when torch is loaded; see benchmarks/waiting.py
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 if TYPE_CHECKING:

@@ -1,5 +1,5 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""Configuration of the Tahoe-x1 single-cell foundation models, and what their tokenizer may be set to.
+"""Configuration of the Tahoe-x1 single-cell foundation models, and checks of their tokenizer's settings.
 
 This file travels to the Hugging Face Hub beside the weights: it imports nothing but transformers.
 """
@@ -79,7 +79,7 @@ class TahoeX1Config(PreTrainedConfig):
         use_glu (`bool`, *optional*, defaults to `False`):
             Gated feed-forward block: `down(act(gate(x)) * up(x))`.
         norm_position (`str`, *optional*, defaults to `"pre"`):
-            `"pre"`: normalise what enters attention and feed-forward, and once more at the end;
+            `"pre"`: normalise the inputs of attention and feed-forward, and once more at the end;
             `"post"`: normalise after each residual sum.
         layer_norm_eps (`float`, *optional*, defaults to 1e-5):
             Epsilon of the transformer's layer norms (those of the encoders always use 1e-5, as in the original).
@@ -132,7 +132,7 @@ class TahoeX1Config(PreTrainedConfig):
         "n_layers": "num_hidden_layers",
         "n_heads": "num_attention_heads",
     }
-    # Shard the embeddings and each layer on their own; what is left (final norm, decoders) is small.
+    # Shard the embeddings and each layer on their own; the rest (final norm, decoders) is small.
     base_model_fsdp_plan: ClassVar[dict[str, str]] = {
         "embeddings": "free_full_weight",
         "layers.*": "free_full_weight",
@@ -181,7 +181,7 @@ class TahoeX1Config(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def _refuse_unknown_keys(self, extra: dict[str, Any]) -> None:
-        """PreTrainedConfig stores unknown keys silently; a misspelt option must not pass unnoticed."""
+        """Raise ValueError for unknown keys, such as misspelt options, which PreTrainedConfig would store silently."""
         unknown = sorted(set(extra) - _TRANSFORMERS_KEYS - set(self.attribute_map))
         if not unknown:
             return
@@ -239,7 +239,7 @@ def similar_names(name: Any, choices: Iterable[str]) -> str:
 
 
 def refuse_misspelt_settings(kwargs: Mapping[str, Any], options: Mapping[str, Any]) -> None:
-    """Raise ValueError for options that transformers would take without a word; its own keyword arguments pass."""
+    """Raise ValueError for options that transformers would silently accept; its own keyword arguments pass."""
     for name in kwargs:
         close = _ORIGINAL_TOKENIZER_NAMES.get(name) or next(
             iter(difflib.get_close_matches(name, options, cutoff=0.8)), None
@@ -277,4 +277,4 @@ def check_tokenizer_settings(options: Mapping[str, Any]) -> None:
     if table is not None:
         good = isinstance(table, Mapping) and all(type(k) is str and is_int(v, 0) for k, v in table.items())
         require("drug_to_id", good and len(set(table.values())) == len(table), "a dict name -> id with distinct ids")
-        require("drug_to_id", 0 in table.values(), "a table in which id 0 is there, for cells without a drug")
+        require("drug_to_id", 0 in table.values(), "a table with id 0, for cells without a drug")

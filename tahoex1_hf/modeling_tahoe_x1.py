@@ -6,7 +6,7 @@ hold for the whole file:
 
 - Padding is never a key, on any attention backend, so a cell's result does not depend on its batch.
 - Without `attention_mask`, padding is recognised by `config.pad_token_id`.
-- What stands in `expression_values` at padded or targeted positions is never read.
+- Values of `expression_values` at padded or targeted positions are never read.
 - Cells may be packed back to back into one row, told apart by `cu_seq_lens_q`; the result equals the padded one.
 
 This file travels to the Hugging Face Hub beside the weights: it imports only torch, transformers and the files that
@@ -91,14 +91,14 @@ class TahoeX1ExpressionEncoder(nn.Module):
 
     def forward(self, expression_values: torch.Tensor) -> torch.Tensor:
         values = expression_values.clamp(max=self.max_value).unsqueeze(-1)
-        # Autocast would round the values themselves (log1p has no whole numbers) to bfloat16's three digits.
+        # Autocast would round the values themselves (those of log1p are not whole) to bfloat16's three digits.
         with torch.autocast(values.device.type, enabled=False):
             hidden_states = self.linear1(values.to(self.linear1.weight.dtype))
         return self.dropout(self.norm(self.linear2(self.act_fn(hidden_states))))
 
 
-# The two classes below differ from torch's in nothing but their initial weights. transformers calls `_init_weights` of
-# custom models only on modules that hold parameters themselves, so a parent cannot do it for its children.
+# The two classes below differ from torch's only in their initial weights. transformers calls `_init_weights` of custom
+# models only on modules that hold parameters themselves, so a parent cannot initialise its children.
 class TahoeX1DrugTable(nn.Embedding):
     """Fingerprints of the drugs."""
 
@@ -157,7 +157,7 @@ class TahoeX1Embeddings(nn.Module):
         drug_ids: torch.Tensor | None,
         layout: CellLayout,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Token embeddings and gene embeddings, `(batch, length, hidden_size)`, given those of the values."""
+        """Return token and gene embeddings, `(batch, length, hidden_size)`, given the embeddings of the values."""
         gene_embeddings = self.gene_encoder(input_ids)
         hidden_states = gene_embeddings + value_embeddings
         if self.drug_encoder is not None:
@@ -180,7 +180,7 @@ class TahoeX1MLP(nn.Module):
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: torch.Tensor, overwrite: bool = False) -> torch.Tensor:
-        """Return `(..., hidden_size)`; with `overwrite`, activations take no memory of their own where they can."""
+        """Return `(..., hidden_size)`; with `overwrite`, activations reuse memory where they can."""
         up = self.up_proj(hidden_states)
         if self.gate_proj is None:
             in_place = overwrite and type(self.act_fn) is nn.ReLU
@@ -254,7 +254,7 @@ class TahoeX1Layer(GradientCheckpointingLayer):
         return self.after_attention(hidden_states, attn_output)
 
     def before_attention(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Return what the attention block reads."""
+        """Return the input of the attention block."""
         return self.attention_norm(hidden_states) if self.pre_norm else hidden_states
 
     def after_attention(
@@ -275,7 +275,7 @@ class TahoeX1Layer(GradientCheckpointingLayer):
 
 
 class TahoeX1PreTrainedModel(PreTrainedModel):
-    """What transformers is told about every Tahoe-x1 model."""
+    """Base of all Tahoe-x1 models, with the properties that transformers needs to know."""
 
     config: TahoeX1Config
     base_model_prefix = "tahoe"
@@ -291,19 +291,19 @@ class TahoeX1PreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers; with the package installed, also from a checkpoint in the original's layout."""
+        """Load as transformers does, and with the package installed also a checkpoint in the original's layout."""
         name = pretrained_model_name_or_path
         if cls._locate_checkpoint is not None:
             name, kwargs = cls._locate_checkpoint(name, "config.json", kwargs)
         return super().from_pretrained(name, *args, **kwargs)
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """As in transformers, with this model's own names of the weights whatever names it was loaded from."""
+        """Save as transformers does, under our names of the weights, whatever names they were loaded from."""
         super().save_pretrained(save_directory, *args, **{"save_original_format": False, **kwargs})
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """The original's initialisation: normal, std `sqrt(2 / fan_in)`; the attention output also `/ sqrt(2 layers)`.
+        """Initialise as the original: normal, std `sqrt(2 / fan_in)`; the attention output also `/ sqrt(2 layers)`.
 
         Source: `init_config_defaults` of tahoe_x1/model/blocks.py (kaiming_normal_, fan_in, relu, residual division).
         """
@@ -313,7 +313,7 @@ class TahoeX1PreTrainedModel(PreTrainedModel):
             if module.bias is not None:
                 init.zeros_(module.bias)
         elif isinstance(module, TahoeX1DrugTable):
-            init.zeros_(module.weight)  # until fingerprints are loaded
+            init.zeros_(module.weight)  # replaced when fingerprints are loaded
         elif isinstance(module, nn.Embedding):
             init.normal_(module.weight, std=(2.0 / module.embedding_dim) ** 0.5)
         elif isinstance(module, nn.LayerNorm):
@@ -332,7 +332,7 @@ class TahoeX1PreTrainedModel(PreTrainedModel):
 class TahoeX1Model(TahoeX1PreTrainedModel):
     """The Tahoe-x1 transformer without a decoder: contextual gene embeddings and cell embeddings."""
 
-    # Loading the checkpoint of a head is the usual case, and no reason for a report about what is left out.
+    # Loading the checkpoint of a head is the usual case, so the unused weights are not reported.
     _keys_to_ignore_on_load_unexpected = [r"^expression_decoder\.", r"^cell_decoder\.", r"^classifier\."]
 
     def __init__(self, config: TahoeX1Config):
@@ -408,7 +408,7 @@ class TahoeX1ExpressionDecoder(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         for layer in self.layers:
             hidden_states = self.act_fn(layer(hidden_states))
-        # A tensor of its own: FSDP2 warns of outputs that are views.
+        # Copied, since FSDP2 warns of outputs that are views.
         return self.output(hidden_states).squeeze(-1).clone()
 
 
@@ -460,17 +460,17 @@ class TahoeX1ForPreTraining(TahoeX1PreTrainedModel):
     ) -> TahoeX1ForPreTrainingOutput:
         """Predict the hidden expression of the targets.
 
-        The other arguments, and errors, are those of `TahoeX1Model.forward`.
+        The other arguments, and the errors, are as for `TahoeX1Model.forward`.
 
         Args:
-            labels: `(batch, length)` float, expression at the targets; what stands elsewhere is not read. The loss is
-                the mean of the two decoders' mean squared errors over the targets that are not padding, and 0 when
-                there is none.
-            num_items_in_batch: number of targets over which the loss is averaged, where it is not those of this call:
-                with gradient accumulation, those of all micro-batches.
+            labels: `(batch, length)` float, expression at the targets; other values are not read. The loss is the mean
+                of the two decoders' mean squared errors over the targets that are not padding, and 0 when there is
+                none.
+            num_items_in_batch: number of targets over which the loss is averaged, by default the targets of this call;
+                with gradient accumulation, pass the targets of all microbatches.
         """
         if labels is not None and target_mask is None:
-            raise ValueError("labels was given without target_mask, which says where they are to be predicted.")
+            raise ValueError("labels was given without target_mask, which marks the positions to predict.")
         check_shape(input_ids, labels=labels)
         outputs = self.tahoe(input_ids, expression_values, attention_mask, target_mask, drug_ids, **kwargs)
         layout, valid = lay_out_cells(self.config, input_ids, attention_mask, drug_ids, kwargs)
@@ -485,7 +485,7 @@ class TahoeX1ForPreTraining(TahoeX1PreTrainedModel):
             expression_loss = masked_mse(expression_predictions, labels, targets, num_targets)
             cell_expression_loss = masked_mse(cell_expression_predictions, labels, targets, num_targets)
             loss = (expression_loss + cell_expression_loss) / 2
-        # Built last: its order, which is that of the tuple for return_dict=False, is the order of assignment.
+        # Built last, since the order of assignment is also the order of the tuple for return_dict=False.
         return TahoeX1ForPreTrainingOutput(
             loss=loss,
             expression_loss=expression_loss,
@@ -524,7 +524,7 @@ class TahoeX1ForSequenceClassification(TahoeX1PreTrainedModel):
     ) -> SequenceClassifierOutput:
         """Classify cells.
 
-        The other arguments, and errors, are those of `TahoeX1Model.forward`.
+        The other arguments, and the errors, are as for `TahoeX1Model.forward`.
 
         Args:
             labels: `(cells,)` int64 class ids, or float values for `config.problem_type` "regression"
@@ -567,7 +567,7 @@ class TahoeX1ForTokenClassification(TahoeX1PreTrainedModel):
     ) -> TokenClassifierOutput:
         """Classify the genes of cells: logits `(batch, length, num_labels)`.
 
-        The other arguments, and errors, are those of `TahoeX1Model.forward`.
+        The other arguments, and the errors, are as for `TahoeX1Model.forward`.
 
         Args:
             labels: `(batch, length)` int64 class ids, -100 at tokens without one. The loss is the mean cross-entropy

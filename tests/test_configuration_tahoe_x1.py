@@ -40,7 +40,7 @@ def test_saved_and_loaded(shape: str, tmp_path: Path) -> None:
 
 
 def test_config_of_a_saved_model_loads(tmp_path: Path) -> None:
-    # save_pretrained adds keys of its own (architectures, dtype, auto_map, ...): none may be refused.
+    # save_pretrained adds its own keys (architectures, dtype, auto_map, ...), and none may be refused.
     config = tiny_config(num_labels=3)
     config.auto_map = {"AutoModel": "modeling_tahoe_x1.TahoeX1Model"}
     TahoeX1ForPreTraining(config).save_pretrained(tmp_path)

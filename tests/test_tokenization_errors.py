@@ -71,7 +71,7 @@ def log(caplog):
         ({"drug_to_id": {"<pad>": 0, "a": 1, "b": 1}}, "distinct ids"),
         ({"drug_to_id": {"<pad>": 0, "a": "1"}}, "distinct ids"),
         ({"unknown_drugs": "skip"}, r"unknown_drugs='skip': pass one of \('pad', 'error'\)"),
-        ({"drug_to_id": {"a": 1}}, "id 0 is there, for cells without a drug"),
+        ({"drug_to_id": {"a": 1}}, "a table with id 0, for cells without a drug"),
         ({"pad_token": "[PAD]"}, r"pad_token='\[PAD\]' is not in .*vocab.json: name the token that it has"),
         ({"cls_token": "[CLS]"}, r"cls_token='\[CLS\]' is not in"),
         (

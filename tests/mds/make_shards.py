@@ -1,6 +1,6 @@
 """Write the shards of this folder with the real mosaicml-streaming, which pins transformers<5.
 
-In an environment of its own, from the root of the repository:
+In a separate environment, from the root of the repository:
 
     python -m venv mds-venv && mds-venv/bin/pip install torch==2.14.1 mosaicml-streaming==0.13.0
     mds-venv/bin/python tests/mds/make_shards.py
