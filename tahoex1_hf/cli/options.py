@@ -26,7 +26,7 @@ class FloatDtype(StrEnum):
 
 
 class UnknownDrugsRule(StrEnum):
-    """What becomes of drugs that the drug table lacks."""
+    """Rule for drugs that the drug table lacks."""
 
     pad = "pad"
     error = "error"

@@ -122,7 +122,7 @@ class CellBatches(IterableDataset):
     def _open_folders(self, places: list[str | Path], split: str, options: dict[str, Any]) -> list[PreparedDataset]:
         tokenizer = self.collator.tokenizer
         table = tokenizer.drug_table if self.collator.drug_token else None
-        warn = "new" if self.rank == 0 else "never"  # every process refuses unknown drugs, but one warns
+        warn = "new" if self.rank == 0 else "never"  # all processes refuse unknown drugs, but only one warns
         settle = None if table is None else partial(_settle, table, tokenizer.unknown_drugs, warn)
         ids = None if table is None or settle is None else partial(_drug_ids, table, settle)
         folders = [
@@ -130,7 +130,7 @@ class CellBatches(IterableDataset):
         ]
         for folder in folders:
             check_vocabulary(folder, tokenizer)
-        if settle is not None:  # of remote datasets, the drugs are seen as the shards come
+        if settle is not None:  # drugs of remote datasets are checked when their shards arrive
             settle(sum((folder.value_counts("drug") for folder in folders if folder.cache is None), Counter()))
         return folders
 

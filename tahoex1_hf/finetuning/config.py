@@ -128,8 +128,8 @@ class FinetuneConfig(Strict):
 
 class _Splits(FinetuneConfig):
     unknown_drugs: Literal["error", "pad"] = "error"
-    """What becomes of drugs that the base's drug table lacks: they are refused, or (pad) their cells count as cells
-    without a drug, as in the original, with a warning."""
+    """Rule for drugs that the base's drug table lacks: they are refused, or (pad) their cells count as cells without a
+    drug, as in the original, with a warning."""
     split: str | None = None
     """Column with train, validation and test, for splits made elsewhere; by default the splits are random."""
     group: str | None = None

@@ -49,8 +49,8 @@ class PretrainConfig(Strict):
     """`.npy` file with the drugs' fingerprints, `(drugs, bits)`, from which a new drug table starts."""
 
     unknown_drugs: Literal["pad", "error"] = "pad"
-    """What becomes of drugs that the drug table lacks, such as the solvent of Tahoe-100M: their cells count as cells
-    without a drug, as in the original, with one warning that lists them; or they are refused."""
+    """Rule for drugs that the drug table lacks, such as the solvent of Tahoe-100M: their cells count as cells without
+    a drug, as in the original, with one warning that lists them; or they are refused."""
 
     context_length: int = Field(1024, gt=1)
     """Largest number of tokens of a cell."""

@@ -173,7 +173,7 @@ def _collator(config: PretrainConfig, tokenizer: TahoeX1Tokenizer) -> CellCollat
 def _validation(config: PretrainConfig, collator: CellCollator) -> ValidationCells | None:
     if not config.eval_cells:
         return None
-    raw = copy.copy(collator.tokenizer)  # it has warned of unknown drugs already
+    raw = copy.copy(collator.tokenizer)  # a copy does not warn again of unknown drugs
     raw.value_encoding = "raw"
     return ValidationCells(config, collator, _collator(config, raw), min(_VALIDATION_BATCH, config.eval_cells))
 

@@ -333,7 +333,7 @@ def test_several_datasets_without_weights_are_one_pool(folder: Path, collator: C
 def test_drugs_are_looked_up_in_the_tokenizers_table(
     tmp_path: Path, form: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The control of Tahoe-100M is in no table, and names of it end in a blank."""
+    """Tahoe-100M's control is in no drug table, and some of its names end in a blank."""
     adata = make_cells(60)
     names = ["Selinexor ", "DMSO_TF", "aspirin"]
     adata.obs["drug"] = [None if i % 5 == 0 else names[i % 3] for i in range(60)]

@@ -228,7 +228,7 @@ def test_drugs_of_files_and_datasets(tmp_path: Path, cells: anndata.AnnData, voc
         run(tmp_path / "cells.h5ad", tmp_path / "x.npy", *parts, drugs="water", progress=False)
 
 
-def test_unknown_drugs_are_told_once_for_all_files(
+def test_unknown_drugs_are_reported_once_for_all_files(
     tmp_path: Path, cells: anndata.AnnData, vocab: Path, prepared: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = tiny_model(tiny_config(vocab_size=NUM_GENES + 4, num_drugs=3, drug_token_id=3), TahoeX1Model)
@@ -245,7 +245,7 @@ def test_unknown_drugs_are_told_once_for_all_files(
     (record,) = [record for record in caplog.records if "drug table" in record.getMessage()]
     assert f"'DMSO_TF' ({2 * (cells.obs['drug'] == 'DMSO_TF').sum()})" in record.getMessage()
     caplog.clear()
-    expected(cells, parts, drugs="drug")  # another run tells it again
+    expected(cells, parts, drugs="drug")  # another run reports them again
     assert "'DMSO_TF'" in caplog.text
     for sources, column in ((tmp_path / "a.h5ad", "drug"), (prepared, "drug")):
         with pytest.raises(ValueError, match=r"is not in the drug table.*--unknown-drugs pad"):

@@ -88,7 +88,7 @@ class DrugTask:
         self.added = np.stack(list(new.values())) if new else None
         teach_tokenizer(self.tokenizer, list(new), self.num_known)
         self.drug_ids = self.tokenizer.drug_ids(self.screen.drugs.tolist(), len(self.screen), unknown_drugs="error")
-        # A control that the base does not know, such as the solvent, is what the model knows as no drug.
+        # A control that the base does not know, such as the solvent, counts as no drug.
         table = self.tokenizer.drug_table
         self.control_id = (table.find(config.control) if table is not None else None) or 0
         self.ours = model_title(config)
