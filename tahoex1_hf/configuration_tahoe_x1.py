@@ -16,7 +16,7 @@ Activation = Literal["relu", "leaky_relu", "gelu", "silu", "tanh", "sigmoid"]
 
 # Choices among the settings of the tokenizer.
 VALUE_ENCODINGS = ("bins", "log1p", "raw")
-OVERFLOWS = ("sample", "first", "top")
+OVERFLOWS = ("sample", "first", "highest")
 UNKNOWN_DRUGS = ("pad", "error")
 # Its settings in the original's spelling, which would otherwise vanish among transformers' own keyword arguments.
 _ORIGINAL_TOKENIZER_NAMES = {

@@ -426,42 +426,75 @@ def mix64(numbers: np.ndarray) -> np.ndarray:
     return numbers ^ (numbers >> np.uint64(31))
 
 
+def content_numbers(rows: GeneRows) -> np.ndarray:
+    """Return a number for each cell that depends on its genes and counts, in any order: `(cells,)` uint64.
+
+    A cell longer than the context is sampled by it, so that its sample depends neither on the file nor on its place.
+    Cells that happen to have the same number would share the random numbers of their sample, which does no harm.
+    """
+    bits = np.ascontiguousarray(rows.counts, dtype=np.float32).view(np.uint32)
+    products = rows.tokens.astype(np.uint64) * bits.astype(np.uint64)
+    upto = np.concatenate([np.zeros(1, dtype=np.uint64), np.cumsum(products, dtype=np.uint64)])  # may wrap around
+    return upto[rows.offsets[1:]] - upto[rows.offsets[:-1]]
+
+
+def cell_streams(contents: np.ndarray, seed: int) -> np.ndarray:
+    """Return `(cells,)` uint64, where the random numbers of cells with these content numbers start."""
+    return mix64(mix64(np.array([seed], dtype=np.uint64)) + contents)
+
+
+def sample_seed(seed: int, number: int) -> int:
+    """Return the seed of one of several samples; the first, number 0, has the seed itself."""
+    if number == 0:
+        return seed
+    return int(mix64(mix64(np.array([seed], dtype=np.uint64)) + np.uint64(number))[0] >> np.uint64(1))
+
+
 def kept_genes(
-    rows: GeneRows, numbers: np.ndarray, seed: int, room: int, overflow: str, keep_first: bool = False
+    rows: GeneRows,
+    seed: int,
+    room: int,
+    overflow: str,
+    keep_first: bool = False,
+    contents: np.ndarray | None = None,
 ) -> np.ndarray | None:
     """Choose the genes of cells that have more than `room` of them.
 
     Args:
         rows: the cells' genes.
-        numbers: `(cells,)` number of each cell in its data set.
         seed: seed of the sampling.
         room: most genes of a cell.
-        overflow: `"sample"`: at random, by a hash of seed, cell number and gene, so that a cell's sample depends on
-            nothing else; `"first"`: in storage order; `"top"`: the highest counts, the first of equal ones.
+        overflow: `"sample"`: at random, by a hash of seed, cell content and gene, so that a cell's sample depends on
+            nothing else; `"highest"`: the highest counts, of equal ones the lowest token ids; `"first"`: in storage
+            order.
         keep_first: always keep a cell's first gene.
+        contents: `(cells,)` content numbers to sample by; by default those of `rows`.
 
     Returns:
         `(total,)` bool, True at the genes kept; None where all are.
     """
     lengths = np.diff(rows.offsets)
-    if not (lengths > room).any():
+    long = np.flatnonzero(lengths > room)
+    if not len(long):
         return None
-    cells = rows.cells()
-    rank = np.arange(len(cells)) - rows.offsets[cells]
-    if overflow == "first":
-        return rank < room
-    if overflow == "top":
-        falling = np.uint64(2**32 - 1) - rows.counts.view(np.uint32)  # the bits of a float32 rise with it
-        scores = (falling << np.uint64(32)) + rank.astype(np.uint64)
-    else:
-        streams = mix64(mix64(np.array([seed], dtype=np.uint64)) + numbers.astype(np.uint64))
-        scores = mix64(streams[cells] + rows.tokens.astype(np.uint64))
-    if keep_first:
-        scores[rank == 0] = 0
-    keep = np.ones(len(cells), dtype=bool)
-    for cell in np.flatnonzero(lengths > room):
-        start, stop = rows.offsets[cell], rows.offsets[cell + 1]
-        keep[start + np.argpartition(scores[start:stop], room)[room:]] = False
+    keep = np.ones(len(rows.tokens), dtype=bool)
+    for cell in long:
+        here = slice(rows.offsets[cell], rows.offsets[cell + 1])
+        tokens, counts = rows.tokens[here], rows.counts[here]
+        if overflow == "first":
+            keep[here] = np.arange(len(tokens)) < room
+            continue
+        if overflow == "highest":
+            falling = np.uint64(2**32 - 1) - counts.view(np.uint32)  # the bits of a float32 rise with it
+            scores = (falling << np.uint64(32)) + tokens.astype(np.uint64)
+        else:
+            own = GeneRows(tokens, counts, np.array([0, len(tokens)]))
+            content = content_numbers(own) if contents is None else contents[cell : cell + 1]
+            scores = mix64(cell_streams(content, seed) + tokens.astype(np.uint64))
+        if keep_first:
+            scores[0] = 0
+        keep[here] = False
+        keep[here.start + np.argpartition(scores, room)[:room]] = True
     return keep
 
 

@@ -8,8 +8,8 @@ the files that travel with it.
   genes in column order; the order means nothing to the model, which has no positional encoding.
 - Counts become quantile bins (`bin_expression`) or log1p values (`log_normalize`) over the whole cell, before it is
   cut to the context length, so a value says where a gene stands in its cell and not in the sample.
-- What a cell becomes depends on its counts, its number and the seed alone: never on the batch, the chunk or the way
-  in which the matrix is stored.
+- What a cell becomes depends on its genes, its counts and the seed alone: never on its place in the file, the batch,
+  the chunk or the way in which the matrix is stored.
 """
 
 import json
@@ -66,7 +66,8 @@ class TahoeX1Tokenizer(PreTrainedTokenizer):
         right_binning: see `bin_expression`.
         target_sum: sum of a cell before the logarithm, for `"log1p"`.
         context_length: most tokens per cell, `<cls>` and `<drug>` included; None keeps every expressed gene.
-        overflow: genes kept of a longer cell: `"sample"` (at random), `"first"` (by column), `"top"` (highest counts).
+        overflow: genes kept of a longer cell: `"sample"`, at random, by the cell's content and the seed alone;
+            `"highest"`, the highest counts, of equal ones the lowest token ids; `"first"`, by column.
         pad_value: expression value of special tokens and of padding; negative.
         drug_to_id: drug name -> id of the drug table; id 0 stands for no drug. Blanks around a name mean nothing.
         unknown_drugs: what becomes of drugs that the table lacks: `"pad"`, their cells count as cells without a drug,
@@ -106,6 +107,7 @@ class TahoeX1Tokenizer(PreTrainedTokenizer):
         **kwargs: Any,
     ) -> None:
         self._vocabulary = Vocabulary.read(vocab_file)
+        overflow = "highest" if overflow == "top" else overflow  # its earlier name
         options = {
             "value_encoding": value_encoding,
             "num_bins": num_bins,
@@ -241,7 +243,7 @@ class TahoeX1Tokenizer(PreTrainedTokenizer):
             counts: `(cells, genes)` counts as CSR, CSC or dense matrix; left as it is.
             genes: the tokens of its columns, from `match_genes`.
             drugs: drug of all cells, or one per cell (None or "" for no drug); every cell then gets a drug token.
-            first_cell: number of the first row in the data set; sampling depends on it.
+            first_cell: number of the first row in the data set, for messages.
             seed: seed of the sampling.
             source: the AnnData that the rows come from; messages then say where its raw counts are.
 
@@ -272,7 +274,6 @@ class TahoeX1Tokenizer(PreTrainedTokenizer):
         repeats: bool = False,
         drug_ids: np.ndarray | None = None,
         first_cell: int = 0,
-        cell_numbers: np.ndarray | None = None,
         seed: int = 0,
         warn: Callable[[str], object] = logger.warning,
         advice: Callable[[], str] = str,
@@ -284,7 +285,6 @@ class TahoeX1Tokenizer(PreTrainedTokenizer):
             repeats: a gene may stand several times in a cell; its counts are added up.
             drug_ids: `(cells,)` int64, in which case every cell gets a drug token.
             first_cell: as for `encode_counts`.
-            cell_numbers: `(cells,)` int64 number of each cell in its data set, where they do not follow each other.
             seed: as for `encode_counts`.
             warn: called with what is odd about the counts.
             advice: what can be done about it.
@@ -306,12 +306,12 @@ class TahoeX1Tokenizer(PreTrainedTokenizer):
         if repeats:
             rows = merge_repeats(rows)
         num_cells = len(rows.offsets) - 1
-        numbers = first_cell + np.arange(num_cells, dtype=np.int64) if cell_numbers is None else cell_numbers
+        numbers = first_cell + np.arange(num_cells, dtype=np.int64)
         raw_first = self.first_gene_raw and drug_ids is None
         values = self._encode_values(rows, raw_first)
         special = 1 if drug_ids is None else 2
         room = None if self.context_length is None else self.context_length - special
-        keep = None if room is None else kept_genes(rows, numbers, seed, room, self.overflow, keep_first=raw_first)
+        keep = None if room is None else kept_genes(rows, seed, room, self.overflow, keep_first=raw_first)
         if keep is not None:
             values, rows = values[keep], rows.select(keep)
         offsets = rows.offsets + special * np.arange(num_cells + 1)
@@ -382,7 +382,7 @@ class TahoeX1Tokenizer(PreTrainedTokenizer):
             layer: layer of the AnnData with the counts; by default `adata.X`.
             gene_symbols: gene symbol -> Ensembl id, for genes named by symbol.
             drugs: drug of all cells, one per cell (None or "" for no drug), or a column of `adata.obs`.
-            first_cell: number of the first cell in its data set; sampling depends on it.
+            first_cell: number of the first cell in its data set, for messages.
             seed: seed of the sampling.
             padding: pad to the longest cell (True or `"longest"`).
             pad_to_multiple_of: round the padded length up to a multiple of this.

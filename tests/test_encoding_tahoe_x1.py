@@ -8,11 +8,13 @@ import pytest
 import torch
 
 from tahoex1_hf.encoding_tahoe_x1 import (
+    GeneRows,
     _checked_lengths,
     _distinct_values,
     _fused_multiply_add,
     _quantile_edges,
     bin_expression,
+    content_numbers,
     log_normalize,
     unit_quantiles,
 )
@@ -213,3 +215,18 @@ def test_unit_quantiles(count: int) -> None:
     assert np.abs(found - np.linspace(0, 1, count)).max() <= 2**-24
     if torch_is_as_recorded():
         assert np.array_equal(found, torch.linspace(0, 1, count).numpy())
+
+
+def test_number_of_a_cell_is_its_content() -> None:
+    random = np.random.default_rng(0)
+    tokens, counts = random.permutation(1000)[:30], random.integers(1, 9, 30).astype(np.float32)
+    offsets = np.array([0, 10, 10, 30])
+    numbers = content_numbers(GeneRows(tokens, counts, offsets))
+    assert len(set(numbers.tolist())) == 3
+    assert numbers[1] == 0  # an empty cell
+    alone = content_numbers(GeneRows(tokens[10:], counts[10:], np.array([0, 20])))
+    assert alone[0] == numbers[2]
+    turned = content_numbers(GeneRows(tokens[::-1], counts[::-1], np.array([0, 20, 20, 30])))
+    assert turned[0] == numbers[2]
+    counts[0] += 1
+    assert content_numbers(GeneRows(tokens, counts, offsets))[0] != numbers[0]

@@ -16,7 +16,6 @@ LONGEST_FILE, LONGEST_FUNCTION = 600, 60
 TESTED_IN: dict[str, set[str]] = {
     "cells/test_opening.py": {
         "cells/compilation",
-        "cells/encoding",
         "cells/genes",
         "cells/readers/anndata_inputs",
         "cells/readers/tables",
@@ -55,6 +54,7 @@ TESTED_IN: dict[str, set[str]] = {
         "cells/readers/stores",
         "embedding/shards",
         "embedding/writers",
+        "inference/h5ad_columns",
     },
     "embedding/test_in_memory.py": {"inference/chunks", "inference/encoder", "inference/provenance"},
     "finetuning/cells/test_cell_baselines.py": {"finetuning/cells/baselines"},
@@ -73,7 +73,6 @@ TESTED_IN: dict[str, set[str]] = {
     "finetuning/cells/test_predicting.py": {
         "finetuning/cells/prediction_output",
         "finetuning/cells/predictor",
-        "finetuning/sampling",
     },
     "finetuning/drugs/test_drug_task.py": {
         "finetuning/drugs/objective",

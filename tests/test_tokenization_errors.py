@@ -56,7 +56,7 @@ def log(caplog):
     ("options", "message"),
     [
         ({"value_encoding": "rank"}, r"value_encoding='rank': pass one of \('bins', 'log1p', 'raw'\)"),
-        ({"overflow": "random"}, r"overflow='random': pass one of \('sample', 'first', 'top'\)"),
+        ({"overflow": "random"}, r"overflow='random': pass one of \('sample', 'first', 'highest'\)"),
         ({"num_bins": 2}, "num_bins=2: pass a whole number of at least 3"),
         ({"num_bins": 51.0}, "num_bins=51.0: pass a whole number"),
         ({"num_bins": True}, "num_bins=True: pass a whole number"),

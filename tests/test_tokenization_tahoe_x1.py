@@ -253,7 +253,7 @@ def test_values_are_encoded_over_the_known_genes_of_the_whole_cell(golden):
 
 def test_overflow_keeps_order_and_length(golden, adata):
     whole = make(golden, context_length=None)(adata, gene_id_column="ensembl_id")
-    for overflow in ("sample", "first", "top"):
+    for overflow in ("sample", "first", "highest"):
         cut = make(golden, context_length=64, overflow=overflow)(adata, gene_id_column="ensembl_id")
         for ids, all_ids in zip(cut["input_ids"], whole["input_ids"], strict=True):
             assert len(ids) == min(64, len(all_ids))
@@ -264,20 +264,21 @@ def test_overflow_keeps_order_and_length(golden, adata):
                 assert places == list(range(len(ids)))
 
 
-def test_top_keeps_the_highest_counts_and_the_first_of_equal_ones(golden):
-    tokenizer = make(golden, value_encoding="raw", context_length=5, overflow="top")
-    genes = tokens_of(tokenizer)[:8]
-    batch = tokenizer([(genes, [1, 3, 2, 9, 2, 2, 1, 7])])
+@pytest.mark.parametrize("overflow", ["highest", "top"])  # its earlier name
+def test_highest_keeps_the_highest_counts_and_of_equal_ones_the_lowest_tokens(golden, overflow):
+    tokenizer = make(golden, value_encoding="raw", context_length=5, overflow=overflow)
+    assert tokenizer.overflow == "highest"
     vocabulary = tokenizer.get_vocab()
-    assert batch["input_ids"] == [[tokenizer.cls_token_id, *(vocabulary[genes[i]] for i in (1, 2, 3, 7))]]
-    assert batch["expression_values"] == [[-2, 3, 2, 9, 7]]
-    tied = make(golden, value_encoding="raw", context_length=101, overflow="top")
-    counts = np.repeat([1, 2], 200)
-    batch = tied(counts[None, :], gene_ids=tokens_of(tied)[:400])
-    assert batch["input_ids"][0][1:] == tied.convert_tokens_to_ids(tokens_of(tied)[200:300])
+    genes = sorted(tokens_of(tokenizer)[:8], key=vocabulary.get)
+    counts = [1, 3, 2, 9, 2, 2, 1, 7]
+    kept = {(vocabulary[genes[i]], counts[i]) for i in (1, 2, 3, 7)}
+    for order in ([0, 1, 2, 3, 4, 5, 6, 7], [5, 4, 3, 2, 1, 0, 7, 6]):  # whatever the order of the genes
+        batch = tokenizer([([genes[i] for i in order], [counts[i] for i in order])])
+        assert batch["input_ids"][0][0] == tokenizer.cls_token_id
+        assert set(zip(batch["input_ids"][0][1:], batch["expression_values"][0][1:], strict=True)) == kept
 
 
-def test_sampling_depends_on_seed_and_cell_number_alone(golden, adata):
+def test_sampling_depends_on_seed_and_content_alone(golden, adata):
     tokenizer = make(golden, context_length=32)
     genes = tokenizer.match_genes(adata.var["ensembl_id"])
     whole = tokenizer.encode_counts(adata.X, genes, seed=3)
@@ -291,7 +292,16 @@ def test_sampling_depends_on_seed_and_cell_number_alone(golden, adata):
         np.testing.assert_array_equal(np.concatenate(ids), whole.input_ids)
         np.testing.assert_array_equal(np.concatenate(values), whole.expression_values)
     assert (tokenizer.encode_counts(adata.X, genes, seed=4).input_ids != whole.input_ids).any()
-    twice = tokenizer.encode_counts(adata.X[[0, 0]], genes)
+    reversed_cells = tokenizer.encode_counts(adata.X[::-1], genes, seed=3)
+    for row in range(50):
+        mine, other = (
+            encoded.input_ids[encoded.offsets[i] : encoded.offsets[i + 1]]
+            for encoded, i in ((whole, row), (reversed_cells, 49 - row))
+        )
+        np.testing.assert_array_equal(mine, other)
+    changed = adata.X[[0, 0]].astype(np.float32)
+    changed[1, np.flatnonzero(changed[1].toarray())[0]] += 1  # one count more is another cell, and another sample
+    twice = tokenizer.encode_counts(changed, genes)
     assert (np.diff(twice.input_ids.reshape(2, -1), axis=0) != 0).any()
     # The reverse order of the columns samples the same genes.
     mirrored = tokenizer.encode_counts(adata.X[:, ::-1], tokenizer.match_genes(adata.var["ensembl_id"][::-1]), seed=3)
@@ -306,7 +316,8 @@ def test_sampling_depends_on_seed_and_cell_number_alone(golden, adata):
 def test_sampling_is_even(golden):
     tokenizer = make(golden, context_length=21, value_encoding="raw")
     ids = tokens_of(tokenizer)[:100]
-    encoded = tokenizer.encode_counts(np.ones((4000, 100), np.uint8), tokenizer.match_genes(ids))
+    counts = np.random.default_rng(0).integers(1, 9, (4000, 100))  # no two cells are equal
+    encoded = tokenizer.encode_counts(counts, tokenizer.match_genes(ids))
     times = np.bincount(encoded.input_ids, minlength=len(tokenizer))[tokenizer.convert_tokens_to_ids(ids)]
     # binomial(4000, 0.2): mean 800, standard deviation 25.3
     assert times.sum() == 4000 * 20
@@ -421,7 +432,7 @@ OPTIONS = {
     "right_binning": True,
     "target_sum": 5000,
     "context_length": 77,
-    "overflow": "top",
+    "overflow": "highest",
     "pad_value": -3,
     "first_gene_raw": True,
 }

@@ -1,7 +1,7 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
 """Encoding cells by compiled loops without the GIL, in the usual case; results are the tokenizer's, bit for bit.
 
-The usual case is a CSR matrix in column order, of whole counts, encoded as bins (or raw), with genes sampled or cut.
+The usual case is a CSR matrix in column order, of whole counts, encoded as bins (or raw).
 Several threads may encode different cells at the same time. It needs numba, which comes with the extra "data".
 """
 
@@ -56,7 +56,6 @@ def encode_compiled(
     """
     usual = (
         tokenizer.value_encoding in _ENCODINGS
-        and tokenizer.overflow in ("sample", "first")
         and not tokenizer.first_gene_raw
         and 0 <= first_cell < 2**63
         and 0 <= seed < 2**63
@@ -71,13 +70,13 @@ def encode_compiled(
     if tokenizer.context_length is not None:
         room = min(room, tokenizer.context_length - len(special))
     numbers = first_cell + np.arange(len(lengths), dtype=np.int64)
-    streams = mix64(mix64(np.array([seed], dtype=np.uint64)) + numbers.astype(np.uint64))
+    key = mix64(np.array([seed], dtype=np.uint64))[0]
     offsets = np.concatenate([[0], np.cumsum(np.minimum(lengths, room) + len(special))])
     input_ids = np.empty(offsets[-1], dtype=np.int64)
     expression_values = np.empty(offsets[-1], dtype=np.float32)
     settings = _settings(tokenizer, special, room)
     if not kernels.encode_rows(
-        rows.offsets, rows.tokens, rows.counts, streams, settings, offsets[:-1], input_ids, expression_values
+        rows.offsets, rows.tokens, rows.counts, key, settings, offsets[:-1], input_ids, expression_values
     ):
         return None
     return EncodedCells(
@@ -98,6 +97,7 @@ def _settings(tokenizer: TahoeX1Tokenizer, special: list[int], room: int) -> Any
         mask_value=np.float32(0),
         room=room,
         sample=tokenizer.overflow == "sample",
+        highest=tokenizer.overflow == "highest",
         encoding=_ENCODINGS[tokenizer.value_encoding],
         quantiles=unit_quantiles(tokenizer.num_bins - 1),
         right=tokenizer.right_binning,

@@ -16,7 +16,8 @@ from transformers.utils import logging
 
 from tahoex1_hf.cells import compilation
 from tahoex1_hf.cells.readers.base import INDEX, Block, CellInput, token_dtype
-from tahoex1_hf.encoding_tahoe_x1 import GeneRows
+from tahoex1_hf.configuration_tahoe_x1 import UNKNOWN_DRUGS
+from tahoex1_hf.encoding_tahoe_x1 import GeneRows, sample_seed
 from tahoex1_hf.packing_tahoe_x1 import EncodedCells
 from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer, report_empty
 
@@ -35,6 +36,7 @@ class EncodeOptions:
         tokenizer: the tokenizer of the model.
         drugs: for models with a drug encoder: a column of obs, the drug of all cells, or one per cell.
         seed: seed of the sampling of cells longer than the context.
+        draws: number of samples of each cell that is longer than the context.
         unknown_drugs: `"pad"` or `"error"`, what becomes of drugs that the tokenizer's table lacks; by default the
             tokenizer's `unknown_drugs`.
     """
@@ -43,6 +45,18 @@ class EncodeOptions:
     drugs: str | Sequence[str | None] | None = None
     seed: int = 0
     unknown_drugs: str | None = None
+    draws: int = 1
+
+    def __post_init__(self) -> None:
+        if self.unknown_drugs not in (None, *UNKNOWN_DRUGS):
+            raise ValueError(f"unknown_drugs={self.unknown_drugs!r}: pass one of {UNKNOWN_DRUGS}.")
+        if self.draws < 1:
+            raise ValueError(f"draws={self.draws}: pass the number of samples of a cell, at least 1.")
+        if self.draws > 1 and self.tokenizer.overflow != "sample":
+            raise ValueError(
+                f"draws={self.draws} averages random samples, and overflow={self.tokenizer.overflow!r} takes none: "
+                'pass overflow="sample" (--overflow sample), or leave draws out.'
+            )
 
 
 class DrugIds:
@@ -54,6 +68,7 @@ class DrugIds:
         cells: the input.
         options: tokenizer with the drug table; a column of obs, the drug of all cells, one per cell, or None; and what
             becomes of unknown drugs.
+        used: numbers of the cells whose drugs matter, by default all.
 
     Attributes:
         columns: columns of obs that blocks must have.
@@ -65,7 +80,7 @@ class DrugIds:
             and for unknown drugs, with the rule `"error"`.
     """
 
-    def __init__(self, cells: CellInput, options: "EncodeOptions"):
+    def __init__(self, cells: CellInput, options: EncodeOptions, used: np.ndarray | None = None):
         tokenizer, drugs = options.tokenizer, options.drugs
         self.cells, self.tokenizer, self.drugs = cells, tokenizer, drugs
         self.rule = options.unknown_drugs or tokenizer.unknown_drugs
@@ -80,7 +95,9 @@ class DrugIds:
             return
         if not is_column and len(drugs) != cells.num_cells:
             raise ValueError(f"drugs has {len(drugs)} entries for {cells.num_cells} cells: pass one per cell.")
-        if self.is_counted:
+        if used is not None:
+            self._note(Counter(self._values[number] for number in used))
+        elif self.is_counted:
             self._note(cells.value_counts(self.columns[0]) if is_column else Counter(drugs))
 
     def _note(self, cells: Mapping[Any, int]) -> None:
@@ -134,11 +151,21 @@ def report_unknown_drugs(drug_ids: Sequence[DrugIds]) -> None:
 
 
 class Chunk(NamedTuple):
-    """Encoded cells, ready for the model: cells `start` to `start + cells.num_cells` of an input, and their names."""
+    """Encoded cells, ready for the model.
+
+    Attributes:
+        start: number of the first cell in the input.
+        cells: the cells.
+        names: their names, where wanted.
+        long: rows of the cells longer than the context, where more samples of them are wanted.
+        samples: these further samples, each of the long cells.
+    """
 
     start: int
     cells: EncodedCells
     names: list[str]
+    long: np.ndarray
+    samples: list[EncodedCells]
 
 
 class ChunkEncoder:
@@ -169,11 +196,26 @@ class ChunkEncoder:
         columns = [*self.drug_ids.columns, *([INDEX] if names else [])]
         for block in self.cells.chunks(start, stop, CHUNK_CELLS, columns):
             labels = block.obs[INDEX].astype(str).tolist() if names else []
-            yield Chunk(block.start, self.encode(block.rows, self.drug_ids.of_block(block), block.start), labels)
+            drug_ids = self.drug_ids.of_block(block)
+            encoded = self.encode(block.rows, drug_ids, block.start)
+            yield Chunk(block.start, encoded, labels, *self._further_samples(block, drug_ids))
 
-    def encode(self, rows: GeneRows, drug_ids: np.ndarray | None, first_cell: int) -> EncodedCells:
-        """Encode cells, the first of which has the number `first_cell`."""
-        tokenizer, seed = self.options.tokenizer, self.options.seed
+    def _further_samples(self, block: Block, drug_ids: np.ndarray | None) -> tuple[np.ndarray, list[EncodedCells]]:
+        """Return the rows of long cells, and their second sample and those after it."""
+        context, rows = self.options.tokenizer.context_length, block.rows
+        if context is None or self.options.draws == 1:
+            return np.zeros(0, dtype=np.int64), []
+        lengths = np.diff(rows.offsets)
+        is_long = lengths > context - (1 if drug_ids is None else 2)
+        long = np.flatnonzero(is_long)
+        genes = rows.select(np.repeat(is_long, lengths))
+        part = GeneRows(genes.tokens, genes.counts, np.concatenate([[0], np.cumsum(lengths[long])]))
+        own = None if drug_ids is None else drug_ids[long]
+        return long, [self.encode(part, own, block.start, number) for number in range(1, self.options.draws)]
+
+    def encode(self, rows: GeneRows, drug_ids: np.ndarray | None, first_cell: int, sample: int = 0) -> EncodedCells:
+        """Encode cells, the first of which has the number `first_cell`; of several samples, the one with a number."""
+        tokenizer, seed = self.options.tokenizer, sample_seed(self.options.seed, sample)
         encoded = None
         if compilation.is_ready():
             from tahoex1_hf.cells.compiled_encoding import encode_compiled

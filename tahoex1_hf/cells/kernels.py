@@ -1,7 +1,5 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""Compiled loops, without the GIL, that encode cells for inference and for training.
-
-For training, counts become masked, padded or packed model input in one pass.
+"""Compiled loops, without the GIL, that encode cells for inference, and make masked batches of them for training.
 
 What a cell becomes depends on its counts and on its stream of random numbers alone. Bins equal those of
 `encoding_tahoe_x1.bin_expression`, bit for bit. A cell has a few dozen distinct counts among thousands of genes, so
@@ -25,7 +23,7 @@ _GAMMA = np.uint64(0x9E3779B97F4A7C15)
 _MIX1 = np.uint64(0xBF58476D1CE4E5B9)
 _MIX2 = np.uint64(0x94D049BB133111EB)
 _LOW16 = np.uint64(0xFFFF)
-_27, _30, _31, _32, _53 = (np.uint64(bits) for bits in (27, 30, 31, 32, 53))
+_27, _30, _31, _32, _56 = (np.uint64(bits) for bits in (27, 30, 31, 32, 56))
 
 
 class Settings(NamedTuple):
@@ -38,6 +36,7 @@ class Settings(NamedTuple):
         mask_value: float32, expression value of targets.
         room: most genes of a cell that are kept.
         sample: whether the genes of cells that have more are sampled; otherwise the first are kept.
+        highest: for inference, whether the genes with the highest counts are kept instead.
         encoding: `BINS`, `LOG1P` or `RAW`.
         quantiles: `(num_bins - 1,)` float32, `unit_quantiles(num_bins - 1)`.
         right: whether edges equal to a count lie below it, as `right` of `bin_expression`.
@@ -54,6 +53,7 @@ class Settings(NamedTuple):
     mask_value: np.float32
     room: int
     sample: bool
+    highest: bool
     encoding: int
     quantiles: np.ndarray
     right: bool
@@ -92,6 +92,16 @@ def _fma(context: Any, a: Any, b: Any, c: Any) -> Any:
 
 
 @intrinsic
+def _bits(context: Any, value: Any) -> Any:
+    """Return the bits of a float32 as a uint32."""
+
+    def build(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], ir.IntType(32))
+
+    return types.uint32(types.float32), build
+
+
+@intrinsic
 def _prefetch(context: Any, array: Any, index: Any) -> Any:
     """Begin to load an element of an array into the cache."""
 
@@ -119,10 +129,7 @@ def _mix(number: np.uint64) -> np.uint64:
 
 @numba.njit(nogil=True, cache=True, inline="always")
 def _below(state: np.uint64, total: int) -> int:
-    """Return a random number below `total` (Lemire 2019, doi:10.1145/3230636).
-
-    There is no rejection, so it is biased by total / 2^32.
-    """
+    """Return a random number below `total` (Lemire 2019, doi:10.1145/3230636), biased by total / 2^32."""
     return np.int64(((_mix(state) >> _32) * np.uint64(total)) >> _32)
 
 
@@ -290,11 +297,7 @@ def _value_rule(
     counts: np.ndarray, start: int, length: int, whole_counts: bool, settings: Settings, histogram: np.ndarray,
     tail: np.ndarray, values: np.ndarray, upto: np.ndarray, edges: np.ndarray, table: np.ndarray,
 ) -> tuple[bool, float]:  # fmt: skip
-    """Prepare how a cell's counts become values: write edges and a table of the bins of small counts, or sum up.
-
-    Returns:
-        Whether the counts are whole, and their sum where the logarithm needs it.
-    """
+    """Write edges and a table of the bins of small counts; return if counts are whole, and their sum for log1p."""
     whole, total = True, 0.0
     if length and settings.encoding == BINS:
         whole = whole_counts or _are_whole(counts, start, length)
@@ -452,8 +455,8 @@ def encode_cells(
         whole, total = _value_rule(
             counts, first_count, length, whole_counts, settings, histogram, tail, values, upto, edges, table
         )
-        for i in range(length):
-            tokens[i] = genes[first_gene + i]  # in order, so that memory is read ahead; the choice then hits the cache
+        for i in range(np.uint64(length)):  # in order, so that memory is read ahead; the choice then hits the cache
+            tokens[i] = genes[np.uint64(first_gene) + i]
         # Where genes are filled in, all are kept, and the targets are chosen among the cell's and the others.
         state = _choose(length + filled, used, targets, settings.sample, state, chosen)
         ids = output.input_ids[place : place + used]
@@ -478,19 +481,38 @@ def encode_cells(
 def _lowest(scores: np.ndarray, total: int, room: int, histogram: np.ndarray, ties: np.ndarray) -> np.uint64:
     """Return the `room`-th lowest of the scores, which are evenly spread over all 64-bit numbers."""
     histogram[:] = 0
-    for i in range(total):
-        histogram[scores[i] >> _53] += 1  # of 2,048 equal ranges
+    for i in range(np.uint64(total)):
+        histogram[scores[i] >> _56] += 1  # of 256 equal ranges
     before, bucket = 0, 0
     while before + histogram[bucket] < room:
         before += histogram[bucket]
         bucket += 1
-    count = 0
-    for i in range(total):
-        if scores[i] >> _53 == np.uint64(bucket):
-            ties[count] = scores[i]
-            count += 1
+    count = np.uint64(0)
+    for i in range(np.uint64(total)):
+        ties[count] = scores[i]
+        count += np.uint64(scores[i] >> _56 == np.uint64(bucket))
     ties[:count].sort()
     return ties[room - before - 1]
+
+
+@numba.njit(nogil=True, cache=True)
+def _score_genes(
+    tokens: np.ndarray, counts: np.ndarray, key: np.uint64, settings: Settings, scores: np.ndarray,
+    buckets: np.ndarray, ties: np.ndarray,
+) -> np.uint64:  # fmt: skip
+    """Write a score for each gene of a cell, as `kept_genes` has it, and return the highest score of those kept."""
+    length = len(tokens)
+    if settings.highest:
+        for i in range(np.uint64(length)):
+            scores[i] = (np.uint64(~_bits(counts[i])) << _32) | np.uint64(tokens[i])
+        return np.partition(scores[:length], settings.room - 1)[settings.room - 1]
+    content = np.uint64(0)
+    for i in range(np.uint64(length)):
+        content += np.uint64(tokens[i]) * np.uint64(_bits(counts[i]))
+    stream = _mix(key + content + _GAMMA)
+    for i in range(np.uint64(length)):
+        scores[i] = _mix(stream + np.uint64(tokens[i]) + _GAMMA)
+    return _lowest(scores, length, settings.room, buckets, ties)
 
 
 @numba.njit(nogil=True, cache=True)
@@ -498,7 +520,7 @@ def encode_rows(
     offsets: np.ndarray,
     tokens: np.ndarray,
     counts: np.ndarray,
-    streams: np.ndarray,
+    key: np.uint64,
     settings: Settings,
     starts: np.ndarray,
     input_ids: np.ndarray,
@@ -510,7 +532,7 @@ def encode_rows(
         offsets: `(cells + 1,)` places where the cells begin and end.
         tokens: genes of the cells, of any integer type, each once per cell.
         counts: float32 counts of the genes.
-        streams: `(cells,)` uint64; a gene's score is `mix64(stream + token)`, and the lowest scores are kept.
+        key: `mix64` of the seed of the sampling.
         settings: settings as for training; those of targets are not read.
         starts: `(cells,)` first place of each cell in the output.
         input_ids: int64 array to write to.
@@ -520,18 +542,18 @@ def encode_rows(
         Whether all counts are whole and above zero. If not, nothing written is of use.
     """
     longest = 1
-    for cell in range(len(streams)):
+    for cell in range(len(starts)):
         longest = max(longest, offsets[cell + 1] - offsets[cell])
-    kept_tokens, kept_counts = np.empty(longest + 1, tokens.dtype), np.empty(longest + 1, np.float32)
+    kept_counts = np.empty(longest, np.float32)
     histogram = np.empty((4, _SMALL), np.int32)
     tail = np.empty(longest, np.float32)
     distinct = np.empty(longest + _SMALL, np.float32)
     upto = np.empty(longest + _SMALL, np.int64)
     edges = np.empty(len(settings.quantiles), np.float32)
     table = np.zeros(_SMALL, np.float32)
-    scores, ties = np.empty(longest, np.uint64), np.empty(longest, np.uint64)
-    buckets = np.empty(2048, np.int32)
-    for cell in range(len(streams)):
+    scores, ties = np.empty(longest, np.uint64), np.empty(longest + 1, np.uint64)
+    buckets = np.empty(256, np.int32)
+    for cell in range(len(starts)):
         cell_tokens = tokens[offsets[cell] : offsets[cell + 1]]
         cell_counts = counts[offsets[cell] : offsets[cell + 1]]
         length = len(cell_tokens)
@@ -548,18 +570,19 @@ def encode_rows(
             input_ids[place] = token
             expression_values[place] = settings.pad_value
             place += 1
-        if settings.sample and length > settings.room:
-            for i in range(length):
-                scores[i] = _mix(streams[cell] + np.uint64(cell_tokens[i]) + _GAMMA)
-            highest = _lowest(scores, length, settings.room, buckets, ties)
-            chosen = np.uint64(0)
-            for i in range(length):
-                kept_tokens[chosen], kept_counts[chosen] = cell_tokens[i], cell_counts[i]
-                chosen += np.uint64(scores[i] <= highest)
-            cell_tokens, cell_counts = kept_tokens, kept_counts
         ids, cell_values = input_ids[place : place + kept], expression_values[place : place + kept]
-        for i in range(np.uint64(kept)):
-            ids[i] = cell_tokens[i]
+        if (settings.sample or settings.highest) and length > settings.room:
+            highest = _score_genes(cell_tokens, cell_counts, key, settings, scores, buckets, ties)
+            chosen = np.uint64(0)
+            for i in range(np.uint64(length)):
+                ids[chosen], kept_counts[chosen] = cell_tokens[i], cell_counts[i]
+                chosen += np.uint64(scores[i] <= highest)
+                if chosen == np.uint64(kept):
+                    break  # the next would be written behind the cell
+            cell_counts = kept_counts
+        else:
+            for i in range(np.uint64(kept)):
+                ids[i] = cell_tokens[i]
         if settings.encoding != BINS:
             cell_values[:] = cell_counts[:kept]
             continue

@@ -40,6 +40,15 @@ def embed(
     drugs: options.Drugs = None,
     unknown_drugs: options.UnknownDrugs = UnknownDrugsRule.pad,
     max_length: options.MaxLength = None,
+    overflow: options.Overflow = None,
+    draws: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Samples of each cell longer than the context: their embeddings are averaged, and obs['tahoe_x1_sd'] "
+            "says how far one sample's lies from the mean.",
+        ),
+    ] = 1,
     dtype: Annotated[
         Dtype, typer.Option(help="auto: bfloat16 where the hardware is faster at it. int8: weights of 8 bits.")
     ] = Dtype.auto,
@@ -64,7 +73,7 @@ def embed(
     from tahoex1_hf.hub.models import model_and_tokenizer
     from tahoex1_hf.inference.encoder import choose_device
 
-    check_output(output, gene_embeddings)
+    check_output(output, gene_embeddings, draws)
     check_paths(sources)
     choose_device(device)
     loaded, tokenizer = model_and_tokenizer(model, size=size, revision=revision)
@@ -82,6 +91,8 @@ def embed(
         unknown_drugs=unknown_drugs.value,
         gene_embeddings=gene_embeddings,
         max_length=max_length,
+        overflow=overflow and overflow.value,
+        draws=draws,
         seed=seed,
         batch_tokens=batch_tokens,
         device=device,

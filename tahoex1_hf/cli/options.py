@@ -25,6 +25,14 @@ class FloatDtype(StrEnum):
     bfloat16 = "bfloat16"
 
 
+class OverflowRule(StrEnum):
+    """Choice of the genes of cells longer than the context."""
+
+    sample = "sample"
+    highest = "highest"
+    first = "first"
+
+
 class UnknownDrugsRule(StrEnum):
     """Rule for drugs that the drug table lacks."""
 
@@ -73,6 +81,14 @@ UnknownDrugs = Annotated[
 ]
 MaxLength = Annotated[
     int | None, typer.Option(help="Largest number of tokens of a cell.", show_default="the model's context length")
+]
+Overflow = Annotated[
+    OverflowRule | None,
+    typer.Option(
+        help="Genes taken of cells longer than the context: a random sample, by the cell's content alone; the highest "
+        "counts; or the first columns.",
+        show_default="the model's, sample",
+    ),
 ]
 Seed = Annotated[int, typer.Option(help="Seed of the sampling of cells longer than the context.")]
 

@@ -91,6 +91,7 @@ def perturb(
     drugs: options.Drugs = None,
     unknown_drugs: options.UnknownDrugs = UnknownDrugsRule.error,
     max_length: options.MaxLength = None,
+    overflow: options.Overflow = None,
     dtype: Annotated[
         Dtype, typer.Option(help="bfloat16 moves the embeddings as far as many perturbations do.")
     ] = Dtype.float32,
@@ -142,6 +143,7 @@ def perturb(
         drugs=drugs,
         unknown_drugs=unknown_drugs.value,
         max_length=max_length,
+        overflow=overflow and overflow.value,
         seed=seed,
         batch_tokens=batch_tokens,
         device=device,

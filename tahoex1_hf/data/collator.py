@@ -9,7 +9,7 @@ import torch
 
 from tahoex1_hf.cells import kernels
 from tahoex1_hf.cells.ragged import CountRows
-from tahoex1_hf.encoding_tahoe_x1 import unit_quantiles
+from tahoex1_hf.encoding_tahoe_x1 import GeneRows, cell_streams, content_numbers, unit_quantiles
 from tahoex1_hf.packing_tahoe_x1 import padded_length
 
 if TYPE_CHECKING:
@@ -38,6 +38,8 @@ class CellCollator:
         drug_token: whether cells begin with `<cls>`, `<drug>`; by default if the tokenizer has drugs. The tokenizer's
             `unknown_drugs` decides about drugs that its table lacks.
         mask_value: value of `expression_values` at targets, which the model does not read.
+        seed: seed of samples and targets where the collator is called with rows, for evaluations: they then follow
+            from each cell's content and the seed alone. By default they are others each time, by torch's generator.
 
     Raises:
         ValueError: for settings that cannot be used, or cannot be used together.
@@ -54,6 +56,7 @@ class CellCollator:
         pad_to_multiple_of: int | None = None,
         drug_token: bool | None = None,
         mask_value: float = -1.0,
+        seed: int | None = None,
     ) -> None:
         probabilities = np.atleast_1d(np.asarray([] if mlm_probability is None else mlm_probability, dtype=np.float64))
         if not all(0 < p <= 1 for p in probabilities) or (mlm_probability is not None and not len(probabilities)):
@@ -74,7 +77,9 @@ class CellCollator:
             )
         if packed and (unexpressed_padding or pad_to_multiple_of):
             raise ValueError("packed=True leaves no padding: leave out unexpressed_padding and pad_to_multiple_of.")
-        self.tokenizer, self.context_length = tokenizer, length
+        if seed is not None and not 0 <= seed < 2**63:
+            raise ValueError(f"seed={seed}: pass a non-negative integer, or None.")
+        self.tokenizer, self.context_length, self.seed = tokenizer, length, seed
         self.packed, self.unexpressed_padding, self.pad_to_multiple_of = (
             packed,
             unexpressed_padding,
@@ -89,6 +94,7 @@ class CellCollator:
             mask_value=np.float32(mask_value),
             room=length - len(ids),
             sample=tokenizer.overflow == "sample",
+            highest=False,
             encoding=_ENCODINGS[tokenizer.value_encoding],
             quantiles=unit_quantiles(tokenizer.num_bins - 1),
             right=tokenizer.right_binning,
@@ -189,8 +195,8 @@ class CellCollator:
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Make a batch of rows of a prepared dataset, with `genes`, `counts` and `drug`, as `datasets` gives them.
 
-        Random numbers come from torch's default generator, which data loaders seed for each worker. `CellBatches`
-        makes such batches many times faster.
+        Random numbers come from torch's default generator, which data loaders seed for each worker, or with `seed`
+        from the cells alone. `CellBatches` makes such batches many times faster.
 
         Raises:
             ValueError: for rows without `genes` or `counts`, with arrays of different lengths, or with values that
@@ -202,7 +208,11 @@ class CellCollator:
         genes = np.concatenate([np.zeros(0, dtype=np.int64), *(tokens for tokens, _ in pairs)])
         counts = np.concatenate([np.zeros(0, dtype=np.float32), *(values for _, values in pairs)])
         cells = CountRows(genes, starts, counts, starts, lengths)
-        streams = torch.randint(2**63 - 1, (len(lengths),)).numpy().astype(np.uint64)
+        if self.seed is None:
+            streams = torch.randint(2**63 - 1, (len(lengths),)).numpy().astype(np.uint64)
+        else:
+            rows = GeneRows(genes, counts, np.append(starts, lengths.sum()))
+            streams = cell_streams(content_numbers(rows), self.seed)
         drugs = None
         if self.drug_token:
             drugs = self.tokenizer.drug_ids([row.get("drug") for row in features], len(features))
@@ -228,4 +238,7 @@ class CellCollator:
         known = self.tokenizer.is_gene
         if genes.dtype.kind not in "iu" or genes.min() < 0 or genes.max() >= len(known) or not known[genes].all():
             raise ValueError(f"cell {number} has an id that is not a gene's: leave <cls> out, it is added here.")
-        return genes.astype(np.int64)[counts != 0], counts[counts != 0]
+        genes, counts = genes.astype(np.int64)[counts != 0], counts[counts != 0]
+        # Genes are chosen by their places: a seed asks for the same ones in any order of the genes.
+        order = slice(None) if self.seed is None else np.argsort(genes)
+        return genes[order], counts[order]

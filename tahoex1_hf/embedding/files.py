@@ -32,7 +32,7 @@ from tahoex1_hf.common.progress import progress_bar
 from tahoex1_hf.embedding.shards import Shard, ShardFolder
 from tahoex1_hf.embedding.writers import EmbeddingWriter, check_output, open_writer
 from tahoex1_hf.hub.models import model_and_tokenizer, model_name, without_peft
-from tahoex1_hf.inference.chunks import embed_chunks, with_context
+from tahoex1_hf.inference.chunks import embed_chunks, with_settings
 from tahoex1_hf.inference.encoder import CellEncoder, DtypeName, GeneMeans
 from tahoex1_hf.inference.provenance import provenance
 from tahoex1_hf.modeling_tahoe_x1 import TahoeX1PreTrainedModel
@@ -43,6 +43,8 @@ logger = logging.getLogger(__name__)
 # A shard is written when this many seconds have passed since the last one, or it holds this many values (32 MB).
 _SHARD_SECONDS = 30.0
 _SHARD_VALUES = 2**23
+# What runs of earlier versions did not record of themselves.
+_FORMERLY = {"sampled_by": "number", "draws": 1}
 
 
 class Plan:
@@ -104,6 +106,8 @@ def embed_files(
     unknown_drugs: str | None = None,
     gene_embeddings: bool = False,
     max_length: int | None = None,
+    overflow: str | None = None,
+    draws: int = 1,
     seed: int = 0,
     batch_tokens: int | None = None,
     device: str | torch.device | None = None,
@@ -133,7 +137,9 @@ def embed_files(
         unknown_drugs: as in `embed_anndata`.
         gene_embeddings: as in `embed_anndata`; needs a single `.h5ad` source and an `.h5ad` output.
         max_length: as in `embed_anndata`.
-        seed: as in `embed_anndata`; a cell is known by its number in its file.
+        overflow: as in `embed_anndata`.
+        draws: as in `embed_anndata`; the deviations are a column of obs, or of the table.
+        seed: as in `embed_anndata`.
         batch_tokens: as in `embed_anndata`.
         device: as in `embed_anndata`; several processes on a machine take a GPU each by default.
         dtype: as in `embed_anndata`.
@@ -146,10 +152,10 @@ def embed_files(
     """
     paths = [str(path) for path in ([sources] if isinstance(sources, (str, Path)) else sources)]
     target = str(output)
-    check_output(target, gene_embeddings)
+    check_output(target, gene_embeddings, draws)
     processes = Processes.current()
     loaded, tokenizer = model_and_tokenizer(model, tokenizer)
-    options = EncodeOptions(with_context(tokenizer, max_length), drugs, seed, unknown_drugs)
+    options = EncodeOptions(with_settings(tokenizer, max_length, overflow), drugs, seed, unknown_drugs, draws)
     genes = GeneOptions(gene_id_column, gene_symbols, layer, gene_metadata or TAHOE_100M_GENES)
     with ExitStack() as stack:
         shards = ShardFolder(f"{target}.shards")
@@ -176,7 +182,7 @@ def embed_files(
 
         def open_output() -> EmbeddingWriter:
             shape = (run.plan.num_cells, encoder.width)
-            return open_writer(target, shape, key_added, copied, [each.path for each in inputs])
+            return open_writer(target, shape, key_added, copied, [each.path for each in inputs], draws > 1)
 
         run.carry_out(todo, processes, open_output, model_name(model, loaded), progress)
 
@@ -210,7 +216,7 @@ class _Run:
 
         def first() -> list[np.ndarray]:
             lock.acquire()
-            self.shards.claim(identity, restart)
+            self.shards.claim(identity, restart, _FORMERLY)
             report_unknown_drugs([each for each in self._drug_ids() if each.is_counted])
             self._sort_by_cell()
             # With gene embeddings, a shard that is in no sum was written just before a kill, and is made again.
@@ -279,16 +285,20 @@ class _Run:
         source = self.plan.encoders[number]
         names: list[str] = []
         parts: list[np.ndarray] = []
+        spreads: list[np.ndarray] = []
         empty, first, since = 0, start, time.monotonic()
         chunks = source.chunks(low, high, self.names)
-        for done, (chunk, part) in enumerate(embed_chunks(self.encoder, chunks, gene_means, bar.update), start + 1):
+        embedded = embed_chunks(self.encoder, chunks, gene_means, bar.update)
+        for done, (chunk, part, spread) in enumerate(embedded, start + 1):
             names.extend(chunk.names)
             parts.append(part)
+            spreads.append(spread)
             empty += len(chunk.cells.empty_cells)
             full = sum(each.size for each in parts) >= _SHARD_VALUES or time.monotonic() - since >= _SHARD_SECONDS
             if full or done == stop:
-                yield first, done, Shard(names, np.concatenate(parts), empty)
-                names, parts, empty, first, since = [], [], 0, done, time.monotonic()
+                deviations = np.concatenate(spreads) if self.options.draws > 1 else None
+                yield first, done, Shard(names, np.concatenate(parts), empty, deviations)
+                names, parts, spreads, empty, first, since = [], [], [], 0, done, time.monotonic()
 
     def write(self, writer: EmbeddingWriter, model_name: str) -> None:
         """Write the output from the shards, in the order of the cells."""
@@ -318,7 +328,7 @@ class _Run:
                 raise ValueError(
                     f"{self.shards.location}: the shard {start}-{stop} is damaged: remove it, and run again."
                 )
-            writer.write(shard.names, self.plan.inputs[number].path, shard.embeddings)
+            writer.write(shard.names, self.plan.inputs[number].path, shard.embeddings, shard.deviations)
             num_empty += shard.num_empty
             at = stop
         if at != self.plan.num_chunks:
@@ -329,6 +339,7 @@ class _Run:
 def _identity(run: _Run, model: TahoeX1PreTrainedModel, more: dict[str, Any]) -> dict[str, Any]:
     """Return what decides the result, apart from the kind of device."""
     options, tokenizer = run.options, run.options.tokenizer
+    samples = tokenizer.overflow == "sample" and tokenizer.context_length is not None
     return {
         "cells": [[each.path, each.fingerprint, each.num_cells] for each in run.plan.inputs],
         "chunk_cells": encoding.CHUNK_CELLS,
@@ -339,6 +350,8 @@ def _identity(run: _Run, model: TahoeX1PreTrainedModel, more: dict[str, Any]) ->
         "drugs": options.drugs,
         "unknown_drugs": options.unknown_drugs or tokenizer.unknown_drugs,
         "seed": options.seed,
+        "sampled_by": "content" if samples else _FORMERLY["sampled_by"],
+        "draws": options.draws,
         "dtype": run.encoder.dtype_name,
         "gene_embeddings": run.gene_embeddings,
         "names": run.names,

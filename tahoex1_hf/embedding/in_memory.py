@@ -11,9 +11,9 @@ from tahoex1_hf.cells.encoding import ChunkEncoder, EncodeOptions
 from tahoex1_hf.cells.genes import GeneOptions
 from tahoex1_hf.cells.opening import open_cells
 from tahoex1_hf.hub.models import model_and_tokenizer, model_name, without_peft
-from tahoex1_hf.inference.chunks import embed_input, with_context
+from tahoex1_hf.inference.chunks import embed_input, with_settings
 from tahoex1_hf.inference.encoder import CellEncoder, DtypeName
-from tahoex1_hf.inference.provenance import provenance, provenance_key
+from tahoex1_hf.inference.provenance import deviation_key, provenance, provenance_key
 from tahoex1_hf.modeling_tahoe_x1 import TahoeX1PreTrainedModel
 from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
 
@@ -34,6 +34,8 @@ def embed_anndata(
     unknown_drugs: str | None = None,
     gene_embeddings: bool = False,
     max_length: int | None = None,
+    overflow: str | None = None,
+    draws: int = 1,
     seed: int = 0,
     batch_tokens: int | None = None,
     device: str | torch.device | None = None,
@@ -43,7 +45,7 @@ def embed_anndata(
     """Write the cells' embeddings into `adata.obsm[key_added]`, float32 rows of length 1.
 
     What made them goes into `adata.uns`, under `key_added` without its `X_` (`adata.uns["tahoe_x1"]`). Nothing else
-    in `adata` changes. For files larger than memory there is `embed_files`.
+    in `adata` changes, but for `draws`. For files larger than memory there is `embed_files`.
 
     Args:
         adata: cells with raw counts, in memory or backed.
@@ -61,8 +63,14 @@ def embed_anndata(
         gene_embeddings: whether to write each gene's mean contextual embedding over the cells that express it to
             `adata.varm[key_added]`; NaN for genes that no cell expresses or the vocabulary lacks.
         max_length: most tokens of a cell; by default the tokenizer's `context_length`.
-        seed: seed for the sampling of genes in cells longer than `max_length`; the sample does not depend on the
-            batches.
+        overflow: genes that are taken of cells longer than `max_length`: `"sample"`, at random, by the cell's content
+            and the seed alone; `"highest"`, the highest counts; `"first"`, by column; by default the tokenizer's.
+        draws: number of samples of each cell longer than `max_length`. With more than one, the cell's embedding is the
+            mean of theirs, scaled to length 1, and `adata.obs["tahoe_x1_sd"]` (for another `key_added`, its name) says
+            how far one sample's embedding lies from the mean: the root of the variances over the samples, summed over
+            the dimensions, in units of the embeddings' length, which is 1; 0 for cells that fit. Gene embeddings are
+            those of the first sample.
+        seed: seed of the sampling; a cell's sample depends on its genes, its counts and the seed alone.
         batch_tokens: most tokens of a batch, padding included, by default fit for the device; fewer need less memory.
             It changes embeddings by float32 roundings only.
         device: device to run on; by default CUDA or Apple's GPU where there is one, otherwise the CPU.
@@ -74,15 +82,17 @@ def embed_anndata(
         ValueError: for counts, genes or arguments that cannot be used; the message says what to do.
     """
     loaded, tokenizer = model_and_tokenizer(model, tokenizer)
-    tokenizer = with_context(tokenizer, max_length)
-    options = EncodeOptions(tokenizer, drugs, seed, unknown_drugs)
+    tokenizer = with_settings(tokenizer, max_length, overflow)
+    options = EncodeOptions(tokenizer, drugs, seed, unknown_drugs, draws)
     cells = open_cells(adata, tokenizer, GeneOptions(gene_id_column, gene_symbols, layer))
     encoder = CellEncoder(without_peft(loaded), tokenizer, batch_tokens=batch_tokens, device=device, dtype=dtype)
     genes = cells.genes
     gene_means = encoder.gene_means(genes) if gene_embeddings and genes is not None else None
-    embeddings, num_empty = embed_input(encoder, ChunkEncoder(cells, options), gene_means, progress)
+    embeddings, deviations, num_empty = embed_input(encoder, ChunkEncoder(cells, options), gene_means, progress)
     # Written last, together: an interrupted run leaves adata as it was.
     adata.obsm[key_added] = embeddings
+    if draws > 1:
+        adata.obs[deviation_key(key_added)] = deviations
     if gene_means is not None and genes is not None:
         adata.varm[key_added] = gene_means.means(genes.token_ids)
     adata.uns[provenance_key(key_added)] = provenance(model_name(model, loaded), encoder, options, [cells], num_empty)

@@ -9,7 +9,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -30,11 +30,13 @@ class Shard(NamedTuple):
         names: names of the cells; empty for outputs without names.
         embeddings: `(cells, width)` float32.
         num_empty: number of cells in which no known gene is expressed.
+        deviations: `(cells,)` float32, how far embeddings vary with the sample; None where there is one sample.
     """
 
     names: list[str]
     embeddings: np.ndarray
     num_empty: int
+    deviations: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -80,13 +82,14 @@ class ShardFolder:
 
     # Identity of the run -----------------------------------------------------------------------------
 
-    def claim(self, identity: dict[str, Any], restart: bool) -> None:
+    def claim(self, identity: dict[str, Any], restart: bool, formerly: Mapping[str, Any]) -> None:
         """Begin a run, or resume one of the same identity.
 
         Args:
             identity: everything that decides the result, as JSON. What the identity of an older run lacks, because it
                 was not recorded then, is taken to be the same.
             restart: whether to remove what another run left.
+            formerly: values that an older run had where it recorded none, as far as they are known.
 
         Raises:
             ValueError: for a folder with the shards of another run.
@@ -94,7 +97,7 @@ class ShardFolder:
         if restart:
             self.remove()
         if _RUN in self._names():
-            found = json.loads(self._read(_RUN))
+            found = {**formerly, **json.loads(self._read(_RUN))}
             different = sorted(key for key, value in found.items() if value != identity.get(key))
             if different:
                 raise ValueError(
@@ -123,6 +126,8 @@ class ShardFolder:
         width = shard.embeddings.shape[1]
         values = pa.array(np.ascontiguousarray(shard.embeddings, dtype=np.float32).ravel())
         columns = {"embedding": pa.FixedSizeListArray.from_arrays(values, width)}
+        if shard.deviations is not None:
+            columns["deviation"] = pa.array(shard.deviations, pa.float32())
         if shard.names:
             columns = {"cell": pa.array(shard.names, pa.string()), **columns}
         table = pa.table(columns).replace_schema_metadata({"num_empty": str(shard.num_empty)})
@@ -136,8 +141,9 @@ class ShardFolder:
         column = table.column("embedding").combine_chunks()
         flat = column.flatten().to_numpy(zero_copy_only=False)
         names = table.column("cell").to_pylist() if "cell" in table.column_names else []
+        deviations = table.column("deviation").to_numpy() if "deviation" in table.column_names else None
         metadata = table.schema.metadata or {}
-        return Shard(names, flat.reshape(table.num_rows, -1), int(metadata[b"num_empty"]))
+        return Shard(names, flat.reshape(table.num_rows, -1), int(metadata[b"num_empty"]), deviations)
 
     def summed(self) -> list[tuple[int, int]]:
         """Return the shards whose cells are in a sum, and remove the rest.

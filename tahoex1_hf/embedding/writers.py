@@ -13,20 +13,23 @@ from typing import Any
 import numpy as np
 
 from tahoex1_hf.common.files import WholeFile
-from tahoex1_hf.inference.provenance import provenance_key
+from tahoex1_hf.inference.h5ad_columns import add_to_column_order, make_array
+from tahoex1_hf.inference.provenance import deviation_key, provenance_key
 
 logger = logging.getLogger(__name__)
 
 _FORMATS = (".h5ad", ".parquet", ".npy")
 
 
-def check_output(output: str, gene_embeddings: bool) -> None:
+def check_output(output: str, gene_embeddings: bool, draws: int = 1) -> None:
     """Raise ValueError for an output that could not be written, before any work is done."""
     name = output.rpartition("/")[2]
     if not output.endswith(_FORMATS):
         raise ValueError(f"The output must end in .h5ad, .parquet or .npy, got {name!r}.")
     if gene_embeddings and not output.endswith(".h5ad"):
         raise ValueError(f"Gene embeddings need an output that ends in .h5ad, got {name!r}.")
+    if draws > 1 and output.endswith(".npy"):
+        raise ValueError(f"draws={draws} gives a deviation per cell, for which {name!r} has no place: name an .h5ad.")
     if "://" in output:
         if output.endswith(".h5ad"):
             raise ValueError(f"An .h5ad file cannot be written to {output}: name a local one, or a .parquet.")
@@ -57,8 +60,17 @@ class EmbeddingWriter(ABC):
         return fsspec.open(self.partial, "wb").open()
 
     @abstractmethod
-    def write(self, names: Sequence[str], source: str, embeddings: np.ndarray) -> None:
-        """Write the embeddings, `(cells, width)`, of the next cells, which come from one source."""
+    def write(
+        self, names: Sequence[str], source: str, embeddings: np.ndarray, deviations: np.ndarray | None = None
+    ) -> None:
+        """Write the next cells, which come from one source.
+
+        Args:
+            names: names of the cells.
+            source: where they come from.
+            embeddings: `(cells, width)`.
+            deviations: `(cells,)`, how far the embeddings vary with the sample, where that was asked for.
+        """
 
     def write_genes(self, embeddings: np.ndarray) -> None:
         """Write `(genes, width)` gene embeddings."""
@@ -94,9 +106,18 @@ class H5adWriter(EmbeddingWriter):
     Args:
         copied: the `.h5ad` source to copy; None for cells without counts.
         sources: names of the sources.
+        with_deviations: whether there is a column of obs for how far the embeddings vary with the sample.
     """
 
-    def __init__(self, output: str, shape: tuple[int, int], key_added: str, copied: str | None, sources: list[str]):
+    def __init__(
+        self,
+        output: str,
+        shape: tuple[int, int],
+        key_added: str,
+        copied: str | None,
+        sources: list[str],
+        with_deviations: bool,
+    ):
         import h5py
 
         super().__init__(output, shape, key_added)
@@ -107,8 +128,12 @@ class H5adWriter(EmbeddingWriter):
         if copied is None:
             self._make_frames()
         self._remove("obsm", key_added)
-        self.dataset = self._group("obsm").create_dataset(key_added, shape=shape, dtype=np.float32)
-        self.dataset.attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
+        self.dataset = make_array(self._group("obsm"), key_added, shape, np.float32)
+        if with_deviations:
+            column = deviation_key(key_added)
+            obs = add_to_column_order(self.file, column)
+            self._remove("obs", column)
+            self.deviations = make_array(obs, column, shape[:1], np.float32)
 
     def _make_frames(self) -> None:
         """Make `obs` and `var` as anndata stores them; the names of the cells are filled in later."""
@@ -129,8 +154,7 @@ class H5adWriter(EmbeddingWriter):
             column = obs.create_group("source")
             column.attrs.update({"encoding-type": "categorical", "encoding-version": "0.2.0", "ordered": False})
             write_elem(column, "categories", np.array(self.sources, dtype=object))
-            self.codes = column.create_dataset("codes", shape=(self.shape[0],), dtype=np.int32)
-            self.codes.attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
+            self.codes = make_array(column, "codes", self.shape[:1], np.int32)
 
     def _group(self, name: str) -> Any:
         group = self.file.require_group(name)
@@ -143,10 +167,14 @@ class H5adWriter(EmbeddingWriter):
             logger.warning("%s had %s[%r] already: it is replaced in the output.", self.output, group, name)
             del self.file[group][name]
 
-    def write(self, names: Sequence[str], source: str, embeddings: np.ndarray) -> None:
+    def write(
+        self, names: Sequence[str], source: str, embeddings: np.ndarray, deviations: np.ndarray | None = None
+    ) -> None:
         """Write rows."""
         rows = slice(self.done, self.done + len(embeddings))
         self.dataset[rows] = embeddings
+        if deviations is not None:
+            self.deviations[rows] = deviations
         if self.copied is None:
             self.names[rows] = list(names)
             if len(self.sources) > 1:
@@ -173,26 +201,35 @@ class H5adWriter(EmbeddingWriter):
 
 
 class ParquetWriter(EmbeddingWriter):
-    """Writer of a Parquet table with the columns `cell` (the name), `source` (if several), and one per dimension."""
+    """Writer of a Parquet table with the columns `cell` (the name), `source` (if several), and one per dimension.
 
-    def __init__(self, output: str, shape: tuple[int, int], key_added: str, sources: list[str]):
+    Where embeddings are means over samples, their deviations stand before the dimensions.
+    """
+
+    def __init__(self, output: str, shape: tuple[int, int], key_added: str, sources: list[str], with_deviations: bool):
         import pyarrow as pa
         import pyarrow.parquet as pq
 
         super().__init__(output, shape, key_added)
         self.several = len(sources) > 1
         labels = [pa.field("cell", pa.string()), *([pa.field("source", pa.string())] if self.several else [])]
+        if with_deviations:
+            labels.append(pa.field(deviation_key(key_added), pa.float32()))
         self.schema = pa.schema([*labels, *(pa.field(f"{key_added}_{i}", pa.float32()) for i in range(shape[1]))])
         self.stream = self.open()
         self.file = pq.ParquetWriter(self.stream, self.schema)
 
-    def write(self, names: Sequence[str], source: str, embeddings: np.ndarray) -> None:
+    def write(
+        self, names: Sequence[str], source: str, embeddings: np.ndarray, deviations: np.ndarray | None = None
+    ) -> None:
         """Write rows as one row group."""
         import pyarrow as pa
 
         labels = [pa.array(names, pa.string())]
         if self.several:
             labels.append(pa.array([source] * len(names), pa.string()))
+        if deviations is not None:
+            labels.append(pa.array(deviations, pa.float32()))
         self.file.write_table(pa.Table.from_arrays([*labels, *map(pa.array, embeddings.T)], schema=self.schema))
 
     def write_provenance(self, provenance: dict[str, Any]) -> None:
@@ -215,7 +252,9 @@ class NpyWriter(EmbeddingWriter):
             self.stream, {"descr": np.dtype(np.float32).str, "fortran_order": False, "shape": shape}
         )
 
-    def write(self, names: Sequence[str], source: str, embeddings: np.ndarray) -> None:
+    def write(
+        self, names: Sequence[str], source: str, embeddings: np.ndarray, deviations: np.ndarray | None = None
+    ) -> None:
         """Write rows."""
         self.stream.write(np.ascontiguousarray(embeddings, dtype=np.float32).tobytes())
 
@@ -229,7 +268,12 @@ class NpyWriter(EmbeddingWriter):
 
 
 def open_writer(
-    output: str, shape: tuple[int, int], key_added: str, copied: str | None, sources: list[str]
+    output: str,
+    shape: tuple[int, int],
+    key_added: str,
+    copied: str | None,
+    sources: list[str],
+    with_deviations: bool = False,
 ) -> EmbeddingWriter:
     """Open the writer for an output, which the ending of its name decides.
 
@@ -239,9 +283,10 @@ def open_writer(
         key_added: slot of `obsm`, or beginning of the columns' names.
         copied: `.h5ad` source that an `.h5ad` output copies; None for cells without counts.
         sources: names of the sources.
+        with_deviations: whether `write` gets deviations.
     """
     if output.endswith(".h5ad"):
-        return H5adWriter(output, shape, key_added, copied, sources)
+        return H5adWriter(output, shape, key_added, copied, sources, with_deviations)
     if output.endswith(".parquet"):
-        return ParquetWriter(output, shape, key_added, sources)
+        return ParquetWriter(output, shape, key_added, sources, with_deviations)
     return NpyWriter(output, shape, key_added)

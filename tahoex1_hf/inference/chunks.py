@@ -2,13 +2,14 @@
 """Embed chunks of cells that are read and encoded while the model works."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
 from tahoex1_hf.cells.encoding import Chunk, ChunkEncoder, report_unknown_drugs
 from tahoex1_hf.common.prefetch import prefetch
 from tahoex1_hf.common.progress import progress_bar
+from tahoex1_hf.configuration_tahoe_x1 import OVERFLOWS
 from tahoex1_hf.inference.encoder import CellEncoder, GeneMeans
 from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
 
@@ -18,25 +19,54 @@ def embed_chunks(
     chunks: Iterator[Chunk],
     gene_means: GeneMeans | None = None,
     on_batch: Callable[[int], object] = lambda num_cells: None,
-) -> Iterator[tuple[Chunk, np.ndarray]]:
+) -> Iterator[tuple[Chunk, np.ndarray, np.ndarray]]:
     """Embed chunk after chunk; the next chunk is read and encoded while the model works on this one.
 
     Args:
         encoder: model that embeds the cells.
         chunks: chunks from `ChunkEncoder.chunks`.
-        gene_means: running means to which the cells' gene embeddings are added.
+        gene_means: running means to which the cells' gene embeddings are added; of several samples, the first's.
         on_batch: function called after each batch with its number of cells.
 
     Yields:
-        Every chunk, and its `(cells, width)` float32 embeddings, each row of length 1.
+        Every chunk; its `(cells, width)` float32 embeddings, each row of length 1; and `(cells,)` float32, how far
+        they vary with the sample (see `_average`), 0 for cells of which there is one sample.
     """
     for chunk in prefetch(chunks):
-        yield chunk, encoder.embed(chunk.cells, gene_means, on_batch)
+        embeddings = encoder.embed(chunk.cells, gene_means, on_batch)
+        deviations = np.zeros(len(embeddings), dtype=np.float32)
+        if chunk.samples:
+            others = (encoder.embed(cells) for cells in chunk.samples)
+            embeddings[chunk.long], deviations[chunk.long] = _average(embeddings[chunk.long], others)
+        yield chunk, embeddings, deviations
+
+
+def _average(first: np.ndarray, others: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Average the embeddings of several samples of the same cells.
+
+    Args:
+        first: `(cells, width)` embeddings of the first sample, each of length 1.
+        others: the same of the other samples.
+
+    Returns:
+        `(cells, width)` means, scaled to length 1; and `(cells,)` standard deviations: the root of the variances over
+        the samples (with n - 1), summed over the dimensions. That is the root mean square distance of one sample's
+        embedding from the mean, where embeddings have length 1.
+    """
+    sums, number = first.astype(np.float64), 1
+    squares = (sums**2).sum(1)
+    for sample in others:
+        values = sample.astype(np.float64)
+        sums, squares, number = sums + values, squares + (values**2).sum(1), number + 1
+    means = sums / number
+    variances = np.maximum(squares - number * (means**2).sum(1), 0) / (number - 1)
+    means /= np.linalg.norm(means, axis=1, keepdims=True)
+    return means.astype(np.float32), np.sqrt(variances).astype(np.float32)
 
 
 def embed_input(
     encoder: CellEncoder, chunks: ChunkEncoder, gene_means: GeneMeans | None = None, progress: bool = False
-) -> tuple[np.ndarray, int]:
+) -> tuple[np.ndarray, np.ndarray, int]:
     """Embed all cells of an input.
 
     Args:
@@ -46,30 +76,36 @@ def embed_input(
         progress: whether to show a progress bar.
 
     Returns:
-        `(cells, width)` float32 embeddings, each row of length 1, and the number of cells in which no known gene is
-        expressed.
+        `(cells, width)` float32 embeddings, each row of length 1; `(cells,)` float32, how far they vary with the
+        sample (see `_average`); and the number of cells in which no known gene is expressed.
     """
     report_unknown_drugs([chunks.drug_ids])
     num_cells = chunks.cells.num_cells
     embeddings = np.empty((num_cells, encoder.width), dtype=np.float32)
-    num_empty = 0
+    deviations, num_empty = np.zeros(num_cells, dtype=np.float32), 0
     with progress_bar(progress, total=num_cells, unit="cell", desc="Embedding") as bar:
-        for chunk, part in embed_chunks(encoder, chunks.chunks(0, num_cells), gene_means, bar.update):
+        for chunk, part, spread in embed_chunks(encoder, chunks.chunks(0, num_cells), gene_means, bar.update):
             embeddings[chunk.start : chunk.start + len(part)] = part
+            deviations[chunk.start : chunk.start + len(part)] = spread
             num_empty += len(chunk.cells.empty_cells)
-    return embeddings, num_empty
+    return embeddings, deviations, num_empty
 
 
-def with_context(tokenizer: TahoeX1Tokenizer, max_length: int | None) -> TahoeX1Tokenizer:
-    """Return the tokenizer, or a copy with another context length.
+def with_settings(
+    tokenizer: TahoeX1Tokenizer, max_length: int | None, overflow: str | None = None
+) -> TahoeX1Tokenizer:
+    """Return the tokenizer, or a copy with another context length or another choice of genes for longer cells.
 
     Raises:
-        ValueError: for a length that leaves no room for a gene.
+        ValueError: for a length that leaves no room for a gene, and for another `overflow` than the tokenizer knows.
     """
-    if max_length is None:
+    if max_length is None and overflow is None:
         return tokenizer
-    if max_length < 3:
+    if max_length is not None and max_length < 3:
         raise ValueError(f"max_length={max_length} leaves no room for a gene after <cls> and <drug>: pass at least 3.")
+    if overflow is not None and overflow not in OVERFLOWS:
+        raise ValueError(f"overflow={overflow!r}: pass one of {OVERFLOWS}.")
     tokenizer = copy.copy(tokenizer)
-    tokenizer.context_length = max_length
+    tokenizer.context_length = tokenizer.context_length if max_length is None else max_length
+    tokenizer.overflow = overflow or tokenizer.overflow
     return tokenizer

@@ -43,6 +43,7 @@ def provenance(
         "max_length": tokenizer.context_length or 0,
         "overflow": tokenizer.overflow,
         "seed": options.seed,
+        "draws": options.draws,
         "dtype": encoder.dtype_name,
         "device": encoder.device.type,
         "attention": str(encoder.config._attn_implementation),
@@ -57,6 +58,11 @@ def model_revision(name_or_path: str) -> str:
         path = try_to_load_from_cache(name_or_path, "config.json")
     parts = Path(path).parts if isinstance(path, str) else ()
     return parts[parts.index("snapshots") + 1] if "snapshots" in parts[:-1] else ""
+
+
+def deviation_key(key_added: str) -> str:
+    """Return the column of `obs`, or of a table, that says how far embeddings vary with the sample."""
+    return f"{provenance_key(key_added)}_sd"
 
 
 def provenance_key(key_added: str) -> str:

@@ -163,8 +163,10 @@ def _model_settings(config: TahoeX1Config) -> dict[str, Any]:
 
 
 def _collator_settings(config: TahoeX1Config, tokenizer: TahoeX1Tokenizer) -> dict[str, Any]:
-    if tokenizer.overflow == "top":
-        raise ValueError('The original has no overflow="top": set the tokenizer\'s overflow to "sample" or "first".')
+    if tokenizer.overflow == "highest":
+        raise ValueError(
+            'The original has no overflow="highest": set the tokenizer\'s overflow to "sample" or "first".'
+        )
     settings: dict[str, Any] = {
         "do_padding": True,
         "pad_token_id": config.pad_token_id,

@@ -9,18 +9,23 @@ difference between the two samples is then due to the perturbation alone.
 
 import copy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 from transformers.utils import logging
 
 from tahoex1_hf.cells.encoding import DrugIds, EncodeOptions, report_unknown_drugs
 from tahoex1_hf.cells.readers.base import CellInput
-from tahoex1_hf.encoding_tahoe_x1 import GeneMatch, GeneRows, count_problem, kept_genes, mix64
+from tahoex1_hf.encoding_tahoe_x1 import (
+    GeneMatch,
+    GeneRows,
+    cell_streams,
+    content_numbers,
+    count_problem,
+    kept_genes,
+    mix64,
+)
 from tahoex1_hf.packing_tahoe_x1 import EncodedCells
-
-if TYPE_CHECKING:
-    pass
 
 PerturbationMode = Literal["delete", "overexpress", "set"]
 
@@ -61,6 +66,7 @@ class CellRows:
     Attributes:
         rows: genes and counts of the cells, in the order of the data's columns.
         numbers: `(cells,)` number of each cell in the data.
+        contents: `(cells,)` content number of each cell, by which it is sampled.
         drug_ids: `(cells,)` drug of each cell, or None.
         keep: `(total genes,)` bool, the genes that the tokenizer takes into its sample.
         highest: `(cells,)` largest count of each cell, 0 for a cell without counts.
@@ -68,9 +74,10 @@ class CellRows:
 
     def __init__(self, source: "CellSource", rows: GeneRows, numbers: np.ndarray, drug_ids: np.ndarray | None):
         self.source, self.rows, self.numbers, self.drug_ids = source, rows, numbers, drug_ids
-        keep = None
+        self.contents, keep = content_numbers(rows), None
         if source.room is not None:
-            keep = kept_genes(rows, numbers, source.options.seed, source.room, source.tokenizer.overflow)
+            overflow, seed = source.tokenizer.overflow, source.options.seed
+            keep = kept_genes(rows, seed, source.room, overflow, contents=self.contents)
         self.keep = np.ones(len(rows.tokens), dtype=bool) if keep is None else keep
         self.highest = np.zeros(len(numbers), dtype=np.float32)
         np.maximum.at(self.highest, rows.cells(), rows.counts)
@@ -100,6 +107,7 @@ class CellSource:
     Args:
         cells: cells with raw counts.
         options: options of the encoding.
+        used: numbers of the cells that will be read, by default all.
 
     Attributes:
         genes: token of every column.
@@ -111,7 +119,7 @@ class CellSource:
 
     genes: GeneMatch
 
-    def __init__(self, cells: CellInput, options: EncodeOptions):
+    def __init__(self, cells: CellInput, options: EncodeOptions, used: np.ndarray | None = None):
         tokenizer = self.tokenizer = options.tokenizer
         self.options, self.cells = options, cells
         if tokenizer.first_gene_raw and options.drugs is None:
@@ -121,7 +129,7 @@ class CellSource:
             )
         if cells.genes is None:
             raise ValueError(f"{cells.path} has no table of genes: perturb cells of an AnnData or an .h5ad file.")
-        self.genes, self._drug_ids = cells.genes, DrugIds(cells, options)
+        self.genes, self._drug_ids = cells.genes, DrugIds(cells, options, used)
         report_unknown_drugs([self._drug_ids])
         special = 1 if options.drugs is None else 2
         self.room = None if tokenizer.context_length is None else tokenizer.context_length - special
@@ -181,10 +189,9 @@ def gene_places(offsets: np.ndarray, special: int) -> np.ndarray:
     return np.arange(offsets[-1]) + special * (cells + 1)
 
 
-def halves(cells: np.ndarray, tokens: np.ndarray, numbers: np.ndarray, seed: int) -> np.ndarray:
-    """Return 0 or 1 for each gene: its half of the cell, by a hash of seed, cell and gene alone."""
-    streams = mix64(mix64(np.array([seed], dtype=np.uint64)) + numbers.astype(np.uint64))
-    return (mix64(streams[cells] + tokens.astype(np.uint64)) & np.uint64(1)).astype(np.int64)
+def halves(cells: np.ndarray, tokens: np.ndarray, contents: np.ndarray, seed: int) -> np.ndarray:
+    """Return 0 or 1 for each gene: its half of the cell, by a hash of seed, cell content and gene alone."""
+    return (mix64(cell_streams(contents, seed)[cells] + tokens.astype(np.uint64)) & np.uint64(1)).astype(np.int64)
 
 
 class Pairs:
@@ -254,7 +261,7 @@ class Pairs:
         keep = np.ones(len(self.tokens), dtype=bool)
         if source.room is None or np.diff(self.offsets).max(initial=0) <= source.room:
             return keep
-        numbers = self.cells.numbers[self.chosen]
+        contents, seed, overflow = self.cells.contents[self.chosen], source.options.seed, source.tokenizer.overflow
         num_touched = np.bincount(self.pair[self.touched], minlength=len(self.chosen))
         for number in np.unique(num_touched).tolist():
             if number > source.room:
@@ -264,7 +271,7 @@ class Pairs:
                 )
             others = (num_touched == number)[self.pair] & ~self.touched
             rows = GeneRows(self.tokens, self.before, self.offsets).select(others)
-            kept = kept_genes(rows, numbers, source.options.seed, source.room - number, source.tokenizer.overflow)
+            kept = kept_genes(rows, seed, source.room - number, overflow, contents=contents)
             if kept is not None:
                 keep[others] = kept
         return keep
@@ -293,8 +300,8 @@ class Pairs:
         Returns:
             `(total genes,)` bool, the hidden genes; `(pairs,)` bool, the pairs that need their own "before".
         """
-        numbers, seed = self.cells.numbers[self.chosen], self.cells.source.options.seed
-        seen = halves(np.arange(len(self.chosen)), self.members[:, 0], numbers, seed)
-        other = halves(self.pair, self.tokens, numbers, seed) != seen[self.pair]
+        contents, seed = self.cells.contents[self.chosen], self.cells.source.options.seed
+        seen = halves(np.arange(len(self.chosen)), self.members[:, 0], contents, seed)
+        other = halves(self.pair, self.tokens, contents, seed) != seen[self.pair]
         own = np.bincount(self.pair[other & self.touched & (self.before > 0)], minlength=len(self.chosen)) > 0
         return other & ~self.touched & self.keep, own | self.own_before

@@ -124,7 +124,7 @@ def unperturbed(cells: CellRows, forward: Forward) -> Unperturbed:
     if forward.decoder is not None:
         predicted = np.full(len(cells.rows.tokens), np.nan, dtype=np.float32)
         places = np.flatnonzero(cells.keep)
-        half = halves(cells.rows.cells(), cells.rows.tokens, cells.numbers, cells.source.options.seed)[places]
+        half = halves(cells.rows.cells(), cells.rows.tokens, cells.contents, cells.source.options.seed)[places]
         for side in (0, 1):
             predicted[places[half == side]] = predict_genes(forward, encoded, half == side)[half == side]
     return Unperturbed(cells.numbers, forward.pooled(encoded), predicted)

@@ -20,7 +20,7 @@ from tahoex1_hf.common.prefetch import prefetch
 from tahoex1_hf.common.progress import progress_bar
 from tahoex1_hf.encoding_tahoe_x1 import mix64
 from tahoex1_hf.hub.models import model_and_tokenizer, no_expression_head, without_peft
-from tahoex1_hf.inference.chunks import with_context
+from tahoex1_hf.inference.chunks import with_settings
 from tahoex1_hf.inference.encoder import CellEncoder, DtypeName
 from tahoex1_hf.modeling_tahoe_x1 import TahoeX1PreTrainedModel
 from tahoex1_hf.perturbation.cells import CellSource, Change, PerturbationMode
@@ -99,6 +99,7 @@ def perturb_genes(
     drugs: str | Sequence[str | None] | None = None,
     unknown_drugs: str | None = "error",
     max_length: int | None = None,
+    overflow: str | None = None,
     seed: int = 0,
     batch_tokens: int | None = None,
     device: str | torch.device | None = None,
@@ -149,6 +150,7 @@ def perturb_genes(
         drugs: as in `embed_anndata`.
         unknown_drugs: as in `embed_anndata`, but `"error"` by default.
         max_length: as in `embed_anndata`.
+        overflow: as in `embed_anndata`; the perturbed genes are always taken.
         seed: as in `embed_anndata`; also the seed of the halves of cells in predictions, and of the choice among
             controls that are equally near.
         batch_tokens: as in `embed_anndata`.
@@ -173,12 +175,13 @@ def perturb_genes(
         )
     with ExitStack() as stack:
         loaded, tokenizer = model_and_tokenizer(model, tokenizer, expression=expression)
-        options = EncodeOptions(with_context(tokenizer, max_length), drugs, seed, unknown_drugs)
+        options = EncodeOptions(with_settings(tokenizer, max_length, overflow), drugs, seed, unknown_drugs)
         opened = open_cells(adata, options.tokenizer, GeneOptions(gene_id_column, gene_symbols, layer))
         forward = _forward(without_peft(loaded), options.tokenizer, expression, batch_tokens, device, dtype)
-        source = CellSource(opened, options)
         groups = make_groups(opened, choose_cells(opened, cells, "cells"), groupby)
         toward = None if target is None else np.flatnonzero(choose_cells(opened, target, "target"))
+        used = np.unique(np.concatenate([*groups.numbers, *([] if toward is None else [toward])]))
+        source = CellSource(opened, options, used)
         levels = Levels.measure(source, groups)
         names = GeneNames(source, gene_symbols)
         controls = _plan(genes, names, groups, levels, change, together, null_genes, min_cells)
@@ -296,6 +299,7 @@ class _Run:
             "drugs": options.drugs if options.drugs is None or isinstance(options.drugs, str) else list(options.drugs),
             "unknown_drugs": options.unknown_drugs,
             "seed": options.seed,
+            "sampled_by": "content",
             "dtype": self.forward.encoder.dtype_name,
         }
 

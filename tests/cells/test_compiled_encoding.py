@@ -81,6 +81,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         {},
         {"right_binning": True, "num_bins": 7},
         {"overflow": "first"},
+        {"overflow": "highest"},
         {"context_length": None},
         {"context_length": 3},
         {"value_encoding": "raw"},
@@ -118,7 +119,7 @@ def test_rows_of_tokens(tmp_path: Path, settings_of_rows: dict[str, Any]) -> Non
     assert encode_compiled(ours, fractions) is None
 
 
-@pytest.fixture(params=[{}, {"context_length": None}, {"overflow": "first"}])
+@pytest.fixture(params=[{}, {"context_length": None}, {"overflow": "first"}, {"overflow": "highest"}])
 def settings_of_rows(request: pytest.FixtureRequest) -> dict[str, Any]:
     return request.param
 
@@ -185,7 +186,7 @@ def test_fractions_are_left_to_the_tokenizer(tmp_path: Path, watched: list[int])
     assert len(watched) == 2
 
 
-@pytest.mark.parametrize("settings", [{"value_encoding": "log1p"}, {"overflow": "top"}, {"first_gene_raw": True}])
+@pytest.mark.parametrize("settings", [{"value_encoding": "log1p"}, {"first_gene_raw": True}])
 def test_other_settings_are_left_to_the_tokenizer(
     tmp_path: Path, settings: dict[str, Any], watched: list[int]
 ) -> None:

@@ -334,6 +334,29 @@ def test_the_drug_token_stands_second_and_takes_one_place(vocab: Path) -> None:
 # Rows of datasets ---------------------------------------------------------------------------------
 
 
+def test_a_seed_makes_samples_and_targets_follow_from_the_cell_alone(vocab: Path) -> None:
+    cells, random = cells_of([500, 40, 300]), np.random.default_rng(0)
+    rows = []
+    for start, length in zip(cells.gene_starts, cells.lengths, strict=True):
+        order = random.permutation(length)
+        genes, counts = (values[start : start + length] for values in (cells.genes, cells.counts))
+        rows.append(({"genes": genes, "counts": counts}, {"genes": genes[order], "counts": counts[order]}))
+
+    def content(seed: int, features: list[dict[str, Any]]) -> list[set[tuple[float, ...]]]:
+        batch = CellCollator(tokenizer(vocab), seed=seed)(features)
+        tensors = (batch["input_ids"], batch["expression_values"], batch["labels"], batch["attention_mask"])
+        return [set(zip(*(tensor[row].tolist() for tensor in tensors), strict=True)) for row in range(len(features))]
+
+    whole = content(3, [row for row, _ in rows])
+    cut = [{entry for entry in cell if entry[3]} for cell in whole]
+    for place, (row, mixed) in enumerate(rows):  # alone, in another order of the genes, at another place
+        assert {entry for entry in content(3, [mixed])[0] if entry[3]} == cut[place]
+        assert {entry for entry in content(3, [rows[1][0], row])[1] if entry[3]} == cut[place]
+    assert content(4, [rows[0][0]]) != content(3, [rows[0][0]])
+    with pytest.raises(ValueError, match="seed=-1: pass a non-negative integer"):
+        CellCollator(tokenizer(vocab), seed=-1)
+
+
 def test_rows_of_datasets_are_collated_with_torchs_random_numbers(vocab: Path) -> None:
     cells = cells_of([500, 40])
     features = [
@@ -399,7 +422,7 @@ def test_settings_that_cannot_be_used(vocab: Path, settings: dict[str, Any], sai
 
 
 def test_tokenizers_that_cannot_train(vocab: Path) -> None:
-    for settings in ({"overflow": "top"}, {"first_gene_raw": True}, {"context_length": None}):
+    for settings in ({"overflow": "highest"}, {"first_gene_raw": True}, {"context_length": None}):
         with pytest.raises(ValueError, match=next(iter(settings))):
             CellCollator(tokenizer(vocab, **settings))
 

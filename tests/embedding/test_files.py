@@ -193,7 +193,6 @@ def prepared(tmp_path: Path, cells: anndata.AnnData, vocab: Path) -> Path:
 
 def test_a_prepared_dataset(tmp_path: Path, cells: anndata.AnnData, parts, prepared: Path) -> None:
     model, tokenizer = parts
-    tokenizer.context_length = None  # a sample would depend on the cell's number, which is another in the dataset
     run(prepared, tmp_path / "out.parquet", model, tokenizer, progress=False)
     split = open_cells(Source(str(prepared), "prepared", "train"), tokenizer)
     assert len(split.dataset.sizes) > 1
@@ -226,30 +225,6 @@ def test_drugs_of_files_and_datasets(tmp_path: Path, cells: anndata.AnnData, voc
     np.testing.assert_array_equal(one, expected(cells, parts, drugs="s3").obsm[KEY])
     with pytest.raises(ValueError, match="neither a column"):
         run(tmp_path / "cells.h5ad", tmp_path / "x.npy", *parts, drugs="water", progress=False)
-
-
-def test_unknown_drugs_are_reported_once_for_all_files(
-    tmp_path: Path, cells: anndata.AnnData, vocab: Path, prepared: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    model = tiny_model(tiny_config(vocab_size=NUM_GENES + 4, num_drugs=3, drug_token_id=3), TahoeX1Model)
-    parts = model, TahoeX1Tokenizer(str(vocab), context_length=None, drug_to_id={"<pad>": 0, "s1": 1, "s2": 2})
-    cells.obs["drug"] = cells.obs["sample"].astype(str).replace({"s1": "s1 ", "s3": "DMSO_TF", "s4": "DMSO_TF"})
-    cells.write_h5ad(tmp_path / "a.h5ad")
-    cells.write_h5ad(tmp_path / "b.h5ad")
-    known = cells.copy()
-    known.obs["drug"] = known.obs["sample"].astype(str).replace({"s3": "", "s4": ""})
-    values = expected(known, parts, drugs="drug").obsm[KEY]
-    assert not np.array_equal(values, expected(known, parts, drugs="s1").obsm[KEY])
-    run([tmp_path / "a.h5ad", tmp_path / "b.h5ad"], tmp_path / "out.npy", *parts, drugs="drug", progress=False)
-    np.testing.assert_array_equal(np.load(tmp_path / "out.npy"), np.concatenate([values, values]))
-    (record,) = [record for record in caplog.records if "drug table" in record.getMessage()]
-    assert f"'DMSO_TF' ({2 * (cells.obs['drug'] == 'DMSO_TF').sum()})" in record.getMessage()
-    caplog.clear()
-    expected(cells, parts, drugs="drug")  # another run reports them again
-    assert "'DMSO_TF'" in caplog.text
-    for sources, column in ((tmp_path / "a.h5ad", "drug"), (prepared, "drug")):
-        with pytest.raises(ValueError, match=r"is not in the drug table.*--unknown-drugs pad"):
-            run(sources, tmp_path / "x.npy", *parts, drugs=column, unknown_drugs="error", progress=False)
 
 
 def test_tables_in_the_form_of_tahoe_100m(tmp_path: Path, cells: anndata.AnnData, parts) -> None:
@@ -379,6 +354,61 @@ def test_settings_that_an_older_run_did_not_record_are_taken_to_be_the_same(
     del identity["batch_tokens"]  # as earlier versions wrote it
     record.write_text(json.dumps(identity))
     assert embed(path, tmp_path / "out.npy", parts, batch_tokens=200).shape == (100, 32)
+
+
+def test_a_run_that_sampled_cells_by_their_numbers_is_not_gone_on_with(
+    tmp_path: Path, cells: anndata.AnnData, parts, stopping
+) -> None:
+    """Earlier versions did; where no genes are left out, that makes no difference."""
+    path, output = write_cells(cells, tmp_path / "cells", "csr"), tmp_path / "out.npy"
+    for length in (16, 4096):
+        stopping(2)
+        with pytest.raises(Stop):
+            embed(path, output, parts, max_length=length, restart=True, overflow="sample" if length == 16 else "first")
+        stopping(None)
+        record = tmp_path / "out.npy.shards" / "run.json"
+        identity = json.loads(record.read_text())
+        for key in ("sampled_by", "draws", "unknown_drugs"):
+            del identity[key]  # as the code of before wrote it
+        record.write_text(json.dumps(identity))
+        if length == 16:
+            with pytest.raises(ValueError, match=r"other settings \(sampled_by\)"):
+                embed(path, output, parts, max_length=length, overflow="sample")
+    values = embed(path, output, parts, max_length=4096, overflow="first")
+    np.testing.assert_array_equal(values, expected(cells, parts, max_length=4096, overflow="first").obsm[KEY])
+
+
+@pytest.mark.parametrize("kind", [".h5ad", ".parquet", "several.h5ad"])
+def test_means_over_samples(tmp_path: Path, cells: anndata.AnnData, parts, stopping, kind: str) -> None:
+    """Also over a stop, and never together with what another number of samples left."""
+    path, output = write_cells(cells, tmp_path / "cells", "csr"), tmp_path / f"out{kind}"
+    sources = [path] if kind != "several.h5ad" else [path, write_cells(cells, tmp_path / "more", "csr")]
+    stopping(3)
+    with pytest.raises(Stop):
+        run(sources, output, *parts, draws=3, progress=False)
+    stopping(None)
+    with pytest.raises(ValueError, match=r"other settings \(draws\)"):
+        run(sources, output, *parts, draws=2, progress=False)
+    run(sources, output, *parts, draws=3, progress=False)
+    one = expected(cells, parts, draws=3)
+    values, deviations = one.obsm[KEY], one.obs["tahoe_x1_sd"].to_numpy()
+    assert 0 < (deviations > 0).sum() < len(deviations)
+    repeat = len(sources)
+    if kind == ".parquet":
+        table = pd.read_parquet(output)
+        assert table.columns[:2].tolist() == ["cell", "tahoe_x1_sd"]
+        found, spread = table.iloc[:, 2:].to_numpy(), table["tahoe_x1_sd"].to_numpy()
+    else:
+        written = anndata.read_h5ad(output)
+        found, spread = written.obsm[KEY], written.obs["tahoe_x1_sd"].to_numpy()
+        assert written.uns["tahoe_x1"]["draws"] == 3
+        if repeat == 1:
+            assert written.obs.columns.tolist() == [*cells.obs.columns, "tahoe_x1_sd"]
+    np.testing.assert_array_equal(found, np.concatenate([values] * repeat))
+    np.testing.assert_array_equal(spread, np.concatenate([deviations] * repeat))
+    assert spread.dtype == np.float32
+    with pytest.raises(ValueError, match=r"draws=3 gives a deviation per cell, for which 'x.npy' has no place"):
+        run(sources, tmp_path / "x.npy", *parts, draws=3, progress=False)
 
 
 def test_only_one_run_at_a_time(tmp_path: Path, cells: anndata.AnnData, parts) -> None:

@@ -14,6 +14,7 @@ from scipy.sparse import csc_matrix, csr_matrix
 
 from tahoex1_hf import TahoeX1Model, TahoeX1Tokenizer, embed_anndata
 from tahoex1_hf.cells import compilation
+from tahoex1_hf.encoding_tahoe_x1 import sample_seed
 from tahoex1_hf.inference.encoder import CellEncoder, GeneMeans, choose_dtype, length_sorted_batches
 from tahoex1_hf.original.convert import convert_original_folder
 
@@ -247,3 +248,59 @@ def test_gene_means_equal_a_brute_force_loop() -> None:
     np.testing.assert_array_equal(result[0], result[4])
     np.testing.assert_allclose(result[2], hidden[0, 1], rtol=1e-6)
     assert np.isnan(result[[1, 3]]).all()
+
+
+# Cells longer than the context ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("overflow", ["sample", "highest"])
+def test_a_cells_embedding_depends_on_the_cell_alone(checkpoint, overflow) -> None:
+    """Not on its place, the other cells, the order of the genes, the batches, or what is compiled."""
+    adata, model = golden_cells("a_70m_like"), checkpoint("a_70m_like")
+    options = {"max_length": 40, "overflow": overflow}
+    whole = embedded(adata.copy(), model, **options)
+    order = np.random.default_rng(0).permutation(adata.n_obs)[:17]
+    np.testing.assert_allclose(embedded(adata[order].copy(), model, **options), whole[order], atol=1e-6)
+    genes = np.random.default_rng(1).permutation(adata.n_vars)
+    np.testing.assert_allclose(embedded(adata[:, genes].copy(), model, **options), whole, atol=1e-6)
+    np.testing.assert_allclose(embedded(adata.copy(), model, batch_tokens=100, **options), whole, atol=1e-6)
+    assert np.abs(embedded(adata.copy(), model) - whole).max() > 1e-3  # genes were left out
+    others = embedded(adata.copy(), model, seed=1, **options)
+    assert np.array_equal(others, whole) == (overflow == "highest")
+
+
+def test_means_over_samples_and_how_far_one_lies_from_them(checkpoint) -> None:
+    adata, model = golden_cells("a_70m_like"), checkpoint("a_70m_like")
+    lengths = np.asarray((adata.X > 0).sum(1)).ravel()
+    context = int(np.median(lengths)) + 1
+    fits = lengths <= context - 1
+    assert 0 < fits.sum() < len(fits)
+    found = embedded(adata, model, max_length=context, draws=4, seed=7, gene_embeddings=True)
+    deviations = adata.obs["tahoe_x1_sd"].to_numpy()
+    samples = []
+    for number in range(4):
+        one = golden_cells("a_70m_like")
+        embedded(one, model, max_length=context, seed=sample_seed(7, number), gene_embeddings=number == 0)
+        samples.append(one.obsm[KEY].astype(np.float64))
+        if number == 0:
+            np.testing.assert_array_equal(adata.varm[KEY], one.varm[KEY])
+        assert "tahoe_x1_sd" not in one.obs
+    means = np.mean(samples, axis=0)
+    expected = np.sqrt(np.var(samples, axis=0, ddof=1).sum(1))
+    np.testing.assert_allclose(found, means / np.linalg.norm(means, axis=1, keepdims=True), atol=1e-6)
+    np.testing.assert_allclose(deviations[~fits], expected[~fits], rtol=1e-4)
+    assert (deviations[~fits] > 1e-3).all()
+    assert (deviations[fits] == 0).all()
+    np.testing.assert_array_equal(found[fits], samples[0][fits].astype(np.float32))  # one pass, the same bits
+
+
+def test_options_for_long_cells_that_make_no_sense(checkpoint) -> None:
+    adata, model = golden_cells("a_70m_like"), checkpoint("a_70m_like")
+    for options, said in (
+        ({"draws": 0}, "draws=0: pass the number of samples of a cell, at least 1"),
+        ({"draws": 2, "overflow": "highest"}, "draws=2 averages random samples, and overflow='highest' takes none"),
+        ({"overflow": "lowest"}, "overflow='lowest': pass one of"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            embedded(adata, model, **options)
+    assert KEY not in adata.obsm

@@ -97,7 +97,7 @@ def test_settings_back_and_forth(
     ("shape", "options", "match"),
     [
         ({"cell_pooling": "mean"}, {}, 'no cell_pooling="mean"'),
-        ({}, {"overflow": "top"}, 'no overflow="top"'),
+        ({}, {"overflow": "highest"}, 'no overflow="highest"'),
         ({}, {"num_bins": 31}, "one setting for both"),
     ],
 )

@@ -22,7 +22,7 @@ from tahoex1_hf.cells.opening import open_cells, read_obs_column
 from tahoex1_hf.cells.ragged import CountRows
 from tahoex1_hf.cells.readers.base import INDEX, CellInput
 from tahoex1_hf.data.collator import CellCollator
-from tahoex1_hf.encoding_tahoe_x1 import GeneRows, count_problem, mix64
+from tahoex1_hf.encoding_tahoe_x1 import GeneRows, content_numbers, count_problem, mix64
 from tahoex1_hf.finetuning.cells.labels import class_labels, group_names, number_labels
 from tahoex1_hf.finetuning.config import (
     ClassesConfig,
@@ -31,7 +31,6 @@ from tahoex1_hf.finetuning.config import (
     MaskedExpressionConfig,
     RegressionConfig,
 )
-from tahoex1_hf.finetuning.sampling import content_numbers
 from tahoex1_hf.packing_tahoe_x1 import EncodedCells
 from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
 
@@ -144,7 +143,6 @@ class LabelledCells:
         return self.tokenizer.encode_rows(
             counts,
             drug_ids=None if drugs is None else drugs[numbers],
-            cell_numbers=content_numbers(counts),
             seed=SAMPLE_SEED,
             warn=lambda _: None,  # warnings were given when the cells were read
         )
@@ -166,10 +164,10 @@ class LabelledCells:
         return batch
 
     def masked_batch(self, collator: CellCollator, rows: np.ndarray, seed: int, epoch: int) -> dict[str, Any]:
-        """Return the arguments of a model for cells with masked genes, which depend on seed, epoch and cell alone."""
+        """Return the arguments of a model for cells with masked genes, by seed, epoch and the cell's counts alone."""
         numbers = self.numbers[rows]
         key = mix64(mix64(np.array([seed], dtype=np.uint64)) + np.uint64(epoch))
-        streams = mix64(key + numbers.astype(np.uint64))
+        streams = mix64(key + content_numbers(self.stored.rows(numbers)))
         drugs = None
         if collator.drug_token:
             drugs = np.zeros(len(rows), np.int64) if self.stored.drug_ids is None else self.stored.drug_ids[numbers]
@@ -177,9 +175,13 @@ class LabelledCells:
 
     def contents(self) -> np.ndarray:
         """Return numbers that are equal for cells with the same counts, shape `(cells,)`."""
-        parts = [np.zeros(0, dtype=np.int64)]
+        parts = [np.zeros(0, dtype=np.uint64)]
         for start in range(0, len(self), _ENCODED_CELLS):
-            parts.append(content_numbers(self.stored.rows(self.numbers[start : start + _ENCODED_CELLS])))
+            rows = self.stored.rows(self.numbers[start : start + _ENCODED_CELLS])
+            # `content_numbers`, of which a few in millions of cells may be equal by chance, would not do here.
+            hashes = mix64((rows.tokens.astype(np.uint64) << np.uint64(32)) | rows.counts.view(np.uint32))
+            sums = np.concatenate([np.zeros(1, dtype=np.uint64), np.cumsum(hashes)])
+            parts.append(sums[rows.offsets[1:]] - sums[rows.offsets[:-1]])
         return np.concatenate(parts)
 
     def csr(self) -> Any:
@@ -230,7 +232,7 @@ def read_cells(config: FinetuneConfig, tokenizer: TahoeX1Tokenizer, folder: Path
             column = read_obs_column(config.data, split, "split")
             parts = column.iloc[rows].astype(object).astype(str).to_numpy(dtype=object)
         source.sort_by_cell()
-        drug_ids = DrugIds(source, encoding)
+        drug_ids = DrugIds(source, encoding, rows)
         report_unknown_drugs([drug_ids])
         stored = StoredCounts(source, drug_ids, folder)
     try:

@@ -5,31 +5,28 @@ import copy
 
 import numpy as np
 
-from tahoex1_hf.encoding_tahoe_x1 import GeneRows, mix64
+from tahoex1_hf.encoding_tahoe_x1 import GeneRows, content_numbers, mix64
 from tahoex1_hf.packing_tahoe_x1 import EncodedCells
 from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
 
 
-def split_long_cells(
-    tokenizer: TahoeX1Tokenizer, rows: GeneRows, numbers: np.ndarray, drug_ids: np.ndarray | None
-) -> EncodedCells:
+def split_long_cells(tokenizer: TahoeX1Tokenizer, rows: GeneRows, drug_ids: np.ndarray | None) -> EncodedCells:
     """Encode cells so that no gene is left out.
 
-    A cell with more genes than the context has room for becomes several parts of about equal length. A hash of cell
-    number and gene decides which part a gene belongs to; the values are those of the whole cell.
+    A cell with more genes than the context has room for becomes several parts of about equal length. A hash of the
+    cell's content and the gene decides which part a gene belongs to; the values are those of the whole cell.
 
     Args:
         tokenizer: Tokenizer of the model.
         rows: Genes and counts of the cells.
-        numbers: Number of each cell, which decides how its genes are shared out, shape `(cells,)`.
         drug_ids: Drugs of the cells, shape `(cells,)`; None for cells without a drug token.
 
     Returns:
-        The encoded parts; `cell_numbers` is the number of the cell that each belongs to.
+        The encoded parts; `cell_numbers` is the row of the cell that each belongs to.
     """
     whole = copy.copy(tokenizer)
     whole.context_length = None
-    cells = whole.encode_rows(rows, drug_ids=drug_ids, cell_numbers=numbers, warn=lambda _: None)
+    cells = whole.encode_rows(rows, drug_ids=drug_ids, warn=lambda _: None)
     special = 1 if drug_ids is None else 2
     genes = cells.lengths - special
     if tokenizer.context_length is None or (genes <= tokenizer.context_length - special).all():
@@ -40,7 +37,7 @@ def split_long_cells(
     is_gene = np.arange(len(owner)) - cells.offsets[owner] >= special
     owner = owner[is_gene]
     tokens, values = cells.input_ids[is_gene], cells.expression_values[is_gene]
-    scores = mix64(mix64(numbers.astype(np.uint64))[owner] + tokens.astype(np.uint64))
+    scores = mix64(mix64(content_numbers(rows))[owner] + tokens.astype(np.uint64))
     order = np.lexsort((scores, owner))
     starts = np.concatenate([[0], np.cumsum(genes)])[:-1]
     part = np.empty(len(owner), dtype=np.int64)
@@ -59,4 +56,4 @@ def split_long_cells(
     input_ids[places], expression_values[places] = tokens[order], values[order]
     drugs = None if drug_ids is None else drug_ids[cell_of]
     empty = np.flatnonzero(lengths == special)
-    return EncodedCells(input_ids, expression_values, offsets, drugs, numbers[cell_of], empty)
+    return EncodedCells(input_ids, expression_values, offsets, drugs, cell_of, empty)

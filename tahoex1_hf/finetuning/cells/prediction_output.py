@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from tahoex1_hf.common.files import WholeFile
+from tahoex1_hf.inference.h5ad_columns import add_to_column_order, make_array
 
 logger = logging.getLogger(__name__)
 
@@ -45,15 +46,10 @@ class PredictionWriter:
             raise
 
     def _make_column(self, num_cells: int) -> None:
-        import h5py
         from anndata.io import write_elem
 
-        self._rewrite_old_obs()
-        obs = self.file["obs"]
+        obs = add_to_column_order(self.file, self.column)
         self._remove(obs, self.column)
-        others = [name for name in obs.attrs["column-order"] if name != self.column]
-        order = np.array([*others, self.column], dtype=h5py.string_dtype())
-        obs.attrs.create("column-order", order)
         if self.classes is None:
             self.values = self._array(obs, self.column, (num_cells,), np.float32)
             return
@@ -61,23 +57,6 @@ class PredictionWriter:
         column.attrs.update({"encoding-type": "categorical", "encoding-version": "0.2.0", "ordered": False})
         write_elem(column, "categories", np.array(self.classes, dtype=object))
         self.values = self._array(column, "codes", (num_cells,), np.min_scalar_type(-len(self.classes)))
-
-    def _rewrite_old_obs(self) -> None:
-        """Write obs again if anndata before 0.8 wrote it, since its old and new columns cannot stand side by side."""
-        import pandas as pd
-        from anndata.io import write_elem
-
-        from tahoex1_hf.cells.readers.base import INDEX
-        from tahoex1_hf.cells.readers.stores import column_names, read_column
-
-        obs = self.file["obs"]
-        if not hasattr(obs, "dtype") and obs.attrs.get("encoding-version") == "0.2.0":
-            return
-        columns = {name: read_column(obs, name).array for name in column_names(obs)}
-        index = pd.Index(read_column(obs, INDEX).astype(str))
-        frame = pd.DataFrame(columns, index=index)
-        del self.file["obs"]
-        write_elem(self.file, "obs", frame)
 
     def _group(self, name: str) -> Any:
         group = self.file.require_group(name)
@@ -87,9 +66,7 @@ class PredictionWriter:
 
     def _array(self, group: Any, name: str, shape: tuple[int, ...], dtype: Any) -> Any:
         self._remove(group, name)
-        array = group.create_dataset(name, shape=shape, dtype=dtype)
-        array.attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
-        return array
+        return make_array(group, name, shape, dtype)
 
     def _remove(self, group: Any, name: str) -> None:
         if name in group:

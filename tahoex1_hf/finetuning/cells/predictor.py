@@ -21,7 +21,6 @@ from tahoex1_hf.cells.readers.base import CellInput
 from tahoex1_hf.common.prefetch import prefetch
 from tahoex1_hf.encoding_tahoe_x1 import GeneRows
 from tahoex1_hf.finetuning.cells.labelled import SAMPLE_SEED
-from tahoex1_hf.finetuning.sampling import content_numbers
 from tahoex1_hf.hub.adapters import ADAPTER_CONFIG, RECORD, find_adapter, load_adapter, read_record
 from tahoex1_hf.hub.models import without_peft
 from tahoex1_hf.inference.encoder import CellEncoder, DtypeName
@@ -168,7 +167,6 @@ class CellPredictor:
         encoded = self.tokenizer.encode_rows(
             rows,
             drug_ids=drug_ids,
-            cell_numbers=content_numbers(rows),
             seed=SAMPLE_SEED,
             warn=logger.warning_once,
         )

@@ -12,7 +12,6 @@ from tahoex1_hf.finetuning.cells.labelled import LabelledCells
 from tahoex1_hf.finetuning.config import DrugResponseConfig
 from tahoex1_hf.finetuning.drugs.screen import Screen
 from tahoex1_hf.finetuning.objectives import Objective
-from tahoex1_hf.finetuning.sampling import content_numbers
 from tahoex1_hf.finetuning.trainer import FinetuneTrainer
 from tahoex1_hf.hub.models import without_peft
 from tahoex1_hf.modeling_tahoe_x1 import TahoeX1ForPreTraining
@@ -117,6 +116,4 @@ class DrugTrainer(FinetuneTrainer):
 def encode_cells(cells: LabelledCells, numbers: np.ndarray, drug_ids: np.ndarray, seed: int = 0) -> EncodedCells:
     """Encode cells of the file with a drug each."""
     rows = cells.stored.rows(numbers)
-    return cells.tokenizer.encode_rows(
-        rows, drug_ids=drug_ids, cell_numbers=content_numbers(rows), seed=seed, warn=lambda _: None
-    )
+    return cells.tokenizer.encode_rows(rows, drug_ids=drug_ids, seed=seed, warn=lambda _: None)

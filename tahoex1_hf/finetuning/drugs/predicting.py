@@ -11,7 +11,6 @@ from tahoex1_hf.cells.genes import GeneOptions
 from tahoex1_hf.cells.opening import open_cells
 from tahoex1_hf.encoding_tahoe_x1 import GeneRows
 from tahoex1_hf.finetuning.drugs.objective import decode_change, inner_model
-from tahoex1_hf.finetuning.sampling import content_numbers
 from tahoex1_hf.hub.adapters import find_adapter, load_adapter, read_record
 from tahoex1_hf.inference.encoder import CellEncoder
 from tahoex1_hf.packing_tahoe_x1 import EncodedCells
@@ -84,4 +83,4 @@ def predict_drug_response(
 
 def _with_drug(tokenizer: TahoeX1Tokenizer, rows: GeneRows, drug_id: int) -> EncodedCells:
     ids = np.full(len(rows.offsets) - 1, drug_id, dtype=np.int64)
-    return tokenizer.encode_rows(rows, drug_ids=ids, cell_numbers=content_numbers(rows))
+    return tokenizer.encode_rows(rows, drug_ids=ids)

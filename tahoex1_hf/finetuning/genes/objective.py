@@ -54,7 +54,6 @@ class GeneObjective(Objective):
         encoded = tokenizer.encode_rows(
             cells.stored.rows(numbers),
             drug_ids=None if drugs is None else drugs[numbers],
-            cell_numbers=numbers,
             seed=int(mix64(np.array([self.config.seed], dtype=np.uint64))[0] >> np.uint64(2)) + epoch,
             warn=lambda _: None,
         )

@@ -15,7 +15,6 @@ from tahoex1_hf.encoding_tahoe_x1 import GeneRows
 from tahoex1_hf.finetuning.cells.labelled import LabelledCells
 from tahoex1_hf.finetuning.cells.long_cells import split_long_cells
 from tahoex1_hf.finetuning.methods import trained_head
-from tahoex1_hf.finetuning.sampling import content_numbers
 from tahoex1_hf.hub.adapters import find_adapter, load_adapter, read_record
 from tahoex1_hf.hub.models import without_peft
 from tahoex1_hf.inference.encoder import CellEncoder, DtypeName, GeneMeans
@@ -74,7 +73,7 @@ def mean_embeddings(
     """Return mean embeddings over the cells that express a gene, `(genes, width)` float32; NaN where none does."""
     means = GeneMeans(tokens, encoder.config.vocab_size, encoder.width, encoder.device)
     for rows, drugs in chunks:
-        cells = split_long_cells(encoder.tokenizer, rows, content_numbers(rows), drugs)
+        cells = split_long_cells(encoder.tokenizer, rows, drugs)
         for _ in encoder.pooled_batches(cells, means):
             pass
     return means.means(tokens)

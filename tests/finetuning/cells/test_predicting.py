@@ -23,7 +23,6 @@ from tahoex1_hf.encoding_tahoe_x1 import GeneRows
 from tahoex1_hf.finetuning.cells.predicting import predict_anndata, predict_files
 from tahoex1_hf.finetuning.cells.predictor import load_predictor
 from tahoex1_hf.finetuning.running import finetune
-from tahoex1_hf.finetuning.sampling import content_numbers
 from tahoex1_hf.hub.adapters import load_adapter
 
 COLUMN = "tahoex1_kind"
@@ -105,10 +104,7 @@ def test_predictions_equal_the_models(data: Path, adapter: Path, tmp_path: Path)
     for row in (0, 7, 42, 99):
         cell = counts[row]
         tokens = genes.token_ids[cell.indices]
-        number = content_numbers(GeneRows(tokens, cell.data, np.array([0, len(tokens)])))
-        encoded = tokenizer.encode_rows(
-            GeneRows(tokens, cell.data, np.array([0, len(tokens)])), cell_numbers=number, seed=0
-        )
+        encoded = tokenizer.encode_rows(GeneRows(tokens, cell.data, np.array([0, len(tokens)])), seed=0)
         batch = encoded.padded(pad_token_id=tokenizer.pad_token_id, pad_value=tokenizer.pad_value)
         with torch.no_grad():
             expected = model(**batch).logits.softmax(1)[0].numpy()
@@ -134,22 +130,6 @@ def test_order_and_other_cells_change_nothing(
     monkeypatch.setattr("tahoex1_hf.cells.readers.base.BLOCK_ELEMENTS", 300)
     shuffled = predict(tmp_path / "shuffled.h5ad", tmp_path / "b.h5ad", "--adapter", adapter)
     np.testing.assert_allclose(probabilities(shuffled), expected[order], atol=1e-6)
-
-
-def test_number_of_a_cell_follows_from_its_content() -> None:
-    random = np.random.default_rng(0)
-    tokens, counts = random.permutation(1000)[:30], random.integers(1, 9, 30).astype(np.float32)
-    offsets = np.array([0, 10, 10, 30])
-    numbers = content_numbers(GeneRows(tokens, counts, offsets))
-    assert (numbers >= 0).all()
-    assert len(set(numbers.tolist())) == 3
-    assert numbers[1] == 0  # an empty cell
-    alone = content_numbers(GeneRows(tokens[10:], counts[10:], np.array([0, 20])))
-    assert alone[0] == numbers[2]
-    turned = content_numbers(GeneRows(tokens[::-1], counts[::-1], np.array([0, 20, 20, 30])))
-    assert turned[0] == numbers[2]
-    counts[0] += 1
-    assert content_numbers(GeneRows(tokens, counts, offsets))[0] != numbers[0]
 
 
 @pytest.mark.parametrize("kind", ["csc", "dense", "layer"])

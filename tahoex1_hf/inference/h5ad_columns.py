@@ -1,0 +1,46 @@
+# Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
+"""New columns of obs in an `.h5ad` file, whichever anndata wrote it."""
+
+from typing import Any
+
+import numpy as np
+
+from tahoex1_hf.cells.readers.base import INDEX
+from tahoex1_hf.cells.readers.stores import column_names, read_column
+
+
+def add_to_column_order(file: Any, column: str) -> Any:
+    """Make a column the last one of an open file's obs, and return the group to write it into.
+
+    Args:
+        file: `h5py.File`, open for writing. A column of that name stays for the caller to remove.
+        column: name of the column.
+    """
+    import h5py
+
+    _rewrite_old_obs(file)
+    obs = file["obs"]
+    others = [name for name in obs.attrs["column-order"] if name != column]
+    obs.attrs.create("column-order", np.array([*others, column], dtype=h5py.string_dtype()))
+    return obs
+
+
+def make_array(group: Any, name: str, shape: tuple[int, ...], dtype: Any) -> Any:
+    """Make an empty array, with the attributes that anndata looks for, and return it."""
+    array = group.create_dataset(name, shape=shape, dtype=dtype)
+    array.attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
+    return array
+
+
+def _rewrite_old_obs(file: Any) -> None:
+    """Write obs again where anndata before 0.8 wrote it: its columns and today's cannot stand side by side."""
+    import pandas as pd
+    from anndata.io import write_elem
+
+    obs = file["obs"]
+    if not hasattr(obs, "dtype") and obs.attrs.get("encoding-version") == "0.2.0":
+        return
+    columns = {name: read_column(obs, name).array for name in column_names(obs)}
+    frame = pd.DataFrame(columns, index=pd.Index(read_column(obs, INDEX).astype(str)))
+    del file["obs"]
+    write_elem(file, "obs", frame)
