@@ -478,6 +478,7 @@ def kept_genes(
     if not len(long):
         return None
     keep = np.ones(len(rows.tokens), dtype=bool)
+    streams = cell_streams(content_numbers(rows) if contents is None else contents, seed)
     for cell in long:
         here = slice(rows.offsets[cell], rows.offsets[cell + 1])
         tokens, counts = rows.tokens[here], rows.counts[here]
@@ -488,9 +489,7 @@ def kept_genes(
             falling = np.uint64(2**32 - 1) - counts.view(np.uint32)  # the bits of a float32 rise with it
             scores = (falling << np.uint64(32)) + tokens.astype(np.uint64)
         else:
-            own = GeneRows(tokens, counts, np.array([0, len(tokens)]))
-            content = content_numbers(own) if contents is None else contents[cell : cell + 1]
-            scores = mix64(cell_streams(content, seed) + tokens.astype(np.uint64))
+            scores = mix64(streams[cell] + tokens.astype(np.uint64))
         if keep_first:
             scores[0] = 0
         keep[here] = False
