@@ -1,46 +1,138 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""Tables of gene symbols."""
+"""Tables of gene symbols and of orthologues: the user's own, and the package's, which Tahoe-100M's was made into."""
 
 import csv
+import gzip
+import io
 import re
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 
-_ENSEMBL_ID = re.compile(r"ENS[A-Z]*G\d{11}")
+from tahoex1_hf.cells.gene_names import looks_like_mouse, plain_id
+
+Table = Mapping[str, str | Sequence[str]]
+"""Name -> Ensembl id, or several ids, of which the vocabulary knows one."""
+
+# Made by conversion/make_gene_symbols.py; a line is a symbol, a tab and the number of its human Ensembl id.
+RELEASED = Path(__file__).with_name("gene_symbols.tsv.gz")
+
+_IDS = re.compile(r"(?:ENS[A-Z]{0,4}G\d{11}(?:\.\d+)?[\s,;|/]*)+", re.IGNORECASE)
 # Names of columns with symbols, as 10x, CELLxGENE, Ensembl BioMart and HGNC write them.
 _SYMBOL_COLUMNS = ("symbol", "gene_symbol", "gene symbol", "approved symbol", "gene_name", "gene name", "feature_name")
 
 
-def read_gene_symbols(path: str | Path | None) -> dict[str, str] | None:
-    """Read a CSV file with a gene symbol and an Ensembl id in each line.
+@lru_cache(maxsize=1)
+def released_symbols() -> dict[str, str]:
+    """Return symbol -> Ensembl id of the released vocabulary's genes, with old symbols that mean one gene only."""
+    with gzip.open(RELEASED, "rt", encoding="utf-8") as file:
+        pairs = (line.rstrip("\n").split("\t") for line in file if not line.startswith("#"))
+        return {symbol: f"ENSG{int(number):011d}" for symbol, number in pairs}
+
+
+def read_gene_symbols(path: str | Path | None) -> dict[str, str | tuple[str, ...]] | None:
+    """Read a table with a gene symbol and an Ensembl id in each line, separated by commas, tabs or semicolons.
 
     The Ensembl id is recognised by its form, in whichever column it stands. The symbol stands in the column with such
     a name in the header (`symbol`, `gene_symbol`, `gene_name`, `feature_name` ...), or, without such a header, in the
     first other column.
 
     Args:
-        path: CSV file, or None.
+        path: CSV or TSV file, also gzipped, or None.
 
     Returns:
-        Symbol -> Ensembl id; None where `path` is None.
+        Symbol -> Ensembl id, or the ids where the table has several; None where `path` is None.
 
     Raises:
         ValueError: for a file without a line that holds both.
     """
     if path is None:
         return None
-    pairs = {}
-    with Path(path).open(newline="", encoding="utf-8-sig") as file:
-        symbol_column = None
-        for number, row in enumerate(csv.reader(file)):
-            ids = [column for column, value in enumerate(row) if _ENSEMBL_ID.match(value)]
-            if number == 0 and not ids:
-                names = [name.strip().lower() for name in row]
-                symbol_column = next((names.index(name) for name in _SYMBOL_COLUMNS if name in names), None)
-            if not ids or len(row) < 2:
-                continue
-            other = int(ids[0] == 0) if symbol_column is None or symbol_column in ids else symbol_column
-            if other < len(row) and other not in ids:
-                pairs[row[other]] = row[ids[0]]
-    if not pairs:
+    found: dict[str, dict[str, None]] = {}
+    symbol_column = None
+    for number, row in enumerate(_read_rows(path)):
+        columns = [column for column, value in enumerate(row) if _ids_in(value)]
+        if number == 0 and not columns:
+            names = [name.strip().lower() for name in row]
+            symbol_column = next((names.index(name) for name in _SYMBOL_COLUMNS if name in names), None)
+        if not columns or len(row) < 2:
+            continue
+        human = [column for column in columns if _ids_in(row[column])[0].startswith("ENSG")]
+        other = int(columns[0] == 0) if symbol_column is None or symbol_column in columns else symbol_column
+        if other < len(row) and other not in columns and row[other].strip():
+            for gene in _ids_in(row[(human or columns)[0]]):
+                found.setdefault(row[other].strip(), {})[gene] = None
+    if not found:
         raise ValueError(f"{path} has no line with a gene symbol and an Ensembl id (ENSG...).")
-    return pairs
+    return {symbol: next(iter(genes)) if len(genes) == 1 else tuple(genes) for symbol, genes in found.items()}
+
+
+def read_orthologs(path: str | Path) -> dict[str, tuple[str, ...]]:
+    """Read a table of mouse genes and their human orthologues, as Ensembl BioMart, HCOP and MGI offer them.
+
+    Columns are recognised by what stands in them: Ensembl ids of either species (ENSMUSG..., ENSG...), and symbols,
+    which are capitals for human genes. Ids are preferred to symbols.
+
+    Args:
+        path: CSV or TSV file, also gzipped.
+
+    Returns:
+        Ensembl id or symbol of a mouse gene -> Ensembl ids of its human orthologues.
+
+    Raises:
+        ValueError: for a file without a column of mouse genes or without one of human genes.
+    """
+    rows = [row for row in _read_rows(path) if row]
+    width = max((len(row) for row in rows), default=0)
+    columns = [[row[column].strip() if column < len(row) else "" for row in rows] for column in range(width)]
+    kinds = [_kind_of(values) for values in columns]
+    mouse = [number for number, kind in enumerate(kinds) if kind in ("mouse id", "mouse symbol")]
+    human = [number for kind in ("human id", "human symbol") for number in range(width) if kinds[number] == kind]
+    if not mouse or not human:
+        raise ValueError(
+            f"orthologs={path}: its columns were taken for {[kind or 'other' for kind in kinds]}. It needs one with "
+            "mouse genes (ENSMUSG... or symbols) and one with human genes (ENSG... or symbols)."
+        )
+    symbols = released_symbols()
+    found: dict[str, dict[str, None]] = {}
+    for row in range(len(rows)):
+        text = columns[human[0]][row]
+        genes = _ids_in(text) if kinds[human[0]] == "human id" else [symbols[text]] if text in symbols else []
+        for number in mouse:
+            names = _ids_in(columns[number][row]) if kinds[number] == "mouse id" else [columns[number][row]]
+            for name in names:
+                if name:
+                    found.setdefault(name, {}).update(dict.fromkeys(genes))
+    return {name: tuple(genes) for name, genes in found.items() if genes}
+
+
+def _kind_of(values: Sequence[str]) -> str:
+    """Return what a column of a table of orthologues holds: ids or symbols of mouse or human, or ""."""
+    filled = [value for value in values[1:2001] if value]
+    ids = [gene for value in filled for gene in _ids_in(value)[:1]]
+    if 2 * len(ids) > len(filled) > 0:
+        kinds = {"ENSMUSG": "mouse id", "ENSG": "human id"}
+        return next((kind for start, kind in kinds.items() if ids[0].startswith(start)), "")
+    if looks_like_mouse(filled):
+        return "mouse symbol"
+    return "human symbol" if 2 * sum(value in released_symbols() for value in filled) > len(filled) > 0 else ""
+
+
+def _ids_in(value: str) -> list[str]:
+    """Return the Ensembl ids, without versions, in a field that holds nothing else."""
+    if _IDS.fullmatch(value.strip()) is None:
+        return []
+    return [gene for part in re.split(r"[\s,;|/]+", value.strip()) if (gene := plain_id(part)) is not None]
+
+
+def _read_rows(path: str | Path) -> list[list[str]]:
+    """Read a table; marks of byte order and Excel's Unicode text are understood."""
+    data = Path(path).read_bytes()
+    try:
+        data = gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
+        text = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read as a table of text: {error}") from None
+    first = text.partition("\n")[0]
+    delimiter = max((",", "\t", ";"), key=first.count)
+    return list(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter))
