@@ -526,8 +526,8 @@ def count_problem(rows: GeneRows, first_cell: int, gene_names: Mapping[int, str]
     with np.errstate(over="ignore"):
         sums = np.bincount(rows.cells(), weights=np.expm1(counts.astype(np.float64)))
     sums = sums[sums > 0]
-    # log1p of counts scaled to a common sum: small values, and the same sum again once the logarithm is undone.
-    logarithms = counts.max() < 15 or (len(sums) > 1 and sums.std() < 0.05 * sums.mean())
+    # log1p of counts scaled to a common sum: the same sum again once the logarithm is undone.
+    logarithms = len(sums) > 1 and sums.std() < 0.05 * sums.mean()
     looks = " and look log-normalised" if logarithms else ""
     return None, f"counts: the values are not integers{looks}. The models were trained on raw counts."
 

@@ -16,12 +16,14 @@ LONGEST_FILE, LONGEST_FUNCTION = 600, 60
 TESTED_IN: dict[str, set[str]] = {
     "cells/test_opening.py": {
         "cells/compilation",
-        "cells/genes",
+        "cells/errors",
         "cells/readers/anndata_inputs",
         "cells/readers/tables",
         "cells/readers/ten_x",
         "data/sources/opened",
     },
+    "cells/test_counts.py": {"cells/looking"},
+    "cells/test_gene_search.py": {"cells/feature_types", "cells/genes"},
     "cells/test_compiled_encoding.py": {"cells/kernels", "cells/ragged"},
     "cli/test_app.py": {
         "cli/convert",

@@ -10,6 +10,7 @@ from typing import Any, cast
 import numpy as np
 
 from tahoex1_hf.cells import kernels
+from tahoex1_hf.cells.counts import without_noise
 from tahoex1_hf.cells.ragged import compact_csr
 from tahoex1_hf.encoding_tahoe_x1 import GeneMatch, GeneRows, mix64, unit_quantiles
 from tahoex1_hf.packing_tahoe_x1 import EncodedCells
@@ -34,12 +35,13 @@ def compacted_rows(matrix: Any, match: GeneMatch, dtype: type[np.generic]) -> tu
     counts = np.empty(matrix.nnz, dtype=np.float32)
     offsets = np.empty(matrix.shape[0] + 1, dtype=np.int64)
     values = matrix.data if matrix.data.dtype.kind in "iuf" else matrix.data.astype(np.float32)
-    good, unknown = compact_csr(
+    good, whole, unknown = compact_csr(
         matrix.indptr, matrix.indices, values, match.token_ids.astype(np.int32), tokens, counts, offsets
     )
     if not good:
         return None
-    return GeneRows(tokens[: offsets[-1]], counts[: offsets[-1]], offsets), float(unknown)
+    rows = GeneRows(tokens[: offsets[-1]], counts[: offsets[-1]], offsets)
+    return rows if whole else without_noise(rows), float(unknown)
 
 
 def encode_compiled(

@@ -227,11 +227,16 @@ class ChunkEncoder:
                 drug_ids=drug_ids,
                 first_cell=first_cell,
                 seed=seed,
-                warn=logger.warning_once,
+                warn=self._warn,
                 advice=self.cells.count_hint,
             )
         report_empty(encoded)
         return encoded
+
+    def _warn(self, text: str) -> None:
+        """Warn once of values that are no counts, where the look at some cells has not done so."""
+        if self.cells.seen is None or self.cells.seen.doubt is None:
+            logger.warning_once(text)
 
     def chunk_tokens(self) -> np.ndarray:
         """Return about how many tokens each chunk has, for sharing work, or how many cells where that is unknown."""

@@ -71,7 +71,9 @@ def open_cells(
     options = GeneOptions() if options is None else options
     if hasattr(source, "obs_names"):
         try:
-            return AnnDataInput(source, tokenizer, options)
+            opened = AnnDataInput(source, tokenizer, options)
+            opened.look()
+            return opened
         except BadInput as error:
             raise ValueError(str(error)) from error
     if not isinstance(source, Source):
@@ -83,6 +85,7 @@ def open_cells(
         cells = open_source(source, tokenizer, options, None if spool is None else Path(spool))
         if check:
             cells.check()
+        cells.look()
     except BadInput as error:
         raise ValueError(f"{source.path}: {error}") from error
     return cells

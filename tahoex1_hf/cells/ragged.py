@@ -35,7 +35,7 @@ def compact_csr(
     tokens: np.ndarray,
     counts: np.ndarray,
     offsets: np.ndarray,
-) -> tuple[bool, float]:
+) -> tuple[bool, bool, float]:
     """Keep the known, stored, non-zero entries of a CSR matrix.
 
     Three simple loops are faster than one that does everything, since the processor takes eight numbers at a time.
@@ -51,9 +51,9 @@ def compact_csr(
 
     Returns:
         Whether the columns of every row exist and rise, and all values kept are finite and not negative (if not,
-        nothing written is of use); and the sum of the values of unknown columns.
+        nothing written is of use); whether all values are whole numbers; and the sum of the values of unknown columns.
     """
-    place, unknown = np.uint64(0), 0.0
+    place, unknown, whole = np.uint64(0), 0.0, True
     offsets[0] = 0
     for cell in range(len(indptr) - 1):
         row, row_values = columns[indptr[cell] : indptr[cell + 1]], values[indptr[cell] : indptr[cell + 1]]
@@ -66,11 +66,12 @@ def compact_csr(
             in_order &= row[i] > row[i - np.uint64(1)]
         # A damaged matrix must not be read beyond its genes.
         if not in_order or row[0] < 0 or row[length - np.uint64(1)] >= len(token_ids):
-            return False, 0.0
+            return False, False, 0.0
         good, every = True, True
         for i in range(length):
             value = np.float32(row_values[i])
             good &= value > 0 and value < np.inf
+            whole &= value == np.floor(value)
             counts[place + i] = value
         for i in range(length):
             token = token_ids[np.uint64(row[i])]
@@ -85,11 +86,11 @@ def compact_csr(
                     unknown += value
                 elif value != 0:
                     if not (value > 0 and value < np.inf):
-                        return False, 0.0
+                        return False, False, 0.0
                     tokens[place], counts[place] = token, value
                     place += np.uint64(1)
         offsets[cell + 1] = place
-    return True, unknown
+    return True, whole, unknown
 
 
 @numba.njit(nogil=True, cache=True)

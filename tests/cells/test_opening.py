@@ -115,6 +115,7 @@ def test_counts_and_genes_are_found_in_the_same_places_in_memory_and_on_disk(
     )
     for options in (
         GeneOptions("ensembl", layer=layer),
+        GeneOptions(layer=layer),
         GeneOptions(gene_symbols=symbols, layer=layer),
         GeneOptions(gene_symbols=table, layer=layer),
     ):
@@ -126,9 +127,12 @@ def test_counts_and_genes_are_found_in_the_same_places_in_memory_and_on_disk(
     ("options", "said"),
     [
         (GeneOptions("ensembl", layer="spliced"), r"spliced.*counts.*"),
-        (GeneOptions("id"), r"gene_id_column='id'.*ensembl"),
-        (GeneOptions(), "look like gene symbols.*ensembl"),
-        (GeneOptions("ensembl"), None),
+        (GeneOptions("id", layer="raw"), r"gene_id_column='id'.*ensembl"),
+        (
+            GeneOptions(),
+            r"""X holds no counts.*layer="counts" and raw hold some.*which are not the same.*'counts' or 'raw'""",
+        ),
+        (GeneOptions(layer="raw"), None),
     ],
 )
 def test_errors_about_missing_parts_name_the_file_and_the_way_out(
@@ -148,10 +152,11 @@ def test_errors_about_values_that_are_no_counts_name_the_file_and_where_counts_a
     adata, path = with_places(tmp_path)
     adata.X.data[3] = -1
     adata.write_h5ad(path)
+    leave = GeneOptions("ensembl", other_counts="leave")
     with pytest.raises(ValueError, match=r'places\.h5ad: counts: cell 0, gene .* -1.0: negative.*layer="counts"'):
-        encoded(open_cells(path, tokenizer, GeneOptions("ensembl")))
+        encoded(open_cells(path, tokenizer, leave))
     with pytest.raises(ValueError, match=r'negative.*layer="counts"'):
-        encoded(open_cells(adata, tokenizer, GeneOptions("ensembl")))
+        encoded(open_cells(adata, tokenizer, leave))
 
 
 def test_a_cut_off_index_is_reported_when_the_file_is_opened(tmp_path: Path, tokenizer: TahoeX1Tokenizer) -> None:

@@ -583,7 +583,7 @@ def test_unusable_inputs_are_refused(tmp_path: Path, cells: anndata.AnnData, par
     for sources, options, said in (
         (two, {"gene_embeddings": True}, "single .h5ad file as source"),
         (tmp_path / "text.h5ad", {}, "not an .h5ad file"),
-        (path, {"layer": "raw"}, "it has no layers/raw; layer= can be one of"),
+        (path, {"layer": "raw"}, r"it has no layers/raw; layer= \(--layer\) can be one of"),
         (path, {"max_length": 2}, "max_length"),
         (write_cells(cells, tmp_path / "tenx", "10x_h5"), {"layer": "x"}, "a 10x file, which has no layers"),
         (path, {"drugs": "sample"}, "no drug table"),

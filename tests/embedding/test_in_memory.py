@@ -200,8 +200,8 @@ def test_an_interrupted_run_leaves_adata_as_it_was(checkpoint, monkeypatch) -> N
 def test_errors_name_the_way_out(checkpoint) -> None:
     model, tokenizer = checkpoint("a_70m_like")
     adata = golden_cells("a_70m_like")
-    with pytest.raises(ValueError, match=r"gene_id_column"):
-        embed_anndata(adata, model, tokenizer, progress=False)  # var_names are symbols
+    with pytest.raises(ValueError, match=r"gene_id_column='id'.*'ensembl_id'"):
+        embed_anndata(adata, model, tokenizer, gene_id_column="id", progress=False)
     for option, value in {"batch_tokens": 0, "max_length": 2, "dtype": "float8"}.items():
         with pytest.raises(ValueError, match=option):
             embedded(adata, (model, tokenizer), **{option: value})

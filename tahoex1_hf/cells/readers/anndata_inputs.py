@@ -1,8 +1,10 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
 """The cells of an AnnData, in memory or backed, and of the `.h5ad` files and `.zarr` stores that anndata writes."""
 
+import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
@@ -10,9 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tahoex1_hf.cells.genes import GeneOptions, check_known
+from tahoex1_hf.cells.counts import Place, counts_elsewhere, find_counts, in_memory
+from tahoex1_hf.cells.gene_search import FoundGenes, find_genes
+from tahoex1_hf.cells.genes import GeneOptions
+from tahoex1_hf.cells.looking import places_to_look
 from tahoex1_hf.cells.readers.base import INDEX, BadInput, Block, CellInput, gene_rows
-from tahoex1_hf.encoding_tahoe_x1 import GeneMatch, GeneRows, count_hint, to_csr
+from tahoex1_hf.encoding_tahoe_x1 import GeneMatch, GeneRows, to_csr
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,34 +31,34 @@ _SLICE_CELLS = 256
 _OBS_CELLS = 16384
 
 
-def find_matrix(adata: Any, options: GeneOptions, tokenizer: "TahoeX1Tokenizer") -> tuple[Any, GeneMatch]:
+def find_matrix(
+    adata: Any, options: GeneOptions, tokenizer: "TahoeX1Tokenizer"
+) -> tuple[Any, FoundGenes, Place, dict[str, Any]]:
     """Find the counts and the genes of an AnnData, or of what looks like one.
 
     Returns:
-        The `(cells, genes)` matrix, and the token of each column.
+        The `(cells, genes)` matrix, the genes of its columns, where it was found, and its table of genes.
 
     Raises:
         BadInput: for a layer or a column that is not there, and for genes that are not in the vocabulary.
     """
-    layer = options.layer
-    if layer == "raw" and layer not in adata.layers and adata.raw is not None:
-        adata, layer = _Raw(adata.raw), None
     try:
-        matrix, genes = tokenizer.read_anndata(adata, options.gene_id_column, layer, options.symbols())
+        place = find_counts(adata, options.other_counts) if options.layer is None else Place(options.layer)
     except ValueError as error:
         raise BadInput(str(error)) from error
-    column = options.gene_id_column
-    check_known(genes, adata.var_names if column is None else adata.var[column], options)
-    return matrix, genes
-
-
-class _Raw:
-    """`.raw` of an AnnData in the form of an AnnData."""
-
-    raw, layers = None, dict[str, Any]()
-
-    def __init__(self, raw: Any):
-        self.X, self.var, self.var_names = raw.X, raw.var, raw.var_names
+    layers = [name for name in adata.layers if name is not None]  # since anndata 0.13, X is among them
+    holder = adata
+    if place.layer == "raw" and "raw" not in layers and adata.raw is not None:
+        holder, matrix = adata.raw, adata.raw.X
+    elif place.layer is not None and place.layer not in layers:
+        names = [*layers, *(["raw"] if adata.raw is not None and "raw" not in layers else [])]
+        raise BadInput(f"it has no layers/{place.layer}; layer= (--layer) can be one of {names}, or left out for X.")
+    else:
+        matrix = adata.X if place.layer is None else adata.layers[place.layer]
+    if matrix is None:
+        raise BadInput(f"it has no X; name the counts with layer= (--layer), one of {layers}.")
+    found = find_genes(tokenizer, holder.var, holder.var_names, options)
+    return matrix, found, place, holder.var
 
 
 class AnnDataInput(CellInput):
@@ -66,24 +71,29 @@ class AnnDataInput(CellInput):
     """
 
     genes: GeneMatch
+    found: FoundGenes
 
     def __init__(self, adata: "AnnData", tokenizer: "TahoeX1Tokenizer", options: GeneOptions):
         self.adata, self.path, self.num_cells = adata, "adata", adata.n_obs
-        self.tokenizer, self.options = tokenizer, options
-        self.matrix, self.genes = find_matrix(adata, options, tokenizer)
+        self.tokenizer = tokenizer
+        self.matrix, self.found, self.place, self._var = find_matrix(adata, options, tokenizer)
+        self.genes, self.counts_from = self.found.match, _path_of(self.place.layer, self.place.layer in adata.layers)
+        if self.place.note:  # a warning, since Python shows no other messages unless it is told to
+            way = ", or adata.raw.to_adata()" if self.counts_from == "raw/X" else ""
+            note = f"{self.place.note} To say so yourself, pass layer={self.place.layer!r}{way}."
+            self.found = replace(self.found, notes=((logging.WARNING, note), *self.found.notes))
         if getattr(self.matrix, "format", None) == "csc":
             self.matrix = to_csr(self.matrix.to_memory() if hasattr(self.matrix, "to_memory") else self.matrix)
 
     @property
     def var(self) -> "pd.DataFrame":
         """`adata.var`, or that of `adata.raw` where its counts are taken."""
-        from_raw = self.options.layer == "raw" and "raw" not in self.adata.layers
-        return self.adata.raw.var if from_raw else self.adata.var
+        return self._var
 
     @property
     def obs_columns(self) -> list[str]:
         """Columns of `adata.obs`."""
-        return list(self.adata.obs.columns)
+        return [str(name) for name in self.adata.obs.columns]
 
     def column(self, name: str) -> "pd.Series":
         """Return a column of `adata.obs`, or the names of the cells."""
@@ -92,7 +102,7 @@ class AnnDataInput(CellInput):
     def _obs(self, columns: Sequence[str], start: int, stop: int) -> "pd.DataFrame":
         import pandas as pd
 
-        obs = self.adata.obs
+        obs = _frame(self.adata.obs)
         missing = [name for name in columns if name != INDEX and name not in obs.columns]
         if missing:
             raise BadInput(f"adata.obs has no column {missing[0]!r}; there are {list(obs.columns)}.")
@@ -103,27 +113,44 @@ class AnnDataInput(CellInput):
         self, start: int, stop: int, columns: Sequence[str] = (), elements: int | None = None
     ) -> Iterator[Block]:
         """Read a backed CSR matrix as a file is read; slice all else, a few hundred cells at a time."""
-        if hasattr(self.matrix, "group"):
-            from tahoex1_hf.cells.readers.stores import matrix_blocks
-
-            matrices = matrix_blocks(self.matrix.group, start, stop, elements=elements)
-        else:
-            lows = range(start, stop, _SLICE_CELLS)
-            matrices = (self.matrix[low : min(low + _SLICE_CELLS, stop)] for low in lows)
         low = start
-        for matrix in matrices:
+        for matrix in self._matrices(start, stop, elements):
             rows, unknown = gene_rows(matrix, self.genes, low, self.tokenizer, self.count_hint)
             block = Block(low, rows, self._obs(columns, low, low + matrix.shape[0]), unknown)
             yield block
             low = block.stop
 
+    def _matrices(self, start: int, stop: int, elements: int | None = None) -> Iterator[Any]:
+        if hasattr(self.matrix, "group"):
+            from tahoex1_hf.cells.readers.stores import matrix_blocks
+
+            yield from matrix_blocks(self.matrix.group, start, stop, elements=elements)
+            return
+        for low in range(start, stop, _SLICE_CELLS):
+            yield in_memory(self.matrix[low : min(low + _SLICE_CELLS, stop)])
+
+    def some_matrices(self) -> Iterator[Any]:
+        """Slice some rows."""
+        for start, stop in places_to_look(self.num_cells):
+            yield from self._matrices(start, stop)
+
     def rows_at(self, numbers: np.ndarray) -> GeneRows:
         """Slice the matrix."""
-        return gene_rows(self.matrix[numbers], self.genes, None, self.tokenizer)[0]
+        return gene_rows(in_memory(self.matrix[numbers]), self.genes, None, self.tokenizer)[0]
 
     def count_hint(self) -> str:
         """Look for whole numbers in `X`, the layers and `raw`."""
-        return count_hint(self.adata, self.options.layer)
+        return counts_elsewhere(self.adata, self.place.layer)
+
+
+def _path_of(layer: str | None, is_layer: bool) -> str:
+    """Return where a layer of `GeneOptions` lies in a file."""
+    return "X" if layer is None else f"layers/{layer}" if is_layer else "raw/X"
+
+
+def _frame(frame: Any) -> Any:
+    """Return a data frame, read where it is a lazy one."""
+    return frame.to_memory() if hasattr(frame, "to_memory") else frame
 
 
 class StoredInput(CellInput):
@@ -137,6 +164,7 @@ class StoredInput(CellInput):
     """
 
     genes: GeneMatch
+    found: FoundGenes
 
     def __init__(self, path: str, tokenizer: "TahoeX1Tokenizer", options: GeneOptions, spool: Path | None):
         from tahoex1_hf.cells.readers.paths import local_fingerprint
@@ -149,10 +177,15 @@ class StoredInput(CellInput):
             if not h5py.is_hdf5(path):
                 raise BadInput("it cannot be read: it is not an .h5ad file (not HDF5).")
         with open_store(path) as store:
-            self.place = self._find_place(store)
             self.num_cells = num_rows(store["obs"])
             self._columns = column_names(store["obs"])
-            _, self.genes = find_matrix(_Stored(store), options, tokenizer)
+            stored = _Stored(store)
+            _, self.found, self._chosen, _ = find_matrix(stored, options, tokenizer)
+            self.genes, layer = self.found.match, self._chosen.layer
+            self.counts_from = _path_of(layer, layer in stored.layers)
+            self.place = "raw.X" if self.counts_from == "raw/X" and "raw.X" in store else self.counts_from
+            if self._chosen.note:
+                self.found = replace(self.found, notes=((logging.INFO, self._chosen.note), *self.found.notes))
             shape = matrix_shape(store[self.place])
             if not self.num_cells:
                 raise BadInput("it has no cells.")
@@ -163,18 +196,6 @@ class StoredInput(CellInput):
             self.by_gene = matrix_format(store[self.place]) == "csc"
         self.fingerprint = local_fingerprint(path)
 
-    def _find_place(self, store: Any) -> str:
-        layer, layers = self.options.layer, [*store.get("layers", ())]
-        if layer == "raw" and layer not in layers and "raw" in store:
-            return "raw/X"
-        place = "X" if layer is None else f"layers/{layer}"
-        if place not in store:
-            raise BadInput(
-                f"it has no {place}; layer= can be one of {[*layers, *(['raw'] if 'raw' in store else [])]}, or left "
-                "out for X."
-            )
-        return place
-
     @property
     def var(self) -> "pd.DataFrame":
         """The table of the genes, read whole."""
@@ -183,7 +204,7 @@ class StoredInput(CellInput):
         from tahoex1_hf.cells.readers.stores import Frame, open_store
 
         with open_store(self.path) as store:
-            frame = Frame(store["raw/var" if self.place == "raw/X" else "var"])
+            frame = Frame(store[{"raw/X": "raw/var", "raw.X": "raw.var"}.get(self.place, "var")])
             columns = {name: frame[name].array for name in frame.columns}
             return pd.DataFrame(columns, index=frame.index)
 
@@ -225,6 +246,16 @@ class StoredInput(CellInput):
         if self._spooled is not None:
             with open_store(self.path) as store:
                 spool_entries(csc_entries(store[self.place]), self.num_cells, piece_cells, self._spooled)
+            self._is_sorted = True
+            self.look()
+
+    def some_matrices(self) -> Iterator[Any]:
+        """Read some rows."""
+        from tahoex1_hf.cells.readers.stores import matrix_blocks, open_store
+
+        with open_store(self.path) as store:
+            for start, stop in places_to_look(self.num_cells):
+                yield from matrix_blocks(store[self.place], start, stop, self._spooled)
 
     def num_stored(self) -> np.ndarray | None:
         """Read the index of a CSR matrix."""
@@ -245,7 +276,7 @@ class StoredInput(CellInput):
         with open_store(self.path) as store:
             obs, low = _ObsReader(store["obs"], columns, stop), start
             for matrix in matrix_blocks(store[self.place], start, stop, self._spooled, elements):
-                rows, unknown = gene_rows(matrix, self.genes, low, self.tokenizer, self._hint_of(store))
+                rows, unknown = gene_rows(matrix, self.genes, low, self.tokenizer, self.count_hint)
                 block = Block(low, rows, obs.read(low, low + matrix.shape[0]), unknown)
                 yield block
                 low = block.stop
@@ -268,15 +299,12 @@ class StoredInput(CellInput):
         with open_store(self.path) as store:
             return to_csr(_on_disk(store[self.place]).to_memory())
 
-    def _hint_of(self, store: Any) -> Callable[[], str]:
-        return lambda: count_hint(_Stored(store), self.options.layer)
-
     def count_hint(self) -> str:
         """Look for whole numbers in `X`, the layers and `raw`."""
         from tahoex1_hf.cells.readers.stores import open_store
 
         with open_store(self.path) as store:
-            return self._hint_of(store)()
+            return counts_elsewhere(_Stored(store), self._chosen.layer)
 
 
 class _ObsReader:
@@ -321,7 +349,9 @@ class _Stored:
 
     @property
     def raw(self) -> Any:
-        """The counts and genes of `raw`, where there is one."""
+        """The counts and genes of `raw`, where there is one; anndata before 0.7 wrote them beside `X`."""
+        if "raw.X" in self._store:
+            return _StoredRaw({"X": self._store["raw.X"], "var": self._store["raw.var"]})
         return _StoredRaw(self._store["raw"]) if "raw" in self._store and "X" in self._store["raw"] else None
 
     @cached_property

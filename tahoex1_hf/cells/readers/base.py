@@ -1,6 +1,8 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
 """What all inputs of cells have in common: known genes and counts, columns of obs, and errors."""
 
+import logging
+import os
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,6 +11,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from tahoex1_hf.cells import compilation
+from tahoex1_hf.cells.counts import without_noise
+from tahoex1_hf.cells.errors import BadInput
+from tahoex1_hf.cells.gene_search import FoundGenes
+from tahoex1_hf.cells.looking import MUCH, Seen, look
 from tahoex1_hf.encoding_tahoe_x1 import GeneMatch, GeneRows, count_problem, matrix_rows, merge_repeats
 
 if TYPE_CHECKING:
@@ -16,16 +22,14 @@ if TYPE_CHECKING:
 
     from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
 
+logger = logging.getLogger(__name__)
+
 INDEX = "_index"
 """Name under which the names of the cells (`obs_names`, barcodes) are asked for as a column."""
 
 # Number of stored elements of a sparse matrix, or of places of a dense one, that are read at once by default: about
 # 100 MB with the arrays that are made from them on the way.
 CHUNK_ELEMENTS = 4_000_000
-
-
-class BadInput(ValueError):
-    """A file that cannot be used as it is. The message names what is wrong and the way out, not the file."""
 
 
 class Block(NamedTuple):
@@ -68,6 +72,9 @@ class CellInput(ABC):
         genes: the token of each gene of the input; None for a prepared dataset, whose genes are tokens.
         fingerprint: text that changes when the content does; empty for an AnnData.
         by_gene: whether the counts are stored by gene, so that `sort_by_cell` is needed before `blocks`.
+        found: how the genes were found; None for a dataset with a table of genes of its own.
+        seen: what `look` saw of some cells; None before.
+        counts_from: where the counts are: `X`, a layer or `raw`.
     """
 
     path: str
@@ -76,6 +83,10 @@ class CellInput(ABC):
     genes: GeneMatch | None
     fingerprint: str = ""
     by_gene: bool = False
+    found: FoundGenes | None = None
+    seen: Seen | None = None
+    counts_from: str = ""
+    _told = _is_sorted = False
 
     @property
     @abstractmethod
@@ -136,6 +147,39 @@ class CellInput(ABC):
     def count_hint(self) -> str:
         """Return where the input seems to keep raw counts, as advice."""
         return " Pass the raw counts."
+
+    def some_matrices(self) -> Iterator[Any]:
+        """Read the values of some cells, see `looking.places_to_look`."""
+        raise NotImplementedError
+
+    def look(self) -> None:
+        """Look at some cells: say once what is lost with unknown genes, and what the values look like if not counts.
+
+        Counts that are stored by gene are looked at when they are sorted.
+
+        Raises:
+            BadInput: where the cells cannot be read.
+        """
+        if self.found is None or self.seen is not None:
+            return
+        if not self._told:
+            self._tell(list(self.found.notes))
+            self._told = True
+        if self.by_gene and not self._is_sorted:
+            return
+        self.seen = seen = look(self.some_matrices(), self.found)
+        notes = []
+        if seen.unknown_genes:
+            level = logging.WARNING if seen.lost > MUCH else logging.INFO
+            notes.append((level, seen.losses(seen.cells == self.num_cells)))
+        if seen.doubt is not None and self.tokenizer.value_encoding != "raw":
+            notes.append((logging.WARNING, f"counts: {seen.doubt}{self.count_hint()}"))
+        self._tell(notes)
+
+    def _tell(self, notes: list[tuple[int, str]]) -> None:
+        if os.environ.get("RANK", "0") == "0":  # of the processes of a run, the first
+            for level, text in notes:
+                logger.log(level, "%s: %s", self.path, text)
 
     def chunks(self, start: int, stop: int, size: int, columns: Sequence[str] = ()) -> Iterator[Block]:
         """Read cells `start` to `stop`, cut into chunks of `size` cells; the last may have fewer.
@@ -215,11 +259,12 @@ def gene_rows(
         if found is not None:
             return found
     rows, repeats = matrix_rows(matrix, match)
-    if first_cell is not None:
-        check_counts(rows, first_cell, tokenizer, hint)
     values = matrix.data if hasattr(matrix, "tocsr") else np.asarray(matrix)
     total = float(np.asarray(values, dtype=np.float64).sum()) if match.num_unknown else 0.0
     unknown = 0.0 if not match.num_unknown else total - float(rows.counts.astype(np.float64).sum())
+    rows = without_noise(rows)
+    if first_cell is not None:
+        check_counts(rows, first_cell, tokenizer, hint)
     rows = merge_repeats(rows) if repeats else rows
     return rows._replace(tokens=rows.tokens.astype(token_dtype(tokenizer))), unknown
 

@@ -13,7 +13,10 @@ import numpy as np
 import pandas as pd
 from scipy.sparse import csr_matrix
 
-from tahoex1_hf.cells.genes import GeneOptions, matched_genes
+from tahoex1_hf.cells.feature_types import GENE_EXPRESSION
+from tahoex1_hf.cells.gene_search import FoundGenes, find_genes
+from tahoex1_hf.cells.genes import GeneOptions
+from tahoex1_hf.cells.looking import places_to_look
 from tahoex1_hf.cells.readers.base import CHUNK_ELEMENTS, INDEX, BadInput, Block, CellInput, gene_rows
 from tahoex1_hf.cells.readers.by_gene import read_spooled, spool_entries
 from tahoex1_hf.cells.readers.csr import check_indptr, read_rows
@@ -22,8 +25,6 @@ from tahoex1_hf.encoding_tahoe_x1 import GeneMatch
 
 if TYPE_CHECKING:
     from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
-
-GENE_EXPRESSION = "Gene Expression"
 
 
 class _Features(NamedTuple):
@@ -43,6 +44,8 @@ class TenXInput(CellInput):
     """
 
     genes: GeneMatch
+    found: FoundGenes
+    counts_from = "X"
 
     def __init__(self, path: str, tokenizer: "TahoeX1Tokenizer", options: GeneOptions, spool: Path | None):
         self.path, self.tokenizer, self.options, self._spool = path, tokenizer, options, spool
@@ -58,7 +61,8 @@ class TenXInput(CellInput):
             raise BadInput(
                 f"its matrix has the shape {shape} for {len(features.ids)} genes and {self.num_cells} cells."
             )
-        self.genes = self._match(features)
+        self.found = self._find_genes(features)
+        self.genes = self.found.match
         self.fingerprint = local_fingerprint(path)
 
     @property
@@ -83,6 +87,14 @@ class TenXInput(CellInput):
         if self.by_gene:
             with _reading():
                 spool_entries(_mtx_entries(self.path), self.num_cells, piece_cells, self._spooled())
+            self._is_sorted = True
+            self.look()
+
+    def some_matrices(self) -> Iterator[csr_matrix]:
+        """Read some rows."""
+        with _reading():
+            for start, stop in places_to_look(self.num_cells):
+                yield from self._rows(start, stop, None)
 
     def blocks(
         self, start: int, stop: int, columns: Sequence[str] = (), elements: int | None = None
@@ -106,19 +118,13 @@ class TenXInput(CellInput):
         with _matrix_group(self.path) as group:
             yield from read_rows(group, start, stop, self.genes.num_genes, elements)
 
-    def _match(self, features: _Features) -> GeneMatch:
-        """Look up the features that are genes; antibodies and guides are not."""
+    def _find_genes(self, features: _Features) -> FoundGenes:
         column = self.options.gene_id_column
-        is_gene = np.array([kind == GENE_EXPRESSION for kind in features.types], dtype=bool)
         if column not in (None, "id", "name"):
-            raise BadInput(f"gene_id_column={column!r}: features of 10x have an id and a name.")
-        chosen = features.symbols if column == "name" else features.ids
-        names = [name for name, gene in zip(chosen, is_gene, strict=True) if gene]
-        match = matched_genes(self.tokenizer, names, self.options)
-        token_ids = np.full(len(is_gene), -1, dtype=np.int64)
-        token_ids[is_gene] = match.token_ids
-        others = int((~is_gene).sum())
-        return replace(match, token_ids=token_ids, num_genes=len(is_gene), num_unknown=match.num_unknown + others)
+            raise BadInput(f"gene_id_column={column!r} (--gene-id-column): features of 10x have an id and a name.")
+        table = pd.DataFrame({"name": features.symbols, "feature_types": features.types})
+        options = replace(self.options, gene_id_column="name" if column == "name" else None)
+        return find_genes(self.tokenizer, table, features.ids, options)
 
     def _spooled(self) -> Path:
         if self._spool is None:

@@ -37,6 +37,8 @@ class OpenedFiles(CellSource):
             for name in ("gene_id_column", "gene_symbols", "layer", "gene_metadata", "min_known_genes")
             if hasattr(config, name)
         }
+        # Nothing is assumed of what is learnt from: counts elsewhere must be named.
+        known["other_counts"] = "refuse" if config.non_integer_counts == "error" else "leave"
         self.options = GeneOptions(**known)
         self._opened: tuple[str, CellInput] | None = None
 
@@ -56,6 +58,7 @@ class OpenedFiles(CellSource):
         self._opened = None
         cells = self._open(path)
         cells.check()
+        cells.look()
         genes = cells.genes
         assert genes is not None
         return FileReport(

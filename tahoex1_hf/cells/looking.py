@@ -1,0 +1,89 @@
+# Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
+"""A look at some cells of an input before the work: what is lost with unknown genes, and whether values are counts."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy.sparse import csr_matrix
+
+from tahoex1_hf.cells.counts import doubt, in_memory
+from tahoex1_hf.cells.gene_search import FoundGenes
+
+# All cells of small inputs are looked at; of others this many, in this many places.
+_CELLS, _PLACES = 256, 8
+# Share of the counts in genes that the vocabulary lacks from which on they are a warning.
+MUCH = 0.05
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What was seen.
+
+    Attributes:
+        cells: number of cells that were looked at.
+        unknown_genes: number of genes that the vocabulary lacks.
+        genes: number of genes.
+        lost: share of the counts in genes that the vocabulary lacks.
+        most: the ten of these genes with most counts, and their shares of all counts.
+        doubt: what the values look like if not like counts.
+    """
+
+    cells: int
+    unknown_genes: int
+    genes: int
+    lost: float
+    most: tuple[tuple[str, float], ...]
+    doubt: str | None
+
+    def losses(self, of_all: bool) -> str:
+        """Say what is lost; `of_all` where all cells were looked at."""
+        cells = "" if of_all else f" (in {self.cells} cells)"
+        names = ", ".join(f"{name} {share:.1%}" for name, share in self.most)
+        return (
+            f"{self.unknown_genes} of {self.genes} genes ({self.unknown_genes / self.genes:.0%}) are not in the "
+            f"vocabulary and are left out, with {self.lost:.1%} of the counts{cells}"
+            f"{f'. Most counts have {names}' if names else ''}."
+        )
+
+
+def places_to_look(num_cells: int) -> Iterator[tuple[int, int]]:
+    """Yield the bounds of the ranges of cells to look at: evenly spread."""
+    if num_cells <= _CELLS:
+        yield 0, num_cells
+        return
+    size = _CELLS // _PLACES
+    for start in np.linspace(0, num_cells - size, _PLACES).astype(np.int64).tolist():
+        yield start, start + size
+
+
+def look(matrices: Iterable[Any], found: FoundGenes) -> Seen:
+    """Look at some cells.
+
+    Args:
+        matrices: `(cells, genes)` values of some cells, CSR or dense.
+        found: the genes of the columns.
+    """
+    lost = found.is_gene & (found.match.token_ids < 0)
+    sums = np.zeros(len(lost))
+    values, lengths, cells = [np.zeros(0)], [np.zeros(0, dtype=np.int64)], 0
+    for matrix in matrices:
+        rows = csr_matrix(in_memory(matrix))
+        good = np.isfinite(rows.data) & (rows.data > 0) & found.is_gene[rows.indices]
+        data = rows.data.astype(np.float64)[good]
+        if lost.any():
+            sums += np.bincount(rows.indices[good], weights=data, minlength=len(lost))
+        values.append(data)
+        lengths.append(np.diff(np.concatenate([[0], np.cumsum(good)])[rows.indptr]))
+        cells += rows.shape[0]
+    total = max(float(sums.sum()), 1e-300)
+    order = np.flatnonzero(lost)[np.argsort(-sums[lost], kind="stable")[:10]]
+    return Seen(
+        cells=cells,
+        unknown_genes=int(lost.sum()),
+        genes=int(found.is_gene.sum()),
+        lost=float(sums[lost].sum()) / total,
+        most=tuple((str(found.names[place]), float(sums[place]) / total) for place in order if sums[place]),
+        doubt=doubt(np.concatenate(values), np.concatenate([[0], np.cumsum(np.concatenate(lengths))])),
+    )
