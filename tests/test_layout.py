@@ -17,13 +17,12 @@ TESTED_IN: dict[str, set[str]] = {
     "cells/test_opening.py": {
         "cells/compilation",
         "cells/errors",
-        "cells/readers/anndata_inputs",
         "cells/readers/tables",
-        "cells/readers/ten_x",
         "data/sources/opened",
     },
     "cells/test_counts.py": {"cells/looking"},
     "cells/test_gene_search.py": {"cells/feature_types", "cells/genes"},
+    "cells/readers/test_anndata_inputs.py": {"cells/readers/stores"},
     "cells/test_compiled_encoding.py": {"cells/kernels", "cells/ragged"},
     "cli/test_app.py": {
         "cli/convert",
@@ -53,7 +52,6 @@ TESTED_IN: dict[str, set[str]] = {
         "cells/readers/by_gene",
         "cells/readers/paths",
         "cells/readers/prepared",
-        "cells/readers/stores",
         "embedding/shards",
         "embedding/writers",
         "inference/h5ad_columns",

@@ -124,10 +124,10 @@ def find_counts(adata: Any, other_counts: str) -> Place:
     why, first = _WORDS[kind], next(iter(good))
     others = [name for name in good if name != first and not _same(adata, first, name)]
     if others or other_counts == "refuse":
-        places = " and ".join(_said(name, adata) for name in [first, *others])
+        places = " and ".join(_said(name, adata) for name in [first, *others]) + (" hold" if others else " holds")
         differ = ", which are not the same" if others else ""
         raise ValueError(
-            f"X holds no counts ({why}); {places} hold some{differ}. Name the one to take with layer= (--layer): "
+            f"X holds no counts ({why}); {places} some{differ}. Name the one to take with layer= (--layer): "
             f"{' or '.join(repr(name) for name in [first, *others])}."
         )
     return Place(first, f"X holds no counts ({why}): those of {_said(first, adata)} are taken.")

@@ -31,8 +31,9 @@ class GeneOptions:
         layer: layer with the counts. "raw" is a layer of that name, or else `.raw` with its genes. By default `X`,
             and where it holds no counts, see `other_counts`.
         gene_metadata: gene table of files in the form of Tahoe-100M, that dataset's own by default.
-        min_known_genes: least fraction of the genes that must be in the vocabulary; files in which gene symbols are
-            mixed with ids are then refused, too. By default one in a hundred is enough.
+        min_known_genes: least fraction of the genes that must be in the vocabulary (half of it for those of a mouse,
+            of which many have no orthologue); files in which gene symbols are mixed with ids are then refused, too.
+            By default one in a hundred is enough.
         species: species of the cells, "human" or "mouse"; genes of a mouse need `orthologs`.
         orthologs: mouse gene (Ensembl id or symbol) -> Ensembl ids of human orthologues, or the path of a table.
         other_counts: what to do where `X` holds no counts, and the layer `counts` or `raw_counts`, or `raw`, does:
@@ -71,6 +72,16 @@ class GeneOptions:
         return read_orthologs(self.orthologs)
 
 
+def known_symbols(tokenizer: "TahoeX1Tokenizer", options: GeneOptions) -> dict[str, str] | None:
+    """Return the user's symbols with one Ensembl id each, the one that the vocabulary knows; None without a table."""
+    table = options.symbols()
+    if table is None:
+        return None
+    several = {symbol: [genes] if isinstance(genes, str) else list(genes) for symbol, genes in table.items()}
+    known = {symbol: [gene for gene in genes if tokenizer.gene_token(gene) >= 0] for symbol, genes in several.items()}
+    return {symbol: (known[symbol] or genes)[-1] for symbol, genes in several.items()}
+
+
 def matched_genes(tokenizer: "TahoeX1Tokenizer", names: Sequence[str], options: GeneOptions) -> GeneMatch:
     """Look up the Ensembl ids of a dataset that has its own table of genes.
 
@@ -90,11 +101,12 @@ def check_known(tokens: np.ndarray, names: Sequence[str], options: GeneOptions, 
     if options.min_known_genes is None:
         return
     known = tokens >= 0
-    if known.mean() < options.min_known_genes:
+    least = options.min_known_genes * (0.5 if options.species == "mouse" else 1)
+    if known.mean() < least:
         unknown = [str(name) for name, k in zip(names, known, strict=True) if not k]
         raise BadInput(
             f"{known.sum()} of {len(known)} genes are in the vocabulary, less than min_known_genes="
-            f"{options.min_known_genes}; unknown are, for example, {unknown[:5]}. Map the genes "
+            f"{least}; unknown are, for example, {unknown[:5]}. Map the genes "
             "to the ids of the vocabulary, or lower min_known_genes."
         )
     strange = [str(name) for name, k in zip(names, known, strict=True) if not k and plain_id(str(name)) is None]

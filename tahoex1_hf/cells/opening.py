@@ -91,6 +91,15 @@ def open_cells(
     return cells
 
 
+def check_writable(adata: "AnnData") -> None:
+    """Raise ValueError for an AnnData into which nothing can be written, before any work is done."""
+    if getattr(adata, "isbacked", False) and adata.is_view:
+        raise ValueError(
+            "adata is a view of a backed AnnData, into which nothing can be written: pass adata.to_memory(), or "
+            "adata.copy(filename=...)."
+        )
+
+
 def open_source(source: Source, tokenizer: "TahoeX1Tokenizer", options: GeneOptions, spool: Path | None) -> CellInput:
     """Do what `open_cells` does, with errors that do not name the source: `BadInput`."""
     # Each kind needs libraries that the others do not.

@@ -32,6 +32,8 @@ def embed(
     revision: options.Revision = None,
     gene_id_column: options.GeneIdColumn = None,
     gene_symbols: options.GeneSymbols = None,
+    species: options.CellSpecies = options.Species.human,
+    orthologs: options.Orthologs = None,
     gene_metadata: Annotated[
         str | None,
         typer.Option(help="Gene table for files like those of Tahoe-100M.", show_default="Tahoe-100M's own"),
@@ -66,14 +68,13 @@ def embed(
     The same command resumes a run that was stopped. With `accelerate launch -m tahoex1_hf embed ...` several
     processes, or machines, share the work.
     """
-    from tahoex1_hf.cells.gene_symbols import read_gene_symbols
     from tahoex1_hf.cells.opening import check_paths
     from tahoex1_hf.embedding.files import embed_files
     from tahoex1_hf.embedding.writers import check_output
     from tahoex1_hf.hub.models import model_and_tokenizer
     from tahoex1_hf.inference.encoder import choose_device
 
-    check_output(output, gene_embeddings, draws)
+    check_output(output, gene_embeddings, key_added, draws)
     check_paths(sources)
     choose_device(device)
     loaded, tokenizer = model_and_tokenizer(model, size=size, revision=revision)
@@ -85,7 +86,9 @@ def embed(
         key_added=key_added,
         layer=layer,
         gene_id_column=gene_id_column,
-        gene_symbols=read_gene_symbols(gene_symbols),
+        gene_symbols=gene_symbols,
+        species=species.value,
+        orthologs=orthologs,
         gene_metadata=gene_metadata,
         drugs=drugs,
         unknown_drugs=unknown_drugs.value,

@@ -65,13 +65,35 @@ Revision = Annotated[
 # The cells -----------------------------------------------------------------------------------------------------------
 
 GeneIdColumn = Annotated[
-    str | None, typer.Option(help="Column of var that holds the Ensembl ids.", show_default="var_names")
+    str | None, typer.Option(help="Column of var that holds the Ensembl ids.", show_default="found")
 ]
 GeneSymbols = Annotated[
     Path | None,
-    typer.Option(help="CSV file with a symbol and an Ensembl id per line, for cells whose genes are symbols."),
+    typer.Option(
+        help="Table with a symbol and an Ensembl id per line, for cells whose genes are symbols.",
+        show_default="the package's",
+    ),
 ]
-Layer = Annotated[str | None, typer.Option(help="Layer that holds the raw counts.", show_default="X")]
+
+
+class Species(StrEnum):
+    """Species of the cells."""
+
+    human = "human"
+    mouse = "mouse"
+
+
+CellSpecies = Annotated[Species, typer.Option(help="Species of the cells; mouse needs --orthologs.")]
+Orthologs = Annotated[
+    Path | None, typer.Option(help="Table with a mouse gene and its human orthologue per line, for --species mouse.")
+]
+Layer = Annotated[
+    str | None,
+    typer.Option(
+        help="Layer that holds the raw counts; raw for .raw.",
+        show_default="X, or where that holds no counts the layer counts, raw_counts or raw, or .raw",
+    ),
+]
 Drugs = Annotated[str | None, typer.Option(help="Column of obs that holds the drugs, or one drug for all cells.")]
 UnknownDrugs = Annotated[
     UnknownDrugsRule,

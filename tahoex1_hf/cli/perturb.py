@@ -87,6 +87,8 @@ def perturb(
     ] = 10,
     gene_id_column: options.GeneIdColumn = None,
     gene_symbols: options.GeneSymbols = None,
+    species: options.CellSpecies = options.Species.human,
+    orthologs: options.Orthologs = None,
     layer: options.Layer = None,
     drugs: options.Drugs = None,
     unknown_drugs: options.UnknownDrugs = UnknownDrugsRule.error,
@@ -104,7 +106,6 @@ def perturb(
 
     Finished genes are kept in OUT.partial, from which the same command resumes after a stop.
     """
-    from tahoex1_hf.cells.gene_symbols import read_gene_symbols
     from tahoex1_hf.hub.models import model_and_tokenizer
     from tahoex1_hf.inference.encoder import choose_device
     from tahoex1_hf.perturbation.run import perturb_genes
@@ -139,7 +140,9 @@ def perturb(
         min_cells=min_cells,
         layer=layer,
         gene_id_column=gene_id_column,
-        gene_symbols=read_gene_symbols(gene_symbols),
+        gene_symbols=gene_symbols,
+        species=species.value,
+        orthologs=orthologs,
         drugs=drugs,
         unknown_drugs=unknown_drugs.value,
         max_length=max_length,

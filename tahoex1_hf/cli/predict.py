@@ -31,6 +31,8 @@ def predict(
         typer.Option(help='Column of var that holds the Ensembl ids; "" for var_names.', show_default="as trained"),
     ] = None,
     gene_symbols: options.GeneSymbols = None,
+    species: options.CellSpecies = options.Species.human,
+    orthologs: options.Orthologs = None,
     layer: Annotated[
         str | None, typer.Option(help='Layer that holds the raw counts; "" for X.', show_default="as trained")
     ] = None,
@@ -64,7 +66,6 @@ def predict(
         raise ValueError("pass --adapter, or --model for a model that was fine-tuned as a whole.")
     if base is not None and adapter is None:
         raise ValueError("--base goes with --adapter.")
-    from tahoex1_hf.cells.gene_symbols import read_gene_symbols
     from tahoex1_hf.finetuning.cells.predicting import check_files, predict_files
     from tahoex1_hf.inference.encoder import choose_device
 
@@ -77,7 +78,9 @@ def predict(
         base=base,
         layer=layer,
         gene_id_column=gene_id_column,
-        gene_symbols=read_gene_symbols(gene_symbols),
+        gene_symbols=gene_symbols,
+        species=species.value,
+        orthologs=orthologs,
         drugs=drugs,
         unknown_drugs=unknown_drugs and unknown_drugs.value,
         batch_tokens=batch_tokens,

@@ -48,6 +48,8 @@ def prepare(
     ] = None,
     gene_id_column: options.GeneIdColumn = None,
     gene_symbols: options.GeneSymbols = None,
+    species: options.CellSpecies = options.Species.human,
+    orthologs: options.Orthologs = None,
     layer: options.Layer = None,
     format: Annotated[Format | None, typer.Option(help="File format of the shards.", show_default="arrow")] = None,
     overwrite: Annotated[
@@ -65,6 +67,8 @@ def prepare(
         "metadata": metadata,
         "gene_id_column": gene_id_column,
         "gene_symbols": None if gene_symbols is None else str(gene_symbols),
+        "species": None if species is options.Species.human else species.value,
+        "orthologs": None if orthologs is None else str(orthologs),
         "layer": layer,
     }
     common = {
@@ -92,6 +96,8 @@ def simple_sources(
     gene_id_column: str | None = None,
     gene_symbols: str | None = None,
     layer: str | None = None,
+    species: str | None = None,
+    orthologs: str | None = None,
 ) -> list[dict[str, Any]]:
     """Return the sources that a command line names; the kind of each follows from its name or its content.
 
@@ -107,6 +113,7 @@ def simple_sources(
     names = [pair.partition("=") for pair in metadata or ()]
     options: dict[str, Any] = {"metadata": {new: old or new for new, _, old in names}}
     options |= {"gene_id_column": gene_id_column, "gene_symbols": gene_symbols}
+    options |= {name: value for name, value in (("species", species), ("orthologs", orthologs)) if value is not None}
     found = expand_paths(
         inputs, lambda path: local_kind(path) is not None, ".h5ad, .zarr or 10x files (others need --config)"
     )

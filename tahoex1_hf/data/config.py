@@ -79,9 +79,13 @@ class _Files(CommonSourceConfig):
     paths: list[str] = Field(min_length=1)
     """Files, folders (searched for files of this kind at any depth) and globs (`**` too)."""
     gene_id_column: str | None = None
-    """Column of `var` with Ensembl ids; by default `var_names`."""
+    """Column of `var` with Ensembl ids; by default they are looked for."""
     gene_symbols: str | None = None
-    """CSV with gene symbol and Ensembl id, for files that name genes by symbol."""
+    """Table with gene symbol and Ensembl id, for files that name genes by symbol; by default the package's."""
+    species: Literal["human", "mouse"] = "human"
+    """Species of the cells; genes of a mouse need `orthologs`."""
+    orthologs: str | None = None
+    """Table with mouse genes and their human orthologues."""
 
 
 class AnnDataSource(_Files):
@@ -89,7 +93,7 @@ class AnnDataSource(_Files):
 
     kind: Literal["anndata"]
     layer: str | None = None
-    """Layer with the counts; by default `X`. `raw` takes the counts, and the genes, of `raw`."""
+    """Layer with the counts; by default `X`, where that holds counts. `raw` takes counts and genes of `raw`."""
 
 
 class TenXSource(_Files):

@@ -181,10 +181,11 @@ def _prepare_locked(config: PrepareConfig, output: Path, num_proc: int, overwrit
 
 def _identity(config: PrepareConfig) -> dict[str, Any]:
     """Return the settings that decide the content, apart from the files themselves."""
-    return {
-        "configuration": config.model_dump(mode="json", exclude={"output"}),
-        "vocab_sha256": file_sha256(Path(config.vocab)),
-    }
+    configuration = config.model_dump(mode="json", exclude={"output"})
+    for source in configuration["sources"]:  # keys at their defaults that earlier versions did not write
+        if source.get("species") == "human":
+            del source["species"], source["orthologs"]
+    return {"configuration": configuration, "vocab_sha256": file_sha256(Path(config.vocab))}
 
 
 def _check_output(output: Path, work: Path, identity: dict[str, Any], overwrite: bool) -> dict[str, Any] | None:

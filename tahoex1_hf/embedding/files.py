@@ -23,6 +23,7 @@ from filelock import FileLock, Timeout
 
 from tahoex1_hf.cells import encoding
 from tahoex1_hf.cells.encoding import ChunkEncoder, DrugIds, EncodeOptions, report_unknown_drugs
+from tahoex1_hf.cells.gene_symbols import Table
 from tahoex1_hf.cells.genes import TAHOE_100M_GENES, GeneOptions
 from tahoex1_hf.cells.opening import open_all
 from tahoex1_hf.cells.readers.base import CellInput
@@ -100,7 +101,9 @@ def embed_files(
     key_added: str = "X_tahoe_x1",
     layer: str | None = None,
     gene_id_column: str | None = None,
-    gene_symbols: Mapping[str, str] | None = None,
+    gene_symbols: Table | str | Path | None = None,
+    species: str = "human",
+    orthologs: Mapping[str, Sequence[str]] | str | Path | None = None,
     gene_metadata: str | None = None,
     drugs: str | None = None,
     unknown_drugs: str | None = None,
@@ -132,6 +135,8 @@ def embed_files(
         layer: as in `embed_anndata`.
         gene_id_column: as in `embed_anndata`.
         gene_symbols: as in `embed_anndata`.
+        species: as in `embed_anndata`.
+        orthologs: as in `embed_anndata`.
         gene_metadata: gene table of a dataset in the form of Tahoe-100M; by default the dataset's own on the Hub.
         drugs: for models with a drug encoder, a column of the cells, or one drug for all cells.
         unknown_drugs: as in `embed_anndata`.
@@ -152,11 +157,18 @@ def embed_files(
     """
     paths = [str(path) for path in ([sources] if isinstance(sources, (str, Path)) else sources)]
     target = str(output)
-    check_output(target, gene_embeddings, draws)
+    check_output(target, gene_embeddings, key_added, draws)
     processes = Processes.current()
     loaded, tokenizer = model_and_tokenizer(model, tokenizer)
     options = EncodeOptions(with_settings(tokenizer, max_length, overflow), drugs, seed, unknown_drugs, draws)
-    genes = GeneOptions(gene_id_column, gene_symbols, layer, gene_metadata or TAHOE_100M_GENES)
+    genes = GeneOptions(
+        gene_id_column,
+        gene_symbols,
+        layer,
+        gene_metadata or TAHOE_100M_GENES,
+        species=species,
+        orthologs=orthologs,
+    )
     with ExitStack() as stack:
         shards = ShardFolder(f"{target}.shards")
         spool = Path(shards.location) / "by_cell"
@@ -167,6 +179,8 @@ def embed_files(
         copied = inputs[0].path if alone and target.endswith(".h5ad") else None
         if gene_embeddings and copied is None:
             raise ValueError("gene_embeddings needs a single .h5ad file as source, whose varm holds the result.")
+        if gene_embeddings:
+            inputs[0].check_gene_slots()
         encoder = CellEncoder(
             without_peft(loaded),
             options.tokenizer,

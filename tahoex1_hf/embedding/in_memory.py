@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from tahoex1_hf.cells.encoding import ChunkEncoder, EncodeOptions
+from tahoex1_hf.cells.gene_symbols import Table
 from tahoex1_hf.cells.genes import GeneOptions
-from tahoex1_hf.cells.opening import open_cells
+from tahoex1_hf.cells.opening import check_writable, open_cells
 from tahoex1_hf.hub.models import model_and_tokenizer, model_name, without_peft
 from tahoex1_hf.inference.chunks import embed_input, with_settings
 from tahoex1_hf.inference.encoder import CellEncoder, DtypeName
-from tahoex1_hf.inference.provenance import deviation_key, provenance, provenance_key
+from tahoex1_hf.inference.provenance import check_key, deviation_key, provenance, provenance_key
 from tahoex1_hf.modeling_tahoe_x1 import TahoeX1PreTrainedModel
 from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
 
@@ -29,7 +30,9 @@ def embed_anndata(
     key_added: str = "X_tahoe_x1",
     layer: str | None = None,
     gene_id_column: str | None = None,
-    gene_symbols: Mapping[str, str] | None = None,
+    gene_symbols: Table | str | Path | None = None,
+    species: str = "human",
+    orthologs: Mapping[str, Sequence[str]] | str | Path | None = None,
     drugs: str | Sequence[str | None] | None = None,
     unknown_drugs: str | None = None,
     gene_embeddings: bool = False,
@@ -53,9 +56,14 @@ def embed_anndata(
             device and set to eval mode.
         tokenizer: tokenizer of the model; a loaded model needs one, otherwise the model's own is loaded.
         key_added: slot of `obsm` (and, with `gene_embeddings`, of `varm`) to write.
-        layer: layer with the counts; by default `adata.X`.
-        gene_id_column: column of `adata.var` with Ensembl ids; by default `adata.var_names`.
-        gene_symbols: mapping from gene symbol to Ensembl id, for genes named by symbol.
+        layer: layer with the counts, or "raw" for `adata.raw`; by default `adata.X`, and where that holds no counts
+            the first of the layers `counts`, `raw_counts` and `raw` and `adata.raw` that does, with a warning.
+        gene_id_column: column of `adata.var` with Ensembl ids; by default they are looked for in `adata.var_names`
+            and all columns.
+        gene_symbols: gene symbol -> Ensembl id, or the path of a table with both, for genes named by symbol, by
+            default the package's table.
+        species: "human" or "mouse"; genes of a mouse need `orthologs`.
+        orthologs: mouse gene (Ensembl id or symbol) -> Ensembl ids of human orthologues, or the path of a table.
         drugs: for models with a drug encoder, a column of `adata.obs`, the drug of all cells, or one drug per cell.
         unknown_drugs: `"pad"`: cells whose drug is not in the model's drug table count as cells without a drug, as in
             the original, and a warning lists drugs and cells; `"error"`: they are refused; by default the tokenizer's
@@ -81,18 +89,23 @@ def embed_anndata(
     Raises:
         ValueError: for counts, genes or arguments that cannot be used; the message says what to do.
     """
+    check_key(key_added)
+    check_writable(adata)
     loaded, tokenizer = model_and_tokenizer(model, tokenizer)
     tokenizer = with_settings(tokenizer, max_length, overflow)
     options = EncodeOptions(tokenizer, drugs, seed, unknown_drugs, draws)
-    cells = open_cells(adata, tokenizer, GeneOptions(gene_id_column, gene_symbols, layer))
+    genes = GeneOptions(gene_id_column, gene_symbols, layer, species=species, orthologs=orthologs)
+    cells = open_cells(adata, tokenizer, genes)
     encoder = CellEncoder(without_peft(loaded), tokenizer, batch_tokens=batch_tokens, device=device, dtype=dtype)
-    genes = cells.genes
-    gene_means = encoder.gene_means(genes) if gene_embeddings and genes is not None else None
+    match = cells.genes
+    if gene_embeddings:
+        cells.check_gene_slots()
+    gene_means = encoder.gene_means(match) if gene_embeddings and match is not None else None
     embeddings, deviations, num_empty = embed_input(encoder, ChunkEncoder(cells, options), gene_means, progress)
     # Written last, together: an interrupted run leaves adata as it was.
     adata.obsm[key_added] = embeddings
     if draws > 1:
         adata.obs[deviation_key(key_added)] = deviations
-    if gene_means is not None and genes is not None:
-        adata.varm[key_added] = gene_means.means(genes.token_ids)
+    if gene_means is not None and match is not None:
+        adata.varm[key_added] = gene_means.means(match.token_ids)
     adata.uns[provenance_key(key_added)] = provenance(model_name(model, loaded), encoder, options, [cells], num_empty)

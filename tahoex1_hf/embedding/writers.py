@@ -12,17 +12,19 @@ from typing import Any
 
 import numpy as np
 
+from tahoex1_hf.cells.readers.stores import writable_group
 from tahoex1_hf.common.files import WholeFile
 from tahoex1_hf.inference.h5ad_columns import add_to_column_order, make_array
-from tahoex1_hf.inference.provenance import deviation_key, provenance_key
+from tahoex1_hf.inference.provenance import check_key, deviation_key, provenance_key
 
 logger = logging.getLogger(__name__)
 
 _FORMATS = (".h5ad", ".parquet", ".npy")
 
 
-def check_output(output: str, gene_embeddings: bool, draws: int = 1) -> None:
+def check_output(output: str, gene_embeddings: bool, key_added: str, draws: int = 1) -> None:
     """Raise ValueError for an output that could not be written, before any work is done."""
+    check_key(key_added)
     name = output.rpartition("/")[2]
     if not output.endswith(_FORMATS):
         raise ValueError(f"The output must end in .h5ad, .parquet or .npy, got {name!r}.")
@@ -128,7 +130,7 @@ class H5adWriter(EmbeddingWriter):
         if copied is None:
             self._make_frames()
         self._remove("obsm", key_added)
-        self.dataset = make_array(self._group("obsm"), key_added, shape, np.float32)
+        self.dataset = make_array(writable_group(self.file, "obsm"), key_added, shape, np.float32)
         if with_deviations:
             column = deviation_key(key_added)
             obs = add_to_column_order(self.file, column)
@@ -156,14 +158,8 @@ class H5adWriter(EmbeddingWriter):
             write_elem(column, "categories", np.array(self.sources, dtype=object))
             self.codes = make_array(column, "codes", self.shape[:1], np.int32)
 
-    def _group(self, name: str) -> Any:
-        group = self.file.require_group(name)
-        if "encoding-type" not in group.attrs:
-            group.attrs.update({"encoding-type": "dict", "encoding-version": "0.1.0"})
-        return group
-
     def _remove(self, group: str, name: str) -> None:
-        if name in self._group(group):
+        if name in writable_group(self.file, group):
             logger.warning("%s had %s[%r] already: it is replaced in the output.", self.output, group, name)
             del self.file[group][name]
 

@@ -35,11 +35,15 @@ class FinetuneConfig(Strict):
     """Folder for checkpoints, the report and the adapter. The same command on the same folder resumes the run."""
 
     layer: str | None = None
-    """Layer with the counts; by default `X`."""
+    """Layer with the counts; by default `X`, or where that holds none `counts`, `raw_counts` or `raw`."""
     gene_id_column: str | None = None
-    """Column of `var` with Ensembl ids; by default `var_names`."""
+    """Column of `var` with Ensembl ids; by default they are looked for."""
     gene_symbols: str | None = None
-    """CSV with gene symbol and Ensembl id, for files that name genes by symbol."""
+    """Table with gene symbol and Ensembl id, for files that name genes by symbol; by default the package's."""
+    species: Literal["human", "mouse"] = "human"
+    """Species of the cells; genes of a mouse need `orthologs`."""
+    orthologs: str | None = None
+    """Table with mouse genes and their human orthologues."""
     drugs: str | None = None
     """For models with a drug encoder: column of obs with the drugs, or one drug for all cells."""
     context_length: int | None = Field(None, gt=2)

@@ -28,16 +28,21 @@ def provenance(
 
     tokenizer = options.tokenizer
     genes = [each.genes for each in inputs if each.genes is not None]
-    counts = {
+    seen = [each.seen for each in inputs if each.seen is not None]
+    found: dict[str, list[Any]] = {
         "matched_genes": [match.num_matched for match in genes],
         "unknown_genes": [match.num_unknown for match in genes],
         "duplicate_genes": [match.num_duplicates for match in genes],
+        "genes_from": [each.found.source for each in inputs if each.found is not None],
+        "counts_from": [each.counts_from for each in inputs if each.counts_from],
+        "unknown_counts_share": [each.lost for each in seen],
+        "unknown_genes_with_most_counts": [", ".join(name for name, _ in each.most) for each in seen],
     }
     return {
         "model": model_name,
         "revision": model_revision(model_name),
         "package_version": __version__,
-        **{name: values[0] if len(inputs) == 1 else values for name, values in counts.items() if values},
+        **{name: values[0] if len(inputs) == 1 else values for name, values in found.items() if values},
         "cells_without_known_genes": num_empty,
         "value_encoding": tokenizer.value_encoding,
         "max_length": tokenizer.context_length or 0,
@@ -63,6 +68,14 @@ def model_revision(name_or_path: str) -> str:
 def deviation_key(key_added: str) -> str:
     """Return the column of `obs`, or of a table, that says how far embeddings vary with the sample."""
     return f"{provenance_key(key_added)}_sd"
+
+
+def check_key(key_added: str) -> None:
+    """Raise ValueError for a name of a slot that `.h5ad` files cannot have."""
+    if not key_added or "/" in key_added:
+        raise ValueError(
+            f"key_added={key_added!r} (--key-added): .h5ad files take a slash for a folder. Choose a name without one."
+        )
 
 
 def provenance_key(key_added: str) -> str:

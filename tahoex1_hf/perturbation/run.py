@@ -13,7 +13,8 @@ import torch
 from tqdm.auto import tqdm
 
 from tahoex1_hf.cells.encoding import EncodeOptions
-from tahoex1_hf.cells.genes import GeneOptions
+from tahoex1_hf.cells.gene_symbols import Table
+from tahoex1_hf.cells.genes import GeneOptions, known_symbols
 from tahoex1_hf.cells.opening import open_cells
 from tahoex1_hf.common.digests import json_digest, tokenizer_digest, weights_digest
 from tahoex1_hf.common.prefetch import prefetch
@@ -95,7 +96,9 @@ def perturb_genes(
     min_cells: int = 10,
     layer: str | None = None,
     gene_id_column: str | None = None,
-    gene_symbols: Mapping[str, str] | None = None,
+    gene_symbols: Table | str | Path | None = None,
+    species: str = "human",
+    orthologs: Mapping[str, Sequence[str]] | str | Path | None = None,
     drugs: str | Sequence[str | None] | None = None,
     unknown_drugs: str | None = "error",
     max_length: int | None = None,
@@ -147,6 +150,8 @@ def perturb_genes(
         layer: as in `embed_anndata`.
         gene_id_column: as in `embed_anndata`.
         gene_symbols: as in `embed_anndata`.
+        species: as in `embed_anndata`.
+        orthologs: as in `embed_anndata`.
         drugs: as in `embed_anndata`.
         unknown_drugs: as in `embed_anndata`, but `"error"` by default.
         max_length: as in `embed_anndata`.
@@ -176,14 +181,15 @@ def perturb_genes(
     with ExitStack() as stack:
         loaded, tokenizer = model_and_tokenizer(model, tokenizer, expression=expression)
         options = EncodeOptions(with_settings(tokenizer, max_length, overflow), drugs, seed, unknown_drugs)
-        opened = open_cells(adata, options.tokenizer, GeneOptions(gene_id_column, gene_symbols, layer))
+        place = GeneOptions(gene_id_column, gene_symbols, layer, species=species, orthologs=orthologs)
+        opened = open_cells(adata, options.tokenizer, place)
         forward = _forward(without_peft(loaded), options.tokenizer, expression, batch_tokens, device, dtype)
         groups = make_groups(opened, choose_cells(opened, cells, "cells"), groupby)
         toward = None if target is None else np.flatnonzero(choose_cells(opened, target, "target"))
         used = np.unique(np.concatenate([*groups.numbers, *([] if toward is None else [toward])]))
         source = CellSource(opened, options, used)
         levels = Levels.measure(source, groups)
-        names = GeneNames(source, gene_symbols)
+        names = GeneNames(source, known_symbols(options.tokenizer, place))
         controls = _plan(genes, names, groups, levels, change, together, null_genes, min_cells)
         run = _Run(source, groups, levels, forward, change, controls, num_affected)
         settings = {"mode": mode, "value": value, "expression": expression, "num_affected": num_affected}

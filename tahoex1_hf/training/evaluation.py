@@ -56,11 +56,11 @@ class CellTypeConfig(_EvaluationConfig):
     label: str
     """Column of `obs`; cells without a label are left out."""
     layer: str | None = None
-    """Layer with the counts; by default `X`."""
+    """Layer with the counts; by default `X`, or where that holds none `counts`, `raw_counts` or `raw`."""
     gene_id_column: str | None = None
-    """Column of `var` with Ensembl ids; by default `var_names`."""
+    """Column of `var` with Ensembl ids; by default they are looked for."""
     gene_symbols: str | None = None
-    """CSV with gene symbol and Ensembl id, for files that name genes by symbol."""
+    """Table with gene symbol and Ensembl id, for files that name genes by symbol; by default the package's."""
     max_cells: int = Field(2000, gt=1)
     """Largest number of cells; if there are more, some are chosen at random."""
     neighbors: int = Field(15, gt=0)

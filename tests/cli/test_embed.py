@@ -10,6 +10,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 from conftest import GOLDEN
+from scipy.sparse import csr_matrix
 from typer.testing import CliRunner, Result
 
 from tahoex1_hf.cells.gene_symbols import read_gene_symbols
@@ -137,7 +138,7 @@ def test_a_failed_run_leaves_no_file(tmp_path: Path, converted: Path) -> None:
         (("nothing.h5ad", "out.npy", "--model", MODEL), "nothing.h5ad does not exist"),
         ((CELLS, "nowhere/out.npy", "--model", MODEL), "folder nowhere does not exist"),
         ((CELLS, "out.npy", "--model", "no-such-folder"), "neither a folder nor a Hub repository"),
-        ((CELLS, "out.npy", "--model", MODEL), "gene_id_column"),
+        ((CELLS, "out.npy", "--model", MODEL, "--gene-id-column", "no"), "gene_id_column='no' (--gene-id-column)"),
         ((CELLS, "out.npy", "--model", MODEL, "--size", "3b"), "has no size '3b'"),
     ],
 )
@@ -155,3 +156,57 @@ def test_gene_symbols_in_either_order(tmp_path: Path) -> None:
     table.write_text("a,b\n")
     with pytest.raises(ValueError, match="no line with a gene symbol"):
         read_gene_symbols(table)
+
+
+def test_what_a_biologists_file_needs_no_options_for(tmp_path: Path, converted: Path) -> None:
+    """Symbols as names, ids in a column, counts in raw, antibodies beside them, a third of the counts unknown."""
+    adata = anndata.read_h5ad(CELLS)
+    counts, ids = adata.X.toarray(), adata.var["ensembl_id"].to_numpy(dtype=object)
+    expected = run(CELLS, tmp_path / "all.npy", "--model", converted, "--dtype", "float32")
+    assert expected.exit_code == 0
+    more = np.stack([counts.sum(1) // 2, counts.sum(1)], axis=1)
+    var = pd.DataFrame(
+        {
+            "gene_ids": [*ids, "ENSG09999999999", ids[0]],
+            "feature_types": ["Gene Expression"] * 601 + ["Antibody Capture"],
+        },
+        index=[*(f"SYMBOL{i}" for i in range(600)), "LOST", "ADT"],
+    )
+    raw = anndata.AnnData(csr_matrix(np.hstack([counts, more]).astype(np.float32)), obs=adata.obs, var=var)
+    new = raw[:, :100].copy()
+    new.X, new.raw = np.log1p(new.X.toarray()), raw
+    new.write_h5ad(tmp_path / "in.h5ad")
+    done = run(tmp_path / "in.h5ad", tmp_path / "out.h5ad", "--model", converted, "--dtype", "float32")
+    assert done.exit_code == 0, done.output
+    result = anndata.read_h5ad(tmp_path / "out.h5ad")
+    np.testing.assert_array_equal(result.obsm["X_tahoe_x1"], np.load(tmp_path / "all.npy"))
+    facts = result.uns["tahoe_x1"]
+    assert facts["counts_from"] == "raw/X"
+    assert facts["genes_from"] == "Ensembl ids in 'gene_ids'"
+    assert facts["unknown_counts_share"] == pytest.approx(1 / 3, abs=0.01)
+    assert facts["unknown_genes_with_most_counts"] == "ENSG09999999999"
+    assert facts["matched_genes"] == 600
+    refused = run(tmp_path / "in.h5ad", tmp_path / "g.h5ad", "--model", converted, "--gene-embeddings")
+    assert refused.exit_code == 1
+    assert "the counts are those of raw, whose genes are not those of var" in refused.output
+
+
+def test_mouse_cells_by_a_table_of_orthologues(tmp_path: Path, converted: Path) -> None:
+    adata = anndata.read_h5ad(CELLS)
+    human = adata.var["ensembl_id"].to_numpy(dtype=object)
+    adata.var = pd.DataFrame(index=[gene.replace("ENSG", "ENSMUSG") for gene in human])
+    adata.write_h5ad(tmp_path / "mouse.h5ad")
+    (tmp_path / "table.csv").write_text("".join(f"{m},{h}\n" for m, h in zip(adata.var_names, human, strict=True)))
+    refused = run(tmp_path / "mouse.h5ad", tmp_path / "out.npy", "--model", converted)
+    assert refused.exit_code == 1
+    assert "--species mouse" in refused.output
+    both = ["--species", "mouse", "--orthologs", tmp_path / "table.csv", "--model", converted, "--dtype", "float32"]
+    done = run(tmp_path / "mouse.h5ad", tmp_path / "out.npy", *both)
+    assert done.exit_code == 0, done.output
+    assert np.abs(np.load(tmp_path / "out.npy") - EXPECTED).max() < 1e-6
+
+
+def test_a_slot_with_a_slash_is_refused(tmp_path: Path, converted: Path) -> None:
+    refused = run(CELLS, tmp_path / "out.h5ad", "--model", converted, "--key-added", "a/b")
+    assert refused.exit_code == 1
+    assert "key_added='a/b' (--key-added)" in refused.output

@@ -425,6 +425,36 @@ def test_layers_raw_columns_and_symbols(tmp_path: Path) -> None:
         assert_holds(folder, counts, tmp_path)
 
 
+def test_cells_of_a_mouse(tmp_path: Path) -> None:
+    adata = make_cells(30)
+    mouse = adata.copy()
+    mouse.var_names = [gene.replace("ENSG", "ENSMUSG") for gene in adata.var_names]
+    mouse.write_h5ad(tmp_path / "a.h5ad")
+    table = tmp_path / "orthologs.csv"
+    table.write_text("".join(f"{m},{h}\n" for m, h in list(zip(mouse.var_names, adata.var_names, strict=True))[:20]))
+    folder = run(tmp_path, [source(tmp_path / "a.h5ad", species="mouse", orthologs=str(table))])
+    assert_holds(folder, adata[:, :20], tmp_path)  # a third of the genes is enough here
+
+
+def test_settings_that_an_older_version_did_not_know_are_no_change(tmp_path: Path) -> None:
+    make_cells(30).write_h5ad(tmp_path / "a.h5ad")
+    folder = run(tmp_path, [source(tmp_path / "a.h5ad")])
+    assert not {"species", "orthologs"} & set(manifest_of(folder)["configuration"]["sources"][0])
+    assert run(tmp_path, [source(tmp_path / "a.h5ad", species="human")]) == folder  # it is complete
+
+
+def test_counts_that_are_not_in_x_must_be_named(tmp_path: Path) -> None:
+    adata = make_cells(30)
+    adata.layers["counts"] = adata.X.copy()
+    adata.X = np.log1p(adata.X)
+    adata.write_h5ad(tmp_path / "a.h5ad")
+    with pytest.raises(
+        ValueError, match=r"a\.h5ad: X holds no counts.*layer=\"counts\" holds some.*--layer.*'counts'"
+    ):
+        run(tmp_path, [source(tmp_path / "a.h5ad")], "asked")
+    run(tmp_path, [source(tmp_path / "a.h5ad", non_integer_counts="keep")], "kept")
+
+
 def test_cell_ranger_2_files_and_antibodies(tmp_path: Path) -> None:
     import h5py
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tahoex1_hf.cells.counts import Place, counts_elsewhere, find_counts, in_memory
+from tahoex1_hf.cells.gene_names import text_of
 from tahoex1_hf.cells.gene_search import FoundGenes, find_genes
 from tahoex1_hf.cells.genes import GeneOptions
 from tahoex1_hf.cells.looking import places_to_look
@@ -33,11 +34,12 @@ _OBS_CELLS = 16384
 
 def find_matrix(
     adata: Any, options: GeneOptions, tokenizer: "TahoeX1Tokenizer"
-) -> tuple[Any, FoundGenes, Place, dict[str, Any]]:
+) -> tuple[Any, FoundGenes, Place, Any, bool]:
     """Find the counts and the genes of an AnnData, or of what looks like one.
 
     Returns:
-        The `(cells, genes)` matrix, the genes of its columns, where it was found, and its table of genes.
+        The `(cells, genes)` matrix, the genes of its columns, where it was found, its table of genes, and whether
+        they are those of `var`.
 
     Raises:
         BadInput: for a layer or a column that is not there, and for genes that are not in the vocabulary.
@@ -57,8 +59,10 @@ def find_matrix(
         matrix = adata.X if place.layer is None else adata.layers[place.layer]
     if matrix is None:
         raise BadInput(f"it has no X; name the counts with layer= (--layer), one of {layers}.")
-    found = find_genes(tokenizer, holder.var, holder.var_names, options)
-    return matrix, found, place, holder.var
+    var = _frame(holder.var)
+    found = find_genes(tokenizer, var, holder.var_names, options)
+    own = holder is adata or found.names == [text_of(name) for name in adata.var_names]
+    return matrix, found, place, var, own
 
 
 class AnnDataInput(CellInput):
@@ -76,7 +80,7 @@ class AnnDataInput(CellInput):
     def __init__(self, adata: "AnnData", tokenizer: "TahoeX1Tokenizer", options: GeneOptions):
         self.adata, self.path, self.num_cells = adata, "adata", adata.n_obs
         self.tokenizer = tokenizer
-        self.matrix, self.found, self.place, self._var = find_matrix(adata, options, tokenizer)
+        self.matrix, self.found, self.place, self._var, self.own_genes = find_matrix(adata, options, tokenizer)
         self.genes, self.counts_from = self.found.match, _path_of(self.place.layer, self.place.layer in adata.layers)
         if self.place.note:  # a warning, since Python shows no other messages unless it is told to
             way = ", or adata.raw.to_adata()" if self.counts_from == "raw/X" else ""
@@ -180,7 +184,7 @@ class StoredInput(CellInput):
             self.num_cells = num_rows(store["obs"])
             self._columns = column_names(store["obs"])
             stored = _Stored(store)
-            _, self.found, self._chosen, _ = find_matrix(stored, options, tokenizer)
+            _, self.found, self._chosen, _, self.own_genes = find_matrix(stored, options, tokenizer)
             self.genes, layer = self.found.match, self._chosen.layer
             self.counts_from = _path_of(layer, layer in stored.layers)
             self.place = "raw.X" if self.counts_from == "raw/X" and "raw.X" in store else self.counts_from

@@ -75,6 +75,7 @@ class CellInput(ABC):
         found: how the genes were found; None for a dataset with a table of genes of its own.
         seen: what `look` saw of some cells; None before.
         counts_from: where the counts are: `X`, a layer or `raw`.
+        own_genes: whether the genes are those of `var`, in its order; those of `raw` can be others.
     """
 
     path: str
@@ -86,6 +87,7 @@ class CellInput(ABC):
     found: FoundGenes | None = None
     seen: Seen | None = None
     counts_from: str = ""
+    own_genes: bool = True
     _told = _is_sorted = False
 
     @property
@@ -125,6 +127,14 @@ class CellInput(ABC):
     def var(self) -> "pd.DataFrame":
         """The table of the genes, by name."""
         raise BadInput("it has no table of genes: write it to an .h5ad file.")
+
+    def check_gene_slots(self) -> None:
+        """Raise ValueError where values for each gene would not fit into `varm`, before any work is done."""
+        if not self.own_genes:
+            raise ValueError(
+                f"{self.path}: the counts are those of raw, whose genes are not those of var, so that varm cannot "
+                "hold gene embeddings of them: take adata.raw.to_adata()."
+            )
 
     def rows_at(self, numbers: np.ndarray) -> GeneRows:
         """Return some cells by their numbers, which must rise; their values are not checked."""

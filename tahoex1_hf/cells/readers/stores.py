@@ -128,6 +128,25 @@ def read_frame(frame: Any) -> pd.DataFrame:
     return pd.DataFrame({name: whole[name].to_numpy() for name in whole.columns}, index=whole.index)
 
 
+def writable_group(file: Any, name: str) -> Any:
+    """Return a group of a file such as obsm; the table of columns that anndata before 0.7 wrote there becomes one.
+
+    Args:
+        file: file of h5py, open for writing.
+        name: name of the group.
+    """
+    if name in file and hasattr(file[name], "dtype"):
+        table = file[name][:]
+        del file[name]
+        for column in table.dtype.names or ():
+            file.require_group(name)[column] = table[column]
+            file[name][column].attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
+    group = file.require_group(name)
+    if "encoding-type" not in group.attrs:
+        group.attrs.update({"encoding-type": "dict", "encoding-version": "0.1.0"})
+    return group
+
+
 def num_rows(frame: Any) -> int:
     """Return the number of rows of a data frame as anndata stores it."""
     if is_legacy(frame):
@@ -195,7 +214,19 @@ def _legacy_column(frame: Any, name: str, start: int, stop: int | None) -> pd.Se
     key = _legacy_index(frame) if name == INDEX else name
     if key not in frame.dtype.names:
         raise BadInput(f"it has no column {name!r}; there are {sorted(frame.dtype.names)}.")
-    return pd.Series(_plain(frame[key], start, stop))
+    values = _plain(frame[key], start, stop)
+    categories = _legacy_categories(frame, name)
+    return pd.Series(values) if categories is None else _categorical(values, categories)
+
+
+def _legacy_categories(frame: Any, name: str) -> np.ndarray | None:
+    """Return the categories of a column, which anndata before 0.7 kept in uns; the column holds their numbers."""
+    uns, key = frame.parent.get("uns"), f"{name}_categories"
+    if uns is None or key not in uns or frame.dtype[name].kind not in "iu":
+        return None
+    return np.atleast_1d(
+        _plain(uns[key], 0, None) if uns[key].shape else np.asarray(uns[key].asstr()[()], dtype=object)
+    )
 
 
 def _legacy_index(frame: Any) -> str:

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
 
 
+_OPTIONS = (*("gene_id_column", "gene_symbols", "layer", "gene_metadata", "min_known_genes", "species", "orthologs"),)
+
+
 class OpenedFiles(CellSource):
     """Files of one kind.
 
@@ -32,11 +35,7 @@ class OpenedFiles(CellSource):
         self, config: AnnDataSource | TenXSource | Tahoe100MSource, tokenizer: "TahoeX1Tokenizer", spool: Path
     ) -> None:
         super().__init__(config, tokenizer, spool)
-        known: Any = {
-            name: getattr(config, name)
-            for name in ("gene_id_column", "gene_symbols", "layer", "gene_metadata", "min_known_genes")
-            if hasattr(config, name)
-        }
+        known: Any = {name: getattr(config, name) for name in _OPTIONS if hasattr(config, name)}
         # Nothing is assumed of what is learnt from: counts elsewhere must be named.
         known["other_counts"] = "refuse" if config.non_integer_counts == "error" else "leave"
         self.options = GeneOptions(**known)

@@ -215,7 +215,13 @@ def read_cells(config: FinetuneConfig, tokenizer: TahoeX1Tokenizer, folder: Path
             else number_labels(column, config.label)
         )
         labels, classes, rows = found.values, found.classes, found.rows
-    options = GeneOptions(config.gene_id_column, config.gene_symbols, config.layer)
+    options = GeneOptions(
+        config.gene_id_column,
+        config.gene_symbols,
+        config.layer,
+        species=config.species,
+        orthologs=config.orthologs,
+    )
     encoding = EncodeOptions(tokenizer)
     if isinstance(config, ClassesConfig | RegressionConfig | MaskedExpressionConfig):
         encoding = EncodeOptions(tokenizer, config.drugs, unknown_drugs=config.unknown_drugs)

@@ -2,7 +2,8 @@
 """Predictions of a fine-tuned model for the cells of an AnnData or of a file, in bounded memory."""
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,8 +12,9 @@ import torch
 from transformers import PreTrainedModel
 
 from tahoex1_hf.cells.encoding import EncodeOptions
+from tahoex1_hf.cells.gene_symbols import Table
 from tahoex1_hf.cells.genes import GeneOptions
-from tahoex1_hf.cells.opening import Source, open_cells
+from tahoex1_hf.cells.opening import Source, check_writable, open_cells
 from tahoex1_hf.cells.readers.base import CellInput
 from tahoex1_hf.common.progress import progress_bar
 from tahoex1_hf.finetuning.cells.labelled import SAMPLE_SEED
@@ -35,7 +37,9 @@ def predict_anndata(
     base: str | Path | None = None,
     layer: str | None = None,
     gene_id_column: str | None = None,
-    gene_symbols: Mapping[str, str] | None = None,
+    gene_symbols: Table | str | Path | None = None,
+    species: str = "human",
+    orthologs: Mapping[str, Sequence[str]] | str | Path | None = None,
     drugs: str | None = None,
     unknown_drugs: str | None = None,
     batch_tokens: int | None = None,
@@ -58,7 +62,10 @@ def predict_anndata(
         layer: Layer with the counts. Here and in `gene_id_column` and `drugs`, None means the setting of the training,
             and "" the default (`adata.X`).
         gene_id_column: Column of `adata.var` with Ensembl ids; the default is `adata.var_names`.
-        gene_symbols: Gene symbol -> Ensembl id, for genes named by symbol.
+        gene_symbols: Gene symbol -> Ensembl id, or the path of a table with both, for genes named by symbol, by
+            default the package's table.
+        species: "human" or "mouse"; genes of a mouse need `orthologs`.
+        orthologs: Mouse gene -> Ensembl ids of human orthologues, or the path of a table.
         drugs: For models with a drug encoder: a column of `adata.obs`, or one drug for all cells.
         unknown_drugs: As in `embed_anndata`; by default as the model was trained, or `"error"`.
         batch_tokens: Most tokens of a batch; changes speed and memory, not the result.
@@ -73,9 +80,11 @@ def predict_anndata(
         FileNotFoundError: For a model that cannot be found.
         ValueError: For counts, genes or arguments that cannot be used; the message says what to do.
     """
+    check_writable(adata)
     predictor = load_predictor(model, base, tokenizer)
     ready = CellPredictor(predictor, batch_tokens=batch_tokens, device=device, dtype=dtype)
-    options, drugs = _settings(predictor, gene_symbols, layer, gene_id_column, drugs)
+    options, drugs = _settings(predictor, layer, gene_id_column, drugs)
+    options = replace(options, gene_symbols=gene_symbols, species=species, orthologs=orthologs)
     encoding = _encoding(predictor, ready, drugs, unknown_drugs)
     cells = open_cells(adata, ready.tokenizer, options)
     width = () if ready.classes is None else (ready.head_width,)
@@ -113,7 +122,9 @@ def predict_files(
     base: str | Path | None = None,
     layer: str | None = None,
     gene_id_column: str | None = None,
-    gene_symbols: Mapping[str, str] | None = None,
+    gene_symbols: Table | str | Path | None = None,
+    species: str = "human",
+    orthologs: Mapping[str, Sequence[str]] | str | Path | None = None,
     drugs: str | None = None,
     unknown_drugs: str | None = None,
     batch_tokens: int | None = None,
@@ -133,7 +144,9 @@ def predict_files(
         base: Folder or Hub id of an adapter's base.
         layer: Layer with the counts.
         gene_id_column: Column of `var` with Ensembl ids.
-        gene_symbols: Gene symbol -> Ensembl id.
+        gene_symbols: Gene symbol -> Ensembl id, or the path of a table with both.
+        species: "human" or "mouse".
+        orthologs: Mouse gene -> Ensembl ids of human orthologues, or the path of a table.
         drugs: Column of `obs` with drugs, or one drug for all cells.
         unknown_drugs: `"pad"` or `"error"`.
         batch_tokens: Most tokens of a batch.
@@ -152,7 +165,8 @@ def predict_files(
     check_files(source, output)
     predictor = load_predictor(model, base, tokenizer)
     ready = CellPredictor(predictor, batch_tokens=batch_tokens, device=device, dtype=dtype)
-    options, drugs = _settings(predictor, gene_symbols, layer, gene_id_column, drugs)
+    options, drugs = _settings(predictor, layer, gene_id_column, drugs)
+    options = replace(options, gene_symbols=gene_symbols, species=species, orthologs=orthologs)
     encoding = _encoding(predictor, ready, drugs, unknown_drugs)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as spool:
         cells = open_cells(Source(str(source), "anndata"), ready.tokenizer, options, spool=spool)
@@ -195,15 +209,13 @@ def check_files(source: Path, output: Path) -> None:
         raise ValueError(f"The output's folder {output.parent} does not exist.")
 
 
-def _settings(
-    predictor: Predictor, gene_symbols: Mapping[str, str] | None, *settings: str | None
-) -> tuple[GeneOptions, str | None]:
+def _settings(predictor: Predictor, *settings: str | None) -> tuple[GeneOptions, str | None]:
     """Return the places of genes and counts, and the drugs; None means as in the training, "" means no setting."""
     layer, gene_id_column, drugs = (
         (predictor.record.get(name) if given is None else given) or None
         for name, given in zip(("layer", "gene_id_column", "drugs"), settings, strict=True)
     )
-    return GeneOptions(gene_id_column, gene_symbols, layer), drugs
+    return GeneOptions(gene_id_column, layer=layer), drugs
 
 
 def _encoding(

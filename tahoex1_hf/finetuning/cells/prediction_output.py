@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from tahoex1_hf.cells.readers.stores import writable_group
 from tahoex1_hf.common.files import WholeFile
 from tahoex1_hf.inference.h5ad_columns import add_to_column_order, make_array
 
@@ -40,7 +41,9 @@ class PredictionWriter:
             self._make_column(num_cells)
             if classes is not None:
                 shape = (num_cells, len(classes))
-                self.probabilities = self._array(self._group("obsm"), f"{column}_probabilities", shape, np.float32)
+                self.probabilities = self._array(
+                    writable_group(self.file, "obsm"), f"{column}_probabilities", shape, np.float32
+                )
         except BaseException:
             self.abandon()
             raise
@@ -57,12 +60,6 @@ class PredictionWriter:
         column.attrs.update({"encoding-type": "categorical", "encoding-version": "0.2.0", "ordered": False})
         write_elem(column, "categories", np.array(self.classes, dtype=object))
         self.values = self._array(column, "codes", (num_cells,), np.min_scalar_type(-len(self.classes)))
-
-    def _group(self, name: str) -> Any:
-        group = self.file.require_group(name)
-        if "encoding-type" not in group.attrs:
-            group.attrs.update({"encoding-type": "dict", "encoding-version": "0.1.0"})
-        return group
 
     def _array(self, group: Any, name: str, shape: tuple[int, ...], dtype: Any) -> Any:
         self._remove(group, name)
@@ -87,7 +84,7 @@ class PredictionWriter:
         """Write `uns`, and move the file into place."""
         from anndata.io import write_elem
 
-        self._remove(self._group("uns"), self.column)
+        self._remove(writable_group(self.file, "uns"), self.column)
         names = {} if self.classes is None else {"classes": np.array(self.classes, dtype=object)}
         write_elem(self.file["uns"], self.column, {**names, **provenance})
         self.file.close()
