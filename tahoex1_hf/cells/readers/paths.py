@@ -2,9 +2,29 @@
 """Finding local files that folders and globs stand for."""
 
 import glob
+import logging
 import os
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+# What to do with files that hold cells in other forms, by their ending.
+_WAYS = {
+    ".loom": "read it with anndata.io.read_loom, and write it with write_h5ad",
+    ".h5mu": 'write its RNA as .h5ad: mudata.read_h5mu(path)["rna"].write_h5ad(...)',
+    ".h5seurat": "it is Seurat's: write it as .h5ad in R, with SeuratDisk's Convert",
+    ".rds": "it is R's: write it as .h5ad there, with zellkonverter's writeH5AD",
+    ".rdata": "it is R's: write it as .h5ad there, with zellkonverter's writeH5AD",
+    ".csv": "read it with anndata.io.read_csv (cells in rows), and write it with write_h5ad",
+    ".tsv": "read it with anndata.io.read_csv (cells in rows), and write it with write_h5ad",
+    ".txt": "read it with anndata.io.read_csv (cells in rows), and write it with write_h5ad",
+    ".mtx": "its barcodes.tsv and features.tsv must lie beside it, under names that begin like its own",
+    ".gz": "unpack it",
+    ".zip": "unpack it",
+    ".tar": "unpack it",
+}
 
 ZARR_MARKS = (".zgroup", "zarr.json", ".zattrs")
 
@@ -34,7 +54,13 @@ def expand_paths(paths: Iterable[str], is_wanted: Callable[[Path], bool], what: 
         here = [hit for name in named for hit in _search(Path(name), is_wanted)]
         if not here:
             missing = "does not exist" if not named else f"holds no {what}"
-            raise FileNotFoundError(f"{text} {missing}: name {what}, a folder with them or a glob.")
+            way = next((way for end, way in _WAYS.items() if text.lower().removesuffix(".gz").endswith(end)), None)
+            way = _WAYS[".gz"] if way is None and text.endswith(".gz") else way
+            raise FileNotFoundError(
+                f"{text} {missing}: name {what}, a folder with them or a glob."
+                if not named or way is None
+                else f"{text} is none of {what}: {way}."
+            )
         found.update(here)
     return sorted(found)
 
@@ -44,7 +70,27 @@ def _search(path: Path, is_wanted: Callable[[Path], bool]) -> list[str]:
         return [str(path)]
     if not path.is_dir() or is_zarr_store(path):
         return []
-    return [hit for entry in sorted(path.iterdir()) if entry.name[0] != "." for hit in _search(entry, is_wanted)]
+    entries = _without_copies(sorted(entry for entry in path.iterdir() if entry.name[0] != "."))
+    return [hit for entry in entries for hit in _search(entry, is_wanted)]
+
+
+def _without_copies(entries: list[Path]) -> list[Path]:
+    """Leave out what Cell Ranger writes beside its filtered matrix: all droplets, a second copy, molecules."""
+    stems = {entry.name.removesuffix(".h5") for entry in entries}
+    kept = []
+    for entry in entries:
+        filtered = re.sub(r"(^|_)raw_", r"\1filtered_", entry.name, count=1)
+        if filtered != entry.name and filtered.removesuffix(".h5") in stems:
+            why = f"{filtered.removesuffix('.h5')} lies beside it, with the droplets that are cells"
+        elif entry.with_name(f"{entry.name}.h5") in entries and "_bc_matri" in entry.name:
+            why = f"{entry.name}.h5 holds the same cells"
+        elif entry.name.endswith("molecule_info.h5"):
+            why = "it holds molecules, not cells"
+        else:
+            kept.append(entry)
+            continue
+        logger.info("%s is left out: %s. Name it to read it.", entry, why)
+    return kept
 
 
 def local_fingerprint(path: str | Path) -> str:

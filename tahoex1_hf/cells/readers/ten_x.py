@@ -1,7 +1,12 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""Cell Ranger's output: `.h5` files and folders with `matrix.mtx`, `barcodes.tsv` and `features.tsv`."""
+"""Cell Ranger's output: `.h5` files and folders with `matrix.mtx`, `barcodes.tsv` and `features.tsv`.
+
+In GEO the three files of a sample often have a prefix, and lie beside those of other samples: there a matrix file
+stands for its sample.
+"""
 
 import gzip
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -27,6 +32,10 @@ if TYPE_CHECKING:
     from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
 
 
+_MATRIX = re.compile(r"(?P<prefix>(?:.*[_.-])?)matrix\.mtx(?:\.gz)?")
+_FEATURES = ("features.tsv", "genes.tsv")
+
+
 class _Features(NamedTuple):
     ids: list[str]
     symbols: list[str]
@@ -37,7 +46,7 @@ class TenXInput(CellInput):
     """A matrix that Cell Ranger wrote. It has no columns of obs; the name of a cell is its barcode.
 
     Args:
-        path: an `.h5` file, or a folder with a `matrix.mtx`.
+        path: an `.h5` file, a folder with a `matrix.mtx`, or a `PREFIX_matrix.mtx`.
         tokenizer: the tokenizer that knows the genes.
         options: options that say where the genes are.
         spool: folder in which the lines of a `matrix.mtx` are sorted by cell.
@@ -51,19 +60,23 @@ class TenXInput(CellInput):
         self.path, self.tokenizer, self.options, self._spool = path, tokenizer, options, spool
         if options.layer is not None:
             raise BadInput(f"layer={options.layer!r} was given, but it is a 10x file, which has no layers.")
-        self.by_gene = _is_folder(path)
+        self.by_gene = _is_mtx(path)
         with _reading():
-            features, self.num_cells = _features(path), len(_barcodes(path))
-            if not self.num_cells:
-                raise BadInput("it has no cells.")
-            shape = _shape(path)
-        if shape != (len(features.ids), self.num_cells):
-            raise BadInput(
-                f"its matrix has the shape {shape} for {len(features.ids)} genes and {self.num_cells} cells."
-            )
+            shape, features, barcodes = _shape(path), _features(path), _barcodes(path)
+            # Some programs write a line of names above the features or barcodes.
+            self._heads = int(len(barcodes) - 1 in shape and _is_head(barcodes[0]))
+            if len(features.ids) - 1 in shape and _is_head(features.ids[0]):
+                features = _Features(*(names[1:] for names in features))
+            self.num_cells = len(barcodes) - self._heads
+        if not self.num_cells:
+            raise BadInput("it has no cells.")
+        expected = (len(features.ids), self.num_cells)
+        self._by_cell = self.by_gene and shape == expected[::-1] != expected  # a matrix of cells x genes
+        if shape != expected and not self._by_cell:
+            raise BadInput(f"its matrix has the shape {shape} for {expected[0]} genes and {expected[1]} cells.")
         self.found = self._find_genes(features)
         self.genes = self.found.match
-        self.fingerprint = local_fingerprint(path)
+        self.fingerprint = " ".join(map(local_fingerprint, _files(path)))
 
     @property
     def obs_columns(self) -> list[str]:
@@ -74,7 +87,7 @@ class TenXInput(CellInput):
         """Return the barcodes."""
         _check_columns([name])
         with _reading():
-            return pd.Series(_barcodes(self.path))
+            return pd.Series(_barcodes(self.path)[self._heads :])
 
     def check(self) -> None:
         """Read the index of an `.h5` file."""
@@ -86,7 +99,7 @@ class TenXInput(CellInput):
         """Sort the lines of a `matrix.mtx`, which can stand in any order, by cell."""
         if self.by_gene:
             with _reading():
-                spool_entries(_mtx_entries(self.path), self.num_cells, piece_cells, self._spooled())
+                spool_entries(_mtx_entries(self.path, self._by_cell), self.num_cells, piece_cells, self._spooled())
             self._is_sorted = True
             self.look()
 
@@ -102,7 +115,7 @@ class TenXInput(CellInput):
         """Read rows of the matrix; the only column is `INDEX`."""
         _check_columns(columns)
         with _reading():
-            barcodes = _barcodes(self.path)[start:stop] if columns else None
+            barcodes = _barcodes(self.path)[self._heads :][start:stop] if columns else None
             low = start
             for matrix in self._rows(start, stop, elements):
                 high = low + matrix.shape[0]
@@ -140,15 +153,17 @@ def _check_columns(columns: Sequence[str]) -> None:
 
 def _shape(path: str) -> tuple[int, int]:
     """Return the numbers of genes and cells of the matrix."""
-    if _is_folder(path):
+    if _is_mtx(path):
         return _mtx_header(path)[:2]
     with _matrix_group(path) as group:
         return int(group["shape"][0]), int(group["shape"][1])
 
 
 def is_ten_x(path: Path) -> bool:
-    """Return whether a path is a 10x `.h5` file or a folder with a `matrix.mtx`."""
-    return (path.suffix == ".h5" and path.is_file()) or _part(path, "matrix.mtx") is not None
+    """Return whether a path is a 10x `.h5` file, a folder with a `matrix.mtx`, or a `PREFIX_matrix.mtx`."""
+    if path.is_dir():
+        return _prefix(path) is not None
+    return path.is_file() and (path.suffix == ".h5" or bool(_MATRIX.fullmatch(path.name)))
 
 
 @contextmanager
@@ -161,21 +176,50 @@ def _reading() -> Iterator[None]:
         raise BadInput(f"it cannot be read: {type(error).__name__}: {error}") from error
 
 
-def _is_folder(path: str) -> bool:
-    return Path(path).is_dir()
+def _is_mtx(path: str) -> bool:
+    return Path(path).is_dir() or bool(_MATRIX.fullmatch(Path(path).name))
 
 
-def _part(folder: Path, *names: str) -> Path | None:
+def _prefix(path: Path) -> str | None:
+    """Return what the names of the three files begin with: nothing, or the only prefix in a folder; None for none."""
+    if path.is_file():
+        found = _MATRIX.fullmatch(path.name)
+        return None if found is None else found["prefix"]
+    found_all = (_MATRIX.fullmatch(file.name) for file in path.iterdir() if file.is_file())
+    prefixes = {found["prefix"] for found in found_all if found}
+    prefixes = {prefix for prefix in prefixes if not prefix or _named(path, prefix, "barcodes.tsv")}
+    return "" if "" in prefixes else prefixes.pop() if len(prefixes) == 1 else None
+
+
+def _named(folder: Path, prefix: str, *names: str) -> Path | None:
     """Return the first of these files, plain or gzipped, that a folder has."""
-    candidates = [folder / (name + end) for name in names for end in ("", ".gz")] if folder.is_dir() else []
+    candidates = (folder / (prefix + name + end) for name in names for end in ("", ".gz"))
     return next((path for path in candidates if path.is_file()), None)
 
 
 def _required(path: str, *names: str) -> Path:
-    part = _part(Path(path), *names)
+    folder, prefix = (Path(path) if Path(path).is_dir() else Path(path).parent), _prefix(Path(path))
+    part = _named(folder, prefix or "", *names)
     if part is None:
-        raise BadInput(f"it has no {' or '.join(names)} (or the same with .gz) beside matrix.mtx.")
+        raise BadInput(f"it has no {prefix}{' or '.join(names)} (or the same with .gz) beside {prefix}matrix.mtx.")
     return part
+
+
+def _files(path: str) -> list[Path]:
+    """Return the files that hold the cells of a path."""
+    if not _is_mtx(path):
+        return [Path(path)]
+    return [_required(path, *names) for names in (("matrix.mtx",), _FEATURES, ("barcodes.tsv",))]
+
+
+def _is_head(name: str) -> bool:
+    """Return whether the first line of a table of features or barcodes is one of names of columns."""
+    return (
+        re.fullmatch(
+            r"(gene|feature|ensembl|cell)?[ _.]?(ids?|names?|symbols?|barcodes?)|genes?|cells?|x", name.lower()
+        )
+        is not None
+    )
 
 
 def _text(path: Path) -> Any:
@@ -183,8 +227,8 @@ def _text(path: Path) -> Any:
 
 
 def _features(path: str) -> _Features:
-    if _is_folder(path):
-        with _text(_required(path, "features.tsv", "genes.tsv")) as file:
+    if _is_mtx(path):
+        with _text(_required(path, *_FEATURES)) as file:
             lines = [line.rstrip("\r\n").split("\t") for line in file]
         kinds = [line[2] if len(line) > 2 else GENE_EXPRESSION for line in lines]
         return _Features([line[0] for line in lines], [line[1] if len(line) > 1 else line[0] for line in lines], kinds)
@@ -197,7 +241,7 @@ def _features(path: str) -> _Features:
 
 
 def _barcodes(path: str) -> np.ndarray:
-    if _is_folder(path):
+    if _is_mtx(path):
         with _text(_required(path, "barcodes.tsv")) as file:
             return np.array([line.rstrip("\r\n").split("\t")[0] for line in file], dtype=object)
     with _matrix_group(path) as group:
@@ -213,6 +257,8 @@ def _matrix_group(path: str) -> Iterator[Any]:
     import h5py
 
     with h5py.File(path, "r") as file:
+        if "obs" in file and "var" in file:
+            raise BadInput("it is an AnnData by another name: let its name end in .h5ad.")
         groups = [name for name in file if isinstance(file[name], h5py.Group) and "indptr" in file[name]]
         if len(groups) != 1:
             raise BadInput(
@@ -237,9 +283,12 @@ def _mtx_header(path: str) -> tuple[int, int, int, int]:
     raise BadInput("its matrix.mtx ends before the entries.")
 
 
-def _mtx_entries(path: str) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    genes, _, entries, header = _mtx_header(path)
+def _mtx_entries(path: str, by_cell: bool) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Yield all entries as (cell, gene, count); `by_cell` for a matrix of cells x genes."""
+    genes, cells, entries, header = _mtx_header(path)
     names, seen = ["gene", "cell", "count"], 0
+    if by_cell:
+        genes, names = cells, ["cell", "gene", "count"]
     table = (
         pd.read_csv(
             _required(path, "matrix.mtx"),
