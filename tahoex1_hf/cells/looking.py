@@ -42,7 +42,7 @@ class Seen:
         cells = "" if of_all else f" (in {self.cells} cells)"
         names = ", ".join(f"{name} {share:.1%}" for name, share in self.most)
         return (
-            f"{self.unknown_genes} of {self.genes} genes ({self.unknown_genes / self.genes:.0%}) are not in the "
+            f"{self.unknown_genes} of {self.genes} genes ({self.unknown_genes / self.genes:.1%}) are not in the "
             f"vocabulary and are left out, with {self.lost:.1%} of the counts{cells}"
             f"{f'. Most counts have {names}' if names else ''}."
         )

@@ -198,7 +198,7 @@ def test_what_is_lost_is_said_once_and_counted(
             seen = open_cells(each, tokenizer).seen
         (record,) = caplog.records
         assert record.levelno == (logging.WARNING if share > 0.05 else logging.INFO)
-        assert "2 of 60 genes (3%) are not in the vocabulary and are left out" in record.message
+        assert "2 of 60 genes (3.3%) are not in the vocabulary and are left out" in record.message
         assert f"Most counts have ENSG09999999999 {share:.1%}" in record.message
         assert seen.cells == 256
         assert seen.lost == pytest.approx(share, abs=0.002)

@@ -184,7 +184,7 @@ def test_what_a_biologists_file_needs_no_options_for(tmp_path: Path, converted: 
     assert facts["counts_from"] == "raw/X"
     assert facts["genes_from"] == "Ensembl ids in 'gene_ids'"
     assert facts["unknown_counts_share"] == pytest.approx(1 / 3, abs=0.01)
-    assert facts["unknown_genes_with_most_counts"] == "ENSG09999999999"
+    assert facts["unknown_genes_with_most_counts"] == "LOST"
     assert facts["matched_genes"] == 600
     refused = run(tmp_path / "in.h5ad", tmp_path / "g.h5ad", "--model", converted, "--gene-embeddings")
     assert refused.exit_code == 1

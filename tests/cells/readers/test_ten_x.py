@@ -108,7 +108,7 @@ def test_references_of_two_species(
     with caplog.at_level(logging.WARNING, "tahoex1_hf"):
         found = counts(write_10x_h5(both, tmp_path / "both.h5"), tokenizer)
     assert [*found.values()] == [*expected.values()]
-    assert "60 of 120 genes (50%) are not in the vocabulary and are left out" in caplog.text
+    assert "60 of 120 genes (50.0%) are not in the vocabulary and are left out" in caplog.text
 
 
 @pytest.mark.parametrize("kind", ["10x_h5", "10x_mtx"])
@@ -123,7 +123,7 @@ def test_losses_are_said_once_the_cells_are_sorted(
         cells.sort_by_cell()
         list(cells.blocks(0, 9))
     (record,) = caplog.records
-    assert record.message.startswith(f"{path}: 30 of 60 genes (50%) are not in the vocabulary")
+    assert record.message.startswith(f"{path}: 30 of 60 genes (50.0%) are not in the vocabulary")
     assert cells.seen is not None
     assert 0.3 < cells.seen.lost < 0.7
 
