@@ -24,6 +24,8 @@ _HUMAN_GENOME = ("GRCh", "hg")
 
 def text_of(name: Any) -> str:
     """Return a name as text without blanks and quotation marks around it; bytes are decoded."""
+    if type(name) is str and name.isalnum():  # the usual case, of tens of thousands
+        return name
     text = name.decode("utf-8", "replace") if isinstance(name, bytes) else str(name)
     found = _BYTES.match(text)  # bytes that were printed into a table
     return (text if found is None else found[2]).strip().strip('"')

@@ -84,7 +84,9 @@ class _Finder:
 
     def texts(self, where: str | None) -> list[str]:
         """Return the genes' names in a column, or in var_names."""
-        values = self.names if where is None else list(self.var[where])
+        if where is None:
+            return self.names if self.is_gene.all() else [self.names[number] for number in self.kept]
+        values = list(self.var[where])
         return [text_of(values[number]) for number in self.kept]
 
     def id_token(self, name: str) -> int:

@@ -28,8 +28,8 @@ class GeneOptions:
             in `var_names` and in all columns.
         gene_symbols: gene symbol -> Ensembl id (or several, of which the vocabulary knows one), or the path of a table
             with both, for genes named by symbol; by default the package's table.
-        layer: layer with the counts. "raw" is a layer of that name, or else `.raw` with its genes. By default `X`,
-            and where it holds no counts, see `other_counts`.
+        layer: layer with the counts. "raw" is a layer of that name, or else `.raw` with its genes; "X" is `X` in any
+            case. By default `X`, and where it holds no counts, see `other_counts`.
         gene_metadata: gene table of files in the form of Tahoe-100M, that dataset's own by default.
         min_known_genes: least fraction of the genes that must be in the vocabulary (half of it for those of a mouse,
             of which many have no orthologue); files in which gene symbols are mixed with ids are then refused, too.

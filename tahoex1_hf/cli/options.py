@@ -90,7 +90,7 @@ Orthologs = Annotated[
 Layer = Annotated[
     str | None,
     typer.Option(
-        help="Layer that holds the raw counts; raw for .raw.",
+        help="Layer that holds the raw counts; raw for .raw, X for X.",
         show_default="X, or where that holds no counts the layer counts, raw_counts or raw, or .raw",
     ),
 ]

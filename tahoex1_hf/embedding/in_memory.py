@@ -56,8 +56,8 @@ def embed_anndata(
             device and set to eval mode.
         tokenizer: tokenizer of the model; a loaded model needs one, otherwise the model's own is loaded.
         key_added: slot of `obsm` (and, with `gene_embeddings`, of `varm`) to write.
-        layer: layer with the counts, or "raw" for `adata.raw`; by default `adata.X`, and where that holds no counts
-            the first of the layers `counts`, `raw_counts` and `raw` and `adata.raw` that does, with a warning.
+        layer: layer with the counts, or "raw" for `adata.raw`, or "X"; by default `adata.X`, and where that holds no
+            counts the first of the layers `counts`, `raw_counts` and `raw` and `adata.raw` that does, with a warning.
         gene_id_column: column of `adata.var` with Ensembl ids; by default they are looked for in `adata.var_names`
             and all columns.
         gene_symbols: gene symbol -> Ensembl id, or the path of a table with both, for genes named by symbol, by

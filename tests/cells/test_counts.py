@@ -106,6 +106,13 @@ def test_counts_in_x_are_taken_whatever_else_there_is(
     assert not caplog.records
 
 
+def test_x_is_taken_where_it_is_named(tokenizer: TahoeX1Tokenizer, caplog: pytest.LogCaptureFixture) -> None:
+    cells = open_cells(with_counts_in("counts"), tokenizer, GeneOptions(layer="X"))
+    assert cells.counts_from == "X"
+    assert "look log-normalised" in caplog.text
+    assert 'Raw counts seem to be in layer="counts"' in caplog.text
+
+
 def test_without_x_the_counts_are_taken(tmp_path: Path, tokenizer: TahoeX1Tokenizer) -> None:
     adata = with_counts_in("counts")
     adata.X = None

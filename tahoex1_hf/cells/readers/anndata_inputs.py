@@ -44,11 +44,13 @@ def find_matrix(
     Raises:
         BadInput: for a layer or a column that is not there, and for genes that are not in the vocabulary.
     """
+    layers = [name for name in adata.layers if name is not None]  # since anndata 0.13, X is among them
     try:
         place = find_counts(adata, options.other_counts) if options.layer is None else Place(options.layer)
     except ValueError as error:
         raise BadInput(str(error)) from error
-    layers = [name for name in adata.layers if name is not None]  # since anndata 0.13, X is among them
+    if place.layer == "X" and "X" not in layers:
+        place = Place(None)
     holder = adata
     if place.layer == "raw" and "raw" not in layers and adata.raw is not None:
         holder, matrix = adata.raw, adata.raw.X
