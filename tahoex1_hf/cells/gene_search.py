@@ -110,8 +110,12 @@ class _Finder:
         tokens = np.array([self.id_token(name) for name in texts], dtype=np.int64)
         return _Reading(_place(where), texts, tokens, f"Ensembl ids in {_place(where)}")
 
-    def by_symbol(self, where: str | None, table: Table, source: str) -> tuple[_Reading, int]:
-        """Read names as symbols, or Ensembl ids; return how many names the table has, too."""
+    def by_symbol(self, where: str | None, table: Table, source: str) -> tuple[_Reading, float]:
+        """Read names as symbols, or Ensembl ids; return which share of the names has a meaning so, too.
+
+        The share is less than half where a change of case was needed, and one name in five has none even then: in
+        lower case, symbols of a fish are like human ones.
+        """
         texts = self.texts(where)
         plain = [plain_symbol(name) or "" for name in texts]
         folded = _folded(table, plain)
@@ -120,8 +124,10 @@ class _Finder:
             self.id_token(name) if genes is None else self.chosen(genes)
             for name, genes in zip(texts, found, strict=True)
         ]
-        named = sum(genes is not None for genes in found)
-        return _Reading(_place(where), texts, np.array(tokens, dtype=np.int64), f"{source} in {_place(where)}"), named
+        meant = sum(genes is not None or token >= 0 for genes, token in zip(found, tokens, strict=True)) / len(texts)
+        exact = sum(name in table for name in plain) / len(texts)
+        meant = meant if 2 * exact > meant or meant > 0.8 else min(meant, 0.4)
+        return _Reading(_place(where), texts, np.array(tokens, dtype=np.int64), f"{source} in {_place(where)}"), meant
 
     def few(self, where: str | None) -> list[str]:
         """Return some names of a column, evenly spread."""
@@ -176,20 +182,25 @@ class _Finder:
         return replace(best, note=f"{note}vocabulary (of var_names {reading.known}).")
 
     def _are_ids(self, reading: _Reading) -> bool:
-        # Some columns of symbols hold Ensembl ids where a gene has no symbol: a few known names do not make them ids.
-        strange = sum(t < 0 and plain_id(name) is None for name, t in zip(reading.texts, reading.tokens, strict=True))
-        return 100 * reading.known >= len(self.kept) and 2 * strange <= len(self.kept)
+        # Some columns of symbols hold Ensembl ids where a gene has no symbol: known names do not make them ids.
+        pairs = zip(reading.texts, reading.tokens, strict=True)
+        strange = [name for name, token in pairs if token < 0 and plain_id(name) is None]
+        if 10 * len(strange) > len(self.kept):
+            symbols = sum((plain_symbol(name) or "") in released_symbols() for name in strange)
+            if 2 * symbols > len(strange):
+                return False
+        return 100 * reading.known >= len(self.kept) and 2 * len(strange) <= len(self.kept)
 
     def _by_released_symbols(self, ids: _Reading) -> _Reading:
         table, column = released_symbols(), self.options.gene_id_column
         if looks_like_mouse(self.few(column)):
             raise self._nothing_found(ids)
         tried = [self.by_symbol(column, table, "symbols, by the package's table,")]
-        if column is None and 2 * tried[0][1] <= len(self.kept):
+        if column is None and tried[0][1] <= 0.5:
             others = self.other_columns(lambda name: (plain_symbol(name) or "") in table)
             tried += [self.by_symbol(name, table, "symbols, by the package's table,") for name in others]
-        best, named = max(tried, key=lambda each: each[0].known)
-        if 2 * named <= len(self.kept) or 100 * best.known < len(self.kept):
+        best, meant = max(tried, key=lambda each: each[0].known)
+        if meant <= 0.5 or 100 * best.known < len(self.kept):
             raise self._nothing_found(ids)
         note = (
             f"its genes are named by symbol ({best.where}): {best.known} of {len(self.kept)} are in the package's "

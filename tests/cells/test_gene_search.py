@@ -104,6 +104,21 @@ def test_symbols_are_found_by_the_packages_table(
     assert rows(numbers, of_symbols) == expected
 
 
+def test_symbols_among_ids_are_found(of_symbols: TahoeX1Tokenizer) -> None:
+    expected = rows(make_cells(9, genes=NAMED), of_symbols)
+    assert rows(renamed([*NAMED[:40], *SYMBOLS[40:]]), of_symbols) == expected
+    antibodies = renamed([*NAMED[:57], "GFP", "CD3_TotalSeqB", "ERCC-00002"])
+    assert [len(cell) for cell in rows(antibodies, of_symbols)] == [
+        (row[:57] > 0).sum() for row in make_cells(9).X.toarray()
+    ]
+
+
+def test_genes_of_a_fish_are_not_taken_for_human_ones(of_symbols: TahoeX1Tokenizer) -> None:
+    names = [*(name.lower() for name in SYMBOLS[:45]), *(f"si:ch211-{i}" for i in range(15))]
+    with pytest.raises(ValueError, match="look like gene symbols"):
+        open_cells(renamed(names), of_symbols)
+
+
 def test_mouse_genes_are_not_taken_for_human_ones(of_symbols: TahoeX1Tokenizer) -> None:
     with pytest.raises(ValueError, match=r'symbols of mouse genes.*species="mouse" \(--species mouse\)'):
         open_cells(renamed([name.title() for name in SYMBOLS]), of_symbols)
