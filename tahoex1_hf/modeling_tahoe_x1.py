@@ -365,15 +365,16 @@ class TahoeX1Model(TahoeX1PreTrainedModel):
             drug_ids: `(cells,)` int64, drug of each cell, 0 for none; read where a `<drug>` token stands.
             **kwargs: `output_hidden_states`, `output_attentions`; and, for cells packed into one row without padding,
                 `cu_seq_lens_q` `(cells + 1,)` int32, their boundaries from 0 to the length (flash attention also
-                wants `cu_seq_lens_k`, `max_length_q` and `max_length_k`).
+                wants `cu_seq_lens_k`, `max_length_q` and `max_length_k`). With `max_length_q` and `num_targets`, the
+                number of tokens in `target_mask`, nothing waits for a GPU to count them.
 
         Raises:
             ValueError: for an argument that does not exist, shapes that do not agree, or a combination that the
                 attention backend cannot compute.
         """
         check_arguments(input_ids, expression_values, attention_mask, target_mask, kwargs)
-        kwargs.pop("inputs_embeds", None)
         layout, valid = lay_out_cells(self.config, input_ids, attention_mask, drug_ids, kwargs)
+        kwargs = {name: value for name, value in kwargs.items() if name not in ("inputs_embeds", "num_targets")}
 
         unread = torch.zeros_like(input_ids, dtype=torch.bool) if target_mask is None else target_mask
         if valid is not None and self.config.cell_pooling != "mean_with_padding":

@@ -1,15 +1,227 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""Attention in which a token sees the observed tokens of its cell and itself, without the scores of all other pairs.
+"""Attention within the cells of a packed row, by kernels for which torch has no public call in all versions.
+
+- On CUDA, in half precision, torch's own flash attention takes all cells in one call, whatever their lengths, without
+  padding. `torch.nn.attention.varlen` calls the same kernel, but its arguments changed between torch 2.10 and 2.13,
+  and its backward pass cannot be given the sums that the next point needs.
+- Where a token sees the observed tokens of its cell and itself, the scores of all other pairs are not computed.
 
 This file travels to the Hugging Face Hub beside the weights: it imports only torch.
 """
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
+
+logger = logging.getLogger(__name__)
+
+# Wider heads have no backward pass on some cards (sdp_utils.cpp in torch); the released models' have 64 or 128.
+_WIDEST_HEAD = 192
+
+
+@torch.compiler.assume_constant_result
+def flash_serves(device: torch.device, dtype: torch.dtype, width: int) -> bool:
+    """Return whether torch's flash attention computes on this device, in this type, with heads of this width.
+
+    `torch.backends.cuda.enable_flash_sdp(False)` switches it off here, too.
+    """
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16) or width % 8 or width > _WIDEST_HEAD:
+        return False
+    return torch.backends.cuda.flash_sdp_enabled() and _flash_is_built(device)
+
+
+@cache
+def _flash_is_built(device: torch.device) -> bool:
+    """Return whether torch was built with the kernel, for NVIDIA's cards, and the card is new enough for it."""
+    built = torch.version.cuda is not None and torch.backends.cuda.is_flash_attention_available()
+    return built and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def flash_forward(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    query_bounds: torch.Tensor,
+    key_bounds: torch.Tensor,
+    longest: tuple[int, int],
+    scaling: float,
+) -> tuple[torch.Tensor, ...]:
+    """Return output `(queries, heads, width)`, log-sum-exp `(heads, queries)`, and two states for `flash_backward`.
+
+    Where a cell has no keys, the output is 0 and the log-sum-exp plus infinity.
+    """
+    return torch.ops.aten._flash_attention_forward(
+        query, key, value, query_bounds, key_bounds, *longest, 0.0, False, False, scale=scaling
+    )[:4]
+
+
+def flash_backward(
+    gradient: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    output: torch.Tensor,
+    logsumexp: torch.Tensor,
+    query_bounds: torch.Tensor,
+    key_bounds: torch.Tensor,
+    longest: tuple[int, int],
+    states: tuple[torch.Tensor, torch.Tensor],
+    scaling: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the gradients of query, key and value, given those of the output and what `flash_forward` returned."""
+    return torch.ops.aten._flash_attention_backward(
+        gradient, query, key, value, output, logsumexp, query_bounds, key_bounds, *longest, 0.0, False, *states,
+        scale=scaling,
+    )  # fmt: skip
+
+
+def flash_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    query_bounds: torch.Tensor,
+    key_bounds: torch.Tensor,
+    longest: tuple[int, int],
+    scaling: float,
+) -> torch.Tensor:
+    """Let the queries of each cell see its keys: `(queries, heads, width)` to the like. Not twice differentiable.
+
+    Args:
+        query: `(queries, heads, width)`, of cells behind each other.
+        key: `(keys, heads, width)`, perhaps of fewer heads, each for as many of the queries'.
+        value: `(keys, heads, width)`, as `key`.
+        query_bounds: `(cells + 1,)` int32, from 0 to the number of queries.
+        key_bounds: `(cells + 1,)` int32, from 0 to the number of keys.
+        longest: most queries and most keys of a cell; more than that is no harm.
+        scaling: factor of the scores.
+    """
+    output: torch.Tensor = _Flash.apply(query, key, value, query_bounds, key_bounds, *longest, scaling)
+    return output
+
+
+class _Flash(torch.autograd.Function):
+    """torch's flash attention over cells of any length."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        query_bounds: torch.Tensor,
+        key_bounds: torch.Tensor,
+        longest_query: int,
+        longest_keys: int,
+        scaling: float,
+    ) -> torch.Tensor:
+        ctx.longest, ctx.scaling = (longest_query, longest_keys), scaling
+        output, logsumexp, *states = flash_forward(query, key, value, query_bounds, key_bounds, ctx.longest, scaling)
+        ctx.save_for_backward(query, key, value, output, logsumexp, query_bounds, key_bounds, *states)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        query, key, value, output, logsumexp, query_bounds, key_bounds, *states = ctx.saved_tensors
+        gradients = flash_backward(
+            gradient.contiguous(), query, key, value, output, logsumexp, query_bounds, key_bounds, ctx.longest,
+            (states[0], states[1]), ctx.scaling,
+        )  # fmt: skip
+        return *gradients, None, None, None, None, None
+
+
+@dataclass(frozen=True, eq=False)
+class FlashCells:
+    """The cells of a packed row for torch's flash attention, and the tokens that are seen in them. All on the GPU."""
+
+    bounds: torch.Tensor  # (cells + 1,) int32
+    longest: int  # tokens of the longest cell
+    observed: torch.Tensor | None = None  # (observed tokens,) int64, indices in the row; None where all are seen
+    targets: torch.Tensor | None = None  # (other tokens,) int64
+    observed_bounds: torch.Tensor | None = None  # (cells + 1,) int32, in `observed`
+
+    @classmethod
+    def make(
+        cls, boundaries: torch.Tensor, longest: int, observed: torch.Tensor | None, num_targets: int | None
+    ) -> "FlashCells":
+        """Find the keys.
+
+        Args:
+            boundaries: `(cells + 1,)`, from 0 to the length of the row.
+            longest: length of the longest cell.
+            observed: `(length,)` bool; None for all.
+            num_targets: number of tokens that are not observed, where it is known: asking the GPU for it takes time.
+        """
+        bounds = boundaries.int()
+        if observed is None:
+            return cls(bounds, longest)
+        num_observed = len(observed) - (int((~observed).sum()) if num_targets is None else num_targets)
+        order = torch.argsort((~observed).to(torch.uint8), stable=True)  # nonzero would wait for the GPU
+        before = torch.nn.functional.pad(observed.cumsum(0, dtype=torch.int32), (1, 0))
+        return cls(bounds, longest, order[:num_observed], order[num_observed:], before[boundaries.long()])
+
+    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:
+        """Attend: `(length, heads, width)` each, to the like; with `observed`, keys have as many heads as queries."""
+        if self.observed is None:
+            return flash_attention(query, key, value, self.bounds, self.bounds, (self.longest, self.longest), scaling)
+        output: torch.Tensor = _ObservedOrSelfByFlash.apply(
+            query, key, value, self.bounds, self.observed_bounds, self.observed, self.targets, self.longest, scaling
+        )
+        return output
+
+
+class _ObservedOrSelfByFlash(torch.autograd.Function):
+    """As `_ObservedOrSelf`, for all cells in one call: tensors are `(length, heads, width)`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        bounds: torch.Tensor,
+        observed_bounds: torch.Tensor,
+        observed: torch.Tensor,
+        targets: torch.Tensor,
+        longest: int,
+        scaling: float,
+    ) -> torch.Tensor:
+        ctx.longest, ctx.scaling = (longest, longest), scaling
+        seen_keys, seen_values = key.index_select(0, observed), value.index_select(0, observed)
+        output, logsumexp, *states = flash_forward(
+            query, seen_keys, seen_values, bounds, observed_bounds, ctx.longest, scaling
+        )
+        logsumexp.masked_fill_(logsumexp == float("inf"), float("-inf"))  # of no keys at all, the sum is 0
+        joined, both = _with_itself(query, key, value, output, logsumexp.t(), targets, 0, scaling)
+        output.index_copy_(0, targets, joined)
+        logsumexp.index_copy_(1, targets, both.t())
+        ctx.save_for_backward(
+            query, key, value, output, logsumexp, bounds, observed_bounds, observed, targets, *states
+        )
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        query, key, value, output, logsumexp, bounds, observed_bounds, observed, targets, *states = ctx.saved_tensors
+        gradient = gradient.contiguous()
+        seen_keys, seen_values = key.index_select(0, observed), value.index_select(0, observed)
+        of_query, *of_seen = flash_backward(
+            gradient, query, seen_keys, seen_values, output, logsumexp, bounds, observed_bounds, ctx.longest,
+            (states[0], states[1]), ctx.scaling,
+        )  # fmt: skip
+        of_targets = _of_itself(gradient, query, key, value, output, logsumexp.t(), of_query, targets, 0, ctx.scaling)
+        of_query.index_copy_(0, targets, of_targets[0])
+        of_key, of_value = (
+            torch.empty_like(tensor).index_copy_(0, observed, part).index_copy_(0, targets, rest)
+            for tensor, part, rest in zip((key, value), of_seen, of_targets[1:], strict=True)
+        )
+        return of_query, of_key, of_value, None, None, None, None, None, None
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,12 +276,9 @@ class _ObservedOrSelf(torch.autograd.Function):
         attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         parts = [attend(q, k, v, scale=scaling) for q, k, v in keys.by_cell([query], seen)]
         output, logsumexp = (torch.cat(part, dim=2)[0] for part in zip(*parts, strict=True))
-        q, k, v, of_others = (_at_least_float32(tensor[:, keys.targets]) for tensor in (query, key, value, output))
-        itself, others = (q * k).sum(-1) * scaling, logsumexp[:, keys.targets]
-        both = torch.logaddexp(others, itself)
-        weights = (itself - both).exp().unsqueeze(-1)
-        output[:, keys.targets] = (of_others * (others - both).exp().unsqueeze(-1) + v * weights).to(output.dtype)
-        logsumexp[:, keys.targets] = both
+        output[:, keys.targets], logsumexp[:, keys.targets] = _with_itself(
+            query, key, value, output, logsumexp, keys.targets, 1, scaling
+        )
         ctx.save_for_backward(query, key, value, output, logsumexp)
         ctx.keys, ctx.scaling = keys, scaling
         return output
@@ -86,16 +295,84 @@ class _ObservedOrSelf(torch.autograd.Function):
             for g, q, o, sums, k, v in keys.by_cell([gradient, query, output, logsumexp], seen)
         ]
         of_query, of_seen_keys, of_seen_values = (torch.cat(part, dim=2)[0] for part in zip(*parts, strict=True))
-        g, q, k, v, o = (
-            _at_least_float32(tensor[:, keys.targets]) for tensor in (gradient, query, key, value, output)
-        )
-        weights = ((q * k).sum(-1) * scaling - logsumexp[:, keys.targets]).exp().unsqueeze(-1)
-        of_scores = weights * (g * (v - o)).sum(-1, keepdim=True) * scaling
-        of_query[:, keys.targets] += (of_scores * k).to(of_query.dtype)
+        of_targets = _of_itself(gradient, query, key, value, output, logsumexp, of_query, keys.targets, 1, scaling)
         of_key, of_value = torch.empty_like(key), torch.empty_like(value)
-        of_key[:, keys.observed], of_key[:, keys.targets] = of_seen_keys, (of_scores * q).to(key.dtype)
-        of_value[:, keys.observed], of_value[:, keys.targets] = of_seen_values, (weights * g).to(value.dtype)
+        of_query[:, keys.targets], of_key[:, keys.targets], of_value[:, keys.targets] = of_targets
+        of_key[:, keys.observed], of_value[:, keys.observed] = of_seen_keys, of_seen_values
         return of_query, of_key, of_value, None, None
+
+
+class _FusedOnCuda:
+    """Element-wise work that torch compiles into one kernel on CUDA; on a CPU, and where it cannot, it stays as it is.
+
+    Args:
+        work: function of tensors, of which the first tells the device.
+    """
+
+    def __init__(self, work: Callable):
+        self.work, self.can_compile = work, True
+        self.compiled: Callable | None = None  # made when it is needed: importing the compiler takes seconds
+
+    def __call__(self, first: torch.Tensor, *rest: Any) -> Any:
+        if not first.is_cuda or torch.compiler.is_compiling() or not self.can_compile:
+            return self.work(first, *rest)
+        if self.compiled is None:
+            self.compiled = torch.compile(self.work, dynamic=True)
+        try:
+            return self.compiled(first, *rest)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # a machine without a C compiler or without Triton
+            logger.warning("A part of attention cannot be compiled here, and takes longer: %s", str(error)[:500])
+            self.can_compile = False
+            return self.work(first, *rest)
+
+
+@_FusedOnCuda
+def _with_itself(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    output: torch.Tensor,
+    logsumexp: torch.Tensor,
+    targets: torch.Tensor,
+    dim: int,
+    scaling: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return output and log-sum-exp of the targets, with each target's attention to itself.
+
+    `dim` is that of the tokens; behind it comes, in all but `logsumexp`, the width of a head.
+    """
+    q, k, v, of_others = (
+        _at_least_float32(tensor.index_select(dim, targets)) for tensor in (query, key, value, output)
+    )
+    itself, others = (q * k).sum(-1) * scaling, logsumexp.index_select(dim, targets)
+    both = torch.logaddexp(others, itself)
+    weights = (itself - both).exp().unsqueeze(-1)
+    return (of_others * (others - both).exp().unsqueeze(-1) + v * weights).to(output.dtype), both
+
+
+@_FusedOnCuda
+def _of_itself(
+    gradient: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    output: torch.Tensor,
+    logsumexp: torch.Tensor,
+    of_query: torch.Tensor,
+    targets: torch.Tensor,
+    dim: int,
+    scaling: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the gradients of the targets' queries, with what `of_query` has of them, keys and values."""
+    g, q, k, v, o = (
+        _at_least_float32(tensor.index_select(dim, targets)) for tensor in (gradient, query, key, value, output)
+    )
+    weights = ((q * k).sum(-1) * scaling - logsumexp.index_select(dim, targets)).exp().unsqueeze(-1)
+    of_scores = weights * (g * (v - o)).sum(-1, keepdim=True) * scaling
+    whole = of_query.index_select(dim, targets) + (of_scores * k).to(of_query.dtype)
+    return whole, (of_scores * q).to(key.dtype), (weights * g).to(value.dtype)
 
 
 def _at_least_float32(tensor: torch.Tensor) -> torch.Tensor:

@@ -20,12 +20,17 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import is_flash_attention_requested
 
 from .configuration_tahoe_x1 import TahoeX1Config
-from .observed_attention_tahoe_x1 import ObservedKeys
+from .observed_attention_tahoe_x1 import FlashCells, ObservedKeys, flash_serves
 
 # What a forward may be given beyond its own arguments; anything else is a misspelt name.
-_FORWARD_KWARGS = frozenset(TransformersKwargs.__annotations__) | {"inputs_embeds", "return_dict", "use_cache"}
+_FORWARD_KWARGS = frozenset(TransformersKwargs.__annotations__) | {
+    "inputs_embeds", "num_targets", "return_dict", "use_cache",
+}  # fmt: skip
 # Below, what is saved is less than what gathering the observed keys costs (benchmarks/attention.py).
 SHORTEST_WITH_OBSERVED_KEYS = 256
+# On CUDA, up to here, cells of equal length are faster under a dense mask than with observed keys alone (one H100, 70M
+# model, training: 561 and 490 cells a second at 1,024 tokens). Cells of different lengths would take a call each.
+LONGEST_MASKED_ON_CUDA = 1024
 
 
 @dataclass(frozen=True)
@@ -35,16 +40,17 @@ class CellLayout:
     num_cells: int
     token_cells: torch.Tensor | None = None  # (1, length) int64: cell of each token
     boundaries: torch.Tensor | None = None  # (num_cells + 1,) int64: index of each <cls> in the row, and its length
+    num_targets: int | None = None  # in a packed row, where it is known without asking the device
 
     @classmethod
-    def packed(cls, cu_seq_lens: torch.Tensor, shape: torch.Size) -> "CellLayout":
+    def packed(cls, cu_seq_lens: torch.Tensor, shape: torch.Size, num_targets: int | None = None) -> "CellLayout":
         """Lay out one row of cells back to back, given their boundaries `(cells + 1,)`, from 0 to the length."""
         if shape[0] != 1:
             raise ValueError(f"cu_seq_lens_q packs all cells into one row, but input_ids has {shape[0]} rows.")
         boundaries = cu_seq_lens.long()
         positions = torch.arange(shape[1], device=boundaries.device)
         token_cells = torch.searchsorted(boundaries[1:].contiguous(), positions, right=True)
-        return cls(boundaries.shape[0] - 1, token_cells.unsqueeze(0), boundaries)
+        return cls(boundaries.shape[0] - 1, token_cells.unsqueeze(0), boundaries, num_targets)
 
     def per_token(self, cell_vectors: torch.Tensor) -> torch.Tensor:
         """Give each token its cell's vector: `(cells, width)` to `(batch, length or 1, width)`."""
@@ -140,7 +146,7 @@ def lay_out_cells(
             }
             if missing:  # transformers would then attend across the whole row
                 raise ValueError(f"Flash attention on packed rows needs {', '.join(sorted(missing))} too.")
-        layout, valid = CellLayout.packed(cu_seq_lens, input_ids.shape), None
+        layout, valid = CellLayout.packed(cu_seq_lens, input_ids.shape, kwargs.get("num_targets")), None
     else:
         layout, valid = CellLayout(input_ids.shape[0]), None
         if attention_mask is not None:
@@ -163,21 +169,31 @@ def equal_runs(lengths: list[int]) -> list[tuple[int, int]]:
 class PackedAttention:
     """Attention within each cell of a packed row, in torch alone: no work between cells, and none on padding.
 
-    On CUDA all cells go through one call on a jagged tensor, unless there is a mask. Otherwise there is one call for
-    each run of neighbouring cells of equal length: on two CPU cores 1.3 to 1.7 times as fast as padded buckets of
-    eight cells of similar length, at 20 to 2,048 tokens a cell (benchmarks/attention.py). Where tokens see observed
-    ones and themselves, long cells attend to their observed tokens alone.
+    On CUDA in half precision all cells go through one call of torch's flash attention, in float32 through one on a
+    jagged tensor, unless there is a mask. Otherwise there is one call for each run of neighbouring cells of equal
+    length: on two CPU cores 1.3 to 1.7 times as fast as padded buckets of eight cells of similar length, at 20 to
+    2,048 tokens a cell (benchmarks/attention.py). Where tokens see observed ones and themselves, long cells, and on
+    CUDA cells of different lengths, attend to their observed tokens alone.
     """
 
     boundaries: torch.Tensor  # (cells + 1,) int64
-    runs: list[tuple[int, int]] | None  # neighbouring cells of equal length; None for the jagged tensor
+    runs: list[tuple[int, int]] | None  # neighbouring cells of equal length; None where one call takes all
     longest: int | None = None
     # Per run, what each token sees: `(cells, 1, length, length)` bool, or where the keys are.
     seen: list[torch.Tensor | ObservedKeys] | None = None
+    observed: torch.Tensor | None = None  # (1, length) bool
+    flash: FlashCells | None = None
 
     @classmethod
     def make(
-        cls, boundaries: torch.Tensor, longest: int | None, observed: torch.Tensor | None, device: torch.device
+        cls,
+        boundaries: torch.Tensor,
+        longest: int | None,
+        observed: torch.Tensor | None,
+        device: torch.device,
+        *,
+        flash: bool = False,
+        num_targets: int | None = None,
     ) -> "PackedAttention":
         """Prepare what all layers share.
 
@@ -186,21 +202,36 @@ class PackedAttention:
             longest: length of the longest cell, where it is known: asking a GPU for it takes time.
             observed: `(1, length)` bool: a token sees the observed tokens of its cell and itself; None for all.
             device: the device that attends.
+            flash: whether queries, keys and values are such that `flash_serves`.
+            num_targets: number of tokens that are not observed, where it is known, as for `longest`.
         """
         boundaries = boundaries.to(device)
-        if observed is None and device.type == "cuda":
-            return cls(boundaries, None, int(boundaries.diff().max()) if longest is None else longest)
-        runs = equal_runs(boundaries.diff().tolist())
+        observed = None if observed is None else observed.to(device)
+        on_cuda = device.type == "cuda"
+        if (flash or on_cuda) and longest is None:
+            longest = int(boundaries.diff().max())
+        runs = None
+        if longest is not None and observed is not None and (len(boundaries) - 1) * longest == observed.shape[1]:
+            runs = [(len(boundaries) - 1, longest)]  # all of one length
+        masked = runs is not None and runs[0][1] <= LONGEST_MASKED_ON_CUDA and not torch.compiler.is_compiling()
+        if flash and longest is not None and not masked:
+            cells = FlashCells.make(boundaries, longest, None if observed is None else observed[0], num_targets)
+            return cls(boundaries, None, longest, observed=observed, flash=cells)
+        if observed is None and on_cuda:
+            return cls(boundaries, None, longest)
+        runs = equal_runs(boundaries.diff().tolist()) if runs is None else runs
         if observed is None:
             return cls(boundaries, runs)
-        parts = observed[0].to(device).split([cells * length for cells, length in runs])
+        parts = observed[0].split([cells * length for cells, length in runs])
         seen = [_observed_or_self(part, *run) for part, run in zip(parts, runs, strict=True)]
-        return cls(boundaries, runs, seen=seen)
+        return cls(boundaries, runs, longest, seen, observed)
 
     def __call__(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
     ) -> tuple[torch.Tensor, None]:
         """Attend: `(1, heads, length, width)`, of keys and values perhaps fewer, to `(1, length, heads, width)`."""
+        if self.flash is not None:
+            return self._by_flash(query, key, value, scaling), None
         if self.runs is None:
             return self._jagged(query, key, value, scaling), None
         grouped = query.shape[1] != key.shape[1]
@@ -221,6 +252,16 @@ class PackedAttention:
             attended = scaled_dot_product_attention(q, k, v, seen, scale=scaling, enable_gqa=grouped)
             outputs.append(attended.transpose(1, 2).flatten(0, 1))
         return torch.cat(outputs).unsqueeze(0), None
+
+    def _by_flash(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:
+        if self.flash is None or not flash_serves(query.device, query.dtype, query.shape[-1]):
+            # A layer gives another type than the rest do.
+            others = PackedAttention.make(self.boundaries, self.longest, self.observed, query.device)
+            return others(query, key, value, scaling)[0]
+        q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+        if self.observed is not None and q.shape[1] != k.shape[1]:
+            k, v = (tensor.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for tensor in (k, v))
+        return self.flash.attend(q, k, v, scaling).unsqueeze(0)
 
     def _jagged(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:
         groups = query.shape[1] // key.shape[1]
@@ -255,6 +296,13 @@ def observed_or_self(observed: torch.Tensor) -> Callable:
     return inner_mask
 
 
+def multiplied_as(states: torch.Tensor) -> torch.dtype:
+    """Return the type in which linear layers multiply `states`: autocast's, where it is on."""
+    kind = states.device.type
+    automatic = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if automatic else states.dtype
+
+
 def make_attention_mask(
     config: TahoeX1Config,
     hidden_states: torch.Tensor,
@@ -286,10 +334,17 @@ def make_attention_mask(
             'attend to the targets. Load the model with attn_implementation="sdpa" (or "flex_attention" or '
             '"eager"), or leave target_mask out when nothing is to be predicted.'
         )
-    # A compiled graph has no loop over lengths: there, cells are told apart by a mask as large as the row squared.
-    by_cell = config._attn_implementation == "sdpa" and not torch.compiler.is_compiling()
+    device, dtype = hidden_states.device, multiplied_as(hidden_states)
+    flash = flash_serves(device, dtype, config.hidden_size // config.num_attention_heads)
+    # A compiled graph has no loop over lengths: without a kernel that needs none, cells are told apart there by a mask
+    # as large as the row squared.
+    by_cell = config._attn_implementation == "sdpa" and (flash or not torch.compiler.is_compiling())
+    # Flash attention has no float32: evaluations in it attend without.
+    by_cell = by_cell or (is_flash and device.type == "cuda" and dtype == torch.float32)
     if layout.boundaries is not None and by_cell:
-        return PackedAttention.make(layout.boundaries, longest, observed, hidden_states.device)
+        return PackedAttention.make(
+            layout.boundaries, longest, observed, device, flash=flash, num_targets=layout.num_targets
+        )
     rules = [] if observed is None else [observed_or_self(observed)]
     if layout.token_cells is not None and not is_flash:  # flash attention reads cu_seq_lens itself
         rules.append(packed_sequence_mask_function(layout.token_cells))

@@ -1,10 +1,8 @@
-"""Test flash attention: its logic on a CPU, with a plain stand-in for the kernel, and the kernel itself on a GPU.
-
-The tests marked `gpu` have never been run: there was no CUDA device where they were written.
-"""
+"""Test flash attention: its logic on a CPU, with a plain stand-in for the kernel, and the kernel itself on a GPU."""
 
 import importlib.util
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -254,3 +252,78 @@ def test_packed_gradients_on_gpu(shape: str) -> None:
     for name, gradient in expected.items():
         scale = max(gradient.abs().max().item(), 1e-2)
         assert largest_difference(ours[name].cpu(), gradient) / scale < 1e-2, name
+
+
+# torch's own flash attention, which "sdpa" takes on packed rows ---------------------------------------
+
+STYLES = ["full", "observed_or_self"]
+LENGTHS = (70, 9, 133, 64, 2)
+# Largest error in bfloat16, relative to the norm of the exact value: a few products in a row, each rounded to 2**-8.
+BFLOAT16 = 6e-2
+
+
+def gpu_config(style: str, **changes: Any) -> TahoeX1Config:
+    return tiny_config(
+        vocab_size=200, hidden_size=64, attention_mask_style=style, expression_encoder_dropout=0.0, **changes
+    )
+
+
+def norm_of_error(ours: dict[str, torch.Tensor], exact: dict[str, torch.Tensor]) -> float:
+    pairs = [(ours[name].double().cpu() - value.double(), value.double()) for name, value in exact.items()]
+    error, size = (sum(float(pair[i].square().sum()) for pair in pairs) ** 0.5 for i in (0, 1))
+    return error / size if np.isfinite(error) else float("inf")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("how", ["autocast", "weights in half precision"])
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("lengths", [LENGTHS, (64, 64, 64)], ids=["ragged", "equal"])
+def test_half_precision_on_gpu_equals_eager(style: str, lengths: tuple[int, ...], how: str) -> None:
+    config = gpu_config(style)
+    batch = make_batch(config, lengths)
+    expected = gradients(tiny_model(config, attention="eager").double(), [batch])
+    model = gpu_model(config, "sdpa", torch.bfloat16 if how != "autocast" else torch.float32)
+    with torch.autocast("cuda", dtype=torch.bfloat16, enabled=how == "autocast"):
+        ours = gradients(model, [on_gpu(packed(batch))])
+    assert norm_of_error(ours, expected) < BFLOAT16
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("style", STYLES)
+def test_a_pass_on_gpu_waits_for_nothing(style: str) -> None:
+    config = gpu_config(style)
+    batch = make_batch(config, LENGTHS)
+    model = gpu_model(config, "sdpa", torch.float32).train()
+    row = on_gpu(packed(batch)) | {"num_targets": int(batch["target_mask"].sum())}
+    for mode in ("default", "error"):  # the first pass compiles
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            with torch.autocast("cuda", dtype=torch.bfloat16):
+                model(**row, num_items_in_batch=torch.ones((), device="cuda")).loss.backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("all_tokens", [False, True])
+@pytest.mark.parametrize("attention", ["sdpa", "flash_attention_2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_inference_on_gpu_in_both_precisions(attention: str, dtype: torch.dtype, all_tokens: bool) -> None:
+    """Also with flash attention chosen, which has no float32: evaluations in it must not fail."""
+    if attention == "flash_attention_2" and dtype == torch.bfloat16 and not importlib.util.find_spec("flash_attn"):
+        pytest.skip("flash-attn is not installed")
+    config = gpu_config("full")
+    batch = make_batch(config, LENGTHS, targets=False)
+    valid = batch["attention_mask"].bool()
+    offsets = np.concatenate([[0], np.cumsum(LENGTHS)])
+    with torch.no_grad():
+        expected = tiny_model(config, attention="eager").tahoe(**batch)
+    model = tiny_model(config).cuda().tahoe
+    model.config._attn_implementation = attention
+    ids, values = batch["input_ids"][valid].cuda(), batch["expression_values"][valid].cuda()
+    with torch.autocast("cuda", dtype=torch.bfloat16, enabled=dtype != torch.float32):
+        pooled, hidden = ragged_forward(model, ids, values, offsets, None, all_tokens)
+    limit = 1e-4 if dtype == torch.float32 else BFLOAT16
+    assert norm_of_error({"pooled": pooled}, {"pooled": expected.pooler_output}) < limit
+    if hidden is not None:
+        assert norm_of_error({"hidden": hidden}, {"hidden": expected.last_hidden_state[valid]}) < limit

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from flash_stand_in import FlashStandIn, flash_on_cpu  # noqa: F401 - a fixture
 from helpers import (
     SHAPES,
     gradients,
@@ -17,7 +18,7 @@ from helpers import (
 from torch.nn.functional import scaled_dot_product_attention
 
 from tahoex1_hf import packing_tahoe_x1
-from tahoex1_hf.observed_attention_tahoe_x1 import ObservedKeys
+from tahoex1_hf.observed_attention_tahoe_x1 import FlashCells, ObservedKeys, _FusedOnCuda, flash_serves
 from tahoex1_hf.packing_tahoe_x1 import PackedAttention
 
 HEADS, WIDTH = 4, 8
@@ -130,3 +131,177 @@ def test_models_learn_the_same(shape: str, checkpointing: bool, monkeypatch: pyt
         assert bool(calls) == (shortest == 1)
         calls.clear()
     assert largest_relative_difference(found[1], found[10_000]) < 1e-9
+
+
+# Flash attention over all cells in one call ---------------------------------------------------------
+
+
+def flash_row(
+    tokens: Tensors, lengths: list[int], observed: torch.Tensor | None, num_targets: int | None = None
+) -> torch.Tensor:
+    """By the kernel, in the layout of `masked`."""
+    bounds = torch.tensor([0, *lengths], device=tokens[0].device).cumsum(0)
+    cells = FlashCells.make(bounds, max(lengths), observed, num_targets)
+    return cells.attend(*(tensor.transpose(0, 1) for tensor in tokens), 0.3).transpose(0, 1)
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["targets counted", "targets not counted"])
+@pytest.mark.parametrize(
+    ("lengths", "share"),
+    [([40], 0.5), ([7, 7, 7], 0.4), ([30, 1, 12, 80], 0.3), ([20, 25], 1.0), ([20, 25], 0.0)],
+    ids=["one", "equal", "ragged", "all observed", "only <cls> observed"],
+)
+def test_flash_equals_masks(flash_on_cpu: FlashStandIn, lengths: list[int], share: float, known: bool) -> None:  # noqa: F811
+    tokens, observed = some_tokens(sum(lengths)), some_observed(lengths, share)
+    num_targets = int((~observed).sum()) if known else None
+    ours = with_gradients(flash_row(tokens, lengths, observed, num_targets), tokens)
+    assert flash_on_cpu.calls == [(sum(lengths), int(observed.sum()), (max(lengths), max(lengths)))]
+    assert flash_on_cpu.backward_calls == 1
+    expected = with_gradients(masked(tokens, lengths, observed), tokens)
+    for mine, theirs in zip(ours, expected, strict=True):
+        assert largest_difference(mine, theirs) < 1e-12
+
+
+def test_flash_sees_no_key_in_a_cell_without_observed_tokens(flash_on_cpu: FlashStandIn) -> None:  # noqa: F811
+    lengths = [30, 12, 25]
+    tokens, observed = some_tokens(67), some_observed(lengths)
+    observed[30:42] = False
+    ours = with_gradients(flash_row(tokens, lengths, observed), tokens)
+    for mine, theirs in zip(ours, with_gradients(masked(tokens, lengths, observed), tokens), strict=True):
+        assert largest_difference(mine, theirs) < 1e-12
+
+
+@pytest.mark.parametrize("heads", [HEADS, 2])
+@pytest.mark.parametrize("hidden", [True, False])
+def test_rows_of_any_lengths_take_one_call(flash_on_cpu: FlashStandIn, heads: int, hidden: bool) -> None:  # noqa: F811
+    lengths = [40, 16, 16, 15, 3]
+    tokens, observed = some_tokens(90, heads=heads), some_observed(lengths)
+    seen = observed if hidden else torch.ones_like(observed)
+    bounds = torch.tensor([0, *lengths]).cumsum(0)
+    attention = PackedAttention.make(bounds, None, observed[None] if hidden else None, torch.device("cpu"), flash=True)
+    output, _ = attention(*(tensor[None] for tensor in tokens), 0.3)
+    ours = with_gradients(output[0].transpose(0, 1), tokens)
+    assert len(flash_on_cpu.calls) == 1
+    for mine, theirs in zip(ours, with_gradients(masked(tokens, lengths, seen), tokens), strict=True):
+        assert largest_difference(mine, theirs) < 1e-12
+
+
+def test_on_cuda_equal_cells_up_to_a_length_are_masked(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(packing_tahoe_x1, "LONGEST_MASKED_ON_CUDA", 20)
+    for lengths, masks in (([20, 20], True), ([21, 21], False), ([20, 19], False)):
+        bounds = torch.tensor([0, *lengths]).cumsum(0)
+        observed = some_observed(lengths)[None]
+        attention = PackedAttention.make(bounds, max(lengths), observed, cpu, flash=True)
+        assert (attention.flash is None, attention.runs is None) == (masks, not masks)
+        # Without a mask, the kernel is always the faster.
+        assert PackedAttention.make(bounds, max(lengths), None, cpu, flash=True).flash is not None
+
+
+@pytest.mark.parametrize("hidden", [True, False])
+def test_a_layer_in_float32_attends_without_flash(hidden: bool) -> None:
+    # The row was prepared for half precision; one layer (an adapter's, say) gives float32.
+    lengths = [30, 12]
+    tokens, observed = some_tokens(42), some_observed(lengths)
+    seen = observed if hidden else torch.ones_like(observed)
+    bounds = torch.tensor([0, *lengths]).cumsum(0)
+    attention = PackedAttention.make(bounds, 30, observed[None] if hidden else None, torch.device("cpu"), flash=True)
+    output, _ = attention(*(tensor[None] for tensor in tokens), 0.3)
+    assert largest_difference(output[0].transpose(0, 1), masked(tokens, lengths, seen)) < 1e-12
+
+
+def test_flash_serves_on_cuda_in_half_precision_alone() -> None:
+    for device, dtype in (("cpu", torch.bfloat16), ("cuda", torch.float32), ("cuda", torch.float64)):
+        assert not flash_serves(torch.device(device), dtype, 64)
+    for width in (30, 256):  # no multiple of 8, and too wide
+        assert not flash_serves(torch.device("cuda"), torch.bfloat16, width)
+
+
+@pytest.mark.parametrize("style", ["full", "observed_or_self"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_models_learn_the_same_by_flash(
+    flash_on_cpu: FlashStandIn,  # noqa: F811
+    shape: str,
+    style: str,
+    checkpointing: bool,
+) -> None:
+    config = tiny_config(**SHAPES[shape] | {"attention_mask_style": style, "expression_encoder_dropout": 0.0})
+    batch = make_batch(config)
+    expected = gradients(tiny_model(config, attention="eager").double(), [batch])
+    model = tiny_model(config).double()
+    if checkpointing:
+        model.train().gradient_checkpointing_enable()
+    row = packed(batch) | {"num_targets": int(batch["target_mask"].sum())}
+    ours = gradients(model, [row])
+    assert len(flash_on_cpu.calls) == config.num_hidden_layers * (2 if checkpointing else 1)
+    assert largest_relative_difference(ours, expected) < 1e-9
+
+
+def test_what_cannot_be_compiled_runs_as_it_is(caplog: pytest.LogCaptureFixture) -> None:
+    class OnCuda(torch.Tensor):
+        is_cuda = True
+
+    def work(values: torch.Tensor) -> torch.Tensor:
+        return values + 1
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("no C compiler")
+
+    fused = _FusedOnCuda(work)
+    fused.compiled = fail
+    values = torch.ones(2).as_subclass(OnCuda)
+    for _ in range(2):
+        assert torch.equal(fused(values), values + 1)
+    assert caplog.text.count("no C compiler") == 1
+
+
+# The kernel itself ----------------------------------------------------------------------------------
+
+# Largest error of bfloat16 products, relative to the norm: 2**-8 for each of a few roundings in a row.
+HALF = {torch.bfloat16: 2e-2, torch.float16: 3e-3}
+
+
+def relative(ours: torch.Tensor, exact: torch.Tensor) -> float:
+    difference = (ours.detach().double().cpu() - exact.detach().double()).norm() / exact.detach().double().norm()
+    return float(difference) if torch.isfinite(difference) else float("inf")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("width", [16, 64, 128])
+@pytest.mark.parametrize("share", [None, 0.5, 0.0, 1.0], ids=["full", "half observed", "only <cls>", "all observed"])
+def test_kernel_equals_masks(dtype: torch.dtype, width: int, share: float | None) -> None:
+    lengths = [300, 64, 1, 7, 513]
+    generator = torch.Generator().manual_seed(0)
+    rounded = [torch.randn(4, sum(lengths), width, generator=generator).to(dtype) for _ in range(3)]
+    observed = some_observed(lengths, 1.0 if share is None else share)
+    exact = [tensor.double().requires_grad_() for tensor in rounded]
+    expected = with_gradients(masked(exact, lengths, observed), exact)
+    tokens = [tensor.cuda().requires_grad_() for tensor in rounded]
+    output = flash_row(tokens, lengths, None if share is None else observed.cuda())
+    weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    ours = [output, *torch.autograd.grad((output.double() * weights.cuda()).sum(), tokens)]
+    for mine, theirs in zip(ours, expected, strict=True):
+        assert mine.dtype == dtype
+        assert relative(mine, theirs) < HALF[dtype]
+
+
+@pytest.mark.gpu
+def test_kernel_takes_fewer_heads_of_keys_and_cells_without_keys() -> None:
+    lengths = [200, 30, 90]
+    tokens, observed = some_tokens(320, torch.bfloat16, heads=2), some_observed(lengths)
+    there = [tensor.detach().cuda().requires_grad_() for tensor in tokens]
+    exact = [tensor.detach().double().requires_grad_() for tensor in tokens]
+    everything = torch.ones_like(observed)
+    expected = with_gradients(masked(exact, lengths, everything), exact)
+    output = flash_row(there, lengths, None)
+    weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    ours = [output, *torch.autograd.grad((output.double() * weights.cuda()).sum(), there)]
+    for mine, theirs in zip(ours, expected, strict=True):
+        assert relative(mine, theirs) < HALF[torch.bfloat16]
+    observed[200:230] = False
+    same_heads = [tensor.detach() for tensor in some_tokens(320, torch.bfloat16)]
+    ours_hidden = flash_row([tensor.cuda() for tensor in same_heads], lengths, observed.cuda())
+    exact_hidden = masked([tensor.double() for tensor in same_heads], lengths, observed)
+    assert relative(ours_hidden, exact_hidden) < HALF[torch.bfloat16]

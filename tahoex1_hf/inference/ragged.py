@@ -21,7 +21,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import is_flash_attention_requested
 
 from tahoex1_hf.modeling_tahoe_x1 import TahoeX1Attention, TahoeX1Layer, TahoeX1Model
-from tahoex1_hf.packing_tahoe_x1 import CellLayout, PackedAttention, equal_runs
+from tahoex1_hf.observed_attention_tahoe_x1 import flash_attention, flash_serves
+from tahoex1_hf.packing_tahoe_x1 import CellLayout, PackedAttention, equal_runs, multiplied_as
 
 # Numbers of a feed-forward block's inner layer that are in memory at once, on CPUs: 16 MB in float32. Larger arrays
 # leave the cache, and the allocator gives them back to the system each time, which takes longer than the activation.
@@ -64,8 +65,8 @@ def ragged_forward(
     boundaries = torch.from_numpy(np.asarray(offsets, dtype=np.int64))
     lengths = np.diff(offsets)
     layout = CellLayout.packed(boundaries.to(device), torch.Size((1, len(input_ids))))
-    cells = _Cells(model, boundaries.to(device), lengths)
     hidden_states = _embeddings(model, input_ids, expression_values, drug_ids, layout)
+    cells = _Cells(model, boundaries.to(device), lengths, multiplied_as(hidden_states))
     shorten = not all_tokens and model.config.cell_pooling == "cls"
     layers: list[Any] = list(model.layers)
     for layer in layers[:-1] if shorten else layers:
@@ -80,12 +81,16 @@ def ragged_forward(
 class _Cells:
     """Where the cells of a batch lie, and attention within them, on whatever the model attends with."""
 
-    def __init__(self, model: TahoeX1Model, boundaries: torch.Tensor, lengths: np.ndarray):
+    def __init__(self, model: TahoeX1Model, boundaries: torch.Tensor, lengths: np.ndarray, dtype: torch.dtype):
         self.boundaries, self.lengths = boundaries, lengths.tolist()
         self.longest, self.runs = max(self.lengths), equal_runs(self.lengths)
-        self.flash = is_flash_attention_requested(model.config)
-        # Flash attention reads the boundaries itself.
-        self.mask = None if self.flash else PackedAttention.make(boundaries, self.longest, None, boundaries.device)
+        # Flash attention reads the boundaries itself. It has no float32.
+        self.flash = is_flash_attention_requested(model.config) and (self.on_cpu or dtype != torch.float32)
+        self.mask = None
+        if not self.flash:
+            width = model.config.hidden_size // model.config.num_attention_heads
+            serves = flash_serves(boundaries.device, dtype, width)
+            self.mask = PackedAttention.make(boundaries, self.longest, None, boundaries.device, flash=serves)
         self.flash_arguments = self._flash_arguments(boundaries, self.longest) if self.flash else {}
 
     @property
@@ -95,7 +100,9 @@ class _Cells:
     def attend_from_cls(self, attention: TahoeX1Attention, states: torch.Tensor) -> torch.Tensor:
         """Let every `<cls>` attend to its cell: `(cells, hidden_size)`, before the output projection."""
         queries = attention.q_proj(states[self.boundaries[:-1]])
-        if self.on_cpu and not self.flash and _is_plain(attention.k_proj) and _is_plain(attention.v_proj):
+        bounds = None if self.mask is None or self.mask.flash is None else self.mask.flash.bounds
+        keys_are_left_out = self.on_cpu and not self.flash and bounds is None
+        if keys_are_left_out and _is_plain(attention.k_proj) and _is_plain(attention.v_proj):
             return self._without_keys(attention, queries, states)
         query, key, value = (
             self._heads(attention, projected)
@@ -108,6 +115,10 @@ class _Cells:
                 **self._flash_arguments(ones, 1),
             )  # fmt: skip
             return output.flatten(2)[0]
+        if bounds is not None:
+            ones = torch.arange(len(queries) + 1, dtype=torch.int32, device=query.device)
+            q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+            return flash_attention(q, k, v, ones, bounds, (1, self.longest), attention.scaling).flatten(1)
         outputs = []
         for q, k, v in zip(
             query.split(1, dim=2),

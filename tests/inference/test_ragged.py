@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from anndata import read_h5ad
+from flash_stand_in import FlashStandIn, flash_on_cpu  # noqa: F401 - a fixture
 from helpers import SHAPES, largest_difference, make_batch, tiny_config, tiny_model
 
 from tahoex1_hf import TahoeX1Model, TahoeX1Tokenizer
@@ -47,6 +48,21 @@ def test_ragged_equals_padded(shape: str, all_tokens: bool) -> None:
         assert largest_difference(hidden, expected_hidden) < CLOSE
     else:
         assert hidden is None
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("all_tokens", [True, False])
+def test_flash_takes_all_cells_in_one_call_a_layer(flash_on_cpu: FlashStandIn, shape: str, all_tokens: bool) -> None:  # noqa: F811
+    expected, pooled, expected_hidden, hidden = both(shape, all_tokens, num_hidden_layers=3)
+    # The padded pass attends by itself; of the calls, the last is that of <cls> where nothing else is asked for.
+    tokens, longest = sum(LENGTHS), max(LENGTHS)
+    calls = [(tokens, tokens, (longest, longest))] * 3
+    if not all_tokens and tiny_config(**SHAPES[shape]).cell_pooling == "cls":
+        calls[-1] = (len(LENGTHS), tokens, (1, longest))
+    assert flash_on_cpu.calls == calls
+    assert largest_difference(pooled, expected) < CLOSE
+    if hidden is not None:
+        assert largest_difference(hidden, expected_hidden) < CLOSE
 
 
 @pytest.mark.parametrize("norm_position", ["pre", "post"])
