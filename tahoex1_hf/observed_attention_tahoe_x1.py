@@ -85,7 +85,7 @@ def flash_attention(
     key: torch.Tensor,
     value: torch.Tensor,
     query_bounds: torch.Tensor,
-    key_bounds: torch.Tensor,
+    key_bounds: torch.Tensor | None,
     longest: tuple[int, int],
     scaling: float,
 ) -> torch.Tensor:
@@ -96,7 +96,7 @@ def flash_attention(
         key: `(keys, heads, width)`, perhaps of fewer heads, each for as many of the queries'.
         value: `(keys, heads, width)`, as `key`.
         query_bounds: `(cells + 1,)` int32, from 0 to the number of queries.
-        key_bounds: `(cells + 1,)` int32, from 0 to the number of keys.
+        key_bounds: `(cells + 1,)` int32, from 0 to the number of keys; None where they are those of the queries.
         longest: most queries and most keys of a cell; more than that is no harm.
         scaling: factor of the scores.
     """
@@ -114,12 +114,13 @@ class _Flash(torch.autograd.Function):
         key: torch.Tensor,
         value: torch.Tensor,
         query_bounds: torch.Tensor,
-        key_bounds: torch.Tensor,
+        key_bounds: torch.Tensor | None,  # compiled graphs refuse the same tensor twice
         longest_query: int,
         longest_keys: int,
         scaling: float,
     ) -> torch.Tensor:
         ctx.longest, ctx.scaling = (longest_query, longest_keys), scaling
+        key_bounds = query_bounds if key_bounds is None else key_bounds
         output, logsumexp, *states = flash_forward(query, key, value, query_bounds, key_bounds, ctx.longest, scaling)
         ctx.save_for_backward(query, key, value, output, logsumexp, query_bounds, key_bounds, *states)
         return output
@@ -168,7 +169,7 @@ class FlashCells:
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:
         """Attend: `(length, heads, width)` each, to the like; with `observed`, keys have as many heads as queries."""
         if self.observed is None:
-            return flash_attention(query, key, value, self.bounds, self.bounds, (self.longest, self.longest), scaling)
+            return flash_attention(query, key, value, self.bounds, None, (self.longest, self.longest), scaling)
         output: torch.Tensor = _ObservedOrSelfByFlash.apply(
             query, key, value, self.bounds, self.observed_bounds, self.observed, self.targets, self.longest, scaling
         )

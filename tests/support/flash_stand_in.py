@@ -1,5 +1,6 @@
 """A plain stand-in, on a CPU and in any precision, for torch's flash attention over cells of different lengths."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -86,12 +87,74 @@ def _checked(
     return query_bounds.diff().tolist(), key_bounds.diff().tolist()
 
 
+# As operations of torch's, so that compiled models call them as they call the kernel: whole, without a look inside.
+_current: list[FlashStandIn] = []
+
+
+@torch.library.custom_op("tahoex1_tests::flash_forward", mutates_args=())
+def _forward(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    query_bounds: torch.Tensor,
+    key_bounds: torch.Tensor,
+    longest_query: int,
+    longest_keys: int,
+    scaling: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    longest = longest_query, longest_keys
+    output, sums, *states = _current[-1].forward(query, key, value, query_bounds, key_bounds, longest, scaling)
+    return output.contiguous(), sums.contiguous(), states[0], states[1]
+
+
+@_forward.register_fake
+def _(query, key, value, query_bounds, key_bounds, longest_query, longest_keys, scaling):  # type: ignore[no-untyped-def]
+    sums = query.new_empty(query.shape[1], query.shape[0])
+    return torch.empty_like(query), sums, query.new_empty(2), query.new_empty(0)
+
+
+@torch.library.custom_op("tahoex1_tests::flash_backward", mutates_args=())
+def _backward(
+    gradient: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    output: torch.Tensor,
+    logsumexp: torch.Tensor,
+    query_bounds: torch.Tensor,
+    key_bounds: torch.Tensor,
+    longest_query: int,
+    longest_keys: int,
+    scaling: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    arguments = gradient, query, key, value, output, logsumexp, query_bounds, key_bounds
+    q, k, v = _current[-1].backward(*arguments, (longest_query, longest_keys), None, scaling)
+    return q.contiguous(), k.contiguous(), v.contiguous()
+
+
+@_backward.register_fake
+def _(gradient, query, key, value, output, logsumexp, query_bounds, key_bounds, longest_query, longest_keys, scaling):  # type: ignore[no-untyped-def]
+    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+
+
+def _call_forward(*arguments: Any) -> tuple[torch.Tensor, ...]:
+    *tensors, longest, scaling = arguments
+    return _forward(*tensors, *longest, scaling)
+
+
+def _call_backward(*arguments: Any) -> tuple[torch.Tensor, ...]:
+    *tensors, longest, _, scaling = arguments
+    return _backward(*tensors, *longest, scaling)
+
+
 @pytest.fixture
-def flash_on_cpu(monkeypatch: pytest.MonkeyPatch) -> FlashStandIn:
+def flash_on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FlashStandIn]:
     """Have packed rows attend as on a GPU in half precision, in the precision that they have."""
     kernel = FlashStandIn()
-    monkeypatch.setattr(observed_attention_tahoe_x1, "flash_forward", kernel.forward)
-    monkeypatch.setattr(observed_attention_tahoe_x1, "flash_backward", kernel.backward)
+    monkeypatch.setattr(observed_attention_tahoe_x1, "flash_forward", _call_forward)
+    monkeypatch.setattr(observed_attention_tahoe_x1, "flash_backward", _call_backward)
     for module in (packing_tahoe_x1, ragged):
         monkeypatch.setattr(module, "flash_serves", lambda device, dtype, width: True)
-    return kernel
+    _current.append(kernel)
+    yield kernel
+    _current.remove(kernel)

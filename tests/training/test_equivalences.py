@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from flash_stand_in import FlashStandIn, flash_on_cpu  # noqa: F401 - a fixture
 from helpers import (
     SHAPES,
     gradients,
@@ -189,6 +190,38 @@ def test_lengths_do_not_recompile_without_end(pack: bool) -> None:
         with torch.no_grad():
             assert compiled(**batch).loss.item() == pytest.approx(model(**batch).loss.item(), rel=1e-5)
     assert counter.frame_count <= 3
+
+
+def trained_and_compiled(style: str, device: str, backend: str, dtype: torch.dtype, lengths: Any) -> list[dict]:
+    """Gradients of a packed row, in plain torch and by a compiled model."""
+    config = tiny_config(
+        hidden_size=64, attention_mask_style=style, expression_encoder_dropout=0.0, num_hidden_layers=1
+    )
+    batch = make_batch(config, lengths)
+    row = packed(batch) | {"num_targets": int(batch["target_mask"].sum())}
+    row = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in row.items()}
+    expected = gradients(tiny_model(config, attention="eager").double(), [batch])
+    model = tiny_model(config).to(device)
+    torch._dynamo.reset()
+    compiled = torch.compile(model if device == "cuda" else model.double(), fullgraph=True, backend=backend)
+    with torch.autocast(device, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+        ours = gradients(compiled, [row])
+    return [expected, {name.removeprefix("_orig_mod."): value.cpu() for name, value in ours.items()}]
+
+
+@pytest.mark.parametrize("style", ["full", "observed_or_self"])
+def test_compiled_rows_attend_by_flash_where_it_serves(flash_on_cpu: FlashStandIn, style: str) -> None:  # noqa: F811
+    expected, ours = trained_and_compiled(style, "cpu", "aot_eager", torch.float64, (9, 14, 6, 12))
+    assert (len(flash_on_cpu.calls), flash_on_cpu.backward_calls) == (1, 1)
+    assert largest_relative_difference(ours, expected) < 1e-9
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("style", ["full", "observed_or_self"])
+def test_compiled_rows_on_gpu(style: str) -> None:
+    expected, ours = trained_and_compiled(style, "cuda", "inductor", torch.bfloat16, (70, 9, 133, 64, 2))
+    error = sum(float((ours[name].double() - value).square().sum()) for name, value in expected.items())
+    assert error**0.5 < 6e-2 * sum(float(value.square().sum()) for value in expected.values()) ** 0.5
 
 
 @pytest.mark.slow
