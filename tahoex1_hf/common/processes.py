@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from tahoex1_hf.common.cuda_memory import let_segments_grow
+
 Value = TypeVar("Value")
 
 # Processes wait for each other only at the beginning and at the end, which may be hours apart.
@@ -37,6 +39,7 @@ class Processes:
         from accelerate import PartialState
 
         # Without cpu=True, Accelerate takes each process of a machine without a GPU for the only one.
+        let_segments_grow()
         state = PartialState(cpu=not torch.cuda.is_available(), timeout=_TIMEOUT)
         if state.num_processes == 1:
             raise ValueError(

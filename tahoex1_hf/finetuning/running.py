@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
+from tahoex1_hf.common.cuda_memory import let_segments_grow
 from tahoex1_hf.finetuning.config import FinetuneConfig
 from tahoex1_hf.finetuning.run_folder import (
     check_data,
@@ -38,6 +39,7 @@ def finetune(config: FinetuneConfig) -> int:
         FileNotFoundError: For a model or a file that cannot be found.
         ValueError: For settings or data that cannot be used.
     """
+    let_segments_grow()
     processes = PartialState(cpu=not torch.cuda.is_available())
     first, folder = processes.is_main_process, Path(config.output_dir)
     open_run(config, first)

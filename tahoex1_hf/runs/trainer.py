@@ -22,6 +22,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from tahoex1_hf.common.cuda_memory import sent
 from tahoex1_hf.common.files import write_json
 from tahoex1_hf.runs import checkpoints
 from tahoex1_hf.runs.log_window import LogWindow
@@ -124,6 +125,16 @@ class ResumableTrainer(Trainer):
         return self.batches
 
     # Steps, log and evaluation ----------------------------------------------------------------------
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Move a batch to the device; to a GPU without waiting until it is there."""
+        if self.args.device.type == "cuda":
+            inputs = {
+                name: sent(value, self.args.device) if isinstance(value, torch.Tensor) else value
+                for name, value in inputs.items()
+            }
+        prepared: dict[str, Any] = super()._prepare_inputs(inputs)
+        return prepared
 
     def training_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None

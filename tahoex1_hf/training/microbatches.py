@@ -19,7 +19,8 @@ _USABLE = 0.85
 def microbatches(batch: Batch, cells: int) -> Iterator[Batch]:
     """Yield the parts of a batch, as views of its tensors.
 
-    Padded parts are cut to their own longest cell; packed parts are cut at the boundaries of cells.
+    Padded parts are cut to their own longest cell; packed parts are cut at the boundaries of cells. Both look at the
+    numbers, which is quick as long as the batch is not on a GPU.
 
     Args:
         batch: Batch of `CellCollator`, padded `(cells, length)` or packed `(1, tokens)`.
@@ -43,6 +44,8 @@ def microbatches(batch: Batch, cells: int) -> Iterator[Batch]:
         if "drug_ids" in batch:
             part["drug_ids"] = batch["drug_ids"][start : start + cells]
         part |= {"cu_seq_lens_q": edges - low, "cu_seq_lens_k": edges - low}
+        if "target_mask" in part:
+            part["num_targets"] = int(part["target_mask"].sum())
         yield part | {"max_length_q": longest, "max_length_k": longest}
 
 

@@ -128,12 +128,12 @@ class PretrainingTrainer(ResumableTrainer):
         self.window.cells += len(lengths)
         self.window.tokens += int(lengths.sum())
         self.window.flops += training_flops(self.accelerator.unwrap_model(model).config, lengths.cpu().numpy())
-        parts = list(microbatches(self._prepare_inputs(inputs), size))
+        parts = list(microbatches(inputs, size))  # of tensors that are not on the device yet: nothing waits for it
         targets = num_items_in_batch if num_items_in_batch is not None else (inputs["labels"] != -100).sum()
         targets = torch.as_tensor(targets, device=self.args.device).clamp(min=1)
         losses = torch.zeros(2, device=self.args.device)
         for number, part in enumerate(parts):
-            losses += self._pass(model, part, targets, last=number == len(parts) - 1)
+            losses += self._pass(model, self._prepare_inputs(part), targets, last=number == len(parts) - 1)
         self.window.add_losses(losses)
         return losses.mean()
 
