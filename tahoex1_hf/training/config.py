@@ -94,8 +94,10 @@ class PretrainConfig(Strict):
 
     precision: Literal["launcher", "no", "bf16", "fp16"] = "launcher"
     """Mixed precision; `launcher` takes the setting of `accelerate launch` (also fp8)."""
-    attention: Literal["sdpa", "flash_attention_2", "flex_attention", "eager"] = "sdpa"
-    """Implementation of attention."""
+    attention: Literal["auto", "sdpa", "flash_attention_2", "flex_attention", "eager"] = "sdpa"
+    """Implementation of attention. `auto` is `sdpa`, which on packed rows takes torch's own flash attention on GPUs
+    and a call for each length on CPUs; or `flex_attention` where `compile` would need a mask of all pairs of tokens.
+    What it became is in `config.resolved.yaml`, and the same command resumes with it."""
     activation_checkpointing: bool = False
     """Whether each layer is computed again in the backward pass, which takes less memory and a third more time."""
     compile: bool = False

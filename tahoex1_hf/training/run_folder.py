@@ -2,11 +2,14 @@
 """The folder of a pretraining run, with its settings and its status."""
 
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
+from tahoex1_hf.observed_attention_tahoe_x1 import flash_serves
 from tahoex1_hf.runs.status import read_status, write_status
 from tahoex1_hf.training.config import PretrainConfig
 
@@ -48,19 +51,37 @@ class RunFolder:
     """
 
     def __init__(self, config: PretrainConfig, processes: int):
-        self.config, self.processes = config, processes
-        self.path = Path(config.output_dir)
+        self.path, self.processes = Path(config.output_dir), processes
+        self.config = config = config.model_copy(update={"attention": self._attention(config)})
         self.automatic = config.microbatch_size == "auto"
         self.microbatch_size = self._found_before() if config.microbatch_size == "auto" else config.microbatch_size
 
-    def _found_before(self) -> int | None:
-        found = read_status(self.path).get("microbatch")
+    def _attention(self, config: PretrainConfig) -> str:
+        """Return the implementation of attention: where it is `auto`, the one that this run had, else the fastest."""
+        if config.attention != "auto":
+            if config.attention == "sdpa" and _needs_all_pairs(config):
+                logger.warning(
+                    "compile=true makes attention=sdpa compute a mask of all pairs of tokens of a packed row here: "
+                    "attention=auto needs none."
+                )
+            return config.attention
+        earlier = self._resolved().get("attention", "auto")
+        if earlier != "auto":
+            return str(earlier)
+        return "flex_attention" if _needs_all_pairs(config) else "sdpa"
+
+    def _resolved(self) -> dict[str, Any]:
+        """Return the settings with which this run was started before; empty where it was not."""
         try:
             earlier = yaml.safe_load((self.path / RESOLVED).read_text(encoding="utf-8"))
         except (OSError, yaml.YAMLError):
-            return None
+            return {}
+        return earlier if isinstance(earlier, dict) else {}
+
+    def _found_before(self) -> int | None:
+        found, earlier = read_status(self.path).get("microbatch"), self._resolved()
         here = self.config.model_dump(mode="json")
-        same = isinstance(earlier, dict) and all(earlier.get(key) == here[key] for key in _DECIDE_MEMORY)
+        same = bool(earlier) and all(earlier.get(key) == here[key] for key in _DECIDE_MEMORY)
         if found is None or not same or found["processes"] != self.processes:
             return None
         size = int(found["size"])
@@ -91,3 +112,15 @@ class RunFolder:
             size,
             size,
         )
+
+
+def _needs_all_pairs(config: PretrainConfig) -> bool:
+    """Return whether `sdpa` tells the cells of a packed row apart by a mask of all pairs of its tokens.
+
+    It does in a compiled graph, which has no loop over the cells, unless flash attention takes them all at once.
+    """
+    launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    precision = launcher if config.precision == "launcher" else config.precision
+    half = {"bf16": torch.bfloat16, "fp8": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return config.compile and config.packed and (half is None or not flash_serves(device, half, 64))

@@ -11,6 +11,7 @@ import yaml
 from fixed_steps import tiny
 from safetensors.torch import load_file
 
+from tahoex1_hf.training import run_folder
 from tahoex1_hf.training.config import read_pretrain_config
 from tahoex1_hf.training.microbatches import PassMemory
 from tahoex1_hf.training.pretraining import pretrain
@@ -109,3 +110,37 @@ def test_keys_of_earlier_versions_are_accepted(tmp_path: Path, caplog: pytest.Lo
     assert not caplog.records
     read_pretrain_config(tmp_path / "config.yaml", ["spike_factor=5"])
     assert "spike_factor=5 has no effect" in caplog.text
+
+
+def attention(folder: Path) -> str:
+    return yaml.safe_load((folder / "config.resolved.yaml").read_text())["attention"]
+
+
+def test_automatic_attention_is_recorded_and_kept(tmp_path: Path) -> None:
+    made = automatic(tmp_path, attention="auto")
+    assert made.config.attention == "sdpa"
+    made.write("running")
+    assert attention(tmp_path) == "sdpa"
+    # A run that an earlier version began with another one, or whose machine had another, goes on with it.
+    automatic(tmp_path, attention="flex_attention").write("running")
+    assert automatic(tmp_path, attention="auto").config.attention == "flex_attention"
+    assert automatic(tmp_path, attention="sdpa").config.attention == "sdpa"
+    (tmp_path / "config.resolved.yaml").write_text("[]")
+    assert automatic(tmp_path, attention="auto").config.attention == "sdpa"
+
+
+def test_compiled_rows_attend_without_a_mask_of_all_pairs(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled = {"compile": "true", "attention": "auto"}
+    assert automatic(tmp_path, **compiled).config.attention == "flex_attention"
+    assert automatic(tmp_path, **compiled, packed="false").config.attention == "sdpa"
+    assert not caplog.records
+    assert automatic(tmp_path, compile="true", attention="sdpa").config.attention == "sdpa"
+    assert "attention=auto" in caplog.text
+    # On a GPU in half precision there is a kernel for it.
+    monkeypatch.setattr(run_folder, "flash_serves", lambda device, dtype, width: dtype == torch.bfloat16)
+    for precision, expected in (("bf16", "sdpa"), ("no", "flex_attention")):
+        assert automatic(tmp_path, **compiled, precision=precision).config.attention == expected
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert automatic(tmp_path, **compiled, precision="launcher").config.attention == "sdpa"
