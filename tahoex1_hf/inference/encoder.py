@@ -3,14 +3,18 @@
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, Literal, cast
 
 import numpy as np
 import torch
 from torch.nn.functional import normalize
+from transformers.utils.generic import is_flash_attention_requested
 
+from tahoex1_hf.common.cuda_memory import arriving, let_segments_grow, sent
 from tahoex1_hf.configuration_tahoe_x1 import TahoeX1Config
 from tahoex1_hf.encoding_tahoe_x1 import GeneMatch
+from tahoex1_hf.inference.prepared_layers import PreparedLayer, prepare_layers
 from tahoex1_hf.inference.ragged import can_run_ragged, ragged_forward
 from tahoex1_hf.modeling_tahoe_x1 import TahoeX1Model, TahoeX1PreTrainedModel
 from tahoex1_hf.packing_tahoe_x1 import EncodedCells
@@ -30,6 +34,7 @@ def choose_device(device: str | torch.device | None = None) -> torch.device:
     Raises:
         ValueError: If PyTorch does not know the device or has none of its kind here.
     """
+    let_segments_grow()
     if device is not None:
         return _check_device(device)
     if torch.cuda.is_available():
@@ -219,10 +224,21 @@ class CellEncoder:
             `(cells, width)` float32, each row of length 1.
         """
         embeddings = np.empty((cells.num_cells, self.width), dtype=np.float32)
+        waiting: list[tuple[np.ndarray, Callable[[], torch.Tensor]]] = []
+
+        def receive() -> None:
+            for rows, arrived in waiting:
+                embeddings[rows] = arrived().numpy()
+                on_batch(len(rows))
+            waiting.clear()
+
         with self.precision():  # around all batches, so that weights are cast once
             for rows, pooled in self.pooled_batches(cells, gene_means):
-                embeddings[rows] = normalize(pooled.float(), dim=1).cpu().numpy()
-                on_batch(len(rows))
+                receive()  # those of the batch before, while a GPU computes this one
+                waiting.append((rows, arriving(normalize(pooled.float(), dim=1))))
+                if self.device.type != "cuda":
+                    receive()
+            receive()
         return embeddings
 
     @torch.inference_mode()
@@ -239,11 +255,17 @@ class CellEncoder:
             Row numbers of the cells of a batch, and their `(batch, width)` embeddings, not normalised.
         """
         ragged = can_run_ragged(self.model, self.device)
-        step = self._embed_ragged if ragged else self._embed_padded
+        step = partial(self._embed_ragged, prepared=self._prepared()) if ragged else self._embed_padded
         for rows in length_sorted_batches(cells.lengths, self.batch_tokens, padded=not ragged):
             with self.precision():
                 pooled = step(cells, rows, gene_means)
             yield rows, pooled
+
+    def _prepared(self) -> list[PreparedLayer] | None:
+        """Return the layers made ready for many batches on a GPU; None where the model's own are to be run."""
+        if self.device.type != "cuda" or self.dtype == torch.float32 or is_flash_attention_requested(self.config):
+            return None
+        return prepare_layers(self.model, self.dtype)
 
     def _embed_padded(self, cells: EncodedCells, rows: np.ndarray, gene_means: GeneMeans | None) -> torch.Tensor:
         batch = cells.padded(rows, pad_token_id=self.tokenizer.pad_token_id, pad_value=self.tokenizer.pad_value)
@@ -253,19 +275,26 @@ class CellEncoder:
             gene_means.add(batch["input_ids"], outputs.last_hidden_state)
         return outputs.pooler_output
 
-    def _embed_ragged(self, cells: EncodedCells, rows: np.ndarray, gene_means: GeneMeans | None) -> torch.Tensor:
+    def _embed_ragged(
+        self,
+        cells: EncodedCells,
+        rows: np.ndarray,
+        gene_means: GeneMeans | None,
+        prepared: list[PreparedLayer] | None = None,
+    ) -> torch.Tensor:
         lengths = cells.lengths[rows]
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         index = np.repeat(cells.offsets[rows] - offsets[:-1], lengths) + np.arange(offsets[-1])
-        input_ids = torch.from_numpy(cells.input_ids[index]).to(self.device)
-        drug_ids = None if cells.drug_ids is None else torch.from_numpy(cells.drug_ids[rows]).to(self.device)
+        input_ids = sent(torch.from_numpy(cells.input_ids[index]), self.device)
+        drug_ids = None if cells.drug_ids is None else sent(torch.from_numpy(cells.drug_ids[rows]), self.device)
         pooled, hidden_states = ragged_forward(
             self.model,
             input_ids,
-            torch.from_numpy(cells.expression_values[index]).to(self.device),
+            sent(torch.from_numpy(cells.expression_values[index]), self.device),
             offsets,
             drug_ids,
             all_tokens=gene_means is not None,
+            prepared=prepared,
         )
         if gene_means is not None and hidden_states is not None:
             gene_means.add(input_ids.unsqueeze(0), hidden_states.unsqueeze(0))

@@ -15,11 +15,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import is_flash_attention_requested
 
+from tahoex1_hf.common.cuda_memory import sent
+from tahoex1_hf.inference.prepared_layers import PreparedLayer, is_plain
 from tahoex1_hf.modeling_tahoe_x1 import TahoeX1Attention, TahoeX1Layer, TahoeX1Model
 from tahoex1_hf.observed_attention_tahoe_x1 import flash_attention, flash_serves
 from tahoex1_hf.packing_tahoe_x1 import CellLayout, PackedAttention, equal_runs, multiplied_as
@@ -46,6 +47,7 @@ def ragged_forward(
     offsets: np.ndarray,
     drug_ids: torch.Tensor | None = None,
     all_tokens: bool = False,
+    prepared: list[PreparedLayer] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Embed cells that lie behind each other.
 
@@ -57,6 +59,8 @@ def ragged_forward(
             lie side by side.
         drug_ids: `(cells,)` int64, as for the model.
         all_tokens: also return the contextual embeddings of all tokens.
+        prepared: the layers as `prepare_layers` made them ready, where they are to be used; not with the flash
+            attention of transformers.
 
     Returns:
         `(cells, hidden_size)` cell embeddings, not normalised, and, with `all_tokens`, `(tokens, hidden_size)`.
@@ -64,11 +68,13 @@ def ragged_forward(
     device = input_ids.device
     boundaries = torch.from_numpy(np.asarray(offsets, dtype=np.int64))
     lengths = np.diff(offsets)
-    layout = CellLayout.packed(boundaries.to(device), torch.Size((1, len(input_ids))))
+    boundaries = sent(boundaries, device)
+    layout = CellLayout.packed(boundaries, torch.Size((1, len(input_ids))))
     hidden_states = _embeddings(model, input_ids, expression_values, drug_ids, layout)
-    cells = _Cells(model, boundaries.to(device), lengths, multiplied_as(hidden_states))
+    dtype = prepared[0].dtype if prepared else multiplied_as(hidden_states)
+    cells = _Cells(model, boundaries, lengths, dtype)
     shorten = not all_tokens and model.config.cell_pooling == "cls"
-    layers: list[Any] = list(model.layers)
+    layers: list[Any] = prepared or list(model.layers)
     for layer in layers[:-1] if shorten else layers:
         hidden_states = _whole_layer(layer, hidden_states, cells)
     if shorten:
@@ -94,20 +100,27 @@ class _Cells:
         self.flash_arguments = self._flash_arguments(boundaries, self.longest) if self.flash else {}
 
     @property
+    def bounds(self) -> torch.Tensor | None:
+        """The cells' boundaries in the form of torch's flash attention, where that attends."""
+        return None if self.mask is None or self.mask.flash is None else self.mask.flash.bounds
+
+    @property
     def on_cpu(self) -> bool:
         return self.boundaries.device.type == "cpu"
 
     def attend_from_cls(self, attention: TahoeX1Attention, states: torch.Tensor) -> torch.Tensor:
         """Let every `<cls>` attend to its cell: `(cells, hidden_size)`, before the output projection."""
         queries = attention.q_proj(states[self.boundaries[:-1]])
-        bounds = None if self.mask is None or self.mask.flash is None else self.mask.flash.bounds
-        keys_are_left_out = self.on_cpu and not self.flash and bounds is None
-        if keys_are_left_out and _is_plain(attention.k_proj) and _is_plain(attention.v_proj):
+        keys_are_left_out = self.on_cpu and not self.flash and self.bounds is None
+        if keys_are_left_out and is_plain(attention.k_proj) and is_plain(attention.v_proj):
             return self._without_keys(attention, queries, states)
-        query, key, value = (
-            self._heads(attention, projected)
-            for projected in (queries, attention.k_proj(states), attention.v_proj(states))
-        )
+        return self.attend_from_queries(attention, queries, attention.k_proj(states), attention.v_proj(states))
+
+    def attend_from_queries(
+        self, attention: TahoeX1Attention, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+    ) -> torch.Tensor:
+        """Let one query of each cell attend to the cell's keys, all projected: `(cells, hidden_size)`."""
+        query, key, value = (self._heads(attention, projected) for projected in (queries, keys, values))
         if self.flash:
             ones = torch.arange(len(queries) + 1, device=query.device)
             output, _ = ALL_ATTENTION_FUNCTIONS[attention.config._attn_implementation](
@@ -115,10 +128,10 @@ class _Cells:
                 **self._flash_arguments(ones, 1),
             )  # fmt: skip
             return output.flatten(2)[0]
-        if bounds is not None:
+        if self.bounds is not None:
             ones = torch.arange(len(queries) + 1, dtype=torch.int32, device=query.device)
             q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-            return flash_attention(q, k, v, ones, bounds, (1, self.longest), attention.scaling).flatten(1)
+            return flash_attention(q, k, v, ones, self.bounds, (1, self.longest), attention.scaling).flatten(1)
         outputs = []
         for q, k, v in zip(
             query.split(1, dim=2),
@@ -170,11 +183,6 @@ class _Cells:
         return values.flatten(1)
 
 
-def _is_plain(module: nn.Module) -> bool:
-    """Return whether a linear layer is its weight and no more: no adapter around it, and not quantised."""
-    return type(module) is nn.Linear and type(module.weight) is nn.Parameter
-
-
 def _embeddings(
     model: TahoeX1Model,
     input_ids: torch.Tensor,
@@ -189,8 +197,10 @@ def _embeddings(
     return model.embeddings.combine(input_ids.unsqueeze(0), values[places].unsqueeze(0), drug_ids, layout)[0][0]
 
 
-def _whole_layer(layer: TahoeX1Layer, states: torch.Tensor, cells: _Cells) -> torch.Tensor:
+def _whole_layer(layer: TahoeX1Layer | PreparedLayer, states: torch.Tensor, cells: _Cells) -> torch.Tensor:
     """Run one layer on all tokens. `states` is overwritten."""
+    if isinstance(layer, PreparedLayer):
+        return layer.all_tokens(states, cells)
     attended, _ = layer.self_attn(layer.before_attention(states).unsqueeze(0), cells.mask, **cells.flash_arguments)
     block = max(256, _BLOCK_NUMBERS // layer.mlp.up_proj.out_features) if cells.on_cpu else len(states)
     for part, attended_part in zip(states.split(block), attended[0].split(block), strict=True):
@@ -198,7 +208,9 @@ def _whole_layer(layer: TahoeX1Layer, states: torch.Tensor, cells: _Cells) -> to
     return states
 
 
-def _cls_layer(layer: TahoeX1Layer, states: torch.Tensor, cells: _Cells) -> torch.Tensor:
+def _cls_layer(layer: TahoeX1Layer | PreparedLayer, states: torch.Tensor, cells: _Cells) -> torch.Tensor:
     """Run one layer for each cell's first token alone: `(cells, hidden_size)`."""
+    if isinstance(layer, PreparedLayer):
+        return layer.first_tokens(states, cells)
     attended = cells.attend_from_cls(layer.self_attn, layer.before_attention(states))
     return layer.after_attention(states[cells.boundaries[:-1]], layer.self_attn.o_proj(attended))
