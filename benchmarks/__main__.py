@@ -1,6 +1,7 @@
 """Run the whole suite, print one table, and write results.json, results.png and scaling.png into a folder.
 
     python -m benchmarks [--quick] [--rounds 3] [--only PART]... [--output benchmarks/results]
+    python -m benchmarks gpu right|cost [--tiny]      the check of a machine with a GPU (gpu.py)
 
 The machine may be shared and noisy, so each round measures in turn the hardware's limit, the reference (the original's
 algorithm, `reference.py`) and ours. Read the medians of the ratios within rounds; absolute rates only show the state
@@ -23,6 +24,7 @@ from benchmarks import (
     charts,
     embedding,
     feeding,
+    gpu,
     memory,
     profile,
     scaling,
@@ -77,7 +79,12 @@ def write_json(path: Path, suite: Suite, machine: dict, rows: Sequence[Row], sec
     path.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
 
 
+app = typer.Typer(add_completion=False)
+
+
+@app.callback(invoke_without_command=True)
 def main(
+    context: typer.Context,
     output: Annotated[Path, typer.Option(help="Folder for results.json and the charts.")] = Path(__file__).parent
     / "results",
     quick: Annotated[bool, typer.Option("--quick", help="Use tiny sizes, to check that everything works.")] = False,
@@ -87,6 +94,8 @@ def main(
     only: Annotated[list[Part] | None, typer.Option(help="Part to run; may be repeated.")] = None,
 ) -> None:
     """Measure speed and memory beside the original's algorithm and the hardware's limits."""
+    if context.invoked_subcommand is not None:
+        return
     suite = Suite(rounds=rounds or (2 if quick else 3), quick=quick)
     if quick:  # waiting for a second thread would cost such small products more than it saves
         torch.set_num_threads(1)
@@ -114,5 +123,7 @@ def main(
     print(f"\nwritten to {output}: {', '.join(written)}")
 
 
+app.command("gpu")(gpu.main)
+
 if __name__ == "__main__":
-    typer.run(main)
+    app()

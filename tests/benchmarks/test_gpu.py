@@ -1,0 +1,53 @@
+"""The check of a machine with a GPU works, in tiny sizes on a CPU; nothing is said about speed."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import gpu_cost, gpu_right
+from benchmarks.gpu_measuring import Check, RandomCells, relative_error
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Check:
+    return Check(torch.device("cpu"), tiny=True, path=tmp_path / "rows.jsonl", seconds=600)
+
+
+def kept(run: Check) -> list[dict]:
+    return [json.loads(line) for line in run.path.read_text().splitlines()]
+
+
+def test_what_is_right(run: Check) -> None:
+    gpu_right.training(run, "observed_or_self", 4, [70, 33, 9])
+    gpu_right.embeddings(run)
+    rows = kept(run)
+    assert len(rows) == 3 + 2
+    assert all(row["ok"] for row in rows), rows
+
+
+def test_what_is_wrong_is_found(run: Check, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = RandomCells.packed
+    wrong = {"target_mask": torch.zeros(1, 32, dtype=torch.bool)}
+    monkeypatch.setattr(RandomCells, "packed", lambda cells, device: packed(cells, device) | wrong)
+    gpu_right.training(run, "observed_or_self", 4, [20, 12])
+    assert [row["ok"] for row in kept(run)] == [False] * 3
+    assert relative_error(torch.tensor([1.0, float("nan")]), torch.ones(2)) == float("inf")
+
+
+def test_every_cost_is_measured(run: Check) -> None:
+    gpu_cost.check(run)
+    rows = kept(run)
+    assert not [row for row in rows if row.get("ok") is False or "skipped" in row], rows
+    rates = [row["what"] for row in rows if row.get("cells_per_s", 0) > 0]
+    assert len(rates) == 3 + 6 + 1
+
+
+def test_an_interrupted_check_begins_nothing_more(run: Check) -> None:
+    run.seconds = 0
+    gpu_cost.train(run, "70M", "full", [30])
+    assert [row.get("skipped") for row in kept(run)] == ["no time left"]
+    with run.attempt("this"):
+        raise RuntimeError("out of memory")
+    assert kept(run)[-1] == {"what": "this", "ok": False, "failed": "RuntimeError: out of memory"}
