@@ -28,9 +28,6 @@ _FORWARD_KWARGS = frozenset(TransformersKwargs.__annotations__) | {
 }  # fmt: skip
 # Below, what is saved is less than what gathering the observed keys costs (benchmarks/attention.py).
 SHORTEST_WITH_OBSERVED_KEYS = 256
-# On CUDA, up to here, cells of equal length are faster under a dense mask than with observed keys alone (one H100, 70M
-# model, training: 561 and 490 cells a second at 1,024 tokens). Cells of different lengths would take a call each.
-LONGEST_MASKED_ON_CUDA = 1024
 
 
 @dataclass(frozen=True)
@@ -172,8 +169,9 @@ class PackedAttention:
     On CUDA in half precision all cells go through one call of torch's flash attention, in float32 through one on a
     jagged tensor, unless there is a mask. Otherwise there is one call for each run of neighbouring cells of equal
     length: on two CPU cores 1.3 to 1.7 times as fast as padded buckets of eight cells of similar length, at 20 to
-    2,048 tokens a cell (benchmarks/attention.py). Where tokens see observed ones and themselves, long cells, and on
-    CUDA cells of different lengths, attend to their observed tokens alone.
+    2,048 tokens a cell (benchmarks/attention.py). Where tokens see observed ones and themselves, long cells, and all
+    that go through flash attention, attend to their observed tokens alone. (On an H100, cells of one length took as
+    long under dense masks, 567 and 570 cells a second of 1,024 tokens in training the 70M model, and more memory.)
     """
 
     boundaries: torch.Tensor  # (cells + 1,) int64
@@ -210,16 +208,12 @@ class PackedAttention:
         on_cuda = device.type == "cuda"
         if (flash or on_cuda) and longest is None:
             longest = int(boundaries.diff().max())
-        runs = None
-        if longest is not None and observed is not None and (len(boundaries) - 1) * longest == observed.shape[1]:
-            runs = [(len(boundaries) - 1, longest)]  # all of one length
-        masked = runs is not None and runs[0][1] <= LONGEST_MASKED_ON_CUDA and not torch.compiler.is_compiling()
-        if flash and longest is not None and not masked:
+        if flash and longest is not None:
             cells = FlashCells.make(boundaries, longest, None if observed is None else observed[0], num_targets)
             return cls(boundaries, None, longest, observed=observed, flash=cells)
         if observed is None and on_cuda:
             return cls(boundaries, None, longest)
-        runs = equal_runs(boundaries.diff().tolist()) if runs is None else runs
+        runs = equal_runs(boundaries.diff().tolist())
         if observed is None:
             return cls(boundaries, runs)
         parts = observed[0].split([cells * length for cells, length in runs])

@@ -186,18 +186,6 @@ def test_rows_of_any_lengths_take_one_call(flash_on_cpu: FlashStandIn, heads: in
         assert largest_difference(mine, theirs) < 1e-12
 
 
-def test_on_cuda_equal_cells_up_to_a_length_are_masked(monkeypatch: pytest.MonkeyPatch) -> None:
-    cpu = torch.device("cpu")
-    monkeypatch.setattr(packing_tahoe_x1, "LONGEST_MASKED_ON_CUDA", 20)
-    for lengths, masks in (([20, 20], True), ([21, 21], False), ([20, 19], False)):
-        bounds = torch.tensor([0, *lengths]).cumsum(0)
-        observed = some_observed(lengths)[None]
-        attention = PackedAttention.make(bounds, max(lengths), observed, cpu, flash=True)
-        assert (attention.flash is None, attention.runs is None) == (masks, not masks)
-        # Without a mask, the kernel is always the faster.
-        assert PackedAttention.make(bounds, max(lengths), None, cpu, flash=True).flash is not None
-
-
 @pytest.mark.parametrize("hidden", [True, False])
 def test_a_layer_in_float32_attends_without_flash(hidden: bool) -> None:
     # The row was prepared for half precision; one layer (an adapter's, say) gives float32.
