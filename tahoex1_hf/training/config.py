@@ -100,8 +100,10 @@ class PretrainConfig(Strict):
     What it became is in `config.resolved.yaml`, and the same command resumes with it."""
     activation_checkpointing: bool = False
     """Whether each layer is computed again in the backward pass, which takes less memory and a third more time."""
-    compile: bool = False
-    """Whether the model is compiled with `torch.compile`."""
+    compile: bool | Literal["layers", "auto"] = False
+    """Whether the model is compiled with `torch.compile`: `true` for the whole, `layers` for each layer, which is done
+    in seconds instead of minutes. `auto` is `layers` on GPUs where torch's own flash attention serves, on packed rows
+    and unsharded models, and otherwise `false`; like that of `attention`, the choice is recorded and kept."""
 
     logging_steps: int = Field(10, gt=0)
     """Number of steps between two lines of the log, whose losses are means over these steps."""

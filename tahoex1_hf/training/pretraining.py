@@ -88,6 +88,12 @@ def make_model(config: PretrainConfig, tokenizer: TahoeX1Tokenizer) -> TahoeX1Fo
     return model
 
 
+def compile_layers(model: TahoeX1ForPreTraining, **options: Any) -> None:
+    """Have each layer compiled when it first runs, once for all of them and for rows of any length."""
+    for layer in model.tahoe.layers:
+        layer.compile(dynamic=True, **options)
+
+
 def training_arguments(config: PretrainConfig, max_steps: int) -> TrainingArguments:
     """Return Trainer's options for a run of `max_steps` steps."""
     schedule = {"cosine": "cosine_with_min_lr", "constant": "constant_with_warmup"}[config.schedule]
@@ -107,7 +113,7 @@ def training_arguments(config: PretrainConfig, max_steps: int) -> TrainingArgume
         adam_beta2=config.betas[1],
         adam_epsilon=config.epsilon,
         max_grad_norm=config.max_grad_norm,
-        torch_compile=config.compile,
+        torch_compile=config.compile is True,
         seed=config.seed,
         logging_steps=config.logging_steps,
         eval_strategy="steps" if config.eval_cells and config.eval_steps else "no",
@@ -148,6 +154,8 @@ def pretrain(config: PretrainConfig) -> int:
     cells = training_cells(config, collator, processes.process_index, processes.num_processes)
     validation = _validation(config, collator)
     model = make_model(config, tokenizer)
+    if config.compile == "layers":
+        compile_layers(model)
     baselines: dict[str, float] = {}
     if config.baselines and validation and processes.is_main_process:
         baselines = baseline_losses(config, model.config, collator, validation)

@@ -52,16 +52,28 @@ class RunFolder:
 
     def __init__(self, config: PretrainConfig, processes: int):
         self.path, self.processes = Path(config.output_dir), processes
+        config = config.model_copy(update={"compile": self._compile(config)})
         self.config = config = config.model_copy(update={"attention": self._attention(config)})
         self.automatic = config.microbatch_size == "auto"
         self.microbatch_size = self._found_before() if config.microbatch_size == "auto" else config.microbatch_size
+
+    def _compile(self, config: PretrainConfig) -> bool | str:
+        """Return what is compiled: where it is `auto`, what this run compiled before, else what is faster."""
+        if config.compile != "auto":
+            return config.compile
+        earlier = self._resolved().get("compile", "auto")
+        if earlier != "auto":
+            return bool(earlier) if isinstance(earlier, bool) else str(earlier)
+        sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+        serves = config.packed and config.attention in ("auto", "sdpa") and not sharded and _flash_serves(config)
+        return "layers" if serves else False
 
     def _attention(self, config: PretrainConfig) -> str:
         """Return the implementation of attention: where it is `auto`, the one that this run had, else the fastest."""
         if config.attention != "auto":
             if config.attention == "sdpa" and _needs_all_pairs(config):
                 logger.warning(
-                    "compile=true makes attention=sdpa compute a mask of all pairs of tokens of a packed row here: "
+                    "compile makes attention=sdpa compute a mask of all pairs of tokens of a packed row here: "
                     "attention=auto needs none."
                 )
             return config.attention
@@ -119,8 +131,13 @@ def _needs_all_pairs(config: PretrainConfig) -> bool:
 
     It does in a compiled graph, which has no loop over the cells, unless flash attention takes them all at once.
     """
+    return bool(config.compile) and config.packed and not _flash_serves(config)
+
+
+def _flash_serves(config: PretrainConfig) -> bool:
+    """Return whether torch's own flash attention computes this run's packed rows, in this machine's precision."""
     launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     precision = launcher if config.precision == "launcher" else config.precision
     half = {"bf16": torch.bfloat16, "fp8": torch.bfloat16, "fp16": torch.float16}.get(precision)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return config.compile and config.packed and (half is None or not flash_serves(device, half, 64))
+    return half is not None and flash_serves(device, half, 64)

@@ -27,6 +27,7 @@ from tahoex1_hf import (
     TahoeX1ForTokenClassification,
     TahoeX1Model,
 )
+from tahoex1_hf.training.pretraining import compile_layers
 
 CLOSE = 1e-5
 CLOSE_GRADIENTS = 2e-5
@@ -214,6 +215,19 @@ def test_compiled_rows_attend_by_flash_where_it_serves(flash_on_cpu: FlashStandI
     expected, ours = trained_and_compiled(style, "cpu", "aot_eager", torch.float64, (9, 14, 6, 12))
     assert (len(flash_on_cpu.calls), flash_on_cpu.backward_calls) == (1, 1)
     assert largest_relative_difference(ours, expected) < 1e-9
+
+
+def test_compiled_layers_take_rows_of_any_length(flash_on_cpu: FlashStandIn) -> None:  # noqa: F811
+    config = tiny_config(attention_mask_style="observed_or_self", expression_encoder_dropout=0.0)
+    model, plain = tiny_model(config).double(), tiny_model(config, attention="eager").double()
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compile_layers(model, backend=counter)
+    for lengths in ((9, 14, 6, 12), (7, 3, 30), (5, 5, 5), (20,), (11, 10, 9, 4, 3)):
+        batch = make_batch(config, lengths)
+        row = packed(batch) | {"num_targets": int(batch["target_mask"].sum())}
+        assert largest_relative_difference(gradients(model, [row]), gradients(plain, [batch])) < 1e-9
+    assert counter.frame_count <= 2  # for all layers and lengths, once or twice
 
 
 @pytest.mark.gpu

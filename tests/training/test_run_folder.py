@@ -144,3 +144,25 @@ def test_compiled_rows_attend_without_a_mask_of_all_pairs(
         assert automatic(tmp_path, **compiled, precision=precision).config.attention == expected
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     assert automatic(tmp_path, **compiled, precision="launcher").config.attention == "sdpa"
+
+
+def test_layers_are_compiled_where_flash_attention_serves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    both = {"compile": "auto", "attention": "auto"}
+    assert automatic(tmp_path, **both).config.compile is False  # on a CPU
+    monkeypatch.setattr(run_folder, "flash_serves", lambda device, dtype, width: True)
+    for changes, expected in (
+        ({"precision": "bf16"}, "layers"),
+        ({"precision": "no"}, False),
+        ({"precision": "bf16", "packed": "false"}, False),
+        ({"precision": "bf16", "attention": "eager"}, False),
+    ):
+        assert automatic(tmp_path, **both | changes).config.compile == expected
+    made = automatic(tmp_path, precision="bf16", **both)
+    assert made.config.attention == "sdpa"
+    made.write("running")
+    assert yaml.safe_load((tmp_path / "config.resolved.yaml").read_text())["compile"] == "layers"
+    monkeypatch.setattr(run_folder, "flash_serves", lambda device, dtype, width: False)
+    assert automatic(tmp_path, precision="bf16", **both).config.compile == "layers"  # as before
+    monkeypatch.setattr(run_folder, "flash_serves", lambda device, dtype, width: True)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert automatic(tmp_path / "sharded", precision="bf16", **both).config.compile is False
