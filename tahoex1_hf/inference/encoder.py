@@ -290,7 +290,7 @@ class CellEncoder:
         pooled, hidden_states = ragged_forward(
             self.model,
             input_ids,
-            sent(torch.from_numpy(cells.expression_values[index]), self.device),
+            torch.from_numpy(cells.expression_values[index]),
             offsets,
             drug_ids,
             all_tokens=gene_means is not None,

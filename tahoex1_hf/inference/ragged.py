@@ -54,7 +54,8 @@ def ragged_forward(
     Args:
         model: a model in eval mode for which `can_run_ragged` is true.
         input_ids: `(tokens,)` int64.
-        expression_values: `(tokens,)` float.
+        expression_values: `(tokens,)` float. The numbers are looked at, which must not wait for a GPU: leave them on
+            the CPU.
         offsets: `(cells + 1,)` boundaries of the cells, each with at least one token. Cells of equal length should
             lie side by side.
         drug_ids: `(cells,)` int64, as for the model.
@@ -183,6 +184,17 @@ class _Cells:
         return values.flatten(1)
 
 
+def _distinct(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what `torch.unique` returns, sorted values and the place of each; whole ones need no sorting for it."""
+    low, high = (int(limit) for limit in values.aminmax()) if values.isfinite().all() else (0, 2**31)
+    whole = values.long()
+    if high - low > len(values) or not torch.equal(whole.to(values.dtype), values):
+        return torch.unique(values, return_inverse=True)
+    there = torch.bincount(whole - low, minlength=high - low + 1) > 0
+    distinct = there.nonzero().squeeze(1)
+    return (distinct + low).to(values.dtype), (there.cumsum(0) - 1)[whole - low]
+
+
 def _embeddings(
     model: TahoeX1Model,
     input_ids: torch.Tensor,
@@ -190,9 +202,10 @@ def _embeddings(
     drug_ids: torch.Tensor | None,
     layout: CellLayout,
 ) -> torch.Tensor:
-    distinct, places = torch.unique(expression_values, return_inverse=True)
+    distinct, places = _distinct(expression_values)
     if 2 * len(distinct) > len(places):
         distinct, places = expression_values, torch.arange(len(expression_values), device=places.device)
+    distinct, places = sent(distinct, input_ids.device), sent(places, input_ids.device)
     values = model.embeddings.expression_encoder(distinct.unsqueeze(0))[0]
     return model.embeddings.combine(input_ids.unsqueeze(0), values[places].unsqueeze(0), drug_ids, layout)[0][0]
 

@@ -12,7 +12,7 @@ from helpers import SHAPES, largest_difference, make_batch, tiny_config, tiny_mo
 
 from tahoex1_hf import TahoeX1Model, TahoeX1Tokenizer
 from tahoex1_hf.inference.encoder import CellEncoder, length_sorted_batches
-from tahoex1_hf.inference.ragged import can_run_ragged, ragged_forward
+from tahoex1_hf.inference.ragged import _distinct, can_run_ragged, ragged_forward
 from tahoex1_hf.packing_tahoe_x1 import PackedAttention, equal_runs
 
 CLOSE = 1e-5  # absolute, on float32 outputs of order one
@@ -63,6 +63,18 @@ def test_flash_takes_all_cells_in_one_call_a_layer(flash_on_cpu: FlashStandIn, s
     assert largest_difference(pooled, expected) < CLOSE
     if hidden is not None:
         assert largest_difference(hidden, expected_hidden) < CLOSE
+
+
+@pytest.mark.parametrize(
+    "values",
+    [[3.0, -2.0, 50.0, 3.0, 0.0, -0.0], [1.5, 2.0, 1.5], [7.0], [1e30, 1.0], [float("inf"), 1.0], [2.0**40, 0.0]],
+)
+def test_distinct_values_are_those_of_torch(values: list[float]) -> None:
+    for mine, theirs in zip(
+        _distinct(torch.tensor(values)), torch.unique(torch.tensor(values), return_inverse=True), strict=True
+    ):
+        assert mine.dtype == theirs.dtype
+        assert torch.equal(mine, theirs)
 
 
 @pytest.mark.parametrize("norm_position", ["pre", "post"])
