@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from benchmarks.measuring import progress
-from tahoex1_hf.encoding_tahoe_x1 import EncodedCells
+from tahoex1_hf.packing_tahoe_x1 import EncodedCells
 
 
 @dataclass
