@@ -1,6 +1,7 @@
 """What both pieces of the GPU check share: rows that survive an interruption, cells, errors and times."""
 
 import contextlib
+import gc
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -50,6 +51,7 @@ class Check:
         except Exception as error:
             self.row(what, ok=False, failed=f"{type(error).__name__}: {str(error)[:200]}")
         if self.on_gpu:
+            gc.collect()  # compiled layers hold themselves, and the next peak would count them
             torch.cuda.empty_cache()
 
     def has_time(self, what: str) -> bool:
