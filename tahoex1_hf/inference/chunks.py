@@ -3,6 +3,7 @@
 
 import copy
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 
@@ -10,7 +11,7 @@ from tahoex1_hf.cells.encoding import Chunk, ChunkEncoder, report_unknown_drugs
 from tahoex1_hf.common.prefetch import prefetch
 from tahoex1_hf.common.progress import progress_bar
 from tahoex1_hf.configuration_tahoe_x1 import OVERFLOWS
-from tahoex1_hf.inference.encoder import CellEncoder, GeneMeans
+from tahoex1_hf.inference.encoder import CellEncoder, GeneMeans, TokenSink
 from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
 
 
@@ -19,6 +20,7 @@ def embed_chunks(
     chunks: Iterator[Chunk],
     gene_means: GeneMeans | None = None,
     on_batch: Callable[[int], object] = lambda num_cells: None,
+    sink_of: Callable[[Chunk], AbstractContextManager[TokenSink | None]] = lambda chunk: nullcontext(),
 ) -> Iterator[tuple[Chunk, np.ndarray, np.ndarray]]:
     """Embed chunk after chunk; the next chunk is read and encoded while the model works on this one.
 
@@ -27,13 +29,15 @@ def embed_chunks(
         chunks: chunks from `ChunkEncoder.chunks`.
         gene_means: running means to which the cells' gene embeddings are added; of several samples, the first's.
         on_batch: function called after each batch with its number of cells.
+        sink_of: function that makes of a chunk a context manager, which gives what takes the chunk's gene embeddings.
 
     Yields:
         Every chunk; its `(cells, width)` float32 embeddings, each row of length 1; and `(cells,)` float32, how far
         they vary with the sample (see `_average`), 0 for cells of which there is one sample.
     """
     for chunk in prefetch(chunks):
-        embeddings = encoder.embed(chunk.cells, gene_means, on_batch)
+        with sink_of(chunk) as on_tokens:
+            embeddings = encoder.embed(chunk.cells, gene_means, on_batch, on_tokens)
         deviations = np.zeros(len(embeddings), dtype=np.float32)
         if chunk.samples:
             others = (encoder.embed(cells) for cells in chunk.samples)

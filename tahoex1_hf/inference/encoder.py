@@ -1,5 +1,6 @@
 """Run a model over tokenized cells: device, precision, and batches of cells of similar length."""
 
+import copy
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -8,6 +9,7 @@ from typing import Any, Literal, cast
 
 import numpy as np
 import torch
+from torch import nn
 from torch.nn.functional import normalize
 from transformers.utils.generic import is_flash_attention_requested
 
@@ -23,6 +25,9 @@ from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
 logger = logging.getLogger(__name__)
 
 DtypeName = Literal["auto", "float32", "bfloat16", "int8"]
+
+TokenSink = Callable[[np.ndarray, torch.Tensor, torch.Tensor], object]
+"""What is called with each batch's row numbers, `(tokens,)` token ids, and `(tokens, width)` contextual embeddings."""
 
 # Tokens per batch, padding included: enough to fill the device, small enough for its memory at every released size.
 _DEFAULT_BATCH_TOKENS = {"cuda": 65536, "cpu": 8192}
@@ -142,6 +147,32 @@ class GeneMeans:
         return np.where(((token_ids >= 0) & (slots >= 0))[:, None], means[slots], np.float32(np.nan))
 
 
+def layer_number(config: TahoeX1Config, hidden_layer: int | None) -> int:
+    """Return the number of a layer from 0, what enters the first layer, to that of the last; None is the last.
+
+    Raises:
+        ValueError: for a layer that the model does not have.
+    """
+    last = config.num_hidden_layers
+    if hidden_layer is None:
+        return last
+    if not -last - 1 <= hidden_layer <= last:
+        raise ValueError(
+            f"hidden_layer={hidden_layer} is not there, the model has {last} layers: pass 0, what enters the first "
+            f"layer, to {last}, or {-last - 1} to -1, counted from the last."
+        )
+    return hidden_layer % (last + 1)
+
+
+def cut_after(model: TahoeX1Model, layer: int) -> TahoeX1Model:
+    """Return a model that ends after a layer, without the final norm, and shares the weights of `model`."""
+    cut = copy.copy(model)
+    cut._modules = dict(model._modules)  # a plain copy would be given the layers of both
+    cut.layers = nn.ModuleList(list(model.layers)[:layer])
+    cut.norm = nn.Identity()
+    return cut
+
+
 class CellEncoder:
     """A model made ready to embed tokenized cells.
 
@@ -155,6 +186,12 @@ class CellEncoder:
         device: device to compute on; by default the fastest there is.
         dtype: precision of the matrix products. Weights stay in float32; bfloat16 multiplies them under autocast, and
             int8 quantises the layers of a copy.
+        hidden_layer: number of the layer whose output is taken, as in the model's `hidden_states`: 0 is what enters
+            the first layer, -1 the last layer's output behind the final norm, the default. Outputs of other layers
+            are taken as they are, without the final norm.
+
+    Attributes:
+        hidden_layer: number of the layer whose output is taken, from 0 to the number of layers.
     """
 
     def __init__(
@@ -165,6 +202,7 @@ class CellEncoder:
         batch_tokens: int | None = None,
         device: str | torch.device | None = None,
         dtype: DtypeName = "auto",
+        hidden_layer: int | None = None,
     ):
         if batch_tokens is not None and batch_tokens < 1:
             raise ValueError(f"batch_tokens must be at least 1, got {batch_tokens}.")
@@ -183,6 +221,15 @@ class CellEncoder:
         self.config: TahoeX1Config = model.config
         self.dtype_name = str(self.dtype).removeprefix("torch.")
         self.model = cast(TahoeX1Model, model.base_model.to(self.device).eval())
+        self.hidden_layer = layer_number(self.config, hidden_layer)
+        if self.is_cut:
+            self.model = cut_after(self.model, self.hidden_layer)
+        if not self.hidden_layer and self.config.cell_pooling == "cls":
+            logger.warning(
+                "hidden_layer=%s gives every cell the same embedding: <cls>, whose embedding is the cell's "
+                '(cell_pooling="cls"), has seen no gene before the first layer.',
+                hidden_layer,
+            )
         if dtype == "int8":
             from tahoex1_hf.inference.quantization import with_int8_weights
 
@@ -190,6 +237,11 @@ class CellEncoder:
             self.dtype_name = f"int8 weights, {self.dtype_name}"
         self.tokenizer = tokenizer
         self.batch_tokens = batch_tokens or _DEFAULT_BATCH_TOKENS.get(self.device.type, 16384)
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether the output of another layer than the last is taken."""
+        return self.hidden_layer < self.config.num_hidden_layers
 
     @property
     def width(self) -> int:
@@ -212,6 +264,7 @@ class CellEncoder:
         cells: EncodedCells,
         gene_means: GeneMeans | None = None,
         on_batch: Callable[[int], object] = lambda num_cells: None,
+        on_tokens: TokenSink | None = None,
     ) -> np.ndarray:
         """Embed cells; their order, and which share a batch, change nothing but last digits (see `batch_tokens`).
 
@@ -219,6 +272,7 @@ class CellEncoder:
             cells: tokenized cells.
             gene_means: running means to which the cells' gene embeddings are added.
             on_batch: function called after each batch with its number of cells.
+            on_tokens: function that is given every cell's contextual embeddings, batch by batch.
 
         Returns:
             `(cells, width)` float32, each row of length 1.
@@ -233,7 +287,7 @@ class CellEncoder:
             waiting.clear()
 
         with self.precision():  # around all batches, so that weights are cast once
-            for rows, pooled in self.pooled_batches(cells, gene_means):
+            for rows, pooled in self.pooled_batches(cells, gene_means, on_tokens):
                 receive()  # those of the batch before, while a GPU computes this one
                 waiting.append((rows, arriving(normalize(pooled.float(), dim=1))))
                 if self.device.type != "cuda":
@@ -243,22 +297,28 @@ class CellEncoder:
 
     @torch.inference_mode()
     def pooled_batches(
-        self, cells: EncodedCells, gene_means: GeneMeans | None = None
+        self, cells: EncodedCells, gene_means: GeneMeans | None = None, on_tokens: TokenSink | None = None
     ) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
         """Run the model over cells, in batches of similar length.
 
         Args:
             cells: tokenized cells.
             gene_means: running means to which the cells' gene embeddings are added.
+            on_tokens: function that is given every cell's contextual embeddings, batch by batch.
 
         Yields:
             Row numbers of the cells of a batch, and their `(batch, width)` embeddings, not normalised.
         """
         ragged = can_run_ragged(self.model, self.device)
         step = partial(self._embed_ragged, prepared=self._prepared()) if ragged else self._embed_padded
+        all_tokens = gene_means is not None or on_tokens is not None
         for rows in length_sorted_batches(cells.lengths, self.batch_tokens, padded=not ragged):
             with self.precision():
-                pooled = step(cells, rows, gene_means)
+                pooled, input_ids, hidden_states = step(cells, rows, all_tokens)
+            if hidden_states is not None and gene_means is not None:
+                gene_means.add(input_ids.unsqueeze(0), hidden_states.unsqueeze(0))
+            if hidden_states is not None and on_tokens is not None:
+                on_tokens(rows, input_ids, hidden_states)
             yield rows, pooled
 
     def _prepared(self) -> list[PreparedLayer] | None:
@@ -267,21 +327,24 @@ class CellEncoder:
             return None
         return prepare_layers(self.model, self.dtype)
 
-    def _embed_padded(self, cells: EncodedCells, rows: np.ndarray, gene_means: GeneMeans | None) -> torch.Tensor:
+    def _embed_padded(
+        self, cells: EncodedCells, rows: np.ndarray, all_tokens: bool
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         batch = cells.padded(rows, pad_token_id=self.tokenizer.pad_token_id, pad_value=self.tokenizer.pad_value)
         batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
         outputs = self.model(**batch)
-        if gene_means is not None:
-            gene_means.add(batch["input_ids"], outputs.last_hidden_state)
-        return outputs.pooler_output
+        if not all_tokens:
+            return outputs.pooler_output, batch["input_ids"], None
+        valid = batch["attention_mask"].bool()
+        return outputs.pooler_output, batch["input_ids"][valid], outputs.last_hidden_state[valid]
 
     def _embed_ragged(
         self,
         cells: EncodedCells,
         rows: np.ndarray,
-        gene_means: GeneMeans | None,
+        all_tokens: bool,
         prepared: list[PreparedLayer] | None = None,
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         lengths = cells.lengths[rows]
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         index = np.repeat(cells.offsets[rows] - offsets[:-1], lengths) + np.arange(offsets[-1])
@@ -293,9 +356,7 @@ class CellEncoder:
             torch.from_numpy(cells.expression_values[index]),
             offsets,
             drug_ids,
-            all_tokens=gene_means is not None,
+            all_tokens=all_tokens,
             prepared=prepared,
         )
-        if gene_means is not None and hidden_states is not None:
-            gene_means.add(input_ids.unsqueeze(0), hidden_states.unsqueeze(0))
-        return pooled
+        return pooled, input_ids, hidden_states

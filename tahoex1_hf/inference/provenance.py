@@ -50,6 +50,7 @@ def provenance(
         "seed": options.seed,
         "draws": options.draws,
         "dtype": encoder.dtype_name,
+        "hidden_layer": encoder.hidden_layer,
         "device": encoder.device.type,
         "attention": str(encoder.config._attn_implementation),
         "normalized": "L2",

@@ -74,8 +74,8 @@ def ragged_forward(
     hidden_states = _embeddings(model, input_ids, expression_values, drug_ids, layout)
     dtype = prepared[0].dtype if prepared else multiplied_as(hidden_states)
     cells = _Cells(model, boundaries, lengths, dtype)
-    shorten = not all_tokens and model.config.cell_pooling == "cls"
     layers: list[Any] = prepared or list(model.layers)
+    shorten = bool(layers) and not all_tokens and model.config.cell_pooling == "cls"
     for layer in layers[:-1] if shorten else layers:
         hidden_states = _whole_layer(layer, hidden_states, cells)
     if shorten:
@@ -83,6 +83,29 @@ def ragged_forward(
     hidden_states = model.norm(hidden_states)
     pooled = layout.pool(hidden_states.unsqueeze(0), None, model.config.cell_pooling)
     return pooled, hidden_states if all_tokens else None
+
+
+@torch.inference_mode()
+def targets_forward(model: TahoeX1Model, input_ids: torch.Tensor) -> torch.Tensor:
+    """Return the embeddings of genes that stand together as if they were one cell, all of them targets.
+
+    Each attends to all of them, as in a model without the mask of `attention_mask_style="observed_or_self"`.
+
+    Args:
+        model: a model in eval mode.
+        input_ids: `(tokens,)` int64.
+
+    Returns:
+        `(tokens, hidden_size)`.
+    """
+    flag = model.embeddings.flag_embedding(input_ids.new_ones(()))
+    hidden_states = model.embeddings.gene_encoder(input_ids) + flag
+    boundaries = torch.tensor([0, len(input_ids)], device=input_ids.device)
+    cells = _Cells(model, boundaries, np.array([len(input_ids)]), multiplied_as(hidden_states))
+    layers: list[Any] = list(model.layers)
+    for layer in layers:
+        hidden_states = _whole_layer(layer, hidden_states, cells)
+    return model.norm(hidden_states)
 
 
 class _Cells:
