@@ -14,6 +14,7 @@ from tahoex1_hf.cells.opening import check_writable, open_cells
 from tahoex1_hf.hub.models import model_and_tokenizer, model_name, without_peft
 from tahoex1_hf.inference.chunks import embed_input, with_settings
 from tahoex1_hf.inference.encoder import CellEncoder, DtypeName
+from tahoex1_hf.inference.gene_embeddings import embed_genes, gene_kinds, gene_slot
 from tahoex1_hf.inference.provenance import check_key, deviation_key, provenance, provenance_key
 from tahoex1_hf.modeling_tahoe_x1 import TahoeX1PreTrainedModel
 from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
@@ -35,7 +36,7 @@ def embed_anndata(
     orthologs: Mapping[str, Sequence[str]] | str | Path | None = None,
     drugs: str | Sequence[str | None] | None = None,
     unknown_drugs: str | None = None,
-    gene_embeddings: bool = False,
+    gene_embeddings: bool | str | Sequence[str] = False,
     max_length: int | None = None,
     overflow: str | None = None,
     draws: int = 1,
@@ -43,6 +44,7 @@ def embed_anndata(
     batch_tokens: int | None = None,
     device: str | torch.device | None = None,
     dtype: DtypeName = "auto",
+    hidden_layer: int | None = None,
     progress: bool = True,
 ) -> None:
     """Write the cells' embeddings into `adata.obsm[key_added]`, float32 rows of length 1.
@@ -68,8 +70,11 @@ def embed_anndata(
         unknown_drugs: `"pad"`: cells whose drug is not in the model's drug table count as cells without a drug, as in
             the original, and a warning lists drugs and cells; `"error"`: they are refused; by default the tokenizer's
             `unknown_drugs`, which is `"pad"`. A single drug for all cells must always be known.
-        gene_embeddings: whether to write each gene's mean contextual embedding over the cells that express it to
-            `adata.varm[key_added]`; NaN for genes that no cell expresses or the vocabulary lacks.
+        gene_embeddings: True for each gene's mean contextual embedding over the cells that express it, in
+            `adata.varm[key_added]`; or some of the kinds that the original's benchmarks know, as in `"GE,TE"`: `"GE"`,
+            the model's input table, in `varm[key_added + "_GE"]`; `"TE"`, the output of the layers without any cell,
+            in `varm[key_added + "_TE"]`; `"EA"`, the same as True. Genes that no cell expresses, which
+            `uns[…]["genes_not_expressed"]` lists, have their TE as EA; genes that the vocabulary lacks are NaN.
         max_length: most tokens of a cell; by default the tokenizer's `context_length`.
         overflow: genes that are taken of cells longer than `max_length`: `"sample"`, at random, by the cell's content
             and the seed alone; `"highest"`, the highest counts; `"first"`, by column; by default the tokenizer's.
@@ -84,11 +89,15 @@ def embed_anndata(
         device: device to run on; by default CUDA or Apple's GPU where there is one, otherwise the CPU.
         dtype: precision of the matrix products: `"float32"`; `"bfloat16"`; `"auto"`, which is bfloat16 where the
             hardware multiplies it faster; or `"int8"`, which needs a quarter of the memory for the weights (torchao).
+        hidden_layer: number of the layer from whose output all embeddings are taken, as in the model's
+            `hidden_states`: 0 is what enters the first layer, and -1, the default, the last layer's output behind the
+            final norm. Outputs of other layers are taken without that norm.
         progress: whether to show a progress bar.
 
     Raises:
         ValueError: for counts, genes or arguments that cannot be used; the message says what to do.
     """
+    kinds = gene_kinds(gene_embeddings)
     check_key(key_added)
     check_writable(adata)
     loaded, tokenizer = model_and_tokenizer(model, tokenizer)
@@ -96,16 +105,27 @@ def embed_anndata(
     options = EncodeOptions(tokenizer, drugs, seed, unknown_drugs, draws)
     genes = GeneOptions(gene_id_column, gene_symbols, layer, species=species, orthologs=orthologs)
     cells = open_cells(adata, tokenizer, genes)
-    encoder = CellEncoder(without_peft(loaded), tokenizer, batch_tokens=batch_tokens, device=device, dtype=dtype)
+    encoder = CellEncoder(
+        without_peft(loaded),
+        tokenizer,
+        batch_tokens=batch_tokens,
+        device=device,
+        dtype=dtype,
+        hidden_layer=hidden_layer,
+    )
     match = cells.genes
-    if gene_embeddings:
+    if kinds:
         cells.check_gene_slots()
-    gene_means = encoder.gene_means(match) if gene_embeddings and match is not None else None
+    gene_means = encoder.gene_means(match) if "EA" in kinds and match is not None else None
     embeddings, deviations, num_empty = embed_input(encoder, ChunkEncoder(cells, options), gene_means, progress)
+    made_by = provenance(model_name(model, loaded), encoder, options, [cells], num_empty)
+    found = embed_genes(encoder, match.token_ids, kinds, gene_means) if kinds and match is not None else None
     # Written last, together: an interrupted run leaves adata as it was.
     adata.obsm[key_added] = embeddings
     if draws > 1:
         adata.obs[deviation_key(key_added)] = deviations
-    if gene_means is not None and match is not None:
-        adata.varm[key_added] = gene_means.means(match.token_ids)
-    adata.uns[provenance_key(key_added)] = provenance(model_name(model, loaded), encoder, options, [cells], num_empty)
+    if found is not None:
+        for kind, values in found.kinds.items():
+            adata.varm[gene_slot(key_added, kind)] = values
+        made_by |= found.provenance(adata.var_names)
+    adata.uns[provenance_key(key_added)] = made_by
