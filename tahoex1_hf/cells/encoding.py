@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from transformers.utils import logging
@@ -20,6 +20,9 @@ from tahoex1_hf.configuration_tahoe_x1 import UNKNOWN_DRUGS
 from tahoex1_hf.encoding_tahoe_x1 import GeneRows, sample_seed
 from tahoex1_hf.packing_tahoe_x1 import EncodedCells
 from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer, report_empty
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 logger = logging.get_logger(__name__)
 
@@ -159,6 +162,7 @@ class Chunk(NamedTuple):
         names: their names, where wanted.
         long: rows of the cells longer than the context, where more samples of them are wanted.
         samples: these further samples, each of the long cells.
+        obs: columns of obs that were asked for.
     """
 
     start: int
@@ -166,6 +170,7 @@ class Chunk(NamedTuple):
     names: list[str]
     long: np.ndarray
     samples: list[EncodedCells]
+    obs: "pd.DataFrame"
 
 
 class ChunkEncoder:
@@ -180,25 +185,26 @@ class ChunkEncoder:
         self.cells, self.options = cells, options
         self.drug_ids = DrugIds(cells, options)
 
-    def chunks(self, start: int, stop: int, names: bool = False) -> Iterator[Chunk]:
+    def chunks(self, start: int, stop: int, names: bool = False, obs: Sequence[str] = ()) -> Iterator[Chunk]:
         """Encode cells `start` to `stop`, cut into chunks at the multiples of `CHUNK_CELLS`.
 
         Args:
             start: a multiple of `CHUNK_CELLS`.
             stop: a later multiple, or `num_cells`.
             names: whether the names of the cells are wanted.
+            obs: columns of obs that are wanted.
 
         Raises:
             ValueError: for cells that cannot be read or encoded; the message names the input.
         """
         tokenizer = self.options.tokenizer
         compilation.start(tokenizer, token_dtype(tokenizer), self.cells.num_cells)
-        columns = [*self.drug_ids.columns, *([INDEX] if names else [])]
+        columns = list(dict.fromkeys([*self.drug_ids.columns, *([INDEX] if names else []), *obs]))
         for block in self.cells.chunks(start, stop, CHUNK_CELLS, columns):
             labels = block.obs[INDEX].astype(str).tolist() if names else []
             drug_ids = self.drug_ids.of_block(block)
             encoded = self.encode(block.rows, drug_ids, block.start)
-            yield Chunk(block.start, encoded, labels, *self._further_samples(block, drug_ids))
+            yield Chunk(block.start, encoded, labels, *self._further_samples(block, drug_ids), block.obs[list(obs)])
 
     def _further_samples(self, block: Block, drug_ids: np.ndarray | None) -> tuple[np.ndarray, list[EncodedCells]]:
         """Return the rows of long cells, and their second sample and those after it."""

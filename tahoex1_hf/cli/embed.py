@@ -24,7 +24,8 @@ def embed(
         str,
         typer.Argument(
             metavar="OUT",
-            help=".h5ad (for a single .h5ad, the input with the embeddings added), .parquet or .npy (also at s3://).",
+            help=".h5ad or .zarr (for a single input of that kind, the input with the embeddings added), .parquet or "
+            ".npy (also at s3://).",
         ),
     ],
     model: options.Model,
@@ -56,10 +57,45 @@ def embed(
     ] = Dtype.auto,
     device: options.Device = None,
     batch_tokens: options.BatchTokens = None,
+    hidden_layer: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Layer whose output is taken, without the final norm: 0 is what enters the first, -1 the last.",
+            show_default="the last, with the norm",
+        ),
+    ] = None,
     gene_embeddings: Annotated[
         bool, typer.Option("--gene-embeddings", help="Write mean gene embeddings as well.")
     ] = False,
-    key_added: Annotated[str, typer.Option(help="Slot of obsm to write.")] = "X_tahoe_x1",
+    gene_kinds: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KINDS",
+            help="Gene embeddings to write, with commas between: GE, the input table; TE, behind the layers without "
+            "any cell; EA, the mean over the cells, as --gene-embeddings.",
+        ),
+    ] = None,
+    cell_gene_embeddings: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE", help="Table for every cell's gene embeddings: .parquet, a row for each of its genes."
+        ),
+    ] = None,
+    obs: Annotated[
+        str | None,
+        typer.Option(
+            metavar="COLUMNS",
+            help="Columns of obs for an output that is no copy of the input, with commas between.",
+            show_default="none in .parquet, all in .h5ad and .zarr",
+        ),
+    ] = None,
+    wide: Annotated[
+        bool, typer.Option("--wide", help="A column for each dimension in .parquet, instead of one column of lists.")
+    ] = False,
+    key_added: Annotated[
+        str, typer.Option(help="Slot of obsm to write, or column of embeddings in .parquet.")
+    ] = "X_tahoe_x1",
     seed: options.Seed = 0,
     restart: options.Restart = False,
 ) -> str:
@@ -70,11 +106,15 @@ def embed(
     """
     from tahoex1_hf.cells.opening import check_paths
     from tahoex1_hf.embedding.files import embed_files
-    from tahoex1_hf.embedding.writers import check_output
+    from tahoex1_hf.embedding.obs_columns import split_columns
+    from tahoex1_hf.embedding.outputs import OutputOptions
     from tahoex1_hf.hub.models import model_and_tokenizer
     from tahoex1_hf.inference.encoder import choose_device
+    from tahoex1_hf.inference.gene_embeddings import gene_kinds as kinds_of
 
-    check_output(output, gene_embeddings, key_added, draws)
+    asked = [*(["EA"] if gene_embeddings else []), *(gene_kinds.split(",") if gene_kinds else [])]
+    kinds = kinds_of(asked or False)
+    OutputOptions(output, key_added, kinds, draws, split_columns(obs), wide, cell_gene_embeddings).check()
     check_paths(sources)
     choose_device(device)
     loaded, tokenizer = model_and_tokenizer(model, size=size, revision=revision)
@@ -92,7 +132,10 @@ def embed(
         gene_metadata=gene_metadata,
         drugs=drugs,
         unknown_drugs=unknown_drugs.value,
-        gene_embeddings=gene_embeddings,
+        gene_embeddings=kinds or False,
+        cell_gene_embeddings=cell_gene_embeddings,
+        obs=obs,
+        wide=wide,
         max_length=max_length,
         overflow=overflow and overflow.value,
         draws=draws,
@@ -100,6 +143,7 @@ def embed(
         batch_tokens=batch_tokens,
         device=device,
         dtype=dtype.value,
+        hidden_layer=hidden_layer,
         restart=restart,
     )
-    return f"Wrote {output}"
+    return f"Wrote {output}" if cell_gene_embeddings is None else f"Wrote {output} and {cell_gene_embeddings}"

@@ -54,6 +54,46 @@ class WholeFile:
             self.discard()  # has no effect after a move
 
 
+class WholeFolder:
+    """A folder that is written beside its place and moved there by `finish`.
+
+    Args:
+        path: place of the folder; the folder that it is in must exist.
+        replace: whether it takes the place of a folder that is there; otherwise only that of an empty one.
+
+    Attributes:
+        partial: folder to write to, a hidden one beside the place.
+    """
+
+    def __init__(self, path: Path, replace: bool = False):
+        self.path, self.replace = path, replace
+        self.partial = partial_path(path)
+        self.partial.mkdir(parents=True)
+
+    def finish(self) -> None:
+        """Wait until the disk has all files, and move the folder into place.
+
+        A kill between the two moves of a replacement leaves the old folder as a hidden one beside the place.
+
+        Raises:
+            OSError: for a place that is taken.
+        """
+        for folder, _, names in os.walk(self.partial):
+            for name in names:
+                sync(Path(folder, name))
+            sync(Path(folder))
+        old = partial_path(self.path)
+        if self.replace and self.path.exists():
+            self.path.rename(old)
+        self.partial.rename(self.path)
+        sync(self.path.parent)
+        shutil.rmtree(old, ignore_errors=True)
+
+    def discard(self) -> None:
+        """Remove the partial folder, if there is one; what is at the folder's place stays."""
+        shutil.rmtree(self.partial, ignore_errors=True)
+
+
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
     """Give a new folder beside `path` to write to, and move it there when the block ends without an error.
@@ -64,18 +104,12 @@ def whole_folder(path: Path) -> Iterator[Path]:
     Raises:
         OSError: when the block ends, for a place that is taken.
     """
-    partial = partial_path(path)
-    partial.mkdir(parents=True)
+    folder = WholeFolder(path)
     try:
-        yield partial
-        for folder, _, names in os.walk(partial):
-            for name in names:
-                sync(Path(folder, name))
-            sync(Path(folder))
-        partial.rename(path)
-        sync(path.parent)
+        yield folder.partial
+        folder.finish()
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        folder.discard()
 
 
 def partial_path(path: Path) -> Path:

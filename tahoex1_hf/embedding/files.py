@@ -11,18 +11,19 @@ import logging
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from filelock import FileLock, Timeout
 
 from tahoex1_hf.cells import encoding
-from tahoex1_hf.cells.encoding import ChunkEncoder, DrugIds, EncodeOptions, report_unknown_drugs
+from tahoex1_hf.cells.encoding import Chunk, ChunkEncoder, DrugIds, EncodeOptions, report_unknown_drugs
 from tahoex1_hf.cells.gene_symbols import Table
 from tahoex1_hf.cells.genes import TAHOE_100M_GENES, GeneOptions
 from tahoex1_hf.cells.opening import open_all
@@ -30,12 +31,15 @@ from tahoex1_hf.cells.readers.base import CellInput
 from tahoex1_hf.common.digests import json_digest, tokenizer_digest, weights_digest
 from tahoex1_hf.common.processes import Processes
 from tahoex1_hf.common.progress import progress_bar
+from tahoex1_hf.embedding.obs_columns import as_arrow, split_columns
+from tahoex1_hf.embedding.outputs import Output, OutputOptions
 from tahoex1_hf.embedding.shards import Shard, ShardFolder
-from tahoex1_hf.embedding.writers import EmbeddingWriter, check_output, open_writer
+from tahoex1_hf.embedding.writers import EmbeddingWriter
 from tahoex1_hf.hub.models import model_and_tokenizer, model_name, without_peft
 from tahoex1_hf.inference.chunks import embed_chunks, with_settings
-from tahoex1_hf.inference.encoder import CellEncoder, DtypeName, GeneMeans
-from tahoex1_hf.inference.provenance import provenance
+from tahoex1_hf.inference.encoder import CellEncoder, DtypeName, GeneMeans, TokenSink
+from tahoex1_hf.inference.gene_embeddings import embed_genes, gene_kinds, gene_slot
+from tahoex1_hf.inference.provenance import provenance, provenance_key
 from tahoex1_hf.modeling_tahoe_x1 import TahoeX1PreTrainedModel
 from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
 
@@ -45,7 +49,13 @@ logger = logging.getLogger(__name__)
 _SHARD_SECONDS = 30.0
 _SHARD_VALUES = 2**23
 # What runs of earlier versions did not record of themselves.
-_FORMERLY = {"sampled_by": "number", "draws": 1}
+_FORMERLY = {
+    "sampled_by": "number",
+    "draws": 1,
+    "hidden_layer": None,
+    "cell_gene_embeddings": False,
+    "obs": None,
+}
 
 
 class Plan:
@@ -107,7 +117,10 @@ def embed_files(
     gene_metadata: str | None = None,
     drugs: str | None = None,
     unknown_drugs: str | None = None,
-    gene_embeddings: bool = False,
+    gene_embeddings: bool | str | Sequence[str] = False,
+    cell_gene_embeddings: str | Path | None = None,
+    obs: str | Sequence[str] | None = None,
+    wide: bool = False,
     max_length: int | None = None,
     overflow: str | None = None,
     draws: int = 1,
@@ -115,6 +128,7 @@ def embed_files(
     batch_tokens: int | None = None,
     device: str | torch.device | None = None,
     dtype: DtypeName = "auto",
+    hidden_layer: int | None = None,
     restart: bool = False,
     progress: bool = True,
 ) -> None:
@@ -127,11 +141,13 @@ def embed_files(
     Args:
         sources: `.h5ad` files, `.zarr` stores, 10x files, folders and globs of these, prepared datasets, and Hub
             datasets in the form of Tahoe-100M.
-        output: path that ends in `.h5ad`, `.parquet` or `.npy`; the latter two may be URLs (`s3://…`). For a single
-            `.h5ad` source, an `.h5ad` output is the source plus the new slots, otherwise cells without counts.
+        output: path that ends in `.h5ad`, `.zarr`, `.parquet` or `.npy`; the latter two may be URLs (`s3://…`). Where
+            the only source is an `.h5ad` file or a `.zarr` store, an output of the same kind is the source plus the
+            new slots; otherwise these have cells without counts, with the columns of obs of all sources. A `.parquet`
+            table has the names of the cells, the columns of `obs`, and the embedding as one column of lists.
         model: as in `embed_anndata`.
         tokenizer: as in `embed_anndata`.
-        key_added: slot of `obsm` to write, or the beginning of the table's column names.
+        key_added: slot of `obsm` to write, or the name of the table's column of embeddings.
         layer: as in `embed_anndata`.
         gene_id_column: as in `embed_anndata`.
         gene_symbols: as in `embed_anndata`.
@@ -140,7 +156,14 @@ def embed_files(
         gene_metadata: gene table of a dataset in the form of Tahoe-100M; by default the dataset's own on the Hub.
         drugs: for models with a drug encoder, a column of the cells, or one drug for all cells.
         unknown_drugs: as in `embed_anndata`.
-        gene_embeddings: as in `embed_anndata`; needs a single `.h5ad` source and an `.h5ad` output.
+        gene_embeddings: as in `embed_anndata`; needs a single `.h5ad` or `.zarr` source and an output of its kind.
+        cell_gene_embeddings: path or URL of a `.parquet` table for each cell's contextual gene embeddings, with a row
+            for every expressed gene of every cell: `cell`, `source` (with several), `gene` (its Ensembl id), and the
+            embedding, not normalised, in a list column called `key_added`. For a cell that is longer than the context,
+            the genes of its (first) sample. While it is made, the table takes the disk twice.
+        obs: columns of obs, or names with commas between, that the output has where it is no copy of the source: by
+            default none in a `.parquet`, and all in an `.h5ad` or `.zarr`. A source that lacks one has missing values.
+        wide: whether a `.parquet` has a column for each dimension, `key_added` with `_0`, `_1`, … behind it.
         max_length: as in `embed_anndata`.
         overflow: as in `embed_anndata`.
         draws: as in `embed_anndata`; the deviations are a column of obs, or of the table.
@@ -148,6 +171,7 @@ def embed_files(
         batch_tokens: as in `embed_anndata`.
         device: as in `embed_anndata`; several processes on a machine take a GPU each by default.
         dtype: as in `embed_anndata`.
+        hidden_layer: as in `embed_anndata`.
         restart: whether to discard what an unfinished run with other arguments left.
         progress: whether to show a progress bar.
 
@@ -156,8 +180,16 @@ def embed_files(
         FileNotFoundError: for a source or a model that does not exist.
     """
     paths = [str(path) for path in ([sources] if isinstance(sources, (str, Path)) else sources)]
-    target = str(output)
-    check_output(target, gene_embeddings, key_added, draws)
+    wanted = OutputOptions(
+        str(output),
+        key_added,
+        gene_kinds(gene_embeddings),
+        draws,
+        split_columns(obs),
+        wide,
+        None if cell_gene_embeddings is None else str(cell_gene_embeddings),
+    )
+    wanted.check()
     processes = Processes.current()
     loaded, tokenizer = model_and_tokenizer(model, tokenizer)
     options = EncodeOptions(with_settings(tokenizer, max_length, overflow), drugs, seed, unknown_drugs, draws)
@@ -170,39 +202,25 @@ def embed_files(
         orthologs=orthologs,
     )
     with ExitStack() as stack:
-        shards = ShardFolder(f"{target}.shards")
+        shards = ShardFolder(f"{wanted.path}.shards")
         spool = Path(shards.location) / "by_cell"
         if not shards.is_local:  # each machine sorts by cell the counts that need it
             spool = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         inputs = open_all(paths, options.tokenizer, genes, spool=spool)
-        alone = len(inputs) == 1 and _is_h5ad(inputs[0])
-        copied = inputs[0].path if alone and target.endswith(".h5ad") else None
-        if gene_embeddings and copied is None:
-            raise ValueError("gene_embeddings needs a single .h5ad file as source, whose varm holds the result.")
-        if gene_embeddings:
-            inputs[0].check_gene_slots()
         encoder = CellEncoder(
             without_peft(loaded),
             options.tokenizer,
             batch_tokens=batch_tokens,
             device=device or processes.device(),
             dtype=dtype,
+            hidden_layer=hidden_layer,
         )
-        with_names = copied is None and not target.endswith(".npy")
-        run = _Run(inputs, shards, encoder, options, gene_embeddings, with_names)
-        identity = _identity(run, loaded, {"key_added": key_added, "layer": layer})
+        made = Output(wanted, inputs, shards, options.tokenizer, encoder.width)
+        run = _Run(inputs, shards, encoder, options, made)
+        identity = _identity(run, loaded, {"layer": layer})
         identity["batch_tokens"] = batch_tokens  # it moves last digits; the default depends on the device alone
         todo = run.begin(stack.enter_context(_Lock(shards)), identity, restart, processes)
-
-        def open_output() -> EmbeddingWriter:
-            shape = (run.plan.num_cells, encoder.width)
-            return open_writer(target, shape, key_added, copied, [each.path for each in inputs], draws > 1)
-
-        run.carry_out(todo, processes, open_output, model_name(model, loaded), progress)
-
-
-def _is_h5ad(cells: CellInput) -> bool:
-    return cells.path.endswith(".h5ad") and Path(cells.path).is_file()
+        run.carry_out(todo, processes, model_name(model, loaded), progress)
 
 
 class _Run:
@@ -214,16 +232,15 @@ class _Run:
         shards: ShardFolder,
         encoder: CellEncoder,
         options: EncodeOptions,
-        gene_embeddings: bool,
-        names: bool,
+        output: Output,
     ):
         self.plan = Plan([ChunkEncoder(each, options) for each in inputs])
         self.shards, self.encoder, self.options = shards, encoder, options
-        self.names, self.gene_embeddings = names, gene_embeddings
+        self.output, self.kinds, self.cell_genes = output, output.options.kinds, output.cell_genes
 
     def _gene_means(self) -> GeneMeans | None:
         genes = self.plan.inputs[0].genes
-        return self.encoder.gene_means(genes) if self.gene_embeddings and genes is not None else None
+        return self.encoder.gene_means(genes) if "EA" in self.kinds and genes is not None else None
 
     def begin(self, lock: "_Lock", identity: dict[str, Any], restart: bool, processes: Processes) -> np.ndarray:
         """Claim the folder of the shards, and return the chunks that this process must embed."""
@@ -233,8 +250,10 @@ class _Run:
             self.shards.claim(identity, restart, _FORMERLY)
             report_unknown_drugs([each for each in self._drug_ids() if each.is_counted])
             self._sort_by_cell()
-            # With gene embeddings, a shard that is in no sum was written just before a kill, and is made again.
-            finished = self.shards.summed() if self.gene_embeddings else self.shards.finished()
+            if self.cell_genes is not None:
+                self.shards.drop(self.cell_genes.without(self.shards.finished()))
+            # With means of genes, a shard that is in no sum was written just before a kill, and is made again.
+            finished = self.shards.summed() if "EA" in self.kinds else self.shards.finished()
             todo, total = self.plan.unfinished(finished), self.plan.num_chunks
             if len(todo) < total:
                 done = total - len(todo)
@@ -257,7 +276,6 @@ class _Run:
         self,
         todo: np.ndarray,
         processes: Processes,
-        open_output: Callable[[], EmbeddingWriter],
         model_name: str,
         progress: bool,
     ) -> None:
@@ -266,7 +284,7 @@ class _Run:
             self.embed(todo, progress, processes)
             processes.wait()
             if processes.index == 0:
-                self.write(open_output(), model_name)
+                self.write(self.output.open(), model_name)
                 self.shards.remove()
             processes.wait()
         except BaseException:
@@ -301,33 +319,56 @@ class _Run:
         parts: list[np.ndarray] = []
         spreads: list[np.ndarray] = []
         empty, first, since = 0, start, time.monotonic()
-        chunks = source.chunks(low, high, self.names)
-        embedded = embed_chunks(self.encoder, chunks, gene_means, bar.update)
+        columns = [name for name in self.output.shard_columns if name in source.cells.obs_columns]
+        tables: list[pa.Table] = []
+        chunks = source.chunks(low, high, self.output.names, columns)
+
+        def sink_of(chunk: Chunk) -> AbstractContextManager[TokenSink | None]:
+            if self.cell_genes is None:
+                return nullcontext()
+            place = start + (chunk.start - low) // encoding.CHUNK_CELLS
+            return self.cell_genes.of_chunk(place, source.cells.path, chunk)
+
+        embedded = embed_chunks(self.encoder, chunks, gene_means, bar.update, sink_of)
         for done, (chunk, part, spread) in enumerate(embedded, start + 1):
             names.extend(chunk.names)
             parts.append(part)
             spreads.append(spread)
+            tables.append(as_arrow(chunk.obs))
             empty += len(chunk.cells.empty_cells)
             full = sum(each.size for each in parts) >= _SHARD_VALUES or time.monotonic() - since >= _SHARD_SECONDS
             if full or done == stop:
                 deviations = np.concatenate(spreads) if self.options.draws > 1 else None
-                yield first, done, Shard(names, np.concatenate(parts), empty, deviations)
-                names, parts, spreads, empty, first, since = [], [], [], 0, done, time.monotonic()
+                obs = pa.concat_tables(tables, promote_options="permissive") if columns else None
+                yield first, done, Shard(names, np.concatenate(parts), empty, deviations, obs)
+                names, parts, spreads, tables = [], [], [], []
+                empty, first, since = 0, done, time.monotonic()
 
     def write(self, writer: EmbeddingWriter, model_name: str) -> None:
         """Write the output from the shards, in the order of the cells."""
         try:
             num_empty = self._write_cells(writer)
-            gene_means, genes = self._gene_means(), self.plan.inputs[0].genes
-            if gene_means is not None and genes is not None:
-                for _, _, sums in self.shards.read_sums():
-                    gene_means.add_state(sums)
-                writer.write_genes(gene_means.means(genes.token_ids))
-            writer.write_provenance(provenance(model_name, self.encoder, self.options, self.plan.inputs, num_empty))
+            made_by = provenance(model_name, self.encoder, self.options, self.plan.inputs, num_empty)
+            if self.cell_genes is not None:
+                self.cell_genes.write(self.plan.num_chunks, {provenance_key(writer.layout.key_added): made_by})
+            writer.write_provenance({**made_by, **self._write_genes(writer)})
             writer.finish()
         except BaseException:
             writer.abandon()
             raise
+
+    def _write_genes(self, writer: EmbeddingWriter) -> dict[str, Any]:
+        """Write the gene embeddings, and return what made them."""
+        cells, gene_means = self.plan.inputs[0], self._gene_means()
+        if not self.kinds or cells.genes is None:
+            return {}
+        if gene_means is not None:
+            for _, _, sums in self.shards.read_sums():
+                gene_means.add_state(sums)
+        found = embed_genes(self.encoder, cells.genes.token_ids, self.kinds, gene_means)
+        for kind, embeddings in found.kinds.items():
+            writer.write_genes(gene_slot(writer.layout.key_added, kind), embeddings)
+        return found.provenance(cells.var.index)
 
     def _write_cells(self, writer: EmbeddingWriter) -> int:
         at = num_empty = 0
@@ -342,7 +383,7 @@ class _Run:
                 raise ValueError(
                     f"{self.shards.location}: the shard {start}-{stop} is damaged: remove it, and run again."
                 )
-            writer.write(shard.names, self.plan.inputs[number].path, shard.embeddings, shard.deviations)
+            writer.write(shard, self.plan.inputs[number].path)
             num_empty += shard.num_empty
             at = stop
         if at != self.plan.num_chunks:
@@ -367,8 +408,8 @@ def _identity(run: _Run, model: TahoeX1PreTrainedModel, more: dict[str, Any]) ->
         "sampled_by": "content" if samples else _FORMERLY["sampled_by"],
         "draws": options.draws,
         "dtype": run.encoder.dtype_name,
-        "gene_embeddings": run.gene_embeddings,
-        "names": run.names,
+        "hidden_layer": run.encoder.hidden_layer if run.encoder.is_cut else None,
+        **run.output.identity,
         **more,
     }
 

@@ -21,6 +21,8 @@ from tahoex1_hf.common.files import WholeFile
 
 _SHARD = re.compile(r"chunks-(\d{12})-(\d{12})\.parquet")
 _RUN = "run.json"
+# Beginning of the names of the columns of obs, beside which the shard has columns of its own.
+_OBS = "obs:"
 
 
 class Shard(NamedTuple):
@@ -31,12 +33,14 @@ class Shard(NamedTuple):
         embeddings: `(cells, width)` float32.
         num_empty: number of cells in which no known gene is expressed.
         deviations: `(cells,)` float32, how far embeddings vary with the sample; None where there is one sample.
+        obs: columns of obs; None where none were asked for.
     """
 
     names: list[str]
     embeddings: np.ndarray
     num_empty: int
     deviations: np.ndarray | None = None
+    obs: pa.Table | None = None
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,19 @@ class ShardFolder:
 
         return url_to_fs(self.location)
 
-    def _names(self) -> list[str]:
+    def place(self, name: str) -> str:
+        """Return the path or URL of a file of the folder, which is made where it is a local one."""
+        if self.is_local:
+            os.makedirs(self.location, exist_ok=True)
+        return f"{self.location}/{name}"
+
+    def open(self, name: str) -> Any:
+        """Open a file of the folder for reading."""
+        filesystem, root = self._filesystem()
+        return filesystem.open(f"{root}/{name}", "rb")
+
+    def names(self) -> list[str]:
+        """Return the names of all files of the folder, sorted."""
         filesystem, root = self._filesystem()
         filesystem.invalidate_cache()
         if not filesystem.isdir(root):
@@ -96,7 +112,7 @@ class ShardFolder:
         """
         if restart:
             self.remove()
-        if _RUN in self._names():
+        if _RUN in self.names():
             found = {**formerly, **json.loads(self._read(_RUN))}
             different = sorted(key for key, value in found.items() if value != identity.get(key))
             if different:
@@ -118,7 +134,7 @@ class ShardFolder:
 
     def finished(self) -> list[tuple[int, int]]:
         """Return the first and last-plus-one chunk of every shard, in order."""
-        found = (_SHARD.fullmatch(name) for name in self._names())
+        found = (_SHARD.fullmatch(name) for name in self.names())
         return sorted((int(match[1]), int(match[2])) for match in found if match)
 
     def write(self, start: int, stop: int, shard: Shard) -> None:
@@ -130,6 +146,8 @@ class ShardFolder:
             columns["deviation"] = pa.array(shard.deviations, pa.float32())
         if shard.names:
             columns = {"cell": pa.array(shard.names, pa.string()), **columns}
+        for name, values in zip(shard.obs.column_names, shard.obs.columns, strict=True) if shard.obs else ():
+            columns[f"{_OBS}{name}"] = values
         table = pa.table(columns).replace_schema_metadata({"num_empty": str(shard.num_empty)})
         buffer = io.BytesIO()
         pq.write_table(table, buffer, compression="none", use_dictionary=False, write_statistics=False)
@@ -143,7 +161,16 @@ class ShardFolder:
         names = table.column("cell").to_pylist() if "cell" in table.column_names else []
         deviations = table.column("deviation").to_numpy() if "deviation" in table.column_names else None
         metadata = table.schema.metadata or {}
-        return Shard(names, flat.reshape(table.num_rows, -1), int(metadata[b"num_empty"]), deviations)
+        embeddings = flat.reshape(table.num_rows, -1)
+        return Shard(names, embeddings, int(metadata[b"num_empty"]), deviations, _obs_of(table))
+
+    def obs_schemas(self) -> list[pa.Schema]:
+        """Return the columns of obs, and their types, of each shard."""
+        schemas = []
+        for start, stop in self.finished():
+            with self.open(f"chunks-{start:012d}-{stop:012d}.parquet") as file:
+                schemas.append(_obs_of(pq.read_schema(file).empty_table()).schema)
+        return schemas
 
     def summed(self) -> list[tuple[int, int]]:
         """Return the shards whose cells are in a sum, and remove the rest.
@@ -158,9 +185,14 @@ class ShardFolder:
                 covered |= shards
             else:
                 filesystem.rm_file(f"{root}/{name}")
-        for start, stop in finished - covered:
-            filesystem.rm_file(f"{root}/chunks-{start:012d}-{stop:012d}.parquet")
+        self.drop(finished - covered)
         return sorted(covered)
+
+    def drop(self, shards: Iterable[tuple[int, int]]) -> None:
+        """Remove shards, whose cells are then to be embedded again."""
+        filesystem, root = self._filesystem()
+        for start, stop in shards:
+            filesystem.rm_file(f"{root}/chunks-{start:012d}-{stop:012d}.parquet")
 
     # Sums over the cells of shards -----------------------------------------------------------------
 
@@ -173,8 +205,14 @@ class ShardFolder:
 
     def read_sums(self) -> Iterator[tuple[str, set[tuple[int, int]], dict[str, np.ndarray]]]:
         """Yield, for every process that wrote sums, the file's name, the process's shards, and the sums."""
-        for name in self._names():
+        for name in self.names():
             if name.startswith("sums-"):
                 with np.load(io.BytesIO(self._read(name)), allow_pickle=False) as arrays:
                     sums = {key: arrays[key] for key in arrays.files}
                 yield name, {(int(a), int(b)) for a, b in sums.pop("shards")}, sums
+
+
+def _obs_of(table: pa.Table) -> pa.Table:
+    """Return the columns of obs of a shard's table."""
+    names = [name for name in table.column_names if name.startswith(_OBS)]
+    return table.select(names).rename_columns([name.removeprefix(_OBS) for name in names])

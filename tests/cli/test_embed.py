@@ -63,14 +63,35 @@ def test_h5ad_is_the_input_plus_the_new_slots(tmp_path: Path, converted: Path) -
     assert {path.name for path in tmp_path.iterdir()} == {"in.h5ad", "out.h5ad"}
 
 
+def test_columns_of_obs_a_wide_table_and_every_cells_genes(tmp_path: Path, converted: Path) -> None:
+    source = anndata.read_h5ad(CELLS)
+    column = source.obs.columns[0]
+    more = "--obs", column, "--wide", "--cell-gene-embeddings", tmp_path / "genes.parquet"
+    result = embed(CELLS, tmp_path / "out.parquet", converted, *more)
+    assert "genes.parquet" in result.output
+    table = pd.read_parquet(tmp_path / "out.parquet")
+    assert table.columns[:3].tolist() == ["cell", column, "X_tahoe_x1_0"]
+    assert table[column].tolist() == source.obs[column].tolist()
+    assert pd.read_parquet(tmp_path / "genes.parquet")["cell"].nunique() == 50
+
+
+def test_hidden_layer_and_kinds_of_gene_embeddings(tmp_path: Path, converted: Path) -> None:
+    more = "--hidden-layer", "-2", "--gene-embeddings", "--gene-kinds", "GE,te"
+    embed(CELLS, tmp_path / "out.h5ad", converted, *more)
+    result = anndata.read_h5ad(tmp_path / "out.h5ad")
+    assert set(result.varm) == {"X_tahoe_x1", "X_tahoe_x1_GE", "X_tahoe_x1_TE"}
+    assert result.uns["tahoe_x1"]["hidden_layer"] == 2
+    assert len(result.uns["tahoe_x1"]["genes_not_expressed"]) > 0
+
+
 def test_parquet_and_npy_hold_the_same_numbers(tmp_path: Path, converted: Path) -> None:
     embed(CELLS, tmp_path / "out.npy", converted)
     embed(CELLS, tmp_path / "out.parquet", converted, "--key-added", "X_mine")
     assert np.abs(np.load(tmp_path / "out.npy") - EXPECTED).max() < 1e-6
     table = pd.read_parquet(tmp_path / "out.parquet")
     assert table["cell"].tolist() == anndata.read_h5ad(CELLS).obs_names.tolist()
-    assert table.columns[1] == "X_mine_0"
-    np.testing.assert_array_equal(table.iloc[:, 1:].to_numpy(), np.load(tmp_path / "out.npy"))
+    assert table.columns.tolist() == ["cell", "X_mine"]
+    np.testing.assert_array_equal(np.stack(table["X_mine"]), np.load(tmp_path / "out.npy"))
     metadata = pq.read_metadata(tmp_path / "out.parquet").metadata
     assert json.loads(metadata[b"mine"])["matched_genes"] == 600
 
@@ -133,12 +154,17 @@ def test_a_failed_run_leaves_no_file(tmp_path: Path, converted: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((CELLS, "out.txt", "--model", MODEL), "must end in .h5ad, .parquet or .npy"),
-        ((CELLS, "out.npy", "--model", MODEL, "--gene-embeddings"), "need an output that ends in .h5ad"),
+        ((CELLS, "out.txt", "--model", MODEL), "must end in .h5ad, .zarr, .parquet or .npy"),
+        ((CELLS, "out.npy", "--model", MODEL, "--gene-embeddings"), "need an output that ends in .h5ad or .zarr"),
         (("nothing.h5ad", "out.npy", "--model", MODEL), "nothing.h5ad does not exist"),
         ((CELLS, "nowhere/out.npy", "--model", MODEL), "folder nowhere does not exist"),
         ((CELLS, "out.npy", "--model", "no-such-folder"), "neither a folder nor a Hub repository"),
         ((CELLS, "out.npy", "--model", MODEL, "--gene-id-column", "no"), "gene_id_column='no' (--gene-id-column)"),
+        ((CELLS, "out.h5ad", "--model", MODEL, "--gene-kinds", "GE,X"), "some of GE, TE, EA"),
+        (
+            (CELLS, "out.npy", "--model", MODEL, "--gene-id-column", "ensembl_id", "--hidden-layer", "9"),
+            "pass 0, what enters the first layer, to 3",
+        ),
         ((CELLS, "out.npy", "--model", MODEL, "--size", "3b"), "has no size '3b'"),
     ],
 )

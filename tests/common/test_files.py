@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tahoex1_hf.common.files import WholeFile, whole_folder, write_json
+from tahoex1_hf.common.files import WholeFile, WholeFolder, whole_folder, write_json
 
 
 @pytest.fixture
@@ -168,3 +168,23 @@ def test_an_existing_folder_stays_as_it_is(tmp_path: Path) -> None:
         (partial / "file").write_text("second")
     assert (path / "file").read_text() == "first"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_takes_the_place_of_another_as_a_whole(tmp_path: Path) -> None:
+    place = tmp_path / "store"
+    place.mkdir()
+    (place / "old").write_text("1")
+    abandoned = WholeFolder(place, replace=True)
+    (abandoned.partial / "half").write_text("2")
+    abandoned.discard()
+    assert [path.name for path in place.iterdir()] == ["old"]
+    folder = WholeFolder(place, replace=True)
+    (folder.partial / "new").write_text("3")
+    folder.finish()
+    assert [path.name for path in place.iterdir()] == ["new"]
+    assert [path.name for path in tmp_path.iterdir()] == ["store"]
+    other = WholeFolder(place)
+    with pytest.raises(OSError, match="not empty"):
+        other.finish()
+    other.discard()
+    assert [path.name for path in place.iterdir()] == ["new"]

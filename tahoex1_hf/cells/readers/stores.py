@@ -190,7 +190,8 @@ def _encoded_column(element: Any, start: int, stop: int | None) -> pd.Series:
     if "codes" in element and "categories" in element:
         categories = element["categories"]
         categories = categories["values"] if not hasattr(categories, "shape") else categories
-        return _categorical(_plain(element["codes"], start, stop), _plain(categories, 0, None))
+        codes, ordered = _plain(element["codes"], start, stop), bool(element.attrs.get("ordered", False))
+        return _categorical(codes, _plain(categories, 0, None), ordered)
     if "values" in element and "mask" in element:
         values = pd.Series(_plain(element["values"], start, stop))
         kind = {"b": "boolean", "i": "Int64", "u": "Int64", "f": "Float64"}.get(values.dtype.kind, "string")
@@ -199,8 +200,8 @@ def _encoded_column(element: Any, start: int, stop: int | None) -> pd.Series:
     raise BadInput(f"a column of its obs or var is stored as {dict(element.attrs)}, which is not known here.")
 
 
-def _categorical(codes: np.ndarray, categories: np.ndarray) -> pd.Series:
-    return pd.Series(pd.Categorical.from_codes(codes.astype(np.int64), pd.Index(categories)))
+def _categorical(codes: np.ndarray, categories: np.ndarray, ordered: bool = False) -> pd.Series:
+    return pd.Series(pd.Categorical.from_codes(codes.astype(np.int64), pd.Index(categories), ordered=ordered))
 
 
 def _plain(array: Any, start: int, stop: int | None) -> np.ndarray:

@@ -1,0 +1,155 @@
+# Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
+"""What an embedding run writes beside the embeddings, in which format, and whether as a copy of the source."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tahoex1_hf.cells.readers.base import BadInput, CellInput
+from tahoex1_hf.cells.readers.paths import is_zarr_store
+from tahoex1_hf.embedding.anndata_writer import H5adWriter, ZarrWriter
+from tahoex1_hf.embedding.cell_genes import CellGenes, check_cell_gene_output
+from tahoex1_hf.embedding.obs_columns import choose_columns, common_types, joined_column
+from tahoex1_hf.embedding.shards import ShardFolder
+from tahoex1_hf.embedding.writers import EmbeddingWriter, Layout, NpyWriter, ParquetWriter, check_output
+from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class OutputOptions:
+    """What is asked for.
+
+    Attributes:
+        path: path or URL of the output, whose ending decides the format.
+        key_added: slot of `obsm` to write, or the name of the table's column of embeddings.
+        kinds: kinds of gene embeddings.
+        draws: number of samples of a long cell; with several, there is a column of deviations.
+        obs: columns of obs; None for the format's default.
+        wide: whether a table has a column for each dimension.
+        cell_genes: path or URL of the table of every cell's gene embeddings; None for no such table.
+    """
+
+    path: str
+    key_added: str
+    kinds: tuple[str, ...] = ()
+    draws: int = 1
+    obs: tuple[str, ...] | None = None
+    wide: bool = False
+    cell_genes: str | None = None
+
+    def check(self) -> None:
+        """Raise ValueError for what could not be written, before any work is done."""
+        check_output(self.path, bool(self.kinds), self.key_added, self.draws, self.wide, self.obs)
+        if self.cell_genes is not None:
+            check_cell_gene_output(self.cell_genes, self.path)
+
+
+class Output:
+    """The output of a run over inputs.
+
+    Args:
+        options: what is asked for.
+        inputs: the sources.
+        shards: folder of the shards, from which the output is written.
+        tokenizer: the tokenizer.
+        width: number of dimensions.
+
+    Attributes:
+        copied: path of the source that the output is a copy of; None for cells without counts.
+        names: whether the names of the cells are needed.
+        shard_columns: columns of obs that the shards must hold.
+        cell_genes: writer of every cell's gene embeddings; None where they are not wanted.
+
+    Raises:
+        ValueError: for what does not go with these sources.
+    """
+
+    def __init__(
+        self,
+        options: OutputOptions,
+        inputs: Sequence[CellInput],
+        shards: ShardFolder,
+        tokenizer: TahoeX1Tokenizer,
+        width: int,
+    ):
+        self.options, self.inputs, self.shards, self.width = options, inputs, shards, width
+        path, obs = options.path, options.obs
+        self.copied = self._find_copied()
+        if obs is not None and self.copied is not None:
+            raise ValueError(
+                f"obs={','.join(obs)}: {path} is a copy of the only source, with all columns of obs: leave obs out."
+            )
+        if options.kinds:
+            self._check_genes()
+        is_table = path.endswith(".parquet")
+        no_columns = path.endswith(".npy") or self.copied is not None or (is_table and obs is None)
+        self.columns = [] if no_columns else choose_columns(inputs, obs)
+        self.shard_columns = self.columns if is_table else []
+        self.names = options.cell_genes is not None or not (path.endswith(".npy") or self.copied is not None)
+        self.cell_genes = None
+        if options.cell_genes is not None:
+            several = len(inputs) > 1
+            self.cell_genes = CellGenes(options.cell_genes, shards, tokenizer, width, options.key_added, several)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decides what the shards hold, and what the output is to be, as JSON."""
+        options = self.options
+        return {
+            "key_added": options.key_added,
+            "gene_embeddings": "EA" in options.kinds,  # as it was recorded when there was one kind
+            "gene_kinds": list(options.kinds),
+            "cell_gene_embeddings": self.cell_genes is not None,
+            "obs": None if options.obs is None else list(options.obs),
+            "wide": options.wide,
+            "names": self.names,
+        }
+
+    def _find_copied(self) -> str | None:
+        """Return the path of the only source, where it is of the output's kind."""
+        output = Path(self.options.path)
+        local = [Path(cells.path) for cells in self.inputs]
+        if output.suffix == ".zarr" and any(path.resolve() == output.resolve() for path in local):
+            raise ValueError(f"{output} is a source: a .zarr store cannot be changed in place, name another output.")
+        if len(local) > 1:
+            return None
+        is_same = {".h5ad": local[0].suffix == ".h5ad" and local[0].is_file(), ".zarr": is_zarr_store(local[0])}
+        return self.inputs[0].path if is_same.get(output.suffix, False) else None
+
+    def _check_genes(self) -> None:
+        """Raise ValueError where gene embeddings would have no place."""
+        if self.copied is None or self.inputs[0].genes is None:
+            raise ValueError(
+                "gene_embeddings needs a single .h5ad file as source and an .h5ad output, or the same with .zarr: "
+                "their varm holds the result."
+            )
+        self.inputs[0].check_gene_slots()
+
+    def open(self) -> EmbeddingWriter:
+        """Open the writer, when the shards hold all cells."""
+        options, sources = self.options, [cells.path for cells in self.inputs]
+        shape = sum(cells.num_cells for cells in self.inputs), self.width
+        layout = Layout(shape, options.key_added, sources, options.draws > 1)
+        if options.path.endswith(".npy"):
+            return NpyWriter(options.path, layout)
+        if options.path.endswith(".parquet"):
+            types = common_types(self.shards.obs_schemas(), self.columns) if self.columns else {}
+            return ParquetWriter(options.path, layout, types, options.wide)
+        obs = {name: partial(self._column, name) for name in self.columns}
+        writer = H5adWriter if options.path.endswith(".h5ad") else ZarrWriter
+        return writer(options.path, layout, self.copied, obs)
+
+    def _column(self, name: str) -> Any:
+        """Return a column of obs of all sources; None for one that was not asked for and cannot be read."""
+        try:
+            return joined_column(self.inputs, name)
+        except BadInput as error:
+            if self.options.obs is not None:
+                raise
+            logger.warning("The column %s of obs is left out: %s", name, error)
+            return None
