@@ -49,6 +49,7 @@ Verbose = Annotated[
     bool,
     typer.Option("--verbose", "-v", help="Print details, and where an error arose.", rich_help_panel="Messages"),
 ]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", rich_help_panel="Messages")]
 
 # The model -----------------------------------------------------------------------------------------------------------
 

@@ -7,11 +7,13 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
 import typer
 
-from tahoex1_hf.cli.options import Quiet, Verbose
+from tahoex1_hf.cli.options import Debug, Quiet, Verbose
+from tahoex1_hf.common.reading import in_short
 
 logger = logging.getLogger(__name__)
 
@@ -38,9 +40,10 @@ def command(
     error_code: int = 1,
     timed: bool = False,
 ) -> Callable[[Callable[..., str | None]], Callable[..., None]]:
-    """Turn a function into a command that has `--quiet` and `--verbose` and ends with a sentence, not a traceback.
+    """Turn a function into a command that ends with a sentence, not a traceback, and has the options of all commands.
 
-    The text that the function returns is printed to standard output.
+    They are `--quiet`, `--verbose`, and `--debug`, with which errors keep their traceback. The text that the function
+    returns is printed to standard output.
 
     Args:
         extra: Extra of the package that the command needs.
@@ -53,25 +56,25 @@ def command(
 
     def decorate(function: Callable[..., str | None]) -> Callable[..., None]:
         @functools.wraps(function)
-        def run(*args: Any, quiet: bool = False, verbose: bool = False, **kwargs: Any) -> None:
+        def run(*args: Any, quiet: bool = False, verbose: bool = False, debug: bool = False, **kwargs: Any) -> None:
             set_up_logging(quiet, verbose, timed)
             try:
                 result = function(*args, **kwargs)
             except typer.Exit:  # a RuntimeError
                 raise
-            except ModuleNotFoundError as error:
-                if error.name is None or error.name.startswith("tahoex1_hf"):
-                    raise  # a fault of ours, not a package to install
-                fail(f"{error.name} is missing: pip install 'tahoex1_hf[{extra}]'.", error_code)
-            except told as error:
-                fail(error, error_code)
+            except Exception as error:
+                if debug:
+                    raise
+                if isinstance(error, ModuleNotFoundError) and not _is_ours(error):
+                    fail(f"{error.name} is missing: pip install 'tahoex1_hf[{extra}]'.", error_code)
+                fail(error if isinstance(error, told) else _unforeseen(error, (*args, *kwargs.values())), error_code)
             except KeyboardInterrupt:
                 typer.echo(interrupted, err=True)
                 raise typer.Exit(130) from None
             if result is not None and not quiet and _is_first_process():
                 typer.echo(result)
 
-        shared = {"quiet": Quiet, "verbose": Verbose}
+        shared = {"quiet": Quiet, "verbose": Verbose, "debug": Debug}
         own = inspect.signature(function)
         more = [
             inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=kind)
@@ -82,6 +85,19 @@ def command(
         return run
 
     return decorate
+
+
+def _is_ours(error: ModuleNotFoundError) -> bool:
+    """Return whether a module is missing by a fault of ours, not since a package must be installed."""
+    return error.name is None or error.name.startswith("tahoex1_hf")
+
+
+def _unforeseen(error: Exception, values: tuple[Any, ...]) -> str:
+    """Return a sentence about an error that no one foresaw, with the files among a command's arguments."""
+    texts = [text for value in values for text in (value if isinstance(value, (list, tuple)) else [value])]
+    files = [str(text) for text in texts if isinstance(text, (str, Path)) and os.path.exists(text)]
+    where = f"{', '.join(files)}: " if files else ""
+    return f"{where}{in_short(error)}. This was not foreseen: please report it, with what --debug shows."
 
 
 def fail(error: Exception | str, code: int = 1) -> NoReturn:

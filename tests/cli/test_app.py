@@ -45,7 +45,7 @@ def test_every_command_has_the_shared_options() -> None:
     assert set(commands) == COMMANDS
     for name, each in commands.items():
         options = {option for parameter in each.params for option in parameter.opts}
-        assert {"--quiet", "--verbose"} <= options, name
+        assert {"--quiet", "--verbose", "--debug"} <= options, name
         # Typers before 0.22 keep no help of arguments.
         assert all(parameter.help for parameter in each.params if isinstance(parameter, TyperOption)), name
         assert run(name, "--help").exit_code == 0, name
@@ -142,9 +142,30 @@ def test_errors_are_sentences(error: Exception, settings: dict[str, object], cod
     assert (result.exit_code, result.output) == (code, message)
 
 
-def test_a_fault_of_the_program_keeps_its_traceback() -> None:
-    for error in (RuntimeError("a bug"), ModuleNotFoundError("no", name="tahoex1_hf.nowhere")):
-        assert CliRunner().invoke(command_that(error)).exception is error
+@pytest.mark.parametrize(
+    "error", [RuntimeError("a bug"), KeyError("X"), ModuleNotFoundError("no", name="tahoex1_hf.nowhere")]
+)
+def test_what_no_one_foresaw_is_a_sentence_and_debug_shows_the_traceback(error: Exception) -> None:
+    result = CliRunner().invoke(command_that(error))
+    assert result.exit_code == 1
+    assert result.output.startswith("Error: ")
+    assert str(error) in result.output
+    assert "--debug" in result.output or isinstance(error, ImportError)
+    assert CliRunner().invoke(command_that(error), ["--debug"]).exception is error
+
+
+def test_what_no_one_foresaw_names_the_files_of_the_command(tmp_path: Path) -> None:
+    file, made = tmp_path / "cells.h5ad", typer.Typer()
+    file.touch()
+
+    @made.command()
+    @command()
+    def work(sources: list[str], table: Path) -> None:
+        """Do something."""
+        raise TypeError("an int is no str\nand so on")
+
+    result = CliRunner().invoke(made, [str(file), "nowhere.csv"])
+    assert result.output.startswith(f"Error: {file}: TypeError: an int is no str. ")
 
 
 def test_a_commands_own_exit_code_is_kept() -> None:

@@ -1,0 +1,43 @@
+"""Errors that name the file they come from."""
+
+import errno
+import json
+from pathlib import Path
+
+import pytest
+
+from tahoex1_hf.common.reading import reading
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "message"),
+    [
+        (KeyError("shape"), ValueError, "data/a.h5ad cannot be read (KeyError: 'shape'): it is damaged"),
+        (TypeError("one\ntwo"), ValueError, "data/a.h5ad cannot be read (TypeError: one): it is damaged"),
+        (MemoryError(), ValueError, "data/a.h5ad cannot be read (there is not enough memory"),
+        (ValueError("a row is short"), ValueError, "data/a.h5ad: a row is short"),
+        (ValueError("a.h5ad: a row is short"), ValueError, "a.h5ad: a row is short"),
+        (OSError("no signature"), ValueError, "data/a.h5ad cannot be read (OSError: no signature)"),
+        (PermissionError(errno.EACCES, "no"), PermissionError, "data/a.h5ad: [Errno 13] no"),
+        (ImportError("h5py is missing"), ImportError, "h5py is missing"),
+    ],
+)
+def test_errors_name_the_file(error: Exception, kind: type[Exception], message: str) -> None:
+    with pytest.raises(kind) as raised, reading("data/a.h5ad"):
+        raise error
+    assert str(raised.value).startswith(message)
+
+
+def test_errors_of_other_libraries_that_are_value_errors(tmp_path: Path) -> None:
+    with (
+        pytest.raises(ValueError, match=r"^vocab\.json cannot be read \(JSONDecodeError: Expecting value"),
+        reading(Path("vocab.json")),
+    ):
+        json.loads("")
+
+
+def test_nothing_happens_without_an_error() -> None:
+    with reading("a"):
+        pass
+    with pytest.raises(KeyboardInterrupt), reading("a"):
+        raise KeyboardInterrupt
