@@ -16,6 +16,7 @@ from tahoex1_hf.cells.genes import GeneOptions
 from tahoex1_hf.cells.readers.anndata_inputs import AnnDataInput, StoredInput
 from tahoex1_hf.cells.readers.base import INDEX, BadInput, CellInput
 from tahoex1_hf.cells.readers.paths import expand_paths, is_zarr_store
+from tahoex1_hf.common.reading import reading
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -81,13 +82,11 @@ def open_cells(
         if len(found) != 1:
             raise ValueError(f"{source} stands for {len(found)} files: name one.")
         source = found[0]
-    try:
+    with reading(source.path):
         cells = open_source(source, tokenizer, options, None if spool is None else Path(spool))
         if check:
             cells.check()
         cells.look()
-    except BadInput as error:
-        raise ValueError(f"{source.path}: {error}") from error
     return cells
 
 
@@ -136,13 +135,10 @@ def read_obs_column(path: str, name: str, argument: str) -> "pd.Series":
         raise ValueError(f"data={path}: {argument}={name} is a column of obs, which only .h5ad and .zarr have.")
     from tahoex1_hf.cells.readers.stores import column_names, open_store, read_column
 
-    try:
-        with open_store(path) as store:
-            columns = column_names(store["obs"])
-            if name in columns or name == INDEX:
-                return read_column(store["obs"], name)
-    except BadInput as error:
-        raise ValueError(f"{path}: {error}") from error
+    with reading(path), open_store(path) as store:
+        columns = column_names(store["obs"])
+        if name in columns or name == INDEX:
+            return read_column(store["obs"], name)
     raise ValueError(f"{argument}={name} is not a column of obs of {path}; there are {', '.join(sorted(columns))}.")
 
 
@@ -164,13 +160,10 @@ def read_var(path: Path) -> "pd.DataFrame":
         raise FileNotFoundError(f"{path} does not exist, or is not a file.")
     if not h5py.is_hdf5(path):
         raise ValueError(f"{path} is not an .h5ad file (not HDF5).")
-    with h5py.File(path, "r") as file:
+    with reading(path), h5py.File(path, "r") as file:
         if "var" not in file:
             raise ValueError(f"{path} is not a complete .h5ad file: it lacks var.")
-        try:
-            return read_frame(file["var"])
-        except BadInput as error:
-            raise ValueError(f"{path}: {error}") from error
+        return read_frame(file["var"])
 
 
 def open_all(

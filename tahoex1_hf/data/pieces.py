@@ -19,6 +19,7 @@ import pyarrow as pa
 
 from tahoex1_hf.cells.ragged import gather_rows, row_sums
 from tahoex1_hf.cells.readers.base import BadInput, Block
+from tahoex1_hf.cells.readers.unreadable import guarded
 from tahoex1_hf.common.files import WholeFile
 from tahoex1_hf.data.columns import add_joined, filter_mask, output_columns, source_columns, to_arrow
 from tahoex1_hf.data.config import CommonSourceConfig, ValidationSplit
@@ -116,7 +117,7 @@ def write_piece(
     statistics = PieceStatistics()
     parts: list[tuple[GeneRows, pd.DataFrame, np.ndarray]] = []
     number = piece.start
-    for chunk in source.read(piece.path, piece.start, piece.stop, source_columns(config)):
+    for chunk in guarded(source.read(piece.path, piece.start, piece.stop, source_columns(config))):
         numbers = np.arange(number, number + len(chunk.obs))
         parts.append(_kept(chunk, numbers, config, duplicates, statistics, source))
         number += len(numbers)

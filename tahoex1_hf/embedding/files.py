@@ -31,6 +31,7 @@ from tahoex1_hf.cells.readers.base import CellInput
 from tahoex1_hf.common.digests import json_digest, tokenizer_digest, weights_digest
 from tahoex1_hf.common.processes import Processes
 from tahoex1_hf.common.progress import progress_bar
+from tahoex1_hf.common.reading import reading
 from tahoex1_hf.embedding.obs_columns import as_arrow, split_columns
 from tahoex1_hf.embedding.outputs import Output, OutputOptions
 from tahoex1_hf.embedding.shards import Shard, ShardFolder
@@ -268,9 +269,14 @@ class _Run:
     def _drug_ids(self) -> list[DrugIds]:
         return [each.drug_ids for each in self.plan.encoders]
 
+    def _check_unchanged(self) -> None:
+        for cells in self.plan.inputs:
+            cells.check_unchanged()
+
     def _sort_by_cell(self) -> None:
         for cells in self.plan.inputs:
-            cells.sort_by_cell()
+            with reading(cells.path):
+                cells.sort_by_cell()
 
     def carry_out(
         self,
@@ -284,6 +290,7 @@ class _Run:
             self.embed(todo, progress, processes)
             processes.wait()
             if processes.index == 0:
+                self._check_unchanged()
                 self.write(self.output.open(), model_name)
                 self.shards.remove()
             processes.wait()
@@ -352,6 +359,7 @@ class _Run:
             if self.cell_genes is not None:
                 self.cell_genes.write(self.plan.num_chunks, {provenance_key(writer.layout.key_added): made_by})
             writer.write_provenance({**made_by, **self._write_genes(writer)})
+            self._check_unchanged()  # while it was copied, too
             writer.finish()
         except BaseException:
             writer.abandon()

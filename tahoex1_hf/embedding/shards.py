@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from tahoex1_hf.cells.fingerprint import agrees
 from tahoex1_hf.common.files import WholeFile
 
 _SHARD = re.compile(r"chunks-(\d{12})-(\d{12})\.parquet")
@@ -41,6 +42,14 @@ class Shard(NamedTuple):
     num_empty: int
     deviations: np.ndarray | None = None
     obs: pa.Table | None = None
+
+
+def _same(key: str, before: Any, now: Any) -> bool:
+    """Return whether an entry of an identity is the same; cells are `[path, fingerprint, number]` of each input."""
+    if key != "cells" or before == now or not isinstance(now, list) or len(before) != len(now):
+        return bool(before == now)
+    pairs = zip(before, now, strict=True)
+    return all(one[0] == two[0] and agrees(one[1], two[1]) and one[2:] == two[2:] for one, two in pairs)
 
 
 @dataclass(frozen=True)
@@ -114,7 +123,7 @@ class ShardFolder:
             self.remove()
         if _RUN in self.names():
             found = {**formerly, **json.loads(self._read(_RUN))}
-            different = sorted(key for key, value in found.items() if value != identity.get(key))
+            different = sorted(key for key, value in found.items() if not _same(key, value, identity.get(key)))
             if different:
                 raise ValueError(
                     f"{self.location} holds an unfinished run with other settings ({', '.join(different)}): finish it "

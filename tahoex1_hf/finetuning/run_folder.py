@@ -10,6 +10,7 @@ import numpy as np
 import yaml
 from accelerate import PartialState
 
+from tahoex1_hf.cells.fingerprint import agrees
 from tahoex1_hf.common.files import write_json
 from tahoex1_hf.finetuning.cells.labelled import LabelledCells
 from tahoex1_hf.finetuning.config import FinetuneConfig
@@ -75,7 +76,8 @@ def check_data(config: FinetuneConfig, cells: LabelledCells, processes: PartialS
     path = folder / DATA
     here = {"fingerprint": cells.fingerprint, "cells": len(cells)}
     begun = path.is_file() and has_begun(folder)
-    if begun and json.loads(path.read_text(encoding="utf-8")) != here:
+    before = json.loads(path.read_text(encoding="utf-8")) if begun else here
+    if before["cells"] != here["cells"] or not agrees(before["fingerprint"], cells.fingerprint):
         raise ValueError(f"data={config.data} has changed since the run in {folder} began: choose another folder.")
     processes.wait_for_everyone()
     if processes.is_main_process:

@@ -195,6 +195,7 @@ def perturb_genes(
         settings = {"mode": mode, "value": value, "expression": expression, "num_affected": num_affected}
         journal = stack.enter_context(Journal(partial, {**settings, **run.identity(loaded, toward)}, restart))
         run.carry_out(journal, toward, progress)
+        opened.check_unchanged()
     return run.result(journal.finished, names.labels(genes), min_cells)
 
 

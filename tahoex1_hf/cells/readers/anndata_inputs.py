@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tahoex1_hf.cells.counts import Place, counts_elsewhere, find_counts, in_memory
+from tahoex1_hf.cells.fingerprint import content_fingerprint
 from tahoex1_hf.cells.gene_names import text_of
 from tahoex1_hf.cells.gene_search import FoundGenes, find_genes
 from tahoex1_hf.cells.genes import GeneOptions
@@ -173,7 +174,6 @@ class StoredInput(CellInput):
     found: FoundGenes
 
     def __init__(self, path: str, tokenizer: "TahoeX1Tokenizer", options: GeneOptions, spool: Path | None):
-        from tahoex1_hf.cells.readers.paths import local_fingerprint
         from tahoex1_hf.cells.readers.stores import column_names, matrix_format, matrix_shape, num_rows, open_store
 
         self.path, self.tokenizer, self.options, self._spool = path, tokenizer, options, spool
@@ -200,7 +200,7 @@ class StoredInput(CellInput):
                     f"its counts have the shape {shape} for {self.num_cells} cells and {self.genes.num_genes} genes."
                 )
             self.by_gene = matrix_format(store[self.place]) == "csc"
-        self.fingerprint = local_fingerprint(path)
+        self.fingerprint = content_fingerprint(path)
 
     @property
     def var(self) -> "pd.DataFrame":
@@ -225,6 +225,10 @@ class StoredInput(CellInput):
 
         with open_store(self.path) as store:
             return read_column(store["obs"], name)
+
+    def fingerprint_now(self) -> str:
+        """Look at the file."""
+        return content_fingerprint(self.path)
 
     def check(self) -> None:
         """Read the index of a sparse matrix."""

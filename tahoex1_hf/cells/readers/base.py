@@ -13,8 +13,10 @@ import numpy as np
 from tahoex1_hf.cells import compilation
 from tahoex1_hf.cells.counts import without_noise
 from tahoex1_hf.cells.errors import BadInput
+from tahoex1_hf.cells.fingerprint import agrees
 from tahoex1_hf.cells.gene_search import FoundGenes
 from tahoex1_hf.cells.looking import MUCH, Seen, look
+from tahoex1_hf.common.reading import reading
 from tahoex1_hf.encoding_tahoe_x1 import GeneMatch, GeneRows, count_problem, matrix_rows, merge_repeats
 
 if TYPE_CHECKING:
@@ -144,6 +146,27 @@ class CellInput(ABC):
         """Return the number of stored counts of each cell, `(cells,)`, or None where it is not known beforehand."""
         return None
 
+    def fingerprint_now(self) -> str:
+        """Return the fingerprint of what is there now, which `fingerprint` was when the input was opened."""
+        return self.fingerprint
+
+    def check_unchanged(self) -> None:
+        """Look whether the input is still what was opened.
+
+        Raises:
+            ValueError: where it is not: what was read of it would not fit what is there.
+        """
+        try:
+            same = agrees(self.fingerprint, self.fingerprint_now())
+        except FileNotFoundError:
+            same = False
+        if not same:
+            raise ValueError(
+                f"{self.path} has changed since it was opened, so that results would stand beside other cells: "
+                "nothing is written. Run again with the file as it is to be (--restart, where an unfinished run is in "
+                "the way)."
+            )
+
     def check(self) -> None:  # noqa: B027 - most inputs have nothing more to look at
         """Check the index of the counts, for which all of it must be read.
 
@@ -197,10 +220,8 @@ class CellInput(ABC):
         Raises:
             ValueError: where the input cannot be read, or ends too early; the message names it.
         """
-        try:
+        with reading(self.path):
             yield from self._cut(self.blocks(start, stop, columns, BLOCK_ELEMENTS), start, stop, size)
-        except BadInput as error:
-            raise ValueError(f"{self.path}: {error}") from error
 
     def _cut(self, blocks: Iterator[Block], start: int, stop: int, size: int) -> Iterator[Block]:
         first = at = start

@@ -91,12 +91,3 @@ def _without_copies(entries: list[Path]) -> list[Path]:
             continue
         logger.info("%s is left out: %s. Name it to read it.", entry, why)
     return kept
-
-
-def local_fingerprint(path: str | Path) -> str:
-    """Return the size and time of change of a file, or of all files of a folder."""
-    path = Path(path)
-    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
-    states = [file.stat() for file in files]
-    size, changed = sum(s.st_size for s in states), max((s.st_mtime_ns for s in states), default=0)
-    return f"{len(files)} files, {size} bytes, changed {changed}"

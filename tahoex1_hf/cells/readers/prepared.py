@@ -208,7 +208,7 @@ class PreparedDataset:
         self.cache: ShardCache | None = None
         if "://" in self.location:
             self.cache = ShardCache(self.location, cache_folder, cache_bytes, storage_options or {})
-        self.manifest = self._read_manifest()
+        self.manifest = self.read_manifest()
         splits = {name: part for name, part in self.manifest["splits"].items() if part["shards"]}
         if split not in splits:
             raise ValueError(f"split={split!r}: {self.location} has cells in {sorted(splits)}.")
@@ -224,7 +224,8 @@ class PreparedDataset:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _lock=threading.Lock())
 
-    def _read_manifest(self) -> dict[str, Any]:
+    def read_manifest(self) -> dict[str, Any]:
+        """Read `manifest.json`, and check that it is one."""
         try:
             if self.cache is None:
                 text = (Path(self.location) / "manifest.json").read_bytes()
@@ -313,8 +314,11 @@ class PreparedInput(CellInput):
         check_vocabulary(self.dataset, tokenizer)
         self.starts = np.concatenate([[0], np.cumsum(self.dataset.sizes)])
         self.num_cells = int(self.starts[-1])
-        digests = "".join(shard["sha256"] for shard in self.dataset.shards)
-        self.fingerprint = sha256(digests.encode()).hexdigest()
+        self.fingerprint = _digest_of(self.dataset.shards)
+
+    def fingerprint_now(self) -> str:
+        """Read the manifest again; shards are compared with it when they are opened."""
+        return _digest_of(self.dataset.read_manifest()["splits"][self.dataset.split]["shards"])
 
     @property
     def obs_columns(self) -> list[str]:
@@ -383,6 +387,10 @@ class PreparedInput(CellInput):
             np.concatenate([part.counts for part in parts]),
             np.concatenate([[0], np.cumsum(lengths)]),
         )
+
+
+def _digest_of(shards: list[dict[str, Any]]) -> str:
+    return sha256("".join(shard["sha256"] for shard in shards).encode()).hexdigest()
 
 
 class ShardCache:

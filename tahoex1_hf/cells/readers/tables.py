@@ -17,6 +17,7 @@ from urllib.parse import unquote
 
 import numpy as np
 
+from tahoex1_hf.cells.fingerprint import content_fingerprint
 from tahoex1_hf.cells.readers.base import CHUNK_ELEMENTS, BadInput
 from tahoex1_hf.common.files import WholeFile
 
@@ -275,8 +276,7 @@ def table_fingerprint(path: str) -> str:
     if local is not None:
         if path.startswith(_HUB) and os.path.islink(local):
             return os.path.basename(os.path.realpath(local))  # the cache names content by its hash, as the Hub does
-        status = os.stat(local)
-        return f"{status.st_size}-{status.st_mtime_ns}"
+        return content_fingerprint(local)
     filesystem, name = _filesystem(path)
     info = filesystem.info(name)
     lfs = info.get("lfs") or {}

@@ -70,6 +70,10 @@ class Tahoe100MInput(CellInput):
             raise BadInput("it has no cells: leave the file out.")
         self.fingerprint = table_fingerprint(path)
 
+    def fingerprint_now(self) -> str:
+        """Look at the file."""
+        return table_fingerprint(self.path)
+
     @property
     def obs_columns(self) -> list[str]:
         """Columns of the file other than those of genes and counts."""

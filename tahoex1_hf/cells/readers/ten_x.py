@@ -19,13 +19,13 @@ import pandas as pd
 from scipy.sparse import csr_matrix
 
 from tahoex1_hf.cells.feature_types import GENE_EXPRESSION
+from tahoex1_hf.cells.fingerprint import content_fingerprint
 from tahoex1_hf.cells.gene_search import FoundGenes, find_genes
 from tahoex1_hf.cells.genes import GeneOptions
 from tahoex1_hf.cells.looking import places_to_look
 from tahoex1_hf.cells.readers.base import CHUNK_ELEMENTS, INDEX, BadInput, Block, CellInput, gene_rows
 from tahoex1_hf.cells.readers.by_gene import read_spooled, spool_entries
 from tahoex1_hf.cells.readers.csr import check_indptr, read_rows
-from tahoex1_hf.cells.readers.paths import local_fingerprint
 from tahoex1_hf.encoding_tahoe_x1 import GeneMatch
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ class TenXInput(CellInput):
             raise BadInput(f"its matrix has the shape {shape} for {expected[0]} genes and {expected[1]} cells.")
         self.found = self._find_genes(features)
         self.genes = self.found.match
-        self.fingerprint = " ".join(map(local_fingerprint, _files(path)))
+        self.fingerprint = content_fingerprint(*_files(path))
 
     @property
     def obs_columns(self) -> list[str]:
@@ -88,6 +88,10 @@ class TenXInput(CellInput):
         _check_columns([name])
         with _reading():
             return pd.Series(_barcodes(self.path)[self._heads :])
+
+    def fingerprint_now(self) -> str:
+        """Look at the file."""
+        return content_fingerprint(*_files(self.path))
 
     def check(self) -> None:
         """Read the index of an `.h5` file."""

@@ -82,6 +82,10 @@ class CellSource(ABC):
             BadInput: where the counts cannot be read, or a column is not there.
         """
 
+    def fingerprint_now(self, path: str) -> str | None:
+        """Return the fingerprint that a file has now; None where that is not known without looking at all of it."""
+        return None
+
     def cell_names(self, path: str) -> np.ndarray | None:
         """Return the names of all cells of a file, to look for duplicates; None where cells have no names."""
         return None

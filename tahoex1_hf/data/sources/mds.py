@@ -13,9 +13,9 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import pandas as pd
 
+from tahoex1_hf.cells.fingerprint import content_fingerprint
 from tahoex1_hf.cells.genes import GeneOptions, matched_genes
 from tahoex1_hf.cells.readers.base import CHUNK_ELEMENTS, INDEX, BadInput, Block, check_counts, token_dtype
-from tahoex1_hf.cells.readers.paths import local_fingerprint
 from tahoex1_hf.data.config import MDSSource
 from tahoex1_hf.data.sources.base import CellSource, FileReport
 from tahoex1_hf.data.sources.mds_format import (
@@ -316,7 +316,7 @@ class _Store:
     def fingerprint(self, url: str) -> str:
         """Return a text that changes with the content of a file."""
         if "://" not in url:
-            return local_fingerprint(url)
+            return content_fingerprint(url)
         info = self._remote(url, lambda files: files.info(url))
         mark = info.get("ETag") or info.get("etag") or info.get("LastModified") or info.get("mtime")
         return f"{info['size']} bytes, {mark}"

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tahoex1_hf.cells.fingerprint import content_fingerprint
 from tahoex1_hf.cells.genes import GeneOptions
 from tahoex1_hf.cells.opening import Source, find_files, open_source
 from tahoex1_hf.cells.readers.base import INDEX, Block, CellInput
@@ -68,6 +69,10 @@ class OpenedFiles(CellSource):
             unknown_genes=list(genes.unknown_examples),
             by_gene=cells.by_gene,
         )
+
+    def fingerprint_now(self, path: str) -> str | None:
+        """Look at a file on this machine."""
+        return None if "://" in path else content_fingerprint(path)
 
     def cell_names(self, path: str) -> np.ndarray | None:
         """Return the names of the cells; those of Tahoe-100M, which are not unique in a file, are left out."""

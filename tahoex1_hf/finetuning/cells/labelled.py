@@ -245,6 +245,7 @@ def read_cells(config: FinetuneConfig, tokenizer: TahoeX1Tokenizer, folder: Path
         names = read_obs_column(config.data, INDEX, "name").astype(str).to_numpy(dtype=object)[rows]
     except ValueError:  # other files than AnnData have no names that can be read alone
         names = np.array([str(row) for row in rows], dtype=object)
+    source.check_unchanged()
     return LabelledCells(
         stored, tokenizer, rows, labels, classes, groups, parts, names, fingerprint=source.fingerprint
     )

@@ -17,6 +17,7 @@ from tahoex1_hf.cells.genes import GeneOptions
 from tahoex1_hf.cells.opening import Source, check_writable, open_cells
 from tahoex1_hf.cells.readers.base import CellInput
 from tahoex1_hf.common.progress import progress_bar
+from tahoex1_hf.common.reading import reading
 from tahoex1_hf.finetuning.cells.labelled import SAMPLE_SEED
 from tahoex1_hf.finetuning.cells.prediction_output import PredictionWriter
 from tahoex1_hf.finetuning.cells.predictor import CellPredictor, Predictor, load_predictor
@@ -170,10 +171,12 @@ def predict_files(
     encoding = _encoding(predictor, ready, drugs, unknown_drugs)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as spool:
         cells = open_cells(Source(str(source), "anndata"), ready.tokenizer, options, spool=spool)
-        cells.sort_by_cell()
+        with reading(source):
+            cells.sort_by_cell()
         writer = PredictionWriter(source, output, predictor.column, cells.num_cells, predictor.classes)
         try:
             num_empty = _write_predictions(writer, ready, cells, encoding, progress)
+            cells.check_unchanged()
             writer.finish(_provenance(predictor, ready, encoding, cells, num_empty))
         except BaseException:
             writer.abandon()
