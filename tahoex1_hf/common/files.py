@@ -1,14 +1,24 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
 """Files and folders that appear whole or not at all, even if the process or the machine is stopped."""
 
+import hashlib
 import json
 import os
+import platform
+import re
 import shutil
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
+
+# Partial files are named after the machine and the process that write them.
+_MACHINE = hashlib.sha256(platform.node().encode()).hexdigest()[:8]
+_PARTIAL = re.compile(r"\..+\.(?:(?P<machine>[0-9a-f]{8})-)?(?P<process>\d{1,9})-[0-9a-f]{8}\.partial")
+_LONG = 24 * 3600.0  # seconds without a change after which a partial file of an unknown machine was left
+_cleared: set[str] = set()  # folders in which this process has removed what was left
 
 
 class WholeFile:
@@ -113,8 +123,42 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 
 def partial_path(path: Path) -> Path:
-    """Return a path beside `path` that no other process and no earlier run uses."""
-    return path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.partial")
+    """Return a path beside `path` that no other process and no earlier run uses.
+
+    Partial files that killed processes left in that folder are removed, once in the life of a process.
+    """
+    if (folder := str(path.parent)) not in _cleared:
+        _cleared.add(folder)
+        clear_leftovers(path.parent)
+    return path.with_name(f".{path.name}.{_MACHINE}-{os.getpid()}-{uuid.uuid4().hex[:8]}.partial")
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Remove the partial files and folders of processes of this machine that were killed."""
+    if os.name != "posix" or not folder.is_dir():
+        return
+    for entry in folder.glob(".*.partial"):
+        match = _PARTIAL.fullmatch(entry.name)
+        with suppress(OSError):  # another process may remove it, or it is not ours to remove
+            if match and not _is_running(int(match["process"])) and _is_left(entry, match["machine"]):
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+
+
+def _is_left(entry: Path, machine: str | None) -> bool:
+    """Return whether a partial file whose process does not run here was left by this machine."""
+    if machine is None:  # by an earlier version, which did not name the machine
+        return time.time() - entry.stat().st_mtime > _LONG
+    return machine == _MACHINE
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's
+        return True
+    return True
 
 
 def sync(path: Path) -> None:

@@ -19,11 +19,14 @@ import pandas as pd
 import pyarrow as pa
 from filelock import FileLock, Timeout
 
+from tahoex1_hf.cells.fingerprint import agrees
 from tahoex1_hf.cells.readers.base import BadInput
+from tahoex1_hf.cells.readers.unreadable import as_bad_input
 from tahoex1_hf.common.files import WholeFile
 from tahoex1_hf.data.columns import MAX_CATEGORIES, check_joins, common_type
 from tahoex1_hf.data.config import PrepareConfig
 from tahoex1_hf.data.manifest import FileOutcome, build_manifest, write_card
+from tahoex1_hf.data.output_folder import LOCK, MANIFEST, WORK_FOLDER, claim
 from tahoex1_hf.data.pieces import (
     DROP_RULES,
     SPLITS,
@@ -39,9 +42,6 @@ from tahoex1_hf.data.workers import run_tasks
 from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
 
 logger = logging.getLogger(__name__)
-
-WORK_FOLDER = ".prepare"
-MANIFEST = "manifest.json"
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ def prepare(config: PrepareConfig, num_proc: int = 1, overwrite: bool = False) -
         raise ValueError(f"num_proc={num_proc}: pass at least 1.")
     output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(output / ".prepare.lock")
+    lock = FileLock(output / LOCK)
     try:
         lock.acquire(timeout=0)
     except Timeout:
@@ -146,20 +146,21 @@ def prepare(config: PrepareConfig, num_proc: int = 1, overwrite: bool = False) -
     try:
         return _prepare_locked(config, output, num_proc, overwrite)
     finally:
-        (output / ".prepare.lock").unlink(missing_ok=True)
+        (output / LOCK).unlink(missing_ok=True)
         lock.release()
 
 
 def _prepare_locked(config: PrepareConfig, output: Path, num_proc: int, overwrite: bool) -> dict[str, Any]:
     work = output / WORK_FOLDER
+    for cached in (_open_sources, _pieces_of):  # by an earlier run in this process, since when files may have changed
+        cached.cache_clear()
     identity = _identity(config)
-    finished = _check_output(output, work, identity, overwrite)
+    finished = claim(output, identity, overwrite)
     if finished is not None:
         logger.info("%s is complete: nothing to do (--overwrite makes it anew).", output)
         return finished
     for folder in (work / "pieces", work / "shards", output / "data"):
         folder.mkdir(parents=True, exist_ok=True)
-    _write_json(work / "identity.json", identity)
     job = Job(config.model_dump_json(), str(work))
     for source in config.sources:
         check_joins(source.join)
@@ -188,36 +189,6 @@ def _identity(config: PrepareConfig) -> dict[str, Any]:
     return {"configuration": configuration, "vocab_sha256": file_sha256(Path(config.vocab))}
 
 
-def _check_output(output: Path, work: Path, identity: dict[str, Any], overwrite: bool) -> dict[str, Any] | None:
-    """Return the manifest if the folder holds this very dataset, or None if there is something left to do."""
-    manifest_path, identity_path = output / MANIFEST, work / "identity.json"
-    found: dict[str, Any] = {}
-    if manifest_path.is_file():
-        found = json.loads(manifest_path.read_text())
-    elif identity_path.is_file():
-        found = json.loads(identity_path.read_text())
-    same = all(found.get(key) == value for key, value in identity.items())
-    if found and overwrite:
-        for name in (WORK_FOLDER, "data"):
-            shutil.rmtree(output / name, ignore_errors=True)
-        for name in (MANIFEST, "README.md", "vocab.json"):
-            (output / name).unlink(missing_ok=True)
-        return None
-    if same:
-        return found if manifest_path.is_file() and not work.exists() else None
-    if found:
-        before = found.get("configuration") or {}
-        different = [key for key, value in identity["configuration"].items() if before.get(key) != value]
-        raise ValueError(
-            f"output={str(output)!r} holds a dataset made with other settings ({', '.join(different) or 'vocab'}): "
-            "name another folder, or pass --overwrite."
-        )
-    strangers = [entry.name for entry in output.iterdir() if entry.name != ".prepare.lock"]
-    if strangers:
-        raise ValueError(f"output={str(output)!r} is not empty ({strangers[:3]}): name a new folder.")
-    return None
-
-
 def _list_files(job: Job) -> list[InputFile]:
     paths = [(number, path) for number, source in enumerate(_open_sources(job)) for path in source.list_files()]
     return [InputFile(n, source, path) for n, (source, path) in enumerate(paths)]
@@ -231,9 +202,10 @@ def inspect_file(task: _InspectTask) -> _Inspected:
     source = _open_sources(task.job)[task.file.source]
     nothing = np.zeros(0, dtype=np.int64)
     try:
-        report = source.inspect(task.file.path)
         rule = source.config.duplicate_barcodes
-        names = None if rule == "keep" else source.cell_names(task.file.path)
+        with as_bad_input():
+            report = source.inspect(task.file.path)
+            names = None if rule == "keep" else source.cell_names(task.file.path)
         if names is None:
             return _Inspected(report, nothing, "")
         repeated = np.flatnonzero(pd.Index(names).duplicated())
@@ -258,7 +230,7 @@ def _inspect(job: Job, files: list[InputFile], num_proc: int) -> list[_Inspected
     plan_path = Path(job.work) / "plan.json"
     if plan_path.is_file():
         before = json.loads(plan_path.read_text())
-        changed = [new["path"] for new, old in zip(plan, before, strict=False) if new != old]
+        changed = [new["path"] for new, old in zip(plan, before, strict=False) if not _same_plan(old, new)]
         if changed or len(before) != len(plan):
             raise ValueError(
                 f"the input has changed since this dataset was begun ({(changed or ['another number of files'])[0]}): "
@@ -266,6 +238,28 @@ def _inspect(job: Job, files: list[InputFile], num_proc: int) -> list[_Inspected
             )
     _write_json(plan_path, plan)
     return inspected
+
+
+def _same_plan(before: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Return whether a file is still the one that was inspected."""
+    old, new = before["report"], now["report"]
+    if old is None or new is None or before["path"] != now["path"]:
+        return before == now
+    others = (old.keys() & new.keys()) - {"fingerprint"}  # a later version may report more
+    return agrees(old["fingerprint"], new["fingerprint"]) and all(old[name] == new[name] for name in others)
+
+
+def _check_unchanged(job: Job, files: list[InputFile], inspected: list[_Inspected], bad: dict[int, str]) -> None:
+    """Raise ValueError for a file that is no longer the one that was inspected, now that all are read."""
+    for file, seen in zip(files, inspected, strict=True):
+        if seen.report is None or file.number in bad:
+            continue
+        now = _open_sources(job)[file.source].fingerprint_now(file.path)
+        if now is not None and not agrees(seen.report.fingerprint, now):
+            raise ValueError(
+                f"{file.path} has changed while it was read: begin anew with --overwrite, with the file as it is to "
+                "be."
+            )
 
 
 def _stop_or_skip(config: PrepareConfig, bad: list[tuple[str, str]]) -> None:
@@ -282,7 +276,8 @@ def _stop_or_skip(config: PrepareConfig, bad: list[tuple[str, str]]) -> None:
 def spool_file(task: _InspectTask) -> str:
     """Sort a file by cell; return why it cannot be sorted, or an empty text."""
     try:
-        _open_sources(task.job)[task.file.source].spool(task.file.path, task.job.config.piece_cells)
+        with as_bad_input():
+            _open_sources(task.job)[task.file.source].spool(task.file.path, task.job.config.piece_cells)
     except BadInput as error:
         return str(error)
     return ""
@@ -322,6 +317,7 @@ def _read_pieces(job: Job, files: list[InputFile], inspected: list[_Inspected], 
                 tasks.append(_PieceTask(job, file, piece, seen.duplicates))
     for piece_task, reason in run_tasks(make_piece, tasks, num_proc, "reading cells", finished):
         _note_bad(config, bad, piece_task.file, reason)
+    _check_unchanged(job, files, inspected, bad)
     return [_outcome(job, file, seen, bad.get(file.number)) for file, seen in zip(files, inspected, strict=True)]
 
 

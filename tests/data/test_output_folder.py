@@ -1,0 +1,133 @@
+"""What the output folder of `prepare` may hold, and kills at every moment of emptying it and of beginning anew."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cells import make_cells, read_dataset, write_cells, write_vocab
+from preparing import source
+
+from tahoex1_hf.data import output_folder
+from tahoex1_hf.data.config import PrepareConfig, parse_config
+from tahoex1_hf.data.output_folder import claim
+from tahoex1_hf.data.preparation import prepare
+
+
+class Killed(BaseException):
+    """Stands in for SIGKILL: nothing catches it."""
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> PrepareConfig:
+    path = write_cells(make_cells(30), tmp_path / "cells", "csr")
+    vocab = write_vocab(tmp_path)
+    return parse_config({"sources": [source(path)], "output": str(tmp_path / "out"), "vocab": str(vocab)}, "the test")
+
+
+def dataset(folder: Path) -> Any:
+    return read_dataset(folder).to_dict("list")
+
+
+def same(one: Any, two: Any) -> bool:
+    return json.dumps(one, default=lambda value: value.tolist()) == json.dumps(
+        two, default=lambda value: value.tolist()
+    )
+
+
+def kill_after(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kill when so many files or folders have been made, moved or removed."""
+    calls = iter(range(10_000))
+
+    def counted(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            if next(calls) >= number:
+                raise Killed
+            return function(*arguments, **options)
+
+        return call
+
+    for owner, names in ((os, ("unlink", "rmdir", "mkdir", "replace")), (Path, ("touch", "unlink", "mkdir"))):
+        for name in names:
+            monkeypatch.setattr(owner, name, counted(getattr(owner, name)))
+
+
+def test_a_kill_at_any_moment_of_overwriting(
+    tmp_path: Path, config: PrepareConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder never says that it is complete when it is not, and the next run, with or without the option, ends."""
+    prepare(config)
+    out, whole = tmp_path / "out", dataset(tmp_path / "out")
+    shutil.copytree(out, tmp_path / "copy")
+    identity = {key: json.loads((out / "manifest.json").read_text())[key] for key in ("configuration", "vocab_sha256")}
+    for number in range(40):
+        shutil.rmtree(out)
+        shutil.copytree(tmp_path / "copy", out)
+        with monkeypatch.context() as patch:
+            kill_after(number, patch)
+            try:
+                claim(out, identity, overwrite=True)
+            except Killed:
+                killed = True
+            else:
+                killed = False
+        if (out / "manifest.json").is_file():
+            assert same(dataset(out), whole), number
+        else:
+            assert claim(out, identity, overwrite=False) is None, number
+        if not killed:
+            break
+    assert not killed
+    prepare(config)
+    assert same(dataset(out), whole)
+
+
+def test_a_kill_at_any_moment_of_beginning(
+    tmp_path: Path, config: PrepareConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(8):
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            kill_after(number, patch)
+            prepare(config)
+        if number in (2, 7):
+            prepare(config)
+            assert len(read_dataset(tmp_path / "out")) == 30
+        else:
+            claim(tmp_path / "out", {"configuration": {}}, overwrite=True) if (tmp_path / "out").is_dir() else None
+
+
+def test_a_folder_that_says_complete_and_is_not(tmp_path: Path, config: PrepareConfig) -> None:
+    """As an earlier version left it when it was killed while it removed."""
+    prepare(config)
+    whole = dataset(tmp_path / "out")
+    shutil.rmtree(tmp_path / "out" / "data")
+    prepare(config)
+    assert same(dataset(tmp_path / "out"), whole)
+
+
+def test_all_was_done_but_removing_the_work_folder(tmp_path: Path, config: PrepareConfig) -> None:
+    manifest = prepare(config)
+    (tmp_path / "out" / ".prepare" / "pieces").mkdir(parents=True)
+    state = (tmp_path / "out" / "manifest.json").stat().st_mtime_ns
+    assert prepare(config) == manifest
+    assert (tmp_path / "out" / "manifest.json").stat().st_mtime_ns == state
+    assert not (tmp_path / "out" / ".prepare").exists()
+
+
+def test_a_damaged_manifest_is_named(tmp_path: Path, config: PrepareConfig) -> None:
+    (tmp_path / "out").mkdir()
+    for text in ("{", "[]"):
+        (tmp_path / "out" / "manifest.json").write_text(text)
+        with pytest.raises(ValueError, match=r"out/manifest\.json"):
+            prepare(config)
+
+
+def test_strangers_are_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    with pytest.raises(ValueError, match="not empty"):
+        claim(tmp_path, {"configuration": {}}, overwrite=True)
+    assert output_folder.LOCK == ".prepare.lock"
