@@ -5,7 +5,9 @@ This file travels to the Hugging Face Hub beside the weights: it imports nothing
 """
 
 import difflib
+import json
 import math
+import os
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Literal
 
@@ -25,6 +27,21 @@ _ORIGINAL_TOKENIZER_NAMES = {
     "sampling": "overflow",
     "do_binning": "value_encoding",
     "log_transform": "value_encoding",
+}
+
+# Sizes far above those of any model. Beyond them a damaged or hostile configuration would fill the memory, or build
+# layers for hours, before anything else could be found wrong.
+LARGEST = {
+    "vocab_size": 2**24,
+    "hidden_size": 2**17,
+    "num_hidden_layers": 2**12,
+    "num_attention_heads": 2**12,
+    "num_key_value_heads": 2**12,
+    "intermediate_size": 2**20,
+    "expression_decoder_layers": 2**8,
+    "num_drugs": 2**24,
+    "drug_fingerprint_size": 2**20,
+    "num_bins": 2**20,
 }
 
 # Keys that transformers itself (or quantisation) stores in config.json without declaring them as fields.
@@ -192,6 +209,10 @@ class TahoeX1Config(PreTrainedConfig):
 
     def validate_architecture(self) -> None:
         """Check the fields against each other (called by `@strict` at construction and before saving)."""
+        for name, largest in LARGEST.items():
+            value = getattr(self, name)
+            if value is not None and value > largest:
+                raise ValueError(f"{name} must be at most {largest}, got {value}: is the configuration damaged?")
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
@@ -230,6 +251,25 @@ class TahoeX1Config(PreTrainedConfig):
 
 
 __all__ = ["TahoeX1Config"]
+
+
+def read_vocabulary(path: Any) -> dict[str, int]:
+    """Read a `vocab.json`, or raise ValueError for what is none."""
+    if not isinstance(path, (str, os.PathLike)) or not os.path.isfile(path):
+        raise ValueError(f"vocab_file={path!r} is not a file: pass the path of the model's vocab.json.")
+    try:
+        with open(path, encoding="utf-8") as file:
+            vocabulary = json.load(file)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"vocab_file={path!r} is damaged, or not JSON ({error}): copy it again.") from None
+    good = isinstance(vocabulary, dict) and len(vocabulary) > 0
+    if not good or not all(type(i) is int and 0 <= i < LARGEST["vocab_size"] for i in vocabulary.values()):
+        raise ValueError(
+            f"vocab_file={path!r} must hold a JSON object token -> id with ids from 0 to {LARGEST['vocab_size'] - 1}."
+        )
+    if len(set(vocabulary.values())) < len(vocabulary):
+        raise ValueError(f"vocab_file={path!r} gives the same id to several tokens: each needs one of its own.")
+    return vocabulary
 
 
 def similar_names(name: Any, choices: Iterable[str]) -> str:

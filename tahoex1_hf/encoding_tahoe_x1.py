@@ -6,7 +6,6 @@ file travels to the Hugging Face Hub beside the weights: it imports only numpy, 
 with it.
 """
 
-import json
 import os
 import re
 from collections import Counter
@@ -17,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from transformers.utils import logging
 
-from .configuration_tahoe_x1 import similar_names
+from .configuration_tahoe_x1 import read_vocabulary, similar_names
 
 logger = logging.get_logger(__name__)
 
@@ -203,15 +202,7 @@ class Vocabulary:
     @classmethod
     def read(cls, path: str | os.PathLike) -> "Vocabulary":
         """Read `vocab.json`, or raise ValueError."""
-        if not isinstance(path, (str, os.PathLike)) or not os.path.isfile(path):
-            raise ValueError(f"vocab_file={path!r} is not a file: pass the path of the model's vocab.json.")
-        with open(path, encoding="utf-8") as file:
-            vocabulary = json.load(file)
-        if not isinstance(vocabulary, dict) or not all(type(i) is int and i >= 0 for i in vocabulary.values()):
-            raise ValueError(f"vocab_file={path!r} must hold a JSON object token -> id with ids from 0.")
-        if len(set(vocabulary.values())) < len(vocabulary):
-            raise ValueError(f"vocab_file={path!r} gives the same id to several tokens: each needs one of its own.")
-        return cls(vocabulary)
+        return cls(read_vocabulary(path))
 
     def match(
         self, gene_ids: Iterable[str], symbols: Mapping[str, str] | None, advice: Callable[[], str] = str

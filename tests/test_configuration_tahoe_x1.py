@@ -142,3 +142,9 @@ def test_plans_name_modules_that_exist() -> None:
     for path in TahoeX1Config.base_model_fsdp_plan:
         assert model.tahoe.get_submodule(path.replace("*", "0")) is not None
     assert set(model._no_split_modules) <= {type(module).__name__ for module in model.modules()}
+
+
+@pytest.mark.parametrize("name", ["num_hidden_layers", "hidden_size", "vocab_size", "num_drugs", "num_bins"])
+def test_sizes_that_would_fill_the_memory_are_refused(name: str) -> None:
+    with pytest.raises(StrictDataclassClassValidationError, match=rf"{name} must be at most \d+, got 1000000000000"):
+        TahoeX1Config(**{name: 10**12})

@@ -10,6 +10,8 @@ from functools import lru_cache
 from pathlib import Path
 
 from tahoex1_hf.cells.gene_names import looks_like_mouse, plain_id
+from tahoex1_hf.common.bounded import BoundedGzip
+from tahoex1_hf.common.reading import reading
 
 Table = Mapping[str, str | Sequence[str]]
 """Name -> Ensembl id, or several ids, of which the vocabulary knows one."""
@@ -127,12 +129,13 @@ def _ids_in(value: str) -> list[str]:
 
 def _read_rows(path: str | Path) -> list[list[str]]:
     """Read a table; marks of byte order and Excel's Unicode text are understood."""
-    data = Path(path).read_bytes()
-    try:
-        data = gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
+    with reading(path):
+        data = Path(path).read_bytes()
+        if data[:2] == b"\x1f\x8b":
+            with BoundedGzip(path) as file:
+                data = file.read()
         text = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} cannot be read as a table of text: {error}") from None
     first = text.partition("\n")[0]
     delimiter = max((",", "\t", ";"), key=first.count)
-    return list(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter))
+    with reading(path):
+        return list(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter))

@@ -154,6 +154,7 @@ def read_var(path: Path) -> "pd.DataFrame":
     """
     import h5py
 
+    from tahoex1_hf.cells.readers.hdf5_bounds import check_hdf5
     from tahoex1_hf.cells.readers.stores import read_frame
 
     if not path.is_file():
@@ -161,6 +162,7 @@ def read_var(path: Path) -> "pd.DataFrame":
     if not h5py.is_hdf5(path):
         raise ValueError(f"{path} is not an .h5ad file (not HDF5).")
     with reading(path), h5py.File(path, "r") as file:
+        check_hdf5(file, str(path))
         if "var" not in file:
             raise ValueError(f"{path} is not a complete .h5ad file: it lacks var.")
         return read_frame(file["var"])
@@ -258,17 +260,13 @@ def _prepared_splits(path: str) -> list[str]:
         manifest = Path(path) / "manifest.json"
         if not manifest.is_file():
             return []
-    from tahoex1_hf.cells.readers.prepared import PreparedDataset
+    from tahoex1_hf.cells.readers.prepared import read_manifest
 
-    for split in ("train", "validation"):
-        try:
-            splits = PreparedDataset(path, split).manifest["splits"]
-            return [name for name in ("train", "validation") if splits.get(name, {}).get("shards")]
-        except ValueError:
-            continue
-        except OSError:
-            return []
-    return []
+    try:
+        splits = read_manifest(path)["splits"]
+    except OSError:
+        return []
+    return [name for name in ("train", "validation") if splits.get(name, {}).get("shards")]
 
 
 def _holds_tables(path: Path) -> bool:

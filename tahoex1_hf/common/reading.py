@@ -11,10 +11,11 @@ _LONGEST = 300
 
 
 def in_short(error: BaseException) -> str:
-    """Return the kind of an error and the first line of its text."""
+    """Return the kind of an error and the first line of its text, or two where the first announces the second."""
     if isinstance(error, MemoryError):
         return "there is not enough memory for what it says to hold"
-    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = " ".join(lines[:2] if lines and lines[0].endswith(":") else lines[:1])
     name = type(error).__name__
     return f"{name}: {text[:_LONGEST]}" if text else name
 

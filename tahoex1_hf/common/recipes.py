@@ -60,9 +60,9 @@ def read_recipe(recipe: str | Path, command: Command) -> dict[str, Any]:
     path = find_recipe(recipe, command)
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not YAML: {error}") from None
-    if not isinstance(values, dict):
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise ValueError(f"{path} must hold keys and values, as the recipes that `tahoex1 recipes` prints do.")
     if path.resolve().parent == FOLDERS[command]:
         return {key: value for key, value in values.items() if not _is_missing_example(value)}

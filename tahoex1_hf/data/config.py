@@ -21,7 +21,7 @@ Config = TypeVar("Config", bound=BaseModel)
 class Strict(BaseModel):
     """Base of all parts of the configuration."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
     def write(self, path: Path) -> None:
         """Write all settings as YAML, including those at their defaults; the file appears whole or not at all."""

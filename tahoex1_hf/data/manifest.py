@@ -10,13 +10,12 @@ from typing import Any
 import pyarrow as pa
 
 import tahoex1_hf
+from tahoex1_hf.cells.readers.manifests import FORMAT, FORMAT_VERSION
 from tahoex1_hf.data.config import PrepareConfig
 from tahoex1_hf.data.pieces import DROP_RULES, SPLITS, PieceStatistics
 from tahoex1_hf.data.shards import DatasetSchema, ShardRecord
 from tahoex1_hf.data.sources.base import FileReport
 
-FORMAT = "tahoex1-dataset"
-FORMAT_VERSION = 1
 _LIBRARIES = ("anndata", "h5py", "numpy", "pandas", "pyarrow", "scipy", "zarr")
 
 

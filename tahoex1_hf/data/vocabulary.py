@@ -4,6 +4,7 @@
 import json
 import logging
 import re
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 from tahoex1_hf.cells.opening import read_var
+from tahoex1_hf.common.bounded import BoundedGzip
 from tahoex1_hf.common.files import WholeFile
 
 logger = logging.getLogger(__name__)
@@ -157,8 +159,10 @@ def read_table(path: Path) -> "pd.DataFrame":
             return pd.read_parquet(path)
         if name.endswith((".csv", ".tsv")):
             # "NA" and "None" may be names; only an empty field is a missing value.
-            return pd.read_csv(path, sep="\t" if name.endswith(".tsv") else ",", keep_default_na=False, na_values=[""])
-    except (pa.ArrowException, ValueError) as error:  # pandas' own errors are ValueErrors
+            separator = "\t" if name.endswith(".tsv") else ","
+            with BoundedGzip(path) if path.name.endswith(".gz") else path.open("rb") as file:
+                return pd.read_csv(file, sep=separator, keep_default_na=False, na_values=[""])
+    except (pa.ArrowException, ValueError, OSError, EOFError, zlib.error) as error:  # pandas' own are ValueErrors
         raise ValueError(f"{path} could not be read as a table: {error}") from None
     raise ValueError(f"{path}: a table is .csv, .tsv (also .gz) or .parquet, cells are .h5ad.")
 

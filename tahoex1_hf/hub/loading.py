@@ -16,6 +16,8 @@ from typing import Any
 from filelock import FileLock
 from huggingface_hub import constants
 
+from tahoex1_hf.common.reading import reading
+from tahoex1_hf.configuration_tahoe_x1 import TahoeX1Config
 from tahoex1_hf.hub.download import SAME_SIZE, download_snapshot, hub_has, is_repo_id, read_sizes_file
 from tahoex1_hf.modeling_tahoe_x1 import TahoeX1Model
 from tahoex1_hf.original.convert import translate_folder
@@ -43,7 +45,24 @@ def load_model_and_tokenizer(
 ) -> tuple[TahoeX1Model, TahoeX1Tokenizer]:
     """Load a model for embedding, and its tokenizer, from wherever `find_model` finds it."""
     folder = find_model(model, size=size, revision=revision)
-    return TahoeX1Model.from_pretrained(folder), TahoeX1Tokenizer.from_pretrained(folder)
+    return load_folder(folder, TahoeX1Model)[0], load_tokenizer(folder)
+
+
+def load_folder(folder: Path, model_class: Any) -> tuple[Any, dict[str, Any]]:
+    """Load a model from a folder, with errors that name the file; also return what transformers says about it."""
+    with reading(folder / "config.json"):
+        TahoeX1Config.from_pretrained(folder)
+    weights = sorted(folder.glob("*.safetensors*")) or [folder / SAFETENSORS]
+    with reading(*weights):
+        loaded: tuple[Any, dict[str, Any]] = model_class.from_pretrained(folder, output_loading_info=True)
+    return loaded
+
+
+def load_tokenizer(folder: Path) -> TahoeX1Tokenizer:
+    """Load the tokenizer of a folder, with errors that name its files."""
+    with reading(folder / "tokenizer_config.json", folder / VOCAB):
+        tokenizer: TahoeX1Tokenizer = TahoeX1Tokenizer.from_pretrained(folder)
+    return tokenizer
 
 
 def find_model(model: str | Path, *, size: str | None = None, revision: str | None = None, **hub: Any) -> Path:

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 import yaml
 
+from tahoex1_hf.common.reading import reading
 from tahoex1_hf.configuration_tahoe_x1 import TahoeX1Config
 from tahoex1_hf.modeling_tahoe_x1 import TahoeX1ForPreTraining
 from tahoex1_hf.original.config import translate_collator_config, translate_model_config
@@ -105,7 +106,8 @@ def open_original(source: str | Path) -> OriginalCheckpoint:
     files = {name: folder / name for name in (MODEL_CONFIG, COLLATOR_CONFIG, VOCAB)}
     model_settings, collator_settings = _read_yaml(files[MODEL_CONFIG]), _read_yaml(files[COLLATOR_CONFIG])
     vocab = _read_json(files[VOCAB])
-    weights = open_weights(weights_path)
+    with reading(weights_path):
+        weights = open_weights(weights_path)
     files |= {path.name: path for path in weights.files}
     drug_table, drug_to_id = None, None
     if _DRUG_WEIGHT in weights.shapes:
@@ -116,9 +118,11 @@ def open_original(source: str | Path) -> OriginalCheckpoint:
         files |= {n: folder / n for n in (DRUG_TABLE, DRUG_FINGERPRINTS) if (folder / n).is_file()}
     elif collator_settings.get("use_chem_token"):
         logger.warning("The weights have no drug encoder, though the settings name one: converted without drugs.")
-    config = translate_model_config(model_settings, collator_settings, vocab, drug_table)
-    arguments = translate_collator_config(collator_settings, vocab, drug_to_id)
-    check_tensors(weights.shapes, original_shapes(config), "the original checkpoint")
+    with reading(files[MODEL_CONFIG], files[COLLATOR_CONFIG], files[VOCAB]):
+        config = translate_model_config(model_settings, collator_settings, vocab, drug_table)
+        arguments = translate_collator_config(collator_settings, vocab, drug_to_id)
+    with reading(files[MODEL_CONFIG], weights_path):
+        check_tensors(weights.shapes, original_shapes(config), f"the original checkpoint {weights_path}")
     return OriginalCheckpoint(model_settings, collator_settings, config, arguments, vocab, weights, files)
 
 
@@ -161,11 +165,13 @@ def convert_into(
     """Do what `convert_original_folder` does, in an existing empty folder; also return the verification."""
     checkpoint = open_original(source)
     dtype = dtype or checkpoint.dtype
-    checkpoint.load_model(dtype).save_pretrained(folder, max_shard_size=max_shard_size)
-    checkpoint.save_tokenizer(folder)
-    verification = verify_conversion(
-        checkpoint.model_settings, checkpoint.collator_settings, checkpoint.weights, checkpoint.config, folder
-    )
+    with reading(*checkpoint.files.values()):
+        checkpoint.load_model(dtype).save_pretrained(folder, max_shard_size=max_shard_size)
+        checkpoint.save_tokenizer(folder)
+    with reading(*checkpoint.files.values()):
+        verification = verify_conversion(
+            checkpoint.model_settings, checkpoint.collator_settings, checkpoint.weights, checkpoint.config, folder
+        )
     logger.info("%s", verification.summary())
     write_manifest(folder, label, describe_files(checkpoint.files), dtype, verification)
     return checkpoint.config, verification
@@ -245,7 +251,8 @@ def _read_drug_table(path: Path, num_drugs: int) -> dict[str, int] | None:
 def _read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing from the checkpoint's folder.")
-    settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    with reading(path):
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
     if not isinstance(settings, dict):
         raise ValueError(f"{path} does not hold settings (key: value), but {type(settings).__name__}.")
     return settings
@@ -254,7 +261,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 def _read_json(path: Path) -> dict[str, int]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing from the checkpoint's folder.")
-    mapping = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(mapping, dict) or not all(isinstance(value, int) for value in mapping.values()):
+    with reading(path):
+        mapping = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(mapping, dict) or not mapping or not all(isinstance(value, int) for value in mapping.values()):
         raise ValueError(f"{path} does not hold a mapping of names to ids.")
     return mapping

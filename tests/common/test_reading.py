@@ -14,6 +14,7 @@ from tahoex1_hf.common.reading import reading
     [
         (KeyError("shape"), ValueError, "data/a.h5ad cannot be read (KeyError: 'shape'): it is damaged"),
         (TypeError("one\ntwo"), ValueError, "data/a.h5ad cannot be read (TypeError: one): it is damaged"),
+        (TypeError("of a:\n  b\nc"), ValueError, "data/a.h5ad cannot be read (TypeError: of a: b): it is damaged"),
         (MemoryError(), ValueError, "data/a.h5ad cannot be read (there is not enough memory"),
         (ValueError("a row is short"), ValueError, "data/a.h5ad: a row is short"),
         (ValueError("a.h5ad: a row is short"), ValueError, "a.h5ad: a row is short"),

@@ -18,7 +18,9 @@ import pyarrow as pa
 
 from tahoex1_hf.cells.ragged import CountRows, gather_rows
 from tahoex1_hf.cells.readers.base import INDEX, BadInput, Block, CellInput
+from tahoex1_hf.cells.readers.manifests import check_local, parse_manifest
 from tahoex1_hf.common.files import WholeFile
+from tahoex1_hf.common.reading import reading
 from tahoex1_hf.encoding_tahoe_x1 import GeneRows
 
 if TYPE_CHECKING:
@@ -208,7 +210,7 @@ class PreparedDataset:
         self.cache: ShardCache | None = None
         if "://" in self.location:
             self.cache = ShardCache(self.location, cache_folder, cache_bytes, storage_options or {})
-        self.manifest = self.read_manifest()
+        self.manifest = read_manifest(self.location, self.cache)
         splits = {name: part for name, part in self.manifest["splits"].items() if part["shards"]}
         if split not in splits:
             raise ValueError(f"split={split!r}: {self.location} has cells in {sorted(splits)}.")
@@ -224,22 +226,6 @@ class PreparedDataset:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _lock=threading.Lock())
 
-    def read_manifest(self) -> dict[str, Any]:
-        """Read `manifest.json`, and check that it is one."""
-        try:
-            if self.cache is None:
-                text = (Path(self.location) / "manifest.json").read_bytes()
-            else:
-                text = self.cache.read("manifest.json")
-        except FileNotFoundError:
-            raise FileNotFoundError(
-                f"{self.location} is not a prepared dataset: it has no manifest.json. Make one with tahoex1 prepare."
-            ) from None
-        manifest = json.loads(text)
-        if manifest.get("format") != "tahoex1-dataset" or manifest.get("format_version") != 1:
-            raise ValueError(f"{self.location}: its manifest.json is not that of a dataset this version can read.")
-        return manifest
-
     def shard(self, number: int) -> OpenShard:
         """Return an open shard; several threads may call this."""
         with self._lock:
@@ -248,11 +234,9 @@ class PreparedDataset:
                 self._open.move_to_end(number)
                 return found
         record = self.shards[number]
-        path = Path(self.location) / record["file"] if self.cache is None else self.cache.fetch(record)
-        try:
+        path = check_local(self.location, record) if self.cache is None else self.cache.fetch(record)
+        with reading(path):
             shard = open_shard(path, self.drug_ids)
-        except (pa.ArrowInvalid, OSError, ValueError) as error:
-            raise ValueError(f"{path} cannot be read as a shard: {error}") from error
         if len(shard.cells.lengths) != record["cells"]:
             raise ValueError(
                 f"{path} has {len(shard.cells.lengths)} cells, not {record['cells']} as its manifest says."
@@ -277,17 +261,42 @@ class PreparedDataset:
             self.cache.prefetch([self.shards[number] for number in numbers])
 
 
+def read_manifest(location: str, cache: "ShardCache | None" = None) -> dict[str, Any]:
+    """Read the manifest of a dataset.
+
+    Args:
+        location: folder, or URL.
+        cache: the cache of a remote dataset's shards; made for this call where it is None.
+
+    Raises:
+        FileNotFoundError: where there is no prepared dataset.
+        ValueError: for a `manifest.json` that is damaged or that of something else.
+    """
+    if cache is None and "://" in location:
+        cache = ShardCache(location, None, 0, {})
+    try:
+        text = (Path(location) / "manifest.json").read_bytes() if cache is None else cache.read("manifest.json")
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"{location} is not a prepared dataset: it has no manifest.json. Make one with tahoex1 prepare."
+        ) from None
+    with reading(f"{location}/manifest.json"):
+        return parse_manifest(text)
+
+
 def check_vocabulary(folder: PreparedDataset, tokenizer: "TahoeX1Tokenizer") -> None:
     """Check that a dataset's ids are the tokenizer's.
 
     Raises:
         ValueError: where they are not.
     """
-    if folder.cache is None:
-        text = (Path(folder.location) / "vocab.json").read_bytes()
-    else:
-        text = folder.cache.read("vocab.json")
-    if json.loads(text) != tokenizer.get_vocab():
+    with reading(f"{folder.location}/vocab.json"):
+        if folder.cache is None:
+            text = (Path(folder.location) / "vocab.json").read_bytes()
+        else:
+            text = folder.cache.read("vocab.json")
+        vocabulary = json.loads(text)
+    if vocabulary != tokenizer.get_vocab():
         raise ValueError(
             f"{folder.location} was prepared with another vocabulary than the tokenizer's: ids would mean other "
             "genes. Prepare it with the vocab.json of the model."
@@ -318,7 +327,9 @@ class PreparedInput(CellInput):
 
     def fingerprint_now(self) -> str:
         """Read the manifest again; shards are compared with it when they are opened."""
-        return _digest_of(self.dataset.read_manifest()["splits"][self.dataset.split]["shards"])
+        return _digest_of(
+            read_manifest(self.dataset.location, self.dataset.cache)["splits"][self.dataset.split]["shards"]
+        )
 
     @property
     def obs_columns(self) -> list[str]:

@@ -12,6 +12,7 @@ import pandas as pd
 from tahoex1_hf.cells.readers.base import CHUNK_ELEMENTS, INDEX, BadInput
 from tahoex1_hf.cells.readers.by_gene import read_spooled
 from tahoex1_hf.cells.readers.csr import AlignedArray, read_rows
+from tahoex1_hf.cells.readers.hdf5_bounds import check_hdf5, check_zarr
 
 
 @contextmanager
@@ -24,9 +25,11 @@ def open_store(path: str) -> Iterator[Any]:
         if Path(path).is_dir():
             store: Any = zarr.open_group(path, mode="r")
             _check_parts(store)
+            check_zarr(store)
             yield store
         else:
             with h5py.File(path, "r") as file:
+                check_hdf5(file, path)
                 _check_parts(file)
                 yield file
     except (OSError, RuntimeError, KeyError, zarr.errors.BaseZarrError) as error:

@@ -5,7 +5,7 @@ In GEO the three files of a sample often have a prefix, and lie beside those of 
 stands for its sample.
 """
 
-import gzip
+import io
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -26,6 +26,8 @@ from tahoex1_hf.cells.looking import places_to_look
 from tahoex1_hf.cells.readers.base import CHUNK_ELEMENTS, INDEX, BadInput, Block, CellInput, gene_rows
 from tahoex1_hf.cells.readers.by_gene import read_spooled, spool_entries
 from tahoex1_hf.cells.readers.csr import check_indptr, read_rows
+from tahoex1_hf.cells.readers.hdf5_bounds import check_hdf5
+from tahoex1_hf.common.bounded import BoundedGzip
 from tahoex1_hf.encoding_tahoe_x1 import GeneMatch
 
 if TYPE_CHECKING:
@@ -227,7 +229,9 @@ def _is_head(name: str) -> bool:
 
 
 def _text(path: Path) -> Any:
-    return gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
+    if path.suffix == ".gz":
+        return io.TextIOWrapper(BoundedGzip(path), encoding="utf-8")
+    return path.open(encoding="utf-8")
 
 
 def _features(path: str) -> _Features:
@@ -261,6 +265,7 @@ def _matrix_group(path: str) -> Iterator[Any]:
     import h5py
 
     with h5py.File(path, "r") as file:
+        check_hdf5(file, path)
         if "obs" in file and "var" in file:
             raise BadInput("it is an AnnData by another name: let its name end in .h5ad.")
         groups = [name for name in file if isinstance(file[name], h5py.Group) and "indptr" in file[name]]
@@ -295,7 +300,7 @@ def _mtx_entries(path: str, by_cell: bool) -> Iterator[tuple[np.ndarray, np.ndar
         genes, names = cells, ["cell", "gene", "count"]
     table = (
         pd.read_csv(
-            _required(path, "matrix.mtx"),
+            _text(_required(path, "matrix.mtx")),
             sep=r"\s+",
             skiprows=header,
             header=None,

@@ -147,3 +147,20 @@ def test_array_encodings() -> None:
     for bad in ("ndarray:object", "ndarray:int16:", "list[png]", "os.system"):
         with pytest.raises(BadInput, match="is not read"):
             decoder_of(bad)
+
+
+@pytest.mark.parametrize("note", [b"r\xff\xff\xff\x7f", b"p2147483647\n"], ids=["binary", "text"])
+@pytest.mark.parametrize("place", ["outside", "in_storage"])
+def test_a_note_under_a_large_number_is_refused(note: bytes, place: str) -> None:
+    """The list of notes would be made as long as the number: gigabytes for ten bytes."""
+    bomb = b"\x80\x02K\x01" + note + b"."
+    if place == "in_storage":
+        bomb = pickle.dumps(Calls(torch.storage._load_from_bytes, bomb), protocol=2)
+    with pytest.raises(BadInput, match="notes a value under the number 2147483647"):
+        load_restricted(bomb)
+
+
+def test_bytes_of_an_array_that_look_like_notes() -> None:
+    array = np.frombuffer(b"r\xff\xff\xff\x7fp2147483647\n..." * 4, dtype=np.uint8)
+    for value in (array, torch.tensor(array.copy())):
+        np.testing.assert_array_equal(load_restricted(pickle.dumps(value)), array)
