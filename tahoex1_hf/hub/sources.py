@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 
 from tahoex1_hf.hub.download import SAME_SIZE, download_snapshot
-from tahoex1_hf.original.convert import MAX_SHARD_SIZE, convert_into
+from tahoex1_hf.original.convert import MAX_SHARD_SIZE, convert_into, open_original
 from tahoex1_hf.original.files import (
     COLLATOR_CONFIG,
     DRUG_FINGERPRINTS,
@@ -20,7 +21,8 @@ from tahoex1_hf.original.files import (
     SHARDED_METADATA,
     VOCAB,
 )
-from tahoex1_hf.original.verify import Verification
+from tahoex1_hf.original.finished import finished_conversion
+from tahoex1_hf.original.verify import MANIFEST, Verification
 from tahoex1_hf.original.writing import workspace
 
 logger = logging.getLogger(__name__)
@@ -49,14 +51,25 @@ def convert_checkpoint(
         dtype: type of the converted tensors; by default the original's.
         max_shard_size: largest size of one file of weights, in bytes.
 
+    Returns:
+        What was checked. Where `destination` is the conversion of this very checkpoint already, nothing is done.
+
     Raises:
-        FileExistsError: when `destination` exists and is not an empty folder.
+        FileExistsError: when `destination` exists and is neither an empty folder nor that conversion.
         FileNotFoundError: for a repository, bucket, size or file that is not there; sizes that are there are listed.
         PermissionError: for a repository or bucket that may not be read.
         ConnectionError: where the network, or the server, does not answer.
         ValueError: where the checkpoint cannot be converted without guessing, or is damaged.
     """
-    with workspace(Path(destination)) as folder:
+    destination = Path(destination)
+    if (destination / MANIFEST).is_file():
+        with tempfile.TemporaryDirectory(dir=destination.parent, prefix=f".{destination.name}-") as temporary:
+            found, _ = _fetch(source, size, revision, Path(temporary) / "download")
+            checkpoint = open_original(found)
+            done = finished_conversion(destination, checkpoint.files, dtype or checkpoint.dtype)
+        if done is not None:
+            return done
+    with workspace(destination) as folder:
         found, label = _fetch(source, size, revision, folder / "download")
         _, verification = convert_into(
             found, folder / "result", dtype=dtype, max_shard_size=max_shard_size, label=label

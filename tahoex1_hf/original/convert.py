@@ -166,12 +166,12 @@ def convert_into(
     checkpoint = open_original(source)
     dtype = dtype or checkpoint.dtype
     with reading(*checkpoint.files.values()):
-        checkpoint.load_model(dtype).save_pretrained(folder, max_shard_size=max_shard_size)
-        checkpoint.save_tokenizer(folder)
-    with reading(*checkpoint.files.values()):
-        verification = verify_conversion(
-            checkpoint.model_settings, checkpoint.collator_settings, checkpoint.weights, checkpoint.config, folder
-        )
+        model = checkpoint.load_model(dtype)
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    checkpoint.save_tokenizer(folder)
+    verification = verify_conversion(
+        checkpoint.model_settings, checkpoint.collator_settings, checkpoint.weights, checkpoint.config, folder
+    )
     logger.info("%s", verification.summary())
     write_manifest(folder, label, describe_files(checkpoint.files), dtype, verification)
     return checkpoint.config, verification

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from tahoex1_hf.configuration_tahoe_x1 import TahoeX1Config
 from tahoex1_hf.original.config import translate_collator_config, translate_model_config
 from tahoex1_hf.original.files import COLLATOR_CONFIG, DRUG_TABLE, MODEL_CONFIG, PICKLE, SAFETENSORS, VOCAB
+from tahoex1_hf.original.finished import finished_conversion
 from tahoex1_hf.original.tensor_names import check_tensors, in_original_names, our_shapes
 from tahoex1_hf.original.verify import (
     Verification,
@@ -41,8 +42,11 @@ def restore_original_folder(
         destination: folder to make.
         dtype: type of the tensors; by default the source's.
 
+    Returns:
+        What was checked. Where `destination` is that very checkpoint already, nothing is done.
+
     Raises:
-        FileExistsError: when `destination` exists and is not an empty folder.
+        FileExistsError: when `destination` exists and is neither an empty folder nor that checkpoint.
         FileNotFoundError: naming the file that is missing.
         ValueError: where the original has no setting for a property of the model or its tokenizer.
     """
@@ -53,6 +57,10 @@ def restore_original_folder(
     weights = open_weights(weights_file(source))
     check_tensors(weights.shapes, our_shapes(config), f"{source} (TahoeX1ForPreTraining)")
     model_settings, collator_settings = restore_settings(config, tokenizer)
+    read = {path.name: path for path in (source / "config.json", *weights.files)}
+    done = finished_conversion(destination, read, dtype or next(iter(weights.dtypes.values())))
+    if done is not None:
+        return done
     with workspace(destination) as folder:
         result = folder / "result"
         _write_weights(weights, config, result, dtype)
@@ -64,7 +72,6 @@ def restore_original_folder(
         count, size = count_parameters(weights, config)
         how = "equal bit for bit" if dtype is None else "equal after rounding"
         verification = Verification(count, size, len(restored.shapes), how, {})
-        read = {path.name: path for path in (source / "config.json", *weights.files)}
         written_type = dtype or next(iter(restored.dtypes.values()))
         write_manifest(result, str(source), describe_files(read), written_type, verification)
     logger.info("%s", verification.summary())

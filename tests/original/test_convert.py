@@ -229,9 +229,16 @@ def test_script(tmp_path: Path) -> None:
     assert run.returncode == 0, run.stderr
     assert "205,825 parameters" in run.stdout
     assert AutoModel.from_pretrained(tmp_path / "out").config.num_hidden_layers == 3
-    again = CliRunner().invoke(app, ["convert", str(PLAIN), str(tmp_path / "out")])
-    assert again.exit_code == 1
-    assert "exists already" in again.output
+    again = CliRunner().invoke(app, ["convert", str(PLAIN), str(tmp_path / "out")])  # as after a kill at the end
+    assert again.exit_code == 0
+    assert "205,825 parameters" in again.output
+    for source, options in ((WITH_DRUGS, []), (PLAIN, ["--dtype", "bfloat16"])):
+        other = CliRunner().invoke(app, ["convert", str(source), str(tmp_path / "out"), *options])
+        assert other.exit_code == 1
+        assert "exists already" in other.output
+    (tmp_path / "out" / "vocab.json").write_text("{}")
+    damaged = CliRunner().invoke(app, ["convert", str(PLAIN), str(tmp_path / "out")])
+    assert "exists already" in damaged.output
 
 
 def test_fingerprints_of_another_shape(tmp_path: Path) -> None:
