@@ -10,7 +10,7 @@ from pathlib import Path
 
 # Files of this size together, or fewer than this many, are read whole: a tenth of a second.
 _WHOLE_BYTES, _WHOLE_FILES = 2**25, 1000
-# Of others, so many pieces of this size, evenly spaced.
+# Of others, so many pieces of this size are read, evenly spaced, and one at the end.
 _PIECES, _PIECE_BYTES = 64, 2**16
 
 _TEXT = re.compile(
@@ -48,7 +48,7 @@ def content_fingerprint(*paths: str | Path) -> str:
 def _add_sample(digest: "hashlib._Hash", files: list[Path], sizes: list[int]) -> None:
     """Add pieces at evenly spaced places of all files, taken as if one stood behind the other."""
     total, at, before = sum(sizes), 0, 0
-    places = [number * max(total - _PIECE_BYTES, 0) // (_PIECES - 1) for number in range(_PIECES)]
+    places = sorted({number * total // _PIECES for number in range(_PIECES)} | {max(total - _PIECE_BYTES, 0)})
     for file, size in zip(files, sizes, strict=True):
         stop = at
         while stop < len(places) and places[stop] < before + size:

@@ -98,6 +98,7 @@ def embed(
     ] = "X_tahoe_x1",
     seed: options.Seed = 0,
     restart: options.Restart = False,
+    full_paths: options.FullPaths = False,
 ) -> str:
     """Embed the cells of files of any size.
 
@@ -145,5 +146,6 @@ def embed(
         dtype=dtype.value,
         hidden_layer=hidden_layer,
         restart=restart,
+        full_paths=full_paths,
     )
     return f"Wrote {output}" if cell_gene_embeddings is None else f"Wrote {output} and {cell_gene_embeddings}"

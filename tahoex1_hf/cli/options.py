@@ -125,6 +125,7 @@ BatchTokens = Annotated[
 Restart = Annotated[
     bool, typer.Option("--restart", help="Discard the files of an unfinished run with other settings.")
 ]
+FullPaths = Annotated[bool, typer.Option("--full-paths", help="Name the sources in the output by their whole paths.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing result that differs.")]
 Private = Annotated[bool, typer.Option("--private", help="Create the Hub repository as a private one.")]
 Overrides = Annotated[

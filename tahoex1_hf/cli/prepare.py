@@ -52,6 +52,7 @@ def prepare(
     orthologs: options.Orthologs = None,
     layer: options.Layer = None,
     format: Annotated[Format | None, typer.Option(help="File format of the shards.", show_default="arrow")] = None,
+    full_paths: options.FullPaths = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Begin anew where the output folder holds a dataset.")
     ] = False,
@@ -87,7 +88,7 @@ def prepare(
     else:
         given = {key: value for key, value in common.items() if value is not None}
         parsed = parse_config({**given, "sources": simple_sources(inputs or [], **simple)}, "tahoex1 prepare")
-    return _summary(parsed.output, prepare_dataset(parsed, num_proc, overwrite))
+    return _summary(parsed.output, prepare_dataset(parsed, num_proc, overwrite, full_paths))
 
 
 def simple_sources(

@@ -11,7 +11,9 @@ import pyarrow as pa
 
 import tahoex1_hf
 from tahoex1_hf.cells.readers.manifests import FORMAT, FORMAT_VERSION
-from tahoex1_hf.data.config import PrepareConfig
+from tahoex1_hf.common.digests import json_digest
+from tahoex1_hf.common.names import short_names
+from tahoex1_hf.data.output_folder import without_paths
 from tahoex1_hf.data.pieces import DROP_RULES, SPLITS, PieceStatistics
 from tahoex1_hf.data.shards import DatasetSchema, ShardRecord
 from tahoex1_hf.data.sources.base import FileReport
@@ -53,18 +55,20 @@ class FileOutcome:
 
 
 def build_manifest(
-    config: PrepareConfig,
     identity: dict[str, Any],
     outcomes: list[FileOutcome],
     schema: DatasetSchema,
     shards: dict[str, list[ShardRecord]],
+    full_paths: bool,
 ) -> dict[str, Any]:
     """Put together `manifest.json`.
 
     Raises:
         RuntimeError: where the cells do not add up, which would be a fault of this program.
     """
-    files = [_file_entry(outcome) for outcome in outcomes]
+    paths = [outcome.path for outcome in outcomes]
+    names = paths if full_paths else short_names(paths)
+    files = [{"path": name, **_file_entry(outcome)} for name, outcome in zip(names, outcomes, strict=True)]
     cells = {split: sum(shard.cells for shard in shards[split]) for split in SPLITS}
     dropped = {rule: sum(outcome.statistics.dropped[rule] for outcome in outcomes) for rule in DROP_RULES}
     cells_in = sum(outcome.statistics.cells_in for outcome in outcomes)
@@ -87,7 +91,8 @@ def build_manifest(
     return {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
-        **identity,
+        **(identity if full_paths else without_paths(identity)),
+        "identity_sha256": json_digest(identity),
         "totals": totals,
         "columns": {field.name: _type_name(field.type) for field in schema.arrow()},
         "splits": {
@@ -104,11 +109,10 @@ def build_manifest(
 
 def _file_entry(outcome: FileOutcome) -> dict[str, Any]:
     report, statistics = outcome.report, outcome.statistics
-    entry: dict[str, Any] = {"path": outcome.path}
     if outcome.reason is not None:
-        return {**entry, "skipped": outcome.reason}
+        return {"skipped": outcome.reason}
     assert report is not None  # a file is either reported on or skipped
-    entry |= {
+    entry: dict[str, Any] = {
         "fingerprint": report.fingerprint,
         "cells_in": statistics.cells_in,
         "cells_out": dict(statistics.cells),

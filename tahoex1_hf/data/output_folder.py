@@ -10,13 +10,16 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from tahoex1_hf.common.digests import json_digest
 from tahoex1_hf.common.files import sync, write_json
+from tahoex1_hf.common.names import public_name
 from tahoex1_hf.common.reading import reading
 
 WORK_FOLDER = ".prepare"
 MANIFEST = "manifest.json"
 LOCK = ".prepare.lock"
 _IDENTITY = "identity.json"
+_PATHS = ("paths", "vocab", "file", "gene_symbols", "gene_metadata", "source_vocab")  # settings that name files
 _REMOVING = ".prepare.removing"  # is there while the folder is emptied
 
 
@@ -65,14 +68,38 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def _check_same(output: Path, found: dict[str, Any], identity: dict[str, Any]) -> None:
-    if all(found.get(key) == value for key, value in identity.items()):
+    if "identity_sha256" in found:
+        same = found["identity_sha256"] == json_digest(identity)
+    else:  # a run that is not finished, or a dataset of an earlier version
+        same = all(found.get(key) == value for key, value in identity.items())
+    if same:
         return
-    before = found.get("configuration") or {}
-    different = [key for key, value in identity["configuration"].items() if before.get(key) != value]
+    before = found.get("configuration")
+    before = without_paths(before) if isinstance(before, dict) else {}
+    here = without_paths(identity["configuration"])
+    different = [key for key, value in here.items() if before.get(key) != value]
+    if not different:
+        different = ["vocab" if found.get("vocab_sha256") != identity.get("vocab_sha256") else "paths"]
     raise ValueError(
-        f"output={str(output)!r} holds a dataset made with other settings ({', '.join(different) or 'vocab'}): "
+        f"output={str(output)!r} holds a dataset made with other settings ({', '.join(different)}): "
         "name another folder, or pass --overwrite."
     )
+
+
+def without_paths(settings: Any) -> Any:
+    """Return settings in which files of this machine are named by their base names."""
+    if isinstance(settings, dict):
+        return {
+            key: _name(value) if key in _PATHS else value if key == "output" else without_paths(value)
+            for key, value in settings.items()
+        }
+    return [without_paths(value) for value in settings] if isinstance(settings, list) else settings
+
+
+def _name(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_name(each) for each in value]
+    return public_name(value) if isinstance(value, str) else value
 
 
 def _has_all_shards(output: Path, manifest: dict[str, Any]) -> bool:

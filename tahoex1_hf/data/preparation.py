@@ -119,13 +119,16 @@ def _open_source(config: Any, tokenizer: TahoeX1Tokenizer, spool: Path) -> CellS
     return OpenedFiles(config, tokenizer, spool)
 
 
-def prepare(config: PrepareConfig, num_proc: int = 1, overwrite: bool = False) -> dict[str, Any]:
+def prepare(
+    config: PrepareConfig, num_proc: int = 1, overwrite: bool = False, full_paths: bool = False
+) -> dict[str, Any]:
     """Write a training dataset, or resume one that an earlier run left unfinished.
 
     Args:
         config: configuration of the dataset.
         num_proc: number of processes; it changes only the time.
         overwrite: whether to begin anew where `config.output` holds another dataset, or the remains of another run.
+        full_paths: whether the manifest names the files by their whole paths, and not by their base names.
 
     Returns:
         The manifest, which is also `OUTPUT/manifest.json`.
@@ -144,13 +147,15 @@ def prepare(config: PrepareConfig, num_proc: int = 1, overwrite: bool = False) -
     except Timeout:
         raise ValueError(f"output={config.output!r}: another process is writing there.") from None
     try:
-        return _prepare_locked(config, output, num_proc, overwrite)
+        return _prepare_locked(config, output, num_proc, overwrite, full_paths)
     finally:
         (output / LOCK).unlink(missing_ok=True)
         lock.release()
 
 
-def _prepare_locked(config: PrepareConfig, output: Path, num_proc: int, overwrite: bool) -> dict[str, Any]:
+def _prepare_locked(
+    config: PrepareConfig, output: Path, num_proc: int, overwrite: bool, full_paths: bool
+) -> dict[str, Any]:
     work = output / WORK_FOLDER
     for cached in (_open_sources, _pieces_of):  # by an earlier run in this process, since when files may have changed
         cached.cache_clear()
@@ -172,7 +177,7 @@ def _prepare_locked(config: PrepareConfig, output: Path, num_proc: int, overwrit
         raise ValueError(f"no cell is left: {_why_none(outcomes)}. Look at the filters and the files.")
     schema = _common_schema(config, pieces)
     shards = _gather(job, output, pieces, outcomes, schema, num_proc)
-    manifest = build_manifest(config, identity, outcomes, schema, shards)
+    manifest = build_manifest(identity, outcomes, schema, shards, full_paths)
     (output / "vocab.json").write_bytes(Path(config.vocab).read_bytes())
     write_card(output / "README.md", manifest)
     _write_json(output / MANIFEST, manifest)

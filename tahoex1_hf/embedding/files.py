@@ -131,6 +131,7 @@ def embed_files(
     dtype: DtypeName = "auto",
     hidden_layer: int | None = None,
     restart: bool = False,
+    full_paths: bool = False,
     progress: bool = True,
 ) -> None:
     """Embed the cells of files, which may be larger than memory.
@@ -174,6 +175,7 @@ def embed_files(
         dtype: as in `embed_anndata`.
         hidden_layer: as in `embed_anndata`.
         restart: whether to discard what an unfinished run with other arguments left.
+        full_paths: whether the output names its sources by their whole paths, and not by their base names.
         progress: whether to show a progress bar.
 
     Raises:
@@ -189,6 +191,7 @@ def embed_files(
         split_columns(obs),
         wide,
         None if cell_gene_embeddings is None else str(cell_gene_embeddings),
+        full_paths,
     )
     wanted.check()
     processes = Processes.current()
@@ -334,7 +337,7 @@ class _Run:
             if self.cell_genes is None:
                 return nullcontext()
             place = start + (chunk.start - low) // encoding.CHUNK_CELLS
-            return self.cell_genes.of_chunk(place, source.cells.path, chunk)
+            return self.cell_genes.of_chunk(place, self.output.source_names[number], chunk)
 
         embedded = embed_chunks(self.encoder, chunks, gene_means, bar.update, sink_of)
         for done, (chunk, part, spread) in enumerate(embedded, start + 1):
@@ -391,7 +394,7 @@ class _Run:
                 raise ValueError(
                     f"{self.shards.location}: the shard {start}-{stop} is damaged: remove it, and run again."
                 )
-            writer.write(shard, self.plan.inputs[number].path)
+            writer.write(shard, self.output.source_names[number])
             num_empty += shard.num_empty
             at = stop
         if at != self.plan.num_chunks:

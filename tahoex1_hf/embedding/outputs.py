@@ -10,6 +10,7 @@ from typing import Any
 
 from tahoex1_hf.cells.readers.base import BadInput, CellInput
 from tahoex1_hf.cells.readers.paths import is_zarr_store
+from tahoex1_hf.common.names import short_names
 from tahoex1_hf.embedding.anndata_writer import H5adWriter, ZarrWriter
 from tahoex1_hf.embedding.cell_genes import CellGenes, check_cell_gene_output
 from tahoex1_hf.embedding.obs_columns import choose_columns, common_types, joined_column
@@ -32,6 +33,7 @@ class OutputOptions:
         obs: columns of obs; None for the format's default.
         wide: whether a table has a column for each dimension.
         cell_genes: path or URL of the table of every cell's gene embeddings; None for no such table.
+        full_paths: whether sources are named by their whole paths, and not by their base names.
     """
 
     path: str
@@ -41,6 +43,7 @@ class OutputOptions:
     obs: tuple[str, ...] | None = None
     wide: bool = False
     cell_genes: str | None = None
+    full_paths: bool = False
 
     def check(self) -> None:
         """Raise ValueError for what could not be written, before any work is done."""
@@ -60,6 +63,7 @@ class Output:
         width: number of dimensions.
 
     Attributes:
+        source_names: how the output names its sources.
         copied: path of the source that the output is a copy of; None for cells without counts.
         names: whether the names of the cells are needed.
         shard_columns: columns of obs that the shards must hold.
@@ -79,6 +83,8 @@ class Output:
     ):
         self.options, self.inputs, self.shards, self.width = options, inputs, shards, width
         path, obs = options.path, options.obs
+        paths = [cells.path for cells in inputs]
+        self.source_names = paths if options.full_paths else short_names(paths)
         self.copied = self._find_copied()
         if obs is not None and self.copied is not None:
             raise ValueError(
@@ -108,6 +114,8 @@ class Output:
             "obs": None if options.obs is None else list(options.obs),
             "wide": options.wide,
             "names": self.names,
+            # The shards hold the names of the sources only beside every cell's genes.
+            **({"full_paths": True} if options.full_paths and self.cell_genes is not None else {}),
         }
 
     def _find_copied(self) -> str | None:
@@ -132,9 +140,9 @@ class Output:
 
     def open(self) -> EmbeddingWriter:
         """Open the writer, when the shards hold all cells."""
-        options, sources = self.options, [cells.path for cells in self.inputs]
+        options = self.options
         shape = sum(cells.num_cells for cells in self.inputs), self.width
-        layout = Layout(shape, options.key_added, sources, options.draws > 1)
+        layout = Layout(shape, options.key_added, self.source_names, options.draws > 1)
         if options.path.endswith(".npy"):
             return NpyWriter(options.path, layout)
         if options.path.endswith(".parquet"):

@@ -91,7 +91,7 @@ def _fetch(source: str | Path, size: str | None, revision: str | None, download:
         if path.is_dir() and not (path / SHARDED_METADATA).is_file():
             configs = [p.relative_to(path).as_posix() for p in path.glob(f"**/{MODEL_CONFIG}")]
             path = path / choose_size(configs, size, name)
-        return path, str(path.resolve())
+        return path, path.resolve().name
     if name.count("/") != 1 or name.startswith((".", "~", "/")):
         raise FileNotFoundError(f"{name} is neither a folder or file, nor a Hub repository (owner/name), nor s3://.")
     snapshot = download_snapshot(name, size, revision, {})

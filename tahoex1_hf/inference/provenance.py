@@ -9,6 +9,7 @@ from huggingface_hub import try_to_load_from_cache
 
 from tahoex1_hf.cells.encoding import EncodeOptions
 from tahoex1_hf.cells.readers.base import CellInput
+from tahoex1_hf.common.names import public_name
 from tahoex1_hf.inference.encoder import CellEncoder
 
 
@@ -39,7 +40,7 @@ def provenance(
         "unknown_genes_with_most_counts": [", ".join(name for name, _ in each.most) for each in seen],
     }
     return {
-        "model": model_name,
+        "model": public_name(model_name),
         "revision": model_revision(model_name),
         "package_version": __version__,
         **{name: values[0] if len(inputs) == 1 else values for name, values in found.items() if values},

@@ -144,7 +144,7 @@ def convert_original_folder(
         destination: folder to make.
         dtype: type of the converted weights; by default that of the original.
         max_shard_size: largest size of one file of weights, in bytes.
-        label: name of the source in the manifest; by default `source`.
+        label: name of the source in the manifest; by default the base name of `source`.
 
     Raises:
         FileExistsError: when `destination` exists and is not an empty folder.
@@ -154,7 +154,11 @@ def convert_original_folder(
     destination = Path(destination)
     with workspace(destination) as folder:
         config, _ = convert_into(
-            source, folder / "result", dtype=dtype, max_shard_size=max_shard_size, label=label or str(source)
+            source,
+            folder / "result",
+            dtype=dtype,
+            max_shard_size=max_shard_size,
+            label=label or Path(source).resolve().name,
         )
     return config
 
@@ -192,7 +196,7 @@ def translate_folder(source: Path, folder: Path) -> None:
     """
     weights = source / SAFETENSORS
     if not weights.is_file():
-        convert_into(source, folder, dtype=None, max_shard_size=MAX_SHARD_SIZE, label=str(source))
+        convert_into(source, folder, dtype=None, max_shard_size=MAX_SHARD_SIZE, label=source.resolve().name)
         return
     checkpoint = open_original(source)
     checkpoint.save_tokenizer(folder)

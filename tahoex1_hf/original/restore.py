@@ -73,7 +73,7 @@ def restore_original_folder(
         how = "equal bit for bit" if dtype is None else "equal after rounding"
         verification = Verification(count, size, len(restored.shapes), how, {})
         written_type = dtype or next(iter(restored.dtypes.values()))
-        write_manifest(result, str(source), describe_files(read), written_type, verification)
+        write_manifest(result, source.resolve().name, describe_files(read), written_type, verification)
     logger.info("%s", verification.summary())
     return verification
 

@@ -14,7 +14,7 @@ from preparing import source
 from tahoex1_hf.data import output_folder
 from tahoex1_hf.data.config import PrepareConfig, parse_config
 from tahoex1_hf.data.output_folder import claim
-from tahoex1_hf.data.preparation import prepare
+from tahoex1_hf.data.preparation import _identity, prepare
 
 
 class Killed(BaseException):
@@ -62,7 +62,7 @@ def test_a_kill_at_any_moment_of_overwriting(
     prepare(config)
     out, whole = tmp_path / "out", dataset(tmp_path / "out")
     shutil.copytree(out, tmp_path / "copy")
-    identity = {key: json.loads((out / "manifest.json").read_text())[key] for key in ("configuration", "vocab_sha256")}
+    identity = _identity(config)
     for number in range(40):
         shutil.rmtree(out)
         shutil.copytree(tmp_path / "copy", out)
@@ -114,6 +114,31 @@ def test_all_was_done_but_removing_the_work_folder(tmp_path: Path, config: Prepa
     assert prepare(config) == manifest
     assert (tmp_path / "out" / "manifest.json").stat().st_mtime_ns == state
     assert not (tmp_path / "out" / ".prepare").exists()
+
+
+def test_the_manifest_names_no_paths_of_this_machine(tmp_path: Path, config: PrepareConfig) -> None:
+    manifest = prepare(config)
+    assert str(tmp_path) not in json.dumps(manifest)
+    assert manifest["configuration"]["sources"][0]["paths"] == ["cells.h5ad"]
+    assert manifest["configuration"]["vocab"] == "vocab.json"
+    assert prepare(config) == manifest
+    (tmp_path / "other").mkdir()
+    shutil.copy(tmp_path / "cells.h5ad", tmp_path / "other")
+    other = {"sources": [source(tmp_path / "other" / "cells.h5ad")], "output": config.output, "vocab": config.vocab}
+    with pytest.raises(ValueError, match=r"other settings \(paths\)"):
+        prepare(parse_config(other, "the test"))
+    manifest = prepare(config.model_copy(update={"output": str(tmp_path / "full")}), full_paths=True)
+    assert manifest["sources"][0]["files"][0]["path"] == str(tmp_path / "cells.h5ad")
+
+
+def test_a_dataset_of_an_earlier_version(tmp_path: Path, config: PrepareConfig) -> None:
+    """Its manifest has the whole paths in the settings, and no digest of them."""
+    manifest = {**prepare(config), **_identity(config)}
+    del manifest["identity_sha256"]
+    (tmp_path / "out" / "manifest.json").write_text(json.dumps(manifest))
+    assert prepare(config) == manifest
+    with pytest.raises(ValueError, match=r"other settings \(seed\)"):
+        prepare(config.model_copy(update={"seed": 5}))
 
 
 def test_a_damaged_manifest_is_named(tmp_path: Path, config: PrepareConfig) -> None:

@@ -1,7 +1,6 @@
 """Embedding files gives the same numbers for every kind of input, after a stop, and with several processes."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -32,7 +31,6 @@ from tahoex1_hf.data.preparation import prepare
 from tahoex1_hf.embedding import files as embed_files
 from tahoex1_hf.embedding.files import Plan
 from tahoex1_hf.embedding.files import embed_files as run
-from tahoex1_hf.embedding.shards import ShardFolder
 from tahoex1_hf.inference.encoder import CellEncoder
 
 KEY = "X_tahoe_x1"
@@ -169,7 +167,7 @@ def test_a_prepared_dataset(tmp_path: Path, cells: anndata.AnnData, parts, prepa
     tokens = [chunk.cells.lengths.sum() for chunk in encoder.chunks(0, split.num_cells)]
     np.testing.assert_array_equal(encoder.chunk_tokens(), tokens)
     table = pd.read_parquet(tmp_path / "out.parquet").set_index("cell")
-    assert set(table["source"]) == {f"{prepared} (train)", f"{prepared} (validation)"}
+    assert set(table["source"]) == {f"{prepared.name} (train)", f"{prepared.name} (validation)"}
     values = np.stack(table.loc[cells.obs_names, KEY])
     np.testing.assert_allclose(values, expected(cells, (model, tokenizer)).obsm[KEY], atol=1e-6, rtol=0)
 
@@ -563,37 +561,3 @@ def test_unusable_inputs_are_refused(tmp_path: Path, cells: anndata.AnnData, par
     assert not (tmp_path / "out.h5ad.shards").exists()
     with pytest.raises(FileNotFoundError, match="does not exist"):
         run(tmp_path / "nowhere.zarr", tmp_path / "out.npy", *parts, progress=False)
-
-
-# A file that is replaced -----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("ending", [".h5ad", ".npy"])
-def test_a_file_that_is_replaced_during_the_run_is_an_error(
-    tmp_path: Path, parts: Any, monkeypatch: pytest.MonkeyPatch, ending: str
-) -> None:
-    """Also one of the same size and time: its counts are not copied beside the other's embeddings."""
-    source = write_cells(make_cells(40), tmp_path / "cells", "dense")
-    other = write_cells(make_cells(40, seed=1), tmp_path / "other", "dense")
-    assert source.stat().st_size == other.stat().st_size
-    os.utime(other, ns=(source.stat().st_atime_ns, source.stat().st_mtime_ns))
-    embedded = embed_files._Run.embed
-
-    def embed_and_replace(*arguments: Any) -> None:
-        embedded(*arguments)
-        os.replace(other, source)
-
-    monkeypatch.setattr(embed_files._Run, "embed", embed_and_replace)
-    with pytest.raises(ValueError, match=r"cells\.h5ad has changed since it was opened.*nothing is written"):
-        embed(source, tmp_path / f"out{ending}", parts)
-    assert not (tmp_path / f"out{ending}").exists()
-
-
-def test_a_run_that_an_earlier_version_began_is_resumed(tmp_path: Path, parts: Any) -> None:
-    source = write_cells(make_cells(10), tmp_path / "cells", "csr")
-    now = open_cells(source, parts[1]).fingerprint
-    folder = ShardFolder(str(tmp_path / "shards"))
-    folder.claim({"cells": [["a", now.partition(", whole")[0], 10]]}, restart=False)
-    folder.claim({"cells": [["a", now, 10]]}, restart=False)
-    with pytest.raises(ValueError, match=r"other settings \(cells\)"):
-        folder.claim({"cells": [["a", now.replace("bytes, changed 1", "bytes, changed 2"), 10]]}, restart=False)

@@ -163,7 +163,7 @@ def test_a_table_of_several_files(
     table = embed(paths, tmp_path / "out.parquet", parts, obs=["sample", "donor", "cell_type", "n_genes", "source"])
     columns = ["cell", "source", "sample", "donor", "cell_type", "n_genes", "obs_source", KEY]
     assert table.columns.tolist() == columns
-    assert table["source"].tolist() == np.repeat([str(path) for path in paths], [100, 37, 5]).tolist()
+    assert table["source"].tolist() == np.repeat([path.name for path in paths], [100, 37, 5]).tolist()
     assert table["cell"].tolist() == [name for each in (cells, *others) for name in each.obs_names]
     samples = [str(value) for each in (cells, *others) for value in each.obs["sample"]]
     assert table["sample"].tolist() == samples  # text in two files, whole numbers in the third
@@ -204,7 +204,7 @@ def test_several_files_have_the_union_of_their_obs(
     assert result.shape == (142, 0)
     own = ["cell_type", "sample", "n_genes", "score", "passed", "donor", "obs_source"]
     assert result.obs.columns.tolist() == ["source", *own]
-    assert result.obs["source"].tolist() == np.repeat([str(path) for path in paths], [100, 37, 5]).tolist()
+    assert result.obs["source"].tolist() == np.repeat([path.name for path in paths], [100, 37, 5]).tolist()
     assert result.obs_names.tolist() == [name for each in (cells, *others) for name in each.obs_names]
     assert set(result.obs["cell_type"].cat.categories) == {"B", "NK", "T", "new"}
     assert result.obs["cell_type"].tolist() == [v for each in (cells, *others) for v in each.obs["cell_type"]]

@@ -28,7 +28,7 @@ def source(tmp_path: Path) -> Path:
 def test_manifest(tmp_path: Path) -> None:
     convert_original_folder(WITH_DRUGS, tmp_path / "out")
     manifest = json.loads((tmp_path / "out" / "conversion.json").read_text())
-    assert manifest["source"] == str(WITH_DRUGS)
+    assert manifest["source"] == WITH_DRUGS.name
     assert set(manifest["files_read"]) == {path.name for path in WITH_DRUGS.iterdir()}
     assert set(manifest["files_written"]) == {path.name for path in (tmp_path / "out").iterdir()} - {"conversion.json"}
     for folder, part in ((WITH_DRUGS, "files_read"), (tmp_path / "out", "files_written")):
