@@ -101,6 +101,7 @@ TESTED_IN: dict[str, set[str]] = {
     "hub/test_loading.py": {"hub/download"},
     "hub/test_sources.py": {"original/files"},
     "model_cards/test_model_cards.py": {"hub/cards/facts", "hub/cards/rendering", "training/flops"},
+    "original/test_convert.py": {"original/finished"},
     "original/test_verify.py": {"original/config", "original/reference"},
     "perturbation/test_journal.py": {"perturbation/plot", "perturbation/tables"},
     "perturbation/test_run.py": {"perturbation/cells", "perturbation/measures", "perturbation/plan"},

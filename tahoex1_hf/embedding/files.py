@@ -294,7 +294,9 @@ class _Run:
             processes.wait()
             if processes.index == 0:
                 self._check_unchanged()
-                self.write(self.output.open(), model_name)
+                with reading(*(each.path for each in self.plan.inputs)):  # one of which may be copied
+                    writer = self.output.open()
+                self.write(writer, model_name)
                 self.shards.remove()
             processes.wait()
         except BaseException:
