@@ -174,7 +174,11 @@ def _prepare_locked(
     outcomes = _read_pieces(job, files, inspected, num_proc)
     pieces = [path for outcome in outcomes for path in outcome.pieces]
     if not any(outcome.cells_kept for outcome in outcomes):
-        raise ValueError(f"no cell is left: {_why_none(outcomes)}. Look at the filters and the files.")
+        named = [path for source in config.sources for path in getattr(source, "paths", ())]
+        raise ValueError(
+            f"no cell of {', '.join(named) or 'the sources'} is left: {_why_none(outcomes)}. Look at the filters and "
+            "the files."
+        )
     schema = _common_schema(config, pieces)
     shards = _gather(job, output, pieces, outcomes, schema, num_proc)
     manifest = build_manifest(identity, outcomes, schema, shards, full_paths)

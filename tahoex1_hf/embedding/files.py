@@ -363,7 +363,9 @@ class _Run:
             made_by = provenance(model_name, self.encoder, self.options, self.plan.inputs, num_empty)
             if self.cell_genes is not None:
                 self.cell_genes.write(self.plan.num_chunks, {provenance_key(writer.layout.key_added): made_by})
-            writer.write_provenance({**made_by, **self._write_genes(writer)})
+            made_by |= self._write_genes(writer)
+            with reading(*(each.path for each in self.plan.inputs)):  # the uns of one that was copied
+                writer.write_provenance(made_by)
             self._check_unchanged()  # while it was copied, too
             writer.finish()
         except BaseException:
