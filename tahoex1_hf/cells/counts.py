@@ -1,7 +1,7 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
 """Whether values are counts: rounding errors on them, what other values look like, and where counts may be instead."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -156,7 +156,7 @@ def _same(adata: Any, one: str, other: str) -> bool:
         return np.array_equal(_some_values(first), _some_values(second))  # its first rows are all over the file
     rows = [in_memory(each[:8]) for each in (first, second)]
     dense = [each.toarray() if hasattr(each, "toarray") else np.asarray(each) for each in rows]
-    return np.array_equal(*dense)
+    return np.array_equal(dense[0], dense[1])
 
 
 def counts_elsewhere(adata: Any, layer: str | None) -> str:
@@ -216,7 +216,7 @@ def _odd_counts(values: np.ndarray, offsets: np.ndarray) -> str | None:
 def _looks(values: np.ndarray, offsets: np.ndarray) -> str:
     """Return what fractions are, if it can be told: counts k become f(k * s), with s the same in all of a cell."""
     starts = offsets[:-1]
-    undone = {
+    undone: dict[str, Callable[[np.ndarray], np.ndarray]] = {
         " and look normalised, without logarithm": lambda x: x,
         " and look log-normalised": np.expm1,
         " and look log-normalised (to base 2)": lambda x: np.exp2(x) - 1,

@@ -45,7 +45,7 @@ def content_fingerprint(*paths: str | Path) -> str:
     return f"{len(files)} files, {size} bytes, changed {changed}, {how} {digest.hexdigest()}"
 
 
-def _add_sample(digest: "hashlib._Hash", files: list[Path], sizes: list[int]) -> None:
+def _add_sample(digest: "hashlib.blake2b", files: list[Path], sizes: list[int]) -> None:
     """Add pieces at evenly spaced places of all files, taken as if one stood behind the other."""
     total, at, before = sum(sizes), 0, 0
     places = sorted({number * total // _PIECES for number in range(_PIECES)} | {max(total - _PIECE_BYTES, 0)})

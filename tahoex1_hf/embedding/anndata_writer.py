@@ -5,7 +5,7 @@ import logging
 import shutil
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ class AnnDataWriter(EmbeddingWriter):
         obs: columns of obs of cells without counts -> functions that return their values, or None to leave one out.
     """
 
-    def __init__(self, output: str, layout: Layout, copied: str | None, obs: dict[str, Callable[[], Any]]):
+    def __init__(self, output: str, layout: Layout, copied: str | None, obs: Mapping[str, Callable[[], Any]]):
         self.output, self.layout, self.copied, self.done = output, layout, copied, 0
         self.file: Any = self._open()
         try:
@@ -48,7 +48,7 @@ class AnnDataWriter(EmbeddingWriter):
     def _open(self) -> Any:
         """Open the partial file or folder, which begins as a copy of the source, or empty."""
 
-    def _make_slots(self, obs: dict[str, Callable[[], Any]]) -> None:
+    def _make_slots(self, obs: Mapping[str, Callable[[], Any]]) -> None:
         key, shape = self.layout.key_added, self.layout.shape
         if self.copied is None:
             self._make_frames(obs)
@@ -60,7 +60,7 @@ class AnnDataWriter(EmbeddingWriter):
             self._remove("obs", column)
             self.deviations = make_array(group, column, shape[:1], np.float32)
 
-    def _make_frames(self, columns: dict[str, Callable[[], Any]]) -> None:
+    def _make_frames(self, columns: Mapping[str, Callable[[], Any]]) -> None:
         """Make `obs` and `var` as anndata stores them; the names of the cells are filled in later."""
         import pandas as pd
         from anndata.io import write_elem

@@ -74,7 +74,7 @@ def check_data(config: FinetuneConfig, cells: LabelledCells, processes: PartialS
     """
     folder = Path(config.output_dir)
     path = folder / DATA
-    here = {"fingerprint": cells.fingerprint, "cells": len(cells)}
+    here: dict[str, Any] = {"fingerprint": cells.fingerprint, "cells": len(cells)}
     begun = path.is_file() and has_begun(folder)
     before = json.loads(path.read_text(encoding="utf-8")) if begun else here
     if before["cells"] != here["cells"] or not agrees(before["fingerprint"], cells.fingerprint):
