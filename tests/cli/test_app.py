@@ -69,6 +69,12 @@ def test_public_names() -> None:
         _ = tahoex1_hf.no_such_name
 
 
+def test_the_app_is_found_in_the_package_too() -> None:
+    code = "from tahoex1_hf.cli import app; from tahoex1_hf.cli.app import app as same; assert app is same, app"
+    environment = {**os.environ, "PYTHONPATH": str(REPO_ROOT)}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+
+
 def test_version() -> None:
     assert run("--version").output == f"tahoex1_hf {tahoex1_hf.__version__}\n"
 
