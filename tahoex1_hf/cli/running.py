@@ -97,6 +97,8 @@ def _unforeseen(error: Exception, values: tuple[Any, ...]) -> str:
     texts = [text for value in values for text in (value if isinstance(value, (list, tuple)) else [value])]
     files = [str(text) for text in texts if isinstance(text, (str, Path)) and os.path.exists(text)]
     where = f"{', '.join(files)}: " if files else ""
+    if notes := " ".join(getattr(error, "__notes__", ())):  # what to do, added where it was known
+        return f"{in_short(error)}. {notes}"
     return f"{where}{in_short(error)}. This was not foreseen: please report it, with what --debug shows."
 
 

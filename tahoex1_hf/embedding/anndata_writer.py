@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from tahoex1_hf.cells.readers.stores import writable_group
+from tahoex1_hf.cells.readers.stores import writable_group, zarr_for_writing
 from tahoex1_hf.common.files import WholeFile, WholeFolder
 from tahoex1_hf.embedding.obs_columns import free_name
 from tahoex1_hf.embedding.shards import Shard
@@ -144,14 +144,10 @@ class ZarrWriter(AnnDataWriter):
     """Writer of a `.zarr` store, which takes the place of a store that is there."""
 
     def _open(self) -> Any:
-        import anndata
-        import zarr
-
         self.whole = WholeFolder(Path(self.output), replace=True)
-        if self.copied is None:
-            return zarr.open_group(self.whole.partial, mode="w", zarr_format=anndata.settings.zarr_write_format)
-        shutil.copytree(self.copied, self.whole.partial, dirs_exist_ok=True)
-        return zarr.open_group(self.whole.partial, mode="r+", use_consolidated=False)
+        if self.copied is not None:
+            shutil.copytree(self.copied, self.whole.partial, dirs_exist_ok=True)
+        return zarr_for_writing(self.whole.partial, new=self.copied is None)
 
     def finish(self) -> None:
         """List all parts of the store in one place, where readers look first, and move it into place."""

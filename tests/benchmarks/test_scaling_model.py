@@ -112,7 +112,7 @@ def test_kept_bytes_of_the_real_shapes(
         runs = [(cells, length)]  # lengths of tensors without memory cannot be read
         with (
             FakeTensorMode(),
-            mock.patch.object(PackedAttention, "make", lambda edges, *_: PackedAttention(edges, runs)),
+            mock.patch.object(PackedAttention, "make", lambda edges, *_, **__: PackedAttention(edges, runs)),
         ):
             return kept(config, precision, cells, length)
 
@@ -193,7 +193,7 @@ def test_passes_need_no_more_than_predicted(
     monkeypatch.setattr(functional, "layer_norm", float32_norm)
     monkeypatch.setattr(functional, "dropout", byte_dropout)
     monkeypatch.setattr(PackedAttention, "__call__", one_run)
-    monkeypatch.setattr(PackedAttention, "make", lambda edges, *_: PackedAttention(edges, [(cells, length)]))
+    monkeypatch.setattr(PackedAttention, "make", lambda edges, *_, **__: PackedAttention(edges, [(cells, length)]))
     with FakeTensorMode():
         model = training_model(config, precision)
         if checkpointing:

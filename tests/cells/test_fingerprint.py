@@ -113,7 +113,9 @@ def test_a_run_that_an_earlier_version_began_is_resumed(tmp_path: Path, parts: P
     source = write_cells(make_cells(10), tmp_path / "cells", "csr")
     now = open_cells(source, parts[1]).fingerprint
     folder = ShardFolder(str(tmp_path / "shards"))
-    folder.claim({"cells": [["a", now.partition(", whole")[0], 10]]}, restart=False)
-    folder.claim({"cells": [["a", now, 10]]}, restart=False)
+    folder.claim({"cells": [["a", now.partition(", whole")[0], 10]]}, restart=False, formerly={})
+    folder.claim({"cells": [["a", now, 10]]}, restart=False, formerly={})
     with pytest.raises(ValueError, match=r"other settings \(cells\)"):
-        folder.claim({"cells": [["a", now.replace("bytes, changed 1", "bytes, changed 2"), 10]]}, restart=False)
+        folder.claim(
+            {"cells": [["a", now.replace("bytes, changed 1", "bytes, changed 2"), 10]]}, restart=False, formerly={}
+        )

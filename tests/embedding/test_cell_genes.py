@@ -142,8 +142,8 @@ def test_several_sources(tmp_path: Path, cells: anndata.AnnData, parts: Parts) -
     reference = [row for each in (cells, make_cells(11, seed=3)) for row in expected(each, parts)]
     assert list(zip(table["cell"], table["gene"], strict=True)) == [row[:2] for row in reference]
     first = table["cell"].isin(cells.obs_names)
-    assert set(table["source"][first]) == {str(paths[0])}
-    assert set(table["source"][~first]) == {str(paths[1])}
+    assert set(table["source"][first]) == {paths[0].name}
+    assert set(table["source"][~first]) == {paths[1].name}
 
 
 def test_in_an_object_store(cells: anndata.AnnData, parts: Parts, tmp_path: Path) -> None:

@@ -192,9 +192,10 @@ def test_pbmc_with_the_command(tmp_path: Path, shared_data: Any, pbmc: anndata.A
     pbmc.write_h5ad(tmp_path / "pbmc.h5ad")
     arguments = ["prepare", str(tmp_path / "pbmc.h5ad"), "--output", str(tmp_path / "out"), "--vocab", str(vocab)]
     options = ["--gene-symbols", str(SYMBOLS), "--metadata", "bulk_labels", "--metadata", "name=_index"]
-    unmapped = CliRunner().invoke(app, arguments)
-    assert unmapped.exit_code == 1
-    assert "look like gene symbols" in unmapped.output
+    by_own_table = CliRunner().invoke(app, [*arguments, "--output", str(tmp_path / "by_own_table")])
+    assert by_own_table.exit_code == 0, by_own_table.output
+    found = json.loads((tmp_path / "by_own_table" / "manifest.json").read_text())["sources"][0]["files"][0]
+    assert 700 < found["genes_known"] <= 765
     result = CliRunner().invoke(app, [*arguments, *options, "--overwrite"])
     assert result.exit_code == 0, result.output
     assert "700 cells read from 1 files, 700 kept" in result.output

@@ -131,6 +131,16 @@ def read_frame(frame: Any) -> pd.DataFrame:
     return pd.DataFrame({name: whole[name].to_numpy() for name in whole.columns}, index=whole.index)
 
 
+def zarr_for_writing(path: Any, new: bool) -> Any:
+    """Open a zarr store for writing: a new one in anndata's format of today, or one that is there."""
+    import anndata
+    import zarr
+
+    if new:
+        return zarr.open_group(path, mode="w", zarr_format=anndata.settings.zarr_write_format)
+    return zarr.open_group(path, mode="r+", use_consolidated=False)
+
+
 def writable_group(file: Any, name: str) -> Any:
     """Return a group of a file such as obsm; the table of columns that anndata before 0.7 wrote there becomes one.
 

@@ -78,7 +78,7 @@ class TenXInput(CellInput):
             raise BadInput(f"its matrix has the shape {shape} for {expected[0]} genes and {expected[1]} cells.")
         self.found = self._find_genes(features)
         self.genes = self.found.match
-        self.fingerprint = content_fingerprint(*_files(path))
+        self.fingerprint = content_fingerprint(*files_of(path))
 
     @property
     def obs_columns(self) -> list[str]:
@@ -93,7 +93,7 @@ class TenXInput(CellInput):
 
     def fingerprint_now(self) -> str:
         """Look at the file."""
-        return content_fingerprint(*_files(self.path))
+        return content_fingerprint(*files_of(self.path))
 
     def check(self) -> None:
         """Read the index of an `.h5` file."""
@@ -211,7 +211,7 @@ def _required(path: str, *names: str) -> Path:
     return part
 
 
-def _files(path: str) -> list[Path]:
+def files_of(path: str) -> list[Path]:
     """Return the files that hold the cells of a path."""
     if not _is_mtx(path):
         return [Path(path)]

@@ -71,8 +71,12 @@ class OpenedFiles(CellSource):
         )
 
     def fingerprint_now(self, path: str) -> str | None:
-        """Look at a file on this machine."""
-        return None if "://" in path else content_fingerprint(path)
+        """Look at a file on this machine, or at the three files of a 10x matrix."""
+        from tahoex1_hf.cells.readers.ten_x import files_of, is_ten_x
+
+        if "://" in path:
+            return None
+        return content_fingerprint(*(files_of(path) if is_ten_x(Path(path)) else [path]))
 
     def cell_names(self, path: str) -> np.ndarray | None:
         """Return the names of the cells; those of Tahoe-100M, which are not unique in a file, are left out."""
