@@ -69,7 +69,10 @@ def look(matrices: Iterable[Any], found: FoundGenes) -> Seen:
     sums = np.zeros(len(lost))
     values, lengths, cells = [np.zeros(0)], [np.zeros(0, dtype=np.int64)], 0
     for matrix in matrices:
-        rows = csr_matrix(in_memory(matrix))
+        given = in_memory(matrix)
+        if given.dtype == np.float16 or not given.dtype.isnative:  # scipy has no sparse matrices of these
+            given = given.astype(np.float64)
+        rows = csr_matrix(given)
         good = np.isfinite(rows.data) & (rows.data > 0) & found.is_gene[rows.indices]
         data = rows.data.astype(np.float64)[good]
         if lost.any():

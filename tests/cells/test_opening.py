@@ -227,3 +227,11 @@ def test_names_that_are_no_plain_array(tmp_path: Path, tokenizer: TahoeX1Tokeniz
     cells = open_cells(path, tokenizer)
     assert cells.num_cells == 20
     assert encoded(cells) == encoded(open_cells(adata, tokenizer))
+
+
+@pytest.mark.parametrize("dtype", ["float16", ">i4", ">f4"])
+def test_dense_counts_of_types_that_scipy_lacks(tokenizer: TahoeX1Tokenizer, dtype: str) -> None:
+    adata = make_cells(10)
+    adata.X = adata.X.toarray().astype(dtype)
+    (block,) = open_cells(adata, tokenizer).blocks(0, 10)
+    assert block.rows.counts.sum() == adata.X.sum(dtype=np.float64)
