@@ -188,8 +188,7 @@ def _attention_ms(run: Check, heads: int, width: int, cells: RandomCells) -> dic
     row = [tensor.transpose(0, 1)[None] for tensor in tensors]
     dense = [tensor.view(number, length, heads, width).transpose(1, 2) for tensor in tensors]
     full = PackedAttention.make(bounds, length, None, run.device, flash=run.on_gpu)
-    # As if lengths differed: of equal ones, some go under a mask.
-    seen = PackedAttention.make(bounds, length + 1, observed, run.device, flash=run.on_gpu, **count)
+    seen = PackedAttention.make(bounds, length, observed, run.device, flash=run.on_gpu, **count)
     masked = PackedAttention.make(bounds, length, observed, run.device)
 
     def by_cudnn() -> torch.Tensor:

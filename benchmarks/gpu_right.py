@@ -16,7 +16,7 @@ from tahoex1_hf.original.convert import convert_original_folder
 
 TESTS = Path(__file__).resolve().parents[1] / "tests"
 # Largest errors, relative to the norm, of two layers and their gradients: a few roundings to each type's digits.
-LIMITS = {"float32": 2e-4, "bfloat16 autocast": 5e-2, "bfloat16 weights": 8e-2, "float16 autocast": 1e-2}
+LIMITS = {"float32": 2e-4, "bfloat16 autocast": 5e-2, "bfloat16 weights": 5e-2, "float16 autocast": 1e-2}
 GOLDEN = {"float32": 1e-4, "bfloat16 autocast": 0.5}  # absolute, on values up to thirteen
 OUTPUTS = {
     "cell_emb": "pooler_output",

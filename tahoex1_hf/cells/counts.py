@@ -41,6 +41,8 @@ def without_noise(rows: GeneRows) -> GeneRows:
     off = ~near_whole(rows.counts)
     lengths = np.diff(rows.offsets)
     cells = np.bincount(rows.cells(), weights=off, minlength=len(lengths)) == 0
+    # A cell in which nothing would be left has values in a tiny unit, which are no noise around zero.
+    cells &= np.bincount(rows.cells(), weights=nearest != 0, minlength=len(lengths)) > 0
     counts = np.where(np.repeat(cells, lengths), nearest, rows.counts)
     rows = GeneRows(rows.tokens, counts, rows.offsets)
     return rows.select(counts != 0) if (counts == 0).any() else rows
@@ -115,8 +117,10 @@ def find_counts(adata: Any, other_counts: str) -> Place:
     Raises:
         ValueError: where two places hold different counts, and where `other_counts` is "refuse" and one holds some.
     """
+    if other_counts == "leave":
+        return Place(None)
     kind = kind_of(adata.X)
-    if kind in ("counts", "none") or other_counts == "leave":
+    if kind in ("counts", "none"):
         return Place(None)
     good = {name: matrix for name, matrix in _named(adata).items() if kind_of(matrix) == "counts"}
     if not good:

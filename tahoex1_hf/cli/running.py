@@ -67,7 +67,8 @@ def command(
                     raise
                 if isinstance(error, ModuleNotFoundError) and not _is_ours(error):
                     fail(f"{error.name} is missing: pip install 'tahoex1_hf[{extra}]'.", error_code)
-                fail(error if isinstance(error, told) else _unforeseen(error, (*args, *kwargs.values())), error_code)
+                foreseen = isinstance(error, told) and not isinstance(error, ModuleNotFoundError)
+                fail(error if foreseen else _unforeseen(error, (*args, *kwargs.values())), error_code)
             except KeyboardInterrupt:
                 typer.echo(interrupted, err=True)
                 raise typer.Exit(130) from None

@@ -37,8 +37,8 @@ class AnnDataWriter(EmbeddingWriter):
 
     def __init__(self, output: str, layout: Layout, copied: str | None, obs: Mapping[str, Callable[[], Any]]):
         self.output, self.layout, self.copied, self.done = output, layout, copied, 0
-        self.file: Any = self._open()
         try:
+            self.file: Any = self._open()
             self._make_slots(obs)
         except BaseException:
             self.abandon()

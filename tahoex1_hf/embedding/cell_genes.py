@@ -32,7 +32,7 @@ def check_cell_gene_output(location: str, output: str) -> None:
     """Raise ValueError for a table that could not be written, before any work is done."""
     if not location.endswith(".parquet"):
         raise ValueError(f"cell_gene_embeddings={location!r} must end in .parquet.")
-    if location == output:
+    if location == output or ("://" not in location and Path(location).resolve() == Path(output).resolve()):
         raise ValueError(f"cell_gene_embeddings={location!r} is the output of the cells too: name another file.")
     if "://" not in location and not Path(location).parent.is_dir():
         raise ValueError(f"cell_gene_embeddings: the folder {Path(location).parent} does not exist.")

@@ -56,6 +56,7 @@ _FORMERLY = {
     "hidden_layer": None,
     "cell_gene_embeddings": False,
     "obs": None,
+    "full_paths": False,
 }
 
 

@@ -115,7 +115,7 @@ class Output:
             "wide": options.wide,
             "names": self.names,
             # The shards hold the names of the sources only beside every cell's genes.
-            **({"full_paths": True} if options.full_paths and self.cell_genes is not None else {}),
+            "full_paths": options.full_paths and self.cell_genes is not None,
         }
 
     def _find_copied(self) -> str | None:

@@ -8,6 +8,7 @@
   expresses.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -16,6 +17,8 @@ import torch
 
 from tahoex1_hf.inference.encoder import CellEncoder, GeneMeans
 from tahoex1_hf.inference.ragged import targets_forward
+
+logger = logging.getLogger(__name__)
 
 KINDS = ("GE", "TE", "EA")
 
@@ -83,6 +86,8 @@ def embed_genes(
         found["EA"] = values = means.means(token_ids)
         not_expressed = np.isnan(values[:, 0]) & (token_ids >= 0)
         number = np.flatnonzero(not_expressed)
+        if len(number) and "TE" not in kinds:
+            logger.info("%d genes are expressed in no cell: computing their embeddings without cells.", len(number))
         values[number] = found["TE"][number] if "TE" in kinds else _without_cells(encoder, token_ids[number])
     return GeneEmbeddings(found, not_expressed)
 

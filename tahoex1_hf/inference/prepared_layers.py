@@ -121,9 +121,11 @@ class PreparedLayer:
 
 def prepare_layers(model: TahoeX1Model, dtype: torch.dtype) -> list[PreparedLayer] | None:
     """Prepare all layers of a float32 model for products in `dtype`; None where one of them cannot be."""
+    if model.dtype != torch.float32:
+        return None
     prepared = [PreparedLayer.make(cast(TahoeX1Layer, layer), dtype) for layer in model.layers]
     made = [layer for layer in prepared if layer is not None]
-    return made if model.dtype == torch.float32 and len(made) == len(prepared) else None
+    return made if len(made) == len(prepared) else None
 
 
 def is_plain(module: nn.Module) -> bool:

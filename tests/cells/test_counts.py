@@ -12,11 +12,12 @@ from scipy.sparse import csc_matrix, csr_matrix
 
 from tahoex1_hf import TahoeX1Tokenizer
 from tahoex1_hf.cells import compilation
-from tahoex1_hf.cells.counts import doubt
+from tahoex1_hf.cells.counts import doubt, without_noise
 from tahoex1_hf.cells.encoding import ChunkEncoder, EncodeOptions
 from tahoex1_hf.cells.genes import GeneOptions
 from tahoex1_hf.cells.opening import open_cells
 from tahoex1_hf.cells.readers.base import CellInput
+from tahoex1_hf.encoding_tahoe_x1 import GeneRows
 
 
 @pytest.fixture
@@ -147,6 +148,13 @@ def test_rounding_errors_do_not_move_a_cell(
     with caplog.at_level(logging.INFO, "tahoex1_hf"):
         assert encoded(open_cells(adata, tokenizer)) == expected
     assert not caplog.records
+
+
+def test_a_cell_of_tiny_values_is_not_emptied() -> None:
+    counts = np.array([2e-4, 9e-4, 3.0001, 1e-4], dtype=np.float32)
+    rows = without_noise(GeneRows(np.array([5, 7, 5, 7]), counts, np.array([0, 2, 4])))
+    assert rows.counts.tolist() == [*counts[:2].tolist(), 3.0]
+    assert rows.offsets.tolist() == [0, 2, 3]
 
 
 def test_a_cell_with_fractions_stays_as_it_is(tokenizer: TahoeX1Tokenizer) -> None:

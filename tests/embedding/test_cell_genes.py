@@ -144,6 +144,8 @@ def test_several_sources(tmp_path: Path, cells: anndata.AnnData, parts: Parts) -
     first = table["cell"].isin(cells.obs_names)
     assert set(table["source"][first]) == {paths[0].name}
     assert set(table["source"][~first]) == {paths[1].name}
+    table = embed(paths, tmp_path / "whole.parquet", parts, full_paths=True)
+    assert set(table["source"]) == {str(path) for path in paths}
 
 
 def test_in_an_object_store(cells: anndata.AnnData, parts: Parts, tmp_path: Path) -> None:
@@ -179,7 +181,12 @@ def test_no_more_than_a_batch_is_in_memory(tmp_path: Path, cells: anndata.AnnDat
 
 @pytest.mark.parametrize(
     ("name", "said"),
-    [("genes.csv", "must end in .parquet"), ("out.parquet", "name another file"), ("no/genes.parquet", "no does not")],
+    [
+        ("genes.csv", "must end in .parquet"),
+        ("out.parquet", "name another file"),
+        ("./sub/../out.parquet", "name another file"),
+        ("no/genes.parquet", "no does not"),
+    ],
 )
 def test_what_cannot_be_written_is_said_first(tmp_path: Path, parts: Parts, name: str, said: str) -> None:
     with pytest.raises(ValueError, match=said):

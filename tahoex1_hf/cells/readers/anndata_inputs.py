@@ -106,10 +106,15 @@ class AnnDataInput(CellInput):
         """Return a column of `adata.obs`, or the names of the cells."""
         return self._obs([name], 0, self.num_cells)[name]
 
+    @cached_property
+    def _whole_obs(self) -> "pd.DataFrame":
+        """obs, read once where it is lazy."""
+        return _frame(self.adata.obs)
+
     def _obs(self, columns: Sequence[str], start: int, stop: int) -> "pd.DataFrame":
         import pandas as pd
 
-        obs = _frame(self.adata.obs)
+        obs = self._whole_obs
         missing = [name for name in columns if name != INDEX and name not in obs.columns]
         if missing:
             raise BadInput(f"adata.obs has no column {missing[0]!r}; there are {list(obs.columns)}.")

@@ -18,8 +18,7 @@ def check_hdf5(file: Any, path: str) -> None:
     Raises:
         BadInput: for links to other files, storage in them, virtual datasets, and arrays that would fill the memory.
     """
-    state = os.stat(path)
-    key = (os.path.abspath(path), state.st_ino, state.st_size, state.st_mtime_ns)
+    key = _key(path)
     if key in _checked:
         return
     for name, dataset in _datasets(file):
@@ -27,6 +26,11 @@ def check_hdf5(file: Any, path: str) -> None:
             raise _outside(name)
         _check_size(name, dataset.size * dataset.dtype.itemsize, dataset.id.get_storage_size())
     _checked.add(key)
+
+
+def _key(path: str) -> tuple[str, int, int, int]:
+    state = os.stat(path)
+    return os.path.abspath(path), state.st_ino, state.st_size, state.st_mtime_ns
 
 
 def _datasets(file: Any) -> Iterator[tuple[str, Any]]:
@@ -55,12 +59,23 @@ def _datasets(file: Any) -> Iterator[tuple[str, Any]]:
                 yield path, element
 
 
-def check_zarr(store: Any) -> None:
-    """Raise BadInput for an array of a zarr group that declares far more than it stores."""
+def check_zarr(store: Any, path: str) -> None:
+    """Look through a zarr store, once unless its folder changes.
+
+    Raises:
+        BadInput: for an array that declares far more than it stores.
+    """
+    key = _key(path)
+    if key not in _checked:
+        _check_group(store)
+        _checked.add(key)
+
+
+def _check_group(store: Any) -> None:
     for name, array in store.arrays():
         _check_zarr_array(f"/{array.path}" if hasattr(array, "path") else name, array)
     for _, group in store.groups():
-        check_zarr(group)
+        _check_group(group)
 
 
 def _check_zarr_array(name: str, array: Any) -> None:

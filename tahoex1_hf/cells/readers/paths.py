@@ -79,10 +79,11 @@ def _without_copies(entries: list[Path]) -> list[Path]:
     stems = {entry.name.removesuffix(".h5") for entry in entries}
     kept = []
     for entry in entries:
+        is_matrix = "_bc_matri" in entry.name  # Cell Ranger's names; a user's own raw_a.h5ad is no copy of anything
         filtered = re.sub(r"(^|_)raw_", r"\1filtered_", entry.name, count=1)
-        if filtered != entry.name and filtered.removesuffix(".h5") in stems:
+        if is_matrix and filtered != entry.name and filtered.removesuffix(".h5") in stems:
             why = f"{filtered.removesuffix('.h5')} lies beside it, with the droplets that are cells"
-        elif entry.with_name(f"{entry.name}.h5") in entries and "_bc_matri" in entry.name:
+        elif is_matrix and entry.with_name(f"{entry.name}.h5") in entries:
             why = f"{entry.name}.h5 holds the same cells"
         elif entry.name.endswith("molecule_info.h5"):
             why = "it holds molecules, not cells"

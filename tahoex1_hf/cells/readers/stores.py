@@ -25,7 +25,7 @@ def open_store(path: str) -> Iterator[Any]:
         if Path(path).is_dir():
             store: Any = zarr.open_group(path, mode="r")
             _check_parts(store)
-            check_zarr(store)
+            check_zarr(store, path)
             yield store
         else:
             with h5py.File(path, "r") as file:

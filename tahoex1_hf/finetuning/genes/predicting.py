@@ -109,12 +109,13 @@ def predict_gene_classes(
     from scipy.special import softmax
 
     folder = find_adapter(adapter)
-    task = read_record(folder).get("task")
+    record = read_record(folder)
+    task = record.get("task")
     if task != "gene_classification":
         raise ValueError(f"adapter={adapter} was trained for {task}, not for gene_classification.")
     model, tokenizer = load_adapter(folder, base)
     cells = open_cells(adata, tokenizer, GeneOptions(gene_id_column, layer=layer))
-    drug_ids = DrugIds(cells, EncodeOptions(tokenizer, drugs, unknown_drugs="error"))
+    drug_ids = DrugIds(cells, EncodeOptions(tokenizer, drugs, unknown_drugs=record.get("unknown_drugs") or "error"))
     expressing = np.zeros(len(tokenizer), dtype=np.int64)
 
     def chunks() -> Iterator[tuple[GeneRows, np.ndarray | None]]:

@@ -90,6 +90,10 @@ def test_all_droplets_are_left_out_beside_cells(
     names = ["S1_filtered_feature_bc_matrix.h5", "filtered_feature_bc_matrix.h5"]
     assert [Path(each.path).name for each in find_sources([str(outs)])] == names
     assert len(find_sources([str(outs / "raw_feature_bc_matrix")])) == 1  # named, it is read
+    (tmp_path / "own").mkdir()
+    for name in ("raw_qc", "filtered_qc"):  # names of a user's own
+        write_cells(make_cells(5), tmp_path / "own" / name, "csr")
+    assert len(find_sources([str(tmp_path / "own")])) == 2
     shutil.rmtree(outs / "filtered_feature_bc_matrix")
     for path in outs.glob("*filtered*"):
         path.unlink()
