@@ -1,5 +1,6 @@
 """Training batches from prepared datasets are the same for any number of processes and workers, and after any stop."""
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -58,6 +59,15 @@ def cells_of(batch: dict[str, Any]) -> list[tuple]:
 
 def steps_of(batches: Any) -> list[list[tuple]]:
     return [cells_of(batch) for batch in batches]
+
+
+def bytes_kept_in(folder: Path) -> int:
+    """Return the size of a cache's finished files, some of which a thread may be removing just now."""
+    total = 0
+    for path in folder.rglob("[!.]*"):
+        with contextlib.suppress(FileNotFoundError):
+            total += path.stat().st_size if path.is_file() else 0
+    return total
 
 
 def joined(parts: Any) -> list[tuple]:
@@ -417,8 +427,7 @@ def test_a_remote_dataset_feeds_the_same_through_a_bounded_cache(
     seen, largest = [], 0
     for batch in batches:
         seen.append(cells_of(batch))
-        files = [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
-        largest = max(largest, sum(path.stat().st_size for path in files if path.name[0] != "."))
+        largest = max(largest, bytes_kept_in(tmp_path / "cache"))
     assert seen == expected
     # There may be one shard above the bound, since a shard in use stays.
     assert 0 < largest <= 5 * max(sizes) < sum(sizes) + 5 * max(sizes)
@@ -446,6 +455,25 @@ def test_a_dropped_connection_is_tried_again_by_the_next_call(folder: Path, tmp_
     cache.url = remote
     assert cache.fetch(record).stat().st_size == record["bytes"]
     assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_a_copy_that_another_process_removes_is_fetched_again(folder: Path, tmp_path: Path, remote: str) -> None:
+    record = manifest(folder)["splits"]["train"]["shards"][0]
+    cache = ShardCache(remote, tmp_path, 1e9, {})
+    read = []
+
+    def read_late(path: Path) -> bytes:
+        read.append(path)
+        if len(read) == 1:
+            path.unlink()
+        return path.read_bytes()
+
+    assert cache.use(record, read_late) == (folder / record["file"]).read_bytes()
+    assert len(read) == 2
+    # Like a file that goes away between the listing of the folder and the look at its size.
+    (cache.folder / "gone").symlink_to(tmp_path / "nowhere")
+    cache.max_bytes = 0
+    assert cache.fetch(manifest(folder)["splits"]["train"]["shards"][1]).is_file()
 
 
 def test_s3_feeds_the_same(folder: Path, collator: CellCollator, tmp_path: Path, s3: str) -> None:

@@ -1,6 +1,7 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
 """Datasets that `tahoex1 prepare` made: their shards as flat arrays, mapped from disk, or fetched where remote."""
 
+import contextlib
 import json
 import logging
 import os
@@ -11,7 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
 
 logger = logging.getLogger(__name__)
+
+_Result = TypeVar("_Result")
 
 # Number of cells of a shard that make a block.
 _BLOCK_CELLS = 4096
@@ -234,13 +237,20 @@ class PreparedDataset:
                 self._open.move_to_end(number)
                 return found
         record = self.shards[number]
-        path = check_local(self.location, record) if self.cache is None else self.cache.fetch(record)
-        with reading(path):
-            shard = open_shard(path, self.drug_ids)
-        if len(shard.cells.lengths) != record["cells"]:
-            raise ValueError(
-                f"{path} has {len(shard.cells.lengths)} cells, not {record['cells']} as its manifest says."
-            )
+
+        def opened(path: Path) -> OpenShard:
+            with reading(path):
+                shard = open_shard(path, self.drug_ids)
+            if len(shard.cells.lengths) != record["cells"]:
+                raise ValueError(
+                    f"{path} has {len(shard.cells.lengths)} cells, not {record['cells']} as its manifest says."
+                )
+            return shard
+
+        if self.cache is None:
+            shard = opened(check_local(self.location, record))
+        else:
+            shard = self.cache.use(record, opened)
         with self._lock:
             self._open[number] = shard
             while len(self._open) > self.max_open:
@@ -250,9 +260,13 @@ class PreparedDataset:
     def value_counts(self, name: str) -> Counter[Any]:
         """Count the cells of each value of a column, shard after shard."""
         total: Counter[Any] = Counter()
+
+        def count(path: Path) -> Counter[Any]:
+            return count_values(_column_alone(path, name))
+
         for record in self.shards:
-            path = Path(self.location) / record["file"] if self.cache is None else self.cache.fetch(record)
-            total.update(count_values(_column_alone(path, name)))
+            local = Path(self.location) / record["file"]
+            total.update(count(local) if self.cache is None else self.cache.use(record, count))
         return total
 
     def prefetch(self, numbers: Iterable[int]) -> None:
@@ -438,7 +452,7 @@ class ShardCache:
     def prefetch(self, records: list[dict[str, Any]]) -> None:
         """Fetch these shards in the background, and count them, and no others, as in use from now on."""
         with self._lock:
-            self._wanted = {self._path(record).name for record in records}
+            self._wanted = {self.path_of(record).name for record in records}
         for record in records:
             self._start(record)
 
@@ -446,14 +460,24 @@ class ShardCache:
         """Return the path of a shard's copy, waiting until it is there."""
         while True:
             path = self._start(record).result()
-            if path.is_file():  # another process may have made room meanwhile
+            with contextlib.suppress(FileNotFoundError):  # another process may have made room meanwhile
                 os.utime(path)
                 return path
             with self._lock:
                 self._running.pop(path.name, None)
 
+    def use(self, record: dict[str, Any], read: Callable[[Path], _Result]) -> _Result:
+        """Return what `read` makes of a shard's copy, called again where another process removed the copy before."""
+        while True:
+            path = self.fetch(record)
+            try:
+                return read(path)
+            except FileNotFoundError:
+                if path.is_file():
+                    raise
+
     def _start(self, record: dict[str, Any]) -> "Future[Path]":
-        path = self._path(record)
+        path = self.path_of(record)
         with self._lock:
             running = self._running.get(path.name)
             if running is not None and not (running.done() and (running.exception() or not path.is_file())):
@@ -463,13 +487,14 @@ class ShardCache:
             future = self._running[path.name] = self._pool.submit(self._download, record, path)
             return future
 
-    def _path(self, record: dict[str, Any]) -> Path:
+    def path_of(self, record: dict[str, Any]) -> Path:
+        """Return the path that a shard's copy has or will have."""
         return self.folder / f"{record['sha256'][:16]}-{Path(record['file']).name}"
 
     def _download(self, record: dict[str, Any], path: Path) -> Path:
         import fsspec
 
-        if path.is_file() and path.stat().st_size == record["bytes"]:
+        if _size_and_time(path)[0] == record["bytes"]:
             return path
         self.folder.mkdir(parents=True, exist_ok=True)
         self._make_room(record["bytes"])
@@ -490,11 +515,20 @@ class ShardCache:
         """Remove the least recently used copies that are not wanted now."""
         with self._lock:
             wanted = set(self._wanted)
-        files = [(path, path.stat()) for path in self.folder.iterdir() if path.name[0] != "."]
-        total = size + sum(state.st_size for _, state in files)
-        for path, state in sorted(files, key=lambda item: item[1].st_mtime_ns):
+        files = [(path, *_size_and_time(path)) for path in self.folder.iterdir() if path.name[0] != "."]
+        total = size + sum(held for _, held, _ in files)
+        for path, held, _ in sorted(files, key=lambda item: item[2]):
             if total <= self.max_bytes:
                 break
             if path.name not in wanted:
                 path.unlink(missing_ok=True)  # a mapped file lives on until it is closed
-                total -= state.st_size
+                total -= held
+
+
+def _size_and_time(path: Path) -> tuple[int, int]:
+    """Return a file's size in bytes and its time of change in nanoseconds, zeros where another process removed it."""
+    try:
+        state = path.stat()
+    except FileNotFoundError:
+        return 0, 0
+    return state.st_size, state.st_mtime_ns
