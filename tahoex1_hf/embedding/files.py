@@ -223,7 +223,7 @@ def embed_files(
         made = Output(wanted, inputs, shards, options.tokenizer, encoder.width)
         run = _Run(inputs, shards, encoder, options, made)
         identity = _identity(run, loaded, {"layer": layer})
-        identity["batch_tokens"] = batch_tokens  # it moves last digits; the default depends on the device alone
+        identity["batch_tokens"] = batch_tokens  # it moves last digits; the default follows from device and precision
         todo = run.begin(stack.enter_context(_Lock(shards)), identity, restart, processes)
         run.carry_out(todo, processes, model_name(model, loaded), progress)
 

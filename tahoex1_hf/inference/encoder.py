@@ -16,7 +16,7 @@ from transformers.utils.generic import is_flash_attention_requested
 from tahoex1_hf.common.cuda_memory import arriving, let_segments_grow, sent
 from tahoex1_hf.configuration_tahoe_x1 import TahoeX1Config
 from tahoex1_hf.encoding_tahoe_x1 import GeneMatch
-from tahoex1_hf.inference.prepared_layers import PreparedLayer, prepare_layers
+from tahoex1_hf.inference.prepared_layers import PreparedLayer, packs_weights, prepare_layers
 from tahoex1_hf.inference.ragged import can_run_ragged, ragged_forward
 from tahoex1_hf.modeling_tahoe_x1 import TahoeX1Model, TahoeX1PreTrainedModel
 from tahoex1_hf.packing_tahoe_x1 import EncodedCells
@@ -31,6 +31,8 @@ TokenSink = Callable[[np.ndarray, torch.Tensor, torch.Tensor], object]
 
 # Tokens per batch, padding included: enough to fill the device, small enough for its memory at every released size.
 _DEFAULT_BATCH_TOKENS = {"cuda": 65536, "cpu": 8192}
+# With packed weights on a CPU, whose products take so little that reading what left the cache shows.
+_PACKED_BATCH_TOKENS = 4096
 
 
 def choose_device(device: str | torch.device | None = None) -> torch.device:
@@ -236,7 +238,8 @@ class CellEncoder:
             self.model = with_int8_weights(self.model)
             self.dtype_name = f"int8 weights, {self.dtype_name}"
         self.tokenizer = tokenizer
-        self.batch_tokens = batch_tokens or _DEFAULT_BATCH_TOKENS.get(self.device.type, 16384)
+        usual = _PACKED_BATCH_TOKENS if self._packs else _DEFAULT_BATCH_TOKENS.get(self.device.type, 16384)
+        self.batch_tokens = batch_tokens or usual
 
     @property
     def is_cut(self) -> bool:
@@ -321,9 +324,14 @@ class CellEncoder:
                 on_tokens(rows, input_ids, hidden_states)
             yield rows, pooled
 
+    @property
+    def _packs(self) -> bool:
+        return self.device.type == "cpu" and packs_weights(self.dtype)
+
     def _prepared(self) -> list[PreparedLayer] | None:
-        """Return the layers made ready for many batches on a GPU; None where the model's own are to be run."""
-        if self.device.type != "cuda" or self.dtype == torch.float32 or is_flash_attention_requested(self.config):
+        """Return the layers made ready for many batches; None where the model's own are to be run."""
+        serves = self._packs or (self.device.type == "cuda" and self.dtype != torch.float32)
+        if not serves or is_flash_attention_requested(self.config):
             return None
         return prepare_layers(self.model, self.dtype)
 

@@ -3,11 +3,13 @@
 
 Numbers are those of autocast: the residual stream and its norms stay in float32, and each product takes and gives half
 precision. But what a layer's products read is cast once instead of once for each of them, queries, keys and values
-are one product, the activation is part of the product before it where torch has that, and sums are made in place.
+are one product, the activation is part of the product before it where torch has that, and sums are made in place. On
+CPUs the weights are laid out as oneDNN multiplies them.
 """
 
+import platform
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -16,16 +18,76 @@ from torch.nn.functional import linear
 from tahoex1_hf.inference.fused_norm import add_and_norm
 from tahoex1_hf.modeling_tahoe_x1 import TahoeX1Layer, TahoeX1Model, TahoeX1ResidualLinear
 
+# Numbers of a feed-forward block's inner layer that are in memory at once, on CPUs: 16 MB in float32. Larger arrays
+# leave the cache, and the allocator gives them back to the system each time, which takes longer than the activation.
+_BLOCK_NUMBERS = 2**22
+# Number of rows for which oneDNN lays weights out; others are multiplied as well.
+_USUAL_ROWS = 2048
 
-class Weights(NamedTuple):
-    """Weight `(out, in)` and bias `(out,)` of a product."""
+
+@dataclass(frozen=True, eq=False)
+class Product:
+    """A product with a weight `(out, in)` and a bias `(out,)`, which takes and gives the weight's type.
+
+    Attributes:
+        packed: whether the weight is laid out for oneDNN.
+    """
 
     weight: torch.Tensor
     bias: torch.Tensor | None
+    packed: bool = False
 
-    def part(self, start: int, stop: int | None) -> "Weights":
-        """Return those of some of the outputs."""
-        return Weights(self.weight[start:stop], None if self.bias is None else self.bias[start:stop])
+    @classmethod
+    def make(cls, modules: list[nn.Linear], dtype: torch.dtype) -> "Product":
+        """Cast the weights of linear layers with the same input, one below the other."""
+        weight = torch.cat([module.weight.detach().to(dtype) for module in modules])
+        biases = [module.bias.detach().to(dtype) for module in modules if module.bias is not None]
+        bias = torch.cat(biases) if biases else None
+        if weight.device.type != "cpu" or not packs_weights(dtype):
+            return cls(weight, bias)
+        return cls(torch.ops.mkldnn._reorder_linear_weight(weight, _USUAL_ROWS), bias, packed=True)
+
+    def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Multiply `(tokens, in)` to `(tokens, out)`."""
+        return self._packed(inputs, "none") if self.packed else linear(inputs, self.weight, self.bias)
+
+    def relu(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Multiply, and replace negative numbers by 0; oneDNN and CUDA do so within the product."""
+        if self.packed:
+            return self._packed(inputs, "relu")
+        if self.bias is None:
+            return self(inputs).relu_()
+        return torch._addmm_activation(self.bias, inputs, self.weight.t())
+
+    def part(self, start: int, stop: int | None) -> "Product":
+        """Return the product with some of the outputs alone. The weight must not be packed."""
+        return Product(self.weight[start:stop], None if self.bias is None else self.bias[start:stop])
+
+    def _packed(self, inputs: torch.Tensor, then: str) -> torch.Tensor:
+        return torch.ops.mkldnn._linear_pointwise(inputs, self.weight, self.bias, then, [], "")
+
+
+def packs_weights(dtype: torch.dtype) -> bool:
+    """Return whether products on this CPU gain by weights that lie as oneDNN multiplies them.
+
+    So it is with bfloat16 on x86 processors that multiply it. The operations are those that `torch.compile` makes of
+    linear layers in frozen models. Elsewhere they were not tried.
+    """
+    operations = torch.ops.mkldnn
+    return (
+        dtype == torch.bfloat16
+        and platform.machine() in ("x86_64", "AMD64")
+        and torch.backends.mkldnn.is_available()
+        and hasattr(operations, "_linear_pointwise")
+        and hasattr(operations, "_reorder_linear_weight")
+        and bool(operations._is_mkldnn_bf16_supported())
+    )
+
+
+def blocks_on_cpu(states: torch.Tensor, width: int) -> tuple[torch.Tensor, ...]:
+    """Split tokens into even blocks, in which a CPU makes something with `width` numbers a token of them; else not."""
+    number = max(1, round(len(states) * width / _BLOCK_NUMBERS)) if states.device.type == "cpu" else 1
+    return states.split(max(1, -(-len(states) // number)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,11 +99,11 @@ class PreparedLayer:
     """
 
     layer: TahoeX1Layer
-    query_key_value: Weights
-    output: Weights
-    up: Weights
-    gate: Weights | None
-    down: Weights
+    query_key_value: Product
+    output: Product
+    up: Product
+    gate: Product | None
+    down: Product
 
     @classmethod
     def make(cls, layer: TahoeX1Layer, dtype: torch.dtype) -> "PreparedLayer | None":
@@ -52,15 +114,18 @@ class PreparedLayer:
         norms = (layer.attention_norm, layer.mlp_norm)
         if not all(is_plain(module) for module in linears) or any(type(norm) is not nn.LayerNorm for norm in norms):
             return None
-        whole = [_cast(module, dtype) for module in linears]
-        weights, biases = zip(*whole[:3], strict=True)
-        joined = Weights(torch.cat(weights), None if biases[0] is None else torch.cat(biases))
-        return cls(layer, joined, whole[3], whole[4], whole[6] if len(whole) > 6 else None, whole[5])
+        output, up, down, *gate = (Product.make([module], dtype) for module in linears[3:])
+        return cls(layer, Product.make(linears[:3], dtype), output, up, gate[0] if gate else None, down)
 
     @property
     def dtype(self) -> torch.dtype:
         """The type of the products."""
         return self.down.weight.dtype
+
+    @property
+    def packed(self) -> bool:
+        """Whether the weights are laid out for oneDNN."""
+        return self.down.packed
 
     def all_tokens(self, states: torch.Tensor, cells: Any) -> torch.Tensor:
         """Run the layer on all tokens, `(tokens, hidden_size)` float32. `states` is overwritten.
@@ -70,22 +135,26 @@ class PreparedLayer:
             cells: the cells of the batch, as `ragged_forward` knows them.
         """
         attention = self.layer.self_attn
-        projected = linear(self._into_attention(states), *self.query_key_value)
+        parts = blocks_on_cpu(states, self.query_key_value.weight.shape[0])
+        projected = [self.query_key_value(self._into_attention(part)) for part in parts]
         query, key, value = (
             part.unflatten(1, (-1, attention.head_dim)).transpose(0, 1).unsqueeze(0)
-            for part in projected.split(self._widths(), dim=1)
+            for part in (projected[0] if len(projected) == 1 else torch.cat(projected)).split(self._widths(), dim=1)
         )
-        attended, _ = cells.mask(query, key, value, attention.scaling)
-        return self._after_attention(states, attended[0].flatten(1))
+        attended = cells.mask(query, key, value, attention.scaling)[0][0].flatten(1)
+        parts = blocks_on_cpu(states, self.layer.mlp.up_proj.out_features)
+        for part, seen in zip(parts, attended.split([len(part) for part in parts]), strict=True):
+            part.copy_(self._after_attention(part, seen))
+        return states
 
     def first_tokens(self, states: torch.Tensor, cells: Any) -> torch.Tensor:
-        """Run the layer for each cell's first token alone: `(cells, hidden_size)`."""
+        """Run the layer for each cell's first token alone: `(cells, hidden_size)`. Its weights must not be packed."""
         attention, first = self.layer.self_attn, cells.boundaries[:-1]
         inputs = self._into_attention(states)
         width = self._widths()[0]
         of_query, of_rest = self.query_key_value.part(0, width), self.query_key_value.part(width, None)
-        key, value = linear(inputs, *of_rest).chunk(2, dim=1)
-        attended = cells.attend_from_queries(attention, linear(inputs[first], *of_query), key, value)
+        key, value = of_rest(inputs).chunk(2, dim=1)
+        attended = cells.attend_from_queries(attention, of_query(inputs[first]), key, value)
         return self._after_attention(states[first], attended)
 
     def _widths(self) -> list[int]:
@@ -102,7 +171,7 @@ class PreparedLayer:
     def _after_attention(self, states: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
         """As `TahoeX1Layer.after_attention`, from before the output projection on. `states` is overwritten."""
         layer = self.layer
-        projected = linear(attended, *self.output)
+        projected = self.output(attended)
         if layer.pre_norm:
             return states.add_(self._feed_forward(add_and_norm(states, projected, layer.mlp_norm, self.dtype)))
         states = layer.attention_norm(states.add_(projected))
@@ -111,12 +180,8 @@ class PreparedLayer:
     def _feed_forward(self, inputs: torch.Tensor) -> torch.Tensor:
         act = self.layer.mlp.act_fn
         if self.gate is not None:
-            return linear(act(linear(inputs, *self.gate)).mul_(linear(inputs, *self.up)), *self.down)
-        if type(act) is nn.ReLU and self.up.bias is not None:
-            inner = torch._addmm_activation(self.up.bias, inputs, self.up.weight.t())  # ReLU, on CUDA in the product
-        else:
-            inner = act(linear(inputs, *self.up))
-        return linear(inner, *self.down)
+            return self.down(act(self.gate(inputs)).mul_(self.up(inputs)))
+        return self.down(self.up.relu(inputs) if type(act) is nn.ReLU else act(self.up(inputs)))
 
 
 def prepare_layers(model: TahoeX1Model, dtype: torch.dtype) -> list[PreparedLayer] | None:
@@ -131,8 +196,3 @@ def prepare_layers(model: TahoeX1Model, dtype: torch.dtype) -> list[PreparedLaye
 def is_plain(module: nn.Module) -> bool:
     """Return whether a linear layer is its weight and no more: no adapter around it, and not quantised."""
     return type(module) in (nn.Linear, TahoeX1ResidualLinear) and type(module.weight) is nn.Parameter
-
-
-def _cast(module: nn.Linear, dtype: torch.dtype) -> Weights:
-    weight, bias = module.weight.detach(), None if module.bias is None else module.bias.detach()
-    return Weights(weight.to(dtype), None if bias is None else bias.to(dtype))

@@ -20,14 +20,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import is_flash_attention_requested
 
 from tahoex1_hf.common.cuda_memory import sent
-from tahoex1_hf.inference.prepared_layers import PreparedLayer, is_plain
+from tahoex1_hf.inference.prepared_layers import PreparedLayer, blocks_on_cpu, is_plain
 from tahoex1_hf.modeling_tahoe_x1 import TahoeX1Attention, TahoeX1Layer, TahoeX1Model
 from tahoex1_hf.observed_attention_tahoe_x1 import flash_attention, flash_serves
 from tahoex1_hf.packing_tahoe_x1 import CellLayout, PackedAttention, equal_runs, multiplied_as
-
-# Numbers of a feed-forward block's inner layer that are in memory at once, on CPUs: 16 MB in float32. Larger arrays
-# leave the cache, and the allocator gives them back to the system each time, which takes longer than the activation.
-_BLOCK_NUMBERS = 2**22
 
 
 def can_run_ragged(model: TahoeX1Model, device: torch.device) -> bool:
@@ -238,15 +234,17 @@ def _whole_layer(layer: TahoeX1Layer | PreparedLayer, states: torch.Tensor, cell
     if isinstance(layer, PreparedLayer):
         return layer.all_tokens(states, cells)
     attended, _ = layer.self_attn(layer.before_attention(states).unsqueeze(0), cells.mask, **cells.flash_arguments)
-    block = max(256, _BLOCK_NUMBERS // layer.mlp.up_proj.out_features) if cells.on_cpu else len(states)
-    for part, attended_part in zip(states.split(block), attended[0].split(block), strict=True):
+    parts = blocks_on_cpu(states, layer.mlp.up_proj.out_features)
+    for part, attended_part in zip(parts, attended[0].split([len(part) for part in parts]), strict=True):
         part.copy_(layer.after_attention(part, attended_part, overwrite=True))
     return states
 
 
 def _cls_layer(layer: TahoeX1Layer | PreparedLayer, states: torch.Tensor, cells: _Cells) -> torch.Tensor:
     """Run one layer for each cell's first token alone: `(cells, hidden_size)`."""
-    if isinstance(layer, PreparedLayer):
+    if isinstance(layer, PreparedLayer) and not layer.packed:
         return layer.first_tokens(states, cells)
+    if isinstance(layer, PreparedLayer):  # no key or value is projected, which saves more than packed weights do
+        layer = layer.layer
     attended = cells.attend_from_cls(layer.self_attn, layer.before_attention(states))
     return layer.after_attention(states[cells.boundaries[:-1]], layer.self_attn.o_proj(attended))

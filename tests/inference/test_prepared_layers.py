@@ -6,9 +6,9 @@ import torch
 from helpers import SHAPES, largest_difference, make_batch, tiny_config, tiny_model
 from torch import nn
 
-from tahoex1_hf import TahoeX1Model
-from tahoex1_hf.inference import encoder
-from tahoex1_hf.inference.prepared_layers import prepare_layers
+from tahoex1_hf import TahoeX1Config, TahoeX1Model
+from tahoex1_hf.inference import encoder, prepared_layers
+from tahoex1_hf.inference.prepared_layers import blocks_on_cpu, packs_weights, prepare_layers
 from tahoex1_hf.inference.ragged import ragged_forward
 from tahoex1_hf.packing_tahoe_x1 import EncodedCells
 
@@ -39,9 +39,19 @@ def test_equal_to_the_layers_of_the_model(shape: str, all_tokens: bool) -> None:
         assert largest_difference(mine, theirs) < 1e-5
 
 
+@pytest.fixture(params=["packed", "plain"])
+def weights(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Return how weights are laid out, as on CPUs with and without products in bfloat16."""
+    if request.param == "plain":
+        monkeypatch.setattr(prepared_layers, "packs_weights", lambda dtype: False)
+    elif not packs_weights(torch.bfloat16):
+        pytest.skip("this CPU has no products in bfloat16 for which oneDNN lays weights out")
+    return str(request.param)
+
+
 @pytest.mark.parametrize("all_tokens", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_as_precise_as_autocast(shape: str, all_tokens: bool) -> None:
+def test_as_precise_as_autocast(shape: str, all_tokens: bool, weights: str) -> None:
     model = tiny_model(tiny_config(**SHAPES[shape]), TahoeX1Model)
     exact = embedded(model, all_tokens, torch.float32, ready=False)
     automatic, ours = (embedded(model, all_tokens, torch.bfloat16, ready) for ready in (False, True))
@@ -50,6 +60,15 @@ def test_as_precise_as_autocast(shape: str, all_tokens: bool) -> None:
         errors = [float((tensor.float() - value).norm() / value.norm()) for tensor in (mine, theirs)]
         # The same roundings, but for sums in another order: of some hundred values, the norms hardly differ.
         assert errors[0] < 1.3 * errors[1] + 1e-3
+
+
+@pytest.mark.parametrize(("rows", "width"), [(0, 2048), (1, 2048), (3000, 2048), (8192, 2048), (5000, 10240)])
+def test_blocks_on_a_cpu_are_even_and_hold_all_rows(rows: int, width: int) -> None:
+    states = torch.arange(rows)
+    sizes = [len(part) for part in blocks_on_cpu(states, width)]
+    assert torch.equal(torch.cat(blocks_on_cpu(states, width)), states)
+    assert max(sizes) * width <= 1.5 * 2**22
+    assert max(sizes) - min(sizes) <= len(sizes)
 
 
 def test_a_layer_that_something_was_done_to_is_left_alone() -> None:
@@ -73,17 +92,35 @@ class Tokens(list):
         super().__init__(range(size))
 
 
+def encoded(config: TahoeX1Config) -> EncodedCells:
+    batch = make_batch(config, LENGTHS, targets=False)
+    valid = batch["attention_mask"].bool().numpy()
+    drugs = batch["drug_ids"].numpy() if "drug_ids" in batch else None
+    return EncodedCells(
+        batch["input_ids"].numpy()[valid], batch["expression_values"].numpy()[valid],
+        np.concatenate([[0], np.cumsum(LENGTHS)]), drugs, np.arange(len(LENGTHS)), np.zeros(0, int),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", [name for name in SHAPES if name != "observed_or_self"])
+def test_an_encoder_on_a_cpu_takes_them_where_they_are_packed(shape: str) -> None:
+    config = tiny_config(hidden_size=64, **SHAPES[shape])
+    tokenizer, model = Tokens(config.vocab_size), tiny_model(config, TahoeX1Model)
+    exact, ours = (
+        encoder.CellEncoder(model, tokenizer, device="cpu", dtype=dtype) for dtype in ("float32", "bfloat16")
+    )
+    assert exact._prepared() is None
+    assert exact.batch_tokens == 8192
+    assert (ours._prepared() is not None) == packs_weights(torch.bfloat16)
+    assert ours.batch_tokens == (4096 if packs_weights(torch.bfloat16) else 8192)
+    assert (exact.embed(encoded(config)) * ours.embed(encoded(config))).sum(1).min() > 0.999
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("shape", [name for name in SHAPES if name != "observed_or_self"])
 def test_an_encoder_on_a_gpu_takes_them(shape: str) -> None:
     config = tiny_config(hidden_size=64, **SHAPES[shape])
-    batch = make_batch(config, LENGTHS, targets=False)
-    valid = batch["attention_mask"].bool().numpy()
-    drugs = batch["drug_ids"].numpy() if "drug_ids" in batch else None
-    cells = EncodedCells(
-        batch["input_ids"].numpy()[valid], batch["expression_values"].numpy()[valid],
-        np.concatenate([[0], np.cumsum(LENGTHS)]), drugs, np.arange(len(LENGTHS)), np.zeros(0, int),
-    )  # fmt: skip
+    cells = encoded(config)
     tokenizer = Tokens(config.vocab_size)
     found = {}
     for name, device, dtype in (("exact", "cpu", "float32"), ("gpu", "cuda", "bfloat16")):
