@@ -151,9 +151,9 @@ COMPILED = {
 }
 
 
-def compare_compiled(shape: str, what: str, backend: str) -> None:
+def compare_compiled(shape: str, what: str, backend: str, **sizes: int) -> None:
     model_class, arrange = COMPILED[what]
-    config = tiny_config(**SHAPES[shape])
+    config = tiny_config(**SHAPES[shape], **sizes)
     model: PreTrainedModel = tiny_model(config, model_class)
     arguments = arrange(make_batch(config))
     torch._dynamo.reset()
@@ -241,7 +241,7 @@ def test_compiled_rows_on_gpu(style: str) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("c++") is None, reason="inductor needs a C++ compiler")
 def test_compiled_to_machine_code() -> None:
-    compare_compiled("plain", "pretraining", "inductor")
+    compare_compiled("plain", "pretraining", "inductor", num_hidden_layers=1)
 
 
 @every_shape
