@@ -278,6 +278,7 @@ ERRORS = """
     Path("server-may-stop").touch()
     while not Path("server-stopped").exists():
         time.sleep(0.05)
+    time.sleep = lambda seconds: None  # the client tries again five times, with up to eight seconds in between
     results["network"] = message(load, "tahoebio/new", subfolder="70m-model")
     results["cached"] = message(load, "tahoebio/today", subfolder="70m-model")
     Path("results.json").write_text(json.dumps(results))
