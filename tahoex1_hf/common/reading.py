@@ -6,6 +6,8 @@ from contextlib import contextmanager
 from gzip import BadGzipFile
 from pathlib import Path
 
+from tahoex1_hf.common.disguises import disguise
+
 # Longest text of another library's error that is repeated in ours.
 _LONGEST = 300
 
@@ -39,8 +41,12 @@ def named(error: Exception, *paths: str | Path) -> Exception:
         *paths: files or folders.
 
     Returns:
-        The error itself where it is foreseen and names one of them; otherwise another `OSError`, or a `ValueError`.
+        Where one of the files is something else, such as a Git LFS pointer, a `ValueError` that says so. Otherwise the
+        error itself where it is foreseen and names one of them, or another `OSError`, or a `ValueError`.
     """
+    for path in paths:
+        if told := disguise(path):
+            return ValueError(f"{path} {told}")
     where = ", ".join(str(path) for path in paths)
     if not is_foreseen(error):
         return ValueError(f"{where} cannot be read ({in_short(error)}): it is damaged, or not what its name says.")

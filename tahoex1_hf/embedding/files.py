@@ -342,7 +342,7 @@ class _Run:
             place = start + (chunk.start - low) // encoding.CHUNK_CELLS
             return self.cell_genes.of_chunk(place, self.output.source_names[number], chunk)
 
-        embedded = embed_chunks(self.encoder, chunks, gene_means, bar.update, sink_of)
+        embedded = embed_chunks(self.encoder, chunks, source.cells, gene_means, bar.update, sink_of)
         for done, (chunk, part, spread) in enumerate(embedded, start + 1):
             names.extend(chunk.names)
             parts.append(part)

@@ -10,9 +10,8 @@ from safetensors.torch import load_file, save_file
 import tahoex1_hf
 from tahoex1_hf.common.digests import vocabulary_digest
 from tahoex1_hf.common.files import write_json
+from tahoex1_hf.hub.adapter_weights import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from tahoex1_hf.hub.adapters import (
-    ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
     RECORD,
     is_peft,
     load_adapter,

@@ -10,7 +10,8 @@ from transformers.utils import logging
 
 from tahoex1_hf.finetuning.config import FinetuneConfig
 from tahoex1_hf.finetuning.methods import quantization
-from tahoex1_hf.hub.loading import find_model
+from tahoex1_hf.hub.loading import find_model, load_folder
+from tahoex1_hf.hub.loading import load_tokenizer as read_tokenizer
 from tahoex1_hf.modeling_tahoe_x1 import TahoeX1PreTrainedModel
 from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
 
@@ -23,10 +24,7 @@ Model = TypeVar("Model", bound=TahoeX1PreTrainedModel)
 def load_tokenizer(config: FinetuneConfig) -> TahoeX1Tokenizer:
     """Load the base's tokenizer, with the context length of the run."""
     changes = {} if config.context_length is None else {"context_length": config.context_length}
-    tokenizer: TahoeX1Tokenizer = TahoeX1Tokenizer.from_pretrained(
-        find_model(config.model, size=config.size), **changes
-    )
-    return tokenizer
+    return read_tokenizer(find_model(config.model, size=config.size), **changes)
 
 
 def load_base(config: FinetuneConfig, model_class: type[Model], **options: Any) -> Model:
@@ -39,38 +37,23 @@ def load_base(config: FinetuneConfig, model_class: type[Model], **options: Any) 
 
     Raises:
         ValueError: For `qlora` where the hardware or a library is missing; for a checkpoint that lacks more than the
-            head, or whose pooling counts padding.
+            head, or is wrong otherwise (see `load_whole`), or whose pooling counts padding.
     """
     options |= quantization(config)
     folder = find_model(config.model, size=config.size)
     if not os.isatty(2):
         logging.disable_progress_bar()
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # transformers warns that the checkpoint lacks the new head
-    try:
-        with torch.random.fork_rng():
-            torch.manual_seed(config.seed)
-            model, report = model_class.from_pretrained(
-                folder,
-                dtype=torch.float32,
-                attn_implementation=config.attention,
-                output_loading_info=True,
-                **options,
-            )
-    finally:
-        logging.set_verbosity(verbosity)
-    missing = sorted(name for name in report["missing_keys"] if not name.startswith(NEW_HEADS))
-    if missing:
-        raise ValueError(
-            f"model={config.model} lacks {len(missing)} weights, {missing[0]} for one: load a whole model."
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        model: Model = load_folder(
+            folder, model_class, NEW_HEADS, dtype=torch.float32, attn_implementation=config.attention, **options
         )
     if model.config.cell_pooling == "mean_with_padding":
         raise ValueError(
             f'model={config.model}: cell_pooling="mean_with_padding" makes a cell depend on the batch it is in. Set '
             '"cell_pooling": "mean" in its config.json and train on that.'
         )
-    loaded: Model = model
-    return loaded
+    return model
 
 
 def base_name(config: FinetuneConfig) -> str:

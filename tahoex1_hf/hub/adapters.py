@@ -11,29 +11,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from tahoex1_hf import modeling_tahoe_x1
 from tahoex1_hf.common.digests import vocabulary_digest
+from tahoex1_hf.common.reading import reading
 from tahoex1_hf.configuration_tahoe_x1 import TahoeX1Config
+from tahoex1_hf.hub.adapter_weights import ADAPTER_CONFIG, brought_by, fill, put_on, read_adapter
 from tahoex1_hf.hub.added_drugs import add_saved_drugs
-from tahoex1_hf.hub.loading import find_model
+from tahoex1_hf.hub.loading import find_model, load_folder, load_tokenizer
+from tahoex1_hf.modeling_tahoe_x1 import TahoeX1ForPreTraining, TahoeX1Model
 from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
 RECORD = "finetuning.json"
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # The settings that a base must share with the base that an adapter was trained on.
 _SHAPE = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "use_glu")
 # The model class for each `task_type` that PEFT writes, for adapters without a `finetuning.json`.
-_CLASSES = {
-    "SEQ_CLS": "TahoeX1ForSequenceClassification",
-    "TOKEN_CLS": "TahoeX1ForTokenClassification",
-    None: "TahoeX1ForPreTraining",
-}
+_CLASSES = {"SEQ_CLS": "TahoeX1ForSequenceClassification", "TOKEN_CLS": "TahoeX1ForTokenClassification"}
 
 
 def shape_of(config: TahoeX1Config) -> dict[str, Any]:
@@ -51,17 +48,23 @@ def read_record(folder: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: for a folder that holds neither an adapter nor a fine-tuned model.
+        ValueError: for files that cannot be read, or are not what their names say.
     """
     folder = Path(folder)
     if (folder / RECORD).is_file():
-        return dict(json.loads((folder / RECORD).read_text(encoding="utf-8")))
+        with reading(folder / RECORD):
+            return dict(json.loads((folder / RECORD).read_text(encoding="utf-8")))
     if not (folder / ADAPTER_CONFIG).is_file():
         raise FileNotFoundError(f"{folder} holds no adapter: there is neither {RECORD} nor {ADAPTER_CONFIG}.")
-    settings = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    record = {"model": settings["base_model_name_or_path"], "model_class": _CLASSES[settings.get("task_type")]}
-    head = [v for k, v in load_file(folder / ADAPTER_WEIGHTS).items() if k.endswith("classifier.weight")]
-    record["model_options"] = {"num_labels": head[0].shape[0]} if head else {}
-    return record
+    with reading(folder / ADAPTER_CONFIG):
+        settings = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        model, task = settings["base_model_name_or_path"], settings.get("task_type")
+    tensors = read_adapter(folder)
+    # In a model with a head, the transformer is called `tahoe`; this adapter may have been trained in it alone.
+    alone = any(name.startswith(("base_model.model.layers.", "base_model.model.embeddings.")) for name in tensors)
+    kind = TahoeX1Model.__name__ if alone else _CLASSES.get(task, TahoeX1ForPreTraining.__name__)
+    head = [tensor for name, tensor in tensors.items() if name.endswith("classifier.weight")]
+    return {"model": model, "model_class": kind, "model_options": {"num_labels": len(head[0])} if head else {}}
 
 
 def find_adapter(adapter: str | Path) -> Path:
@@ -97,32 +100,28 @@ def load_adapter(
 
     Raises:
         FileNotFoundError: for an adapter or a base that cannot be found.
-        ValueError: for a base of another size or vocabulary.
+        ValueError: for a base of another size or vocabulary; for files that are not what their names say; and where
+            the base or the adapter lacks a tensor, or holds one that does not fit or is not finite.
     """
     folder = find_adapter(adapter)
     record = read_record(folder)
     kind = getattr(modeling_tahoe_x1, record["model_class"])
     if not (folder / ADAPTER_CONFIG).is_file():
-        model: Any = kind.from_pretrained(folder)
-        return model.eval(), TahoeX1Tokenizer.from_pretrained(folder)
-    from peft import PeftModel
-
+        return load_folder(folder, kind).eval(), load_tokenizer(folder)
+    tensors = read_adapter(folder)
     if isinstance(base, PreTrainedModel):
         model, place = base, Path(str(base.name_or_path))
         check_fits(folder, record, model.config)
     else:
         place = _base_folder(record, base)
-        check_fits(folder, record, TahoeX1Config.from_pretrained(place), TahoeX1Tokenizer.from_pretrained(place))
-        model = kind.from_pretrained(place, dtype=torch.float32, **_model_options(record))
+        with reading(place / "config.json"):
+            config = TahoeX1Config.from_pretrained(place)
+        check_fits(folder, record, config, load_tokenizer(place))
+        model = load_folder(place, kind, brought_by(folder, tensors), dtype=torch.float32, **_model_options(record))
     add_saved_drugs(folder, model)
-    try:
-        adapted = PeftModel.from_pretrained(model, str(folder))
-    except RuntimeError as error:
-        if "size mismatch" not in str(error):
-            raise
-        raise ValueError(f"{folder} does not fit this base, whose layers have other sizes: {error}") from error
+    adapted = put_on(model, folder, tensors)
     has_own = (folder / "tokenizer_config.json").is_file()
-    return adapted.eval(), TahoeX1Tokenizer.from_pretrained(folder if has_own else place)
+    return adapted.eval(), load_tokenizer(folder if has_own else place)
 
 
 def _model_options(record: dict[str, Any]) -> dict[str, Any]:
@@ -172,7 +171,7 @@ def add_adapter(model: "PeftModel", adapter: str | Path, name: str) -> None:
     Raises:
         ValueError: for an adapter of another size, vocabulary or model class, and for a name that is taken.
     """
-    from peft import PeftConfig, set_peft_model_state_dict
+    from peft import PeftConfig
     from peft.utils import ModulesToSaveWrapper
 
     folder = find_adapter(adapter)
@@ -184,14 +183,14 @@ def add_adapter(model: "PeftModel", adapter: str | Path, name: str) -> None:
     if record["model_class"] != type(inner).__name__:
         raise ValueError(f"{folder} belongs to a {record['model_class']}, this model is a {type(inner).__name__}.")
     model.add_adapter(name, PeftConfig.from_pretrained(str(folder)))
-    weights = load_file(folder / ADAPTER_WEIGHTS)
+    weights = read_adapter(folder)
     for place, module in inner.named_modules():
         # PEFT copies the head of the base, with its number of classes; the adapter's own number may differ.
         if isinstance(module, ModulesToSaveWrapper):
             rows = weights[f"base_model.model.{place}.weight"].shape[0]
             head = torch.nn.Linear(inner.config.hidden_size, rows)
             module.modules_to_save[name] = head.to(next(inner.parameters()).device)
-    set_peft_model_state_dict(model, weights, adapter_name=name)
+    fill(model, folder, weights, name)
     model.requires_grad_(False)
     model.eval()
 

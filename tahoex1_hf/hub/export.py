@@ -17,12 +17,15 @@ from typing import Any
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
-from safetensors import SafetensorError, safe_open
 
+from tahoex1_hf.common.weight_files import SINGLE, weight_files
+from tahoex1_hf.configuration_tahoe_x1 import TahoeX1Config
 from tahoex1_hf.hub.cards.rendering import card_text
 from tahoex1_hf.hub.download import SIZES_FILE
 from tahoex1_hf.hub.isolated_load import compare_isolated_load
-from tahoex1_hf.original.verify import MANIFEST
+from tahoex1_hf.original.tensor_names import check_tensors, our_shapes
+from tahoex1_hf.original.verify import MANIFEST, weights_file
+from tahoex1_hf.original.weights import open_weights
 
 logger = logging.getLogger(__name__)
 
@@ -43,12 +46,7 @@ CODE_FILES = (
     "tokenization_tahoe_x1.py",
 )
 LICENSE = Path(__file__).with_name("LICENSE")
-CONFIG, TOKENIZER_CONFIG, VOCAB, INDEX = (
-    "config.json",
-    "tokenizer_config.json",
-    "vocab.json",
-    "model.safetensors.index.json",
-)
+CONFIG, TOKENIZER_CONFIG, VOCAB = "config.json", "tokenizer_config.json", "vocab.json"
 RUN_STATUS = "run_status.json"
 _FILES_OF_A_RUN = {RUN_STATUS, "trainer_state.json"}  # users of the model do not need them
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -106,6 +104,7 @@ def export_repository(
     own_card = None if card is None else Path(card)
     cards = {}
     for name, folder in sizes.items():
+        check_converted(folder)
         at_root = name == default
         text = card_text(
             name, folder, own_card if at_root else None, subfolder="" if at_root else name, repo_id=repo_id
@@ -179,7 +178,7 @@ def check_converted(folder: Path) -> None:
 
     Raises:
         FileNotFoundError: naming the file that is missing.
-        ValueError: where it is another kind of model.
+        ValueError: where it is another kind of model, or its weights are not those that its configuration describes.
     """
     for name in (CONFIG, TOKENIZER_CONFIG, VOCAB):
         if not (folder / name).is_file():
@@ -188,28 +187,21 @@ def check_converted(folder: Path) -> None:
     model_type = _read_json(folder / CONFIG).get("model_type")
     if model_type != "tahoe_x1":
         raise ValueError(f"{folder} holds a model of type {model_type!r}: pass a converted Tahoe-x1 checkpoint.")
-    for path in weight_files(folder):
-        try:
-            with safe_open(path, framework="pt") as tensors:
-                tensors.keys()
-        except SafetensorError as error:
-            raise ValueError(
-                f"{path} cannot be read, perhaps it was cut short ({error}): convert it again."
-            ) from error
+    converted_weights(folder)
+    weights = open_weights(weights_file(folder))
+    check_tensors(weights.shapes, our_shapes(TahoeX1Config.from_pretrained(folder)), str(folder))
 
 
-def weight_files(folder: Path) -> list[Path]:
+def converted_weights(folder: Path) -> list[Path]:
     """Return the files that hold a converted checkpoint's weights.
 
     Raises:
         FileNotFoundError: where one is missing.
     """
-    index = folder / INDEX
-    names = sorted(set(_read_json(index)["weight_map"].values())) if index.is_file() else ["model.safetensors"]
-    missing = [name for name in names if not (folder / name).is_file()]
-    if missing:
-        raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}: convert it again (weights are safetensors).")
-    return [folder / name for name in names]
+    files = weight_files(folder)
+    if any(path.suffix != ".safetensors" for path in files):
+        raise FileNotFoundError(f"{folder} lacks {SINGLE}: convert it again (weights are safetensors).")
+    return files
 
 
 def build_repository(
@@ -261,7 +253,7 @@ def build_repository(
 
 def _add_checkpoint(source: Path, folder: Path) -> None:
     folder.mkdir(exist_ok=True)
-    weights = weight_files(source)
+    weights = converted_weights(source)
     for path in sorted(source.iterdir()):
         if path in weights:
             _link_or_copy(path.resolve(), folder / path.name)

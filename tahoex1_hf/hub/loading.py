@@ -9,7 +9,7 @@ import hashlib
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from huggingface_hub import constants
 from tahoex1_hf.common.reading import reading
 from tahoex1_hf.configuration_tahoe_x1 import TahoeX1Config
 from tahoex1_hf.hub.download import SAME_SIZE, download_snapshot, hub_has, is_repo_id, read_sizes_file
+from tahoex1_hf.hub.whole_weights import load_whole
 from tahoex1_hf.modeling_tahoe_x1 import TahoeX1Model
 from tahoex1_hf.original.convert import translate_folder
 from tahoex1_hf.original.files import (
@@ -45,23 +46,25 @@ def load_model_and_tokenizer(
 ) -> tuple[TahoeX1Model, TahoeX1Tokenizer]:
     """Load a model for embedding, and its tokenizer, from wherever `find_model` finds it."""
     folder = find_model(model, size=size, revision=revision)
-    return load_folder(folder, TahoeX1Model)[0], load_tokenizer(folder)
+    return load_folder(folder, TahoeX1Model), load_tokenizer(folder)
 
 
-def load_folder(folder: Path, model_class: Any) -> tuple[Any, dict[str, Any]]:
-    """Load a model from a folder, with errors that name the file; also return what transformers says about it."""
+def load_folder(folder: Path, model_class: Any, optional: Sequence[str] = (), **options: Any) -> Any:
+    """Load a model from a folder that `find_model` found, and make sure of its weights.
+
+    The arguments and errors are those of `load_whole`; errors of the configuration name its file, too.
+    """
     with reading(folder / "config.json"):
         TahoeX1Config.from_pretrained(folder)
-    weights = sorted(folder.glob("*.safetensors*")) or [folder / SAFETENSORS]
-    with reading(*weights):
-        loaded: tuple[Any, dict[str, Any]] = model_class.from_pretrained(folder, output_loading_info=True)
-    return loaded
+    return load_whole(folder, model_class, optional, **options)
 
 
-def load_tokenizer(folder: Path) -> TahoeX1Tokenizer:
-    """Load the tokenizer of a folder, with errors that name its files."""
+def load_tokenizer(folder: Path, **changes: Any) -> TahoeX1Tokenizer:
+    """Load the tokenizer of a folder, with errors that name its files; `changes` are settings of the tokenizer."""
+    if not (folder / VOCAB).is_file():
+        raise FileNotFoundError(f"{folder} has no {VOCAB}, the vocabulary of the tokenizer: copy it there, too.")
     with reading(folder / "tokenizer_config.json", folder / VOCAB):
-        tokenizer: TahoeX1Tokenizer = TahoeX1Tokenizer.from_pretrained(folder)
+        tokenizer: TahoeX1Tokenizer = TahoeX1Tokenizer.from_pretrained(folder, **changes)
     return tokenizer
 
 
@@ -151,7 +154,11 @@ def _size_folder(root: Path, size: str | None, model: str) -> Path:
         there = f"it has the sizes {', '.join(sorted(names))}: pass one of them as size (from_pretrained: subfolder)"
     else:
         at_root = root in model_folders
-        there = "its only model is at its root: leave the size out" if at_root else "it has no model at all"
+        there = (
+            "its only model is at its root: leave the size out"
+            if at_root
+            else f"it holds no model at all, neither config.json nor {MODEL_CONFIG}"
+        )
     raise FileNotFoundError(f"{model} has no {wanted}; {there}.")
 
 

@@ -4,8 +4,10 @@
 from pathlib import Path
 from typing import Any
 
-from tahoex1_hf.hub.adapters import ADAPTER_CONFIG, is_peft, load_adapter
+from tahoex1_hf.hub.adapter_weights import ADAPTER_CONFIG
+from tahoex1_hf.hub.adapters import is_peft, load_adapter
 from tahoex1_hf.hub.loading import find_model, load_folder, load_model_and_tokenizer, load_tokenizer
+from tahoex1_hf.hub.whole_weights import has_part
 from tahoex1_hf.modeling_tahoe_x1 import TahoeX1ForPreTraining, TahoeX1PreTrainedModel
 from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
 
@@ -48,10 +50,10 @@ def _load(model: str | Path, size: str | None, revision: str | None, expression:
     if not expression:
         return load_model_and_tokenizer(model, size=size, revision=revision)
     folder = find_model(model, size=size, revision=revision)
-    loaded, info = load_folder(folder, TahoeX1ForPreTraining)
-    if any(name.startswith("expression_decoder.") for name in info["missing_keys"]):
+    if not has_part(folder, "expression_decoder"):
         raise ValueError(no_expression_head(f"the checkpoint {model}"))
-    return loaded, load_tokenizer(folder)
+    # What a cell decoder predicts is not asked for.
+    return load_folder(folder, TahoeX1ForPreTraining, ["cell_decoder."]), load_tokenizer(folder)
 
 
 def no_expression_head(what: str) -> str:

@@ -8,16 +8,19 @@ from contextlib import AbstractContextManager, nullcontext
 import numpy as np
 
 from tahoex1_hf.cells.encoding import Chunk, ChunkEncoder, report_unknown_drugs
+from tahoex1_hf.cells.readers.base import CellInput
 from tahoex1_hf.common.prefetch import prefetch
 from tahoex1_hf.common.progress import progress_bar
 from tahoex1_hf.configuration_tahoe_x1 import OVERFLOWS
 from tahoex1_hf.inference.encoder import CellEncoder, GeneMeans, TokenSink
+from tahoex1_hf.inference.finite import check_results
 from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
 
 
 def embed_chunks(
     encoder: CellEncoder,
     chunks: Iterator[Chunk],
+    cells: CellInput,
     gene_means: GeneMeans | None = None,
     on_batch: Callable[[int], object] = lambda num_cells: None,
     sink_of: Callable[[Chunk], AbstractContextManager[TokenSink | None]] = lambda chunk: nullcontext(),
@@ -27,6 +30,7 @@ def embed_chunks(
     Args:
         encoder: model that embeds the cells.
         chunks: chunks from `ChunkEncoder.chunks`.
+        cells: the input that they are of.
         gene_means: running means to which the cells' gene embeddings are added; of several samples, the first's.
         on_batch: function called after each batch with its number of cells.
         sink_of: function that makes of a chunk a context manager, which gives what takes the chunk's gene embeddings.
@@ -34,14 +38,19 @@ def embed_chunks(
     Yields:
         Every chunk; its `(cells, width)` float32 embeddings, each row of length 1; and `(cells,)` float32, how far
         they vary with the sample (see `_average`), 0 for cells of which there is one sample.
+
+    Raises:
+        ValueError: where an embedding is not finite; the message names the cell.
     """
     for chunk in prefetch(chunks):
         with sink_of(chunk) as on_tokens:
             embeddings = encoder.embed(chunk.cells, gene_means, on_batch, on_tokens)
         deviations = np.zeros(len(embeddings), dtype=np.float32)
         if chunk.samples:
-            others = (encoder.embed(cells) for cells in chunk.samples)
+            others = (encoder.embed(sample) for sample in chunk.samples)
             embeddings[chunk.long], deviations[chunk.long] = _average(embeddings[chunk.long], others)
+        numbers = range(chunk.start, chunk.start + len(embeddings))
+        check_results(embeddings, numbers, cells, encoder.dtype_name)
         yield chunk, embeddings, deviations
 
 
@@ -88,7 +97,8 @@ def embed_input(
     embeddings = np.empty((num_cells, encoder.width), dtype=np.float32)
     deviations, num_empty = np.zeros(num_cells, dtype=np.float32), 0
     with progress_bar(progress, total=num_cells, unit="cell", desc="Embedding") as bar:
-        for chunk, part, spread in embed_chunks(encoder, chunks.chunks(0, num_cells), gene_means, bar.update):
+        encoded = chunks.chunks(0, num_cells)
+        for chunk, part, spread in embed_chunks(encoder, encoded, chunks.cells, gene_means, bar.update):
             embeddings[chunk.start : chunk.start + len(part)] = part
             deviations[chunk.start : chunk.start + len(part)] = spread
             num_empty += len(chunk.cells.empty_cells)

@@ -210,8 +210,8 @@ class CellEncoder:
             raise ValueError(f"batch_tokens must be at least 1, got {batch_tokens}.")
         if len(tokenizer) != model.config.vocab_size:
             raise ValueError(
-                f"The tokenizer has {len(tokenizer)} tokens and the model {model.config.vocab_size}: they belong to "
-                "different checkpoints. Load both from the same place."
+                f"The tokenizer's vocabulary has {len(tokenizer)} tokens, the model's {model.config.vocab_size}: they "
+                "belong to different checkpoints. Load both from the same place."
             )
         if model.config.cell_pooling == "mean_with_padding":
             logger.warning(

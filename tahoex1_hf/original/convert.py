@@ -19,7 +19,10 @@ import numpy as np
 import torch
 import yaml
 
+from tahoex1_hf.common.finite_tensors import check_finite
 from tahoex1_hf.common.reading import reading
+from tahoex1_hf.common.weight_files import tensor_names
+from tahoex1_hf.common.wrapped_names import unwrapped
 from tahoex1_hf.configuration_tahoe_x1 import TahoeX1Config
 from tahoex1_hf.modeling_tahoe_x1 import TahoeX1ForPreTraining
 from tahoex1_hf.original.config import translate_collator_config, translate_model_config
@@ -35,7 +38,7 @@ from tahoex1_hf.original.files import (
 )
 from tahoex1_hf.original.tensor_names import check_tensors, original_shapes
 from tahoex1_hf.original.verify import Verification, verify_conversion, write_manifest
-from tahoex1_hf.original.weights import TensorReader, UnreadTensor, open_weights
+from tahoex1_hf.original.weights import TensorReader, UnreadTensor, open_weights, without_wrappers
 from tahoex1_hf.original.writing import describe_files, link_or_copy, workspace
 from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
 
@@ -107,7 +110,7 @@ def open_original(source: str | Path) -> OriginalCheckpoint:
     model_settings, collator_settings = _read_yaml(files[MODEL_CONFIG]), _read_yaml(files[COLLATOR_CONFIG])
     vocab = _read_json(files[VOCAB])
     with reading(weights_path):
-        weights = open_weights(weights_path)
+        weights = without_wrappers(open_weights(weights_path))
     files |= {path.name: path for path in weights.files}
     drug_table, drug_to_id = None, None
     if _DRUG_WEIGHT in weights.shapes:
@@ -168,6 +171,9 @@ def convert_into(
 ) -> tuple[TahoeX1Config, Verification]:
     """Do what `convert_original_folder` does, in an existing empty folder; also return the verification."""
     checkpoint = open_original(source)
+    weights = checkpoint.weights
+    with reading(*weights.files):
+        check_finite(((name, weights.read(name)) for name in weights.shapes), str(weights.files[0]))
     dtype = dtype or checkpoint.dtype
     with reading(*checkpoint.files.values()):
         model = checkpoint.load_model(dtype)
@@ -184,8 +190,8 @@ def convert_into(
 def translate_folder(source: Path, folder: Path) -> None:
     """Make a folder that the Auto classes load, of links to the weights and translated settings.
 
-    The weights keep the original's names, which the registered rules read (`tensor_names`). A pickle or a sharded
-    checkpoint, which transformers cannot read, is converted instead.
+    The weights keep the original's names, which the registered rules read (`tensor_names`). What transformers cannot
+    read, a pickle, a sharded checkpoint or one with names of wrappers, is converted instead.
 
     Args:
         source: folder in the original's layout.
@@ -195,7 +201,7 @@ def translate_folder(source: Path, folder: Path) -> None:
         FileNotFoundError, ValueError: as `open_original`.
     """
     weights = source / SAFETENSORS
-    if not weights.is_file():
+    if not weights.is_file() or _has_wrappers(weights):
         convert_into(source, folder, dtype=None, max_shard_size=MAX_SHARD_SIZE, label=source.resolve().name)
         return
     checkpoint = open_original(source)
@@ -204,6 +210,10 @@ def translate_folder(source: Path, folder: Path) -> None:
     config.architectures, config.dtype = [TahoeX1ForPreTraining.__name__], checkpoint.dtype
     config.save_pretrained(folder)
     link_or_copy(weights.resolve(), folder / SAFETENSORS)
+
+
+def _has_wrappers(weights: Path) -> bool:
+    return any(unwrapped(name) != name for name in tensor_names([weights]))
 
 
 def _locate(source: Path) -> tuple[Path, Path]:

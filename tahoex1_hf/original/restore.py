@@ -10,6 +10,7 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
+from tahoex1_hf.common.finite_tensors import check_finite
 from tahoex1_hf.configuration_tahoe_x1 import TahoeX1Config
 from tahoex1_hf.original.config import translate_collator_config, translate_model_config
 from tahoex1_hf.original.files import COLLATOR_CONFIG, DRUG_TABLE, MODEL_CONFIG, PICKLE, SAFETENSORS, VOCAB
@@ -22,7 +23,7 @@ from tahoex1_hf.original.verify import (
     weights_file,
     write_manifest,
 )
-from tahoex1_hf.original.weights import TensorReader, open_weights
+from tahoex1_hf.original.weights import TensorReader, open_weights, without_wrappers
 from tahoex1_hf.original.writing import describe_files, workspace
 from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
 
@@ -54,13 +55,14 @@ def restore_original_folder(
     if not (source / "config.json").is_file():
         raise FileNotFoundError(f"{source} has no config.json: pass a converted folder.")
     config, tokenizer = TahoeX1Config.from_pretrained(source), TahoeX1Tokenizer.from_pretrained(source)
-    weights = open_weights(weights_file(source))
+    weights = without_wrappers(open_weights(weights_file(source)))
     check_tensors(weights.shapes, our_shapes(config), f"{source} (TahoeX1ForPreTraining)")
     model_settings, collator_settings = restore_settings(config, tokenizer)
     read = {path.name: path for path in (source / "config.json", *weights.files)}
     done = finished_conversion(destination, read, dtype or next(iter(weights.dtypes.values())))
     if done is not None:
         return done
+    check_finite(((name, weights.read(name)) for name in weights.shapes), str(weights.files[0]))
     with workspace(destination) as folder:
         result = folder / "result"
         _write_weights(weights, config, result, dtype)

@@ -17,6 +17,7 @@ import transformers
 from torch import nn
 
 import tahoex1_hf
+from tahoex1_hf.common.weight_files import INDEX, SINGLE
 from tahoex1_hf.configuration_tahoe_x1 import TahoeX1Config
 from tahoex1_hf.modeling_tahoe_x1 import TahoeX1ForPreTraining
 from tahoex1_hf.original.reference import OriginalForward
@@ -210,11 +211,10 @@ def _same_bits(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
 
 def weights_file(folder: Path) -> Path:
     """Return the file of a converted folder that says where its tensors are."""
-    index = folder / "model.safetensors.index.json"
-    path = index if index.is_file() else folder / "model.safetensors"
-    if not path.is_file():
-        raise FileNotFoundError(f"{folder} has no model.safetensors: it is not a converted checkpoint.")
-    return path
+    for name in (SINGLE, INDEX):  # in the order in which transformers looks for them
+        if (folder / name).is_file():
+            return folder / name
+    raise FileNotFoundError(f"{folder} has no {SINGLE}: it is not a converted checkpoint.")
 
 
 def write_manifest(

@@ -6,7 +6,7 @@ put together when they are read.
 """
 
 import io
-import json
+import logging
 import pickle
 import re
 from collections import OrderedDict
@@ -19,7 +19,11 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
+from tahoex1_hf.common.weight_files import shards_of, what_is_wrong
+from tahoex1_hf.common.wrapped_names import taken_off, unwrapped
 from tahoex1_hf.original.files import SHARDED_METADATA
+
+logger = logging.getLogger(__name__)
 
 _SHARDED_PREFIX = "state.model."
 _TORCH_DTYPES = {
@@ -87,9 +91,19 @@ def open_weights(path: Path) -> TensorReader:
     if path.is_dir():
         return _ShardedReader(path)
     if path.name.endswith(".index.json"):
-        names = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
-        return _SafetensorsReader([path.parent / name for name in names])
+        return _SafetensorsReader(shards_of(path))
     return _SafetensorsReader([path]) if path.suffix == ".safetensors" else _PickleReader(path)
+
+
+def without_wrappers(reader: TensorReader) -> TensorReader:
+    """Return a reader that gives tensors the names that they have without DDP, `torch.compile` and the like.
+
+    Where no name has anything of them, it is the reader itself; otherwise an INFO tells what was taken off.
+    """
+    if all(unwrapped(name) == name for name in reader.shapes):
+        return reader
+    logger.info("%s: took %s off the names of the tensors.", reader.files[0], taken_off(reader.shapes))
+    return _UnwrappedReader(reader)
 
 
 class UnreadTensor:
@@ -115,9 +129,7 @@ class _SafetensorsReader:
             try:
                 opened = safe_open(path, framework="pt")
             except SafetensorError as error:
-                raise ValueError(
-                    f"{path} is truncated, or not a safetensors file ({error}): download it again."
-                ) from error
+                raise ValueError(f"{path} {what_is_wrong(path, error)}") from error
             for name in opened.keys():
                 view = opened.get_slice(name)
                 self._owners[name] = opened
@@ -126,6 +138,21 @@ class _SafetensorsReader:
 
     def read(self, name: str) -> torch.Tensor:
         return self._owners[name].get_tensor(name)
+
+
+class _UnwrappedReader:
+    """Tensors under the names that they have in the model itself, without what wrappers put there."""
+
+    def __init__(self, reader: TensorReader):
+        self.files = reader.files
+        self._reader, self._wrapped = reader, {unwrapped(name): name for name in reader.shapes}
+        if len(self._wrapped) < len(reader.shapes):
+            raise ValueError(f"{reader.files[0]} holds tensors under two names, with and without a wrapper's.")
+        self.shapes = {name: reader.shapes[wrapped] for name, wrapped in self._wrapped.items()}
+        self.dtypes = {name: reader.dtypes[wrapped] for name, wrapped in self._wrapped.items()}
+
+    def read(self, name: str) -> torch.Tensor:
+        return self._reader.read(self._wrapped[name])
 
 
 class _PickleReader:

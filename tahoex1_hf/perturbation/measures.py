@@ -13,6 +13,7 @@ import torch
 
 from tahoex1_hf.common.prefetch import prefetch
 from tahoex1_hf.inference.encoder import CellEncoder, length_sorted_batches
+from tahoex1_hf.inference.finite import check_results
 from tahoex1_hf.packing_tahoe_x1 import EncodedCells
 from tahoex1_hf.perturbation.cells import CellRows, Change, Pairs, gene_places, halves
 
@@ -62,11 +63,24 @@ class Forward:
         self.encoder, self.bins_per_unit = encoder, bins_per_unit
         self.decoder = None if decoder is None else decoder.to(encoder.device).eval()
 
-    def pooled(self, cells: EncodedCells) -> np.ndarray:
-        """Return `(cells, width)` float32 embeddings, not normalised."""
+    def pooled(self, cells: EncodedCells, of: CellRows, numbers: np.ndarray) -> np.ndarray:
+        """Embed cells.
+
+        Args:
+            cells: encoded cells.
+            of: cells that they are, or were before they were perturbed.
+            numbers: `(cells,)` number in the data of each cell.
+
+        Returns:
+            `(cells, width)` float32 embeddings, not normalised.
+
+        Raises:
+            ValueError: where an embedding is not finite; the message names the cell.
+        """
         embeddings = np.empty((cells.num_cells, self.encoder.width), dtype=np.float32)
         for rows, pooled in self.encoder.pooled_batches(cells):
             embeddings[rows] = pooled.float().cpu().numpy()
+        check_results(embeddings, numbers, of.source.cells, self.encoder.dtype_name)
         return embeddings
 
     @torch.inference_mode()
@@ -127,7 +141,7 @@ def unperturbed(cells: CellRows, forward: Forward) -> Unperturbed:
         half = halves(cells.rows.cells(), cells.rows.tokens, cells.contents, cells.source.options.seed)[places]
         for side in (0, 1):
             predicted[places[half == side]] = predict_genes(forward, encoded, half == side)[half == side]
-    return Unperturbed(cells.numbers, forward.pooled(encoded), predicted)
+    return Unperturbed(cells.numbers, forward.pooled(encoded, cells, cells.numbers), predicted)
 
 
 def predict_genes(forward: Forward, cells: EncodedCells, hidden: np.ndarray) -> np.ndarray:
@@ -233,12 +247,12 @@ class BlockMeasures:
 
     def _measure(self, piece: Piece) -> None:
         pairs, expression = piece.pairs, self.forward.decoder is not None and self.slots is not None
-        before = piece.chunk.pooled[pairs.chosen]
+        before, numbers = piece.chunk.pooled[pairs.chosen], pairs.cells.numbers[pairs.chosen]
         hidden, own = pairs.hidden() if expression else (None, pairs.own_before)
         encoded_own, own_genes = pairs.unperturbed(own)
         if own.any():
-            before[own] = self.forward.pooled(encoded_own)
-        after = self.forward.pooled(piece.perturbed)
+            before[own] = self.forward.pooled(encoded_own, pairs.cells, numbers[own])
+        after = self.forward.pooled(piece.perturbed, pairs.cells, numbers)
         unit_before, unit_after = unit(before), unit(after)
         # 1 - cos = |u - v|^2 / 2 for vectors of length 1, without the cancellation.
         self.cosine.add(piece.tasks, ((unit_after - unit_before) ** 2).sum(1) / 2)

@@ -342,7 +342,7 @@ class _Run:
         total = np.zeros(self.forward.encoder.width)
         for cells in prefetch(self.source.read(part) for part in chunks(numbers)):
             self.source.check(cells)
-            total += unit(self.forward.pooled(cells.encoded())).sum(0)
+            total += unit(self.forward.pooled(cells.encoded(), cells, cells.numbers)).sum(0)
         return unit(total)
 
     def _unperturbed(self, group: int) -> list[Unperturbed]:

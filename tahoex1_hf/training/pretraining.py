@@ -18,7 +18,7 @@ from tahoex1_hf.common.cuda_memory import let_segments_grow
 from tahoex1_hf.configuration_tahoe_x1 import TahoeX1Config
 from tahoex1_hf.data.collator import CellCollator
 from tahoex1_hf.data.feeding import CellBatches
-from tahoex1_hf.hub.loading import find_model
+from tahoex1_hf.hub.loading import find_model, load_folder, load_tokenizer
 from tahoex1_hf.modeling_tahoe_x1 import TahoeX1ForPreTraining
 from tahoex1_hf.runs.arguments import run_arguments
 from tahoex1_hf.runs.preemption import PREEMPTED
@@ -45,8 +45,7 @@ def make_tokenizer(config: PretrainConfig) -> TahoeX1Tokenizer:
     source = config.tokenizer or config.init_from
     rule = config.unknown_drugs
     if source is not None:
-        tokenizer: TahoeX1Tokenizer = TahoeX1Tokenizer.from_pretrained(find_model(source), unknown_drugs=rule)
-        return tokenizer
+        return load_tokenizer(find_model(source), unknown_drugs=rule)
     import fsspec
 
     table = json.loads(Path(config.drug_table).read_text(encoding="utf-8")) if config.drug_table else None
@@ -68,8 +67,9 @@ def make_model(config: PretrainConfig, tokenizer: TahoeX1Tokenizer) -> TahoeX1Fo
         fixed = sorted(set(config.model) - _CHANGEABLE)
         if fixed:
             raise ValueError(f"model.{fixed[0]}: with init_from only {', '.join(sorted(_CHANGEABLE))} can be set.")
-        model: TahoeX1ForPreTraining = TahoeX1ForPreTraining.from_pretrained(
-            find_model(config.init_from), dtype=torch.float32, **attention, **config.model
+        folder, decoders = find_model(config.init_from), ["expression_decoder.", "cell_decoder."]
+        model: TahoeX1ForPreTraining = load_folder(
+            folder, TahoeX1ForPreTraining, decoders, dtype=torch.float32, **attention, **config.model
         )
         return model
     vocabulary = tokenizer.get_vocab()

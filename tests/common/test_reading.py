@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tahoex1_hf.common.disguises import disguise
 from tahoex1_hf.common.reading import reading
 
 
@@ -35,6 +36,28 @@ def test_errors_of_other_libraries_that_are_value_errors(tmp_path: Path) -> None
         reading(Path("vocab.json")),
     ):
         json.loads("")
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "is a Git LFS pointer, not the file"),
+        (b"\n<!DOCTYPE html>\n<html>", "is a web page, not the file itself"),
+        (b"", "is empty"),
+        (bytes(2000), "begins with zeros"),
+    ],
+)
+def test_files_that_are_something_else_are_called_so(content: bytes, told: str, tmp_path: Path) -> None:
+    (tmp_path / "good.h5ad").write_bytes(b"\x89HDF")
+    (tmp_path / "cells.h5ad").write_bytes(content)
+    for error in (KeyError("shape"), ValueError("cells.h5ad is damaged"), OSError("no signature")):
+        with (
+            pytest.raises(ValueError, match=rf"cells\.h5ad {told}"),
+            reading(tmp_path / "good.h5ad", tmp_path / "cells.h5ad"),
+        ):
+            raise error
+    for other in (tmp_path, tmp_path / "missing", "s3://bucket/cells.h5ad"):
+        assert disguise(other) is None
 
 
 def test_nothing_happens_without_an_error() -> None:

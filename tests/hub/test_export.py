@@ -12,12 +12,15 @@ import forked
 import pytest
 import torch
 import typer
+import yaml
 from helpers import GOLDEN, REPO_ROOT
 from hub_server import Hub, read_files, serve
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
 from tahoex1_hf.hub import export as hub_export
+from tahoex1_hf.hub.cards import rendering
+from tahoex1_hf.hub.cards.facts import RELEASED_FACTS, load_facts
 from tahoex1_hf.hub.export import AUTO_MAP, CODE_FILES, build_repository, size_names
 from tahoex1_hf.original.convert import convert_original_folder
 
@@ -96,12 +99,35 @@ def test_without_push_it_is_a_dry_run(tmp_path: Path, sizes: dict[str, Path], co
     assert (tmp_path / "repository" / "README.md").read_text() == "# small"
 
 
+NAMED = {"70m": "small", "3b": "large"}
+
+
+def facts_of(model: Path, name: str, folder: Path) -> Path:
+    """Write the facts of a released size as if it had the shape of a small model."""
+    facts = yaml.safe_load(RELEASED_FACTS[name].read_text(encoding="utf-8"))
+    config = json.loads((model / "config.json").read_text())
+    facts["shape"] = {key: config[key] for key in vars(load_facts(RELEASED_FACTS[name]).shape)}
+    facts["parameters"] = sum(tensor.numel() for tensor in load_file(model / "model.safetensors").values())
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump(facts))
+    return folder / f"{name}.yaml"
+
+
 @pytest.mark.usefixtures("unproven")
-def test_cards_of_released_sizes_are_rendered(
-    tmp_path: Path, sizes: dict[str, Path], command: Callable[..., Result]
+def test_cards_are_of_the_models_that_they_describe(
+    tmp_path: Path, sizes: dict[str, Path], command: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("jinja2")
-    run = command(f"70m={sizes['small']}", f"3b={sizes['large']}", tmp_path / "repository")
+    arguments = f"70m={sizes['small']}", f"3b={sizes['large']}", tmp_path / "repository"
+    run = command(*arguments)
+    assert run.exit_code == 1
+    assert "70m.yaml" in run.output
+    assert "hidden_size 64 instead of 512" in run.output
+    assert "parameters 205,825 instead of 70,996,993" in run.output
+    assert "--card" in run.output
+    monkeypatch.setattr(
+        rendering, "RELEASED_FACTS", {name: facts_of(sizes[size], name, tmp_path) for name, size in NAMED.items()}
+    )
+    run = command(*arguments)
     assert run.exit_code == 0, run.output
     for folder, subfolder in ((tmp_path / "repository", ""), (tmp_path / "repository" / "3b", 'subfolder="3b"')):
         text = (folder / "README.md").read_text()
@@ -214,8 +240,13 @@ def test_folders_that_are_not_converted_checkpoints(tmp_path: Path, sizes: dict[
     shutil.copytree(sizes["small"], tmp_path / "other")
     weights = tmp_path / "other" / "model.safetensors"
     content = weights.read_bytes()
+    config = json.loads((tmp_path / "other" / "config.json").read_text())
+    (tmp_path / "other" / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 1}))
+    with pytest.raises(ValueError, match=r"(?s)do not fit its configuration.*unexpected: tahoe\.layers\.1\."):
+        build({"small": tmp_path / "other"}, tmp_path / "repository")
+    (tmp_path / "other" / "config.json").write_text(json.dumps(config))
     weights.write_bytes(content[: len(content) // 2])
-    with pytest.raises(ValueError, match="cut short"):
+    with pytest.raises(ValueError, match="is truncated"):
         build({"small": tmp_path / "other"}, tmp_path / "repository")
     weights.unlink()
     torch.save({}, tmp_path / "other" / "pytorch_model.bin")

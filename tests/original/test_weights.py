@@ -76,7 +76,7 @@ def test_bfloat16(variant: Variant, tmp_path: Path) -> None:
 def test_truncated_safetensors(keep: int, source: Path) -> None:
     with (source / "model.safetensors").open("r+b") as file:
         file.truncate(keep)
-    with pytest.raises(ValueError, match="is truncated, or not a safetensors file"):
+    with pytest.raises(ValueError, match=r"is truncated|is empty"):
         convert_original_folder(source, source.parent / "out")
 
 
@@ -85,7 +85,7 @@ def test_truncated_pickle(keep: int, tmp_path: Path) -> None:
     path = Path(as_composer_file(PLAIN, tmp_path))
     with path.open("r+b") as file:
         file.truncate(keep)
-    with pytest.raises(ValueError, match="as a checkpoint of tensors alone"):
+    with pytest.raises(ValueError, match=r"as a checkpoint of tensors alone|is empty"):
         convert_original_folder(path, tmp_path / "out")
 
 

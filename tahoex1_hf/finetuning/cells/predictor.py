@@ -5,7 +5,6 @@ The prediction for a cell depends on the cell alone, not on its place in the fil
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,9 +20,13 @@ from tahoex1_hf.cells.readers.base import CellInput
 from tahoex1_hf.common.prefetch import prefetch
 from tahoex1_hf.encoding_tahoe_x1 import GeneRows
 from tahoex1_hf.finetuning.cells.labelled import SAMPLE_SEED
-from tahoex1_hf.hub.adapters import ADAPTER_CONFIG, RECORD, find_adapter, load_adapter, read_record
+from tahoex1_hf.hub.adapter_weights import ADAPTER_CONFIG
+from tahoex1_hf.hub.adapters import RECORD, find_adapter, load_adapter, read_record
+from tahoex1_hf.hub.loading import load_folder, load_tokenizer
 from tahoex1_hf.hub.models import without_peft
+from tahoex1_hf.hub.whole_weights import has_part
 from tahoex1_hf.inference.encoder import CellEncoder, DtypeName
+from tahoex1_hf.inference.finite import check_results
 from tahoex1_hf.modeling_tahoe_x1 import TahoeX1ForSequenceClassification
 from tahoex1_hf.packing_tahoe_x1 import EncodedCells
 from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer, report_empty
@@ -90,15 +93,14 @@ def load_predictor(
         return _loaded_model(source, tokenizer)
     folder = find_adapter(source)
     if not (folder / RECORD).is_file() and not (folder / ADAPTER_CONFIG).is_file():
-        return Predictor(_whole_model(folder), tokenizer or TahoeX1Tokenizer.from_pretrained(folder), {}, str(source))
+        return Predictor(_whole_model(folder), tokenizer or load_tokenizer(folder), {}, str(source))
     record = read_record(folder)
     if record["model_class"] != TahoeX1ForSequenceClassification.__name__:
         trained_for = record.get("task") or record["model_class"]
         raise ValueError(
             f"{source} was trained for {trained_for}: predict serves the classification and regression of cells."
         )
-    with _quiet():
-        loaded, own = load_adapter(folder, base)
+    loaded, own = load_adapter(folder, base)
     return Predictor(without_peft(loaded), tokenizer or own, record, str(source))
 
 
@@ -113,28 +115,15 @@ def _loaded_model(model: Any, tokenizer: TahoeX1Tokenizer | None) -> Predictor:
     return Predictor(inner.eval(), tokenizer, {}, str(inner.name_or_path))
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Suppress transformers' report that a base has no head: the adapter brings it."""
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
-
-
 def _whole_model(folder: Path) -> TahoeX1ForSequenceClassification:
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} holds neither an adapter ({ADAPTER_CONFIG}) nor a model (config.json).")
-    with _quiet():  # missing weights are checked below
-        loaded: Any = TahoeX1ForSequenceClassification.from_pretrained(folder, output_loading_info=True)
-    model, info = loaded
-    if any(name.startswith("classifier.") for name in info["missing_keys"]):
+    if not has_part(folder, "classifier"):
         raise ValueError(
             f"{folder} has no head to predict with: it is a base. Fine-tune it (tahoex1 finetune), and pass the "
             "folder of that run."
         )
+    model: TahoeX1ForSequenceClassification = load_folder(folder, TahoeX1ForSequenceClassification)
     return model.eval()
 
 
@@ -205,9 +194,16 @@ class CellPredictor:
             cells: Cells to predict for, sorted by cell.
             options: Drugs of the cells, and what becomes of unknown ones.
             on_batch: Function called after each batch with its number of cells.
+
+        Raises:
+            ValueError: Where a prediction is not finite; the message names the cell.
         """
         drug_ids = DrugIds(cells, options)
         report_unknown_drugs([drug_ids])
         chunks = cells.chunks(0, cells.num_cells, encoding.CHUNK_CELLS, drug_ids.columns)
+        done = 0
         for encoded in prefetch(self.encode(chunk.rows, drug_ids.of_block(chunk)) for chunk in chunks):
-            yield encoded, self.predict(encoded, on_batch)
+            outputs = self.predict(encoded, on_batch)
+            check_results(outputs, range(done, done + len(outputs)), cells, self.encoder.dtype_name)
+            yield encoded, outputs
+            done += len(outputs)

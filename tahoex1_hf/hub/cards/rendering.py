@@ -12,6 +12,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
+from tahoex1_hf.hub.cards.checking import check_facts
 from tahoex1_hf.hub.cards.facts import RELEASED_FACTS, Facts, load_facts
 
 TEMPLATE = Path(__file__).with_name("template.md.jinja")
@@ -34,7 +35,7 @@ def card_text(size: str, folder: Path, card: Path | None, *, subfolder: str, rep
 
     Raises:
         FileNotFoundError: where `card` is not there.
-        ValueError: as `render_card`.
+        ValueError: as `render_card`, and for facts of a model of another shape, or another number of parameters.
     """
     card = card or RELEASED_FACTS.get(size)
     if card is None:
@@ -44,6 +45,7 @@ def card_text(size: str, folder: Path, card: Path | None, *, subfolder: str, rep
         raise FileNotFoundError(f"card={str(card)!r} is not a file: pass facts (.yaml) or a README (.md).")
     if card.suffix not in (".yaml", ".yml"):
         return card.read_text(encoding="utf-8")
+    check_facts(load_facts(card), card, folder)
     return render_card(card, repo_id=repo_id or ORIGINAL_REPO, subfolder=subfolder)
 
 
