@@ -38,7 +38,7 @@ TESTED_IN: dict[str, set[str]] = {
     "cli/test_recipes.py": {"common/recipes"},
     "common/test_reading.py": {"common/disguises"},
     "data/sources/test_mds.py": {"data/sources/base", "data/sources/mds_format"},
-    "data/sources/test_mds_values.py": {"data/sources/restricted_pickle"},
+    "data/sources/test_mds_values.py": {"common/pickles", "data/sources/restricted_pickle"},
     "data/test_feeding.py": {"common/processes", "data/workers"},
     "data/test_preparation.py": {
         "data/columns",

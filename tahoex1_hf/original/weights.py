@@ -5,14 +5,12 @@ Tensors of safetensors files and pickles are views of the file, mapped into memo
 put together when they are read.
 """
 
-import io
 import logging
 import pickle
 import re
-from collections import OrderedDict
 from collections.abc import Sequence
 from datetime import timedelta
-from pathlib import Path, PosixPath
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -21,11 +19,10 @@ from safetensors import SafetensorError, safe_open
 
 from tahoex1_hf.common.weight_files import shards_of, what_is_wrong
 from tahoex1_hf.common.wrapped_names import taken_off, unwrapped
-from tahoex1_hf.original.files import SHARDED_METADATA
+from tahoex1_hf.original.sharded import ShardedReader
 
 logger = logging.getLogger(__name__)
 
-_SHARDED_PREFIX = "state.model."
 _TORCH_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -51,25 +48,6 @@ _HARMLESS: list[Any] = [
     np.zeros(0).__reduce__()[0],  # numpy's own constructor of an empty array, whose module has moved between versions
 ]
 
-# The classes that the index of a sharded checkpoint consists of.
-_SHARDED_INDEX_CLASSES = {
-    ("torch.distributed.checkpoint.metadata", name)
-    for name in (
-        "_MEM_FORMAT_ENCODING",
-        "BytesStorageMetadata",
-        "ChunkStorageMetadata",
-        "Metadata",
-        "MetadataIndex",
-        "StorageMeta",
-        "TensorProperties",
-        "TensorStorageMetadata",
-    )
-} | {
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-    ("torch.serialization", "_get_layout"),
-    ("torch", "Size"),
-}
-
 
 class TensorReader(Protocol):
     """Tensors by name, each read when it is asked for."""
@@ -89,7 +67,7 @@ def open_weights(path: Path) -> TensorReader:
         ValueError: where the file is truncated or of another kind, or a pickle holds more than data.
     """
     if path.is_dir():
-        return _ShardedReader(path)
+        return ShardedReader(path)
     if path.name.endswith(".index.json"):
         return _SafetensorsReader(shards_of(path))
     return _SafetensorsReader([path]) if path.suffix == ".safetensors" else _PickleReader(path)
@@ -188,92 +166,6 @@ class _PickleReader:
 
     def read(self, name: str) -> torch.Tensor:
         return self._tensors[name].detach()
-
-
-class _IndexUnpickler(pickle.Unpickler):
-    """Unpickler of the index of a sharded checkpoint; it refuses everything else."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            return getattr(torch, name)
-        if (module, name) == ("collections", "OrderedDict"):
-            return OrderedDict
-        if module.split(".")[0] == "pathlib" and name in ("PosixPath", "PurePosixPath"):
-            return PosixPath
-        if (module, name) not in _SHARDED_INDEX_CLASSES:
-            raise pickle.UnpicklingError(f"{module}.{name}")
-        return super().find_class(module, name)
-
-
-class _ShardedReader:
-    """Tensors of a checkpoint that FSDP wrote in pieces (torch.distributed.checkpoint)."""
-
-    def __init__(self, folder: Path):
-        self._folder = folder
-        index = folder / SHARDED_METADATA
-        try:
-            with index.open("rb") as file:
-                metadata = _IndexUnpickler(file).load()
-            tensors = {
-                name.removeprefix(_SHARDED_PREFIX): entry
-                for name, entry in metadata.state_dict_metadata.items()
-                if name.startswith(_SHARDED_PREFIX) and hasattr(entry, "chunks")
-            }
-            self._places = metadata.storage_data
-            self.shapes = {name: torch.Size(entry.size) for name, entry in tensors.items()}
-            self.dtypes = {name: entry.properties.dtype for name, entry in tensors.items()}
-        except pickle.UnpicklingError as error:
-            raise ValueError(
-                f"{index} is not the index of a sharded checkpoint: it asks for {error}. Nothing of it was run."
-            ) from error
-        except (AttributeError, EOFError, IndexError, TypeError, ValueError) as error:
-            raise ValueError(f"{index} is damaged, or not the index of a sharded checkpoint: {error}") from error
-        if not tensors:
-            raise ValueError(f"{index} lists no tensor of a model ({_SHARDED_PREFIX}*): is it a Composer checkpoint?")
-        self._tensors = tensors
-        names = {self._place(name, chunk).relative_path for name in tensors for chunk in tensors[name].chunks}
-        self.files = [index, *(self._file(name) for name in sorted(names))]
-
-    def read(self, name: str) -> torch.Tensor:
-        whole = torch.empty(self.shapes[name], dtype=self.dtypes[name])
-        covered = 0
-        for chunk in self._tensors[name].chunks:
-            piece = self._piece(self._place(name, chunk), name)
-            if piece.shape != torch.Size(chunk.sizes):
-                raise ValueError(f"{self._folder}: a piece of {name} has shape {list(piece.shape)}, unlike the index.")
-            where = tuple(slice(start, start + size) for start, size in zip(chunk.offsets, chunk.sizes, strict=True))
-            whole[where] = piece
-            covered += piece.numel()
-        if covered != whole.numel():
-            raise ValueError(f"{self._folder}: the pieces of {name} do not add up to its shape {list(whole.shape)}.")
-        return whole
-
-    def _place(self, name: str, chunk: Any) -> Any:
-        from torch.distributed.checkpoint.metadata import MetadataIndex
-
-        try:
-            return self._places[MetadataIndex(_SHARDED_PREFIX + name, chunk.offsets)]
-        except KeyError:
-            raise ValueError(f"{self._folder / SHARDED_METADATA} does not say where {name} is stored.") from None
-
-    def _file(self, name: str) -> Path:
-        if Path(name).name != name:
-            raise ValueError(f"{self._folder / SHARDED_METADATA} names a file outside its folder: {name}")
-        if not (self._folder / name).is_file():
-            raise FileNotFoundError(f"{self._folder / name} is missing from the sharded checkpoint.")
-        return self._folder / name
-
-    def _piece(self, place: Any, name: str) -> torch.Tensor:
-        if getattr(place, "transform_descriptors", None):
-            raise ValueError(f"{self._folder}: {name} is stored compressed, which this reader does not know.")
-        path = self._file(place.relative_path)
-        with path.open("rb") as file:
-            file.seek(place.offset)
-            content = io.BytesIO(file.read(place.length))
-        try:
-            return torch.load(content, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-            raise ValueError(f"{path} is truncated or damaged at {name}: {_first_line(error)}") from error
 
 
 def _first_line(error: Exception) -> str:

@@ -8,7 +8,6 @@ anything nor reach the state of an object, and a tensor needs no `torch.load`, w
 
 import io
 import pickle
-import pickletools
 import re
 from collections.abc import Callable, Sequence
 from math import prod
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from tahoex1_hf.cells.readers.base import BadInput
+from tahoex1_hf.common.pickles import check_notes, may_note_far
 
 # Plain numbers and strings. Objects (O) would be unpickled inside numpy, and structures have no use here.
 _DTYPE = re.compile(r"b1|\?|[iu][1248]|f[248]|[SU]\d{1,9}")
@@ -65,8 +65,8 @@ def load_restricted(data: bytes) -> Any:
     """
     try:
         file = io.BytesIO(data)
-        if _may_note_far(data):
-            _check_notes(file, len(data))
+        if may_note_far(data):
+            check_notes(file, len(data))
         return _plain(_Unpickler(file).load())
     except BadInput:
         raise
@@ -219,10 +219,10 @@ def _storage(data: Any) -> _Storage:
     """
     if not isinstance(data, bytes):
         raise pickle.UnpicklingError("torch storage without bytes")
-    file, head, suspicious = io.BytesIO(data), [], _may_note_far(data)
+    file, head, suspicious = io.BytesIO(data), [], may_note_far(data)
     for _ in range(5):
         if suspicious:
-            _check_notes(file, len(data))
+            check_notes(file, len(data))
         head.append(_StorageUnpickler(file).load())
     (kind, key, length), keys = head[3], head[4]
     if head[:2] != [_TORCH_MAGIC, _TORCH_PROTOCOL] or head[2].get("little_endian") is not True or keys != [key]:
@@ -252,31 +252,6 @@ for _module in ("numpy.core", "numpy._core"):  # before and since numpy 2
     _ADMITTED[_module + ".multiarray", "_reconstruct"] = _Function(_empty_array)
     _ADMITTED[_module + ".multiarray", "scalar"] = _Function(_scalar)
     _ADMITTED[_module + ".numeric", "_frombuffer"] = _Function(_frombuffer)
-
-
-_LONG_PUT = ord("r")
-_TEXT_PUT = re.compile(rb"p\d{4,}\r?\n")
-_PUTS = ("PUT", "BINPUT", "LONG_BINPUT")
-
-
-def _may_note_far(data: bytes) -> bool:
-    """Return whether bytes look like a note under a number above their length, as those of an array may by chance."""
-    content = np.frombuffer(data, dtype=np.uint8)
-    places = np.flatnonzero(content[:-4] == _LONG_PUT)
-    numbers = content[places[:, None] + np.arange(1, 5)].astype(np.int64) @ (256 ** np.arange(4))
-    return bool((numbers > len(data)).any()) or _TEXT_PUT.search(data) is not None
-
-
-def _check_notes(file: io.BytesIO, longest: int) -> None:
-    """Refuse the next pickle of a file where it notes a value under a number above `longest`.
-
-    For a number, a list of that length is made. A pickle counts what it notes, so that no number is above its length.
-    """
-    start = file.tell()
-    for opcode, argument, _ in pickletools.genops(file):
-        if opcode.name in _PUTS and int(argument or 0) > longest:
-            raise pickle.UnpicklingError(f"it notes a value under the number {argument}")
-    file.seek(start)
 
 
 class _Unpickler(pickle.Unpickler):
