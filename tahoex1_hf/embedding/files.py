@@ -28,7 +28,7 @@ from tahoex1_hf.cells.gene_symbols import Table
 from tahoex1_hf.cells.genes import TAHOE_100M_GENES, GeneOptions
 from tahoex1_hf.cells.opening import open_all
 from tahoex1_hf.cells.readers.base import CellInput
-from tahoex1_hf.common.digests import json_digest, tokenizer_digest, weights_digest
+from tahoex1_hf.common.digests import json_digest, some_weights_digest, tokenizer_digest, weights_digest
 from tahoex1_hf.common.processes import Processes
 from tahoex1_hf.common.progress import progress_bar
 from tahoex1_hf.common.reading import reading
@@ -414,7 +414,8 @@ def _identity(run: _Run, model: TahoeX1PreTrainedModel, more: dict[str, Any]) ->
     return {
         "cells": [[each.path, each.fingerprint, each.num_cells] for each in run.plan.inputs],
         "chunk_cells": encoding.CHUNK_CELLS,
-        "model": weights_digest(model),
+        "model": some_weights_digest(model),
+        "weights": weights_digest(model),  # runs of earlier versions did not record it, and go on without
         "tokenizer": tokenizer_digest(tokenizer),
         "max_length": tokenizer.context_length,
         "genes": [json_digest(each.genes.token_ids.tolist()) for each in run.plan.inputs if each.genes is not None],

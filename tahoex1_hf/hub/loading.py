@@ -5,40 +5,21 @@ cache beside the Hub's, with a link to the weights, which are loaded where they 
 `from_pretrained` of the package's classes, read the checkpoints that are published today.
 """
 
-import hashlib
-import logging
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-from huggingface_hub import constants
-
 from tahoex1_hf.common.reading import reading
 from tahoex1_hf.configuration_tahoe_x1 import TahoeX1Config
 from tahoex1_hf.hub.download import SAME_SIZE, download_snapshot, hub_has, is_repo_id, read_sizes_file
+from tahoex1_hf.hub.translated import VERSION, translated
 from tahoex1_hf.hub.whole_weights import load_whole
 from tahoex1_hf.modeling_tahoe_x1 import TahoeX1Model
-from tahoex1_hf.original.convert import translate_folder
-from tahoex1_hf.original.files import (
-    COLLATOR_CONFIG,
-    DRUG_FINGERPRINTS,
-    DRUG_TABLE,
-    MODEL_CONFIG,
-    PICKLE,
-    SAFETENSORS,
-    VOCAB,
-    is_original_folder,
-)
+from tahoex1_hf.original.files import MODEL_CONFIG, VOCAB, is_original_folder
 from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
 
-logger = logging.getLogger(__name__)
-
-_ORIGINAL_FILES = (MODEL_CONFIG, COLLATOR_CONFIG, VOCAB, SAFETENSORS, PICKLE, DRUG_TABLE, DRUG_FINGERPRINTS)
 _HUB_OPTIONS = ("cache_dir", "token", "local_files_only")
-_TRANSLATION = 2  # raised when the content of the cache changes; version 1 wrote converted copies
 
 
 def load_model_and_tokenizer(
@@ -84,7 +65,7 @@ def find_model(model: str | Path, *, size: str | None = None, revision: str | No
     """
     if Path(model).exists():
         folder = _size_folder(Path(model), size, str(model))
-        return _translated(folder, None) if is_original_folder(folder) else folder
+        return translated(folder) if is_original_folder(folder) else folder
     if not is_repo_id(str(model)):
         raise FileNotFoundError(f"model {str(model)!r} is neither a folder nor a Hub repository (owner/name).")
     snapshot = download_snapshot(str(model), size, revision, hub)
@@ -93,7 +74,7 @@ def find_model(model: str | Path, *, size: str | None = None, revision: str | No
         return folder
     name = "--".join(["models", *str(model).split("/"), *folder.relative_to(snapshot).parts])
     # Like a snapshot of the Hub's own cache, so that the commit can be read from the path.
-    return _translated(folder, Path(f"{name}--v{_TRANSLATION}") / "snapshots" / snapshot.name)
+    return translated(folder, Path(f"{name}--v{VERSION}") / "snapshots" / snapshot.name)
 
 
 def locate_checkpoint(name: Any, marker: str, options: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -164,37 +145,3 @@ def _size_folder(root: Path, size: str | None, model: str) -> Path:
 
 def _model_files(root: Path) -> list[Path]:
     return [path for name in ("config.json", MODEL_CONFIG) for path in (*root.glob(name), *root.glob(f"*/{name}"))]
-
-
-def _translated(folder: Path, name: Path | None) -> Path:
-    """Translate a checkpoint of the original into the Hugging Face cache, once, even if two processes ask for it.
-
-    Args:
-        folder: folder in the original's layout.
-        name: place in the cache; by default a name made from the folder's name and the state of its files.
-    """
-    if name is None:
-        # Files of a Hub snapshot are links to content-named blobs; size and time tell local files apart.
-        stats = [(path.resolve(), path.stat()) for path in sorted(folder.iterdir()) if path.name in _ORIGINAL_FILES]
-        text = "\n".join(f"{path} {stat.st_size} {stat.st_mtime_ns}" for path, stat in stats)
-        key = hashlib.sha256(f"{_TRANSLATION}\n{text}".encode()).hexdigest()[:16]
-        name = Path(f"{folder.resolve().name}-{key}")
-    destination = Path(constants.HF_HOME) / "tahoex1_hf" / "translated" / name
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(destination.with_name(f"{destination.name}.lock")):
-        if destination.exists():
-            if all(path.exists() for path in destination.iterdir()):
-                return destination
-            shutil.rmtree(destination)  # it links to weights that were moved or fetched anew
-        logger.info("Translating the settings of %s into %s", folder, destination)
-        partial = destination.with_name(f".{destination.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed
-        partial.mkdir()
-        try:
-            translate_folder(folder, partial)
-            partial.rename(destination)
-        except FileNotFoundError as error:
-            raise FileNotFoundError(f"{error} It cannot be loaded without that file.") from error
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-    return destination

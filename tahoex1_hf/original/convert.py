@@ -187,7 +187,7 @@ def convert_into(
     return checkpoint.config, verification
 
 
-def translate_folder(source: Path, folder: Path) -> None:
+def translate_folder(source: Path, folder: Path) -> dict[str, Path]:
     """Make a folder that the Auto classes load, of links to the weights and translated settings.
 
     The weights keep the original's names, which the registered rules read (`tensor_names`). What transformers cannot
@@ -197,19 +197,23 @@ def translate_folder(source: Path, folder: Path) -> None:
         source: folder in the original's layout.
         folder: empty folder that exists.
 
+    Returns:
+        Every file that was read, by its name.
+
     Raises:
         FileNotFoundError, ValueError: as `open_original`.
     """
+    checkpoint = open_original(source)
     weights = source / SAFETENSORS
     if not weights.is_file() or _has_wrappers(weights):
         convert_into(source, folder, dtype=None, max_shard_size=MAX_SHARD_SIZE, label=source.resolve().name)
-        return
-    checkpoint = open_original(source)
+        return checkpoint.files
     checkpoint.save_tokenizer(folder)
     config = copy.deepcopy(checkpoint.config)
     config.architectures, config.dtype = [TahoeX1ForPreTraining.__name__], checkpoint.dtype
     config.save_pretrained(folder)
     link_or_copy(weights.resolve(), folder / SAFETENSORS)
+    return checkpoint.files
 
 
 def _has_wrappers(weights: Path) -> bool:

@@ -12,6 +12,9 @@ from filelock import FileLock, Timeout
 from tahoex1_hf.common.files import sync
 from tahoex1_hf.perturbation.plan import Task
 
+# Settings that runs of earlier versions did not record; they are taken to be the same.
+_ADDED = ("weights",)
+
 
 class Journal:
     """A file with one line of JSON for the settings of the run, and one for each finished perturbation.
@@ -66,6 +69,8 @@ class Journal:
     def _read(self, path: Path) -> None:
         complete = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line[-1] == "\n"]
         before = json.loads(complete[0]) if complete else {}
+        if complete:
+            before = {**{key: self._settings[key] for key in _ADDED if key in self._settings}, **before}
         if before != self._settings:
             if complete and not self._restart:
                 other = sorted(key for key in {*before, *self._settings} if before.get(key) != self._settings.get(key))

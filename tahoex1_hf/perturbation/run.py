@@ -16,7 +16,7 @@ from tahoex1_hf.cells.encoding import EncodeOptions
 from tahoex1_hf.cells.gene_symbols import Table
 from tahoex1_hf.cells.genes import GeneOptions, known_symbols
 from tahoex1_hf.cells.opening import open_cells
-from tahoex1_hf.common.digests import json_digest, tokenizer_digest, weights_digest
+from tahoex1_hf.common.digests import json_digest, some_weights_digest, tokenizer_digest, weights_digest
 from tahoex1_hf.common.prefetch import prefetch
 from tahoex1_hf.common.progress import progress_bar
 from tahoex1_hf.encoding_tahoe_x1 import mix64
@@ -297,7 +297,8 @@ class _Run:
         options = self.source.options
         numbers = [each.tolist() for each in self.groups.numbers]
         return {
-            "model": weights_digest(model),
+            "model": some_weights_digest(model),
+            "weights": weights_digest(model),
             "tokenizer": tokenizer_digest(options.tokenizer),
             "cells": json_digest([self.groups.names, numbers]),
             "counts": json_digest([self.levels.expressing.tolist(), self.levels.sums.tolist()]),

@@ -1,10 +1,18 @@
 """Digests keep their values, since they identify unfinished runs and adapters on disk."""
 
+import copy
 from types import SimpleNamespace
 
+import pytest
 import torch
 
-from tahoex1_hf.common.digests import json_digest, tokenizer_digest, vocabulary_digest, weights_digest
+from tahoex1_hf.common.digests import (
+    json_digest,
+    some_weights_digest,
+    tokenizer_digest,
+    vocabulary_digest,
+    weights_digest,
+)
 
 VOCABULARY = {"<pad>": 0, "<cls>": 1, "ENSG00000000003": 2}
 
@@ -34,7 +42,7 @@ def test_digests_are_those_of_the_first_release() -> None:
         json_digest({"b": [1, "é"], "a": None}),
         vocabulary_digest(tokenizer()),
         tokenizer_digest(tokenizer()),
-        weights_digest(layer),
+        some_weights_digest(layer),
     ]
     assert found == [
         "1c3d52eb78675f43aa6a9ba74757059995a46043fee52c606fce62df3de0a8de",
@@ -48,3 +56,23 @@ def test_every_setting_of_the_encoding_changes_the_digest() -> None:
     changes = [{}, {"num_bins": 52}, {"context_length": None}, {"overflow": "first"}, {"drug_to_id": {"<pad>": 0}}]
     assert len({tokenizer_digest(tokenizer(**change)) for change in changes}) == len(changes)
     assert vocabulary_digest(tokenizer(num_bins=52)) == vocabulary_digest(tokenizer())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_every_value_of_every_tensor_changes_the_digest(dtype: torch.dtype) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(70, 60), torch.nn.BatchNorm1d(60), torch.nn.Linear(60, 1)).to(dtype)
+    model.register_buffer("turned", torch.arange(6.0, dtype=dtype).view(2, 3).T, persistent=False)
+    seen = {weights_digest(model)}
+    assert weights_digest(copy.deepcopy(model)) in seen
+    tensors = [tensor.detach() for tensor in (*model.parameters(), *model.buffers())]
+    for tensor in tensors:
+        last = tensor[tuple(size - 1 for size in tensor.shape)]
+        last += 1
+        seen.add(weights_digest(model))
+        last -= 1
+    assert len(seen) == len(tensors) + 1
+    before = some_weights_digest(model)
+    model[0].weight.data[0, 3] += 1
+    assert some_weights_digest(model) == before
+    assert weights_digest(model) not in seen
+    assert weights_digest(torch.nn.Linear(3, 2, bias=False)) != weights_digest(torch.nn.Linear(2, 3, bias=False))

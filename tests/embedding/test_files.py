@@ -1,5 +1,6 @@
 """Embedding files gives the same numbers for every kind of input, after a stop, and with several processes."""
 
+import copy
 import json
 import shutil
 import subprocess
@@ -17,6 +18,7 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
+import torch
 from cells import GENES, NUM_GENES, make_cells, write_cells, write_vocab
 from helpers import tiny_config, tiny_model
 from tahoe_100m import SHA256, cell_table, fill_cache, write_parquet
@@ -296,11 +298,16 @@ def test_a_run_with_other_settings_is_refused(tmp_path: Path, cells: anndata.Ann
     stopping(None)
     with pytest.raises(ValueError, match=r"other settings \(seed\).*--restart"):
         embed(path, output, parts, seed=1)
+    close = copy.deepcopy(parts[0])
+    with torch.no_grad():  # one value, of which there are thousands
+        close.get_input_embeddings().weight[3, 1] += 1
+    with pytest.raises(ValueError, match=r"other settings \(weights\)"):
+        embed(path, output, (close, parts[1]))
     write_cells(make_cells(100, seed=9), tmp_path / "cells", "csr")
     with pytest.raises(ValueError, match=r"other settings \(cells\)"):
         embed(path, output, parts)
     other = tiny_model(tiny_config(vocab_size=NUM_GENES + 4, num_hidden_layers=1), TahoeX1Model)
-    with pytest.raises(ValueError, match=r"other settings \(cells, model\)"):
+    with pytest.raises(ValueError, match=r"other settings \(cells, model, weights\)"):
         embed(path, output, (other, parts[1]))
     embeddings = embed(path, output, parts, restart=True)
     np.testing.assert_array_equal(embeddings, expected(make_cells(100, seed=9), parts).obsm[KEY])
@@ -318,7 +325,7 @@ def test_settings_that_an_older_run_did_not_record_are_taken_to_be_the_same(
         embed(path, tmp_path / "out.npy", parts)
     record = tmp_path / "out.npy.shards" / "run.json"
     identity = json.loads(record.read_text())
-    del identity["batch_tokens"]  # as earlier versions wrote it
+    del identity["batch_tokens"], identity["weights"]  # as earlier versions wrote it
     record.write_text(json.dumps(identity))
     assert embed(path, tmp_path / "out.npy", parts, batch_tokens=200).shape == (100, 32)
 

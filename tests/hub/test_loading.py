@@ -26,7 +26,7 @@ from tahoex1_hf import (
     TahoeX1Tokenizer,
 )
 from tahoex1_hf.hub import export as hub_export
-from tahoex1_hf.hub import loading as model_loading
+from tahoex1_hf.hub import translated as model_loading
 from tahoex1_hf.hub.loading import find_model, load_model_and_tokenizer
 from tahoex1_hf.original.convert import convert_original_folder
 
@@ -511,7 +511,7 @@ PROCESS = """
     from pathlib import Path
     from huggingface_hub import constants
     from tahoex1_hf import TahoeX1Model
-    from tahoex1_hf.hub import loading as model_loading
+    from tahoex1_hf.hub import translated as model_loading
 
     translate, role, constants.HF_HOME = model_loading.translate_folder, *sys.argv[1:]
     constants.HF_HUB_CACHE = constants.HF_HOME + "/hub"

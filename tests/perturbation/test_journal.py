@@ -1,5 +1,6 @@
 """Test in-silico perturbation: the null distribution, resuming, choices and errors, and the command."""
 
+import copy
 import json
 import sys
 from pathlib import Path
@@ -199,8 +200,26 @@ def test_other_settings_are_refused(tokenizer: TahoeX1Tokenizer, model: Any, tmp
     adata.X = csr_matrix(dense(adata) + 1)
     with pytest.raises(ValueError, match="another counts"):
         perturb_genes(adata, model, tokenizer, GENES[:2], **options)
+    close = copy.deepcopy(model)
+    with torch.no_grad():  # one value, of which there are thousands
+        close.get_input_embeddings().weight[3, 1] += 1
+    with pytest.raises(ValueError, match="another counts, model, weights"):
+        perturb_genes(adata, close, tokenizer, GENES[:2], **options)
     changed = perturb_genes(adata, model, tokenizer, GENES[:2], **options, restart=True).table
     assert not np.allclose(changed["cosine_distance"], first["cosine_distance"])
+
+
+def test_a_run_that_did_not_record_all_weights_goes_on(tmp_path: Path) -> None:
+    """Earlier versions recorded some of the weights alone."""
+    with Journal(tmp_path / "partial", {"model": "a"}):
+        pass
+    with Journal(tmp_path / "partial", {"model": "a", "weights": "b"}):
+        pass
+    with (
+        pytest.raises(ValueError, match="another model"),
+        Journal(tmp_path / "partial", {"model": "b", "weights": "b"}),
+    ):
+        pass
 
 
 def test_two_runs_do_not_share_a_file(tokenizer: TahoeX1Tokenizer, model: Any, tmp_path: Path) -> None:
