@@ -96,7 +96,7 @@ TESTED_IN: dict[str, set[str]] = {
         "finetuning/genes/table",
         "finetuning/genes/task",
     },
-    "finetuning/test_adapters.py": {"finetuning/cards", "hub/adapters", "hub/added_drugs"},
+    "finetuning/test_adapters.py": {"finetuning/cards", "hub/adapters", "hub/added_drugs", "hub/base_sample"},
     "finetuning/test_errors.py": {"finetuning/bases"},
     "hub/test_export.py": {"hub/cards/checking", "hub/isolated_load", "hub/isolated_load_script"},
     "hub/test_loading.py": {"hub/download"},

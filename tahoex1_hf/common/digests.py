@@ -50,7 +50,7 @@ def weights_digest(model: torch.nn.Module) -> str:
 
     def digest(named: tuple[str, torch.Tensor]) -> bytes:
         name, tensor = named
-        content = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        content: Any = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
         head = f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode()
         return hashlib.sha256(head + hashlib.sha256(content).digest()).digest()
 

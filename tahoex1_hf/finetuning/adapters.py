@@ -18,6 +18,7 @@ from tahoex1_hf.hub.adapters import (
     read_record,
     shape_of,
 )
+from tahoex1_hf.hub.base_sample import sample_of
 from tahoex1_hf.hub.models import without_peft
 from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
 
@@ -32,7 +33,7 @@ def save_adapter(model: Any, tokenizer: TahoeX1Tokenizer, folder: Path, record: 
         model: PEFT model, or the model itself.
         tokenizer: Tokenizer of the model.
         folder: Folder to write into.
-        record: Content of `finetuning.json`; the shape and vocabulary of the base are added here.
+        record: Content of `finetuning.json`; the shape, the vocabulary and a few weights of the base are added here.
     """
     from tahoex1_hf.finetuning.cards import adapter_card
 
@@ -42,6 +43,7 @@ def save_adapter(model: Any, tokenizer: TahoeX1Tokenizer, folder: Path, record: 
     record["model_class"] = type(inner).__name__
     record["package_version"] = tahoex1_hf.__version__
     if is_peft(model):
+        record["base_sample"] = sample_of(inner)
         settings = model.peft_config["default"]
         settings.base_model_name_or_path = record["model"]
         model.save_pretrained(folder)

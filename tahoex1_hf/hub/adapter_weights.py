@@ -62,6 +62,12 @@ def read_adapter(folder: Path) -> dict[str, torch.Tensor]:
     return named
 
 
+def tensor_of(folder: Path, tensors: dict[str, torch.Tensor], name: str) -> torch.Tensor:
+    """Return a tensor of an adapter, or raise ValueError naming the one that is missing."""
+    with _naming_tensors(folder):
+        return tensors[name]
+
+
 def brought_by(folder: Path, tensors: dict[str, torch.Tensor]) -> list[str]:
     """Return the beginnings of the names of the base's own tensors that an adapter replaces, such as its head's."""
     with reading(folder / ADAPTER_CONFIG):

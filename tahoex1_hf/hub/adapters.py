@@ -17,8 +17,9 @@ from tahoex1_hf import modeling_tahoe_x1
 from tahoex1_hf.common.digests import vocabulary_digest
 from tahoex1_hf.common.reading import reading
 from tahoex1_hf.configuration_tahoe_x1 import TahoeX1Config
-from tahoex1_hf.hub.adapter_weights import ADAPTER_CONFIG, brought_by, fill, put_on, read_adapter
+from tahoex1_hf.hub.adapter_weights import ADAPTER_CONFIG, brought_by, fill, put_on, read_adapter, tensor_of
 from tahoex1_hf.hub.added_drugs import add_saved_drugs
+from tahoex1_hf.hub.base_sample import check_base
 from tahoex1_hf.hub.loading import find_model, load_folder, load_tokenizer
 from tahoex1_hf.modeling_tahoe_x1 import TahoeX1ForPreTraining, TahoeX1Model
 from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
@@ -100,8 +101,8 @@ def load_adapter(
 
     Raises:
         FileNotFoundError: for an adapter or a base that cannot be found.
-        ValueError: for a base of another size or vocabulary; for files that are not what their names say; and where
-            the base or the adapter lacks a tensor, or holds one that does not fit or is not finite.
+        ValueError: for a base of another size, vocabulary or training; for files that are not what their names say;
+            and where the base or the adapter lacks a tensor, or holds one that does not fit or is not finite.
     """
     folder = find_adapter(adapter)
     record = read_record(folder)
@@ -109,6 +110,7 @@ def load_adapter(
     if not (folder / ADAPTER_CONFIG).is_file():
         return load_folder(folder, kind).eval(), load_tokenizer(folder)
     tensors = read_adapter(folder)
+    model: Any
     if isinstance(base, PreTrainedModel):
         model, place = base, Path(str(base.name_or_path))
         check_fits(folder, record, model.config)
@@ -118,6 +120,7 @@ def load_adapter(
             config = TahoeX1Config.from_pretrained(place)
         check_fits(folder, record, config, load_tokenizer(place))
         model = load_folder(place, kind, brought_by(folder, tensors), dtype=torch.float32, **_model_options(record))
+    check_base(folder, record.get("base_sample", {}), record["model"], model)
     add_saved_drugs(folder, model)
     adapted = put_on(model, folder, tensors)
     has_own = (folder / "tokenizer_config.json").is_file()
@@ -169,7 +172,8 @@ def add_adapter(model: "PeftModel", adapter: str | Path, name: str) -> None:
         name: name of the adapter, for `use_adapter`.
 
     Raises:
-        ValueError: for an adapter of another size, vocabulary or model class, and for a name that is taken.
+        ValueError: for an adapter of another size, vocabulary, base or model class, for one that lacks a tensor or
+            holds a wrong one, and for a name that is taken.
     """
     from peft import PeftConfig
     from peft.utils import ModulesToSaveWrapper
@@ -182,12 +186,13 @@ def add_adapter(model: "PeftModel", adapter: str | Path, name: str) -> None:
         raise ValueError(f"name={name!r}: the model has an adapter of this name, choose another.")
     if record["model_class"] != type(inner).__name__:
         raise ValueError(f"{folder} belongs to a {record['model_class']}, this model is a {type(inner).__name__}.")
-    model.add_adapter(name, PeftConfig.from_pretrained(str(folder)))
+    check_base(folder, record.get("base_sample", {}), record["model"], inner)
     weights = read_adapter(folder)
+    model.add_adapter(name, PeftConfig.from_pretrained(str(folder)))
     for place, module in inner.named_modules():
         # PEFT copies the head of the base, with its number of classes; the adapter's own number may differ.
         if isinstance(module, ModulesToSaveWrapper):
-            rows = weights[f"base_model.model.{place}.weight"].shape[0]
+            rows = tensor_of(folder, weights, f"base_model.model.{place}.weight").shape[0]
             head = torch.nn.Linear(inner.config.hidden_size, rows)
             module.modules_to_save[name] = head.to(next(inner.parameters()).device)
     fill(model, folder, weights, name)

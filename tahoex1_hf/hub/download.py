@@ -58,7 +58,7 @@ def hub_has(repo_id: str, filename: str, revision: str | None, hub: Mapping[str,
         hf_hub_download(repo_id, filename, revision=revision, **hub)
     except EntryNotFoundError:
         return False
-    except (HfHubHTTPError, OfflineModeIsEnabled) as error:
+    except (HfHubHTTPError, OfflineModeIsEnabled, PermissionError) as error:
         raise _hub_error(repo_id, revision, error) from error
     return True
 
@@ -100,7 +100,7 @@ def download_snapshot(repo_id: str, size: str | None, revision: str | None, hub:
         if pickles:  # the original's pickles are fetched only where there are no safetensors
             snapshot_download(repo_id, revision=revision, allow_patterns=pickles, **hub)
         return snapshot
-    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, PermissionError) as error:
         raise _hub_error(repo_id, revision, error) from error
 
 
@@ -110,6 +110,11 @@ def _hub_error(repo_id: str, revision: str | None, error: Exception) -> OSError:
     if isinstance(error, GatedRepoError):
         return PermissionError(
             f"The Hub repository {repo_id} is gated: ask for access at {page}, then log in (hf auth login)."
+        )
+    if isinstance(error, PermissionError):
+        return PermissionError(
+            f"The Hub repository {repo_id} is not in the cache, or not all of it, and may not be written there "
+            f"({error}): set HF_HUB_CACHE to a folder of your own, or have its owner fetch the repository."
         )
     if isinstance(error, RepositoryNotFoundError):
         return FileNotFoundError(

@@ -271,8 +271,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{path} is missing from the checkpoint's folder.")
     with reading(path):
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if not isinstance(settings, dict):
-        raise ValueError(f"{path} does not hold settings (key: value), but {type(settings).__name__}.")
+        if not isinstance(settings, dict):
+            raise ValueError(f"{path} does not hold settings (key: value), but {type(settings).__name__}.")
     return settings
 
 

@@ -49,6 +49,8 @@ class _StandIn:
     """What stands for an object of torch: it keeps the arguments and the state that the pickle gives it."""
 
     __slots__ = ("arguments", "state")
+    arguments: tuple[Any, ...]
+    state: Any
 
     def __new__(cls, *arguments: Any) -> "_StandIn":
         self = object.__new__(cls)

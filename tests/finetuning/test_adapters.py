@@ -1,6 +1,7 @@
 """Adapters are saved and loaded exactly, in every way; merged, switched, refused; with and without the package."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -184,6 +185,19 @@ def test_adapters_for_another_base_are_refused(adapters: dict[str, Path], base: 
         load_adapter(adapters["lora"], base=renamed)
     with pytest.raises(ValueError, match="hidden_size 48"):
         load_adapter(adapters["lora"], base=bare(wider))
+    other = bare(base)
+    torch.nn.init.normal_(other.tahoe.layers[0].mlp.up_proj.weight)
+    other.save_pretrained(tmp_path / "other")
+    TahoeX1Tokenizer.from_pretrained(base).save_pretrained(tmp_path / "other")
+    for given in (other, tmp_path / "other"):
+        with pytest.raises(ValueError, match=r"adapter for other weights: .* was trained on, .*base, but not its"):
+            load_adapter(adapters["lora"], base=given)
+    model, _ = load_adapter(bare_record(adapters["lora"], tmp_path / "no sample"), base=tmp_path / "other")
+    with pytest.raises(ValueError, match="adapter for other weights"):
+        add_adapter(model, adapters["dora"], "dora")
+    bare(base).bfloat16().save_pretrained(tmp_path / "rounded")
+    TahoeX1Tokenizer.from_pretrained(base).save_pretrained(tmp_path / "rounded")
+    load_adapter(adapters["lora"], base=tmp_path / "rounded")
     (tmp_path / "moved").mkdir()
     for path in adapters["lora"].iterdir():
         (tmp_path / "moved" / path.name).write_bytes(path.read_bytes())
@@ -192,6 +206,15 @@ def test_adapters_for_another_base_are_refused(adapters: dict[str, Path], base: 
         load_adapter(tmp_path / "moved", base=wider)
     with pytest.raises(FileNotFoundError, match="holds no adapter"):
         load_adapter(tmp_path / "wider_vocab")
+
+
+def bare_record(adapter: Path, folder: Path) -> Path:
+    """Copy an adapter as earlier versions wrote it, without a sample of its base."""
+    shutil.copytree(adapter, folder)
+    record = read_record(folder)
+    assert 1 < len(record.pop("base_sample")) <= 24
+    (folder / "finetuning.json").write_text(json.dumps(record))
+    return folder
 
 
 def test_a_base_that_has_moved(adapters: dict[str, Path], base: Path, tmp_path: Path) -> None:

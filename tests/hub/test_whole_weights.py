@@ -159,6 +159,12 @@ def test_a_wrapped_original_is_converted_and_loaded(
     with caplog.at_level(logging.INFO, logger="tahoex1_hf"):
         np.testing.assert_array_equal(embedded(folder, cells), embedded(original, cells))
     assert any("took module. off" in record.message for record in caplog.records)
+    name = "model.transformer_encoder.layers.0.up_proj.weight"
+    for number, wrapper in enumerate(("", "module.")):  # loaded from where it is, and converted
+        broken = changed(original, tmp_path / f"broken{number}", lambda tensors: with_value(tensors, name, np.nan))
+        folder = changed(broken, tmp_path / str(number), lambda w, front=wrapper: renamed(w, lambda n: front + n))
+        with pytest.raises(ValueError, match=r"1 values that are NaN or infinite in .*layers\.0\..*up_proj\.weight"):
+            embedded(folder, cells)
 
 
 @pytest.fixture

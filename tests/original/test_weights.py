@@ -1,6 +1,7 @@
 """Weights are read wherever they lie; damaged, malicious or ambiguous files are refused."""
 
 import json
+import logging
 import os
 import pickle
 import shutil
@@ -18,6 +19,7 @@ from transformers import AutoModel
 
 from tahoex1_hf import TahoeX1ForPreTraining
 from tahoex1_hf.original.convert import convert_original_folder, open_original
+from tahoex1_hf.original.restore import restore_original_folder
 from tahoex1_hf.original.tensor_names import our_shapes
 from tahoex1_hf.original.weights import open_weights
 
@@ -100,6 +102,48 @@ def test_wrong_vocabulary_and_renamed_tensor_and_unknown_key(source: Path) -> No
     save_file(tensors, source / "model.safetensors")
     with pytest.raises(ValueError, match=r"(?s)missing: model\.flag_encoder.*unexpected: model\.flag_enc\.weight"):
         convert_original_folder(source, source.parent / "out")
+
+
+@pytest.mark.parametrize("write", [None, as_composer_file, as_sharded], ids=["safetensors", "pickle", "sharded"])
+def test_names_of_wrappers_are_taken_off(write: Any, source: Path, tmp_path: Path, caplog: Any) -> None:
+    convert_original_folder(source, tmp_path / "expected")
+    tensors = {f"module._orig_mod.{name}": t.clone() for name, t in load_file(source / "model.safetensors").items()}
+    save_file(tensors, source / "model.safetensors")
+    wrapped = source if write is None else Path(write(source, tmp_path / "written"))
+    with caplog.at_level(logging.INFO, logger="tahoex1_hf"):
+        convert_original_folder(wrapped, tmp_path / "out")
+    assert any("took module._orig_mod. off the names" in record.message for record in caplog.records)
+    found, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "expected"))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    # And the other way, from a converted folder whose weights were saved by a wrapper.
+    save_file({f"module.{name}": t for name, t in expected.items()}, tmp_path / "out" / "model.safetensors")
+    restore_original_folder(tmp_path / "out", tmp_path / "back")
+    assert load_file(tmp_path / "back" / "model.safetensors").keys() == load_file(PLAIN / "model.safetensors").keys()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_tensors_that_are_not_finite_are_not_converted(value: float, source: Path, tmp_path: Path) -> None:
+    convert_original_folder(source, tmp_path / "good")
+    for folder, name, convert in (
+        (source, "model.flag_encoder.weight", convert_original_folder),
+        (tmp_path / "good", "tahoe.norm.bias", restore_original_folder),
+    ):
+        tensors = {name: tensor.clone() for name, tensor in load_file(folder / "model.safetensors").items()}
+        tensors[name].view(-1)[5] = value
+        save_file(tensors, folder / "model.safetensors")
+        with pytest.raises(ValueError, match=rf"model\.safetensors holds 1 values that are NaN .* in {name}"):
+            convert(folder, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+
+def test_pointers_are_called_so(source: Path) -> None:
+    for name in ("model.safetensors", "vocab.json", "model_config.yml", "collator_config.yml"):
+        content = (source / name).read_bytes()
+        (source / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+        with pytest.raises(ValueError, match=f"{name} is a Git LFS pointer"):
+            convert_original_folder(source, source.parent / "out")
+        (source / name).write_bytes(content)
 
 
 class Runs:
