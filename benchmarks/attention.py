@@ -10,8 +10,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.measuring import Row, Suite, Task, in_turn
-from tahoex1_hf.observed_attention_tahoe_x1 import ObservedKeys
-from tahoex1_hf.packing_tahoe_x1 import PackedAttention
+from tahoex1_hf.observed_attention_tahoe_x1 import ObservedKeys, PackedAttention
 
 HEADS, WIDTH, BUCKET = 8, 64, 8  # the 70M shape has such heads
 

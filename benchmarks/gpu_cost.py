@@ -13,7 +13,7 @@ from benchmarks import memory_model
 from benchmarks.gpu_measuring import Check, RandomCells, Tokens, cell_lengths
 from tahoex1_hf import TahoeX1Config, TahoeX1ForPreTraining, TahoeX1Model
 from tahoex1_hf.inference.encoder import CellEncoder
-from tahoex1_hf.packing_tahoe_x1 import PackedAttention
+from tahoex1_hf.observed_attention_tahoe_x1 import PackedAttention
 from tahoex1_hf.training.flops import embedding_flops, training_flops
 from tahoex1_hf.training.pretraining import compile_layers
 

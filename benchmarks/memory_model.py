@@ -16,7 +16,7 @@ from torch import nn
 
 from tahoex1_hf.configuration_tahoe_x1 import Activation, TahoeX1Config
 from tahoex1_hf.modeling_tahoe_x1 import TahoeX1ForPreTraining
-from tahoex1_hf.packing_tahoe_x1 import SHORTEST_WITH_OBSERVED_KEYS
+from tahoex1_hf.observed_attention_tahoe_x1 import SHORTEST_WITH_OBSERVED_KEYS
 
 Strategy = Literal["one", "ddp", "fsdp2", "hsdp"]
 

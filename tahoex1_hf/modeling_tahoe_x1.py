@@ -14,7 +14,6 @@ travel with it.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,47 +21,30 @@ from torch import nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import ModelOutput, SequenceClassifierOutput, TokenClassifierOutput
+from transformers.modeling_outputs import SequenceClassifierOutput, TokenClassifierOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_tahoe_x1 import TahoeX1Config
 from .packing_tahoe_x1 import (
+    UNREAD_BY_LAYERS,
+    AttentionMask,
     CellLayout,
+    EagerAttention,
     PackedAttention,
+    TahoeX1ForPreTrainingOutput,
+    TahoeX1ModelOutput,
     check_arguments,
     check_shape,
+    dummy_batch,
     eager_attention_forward,
     lay_out_cells,
     make_attention_mask,
     masked_mse,
+    multiplied_as,
+    token_cross_entropy,
 )
-
-
-@dataclass
-class TahoeX1ModelOutput(ModelOutput):
-    """Output of `TahoeX1Model`. `cells` equals `batch` unless several cells are packed into a row."""
-
-    last_hidden_state: torch.Tensor | None = None  # (batch, length, hidden_size): contextual embeddings
-    pooler_output: torch.Tensor | None = None  # (cells, hidden_size): cell embeddings, not normalised
-    hidden_states: tuple[torch.Tensor, ...] | None = None  # the first layer's input, then every layer's output
-    attentions: tuple[torch.Tensor, ...] | None = None  # (batch, heads, length, length) a layer; eager only
-    gene_embeddings: torch.Tensor | None = None  # (batch, length, hidden_size): the genes without context
-
-
-@dataclass
-class TahoeX1ForPreTrainingOutput(ModelOutput):
-    """Output of `TahoeX1ForPreTraining`; the losses, of shape (), are there when labels are given."""
-
-    loss: torch.Tensor | None = None  # mean of the two parts below
-    expression_loss: torch.Tensor | None = None  # mean squared error of expression_predictions at the targets
-    cell_expression_loss: torch.Tensor | None = None  # and of cell_expression_predictions
-    expression_predictions: torch.Tensor | None = None  # (batch, length): from each token's embedding
-    cell_expression_predictions: torch.Tensor | None = None  # (batch, length): from cell embedding and gene
-    pooler_output: torch.Tensor | None = None  # (cells, hidden_size): cell embeddings, not normalised
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
 
 
 class TahoeX1GeneEncoder(nn.Module):
@@ -77,24 +59,23 @@ class TahoeX1GeneEncoder(nn.Module):
         return self.norm(self.embedding(input_ids))
 
 
-class TahoeX1ExpressionEncoder(nn.Module):
-    """Expression value to a vector: `(batch, length)` to `(batch, length, hidden_size)`."""
+class TahoeX1ValueLinear(nn.Module):
+    """Linear layer with one input, a value. Quantisers, which gain nothing here and may fail, replace `nn.Linear`s."""
 
-    def __init__(self, config: TahoeX1Config):
+    def __init__(self, out_features: int):
         super().__init__()
-        self.max_value = config.expression_max_value
-        self.linear1 = nn.Linear(1, config.hidden_size)
-        self.act_fn = ACT2FN[config.expression_encoder_act]
-        self.linear2 = nn.Linear(config.hidden_size, config.hidden_size)
-        self.norm = nn.LayerNorm(config.hidden_size) if config.expression_encoder_norm else nn.Identity()
-        self.dropout = nn.Dropout(config.expression_encoder_dropout)
+        linear = nn.Linear(1, out_features)
+        self.weight, self.bias = linear.weight, linear.bias
 
-    def forward(self, expression_values: torch.Tensor) -> torch.Tensor:
-        values = expression_values.clamp(max=self.max_value).unsqueeze(-1)
-        # Autocast would round the values themselves (those of log1p are not whole) to bfloat16's three digits.
-        with torch.autocast(values.device.type, enabled=False):
-            hidden_states = self.linear1(values.to(self.linear1.weight.dtype))
-        return self.dropout(self.norm(self.linear2(self.act_fn(hidden_states))))
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(values.to(self.bias.dtype), self.weight, self.bias)
+
+
+class TahoeX1HeadLinear(nn.Linear):
+    """Linear layer that predicts. It stays in float32 in float16 models, and as it is in quantised ones."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return super().forward(hidden_states.to(multiplied_as(hidden_states, self.bias.dtype)))
 
 
 # The two classes below differ from torch's only in their initial weights. transformers calls `_init_weights` of custom
@@ -105,6 +86,26 @@ class TahoeX1DrugTable(nn.Embedding):
 
 class TahoeX1ResidualLinear(nn.Linear):
     """Linear layer at the end of an attention block, whose output is added to the residual stream."""
+
+
+class TahoeX1ExpressionEncoder(nn.Module):
+    """Expression value to a vector: `(batch, length)` to `(batch, length, hidden_size)`."""
+
+    def __init__(self, config: TahoeX1Config):
+        super().__init__()
+        self.max_value = config.expression_max_value
+        self.linear1 = TahoeX1ValueLinear(config.hidden_size)
+        self.act_fn = ACT2FN[config.expression_encoder_act]
+        self.linear2 = nn.Linear(config.hidden_size, config.hidden_size)
+        self.norm = nn.LayerNorm(config.hidden_size) if config.expression_encoder_norm else nn.Identity()
+        self.dropout = nn.Dropout(config.expression_encoder_dropout)
+
+    def forward(self, expression_values: torch.Tensor) -> torch.Tensor:
+        values = expression_values.clamp(max=self.max_value).unsqueeze(-1)
+        # Autocast would round the values themselves (those of log1p are not whole) to bfloat16's three digits.
+        with torch.autocast(values.device.type, enabled=False):
+            hidden_states = self.linear1(values)
+        return self.dropout(self.norm(self.linear2(self.act_fn(hidden_states))))
 
 
 class TahoeX1DrugEncoder(nn.Module):
@@ -143,11 +144,12 @@ class TahoeX1Embeddings(nn.Module):
         layout: CellLayout,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         value_embeddings = self.expression_encoder(expression_values)
+        if target_mask is None and self.training and torch.is_grad_enabled():
+            # Put nowhere, but part of the graph: DistributedDataParallel waits for the gradients of all parameters.
+            target_mask = torch.zeros_like(input_ids, dtype=torch.bool)
         if target_mask is not None:
-            flag = self.flag_embedding(input_ids.new_ones(()))
-            value_embeddings = torch.where(
-                target_mask.unsqueeze(-1), flag.to(value_embeddings.dtype), value_embeddings
-            )
+            flag = self.flag_embedding(input_ids.new_ones(())).to(value_embeddings.dtype)
+            value_embeddings = torch.where(target_mask.unsqueeze(-1), flag, value_embeddings)
         return self.combine(input_ids, value_embeddings, drug_ids, layout)
 
     def combine(
@@ -208,7 +210,7 @@ class TahoeX1Attention(nn.Module):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | PackedAttention | None = None,
+        attention_mask: AttentionMask = None,
         query_mask: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -217,13 +219,12 @@ class TahoeX1Attention(nn.Module):
         query = self.q_proj(hidden_states).view(head_shape).transpose(1, 2)
         key = self.k_proj(hidden_states).view(head_shape).transpose(1, 2)
         value = self.v_proj(hidden_states).view(head_shape).transpose(1, 2)
-        if isinstance(attention_mask, PackedAttention):
+        if isinstance(attention_mask, (PackedAttention, EagerAttention)):
             attn_output, attn_weights = attention_mask(query, key, value, self.scaling)
         else:
-            attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-                self.config._attn_implementation, eager_attention_forward
-            )
-            attn_output, attn_weights = attention_interface(
+            backend = self.config._attn_implementation
+            attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(backend, eager_attention_forward)
+            attn_output, attn_weights = attend(
                 self, query, key, value, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs
             )
         attn_output = attn_output.reshape(*input_shape, -1).contiguous()
@@ -246,7 +247,7 @@ class TahoeX1Layer(GradientCheckpointingLayer):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | PackedAttention | None = None,
+        attention_mask: AttentionMask = None,
         query_mask: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
@@ -287,6 +288,7 @@ class TahoeX1PreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_record_outputs = {"hidden_states": TahoeX1Layer, "attentions": TahoeX1Attention}
+    dummy_inputs = property(lambda self: dummy_batch(self.config.vocab_size, self.device))
     _locate_checkpoint: Callable | None = None  # set by the package, for checkpoints in the original's layout
 
     @classmethod
@@ -307,9 +309,9 @@ class TahoeX1PreTrainedModel(PreTrainedModel):
 
         Source: `init_config_defaults` of tahoe_x1/model/blocks.py (kaiming_normal_, fan_in, relu, residual division).
         """
-        if isinstance(module, nn.Linear):
+        if isinstance(module, (nn.Linear, TahoeX1ValueLinear)):
             residuals = 2 * self.config.num_hidden_layers if isinstance(module, TahoeX1ResidualLinear) else 1
-            init.normal_(module.weight, std=(2.0 / module.in_features / residuals) ** 0.5)
+            init.normal_(module.weight, std=(2.0 / module.weight.shape[1] / residuals) ** 0.5)
             if module.bias is not None:
                 init.zeros_(module.bias)
         elif isinstance(module, TahoeX1DrugTable):
@@ -347,8 +349,8 @@ class TahoeX1Model(TahoeX1PreTrainedModel):
     @capture_outputs
     def forward(
         self,
-        input_ids: torch.Tensor,
-        expression_values: torch.Tensor,
+        input_ids: torch.Tensor | None = None,
+        expression_values: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         target_mask: torch.Tensor | None = None,
         drug_ids: torch.Tensor | None = None,
@@ -359,11 +361,12 @@ class TahoeX1Model(TahoeX1PreTrainedModel):
         Args:
             input_ids: `(batch, length)` int64, token ids of the genes behind `<cls>`.
             expression_values: `(batch, length)` float, encoded expression of the genes.
-            attention_mask: `(batch, length)`, nonzero at tokens, zero at padding; by default where
-                `input_ids` is not `config.pad_token_id`.
+            attention_mask: `(batch, length)`, nonzero at tokens, zero at padding; by default where `input_ids` is not
+                `config.pad_token_id`. Or `(batch, 1, queries, keys)`, what each token sees besides: nonzero, or 0
+                among floats, which are added to the scores.
             target_mask: `(batch, length)` bool, tokens whose expression is hidden from the model and to be predicted.
             drug_ids: `(cells,)` int64, drug of each cell, 0 for none; read where a `<drug>` token stands.
-            **kwargs: `output_hidden_states`, `output_attentions`; and, for cells packed into one row without padding,
+            **kwargs: `output_hidden_states`; `output_attentions`; and, for cells packed into one row without padding,
                 `cu_seq_lens_q` `(cells + 1,)` int32, their boundaries from 0 to the length (flash attention also
                 wants `cu_seq_lens_k`, `max_length_q` and `max_length_k`). With `max_length_q` and `num_targets`, the
                 number of tokens in `target_mask`, nothing waits for a GPU to count them.
@@ -374,17 +377,15 @@ class TahoeX1Model(TahoeX1PreTrainedModel):
         """
         check_arguments(input_ids, expression_values, attention_mask, target_mask, kwargs)
         layout, valid = lay_out_cells(self.config, input_ids, attention_mask, drug_ids, kwargs)
-        kwargs = {name: value for name, value in kwargs.items() if name not in ("inputs_embeds", "num_targets")}
-
         unread = torch.zeros_like(input_ids, dtype=torch.bool) if target_mask is None else target_mask
         if valid is not None and self.config.cell_pooling != "mean_with_padding":
             unread = unread | ~valid
-        hidden_states, gene_embeddings = self.embeddings(
-            input_ids, expression_values.masked_fill(unread, 0.0), target_mask, drug_ids, layout
-        )
-        mask = make_attention_mask(self.config, hidden_states, valid, target_mask, layout, kwargs.get("max_length_q"))
+        values = expression_values.masked_fill(unread, 0.0)
+        hidden_states, gene_embeddings = self.embeddings(input_ids, values, target_mask, drug_ids, layout)
+        mask = make_attention_mask(self.config, hidden_states, valid, attention_mask, target_mask, layout, kwargs)
         # The original's mean over padding takes the attention output there as zero, as flash attention leaves it.
         query_mask = valid if self.config.cell_pooling == "mean_with_padding" else None
+        kwargs = {name: value for name, value in kwargs.items() if name not in UNREAD_BY_LAYERS}
         for layer in self.layers:
             hidden_states = layer(hidden_states, mask, query_mask, **kwargs)
         hidden_states = self.norm(hidden_states)
@@ -400,11 +401,10 @@ class TahoeX1ExpressionDecoder(nn.Module):
 
     def __init__(self, config: TahoeX1Config):
         super().__init__()
-        self.layers = nn.ModuleList(
-            [nn.Linear(config.hidden_size, config.hidden_size) for _ in range(config.expression_decoder_layers)]
-        )
+        width, depth = config.hidden_size, config.expression_decoder_layers
+        self.layers = nn.ModuleList([nn.Linear(width, width) for _ in range(depth)])
         self.act_fn = ACT2FN[config.expression_decoder_act]
-        self.output = nn.Linear(config.hidden_size, 1)
+        self.output = TahoeX1HeadLinear(width, 1)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         for layer in self.layers:
@@ -440,6 +440,8 @@ class TahoeX1CellDecoder(nn.Module):
 class TahoeX1ForPreTraining(TahoeX1PreTrainedModel):
     """Tahoe-x1 with its two decoders, for masked-expression modelling."""
 
+    _keep_in_fp32_modules = ["expression_decoder.output"]
+
     def __init__(self, config: TahoeX1Config):
         super().__init__(config)
         self.tahoe = TahoeX1Model(config)
@@ -450,8 +452,8 @@ class TahoeX1ForPreTraining(TahoeX1PreTrainedModel):
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.Tensor,
-        expression_values: torch.Tensor,
+        input_ids: torch.Tensor | None = None,
+        expression_values: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         target_mask: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
@@ -472,8 +474,8 @@ class TahoeX1ForPreTraining(TahoeX1PreTrainedModel):
         """
         if labels is not None and target_mask is None:
             raise ValueError("labels was given without target_mask, which marks the positions to predict.")
-        check_shape(input_ids, labels=labels)
         outputs = self.tahoe(input_ids, expression_values, attention_mask, target_mask, drug_ids, **kwargs)
+        check_shape(input_ids, labels=labels)
         layout, valid = lay_out_cells(self.config, input_ids, attention_mask, drug_ids, kwargs)
         expression_predictions = self.expression_decoder(outputs.last_hidden_state)
         cell_expression_predictions = self.cell_decoder(outputs.pooler_output, outputs.gene_embeddings, layout)
@@ -502,6 +504,7 @@ class TahoeX1ForPreTraining(TahoeX1PreTrainedModel):
 class TahoeX1ForSequenceClassification(TahoeX1PreTrainedModel):
     """Tahoe-x1 with a linear head on the cell embedding: classification or regression of cells."""
 
+    _keep_in_fp32_modules = ["classifier"]
     _keys_to_ignore_on_load_unexpected = [r"^expression_decoder\.", r"^cell_decoder\."]
 
     def __init__(self, config: TahoeX1Config):
@@ -509,14 +512,14 @@ class TahoeX1ForSequenceClassification(TahoeX1PreTrainedModel):
         self.num_labels = config.num_labels
         self.tahoe = TahoeX1Model(config)
         self.dropout = nn.Dropout(config.classifier_dropout)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.classifier = TahoeX1HeadLinear(config.hidden_size, config.num_labels)
         self.post_init()
 
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.Tensor,
-        expression_values: torch.Tensor,
+        input_ids: torch.Tensor | None = None,
+        expression_values: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         target_mask: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
@@ -544,6 +547,7 @@ class TahoeX1ForSequenceClassification(TahoeX1PreTrainedModel):
 class TahoeX1ForTokenClassification(TahoeX1PreTrainedModel):
     """Tahoe-x1 with a linear head on every contextual gene embedding: classification of genes."""
 
+    _keep_in_fp32_modules = ["classifier"]
     _keys_to_ignore_on_load_unexpected = [r"^expression_decoder\.", r"^cell_decoder\."]
 
     def __init__(self, config: TahoeX1Config):
@@ -551,14 +555,14 @@ class TahoeX1ForTokenClassification(TahoeX1PreTrainedModel):
         self.num_labels = config.num_labels
         self.tahoe = TahoeX1Model(config)
         self.dropout = nn.Dropout(config.classifier_dropout)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.classifier = TahoeX1HeadLinear(config.hidden_size, config.num_labels)
         self.post_init()
 
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.Tensor,
-        expression_values: torch.Tensor,
+        input_ids: torch.Tensor | None = None,
+        expression_values: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         target_mask: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
@@ -575,17 +579,13 @@ class TahoeX1ForTokenClassification(TahoeX1PreTrainedModel):
                 over the tokens that have one and are not padding, and 0 when there is none.
             num_items_in_batch: as for `TahoeX1ForPreTraining`.
         """
-        check_shape(input_ids, labels=labels)
         outputs = self.tahoe(input_ids, expression_values, attention_mask, target_mask, drug_ids, **kwargs)
+        check_shape(input_ids, labels=labels)
         logits = self.classifier(self.dropout(outputs.last_hidden_state))
         loss = None
         if labels is not None:
             _, valid = lay_out_cells(self.config, input_ids, attention_mask, drug_ids, kwargs)
-            labels = labels.to(logits.device)
-            labels = labels if valid is None else labels.masked_fill(~valid.to(labels.device), -100)
-            total = nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum")
-            labelled = labels.ne(-100).sum().clamp(min=1)
-            loss = total / (labelled if num_items_in_batch is None else num_items_in_batch)
+            loss = token_cross_entropy(logits, labels, valid, num_items_in_batch)
         return TokenClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )

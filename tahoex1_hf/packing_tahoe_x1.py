@@ -1,10 +1,10 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""The layout of a batch: padding, the cell of each token, what it sees, attention, and targets.
+"""The layout of a batch: padding, the cell of each token, what it sees, attention, targets, and outputs.
 
 This file travels to the Hugging Face Hub beside the weights.
 """
 
-import itertools
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,22 +12,51 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import BatchEncoding
 from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.masking_utils import and_masks, create_bidirectional_mask, packed_sequence_mask_function
-from transformers.utils import TransformersKwargs
+from transformers.modeling_outputs import ModelOutput
+from transformers.utils import TransformersKwargs, logging
 from transformers.utils.generic import is_flash_attention_requested
 
 from .configuration_tahoe_x1 import TahoeX1Config
-from .observed_attention_tahoe_x1 import FlashCells, ObservedKeys, flash_serves
+from .observed_attention_tahoe_x1 import PackedAttention, flash_serves
+
+logger = logging.get_logger(__name__)
 
 # What a forward may be given beyond its own arguments; anything else is a misspelt name.
 _FORWARD_KWARGS = frozenset(TransformersKwargs.__annotations__) | {
-    "inputs_embeds", "num_targets", "return_dict", "use_cache",
+    "inputs_embeds", "num_targets", "past_key_values", "return_dict", "use_cache",
 }  # fmt: skip
-# Below, what is saved is less than what gathering the observed keys costs (benchmarks/attention.py).
-SHORTEST_WITH_OBSERVED_KEYS = 256
+# What masks of floats hold at most where a token is not seen: the least number of float16 is -65504.
+_NEVER = -1e4
+# Those of them that neither the layers nor attention read.
+UNREAD_BY_LAYERS = ("inputs_embeds", "num_targets", "past_key_values", "output_attentions")
+
+
+@dataclass
+class TahoeX1ModelOutput(ModelOutput):
+    """Output of `TahoeX1Model`. `cells` equals `batch` unless several cells are packed into a row."""
+
+    last_hidden_state: torch.Tensor | None = None  # (batch, length, hidden_size): contextual embeddings
+    pooler_output: torch.Tensor | None = None  # (cells, hidden_size): cell embeddings, not normalised
+    hidden_states: tuple[torch.Tensor, ...] | None = None  # the first layer's input, then every layer's output
+    attentions: tuple[torch.Tensor, ...] | None = None  # (batch, heads, length, length) a layer; eager only
+    gene_embeddings: torch.Tensor | None = None  # (batch, length, hidden_size): the genes without context
+
+
+@dataclass
+class TahoeX1ForPreTrainingOutput(ModelOutput):
+    """Output of `TahoeX1ForPreTraining`; the losses, of shape (), are there when labels are given."""
+
+    loss: torch.Tensor | None = None  # mean of the two parts below
+    expression_loss: torch.Tensor | None = None  # mean squared error of expression_predictions at the targets
+    cell_expression_loss: torch.Tensor | None = None  # and of cell_expression_predictions
+    expression_predictions: torch.Tensor | None = None  # (batch, length): from each token's embedding
+    cell_expression_predictions: torch.Tensor | None = None  # (batch, length): from cell embedding and gene
+    pooler_output: torch.Tensor | None = None  # (cells, hidden_size): cell embeddings, not normalised
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -89,8 +118,8 @@ def check_shape(input_ids: torch.Tensor, **tensors: torch.Tensor | None) -> None
 
 
 def check_arguments(
-    input_ids: torch.Tensor,
-    expression_values: torch.Tensor,
+    input_ids: torch.Tensor | None,
+    expression_values: torch.Tensor | None,
     attention_mask: torch.Tensor | None,
     target_mask: torch.Tensor | None,
     kwargs: dict[str, Any],
@@ -99,11 +128,43 @@ def check_arguments(
     unknown = sorted(set(kwargs) - _FORWARD_KWARGS)
     if unknown:
         raise ValueError(f"TahoeX1Model.forward has no argument {', '.join(unknown)}.")
-    if kwargs.get("inputs_embeds") is not None:
-        raise ValueError("inputs_embeds is not supported: pass input_ids and expression_values.")
-    check_shape(input_ids, expression_values=expression_values, attention_mask=attention_mask, target_mask=target_mask)
+    for name in ("inputs_embeds", "past_key_values"):
+        if kwargs.get(name) is not None:
+            raise ValueError(
+                f"{name} is not supported: pass input_ids and expression_values. Prompt, prefix and p-tuning, which "
+                "put vectors in front of the tokens, do not work with Tahoe-x1, since each token is a gene with its "
+                "expression: use LoRA or another method that adapts layers."
+            )
+    if input_ids is None or expression_values is None:
+        raise ValueError("input_ids and expression_values are both needed: pass what the tokenizer returned.")
+    check_shape(input_ids, expression_values=expression_values, target_mask=target_mask)
+    if attention_mask is not None and attention_mask.dim() == 4:
+        _check_full_mask(attention_mask, (input_ids.shape[0], 1, input_ids.shape[1], input_ids.shape[1]))
+    else:
+        check_shape(input_ids, attention_mask=attention_mask)
     if target_mask is not None and target_mask.dtype != torch.bool:
         raise ValueError(f"target_mask must be bool, got {target_mask.dtype}: use target_mask.bool().")
+
+
+def _check_full_mask(mask: torch.Tensor, shape: tuple[int, ...]) -> None:
+    """Raise ValueError for a mask of queries and keys that has another shape, or weights of its own."""
+    if mask.shape != shape:
+        raise ValueError(
+            f"attention_mask has shape {tuple(mask.shape)}, expected {shape} (cells, 1, queries, keys), or one entry "
+            "for each token."
+        )
+    if mask.is_floating_point() and not torch.compiler.is_compiling():
+        if not ((mask == 0) | (mask <= _NEVER)).all():
+            raise ValueError(
+                "attention_mask of floats is added to the attention scores, and may hold 0, where a token is seen, "
+                f"and numbers of at most {_NEVER:g}, where it is not. For a mask of ones and zeros use "
+                "attention_mask.bool()."
+            )
+
+
+def seen_by_mask(mask: torch.Tensor) -> torch.Tensor:
+    """Return where a mask `(cells, 1, queries, keys)` lets a query see a key: where it is nonzero, or a float 0."""
+    return (mask == 0 if mask.is_floating_point() else mask.bool())[:, 0]
 
 
 def lay_out_cells(
@@ -118,7 +179,8 @@ def lay_out_cells(
     Args:
         config: the model's configuration.
         input_ids: `(batch, length)` int64.
-        attention_mask: `(batch, length)`, nonzero at tokens; None for all that is not the padding token.
+        attention_mask: `(batch, length)`, nonzero at tokens; None, or a mask of queries and keys, for all that is
+            not the padding token.
         drug_ids: `(cells,)` int64, whose number is checked.
         kwargs: the further arguments of the model, among them, for a packed row, `cu_seq_lens_q`.
 
@@ -146,7 +208,7 @@ def lay_out_cells(
         layout, valid = CellLayout.packed(cu_seq_lens, input_ids.shape, kwargs.get("num_targets")), None
     else:
         layout, valid = CellLayout(input_ids.shape[0]), None
-        if attention_mask is not None:
+        if attention_mask is not None and attention_mask.dim() == 2:
             valid = attention_mask.bool()
         elif config.pad_token_id is not None:
             valid = input_ids != config.pad_token_id
@@ -155,127 +217,6 @@ def lay_out_cells(
     if drug_ids is not None and drug_ids.shape != (layout.num_cells,):
         raise ValueError(f"drug_ids has shape {tuple(drug_ids.shape)}, expected ({layout.num_cells},).")
     return layout, valid
-
-
-def equal_runs(lengths: list[int]) -> list[tuple[int, int]]:
-    """Group neighbouring cells of equal length: (how many, length)."""
-    return [(len(list(group)), length) for length, group in itertools.groupby(lengths)]
-
-
-@dataclass(frozen=True, eq=False)
-class PackedAttention:
-    """Attention within each cell of a packed row, in torch alone: no work between cells, and none on padding.
-
-    On CUDA in half precision all cells go through one call of torch's flash attention, in float32 through one on a
-    jagged tensor, unless there is a mask. Otherwise there is one call for each run of neighbouring cells of equal
-    length: on two CPU cores 1.3 to 1.7 times as fast as padded buckets of eight cells of similar length, at 20 to
-    2,048 tokens a cell (benchmarks/attention.py). Where tokens see observed ones and themselves, long cells, and all
-    that go through flash attention, attend to their observed tokens alone. (On an H100, 64 cells of 1,024 took as long
-    under dense masks, 2.9 ms forward and backward, with more memory; short ones took less, 256 of 256 1.6 instead of
-    2.3 ms.)
-    """
-
-    boundaries: torch.Tensor  # (cells + 1,) int64
-    runs: list[tuple[int, int]] | None  # neighbouring cells of equal length; None where one call takes all
-    longest: int | None = None
-    # Per run, what each token sees: `(cells, 1, length, length)` bool, or where the keys are.
-    seen: list[torch.Tensor | ObservedKeys] | None = None
-    observed: torch.Tensor | None = None  # (1, length) bool
-    flash: FlashCells | None = None
-
-    @classmethod
-    def make(
-        cls,
-        boundaries: torch.Tensor,
-        longest: int | None,
-        observed: torch.Tensor | None,
-        device: torch.device,
-        *,
-        flash: bool = False,
-        num_targets: int | None = None,
-    ) -> "PackedAttention":
-        """Prepare what all layers share.
-
-        Args:
-            boundaries: `(cells + 1,)` int64, from 0 to the length of the row.
-            longest: length of the longest cell, where it is known: asking a GPU for it takes time.
-            observed: `(1, length)` bool: a token sees the observed tokens of its cell and itself; None for all.
-            device: the device that attends.
-            flash: whether queries, keys and values are such that `flash_serves`.
-            num_targets: number of tokens that are not observed, where it is known, as for `longest`.
-        """
-        boundaries = boundaries.to(device)
-        observed = None if observed is None else observed.to(device)
-        on_cuda = device.type == "cuda"
-        if (flash or on_cuda) and longest is None:
-            longest = int(boundaries.diff().max())
-        if flash and longest is not None:
-            cells = FlashCells.make(boundaries, longest, None if observed is None else observed[0], num_targets)
-            return cls(boundaries, None, longest, observed=observed, flash=cells)
-        if observed is None and on_cuda:
-            return cls(boundaries, None, longest)
-        runs = equal_runs(boundaries.diff().tolist())
-        if observed is None:
-            return cls(boundaries, runs)
-        parts = observed[0].split([cells * length for cells, length in runs])
-        seen = [_observed_or_self(part, *run) for part, run in zip(parts, runs, strict=True)]
-        return cls(boundaries, runs, longest, seen, observed)
-
-    def __call__(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
-    ) -> tuple[torch.Tensor, None]:
-        """Attend: `(1, heads, length, width)`, of keys and values perhaps fewer, to `(1, length, heads, width)`."""
-        if self.flash is not None:
-            return self._by_flash(query, key, value, scaling), None
-        if self.runs is None:
-            return self._jagged(query, key, value, scaling), None
-        grouped = query.shape[1] != key.shape[1]
-        sizes = [cells * length for cells, length in self.runs]
-        # Not slices: the gradient of a slice is as large as the whole.
-        parts = zip(*(tensor[0].split(sizes, dim=1) for tensor in (query, key, value)), strict=True)
-        outputs = []
-        for number, ((cells, _), (q, k, v)) in enumerate(zip(self.runs, parts, strict=True)):
-            seen = None if self.seen is None else self.seen[number]
-            if isinstance(seen, ObservedKeys):
-                k, v = (
-                    tensor.repeat_interleave(q.shape[0] // k.shape[0], dim=0) if grouped else tensor
-                    for tensor in (k, v)
-                )
-                outputs.append(seen.attend(q, k, v, scaling).transpose(0, 1))
-                continue
-            q, k, v = (tensor.unflatten(1, (cells, -1)).transpose(0, 1) for tensor in (q, k, v))
-            attended = scaled_dot_product_attention(q, k, v, seen, scale=scaling, enable_gqa=grouped)
-            outputs.append(attended.transpose(1, 2).flatten(0, 1))
-        return torch.cat(outputs).unsqueeze(0), None
-
-    def _by_flash(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:
-        if self.flash is None or not flash_serves(query.device, query.dtype, query.shape[-1]):
-            # A layer gives another type than the rest do.
-            others = PackedAttention.make(self.boundaries, self.longest, self.observed, query.device)
-            return others(query, key, value, scaling)[0]
-        q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-        if self.observed is not None and q.shape[1] != k.shape[1]:
-            k, v = (tensor.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for tensor in (k, v))
-        return self.flash.attend(q, k, v, scaling).unsqueeze(0)
-
-    def _jagged(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:
-        groups = query.shape[1] // key.shape[1]
-        q, k, v = (
-            torch.nested.nested_tensor_from_jagged(
-                tensor[0].transpose(0, 1).contiguous(), self.boundaries, min_seqlen=1, max_seqlen=self.longest
-            ).transpose(1, 2)
-            for tensor in (query, *(tensor.repeat_interleave(groups, dim=1) for tensor in (key, value)))
-        )
-        return scaled_dot_product_attention(q, k, v, scale=scaling).transpose(1, 2).values().unsqueeze(0)
-
-
-def _observed_or_self(observed: torch.Tensor, cells: int, length: int) -> torch.Tensor | ObservedKeys:
-    """Describe what the tokens of a run see: the observed ones, `(cells * length,)` bool, and themselves."""
-    if length >= SHORTEST_WITH_OBSERVED_KEYS:
-        keys = ObservedKeys.make([length] * cells, observed)
-        if keys is not None:
-            return keys
-    return observed.view(cells, 1, 1, length) | torch.eye(length, dtype=torch.bool, device=observed.device)
 
 
 def observed_or_self(observed: torch.Tensor) -> Callable:
@@ -291,20 +232,30 @@ def observed_or_self(observed: torch.Tensor) -> Callable:
     return inner_mask
 
 
-def multiplied_as(states: torch.Tensor) -> torch.dtype:
-    """Return the type in which linear layers multiply `states`: autocast's, where it is on."""
+def seen_rule(seen: torch.Tensor) -> Callable:
+    """Make the mask rule of a mask that was given for queries and keys: `(batch, queries, keys)` bool."""
+
+    def inner_mask(batch_idx: Any, head_idx: Any, q_idx: Any, kv_idx: Any) -> Any:
+        return seen[batch_idx, q_idx, kv_idx]
+
+    return inner_mask
+
+
+def multiplied_as(states: torch.Tensor, otherwise: torch.dtype | None = None) -> torch.dtype:
+    """Return the type in which linear layers multiply `states`: autocast's, where it is on, else theirs or another."""
     kind = states.device.type
     automatic = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    return torch.get_autocast_dtype(kind) if automatic else states.dtype
+    return torch.get_autocast_dtype(kind) if automatic else otherwise or states.dtype
 
 
 def make_attention_mask(
     config: TahoeX1Config,
     hidden_states: torch.Tensor,
     valid: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
     target_mask: torch.Tensor | None,
     layout: CellLayout,
-    longest: int | None,
+    kwargs: dict[str, Any],
 ) -> Any:
     """Return the mask in the form that the configured attention backend reads.
 
@@ -312,17 +263,26 @@ def make_attention_mask(
         config: the model's configuration.
         hidden_states: `(batch, length, hidden_size)`, of which the type and the device are read.
         valid: `(batch, length)` bool, where tokens are; None for everywhere.
+        attention_mask: the mask that the model was given; read where it is one of queries and keys.
         target_mask: `(batch, length)` bool, where the expression is hidden.
         layout: the layout of the cells.
-        longest: the length of the longest cell of a packed row, where it is known.
+        kwargs: the further arguments of the model, among them `output_attentions` and `max_length_q`, the length of
+            the longest cell of a packed row, where it is known.
 
     Raises:
         ValueError: for a mask that the backend cannot apply.
     """
-    is_flash = is_flash_attention_requested(config)
+    eager = _falls_back_to_eager(config, kwargs)
+    seen = None if attention_mask is None or attention_mask.dim() == 2 else seen_by_mask(attention_mask)
+    is_flash = is_flash_attention_requested(config) and not eager
     observed = None
     if config.attention_mask_style == "observed_or_self" and target_mask is not None:
         observed = ~target_mask
+    if is_flash and seen is not None:
+        raise ValueError(
+            "attention_mask of four dimensions cannot run on flash attention, which would attend to all tokens. Load "
+            'the model with attn_implementation="sdpa", "flex_attention" or "eager".'
+        )
     if is_flash and observed is not None:
         raise ValueError(
             'attention_mask_style="observed_or_self" with target_mask cannot run on flash attention, which would '
@@ -336,19 +296,68 @@ def make_attention_mask(
     by_cell = config._attn_implementation == "sdpa" and (flash or not torch.compiler.is_compiling())
     # Flash attention has no float32: evaluations in it attend without.
     by_cell = by_cell or (is_flash and device.type == "cuda" and dtype == torch.float32)
-    if layout.boundaries is not None and by_cell:
+    if layout.boundaries is not None and by_cell and not eager:
         return PackedAttention.make(
-            layout.boundaries, longest, observed, device, flash=flash, num_targets=layout.num_targets
+            layout.boundaries,
+            kwargs.get("max_length_q"),
+            observed,
+            device,
+            flash=flash,
+            num_targets=layout.num_targets,
         )
     rules = [] if observed is None else [observed_or_self(observed)]
+    if seen is not None:
+        rules.append(seen_rule(seen.to(device)))
     if layout.token_cells is not None and not is_flash:  # flash attention reads cu_seq_lens itself
         rules.append(packed_sequence_mask_function(layout.token_cells))
-    return create_bidirectional_mask(
+    if eager and config._attn_implementation != "eager":
+        config = copy.copy(config)
+        config._attn_implementation = "eager"
+    mask = create_bidirectional_mask(
         config=config,
         inputs_embeds=hidden_states,
         attention_mask=valid,
         and_mask_function=and_masks(*rules) if rules else None,
     )
+    return EagerAttention(mask) if eager else mask
+
+
+def _falls_back_to_eager(config: TahoeX1Config, kwargs: dict[str, Any]) -> bool:
+    """Return whether attention weights are asked for that the configured backend does not keep, with a WARNING."""
+    wanted = kwargs.get("output_attentions", getattr(config, "output_attentions", False))
+    if not wanted or config._attn_implementation == "eager":
+        return False
+    if not torch.compiler.is_compiling():
+        logger.warning_once(
+            f'output_attentions=True: attention "{config._attn_implementation}" keeps no weights, so such calls '
+            'attend with "eager", which takes more memory and time. To choose this yourself, load the model with '
+            'attn_implementation="eager".'
+        )
+    return True
+
+
+@dataclass(frozen=True, eq=False)
+class EagerAttention:
+    """Attention in plain torch, for one forward that returns its weights."""
+
+    mask: torch.Tensor | None  # (batch, 1, length, length), added to the scores
+
+    def __call__(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Attend: `(B, H, S, D)` to `(B, S, H, D)` and the weights `(B, H, S, S)`."""
+        groups = query.shape[1] // key.shape[1]
+        key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+        scores = torch.matmul(query, key.transpose(2, 3)) * scaling
+        if self.mask is not None:
+            scores = scores + self.mask.to(scores.device)
+        at_least_float32 = torch.promote_types(query.dtype, torch.float32)
+        weights = nn.functional.softmax(scores, dim=-1, dtype=at_least_float32).to(query.dtype)
+        return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+# What layers are given: a mask for the configured backend, or what attends by itself.
+AttentionMask = torch.Tensor | PackedAttention | EagerAttention | None
 
 
 def eager_attention_forward(
@@ -358,19 +367,17 @@ def eager_attention_forward(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     scaling: float,
-    dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend in plain torch, the only backend that returns its weights: `(B, H, S, D)` to `(B, S, H, D)`."""
-    key = repeat_kv(key, module.num_key_value_groups)
-    value = repeat_kv(value, module.num_key_value_groups)
-    attn_weights = torch.matmul(query, key.transpose(2, 3)) * scaling
-    if attention_mask is not None:
-        attn_weights = attn_weights + attention_mask
-    at_least_float32 = torch.promote_types(query.dtype, torch.float32)
-    attn_weights = nn.functional.softmax(attn_weights, dim=-1, dtype=at_least_float32).to(query.dtype)
-    attn_weights = nn.functional.dropout(attn_weights, p=dropout, training=module.training)
-    return torch.matmul(attn_weights, value).transpose(1, 2).contiguous(), attn_weights
+    return EagerAttention(attention_mask)(query, key, value, scaling)
+
+
+def dummy_batch(vocab_size: int, device: torch.device) -> dict[str, torch.Tensor]:
+    """Return two cells of four tokens each."""
+    input_ids = torch.tensor([[1, 7, 6, 3], [1, 4, 2, 5]], device=device) % vocab_size
+    values = input_ids.to(torch.float32)
+    return {"input_ids": input_ids, "expression_values": values, "attention_mask": torch.ones_like(input_ids)}
 
 
 def masked_mse(
@@ -382,6 +389,23 @@ def masked_mse(
     zero = predictions.new_zeros(())
     difference = torch.where(target_mask, predictions, zero) - torch.where(target_mask, labels.float(), zero)
     return difference.square().sum() / num_targets
+
+
+def token_cross_entropy(
+    logits: torch.Tensor, labels: torch.Tensor, valid: torch.Tensor | None, num_items: torch.Tensor | int | None
+) -> torch.Tensor:
+    """Sum the cross-entropy of tokens that have a label and are not padding, divided by their number or `num_items`.
+
+    Args:
+        logits: `(batch, length, classes)`.
+        labels: `(batch, length)` int64, -100 at tokens without one.
+        valid: `(batch, length)` bool, where tokens are; None for everywhere.
+        num_items: what to divide by; None for the number of these tokens, or 1 when there is none.
+    """
+    labels = labels.to(logits.device)
+    labels = labels if valid is None else labels.masked_fill(~valid.to(labels.device), -100)
+    total = nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum")
+    return total / (labels.ne(-100).sum().clamp(min=1) if num_items is None else num_items)
 
 
 @dataclass

@@ -1,5 +1,6 @@
 """The attention backends agree, and use the mask that the configuration names."""
 
+import logging
 from collections.abc import Iterator
 
 import pytest
@@ -111,6 +112,57 @@ def test_attention_weights_follow_the_mask() -> None:
         assert weights.masked_select(~allowed).abs().max() == 0
         assert weights.masked_select(allowed).min() > 0
         assert largest_difference(weights.sum(-1), torch.ones(weights.shape[:-1])) < CLOSE
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager", "flex_attention"])
+@pytest.mark.parametrize("style", ["full", "observed_or_self"])
+@pytest.mark.parametrize("kind", ["bool", "int", "float", "float16"])
+def test_masks_of_queries_and_keys(attention: str, style: str, kind: str) -> None:
+    """They are joined with what padding and targets leave to see, and read alike by every backend."""
+    config = tiny_config(attention_mask_style=style)
+    batch = make_batch(config)
+    length = batch["input_ids"].shape[1]
+    seen = torch.rand(len(batch["input_ids"]), 1, length, length, generator=torch.Generator().manual_seed(3)) < 0.6
+    seen |= torch.eye(length, dtype=torch.bool)
+    masks = {
+        "bool": seen,
+        "int": seen.long(),
+        "float": torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min),
+        "float16": torch.zeros(seen.shape, dtype=torch.float16).masked_fill(~seen, -torch.inf),
+    }
+    model = tiny_model(config, TahoeX1Model, "eager")
+    arguments = {name: batch[name] for name in ("input_ids", "expression_values", "target_mask")}
+    valid = batch["attention_mask"].bool()
+    outputs = model(**arguments, attention_mask=masks[kind], output_attentions=True)
+    allowed = seen & valid[:, None, None]
+    if style == "observed_or_self":
+        allowed = allowed & (~batch["target_mask"][:, None, None] | torch.eye(length, dtype=torch.bool))
+    for weights in outputs.attentions:
+        for cell in range(len(valid)):
+            tokens = valid[cell]
+            assert torch.equal(weights[cell][:, tokens] > 0, allowed[cell][:, tokens].expand(4, -1, -1))
+    model.set_attn_implementation(attention)
+    with torch.no_grad():
+        ours = model(**arguments, attention_mask=masks[kind]).last_hidden_state
+    assert largest_difference(ours[valid], outputs.last_hidden_state[valid]) < CLOSE
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "flex_attention"])
+@pytest.mark.parametrize("pack", [False, True])
+def test_attention_weights_are_there_on_every_backend(
+    attention: str, pack: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    batch = make_batch(tiny_config())
+    arguments = packed(batch) if pack else batch
+    expected = tiny_model(tiny_config(), attention="eager")(**arguments, output_attentions=True)
+    logging.Logger.warning_once.cache_clear()  # type: ignore[attr-defined]
+    ours = tiny_model(tiny_config(), attention=attention)(**arguments, output_attentions=True)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert f'"{attention}" keeps no weights' in caplog.text
+    assert len(ours.attentions) == 2
+    for weights, wanted in zip(ours.attentions, expected.attentions, strict=True):
+        assert torch.equal(weights, wanted)
+    assert torch.equal(ours.loss, expected.loss)
 
 
 def test_combining_masks_with_or_would_do_nothing() -> None:

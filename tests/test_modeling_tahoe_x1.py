@@ -54,12 +54,16 @@ def test_an_unknown_argument_is_refused(model_class: type) -> None:
 
 
 @every_class
-def test_inputs_embeds_is_refused(model_class: type) -> None:
+def test_vectors_in_place_of_tokens_are_refused(model_class: type) -> None:
     batch = make_batch(tiny_config(), targets=False)
     model = tiny_model(tiny_config(), model_class)
     model(**batch, inputs_embeds=None)  # as PEFT passes it
-    with pytest.raises(ValueError, match="inputs_embeds is not supported"):
-        model(**batch, inputs_embeds=torch.zeros(4, 14, 32))
+    for name in ("inputs_embeds", "past_key_values"):
+        with pytest.raises(ValueError, match=f"{name} is not supported: pass input_ids and expression_values"):
+            model(**batch, **{name: torch.zeros(4, 14, 32)})
+    for name in ("input_ids", "expression_values"):
+        with pytest.raises(ValueError, match="input_ids and expression_values are both needed"):
+            model(**batch | {name: None})
 
 
 @pytest.mark.parametrize("name", ["expression_values", "attention_mask", "target_mask", "labels"])
@@ -69,11 +73,24 @@ def test_shapes_that_do_not_agree(name: str) -> None:
         tiny_model(tiny_config())(**batch | {name: batch[name][:, 1:]})
 
 
-def test_four_dimensional_masks_are_refused() -> None:
-    # transformers hands them to the backends unchanged, and each backend reads them differently.
-    batch = make_batch(tiny_config())
-    with pytest.raises(ValueError, match="attention_mask has shape"):
-        tiny_model(tiny_config())(**batch | {"attention_mask": torch.ones(4, 1, 14, 14, dtype=torch.bool)})
+@every_class
+def test_dummy_inputs(model_class: type) -> None:
+    model = tiny_model(tiny_config(), model_class)
+    assert torch.isfinite(model(**model.dummy_inputs)[0]).all()
+
+
+@pytest.mark.parametrize(
+    ("mask", "match"),
+    [
+        (torch.ones(4, 2, 14, 14), r"shape \(4, 2, 14, 14\), expected \(4, 1, 14, 14\)"),
+        (torch.ones(4, 14, 14), r"shape \(4, 14, 14\), input_ids has \(4, 14\)"),
+        (torch.ones(4, 1, 14, 14), r"may hold 0, .* use attention_mask\.bool\(\)"),
+        (torch.full((4, 1, 14, 14), -0.5), "may hold 0"),
+    ],
+)
+def test_masks_of_queries_and_keys_of_a_wrong_form(mask: torch.Tensor, match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        tiny_model(tiny_config())(**make_batch(tiny_config()) | {"attention_mask": mask})
 
 
 @pytest.mark.parametrize(
@@ -156,6 +173,27 @@ def test_some_hidden_states() -> None:
     assert len(kept) == 2
     assert torch.equal(kept[0], states[0])
     assert torch.equal(kept[1], states[2])
+
+
+# Training
+
+
+@every_class
+def test_distributed_data_parallel_gets_every_gradient(model_class: type, tmp_path: Path) -> None:
+    """With gradient checkpointing, Trainer has DDP expect that each parameter takes part in each step."""
+    config = tiny_config(**SHAPES["drugs"], num_labels=3)
+    model = tiny_model(config, model_class).train()
+    model.gradient_checkpointing_enable()
+    batch = make_batch(config, targets=False)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        wrapped = torch.nn.parallel.DistributedDataParallel(model)
+        for _ in range(2):  # it complains of the first step in the second
+            sum(value.square().sum() for value in wrapped(**batch).values()).backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    flag = model.base_model.embeddings.flag_embedding.weight
+    assert not flag.grad.any()
 
 
 # Files
@@ -307,6 +345,36 @@ def test_lora(model_class: type, task: str, tmp_path: Path) -> None:
         merged = loaded.merge_and_unload()
         assert type(merged) is model_class
         assert largest_difference(merged(**batch)[key], expected) < CLOSE
+
+
+@pytest.mark.parametrize(
+    ("name", "layers"),
+    [
+        ("LoraConfig", {"q_proj", "v_proj"}),
+        ("IA3Config", {"k_proj", "v_proj", "down_proj"}),
+        ("LNTuningConfig", {"attention_norm", "mlp_norm"}),
+    ],
+)
+def test_peft_chooses_the_layers(name: str, layers: set[str]) -> None:
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(tiny_model(tiny_config()), getattr(peft, name)())
+    trained = [key for key, weight in model.named_parameters() if weight.requires_grad]
+    assert all(".layers." in key for key in trained)
+    assert {part for key in trained for part in key.split(".") if part in LORA_TARGETS or "_norm" in part} == layers
+
+
+@pytest.mark.parametrize("task", ["SEQ_CLS", "TOKEN_CLS", "FEATURE_EXTRACTION"])
+@pytest.mark.parametrize("name", ["PromptTuningConfig", "PromptEncoderConfig", "PrefixTuningConfig"])
+def test_methods_that_put_vectors_before_the_tokens_are_refused(task: str, name: str) -> None:
+    peft = pytest.importorskip("peft")
+    config = tiny_config()
+    model_class = {"SEQ_CLS": CLASSES[2], "TOKEN_CLS": CLASSES[3]}.get(task, TahoeX1Model)
+    model = peft.get_peft_model(
+        tiny_model(config, model_class), getattr(peft, name)(task_type=task, num_virtual_tokens=4)
+    )
+    # PEFT itself refuses prefixes before classifiers.
+    with pytest.raises(ValueError, match=r"is not supported: .* use LoRA|does not support past key values"):
+        model(**make_batch(config, targets=False))
 
 
 def test_golden_checkpoints_are_not_transformers_folders() -> None:

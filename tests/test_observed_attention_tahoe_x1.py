@@ -17,9 +17,14 @@ from helpers import (
 )
 from torch.nn.functional import scaled_dot_product_attention
 
-from tahoex1_hf import packing_tahoe_x1
-from tahoex1_hf.observed_attention_tahoe_x1 import FlashCells, ObservedKeys, _FusedOnCuda, flash_serves
-from tahoex1_hf.packing_tahoe_x1 import PackedAttention
+from tahoex1_hf import observed_attention_tahoe_x1
+from tahoex1_hf.observed_attention_tahoe_x1 import (
+    FlashCells,
+    ObservedKeys,
+    PackedAttention,
+    _FusedOnCuda,
+    flash_serves,
+)
 
 HEADS, WIDTH = 4, 8
 Tensors = list[torch.Tensor]
@@ -88,7 +93,7 @@ def test_as_precise_as_masks(dtype: torch.dtype, scale: float) -> None:
 
 @pytest.mark.parametrize("heads", [HEADS, 2])
 def test_long_rows_choose_this_attention(heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packing_tahoe_x1, "SHORTEST_WITH_OBSERVED_KEYS", 16)
+    monkeypatch.setattr(observed_attention_tahoe_x1, "SHORTEST_WITH_OBSERVED_KEYS", 16)
     lengths = [40, 16, 16, 15, 3]
     tokens, observed = some_tokens(90, heads=heads), some_observed(lengths)
     bounds = torch.tensor([0, *lengths]).cumsum(0)
@@ -123,7 +128,7 @@ def test_models_learn_the_same(shape: str, checkpointing: bool, monkeypatch: pyt
     monkeypatch.setattr(ObservedKeys, "attend", lambda *arguments: (calls.append(1), attend(*arguments))[1])
     found = {}
     for shortest in (1, 10_000):
-        monkeypatch.setattr(packing_tahoe_x1, "SHORTEST_WITH_OBSERVED_KEYS", shortest)
+        monkeypatch.setattr(observed_attention_tahoe_x1, "SHORTEST_WITH_OBSERVED_KEYS", shortest)
         model = tiny_model(config).double().train()
         if checkpointing:
             model.gradient_checkpointing_enable()

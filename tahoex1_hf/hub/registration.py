@@ -1,5 +1,5 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""Register the model type `tahoe_x1` with transformers' Auto classes, once this is needed.
+"""Register the model type `tahoe_x1` with transformers' Auto classes and with PEFT, once this is needed.
 
 If `import tahoex1_hf` registered the classes at once, it would import torch and transformers' models.
 """
@@ -9,6 +9,7 @@ from typing import Any
 from tahoex1_hf.common.imports import call_after_import
 
 _AUTO = "transformers.models.auto"
+_MODEL_TYPE = "tahoe_x1"
 
 
 def register_when_used() -> None:
@@ -23,6 +24,7 @@ def register_when_used() -> None:
     call_after_import("tahoex1_hf.configuration_tahoe_x1", _import_models_with_first_configuration)
     call_after_import("tahoex1_hf.modeling_tahoe_x1", _register_models)
     call_after_import("tahoex1_hf.tokenization_tahoe_x1", _let_tokenizer_read_originals)
+    call_after_import("peft.utils.constants", _register_adapted_layers)
 
 
 def _register_configuration() -> None:
@@ -77,6 +79,21 @@ def _let_tokenizer_read_originals() -> None:
     from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
 
     TahoeX1Tokenizer._locate_checkpoint = staticmethod(_locate_checkpoint)
+
+
+def _register_adapted_layers() -> None:
+    """Let PEFT's methods choose the layers to adapt: ours bear the names of Llama's, and those are adapted here, too.
+
+    PEFT has one table from model types to layers for each method, and asks for `target_modules` where a type is
+    missing.
+    """
+    from peft.utils import constants
+
+    for name, layers in vars(constants).items():
+        if name.startswith("TRANSFORMERS_MODELS_TO_") and name.endswith("_MODULES_MAPPING") and "llama" in layers:
+            layers[_MODEL_TYPE] = layers["llama"]
+    # Norms alone have other names.
+    constants.TRANSFORMERS_MODELS_TO_LNTUNING_TARGET_MODULES_MAPPING[_MODEL_TYPE] = ["attention_norm", "mlp_norm"]
 
 
 def _locate_checkpoint(name: Any, marker: str, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -22,8 +22,8 @@ from transformers.utils.generic import is_flash_attention_requested
 from tahoex1_hf.common.cuda_memory import sent
 from tahoex1_hf.inference.prepared_layers import PreparedLayer, blocks_on_cpu, is_plain
 from tahoex1_hf.modeling_tahoe_x1 import TahoeX1Attention, TahoeX1Layer, TahoeX1Model
-from tahoex1_hf.observed_attention_tahoe_x1 import flash_attention, flash_serves
-from tahoex1_hf.packing_tahoe_x1 import CellLayout, PackedAttention, equal_runs, multiplied_as
+from tahoex1_hf.observed_attention_tahoe_x1 import PackedAttention, equal_runs, flash_attention, flash_serves
+from tahoex1_hf.packing_tahoe_x1 import CellLayout, multiplied_as
 
 
 def can_run_ragged(model: TahoeX1Model, device: torch.device) -> bool:

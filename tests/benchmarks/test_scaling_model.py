@@ -29,7 +29,7 @@ from benchmarks import scaling_plan
 from benchmarks.memory_model import CPU_BF16, CPU_FLOAT32, GPU_AUTOCAST, GPU_FSDP2, Precision
 from benchmarks.scaling_model import H100, Assumptions, matrix_share, plan_step, precision_of
 from tahoex1_hf import TahoeX1Config, TahoeX1ForPreTraining
-from tahoex1_hf.packing_tahoe_x1 import PackedAttention
+from tahoex1_hf.observed_attention_tahoe_x1 import PackedAttention
 from tahoex1_hf.training.microbatches import PassMemory, largest_microbatch
 from tahoex1_hf.training.trainer import only_computing
 

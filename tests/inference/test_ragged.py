@@ -13,7 +13,7 @@ from helpers import SHAPES, largest_difference, make_batch, tiny_config, tiny_mo
 from tahoex1_hf import TahoeX1Model, TahoeX1Tokenizer
 from tahoex1_hf.inference.encoder import CellEncoder, length_sorted_batches
 from tahoex1_hf.inference.ragged import _distinct, can_run_ragged, ragged_forward
-from tahoex1_hf.packing_tahoe_x1 import PackedAttention, equal_runs
+from tahoex1_hf.observed_attention_tahoe_x1 import PackedAttention, equal_runs
 
 CLOSE = 1e-5  # absolute, on float32 outputs of order one
 LENGTHS = (14, 14, 14, 12, 9, 9, 6, 3)

@@ -153,7 +153,7 @@ def flash_on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FlashStandIn]:
     kernel = FlashStandIn()
     monkeypatch.setattr(observed_attention_tahoe_x1, "flash_forward", _call_forward)
     monkeypatch.setattr(observed_attention_tahoe_x1, "flash_backward", _call_backward)
-    for module in (packing_tahoe_x1, ragged):
+    for module in (observed_attention_tahoe_x1, packing_tahoe_x1, ragged):
         monkeypatch.setattr(module, "flash_serves", lambda device, dtype, width: True)
     _current.append(kernel)
     yield kernel
