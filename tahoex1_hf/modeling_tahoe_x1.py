@@ -27,18 +27,15 @@ from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_tahoe_x1 import TahoeX1Config
+from .observed_attention_tahoe_x1 import AttentionMask, EagerAttention, PackedAttention, eager_attention_forward
 from .packing_tahoe_x1 import (
     UNREAD_BY_LAYERS,
-    AttentionMask,
     CellLayout,
-    EagerAttention,
-    PackedAttention,
     TahoeX1ForPreTrainingOutput,
     TahoeX1ModelOutput,
     check_arguments,
     check_shape,
     dummy_batch,
-    eager_attention_forward,
     lay_out_cells,
     make_attention_mask,
     masked_mse,
@@ -372,10 +369,10 @@ class TahoeX1Model(TahoeX1PreTrainedModel):
                 number of tokens in `target_mask`, nothing waits for a GPU to count them.
 
         Raises:
-            ValueError: for an argument that does not exist, shapes that do not agree, or a combination that the
-                attention backend cannot compute.
+            ValueError: for an argument that does not exist, shapes that do not agree, ids out of range, padding on the
+                left, or a combination that the attention backend cannot compute.
         """
-        check_arguments(input_ids, expression_values, attention_mask, target_mask, kwargs)
+        check_arguments(self.config, input_ids, expression_values, attention_mask, target_mask, drug_ids, kwargs)
         layout, valid = lay_out_cells(self.config, input_ids, attention_mask, drug_ids, kwargs)
         unread = torch.zeros_like(input_ids, dtype=torch.bool) if target_mask is None else target_mask
         if valid is not None and self.config.cell_pooling != "mean_with_padding":
@@ -487,7 +484,7 @@ class TahoeX1ForPreTraining(TahoeX1PreTrainedModel):
             num_targets = targets.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
             expression_loss = masked_mse(expression_predictions, labels, targets, num_targets)
             cell_expression_loss = masked_mse(cell_expression_predictions, labels, targets, num_targets)
-            loss = (expression_loss + cell_expression_loss) / 2
+            loss = (expression_loss + cell_expression_loss.to(expression_loss.device)) / 2
         # Built last, since the order of assignment is also the order of the tuple for return_dict=False.
         return TahoeX1ForPreTrainingOutput(
             loss=loss,

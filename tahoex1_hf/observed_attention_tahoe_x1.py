@@ -1,6 +1,7 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""Attention within the cells of a packed row, by kernels for which torch has no public call in all versions.
+"""Attention in plain torch, and within the cells of a packed row, where transformers has no backend for it.
 
+- Eager attention, the only one that returns its weights.
 - On CUDA, in half precision, torch's own flash attention takes all cells in one call, whatever their lengths, without
   padding. `torch.nn.attention.varlen` calls the same kernel, but its arguments changed between torch 2.10 and 2.13,
   and its backward pass cannot be given the sums that the next point needs.
@@ -12,7 +13,7 @@ This file travels to the Hugging Face Hub beside the weights: it imports only to
 import itertools
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -442,17 +443,31 @@ class PackedAttention:
             return cls(boundaries, None, longest, observed=observed, flash=cells)
         if observed is None and on_cuda:
             return cls(boundaries, None, longest)
-        runs = equal_runs(boundaries.diff().tolist())
-        if observed is None:
-            return cls(boundaries, runs)
-        parts = observed[0].split([cells * length for cells, length in runs])
-        seen = [_observed_or_self(part, *run) for part, run in zip(parts, runs, strict=True)]
-        return cls(boundaries, runs, longest, seen, observed)
+        return cls(boundaries, equal_runs(boundaries.diff().tolist()), longest, observed=observed)._with_seen()
+
+    def _with_seen(self) -> "PackedAttention":
+        if self.observed is None or self.runs is None:
+            return self
+        parts = self.observed[0].split([cells * length for cells, length in self.runs])
+        return replace(self, seen=[_observed_or_self(part, *run) for part, run in zip(parts, self.runs, strict=True)])
+
+    def on(self, device: torch.device) -> "PackedAttention":
+        """Return the same on another device, as for a model whose layers lie on several."""
+        if self.boundaries.device == device:
+            return self
+        if self.runs is None:
+            return PackedAttention.make(
+                self.boundaries, self.longest, self.observed, device, flash=self.flash is not None
+            )
+        observed = None if self.observed is None else self.observed.to(device)
+        return replace(self, boundaries=self.boundaries.to(device), observed=observed)._with_seen()
 
     def __call__(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
     ) -> tuple[torch.Tensor, None]:
         """Attend: `(1, heads, length, width)`, of keys and values perhaps fewer, to `(1, length, heads, width)`."""
+        if self.boundaries.device != query.device:
+            return self.on(query.device)(query, key, value, scaling)
         if self.flash is not None:
             return self._by_flash(query, key, value, scaling), None
         if self.runs is None:
@@ -495,6 +510,44 @@ class PackedAttention:
             for tensor in (query, *(tensor.repeat_interleave(groups, dim=1) for tensor in (key, value)))
         )
         return scaled_dot_product_attention(q, k, v, scale=scaling).transpose(1, 2).values().unsqueeze(0)
+
+
+@dataclass(frozen=True, eq=False)
+class EagerAttention:
+    """Attention in plain torch, for one forward that returns its weights."""
+
+    mask: torch.Tensor | None  # (batch, 1, length, length), added to the scores
+
+    def __call__(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Attend: `(B, H, S, D)` to `(B, S, H, D)` and the weights `(B, H, S, S)`."""
+        groups = query.shape[1] // key.shape[1]
+        if groups > 1:
+            key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
+        scores = torch.matmul(query, key.transpose(2, 3)) * scaling
+        if self.mask is not None:
+            scores = scores + self.mask.to(scores.device)
+        at_least_float32 = torch.promote_types(query.dtype, torch.float32)
+        weights = torch.softmax(scores, dim=-1, dtype=at_least_float32).to(query.dtype)
+        return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+# What layers are given: a mask for the configured backend, or what attends by itself.
+AttentionMask = torch.Tensor | PackedAttention | EagerAttention | None
+
+
+def eager_attention_forward(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attend in plain torch, the only backend that returns its weights: `(B, H, S, D)` to `(B, S, H, D)`."""
+    return EagerAttention(attention_mask)(query, key, value, scaling)
 
 
 def _observed_or_self(observed: torch.Tensor, cells: int, length: int) -> torch.Tensor | ObservedKeys:

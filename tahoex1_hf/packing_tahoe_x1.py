@@ -13,14 +13,13 @@ import numpy as np
 import torch
 from torch import nn
 from transformers import BatchEncoding
-from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.masking_utils import and_masks, create_bidirectional_mask, packed_sequence_mask_function
 from transformers.modeling_outputs import ModelOutput
 from transformers.utils import TransformersKwargs, logging
 from transformers.utils.generic import is_flash_attention_requested
 
 from .configuration_tahoe_x1 import TahoeX1Config
-from .observed_attention_tahoe_x1 import PackedAttention, flash_serves
+from .observed_attention_tahoe_x1 import EagerAttention, PackedAttention, flash_serves
 
 logger = logging.get_logger(__name__)
 
@@ -118,13 +117,15 @@ def check_shape(input_ids: torch.Tensor, **tensors: torch.Tensor | None) -> None
 
 
 def check_arguments(
+    config: TahoeX1Config,
     input_ids: torch.Tensor | None,
     expression_values: torch.Tensor | None,
     attention_mask: torch.Tensor | None,
     target_mask: torch.Tensor | None,
+    drug_ids: torch.Tensor | None,
     kwargs: dict[str, Any],
 ) -> None:
-    """Raise ValueError for arguments of `TahoeX1Model.forward` that do not exist, or are of a wrong shape or type."""
+    """Raise ValueError for arguments of `TahoeX1Model.forward` that do not exist, or are wrong in shape or content."""
     unknown = sorted(set(kwargs) - _FORWARD_KWARGS)
     if unknown:
         raise ValueError(f"TahoeX1Model.forward has no argument {', '.join(unknown)}.")
@@ -144,6 +145,48 @@ def check_arguments(
         check_shape(input_ids, attention_mask=attention_mask)
     if target_mask is not None and target_mask.dtype != torch.bool:
         raise ValueError(f"target_mask must be bool, got {target_mask.dtype}: use target_mask.bool().")
+    _check_ids("input_ids", input_ids, config.vocab_size, "config.vocab_size")
+    if drug_ids is not None and config.num_drugs:
+        _check_ids("drug_ids", drug_ids, config.num_drugs, "config.num_drugs")
+    if attention_mask is not None and attention_mask.dim() == 2:
+        _refuse_left_padding("attention_mask", attention_mask.bool())
+    elif kwargs.get("cu_seq_lens_q") is None and config.pad_token_id is not None:
+        _refuse_left_padding("input_ids", input_ids != config.pad_token_id)
+
+
+def _check(good: torch.Tensor, problem: Callable[[], str]) -> None:
+    """Raise ValueError where a tensor of shape () is false; on CUDA, have the device stop, without waiting for it.
+
+    Tensors without content (on the device "meta", or while a graph is made) are not looked at.
+    """
+    if type(good) is not torch.Tensor or torch.compiler.is_compiling():
+        return
+    if good.device.type == "cuda":
+        torch._assert_async(good, problem())
+    elif good.device.type == "cpu" and not good:
+        raise ValueError(problem())
+
+
+def _check_ids(name: str, ids: torch.Tensor, number: int, option: str) -> None:
+    if ids.numel():
+        _check(
+            ((ids >= 0) & (ids < number)).all(),
+            lambda: (
+                f"{name} holds numbers outside 0 to {number - 1} ({option} is {number}): are they those of another "
+                "model's tokenizer?"
+            ),
+        )
+
+
+def _refuse_left_padding(name: str, tokens: torch.Tensor) -> None:
+    if tokens.numel():
+        _check(
+            (tokens[:, 0] | ~tokens.any(dim=1)).all(),
+            lambda: (
+                f"{name} pads on the left: a cell's <cls> stands first in its row, and padding last "
+                '(padding_side="right").'
+            ),
+        )
 
 
 def _check_full_mask(mask: torch.Tensor, shape: tuple[int, ...]) -> None:
@@ -336,43 +379,6 @@ def _falls_back_to_eager(config: TahoeX1Config, kwargs: dict[str, Any]) -> bool:
     return True
 
 
-@dataclass(frozen=True, eq=False)
-class EagerAttention:
-    """Attention in plain torch, for one forward that returns its weights."""
-
-    mask: torch.Tensor | None  # (batch, 1, length, length), added to the scores
-
-    def __call__(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Attend: `(B, H, S, D)` to `(B, S, H, D)` and the weights `(B, H, S, S)`."""
-        groups = query.shape[1] // key.shape[1]
-        key, value = repeat_kv(key, groups), repeat_kv(value, groups)
-        scores = torch.matmul(query, key.transpose(2, 3)) * scaling
-        if self.mask is not None:
-            scores = scores + self.mask.to(scores.device)
-        at_least_float32 = torch.promote_types(query.dtype, torch.float32)
-        weights = nn.functional.softmax(scores, dim=-1, dtype=at_least_float32).to(query.dtype)
-        return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
-
-
-# What layers are given: a mask for the configured backend, or what attends by itself.
-AttentionMask = torch.Tensor | PackedAttention | EagerAttention | None
-
-
-def eager_attention_forward(
-    module: Any,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attend in plain torch, the only backend that returns its weights: `(B, H, S, D)` to `(B, S, H, D)`."""
-    return EagerAttention(attention_mask)(query, key, value, scaling)
-
-
 def dummy_batch(vocab_size: int, device: torch.device) -> dict[str, torch.Tensor]:
     """Return two cells of four tokens each."""
     input_ids = torch.tensor([[1, 7, 6, 3], [1, 4, 2, 5]], device=device) % vocab_size
@@ -384,11 +390,12 @@ def masked_mse(
     predictions: torch.Tensor, labels: torch.Tensor, target_mask: torch.Tensor, num_targets: torch.Tensor | float
 ) -> torch.Tensor:
     """Sum squared errors over the targets in float32, divided by `num_targets`. All inputs: `(batch, length)`."""
-    predictions = predictions.float()
+    predictions, device = predictions.float(), predictions.device  # perhaps another one than the inputs'
+    target_mask, labels = target_mask.to(device), labels.to(device)
     # Both sides are zeroed before the difference: a label that is no target may be anything, NaN included.
     zero = predictions.new_zeros(())
     difference = torch.where(target_mask, predictions, zero) - torch.where(target_mask, labels.float(), zero)
-    return difference.square().sum() / num_targets
+    return _shared_by(difference.square().sum(), num_targets)
 
 
 def token_cross_entropy(
@@ -405,7 +412,12 @@ def token_cross_entropy(
     labels = labels.to(logits.device)
     labels = labels if valid is None else labels.masked_fill(~valid.to(labels.device), -100)
     total = nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum")
-    return total / (labels.ne(-100).sum().clamp(min=1) if num_items is None else num_items)
+    return _shared_by(total, labels.ne(-100).sum().clamp(min=1) if num_items is None else num_items)
+
+
+def _shared_by(total: torch.Tensor, number: torch.Tensor | float) -> torch.Tensor:
+    """Divide a sum by a number, which may lie on another device."""
+    return total / (number.to(total.device) if isinstance(number, torch.Tensor) else number)
 
 
 @dataclass

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from helpers import (
     GOLDEN,
     SHAPES,
@@ -109,6 +110,30 @@ def test_arguments_that_do_not_go_together(change: dict[str, Any], match: str) -
         tiny_model(tiny_config())(**make_batch(tiny_config()) | change)
 
 
+@pytest.mark.parametrize(
+    ("name", "row", "value", "match"),
+    [
+        ("input_ids", (2, 3), 80, r"input_ids holds numbers outside 0 to 79 \(config\.vocab_size is 80\)"),
+        ("input_ids", (0, 1), -1, "input_ids holds numbers outside 0 to 79"),
+        ("drug_ids", 1, 6, r"drug_ids holds numbers outside 0 to 5 \(config\.num_drugs is 6\)"),
+        ("attention_mask", (3, 0), 0, "attention_mask pads on the left"),
+    ],
+)
+def test_ids_out_of_range_and_padding_on_the_left(name: str, row: Any, value: int, match: str) -> None:
+    config = tiny_config(**SHAPES["drugs"])
+    batch = make_batch(config)
+    batch[name][row] = value
+    with pytest.raises(ValueError, match=match):
+        tiny_model(config)(**batch)
+
+
+def test_padding_on_the_left_is_seen_without_a_mask() -> None:
+    batch = make_batch(tiny_config())
+    del batch["attention_mask"]
+    with pytest.raises(ValueError, match="input_ids pads on the left"):
+        tiny_model(tiny_config())(**{name: tensor.flip(1) for name, tensor in batch.items()})
+
+
 @pytest.mark.parametrize("drug_ids", [torch.zeros(3), torch.zeros(4, 1), torch.zeros(())])
 def test_one_drug_per_cell(drug_ids: torch.Tensor) -> None:
     config = tiny_config(**SHAPES["drugs"])
@@ -175,6 +200,27 @@ def test_some_hidden_states() -> None:
     assert torch.equal(kept[1], states[2])
 
 
+# Export
+
+
+@pytest.mark.parametrize("shape", ["plain", "drugs_observed_or_self_mean"])
+@pytest.mark.parametrize("strict", [False, True])
+def test_exported_programs_take_any_number_of_cells_and_tokens(shape: str, strict: bool, tmp_path: Path) -> None:
+    config = tiny_config(**SHAPES[shape])
+    model = tiny_model(config, TahoeX1Model)
+    batch = make_batch(config, targets=False)
+    cells, length = torch.export.Dim("cells", min=2, max=64), torch.export.Dim("length", min=2, max=4096)
+    shapes = {name: {0: cells} if name == "drug_ids" else {0: cells, 1: length} for name in batch}
+    torch.export.save(
+        torch.export.export(model, (), batch, dynamic_shapes=shapes, strict=strict), tmp_path / "program.pt2"
+    )
+    program = torch.export.load(tmp_path / "program.pt2").module()
+    other = make_batch(config, (5, 3, 20, 11, 9), targets=False, seed=3)
+    ours, expected = program(**other), model(**other)
+    assert torch.equal(ours["pooler_output"], expected.pooler_output)
+    assert torch.equal(ours["last_hidden_state"], expected.last_hidden_state)
+
+
 # Training
 
 
@@ -221,18 +267,52 @@ def test_saved_models_load_unchanged(model_class: type, shape: str, tmp_path: Pa
     assert all(torch.equal(ours[name], expected[name]) for name in expected)
 
 
-@pytest.mark.parametrize("device_map", [{"": "cpu"}, "auto", "cpu"])
+ON_DISK = {"tahoe.layers.0": "disk", "tahoe.norm": "cpu", "expression_decoder": "disk", "cell_decoder": "cpu"}
+
+
+@pytest.mark.parametrize(
+    "device_map", [{"": "cpu"}, "auto", "cpu", {"tahoe.embeddings": "cpu", "tahoe.layers.1": "cpu", **ON_DISK}]
+)
 def test_sharded_and_placed(device_map: Any, tmp_path: Path) -> None:
     config = tiny_config(**SHAPES["drugs"])
     model = tiny_model(config)
     model.save_pretrained(tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 3
     assert (tmp_path / "model.safetensors.index.json").is_file()
-    loaded, report = AutoModelForPreTraining.from_pretrained(tmp_path, device_map=device_map, output_loading_info=True)
+    loaded, report = AutoModelForPreTraining.from_pretrained(
+        tmp_path, device_map=device_map, output_loading_info=True, offload_folder=tmp_path / "offloaded"
+    )
     assert not any(report.values()), report
-    assert same_weights(loaded, model)
+    assert "disk" in str(device_map) or same_weights(loaded, model)
     batch = make_batch(config)
     assert torch.equal(loaded(**batch).loss, model(**batch).loss)
+
+
+@every_class
+@pytest.mark.parametrize("pack", [False, True])
+@pytest.mark.parametrize("shape", ["plain", "drugs_observed_or_self_mean"])
+def test_layers_on_two_devices(model_class: type, pack: bool, shape: str) -> None:
+    """The second device is "meta": it computes nothing, but refuses what lies elsewhere, as a second GPU does."""
+    config = tiny_config(**SHAPES[shape], num_labels=3)
+    model, batch = tiny_model(config, model_class), make_batch(config)
+    labels = {
+        TahoeX1ForPreTraining: batch.pop("labels"),
+        TahoeX1ForSequenceClassification: torch.tensor([0, 1, 2, 0]),
+        TahoeX1ForTokenClassification: batch["input_ids"] % 3,
+    }
+    batch |= {"labels": labels[model_class]} if model_class in labels and not pack else {}
+    for name, module in model.named_modules():
+        whole = type(module).__name__ in model._no_split_modules
+        last = name.startswith(("classifier", "expression_decoder", "cell_decoder")) or name in ("norm", "tahoe.norm")
+        if whole or (last and not list(module.children())):
+            device = "meta" if "layers.1" in name or last else "cpu"
+            hook = AlignDevicesHook(execution_device=device, io_same_device=False, place_submodules=True)
+            add_hook_to_module(module.to(device), hook)
+    cells = packed(batch) if pack else batch
+    for extra in ({}, {"output_attentions": True}):
+        outputs = model(**cells, **extra)
+        assert outputs[0].device.type == "meta"
+        assert len(outputs.get("attentions", ())) == 2 * bool(extra)
 
 
 def test_bfloat16_files_stay_bfloat16(tmp_path: Path) -> None:
