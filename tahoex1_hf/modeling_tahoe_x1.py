@@ -43,6 +43,8 @@ from .packing_tahoe_x1 import (
     token_cross_entropy,
 )
 
+ON_RESIDUAL = "_adds_to_residual_stream"  # attribute of the last layer of an attention block
+
 
 class TahoeX1GeneEncoder(nn.Module):
     """Gene id to its context-free embedding: `(batch, length)` to `(batch, length, hidden_size)`."""
@@ -75,14 +77,8 @@ class TahoeX1HeadLinear(nn.Linear):
         return super().forward(hidden_states.to(multiplied_as(hidden_states, self.bias.dtype)))
 
 
-# The two classes below differ from torch's only in their initial weights. transformers calls `_init_weights` of custom
-# models only on modules that hold parameters themselves, so a parent cannot initialise its children.
 class TahoeX1DrugTable(nn.Embedding):
-    """Fingerprints of the drugs."""
-
-
-class TahoeX1ResidualLinear(nn.Linear):
-    """Linear layer at the end of an attention block, whose output is added to the residual stream."""
+    """Fingerprints of the drugs. It differs from torch's class in its initial weights only."""
 
 
 class TahoeX1ExpressionEncoder(nn.Module):
@@ -202,7 +198,10 @@ class TahoeX1Attention(nn.Module):
         self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.k_proj = nn.Linear(config.hidden_size, kv_size)
         self.v_proj = nn.Linear(config.hidden_size, kv_size)
-        self.o_proj = TahoeX1ResidualLinear(config.hidden_size, config.hidden_size)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        # An attribute, since quantisers replace `nn.Linear`s alone, and transformers has custom models initialise only
+        # the modules that hold parameters themselves, without their parents.
+        setattr(self.o_proj, ON_RESIDUAL, True)
 
     def forward(
         self,
@@ -307,7 +306,7 @@ class TahoeX1PreTrainedModel(PreTrainedModel):
         Source: `init_config_defaults` of tahoe_x1/model/blocks.py (kaiming_normal_, fan_in, relu, residual division).
         """
         if isinstance(module, (nn.Linear, TahoeX1ValueLinear)):
-            residuals = 2 * self.config.num_hidden_layers if isinstance(module, TahoeX1ResidualLinear) else 1
+            residuals = 2 * self.config.num_hidden_layers if hasattr(module, ON_RESIDUAL) else 1
             init.normal_(module.weight, std=(2.0 / module.weight.shape[1] / residuals) ** 0.5)
             if module.bias is not None:
                 init.zeros_(module.bias)

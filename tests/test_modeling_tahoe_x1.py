@@ -1,5 +1,6 @@
 """Test the model as a transformers model: its arguments, outputs, files and initial weights; and PEFT on it."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,9 @@ from transformers import (
     AutoModelForPreTraining,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    BitsAndBytesConfig,
     PreTrainedModel,
+    TorchAoConfig,
 )
 from transformers.utils import output_capturing
 
@@ -455,6 +458,96 @@ def test_methods_that_put_vectors_before_the_tokens_are_refused(task: str, name:
     # PEFT itself refuses prefixes before classifiers.
     with pytest.raises(ValueError, match=r"is not supported: .* use LoRA|does not support past key values"):
         model(**make_batch(config, targets=False))
+
+
+# Quantisation
+
+
+def quantised_layers(model: PreTrainedModel) -> set[str]:
+    """Return the names of the layers whose weights are no plain floats."""
+    return {
+        name
+        for name, layer in model.named_modules()
+        if type(layer).__module__.startswith(("bitsandbytes.", "torch.ao."))
+        or type(getattr(layer, "weight", None)).__module__.startswith("torchao.")
+    }
+
+
+def torchao_setting(kind: str) -> Any:
+    """Return torchao's 8 bits, or its 4 bits for CPUs: those of `Int4WeightOnlyConfig` need CUDA."""
+    quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed (extra int8)")
+    if kind == "int8":
+        return TorchAoConfig(quantization.Int8WeightOnlyConfig())
+    if kind == "int4 on CUDA":
+        return TorchAoConfig(quantization.Int4WeightOnlyConfig(group_size=32))
+    groups = quantization.PerGroup(32)
+    return TorchAoConfig(quantization.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=groups))
+
+
+def bitsandbytes_setting(kind: str) -> Any:
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (extra qlora)")
+    return BitsAndBytesConfig(load_in_8bit=kind == "8 bits", load_in_4bit=kind == "4 bits")
+
+
+def check_quantised(model_class: type, setting: Any, tmp_path: Path, device: str = "cpu", **options: Any) -> None:
+    """Every layer of the transformer is quantised, values, embeddings and heads are not, and results are close."""
+    shape = SHAPES["drugs"] | {"drug_fingerprint_size": 64, "hidden_size": 64}  # 4 bits come in groups of up to 64
+    config = tiny_config(**shape, num_labels=3)
+    model, batch = tiny_model(config, model_class), make_batch(config, targets=False)
+    model.save_pretrained(tmp_path)
+    loaded = model_class.from_pretrained(tmp_path, quantization_config=setting, device_map=device, **options)
+    found = quantised_layers(loaded)
+    layers = {f"layers.{i}.{name}" for i in range(2) for name in ("mlp.up_proj", "mlp.down_proj")}
+    layers |= {f"layers.{i}.self_attn.{name}_proj" for i in range(2) for name in "qkvo"}
+    assert {name.removeprefix("tahoe.") for name in found if ".layers" in f".{name}"} >= layers
+    assert not [name for name in found if name.endswith(("expression_encoder.linear1", "classifier", "output"))]
+    assert not [name for name in found if "embedding" in name.rpartition(".")[2]]
+    with torch.no_grad():
+        ours = loaded(**{name: tensor.to(device) for name, tensor in batch.items()})[0].float().cpu()
+        expected = model(**batch)[0]
+    assert 0.95 < torch.cosine_similarity(ours.flatten(), expected.flatten(), dim=0) < 1 - 1e-8
+
+
+@every_class
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_torchao_needs_no_list_of_layers(model_class: type, kind: str, tmp_path: Path) -> None:
+    check_quantised(model_class, torchao_setting(kind), tmp_path)
+
+
+@every_class
+@pytest.mark.parametrize("kind", ["8 bits", "4 bits"])
+def test_bitsandbytes_needs_no_list_of_layers(model_class: type, kind: str, tmp_path: Path) -> None:
+    check_quantised(model_class, bitsandbytes_setting(kind), tmp_path)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["int8", "int4 on CUDA", "8 bits", "4 bits"])
+def test_quantised_on_cuda(kind: str, tmp_path: Path) -> None:
+    setting = torchao_setting(kind) if "int" in kind else bitsandbytes_setting(kind)
+    check_quantised(CLASSES[2], setting, tmp_path, "cuda", dtype=torch.bfloat16)
+
+
+@every_class
+def test_dynamic_quantisation_needs_no_list_of_layers(model_class: type) -> None:
+    config = tiny_config(**SHAPES["drugs"], num_labels=3)
+    model, batch = tiny_model(config, model_class), make_batch(config, targets=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        quantised = torch.ao.quantization.quantize_dynamic(model, dtype=torch.qint8)
+    plain = {name for name, layer in quantised.named_modules() if isinstance(layer, torch.nn.Linear)}
+    assert {name.rpartition(".")[2] for name in plain} <= {"classifier", "output"}
+    ours, expected = quantised(**batch)[0], model(**batch)[0]
+    assert 0.95 < torch.cosine_similarity(ours.flatten(), expected.flatten(), dim=0) < 1 - 1e-8
+
+
+def test_float16_models_predict_in_float32(tmp_path: Path) -> None:
+    config = tiny_config(num_labels=3)
+    for model_class, name in ((CLASSES[1], "expression_predictions"), (CLASSES[2], "logits")):
+        tiny_model(config, model_class).save_pretrained(tmp_path / name)
+        model = model_class.from_pretrained(tmp_path / name, dtype=torch.float16)
+        outputs = model(**make_batch(config, targets=False))
+        assert outputs[name].dtype == torch.float32
+        assert model.tahoe.embeddings.expression_encoder.linear1.weight.dtype == torch.float16
 
 
 def test_golden_checkpoints_are_not_transformers_folders() -> None:

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.functional import linear
 
 from tahoex1_hf.inference.fused_norm import add_and_norm
-from tahoex1_hf.modeling_tahoe_x1 import TahoeX1Layer, TahoeX1Model, TahoeX1ResidualLinear
+from tahoex1_hf.modeling_tahoe_x1 import TahoeX1Layer, TahoeX1Model
 
 # Numbers of a feed-forward block's inner layer that are in memory at once, on CPUs: 16 MB in float32. Larger arrays
 # leave the cache, and the allocator gives them back to the system each time, which takes longer than the activation.
@@ -195,4 +195,4 @@ def prepare_layers(model: TahoeX1Model, dtype: torch.dtype) -> list[PreparedLaye
 
 def is_plain(module: nn.Module) -> bool:
     """Return whether a linear layer is its weight and no more: no adapter around it, and not quantised."""
-    return type(module) in (nn.Linear, TahoeX1ResidualLinear) and type(module.weight) is nn.Parameter
+    return type(module) is nn.Linear and type(module.weight) is nn.Parameter
