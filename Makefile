@@ -6,7 +6,7 @@ BIN := $(CURDIR)/.venv/bin
 PIP_INSTALL := "$(BIN)/python" -m pip install -q -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-cpu test-census test-times test-lowest test-newest test-gpu check-beside check-wheel lint benchmark clean
+.PHONY: help demo test test-cpu test-census test-times test-lowest test-newest test-upstream test-gpu check-beside check-wheel lint benchmark clean
 
 help: ## list the targets
 	@echo 'Usage: make TARGET [PYTHON=python3.11]    (Python >= 3.11; the first run installs into .venv)'
@@ -18,7 +18,7 @@ demo: .venv/.installed ## embed real cells and draw them; MODEL=<id or folder> a
 
 # Tests and checks run without downloads and with one thread each (OMP_NUM_THREADS=2 for two). Waiting threads sleep, so
 # that they do not take a core from other processes.
-CHECKS := test test-cpu test-census check-wheel test-times test-lowest test-newest
+CHECKS := test test-cpu test-census check-wheel test-times test-lowest test-newest test-upstream
 $(CHECKS): export HF_HUB_OFFLINE = 1
 $(CHECKS): export OMP_NUM_THREADS ?= 1
 $(CHECKS): export OMP_WAIT_POLICY = PASSIVE
@@ -70,6 +70,33 @@ test-lowest: .venv/.installed ## the tests with the lowest versions that setup.c
 test-newest: .venv/.installed ## the tests with the newest versions, on NEWEST_PYTHON (anndata 0.13 needs 3.12)
 	$(call test_in_environment,newest,$(NEWEST_PYTHON),highest)
 
+# transformers' and PEFT's common tests come with their source distributions alone. Their environment shares the packages
+# of .venv, and adds what only these tests need; tests of ours that need bitsandbytes run in it too. The table is written
+# whether or not all tests pass.
+UPSTREAM := $(CURDIR)/build/upstream
+UPSTREAM_PYTHON := $(CURDIR)/.venv-upstream/bin/python
+test-upstream: export TAHOEX1_UPSTREAM_SOURCES = $(UPSTREAM)
+test-upstream: export TAHOEX1_UPSTREAM_RESULTS = $(UPSTREAM)/results.json
+test-upstream: export RUN_SLOW = yes
+test-upstream: .venv-upstream/.installed build/upstream/.unpacked ## transformers' and PEFT's own tests on our classes; writes docs/upstream-tests.md
+	"$(UPSTREAM_PYTHON)" -m pytest -q -p no:cacheprovider tests/test_modeling_tahoe_x1.py -k bitsandbytes
+	"$(UPSTREAM_PYTHON)" -m pytest -q -c tests/upstream/pytest.ini tests/upstream $(TESTS); \
+	  code=$$?; "$(UPSTREAM_PYTHON)" tests/upstream/table.py "$(UPSTREAM)/results.json"; exit $$code
+
+.venv-upstream/.installed: .venv/.int8
+	"$(BIN)/python" -m uv venv -q --clear --python "$(BIN)/python" .venv-upstream
+	"$(BIN)/python" -c 'import site; print(site.getsitepackages()[0])' > \
+	  "$$("$(UPSTREAM_PYTHON)" -c 'import site; print(site.getsitepackages()[0])')/shared.pth"
+	"$(BIN)/python" -m pip --python .venv-upstream install -q -c constraints.txt --no-deps parameterized bitsandbytes
+	@touch $@
+
+build/upstream/.unpacked: .venv/.installed
+	rm -rf build/upstream
+	"$(BIN)/python" -m pip download -q -c constraints.txt --no-binary :all: --no-deps --no-build-isolation \
+	  -d build/upstream transformers peft
+	cd build/upstream && for each in *.tar.gz; do tar -xzf "$$each" || exit 1; done
+	@touch $@
+
 test-gpu: export HF_HUB_OFFLINE = 1
 test-gpu: .venv/.installed .venv/.int8 ## the tests that need a CUDA device
 	"$(BIN)/python" -m pytest -m gpu
@@ -83,7 +110,7 @@ benchmark: .venv/.installed .venv/.int8 ## measure speed and memory, write the r
 	"$(BIN)/python" -m benchmarks
 
 clean: ## remove .venv, caches and build output
-	rm -rf .venv .venv-lowest .venv-newest build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .venv .venv-lowest .venv-newest .venv-upstream build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
 	find . -name .git -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamp is written last. An install that was cut short leaves .incomplete, and the next one starts afresh.
