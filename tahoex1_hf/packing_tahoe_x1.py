@@ -356,7 +356,7 @@ def make_attention_mask(
     if eager and config._attn_implementation != "eager":
         config = copy.copy(config)
         config._attn_implementation = "eager"
-    mask = create_bidirectional_mask(
+    mask: Any = create_bidirectional_mask(
         config=config,
         inputs_embeds=hidden_states,
         attention_mask=valid,

@@ -48,16 +48,18 @@ def pytest_runtest_logreport(report: Any) -> None:
         _ended.setdefault(report.nodeid, (report.outcome, reason.removeprefix("Skipped: ")))
 
 
+def ask_git(*arguments: str) -> str:
+    return subprocess.run(["git", "-C", str(HERE), *arguments], capture_output=True, text=True, check=False).stdout
+
+
 def pytest_sessionfinish() -> None:
     versions = {name: importlib.metadata.version(name) for name in ("transformers", "peft", "torch")}
-    git = ["git", "-C", str(HERE)]
-    revision = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    changed = subprocess.run(
-        [*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True, check=False
-    ).stdout
+    # The revision and, of a merge, its parents.
+    revisions = ask_git("rev-list", "--parents", "-n", "1", "--abbrev-commit", "HEAD").split()
+    changed = ask_git("status", "--porcelain", "--untracked-files=no")
     record = {
         "versions": versions,
-        "revision": revision,
+        "revisions": revisions if len(revisions) > 2 else revisions[:1],
         "changed_files": len(changed.splitlines()),
         "tests": {name: {"outcome": outcome, "reason": reason} for name, (outcome, reason) in sorted(_ended.items())},
         "subtests": {f"{name} {outcome}": number for (name, outcome), number in sorted(_subtests.items())},

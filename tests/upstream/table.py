@@ -81,7 +81,10 @@ def reasons(record: dict[str, Any], listed: bool) -> str:
 def main() -> None:
     record = json.loads(Path(sys.argv[1]).read_text())
     changed = f", with {record['changed_files']} changed files" if record["changed_files"] else ""
-    text = HEAD.format(**record["versions"], revision=record["revision"][:12], changed=changed) + counts(record)
+    revision, *parents = record["revisions"] or ["unknown"]
+    if parents:
+        revision += f" (merge of {' and '.join(parents)})"
+    text = HEAD.format(**record["versions"], revision=revision, changed=changed) + counts(record)
     failed = [name for name, test in record["tests"].items() if test["outcome"] == "failed"]
     if failed:
         text += "\n## Failed\n\n" + "".join(f"- {group_of(name)}: `{name.split('::')[2]}`\n" for name in failed)
