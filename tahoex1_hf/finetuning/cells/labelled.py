@@ -44,6 +44,8 @@ _ENCODED_CELLS = 256  # cells encoded at a time, outside of training
 class StoredCounts:
     """Counts of the cells of a file, in their order, as flat arrays on disk.
 
+    The genes of a cell are sorted by token id, so that what is learnt does not depend on the order of a file's genes.
+
     Attributes:
         tokens: Token ids of the expressed genes, shape `(total,)`, int32.
         counts: Their counts, shape `(total,)`, float32.
@@ -57,7 +59,7 @@ class StoredCounts:
             lengths, drugs = [np.zeros(0, dtype=np.int64)], list[np.ndarray | None]()
             warned = False
             for chunk in source.chunks(0, source.num_cells, CHUNK_CELLS, drugs_of.columns):
-                rows = chunk.rows
+                rows = _sorted_by_token(chunk.rows)
                 rows.tokens.astype(np.int32).tofile(tokens)
                 rows.counts.astype(np.float32).tofile(counts)
                 lengths.append(np.diff(rows.offsets))
@@ -92,6 +94,14 @@ class StoredCounts:
         """Return the genes and counts of some cells for the collator, without a copy."""
         starts = self.offsets[numbers]
         return CountRows(self.tokens, starts, self.counts, starts, self.offsets[numbers + 1] - starts)
+
+
+def _sorted_by_token(rows: GeneRows) -> GeneRows:
+    cells = rows.cells()
+    if ((rows.tokens[1:] > rows.tokens[:-1]) | (cells[1:] > cells[:-1])).all():
+        return rows
+    order = np.lexsort((rows.tokens, cells))
+    return GeneRows(rows.tokens[order], rows.counts[order], rows.offsets)
 
 
 def _mapped(file: Any, dtype: type, size: int) -> np.ndarray:
