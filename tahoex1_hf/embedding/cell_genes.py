@@ -97,6 +97,8 @@ class CellGenes:
         ids = input_ids.numpy()
         genes = np.flatnonzero(self.is_gene[ids])
         values = hidden_states.float().cpu().numpy()[genes]
+        if not np.isfinite(values).all():
+            raise ValueError(f"{self.location}: the gene embeddings of cell {cell!r} have NaN or infinite values.")
         columns: dict[str, Any] = {
             "cell": pa.repeat(pa.scalar(cell, pa.string()), len(genes)),
             "source": pa.repeat(pa.scalar(source, pa.string()), len(genes)),

@@ -12,8 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from transformers.utils import logging as transformers_logging
-
 from tahoex1_hf.common.finite_tensors import check_finite, named_tensors
 from tahoex1_hf.common.reading import reading
 from tahoex1_hf.common.weight_files import tensor_names, weight_files
@@ -21,6 +19,7 @@ from tahoex1_hf.common.wrapped_names import taken_off, unwrapped, unwrapping
 
 logger = logging.getLogger(__name__)
 
+_REPORTER = logging.getLogger("transformers.modeling_utils")
 _NAMED = 3  # names of tensors in a message
 
 
@@ -48,7 +47,7 @@ def load_whole(folder: Path, model_class: Any, optional: Sequence[str] = (), **o
         rules = unwrapping(names)
         if rules:
             logger.info("%s: took %s off the names of the tensors.", _what(files), taken_off(names))
-        with _without_reports():
+        with _keeping_report_back(_what(files)):
             model, report = model_class.from_pretrained(
                 folder, output_loading_info=True, ignore_mismatched_sizes=True, key_mapping=rules or None, **options
             )
@@ -71,15 +70,40 @@ def has_part(folder: Path, part: str) -> bool:
     return any(name.removeprefix("model.").startswith(f"{part}.") for name in names)  # the original has `model.`
 
 
+class _Report(logging.Filter):
+    """Keep back transformers' report of the weights, which becomes an error here, or tells what is expected."""
+
+    text = ""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        if "LOAD REPORT" not in text:
+            return True
+        self.text = text
+        return False
+
+
 @contextmanager
-def _without_reports() -> Iterator[None]:
-    """Suppress transformers' report of missing weights, which become errors here, or are expected."""
-    before = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
+def _keeping_report_back(what: str) -> Iterator[None]:
+    """Keep the report back; where transformers only says that it is "above", say what is in it.
+
+    Raises:
+        ValueError: for tensors of the model that those of the file cannot be put together into.
+    """
+    report = _Report()
+    _REPORTER.addFilter(report)
     try:
         yield
+    except RuntimeError as error:
+        names = re.findall(r"^(\S+) *\|.*CONVERSION", report.text, re.MULTILINE)
+        if not names:
+            raise
+        raise ValueError(
+            f"{what} holds parts of {some_of(names)} that do not make up a whole: some are missing or have another "
+            "shape. Copy the file again, or use another checkpoint."
+        ) from error
     finally:
-        transformers_logging.set_verbosity(before)
+        _REPORTER.removeFilter(report)
 
 
 def _what(files: Sequence[Path]) -> str:

@@ -86,6 +86,16 @@ def test_the_table_is_that_of_the_model(tmp_path: Path, cells: anndata.AnnData, 
     assert json.loads(file.metadata.metadata[b"tahoe_x1"])["matched_genes"] == 60
 
 
+def test_embeddings_that_are_not_finite_stop_the_run(tmp_path: Path, cells: anndata.AnnData, parts: Parts) -> None:
+    torch.nn.init.constant_(parts[0].norm.weight, 3e38)
+    path = write_cells(cells, tmp_path / "cells", "csr")
+    with pytest.raises(ValueError, match=r"genes\.parquet: the gene embeddings of cell '\w+-\d+' have NaN"):
+        embed(path, tmp_path / "out.npy", parts)
+    with pytest.raises(ValueError, match=r"gives NaN or infinite values for cell '\w+-\d+' \(number \d+, from 0\)"):
+        embed_files(path, tmp_path / "out.npy", *parts, progress=False, dtype="float32")
+    assert not (tmp_path / "out.npy").exists()
+
+
 def test_datasets_reads_it(tmp_path: Path, cells: anndata.AnnData, parts: Parts, monkeypatch) -> None:
     datasets = pytest.importorskip("datasets")
     table = embed(write_cells(cells, tmp_path / "cells", "csr"), tmp_path / "out.npy", parts, key_added="X_mine")

@@ -406,7 +406,19 @@ def test_from_pretrained_stays_as_in_transformers(whole: Path, tmp_path: Path) -
     assert head.classifier.weight.shape == (3, 32)
 
 
-def test_weights_of_one_byte_are_loaded(whole: Path, cells: anndata.AnnData, tmp_path: Path) -> None:
+def test_half_a_fused_matrix(original: Path, whole: Path, cells: anndata.AnnData, tmp_path: Path) -> None:
+    """Weights may have the original's names beside our configuration, and are put together then."""
+    shutil.copytree(whole, tmp_path / "mixed")
+    tensors = read(original / "model.safetensors")
+    save(tensors, tmp_path / "mixed" / "model.safetensors")
+    np.testing.assert_array_equal(embedded(tmp_path / "mixed", cells), embedded(whole, cells))
+    name = "model.transformer_encoder.layers.0.self_attn.Wqkv.weight"
+    save({**tensors, name: tensors[name][:-7]}, tmp_path / "mixed" / "model.safetensors")
+    with pytest.raises(ValueError, match=r"holds parts of .*layers\.0\.self_attn\.\w_proj\.weight.* do not make up"):
+        embedded(tmp_path / "mixed", cells)
+
+
+def test_weights_of_one_byte() -> None:
     """The tensors that a quantised weight consists of are looked at, and those of whole numbers are let be."""
     torchao = pytest.importorskip("torchao.quantization")
     from tahoex1_hf.common.finite_tensors import check_finite, named_tensors

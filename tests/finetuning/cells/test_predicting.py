@@ -24,6 +24,7 @@ from tahoex1_hf.finetuning.cells.predicting import predict_anndata, predict_file
 from tahoex1_hf.finetuning.cells.predictor import load_predictor
 from tahoex1_hf.finetuning.running import finetune
 from tahoex1_hf.hub.adapters import load_adapter
+from tahoex1_hf.hub.models import without_peft
 
 COLUMN = "tahoex1_kind"
 
@@ -109,6 +110,18 @@ def test_predictions_equal_the_models(data: Path, adapter: Path, tmp_path: Path)
         with torch.no_grad():
             expected = model(**batch).logits.softmax(1)[0].numpy()
         np.testing.assert_allclose(probabilities(result)[row], expected, atol=1e-5)
+
+
+def test_predictions_that_are_not_finite_name_the_cell(data: Path, adapter: Path) -> None:
+    model, tokenizer = load_adapter(adapter)
+    head = without_peft(model).classifier
+    with torch.no_grad():
+        for parameter in head.parameters():  # finite, and too large to compute with
+            parameter.fill_(3e38)
+    cells = anndata.read_h5ad(data)
+    with pytest.raises(ValueError, match=rf"NaN or infinite values for cell '{cells.obs_names[0]}' \(number 0"):
+        predict_anndata(cells, model, tokenizer=tokenizer, progress=False, dtype="float32")
+    assert "tahoex1_kind" not in cells.obs
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 100, 100_000])
