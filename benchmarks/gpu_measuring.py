@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from benchmarks.measuring import progress
-from tahoex1_hf.packing_tahoe_x1 import EncodedCells
+from tahoex1_hf.padding_tahoe_x1 import EncodedCells
 
 
 @dataclass

@@ -15,7 +15,7 @@ from tahoex1_hf.cells import compilation
 from tahoex1_hf.cells.compiled_encoding import encode_compiled
 from tahoex1_hf.cells.readers.base import gene_rows
 from tahoex1_hf.encoding_tahoe_x1 import GeneMatch
-from tahoex1_hf.packing_tahoe_x1 import EncodedCells
+from tahoex1_hf.padding_tahoe_x1 import EncodedCells
 from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
 
 COLUMNS, EXPRESSED, CONTEXT, CHUNK = 20_000, 2_500, 2048, 256

@@ -1,18 +1,26 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
 """Configuration of the Tahoe-x1 single-cell foundation models, and checks of their tokenizer's settings.
 
-This file travels to the Hugging Face Hub beside the weights: it imports nothing but transformers.
+Also what `trust_remote_code` needs: the names of the files that travel to the Hugging Face Hub beside the weights, and
+of the classes in them. This file is one of them: it imports nothing but transformers.
 """
 
+import copy
 import difflib
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
-from transformers import PreTrainedConfig
+from transformers import GenerationConfig, PreTrainedConfig
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 Activation = Literal["relu", "leaky_relu", "gelu", "silu", "tanh", "sigmoid"]
 
@@ -67,16 +75,126 @@ _TRANSFORMERS_KEYS = frozenset(
         "quantization_config",
         "tie_last_hidden_states",
         "torch_dtype",
-        "use_cache",  # set by Trainer
     }
 )
+# Keys that earlier versions of transformers wrote into every config.json, or that Trainer sets. They are kept, and
+# `from_pretrained` takes them as keyword arguments, as it does for models that declare them; ours reads none of them.
+_LEGACY_KEYS = frozenset(
+    {
+        "add_cross_attention",
+        "cross_attention_hidden_size",
+        "finetuning_task",
+        "initializer_range",
+        "is_decoder",
+        "keys_to_ignore_at_inference",
+        "prefix",
+        "pruned_heads",
+        "task_specific_params",
+        "tf_legacy_loss",
+        "tie_encoder_decoder",
+        "tie_word_embeddings",
+        "tokenizer_class",
+        "torchscript",
+        "use_bfloat16",
+        "use_cache",
+    }
+)
+
+# What `trust_remote_code` reads: the files, and the classes in them.
+PIPELINE_FILE = "pipeline_tahoe_x1.py"
+CODE_FILES = (
+    "configuration_tahoe_x1.py",
+    "encoding_tahoe_x1.py",
+    "inputs_tahoe_x1.py",
+    "modeling_tahoe_x1.py",
+    "observed_attention_tahoe_x1.py",
+    "packing_tahoe_x1.py",
+    "padding_tahoe_x1.py",
+    PIPELINE_FILE,
+    "tokenization_tahoe_x1.py",
+)
+AUTO_MAP = {
+    "AutoConfig": "configuration_tahoe_x1.TahoeX1Config",
+    "AutoModel": "modeling_tahoe_x1.TahoeX1Model",
+    "AutoModelForPreTraining": "modeling_tahoe_x1.TahoeX1ForPreTraining",
+    "AutoModelForSequenceClassification": "modeling_tahoe_x1.TahoeX1ForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_tahoe_x1.TahoeX1ForTokenClassification",
+}
+TOKENIZER_AUTO_MAP = {"AutoTokenizer": ["tokenization_tahoe_x1.TahoeX1Tokenizer", None]}  # slow, fast
+CELL_EMBEDDING = "cell-embedding"  # the task of our pipeline
+CUSTOM_PIPELINES = {
+    CELL_EMBEDDING: {
+        "impl": "pipeline_tahoe_x1.TahoeX1CellEmbeddingPipeline",
+        "pt": ["AutoModel"],
+        "type": "multimodal",
+    }
+}
+
+
+def copy_code(folder: str | os.PathLike) -> list[str]:
+    """Copy the files that travel into a folder, and return their paths."""
+    here, paths = Path(__file__).parent, []
+    for name in CODE_FILES:
+        # Code that was itself loaded from the Hub lacks the files that no class in use has imported.
+        if (here / name).is_file():
+            paths.append(shutil.copyfile(here / name, Path(folder) / name))
+    return [str(path) for path in paths]
+
+
+def names_our_code(auto_map: Any) -> bool:
+    """Return whether an `auto_map` names classes in files that must lie beside it, and not in another repository."""
+    names = auto_map.values() if isinstance(auto_map, Mapping) else ()
+    names = [name[0] if isinstance(name, (list, tuple)) and name else name for name in names]
+    return any(isinstance(name, str) and f"{name.partition('.')[0]}.py" in CODE_FILES for name in names)
+
+
+class TravelsWithCode:
+    """Lets `save_pretrained` and `push_to_hub` of models and tokenizers add the code for `trust_remote_code`."""
+
+    def save_pretrained(self, save_directory: Any, *args: Any, with_code: bool = False, **kwargs: Any) -> Any:
+        """Save as transformers does.
+
+        Args:
+            save_directory: folder to write into.
+            with_code: whether to add the code, with which the Auto classes load the folder where this package is not
+                installed, given `trust_remote_code=True`.
+            *args: as in transformers.
+            **kwargs: as in transformers.
+        """
+        with self._naming_code(with_code):
+            return super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+
+    def push_to_hub(self, repo_id: str, *args: Any, with_code: bool = False, **kwargs: Any) -> Any:
+        """Upload as transformers does; `with_code` as for `save_pretrained`."""
+        with self._naming_code(with_code):
+            return super().push_to_hub(repo_id, *args, **kwargs)  # type: ignore[misc]
+
+    @contextmanager
+    def _naming_code(self, wanted: bool) -> Iterator[None]:
+        """Name the classes in what is saved meanwhile; who saves such names copies the files."""
+        holder, names = self._code_names()
+        before = {name: vars(holder).get(name) for name in names}
+        vars(holder).update(names if wanted else {})
+        try:
+            yield
+        finally:
+            for name, value in before.items() if wanted else ():
+                if value is None:
+                    vars(holder).pop(name, None)
+                else:
+                    vars(holder)[name] = value
+
+    def _code_names(self) -> tuple[Any, dict[str, Any]]:
+        """Return what the names are attributes of, and the names: of a model, its configuration's."""
+        return self.config, copy.deepcopy({"auto_map": AUTO_MAP, "custom_pipelines": CUSTOM_PIPELINES})  # type: ignore[attr-defined]
 
 
 @strict
 class TahoeX1Config(PreTrainedConfig):
     r"""Shape and behaviour of a Tahoe-x1 model. The defaults are the released 70M model.
 
-    The original program's names `d_model`, `n_layers` and `n_heads` are accepted too. An unknown key is an error.
+    The original program's names `d_model`, `n_layers` and `n_heads` are accepted too. A key that looks like a misspelt
+    one of these is an error; any other is kept, as in transformers. In a file, unknown keys are warned of, and kept.
 
     Args:
         vocab_size (`int`, *optional*, defaults to 62720):
@@ -186,7 +304,7 @@ class TahoeX1Config(PreTrainedConfig):
     classifier_dropout: float | int = 0.0
 
     def __post_init__(self, **kwargs: Any) -> None:
-        self._refuse_unknown_keys(kwargs)
+        refuse_misspelt_keys(type(self), kwargs, cutoff=0.75)
         for original_name, name in self.attribute_map.items():
             # Before the derived values below, which depend on them.
             if original_name in kwargs:
@@ -195,17 +313,55 @@ class TahoeX1Config(PreTrainedConfig):
             self.num_key_value_heads = self.num_attention_heads
         if self.intermediate_size is None:
             self.intermediate_size = 4 * self.hidden_size
+        if isinstance(self.dtype, str):
+            self.dtype = self.dtype.removeprefix("torch.")
         super().__post_init__(**kwargs)
 
-    def _refuse_unknown_keys(self, extra: dict[str, Any]) -> None:
-        """Raise ValueError for unknown keys, such as misspelt options, which PreTrainedConfig would store silently."""
-        unknown = sorted(set(extra) - _TRANSFORMERS_KEYS - set(self.attribute_map))
-        if not unknown:
-            return
-        known = [*self.__dataclass_fields__, *self.attribute_map]
-        close = [match for key in unknown for match in difflib.get_close_matches(key, known, n=2)]
-        hint = f" Did you mean {', '.join(map(repr, close))}?" if close else ""
-        raise ValueError(f"TahoeX1Config has no option {', '.join(map(repr, unknown))}.{hint}")
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Make a configuration of what a config.json holds; keys that nobody knows are kept, with one warning.
+
+        Args:
+            config_dict: content of the file.
+            **kwargs: keys that replace those of the file, and `return_unused_kwargs`, as in transformers.
+
+        Raises:
+            ValueError: for keyword arguments that look like misspelt keys.
+        """
+        refuse_misspelt_keys(cls, kwargs, cutoff=0.8)
+        legacy = {name: kwargs.pop(name) for name in list(kwargs) if name in _LEGACY_KEYS or _is_token_id(cls, name)}
+        unknown = {name: value for name, value in config_dict.items() if not _is_known(cls, name)}
+        known = {name: value for name, value in config_dict.items() if name not in unknown}
+        made = super().from_dict(known | legacy, **kwargs)
+        config = made[0] if isinstance(made, tuple) else made
+        for name, value in unknown.items():
+            if not hasattr(cls, name):  # or it would hide a method
+                setattr(config, name, value)
+        if unknown:
+            hints = {name: close for name in unknown if (close := _close_keys(cls, name, 0.75))}
+            also = "".join(f" Is {name!r} meant to be {close[0]!r}?" for name, close in hints.items())
+            where = f" of {config.name_or_path}" if config.name_or_path else ""
+            logger.warning_once(f"The configuration{where} has keys that nothing reads: {sorted(unknown)}.{also}")
+        return made
+
+    @classmethod
+    def from_json_file(cls, json_file: str | os.PathLike) -> Any:
+        """Make a configuration of a config.json, as `from_dict` does."""
+        return cls.from_dict(cls._dict_from_json_file(json_file))
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """Save as transformers does, and beside it the code, where the configuration names its classes."""
+        pipelines = vars(self).get("custom_pipelines")
+        if names_our_code(getattr(self, "auto_map", None)):
+            os.makedirs(save_directory, exist_ok=True)
+            copy_code(save_directory)
+            if not (Path(save_directory) / PIPELINE_FILE).is_file():  # code of the Hub that imported no pipeline
+                vars(self).pop("custom_pipelines", None)
+        try:
+            super().save_pretrained(save_directory, *args, **kwargs)
+        finally:
+            if pipelines is not None:
+                self.custom_pipelines = pipelines
 
     def validate_architecture(self) -> None:
         """Check the fields against each other (called by `@strict` at construction and before saving)."""
@@ -251,6 +407,40 @@ class TahoeX1Config(PreTrainedConfig):
 
 
 __all__ = ["TahoeX1Config"]
+
+
+def _own_keys(config_class: type[TahoeX1Config]) -> set[str]:
+    """Return the keys that are ours, or the original's names for them."""
+    return {*config_class.__dataclass_fields__, *config_class.attribute_map}
+
+
+def _is_token_id(config_class: type[TahoeX1Config], name: str) -> bool:
+    """Return whether a key is the id of a special token that other models have, such as `eos_token_id`."""
+    return name.endswith("_token_id") and name not in _own_keys(config_class)
+
+
+def _is_known(config_class: type[TahoeX1Config], name: str) -> bool:
+    """Return whether a key is ours or one that transformers writes."""
+    if name in _own_keys(config_class) | _TRANSFORMERS_KEYS | _LEGACY_KEYS:
+        return True
+    if name in GenerationConfig._get_default_generation_params():  # written by transformers 4; version 5 drops them
+        return True
+    # `mask_token_id` is written by transformers, `durg_token_id` by nobody.
+    return _is_token_id(config_class, name) and not _close_keys(config_class, name, 0.9)
+
+
+def _close_keys(config_class: type[TahoeX1Config], name: str, cutoff: float) -> list[str]:
+    own = _own_keys(config_class) - set(PreTrainedConfig.__dataclass_fields__)
+    return difflib.get_close_matches(name, own, n=2, cutoff=cutoff)
+
+
+def refuse_misspelt_keys(config_class: type[TahoeX1Config], given: Iterable[str], cutoff: float) -> None:
+    """Raise ValueError for keys like ours, which PreTrainedConfig would store, or leave out, without a word."""
+    close = {name: _close_keys(config_class, name, cutoff) for name in given if not _is_known(config_class, name)}
+    if any(close.values()):
+        wrong = ", ".join(repr(name) for name, keys in close.items() if keys)
+        hint = ", ".join(dict.fromkeys(repr(key) for keys in close.values() for key in keys))
+        raise ValueError(f"TahoeX1Config has no option {wrong}. Did you mean {hint}?")
 
 
 def read_vocabulary(path: Any) -> dict[str, int]:

@@ -9,8 +9,7 @@ hold for the whole file:
 - Values of `expression_values` at padded or targeted positions are never read.
 - Cells may be packed back to back into one row, told apart by `cu_seq_lens_q`; the result equals the padded one.
 
-This file travels to the Hugging Face Hub beside the weights: it imports only torch, transformers and the files that
-travel with it.
+This file travels to the Hub beside the weights: it imports only torch, transformers and the files that travel too.
 """
 
 from collections.abc import Callable
@@ -26,7 +25,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
-from .configuration_tahoe_x1 import TahoeX1Config
+from .configuration_tahoe_x1 import TahoeX1Config, TravelsWithCode
 from .observed_attention_tahoe_x1 import AttentionMask, EagerAttention, PackedAttention, eager_attention_forward
 from .packing_tahoe_x1 import (
     UNREAD_BY_LAYERS,
@@ -271,7 +270,7 @@ class TahoeX1Layer(GradientCheckpointingLayer):
         return self.mlp_norm(hidden_states + self.mlp(hidden_states, overwrite))
 
 
-class TahoeX1PreTrainedModel(PreTrainedModel):
+class TahoeX1PreTrainedModel(TravelsWithCode, PreTrainedModel):
     """Base of all Tahoe-x1 models, with the properties that transformers needs to know."""
 
     config: TahoeX1Config
@@ -296,7 +295,7 @@ class TahoeX1PreTrainedModel(PreTrainedModel):
         return super().from_pretrained(name, *args, **kwargs)
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """Save as transformers does, under our names of the weights, whatever names they were loaded from."""
+        """Save as transformers does, under our names of the weights; `with_code=True` adds the code (remote code)."""
         super().save_pretrained(save_directory, *args, **{"save_original_format": False, **kwargs})
 
     @torch.no_grad()
@@ -405,8 +404,7 @@ class TahoeX1ExpressionDecoder(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         for layer in self.layers:
             hidden_states = self.act_fn(layer(hidden_states))
-        # Copied, since FSDP2 warns of outputs that are views.
-        return self.output(hidden_states).squeeze(-1).clone()
+        return self.output(hidden_states).squeeze(-1).clone()  # FSDP2 warns of outputs that are views
 
 
 class TahoeX1CellDecoder(nn.Module):
@@ -535,6 +533,9 @@ class TahoeX1ForSequenceClassification(TahoeX1PreTrainedModel):
         loss = None
         if labels is not None:
             loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
+            if kwargs.get("num_items_in_batch") is not None:  # Trainer's: those of all microbatches of a step
+                share = labels.ne(-100).sum() / torch.as_tensor(kwargs["num_items_in_batch"], device=labels.device)
+                loss = loss * share.to(loss.device)
         return SequenceClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )

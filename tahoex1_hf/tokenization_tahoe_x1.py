@@ -14,20 +14,27 @@ the files that travel with it.
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import numpy as np
 from transformers import BatchEncoding, PreTrainedTokenizer
+from transformers.tokenization_utils_base import LARGE_INTEGER, VERY_LARGE_INTEGER
 from transformers.utils import logging
 
-from .configuration_tahoe_x1 import check_tokenizer_settings, refuse_misspelt_settings, similar_names
+from .configuration_tahoe_x1 import (
+    TOKENIZER_AUTO_MAP,
+    TravelsWithCode,
+    check_tokenizer_settings,
+    copy_code,
+    names_our_code,
+    refuse_misspelt_settings,
+)
 from .encoding_tahoe_x1 import (
     DrugTable,
     GeneMatch,
     GeneRows,
     Vocabulary,
-    as_counts,
     bin_expression,
     count_hint,
     count_problem,
@@ -35,9 +42,31 @@ from .encoding_tahoe_x1 import (
     log_normalize,
     matrix_rows,
     merge_repeats,
-    to_csr,
 )
-from .packing_tahoe_x1 import EncodedCells, as_batch, concatenate_cells, pad_features
+from .inputs_tahoe_x1 import (
+    DEFAULT_CONTEXT,
+    anndata_counts,
+    are_pairs,
+    cell_pieces,
+    check_idle_arguments,
+    check_padding_side,
+    is_one_cell,
+    length_limit,
+    names_drug_column,
+    truncates,
+    with_length_limit,
+    with_one_length,
+)
+from .padding_tahoe_x1 import (
+    EncodedCells,
+    Output,
+    as_batch,
+    concatenate_cells,
+    pad_features,
+    padding_rule,
+    report_empty,
+    wanted_length,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -46,17 +75,7 @@ DRUG_TOKEN = "<drug>"
 _CHUNK_ELEMENTS = 2**25
 
 
-def report_empty(encoded: EncodedCells) -> None:
-    """Warn of cells in which no known gene is expressed."""
-    if len(encoded.empty_cells):
-        numbers = encoded.cell_numbers[encoded.empty_cells[:5]].tolist()
-        logger.warning(
-            f"{len(encoded.empty_cells)} of {encoded.num_cells} cells express no gene of the vocabulary and consist "
-            f"of special tokens only (the first: {numbers})."
-        )
-
-
-class TahoeX1Tokenizer(PreTrainedTokenizer):
+class TahoeX1Tokenizer(TravelsWithCode, PreTrainedTokenizer):
     """Turn cells into gene tokens with expression values.
 
     Args:
@@ -66,6 +85,7 @@ class TahoeX1Tokenizer(PreTrainedTokenizer):
         right_binning: see `bin_expression`.
         target_sum: sum of a cell before the logarithm, for `"log1p"`.
         context_length: most tokens per cell, `<cls>` and `<drug>` included; None keeps every expressed gene.
+        model_max_length: transformers' name for the context length; the two are always the same.
         overflow: genes kept of a longer cell: `"sample"`, at random, by the cell's content and the seed alone;
             `"highest"`, the highest counts, of equal ones the lowest token ids; `"first"`, by column.
         pad_value: expression value of special tokens and of padding; negative.
@@ -95,7 +115,7 @@ class TahoeX1Tokenizer(PreTrainedTokenizer):
         num_bins: int = 51,
         right_binning: bool = False,
         target_sum: float = 10000.0,
-        context_length: int | None = 1024,
+        context_length: int | None = DEFAULT_CONTEXT,
         overflow: str = "sample",
         pad_value: float = -2.0,
         drug_to_id: dict[str, int] | None = None,
@@ -104,10 +124,12 @@ class TahoeX1Tokenizer(PreTrainedTokenizer):
         pad_token: str = "<pad>",
         cls_token: str = "<cls>",
         eos_token: str | None = "<eoc>",
+        model_max_length: int | None = None,
         **kwargs: Any,
     ) -> None:
         self._vocabulary = Vocabulary.read(vocab_file)
         overflow = "highest" if overflow == "top" else overflow  # its earlier name
+        context_length = length_limit(context_length, model_max_length)
         options = {
             "value_encoding": value_encoding,
             "num_bins": num_bins,
@@ -122,7 +144,7 @@ class TahoeX1Tokenizer(PreTrainedTokenizer):
         }
         refuse_misspelt_settings(kwargs, options)
         check_tokenizer_settings(options)
-        self.value_encoding, self.context_length, self.overflow = value_encoding, context_length, overflow
+        self.value_encoding, self.overflow = value_encoding, overflow
         self.num_bins, self.right_binning, self.first_gene_raw = num_bins, right_binning, first_gene_raw
         self.target_sum, self.pad_value = float(target_sum), float(pad_value)
         self.drug_to_id, self.unknown_drugs = drug_to_id, unknown_drugs
@@ -137,11 +159,9 @@ class TahoeX1Tokenizer(PreTrainedTokenizer):
         if eos_token is not None and str(eos_token) not in self._vocabulary.ids:
             eos_token = None
         # transformers saves the arguments that reach its constructor, and no others
-        super().__init__(pad_token=pad_token, cls_token=cls_token, eos_token=eos_token, **options, **kwargs)
-        if self.padding_side != "right":
-            raise ValueError(
-                'padding_side="left": <cls> and <drug> must stay first, so cells are padded on the right.'
-            )
+        kwargs |= {"pad_token": pad_token, "cls_token": cls_token, "eos_token": eos_token, **options}
+        super().__init__(model_max_length=context_length, **kwargs)
+        check_padding_side(self.padding_side)
 
     # What transformers asks of a tokenizer --------------------------------------------------------
 
@@ -149,9 +169,19 @@ class TahoeX1Tokenizer(PreTrainedTokenizer):
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """As in transformers; with the package installed, also from a checkpoint in the original's layout."""
         name = pretrained_model_name_or_path
+        kwargs = with_one_length(kwargs)
         if cls._locate_checkpoint is not None:
             name, kwargs = cls._locate_checkpoint(name, "tokenizer_config.json", kwargs)
         return super().from_pretrained(name, *args, **kwargs)
+
+    @property
+    def context_length(self) -> int | None:
+        """Most tokens of a cell, None for every expressed gene; transformers' name is `model_max_length`."""
+        return None if self.model_max_length > LARGE_INTEGER else int(self.model_max_length)
+
+    @context_length.setter
+    def context_length(self, length: int | None) -> None:
+        self.model_max_length = VERY_LARGE_INTEGER if length is None else length
 
     @property
     def vocab_size(self) -> int:
@@ -195,6 +225,14 @@ class TahoeX1Tokenizer(PreTrainedTokenizer):
         with open(path, "w", encoding="utf-8") as file:
             json.dump(dict(sorted(self._vocabulary.ids.items(), key=lambda item: item[1])), file, indent=0)
         return (path,)
+
+    def _save_pretrained(self, save_directory: Any, file_names: tuple[str, ...], *args: Any, **kwargs: Any) -> Any:
+        files = super()._save_pretrained(save_directory, file_names, *args, **kwargs)
+        auto_map = getattr(self, "_auto_map", None) or self.init_kwargs.get("auto_map")
+        return (*files, *copy_code(save_directory)) if names_our_code(auto_map) else files
+
+    def _code_names(self) -> tuple[Any, dict[str, Any]]:
+        return self, {"_auto_map": {name: list(classes) for name, classes in TOKENIZER_AUTO_MAP.items()}}
 
     def _refuse_text(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise TypeError(
@@ -369,14 +407,21 @@ class TahoeX1Tokenizer(PreTrainedTokenizer):
         first_cell: int = 0,
         seed: int = 0,
         padding: bool | str = False,
+        truncation: bool | str | None = None,
+        max_length: int | None = None,
         pad_to_multiple_of: int | None = None,
+        padding_side: str | None = None,
         return_tensors: str | None = None,
+        return_attention_mask: bool | None = None,
+        return_special_tokens_mask: bool = False,
+        return_length: bool = False,
+        **idle: Any,
     ) -> BatchEncoding:
         """Tokenize cells.
 
         Args:
-            cells: an AnnData (backed ones are read in pieces), a `(cells, genes)` count matrix (CSR, CSC, dense), or a
-                list of (genes, counts) pairs, one per cell, with Ensembl ids or token ids as genes.
+            cells: an AnnData (backed ones are read in pieces), a `(cells, genes)` count matrix (CSR, CSC, dense), a
+                list of (genes, counts) pairs, one per cell, with Ensembl ids or token ids as genes, or one such pair.
             gene_ids: Ensembl id of every column of a matrix.
             gene_id_column: column of `adata.var` with the Ensembl ids; by default `adata.var_names`.
             layer: layer of the AnnData with the counts; by default `adata.X`.
@@ -384,23 +429,43 @@ class TahoeX1Tokenizer(PreTrainedTokenizer):
             drugs: drug of all cells, one per cell (None or "" for no drug), or a column of `adata.obs`.
             first_cell: number of the first cell in its data set, for messages.
             seed: seed of the sampling.
-            padding: pad to the longest cell (True or `"longest"`).
+            padding: pad to the longest cell (True or `"longest"`), or to `max_length` (`"max_length"`).
+            truncation: whether longer cells are cut to `max_length`, by the rule `overflow`; they are by default.
+            max_length: most tokens of a cell; by default the tokenizer's `context_length`.
             pad_to_multiple_of: round the padded length up to a multiple of this.
+            padding_side: `"right"`, the only side.
             return_tensors: `"pt"`, `"np"`, or None for lists.
+            return_attention_mask: whether to return it; by default yes.
+            return_special_tokens_mask: whether to return it: 1 at tokens that are no genes.
+            return_length: whether to return the number of tokens of each cell, as `length`.
+            **idle: arguments for text, at values that ask for nothing.
 
         Returns:
             `input_ids`, `expression_values` and `attention_mask`, each `(cells, length)` or a list per cell;
-            `drug_ids` `(cells,)` where drugs were given.
+            `drug_ids` `(cells,)` where drugs were given. The lists of one pair are those of its cell.
 
         Raises:
-            TypeError: for input that is not cells.
+            TypeError: for input that is not cells, and for an argument that no tokenizer has.
             ValueError: for genes, counts, drugs or options that cannot be used; the message says what to do.
         """
+        check_idle_arguments(idle)
+        check_padding_side(padding_side or self.padding_side)
+        output = Output(
+            padding_rule(padding),
+            self.context_length if max_length is None else max_length,
+            pad_to_multiple_of,
+            return_tensors,
+            return_attention_mask,
+            return_special_tokens_mask,
+            return_length,
+        )
         is_anndata, is_matrix = hasattr(cells, "var_names"), hasattr(cells, "shape")
         if not is_anndata and (gene_id_column is not None or layer is not None):
             raise ValueError("gene_id_column= and layer= are for an AnnData: pass gene_ids= with a matrix.")
         if gene_ids is not None and (is_anndata or not is_matrix):
             raise ValueError("gene_ids= is for a matrix: an AnnData (see gene_id_column=) or pairs bring their genes.")
+        one_cell = is_one_cell(cells)
+        cells = [cells] if one_cell else cells
         source, genes = None, None
         if is_anndata:
             source, drugs = cells, self.resolve_drugs(cells, drugs)
@@ -409,11 +474,15 @@ class TahoeX1Tokenizer(PreTrainedTokenizer):
             if gene_ids is None:
                 raise ValueError("gene_ids= is missing: pass the Ensembl id of every column of the matrix.")
             genes = self.match_genes(gene_ids, gene_symbols=gene_symbols)
-        pieces = self._pieces(cells, genes, gene_symbols)
+        elif not are_pairs(cells):
+            self._refuse_text()
+        pieces = cell_pieces(cells, genes, self._vocabulary, gene_symbols, _CHUNK_ELEMENTS)
         num_cells = len(cells) if isinstance(cells, (list, tuple)) else getattr(cells, "shape", (0,))[0]
         drug_ids = None if drugs is None else self.drug_ids(drugs, num_cells)
-        encoded = self._encode_pieces(pieces, drug_ids, first_cell, seed, lambda: count_hint(source, layer))
-        return self._to_batch(encoded, padding, pad_to_multiple_of, return_tensors)
+        limited = with_length_limit(self, max_length, truncates(truncation))
+        encoded = limited._encode_pieces(pieces, drug_ids, first_cell, seed, lambda: count_hint(source, layer))
+        pad_token_id = self._vocabulary.ids[str(self.pad_token)]
+        return output.batch(encoded, pad_token_id, self.pad_value, self.is_gene, one_cell)
 
     def read_anndata(
         self,
@@ -436,16 +505,7 @@ class TahoeX1Tokenizer(PreTrainedTokenizer):
         Raises:
             ValueError: for a column or layer that is not there, and for genes that are not in the vocabulary.
         """
-        if gene_id_column is not None and gene_id_column not in adata.var.columns:
-            raise ValueError(
-                f"gene_id_column={gene_id_column!r} is not in adata.var: it has {list(adata.var.columns)}."
-            )
-        layers = [name for name in adata.layers if name is not None]  # since anndata 0.13, X is among them
-        if layer is not None and layer not in layers:
-            raise ValueError(f"layer={layer!r} is not in adata.layers: it has {layers}.")
-        matrix = adata.X if layer is None else adata.layers[layer]
-        if matrix is None:
-            raise ValueError(f"adata.X is empty: name the counts with layer=, one of {layers}.")
+        matrix = anndata_counts(adata, gene_id_column, layer)
 
         def advice() -> str:
             columns = [name for name in adata.var.columns if self._vocabulary.knows_most(adata.var[name][:200])]
@@ -460,51 +520,9 @@ class TahoeX1Tokenizer(PreTrainedTokenizer):
 
     def is_drug_column(self, drugs: Any, columns: Iterable[str]) -> bool:
         """Return whether `drugs` names one of the columns of obs. Raise ValueError where that is in doubt."""
-        if not isinstance(drugs, str) or self.drug_table is None or drugs == "":
+        if self.drug_table is None:
             return False
-        columns, is_drug = list(columns), self.drug_table.find(drugs) is not None
-        if drugs in columns and is_drug:
-            raise ValueError(f"drugs={drugs!r} is a column of adata.obs and a drug: pass a list, one drug per cell.")
-        if drugs not in columns and not is_drug:
-            similar = similar_names(drugs, [*columns, *self.drug_table.ids])
-            place = "a column of adata.obs nor in the drug table"
-            raise ValueError(f"drugs={drugs!r} is neither {place}{similar} Names: see tokenizer.drug_to_id.")
-        return drugs in columns
-
-    def _pieces(
-        self, cells: Any, genes: GeneMatch | None, symbols: Mapping[str, str] | None
-    ) -> Iterator[tuple[GeneRows, bool]]:
-        if genes is None:
-            yield self._ragged_rows(cells, symbols), True
-            return
-        if getattr(cells, "format", "csr") != "csr":  # there, a row is scattered all over the matrix
-            cells = to_csr(cells.to_memory() if hasattr(cells, "to_memory") else cells)
-        step = max(1, _CHUNK_ELEMENTS // genes.num_genes)
-        for start in range(0, max(1, cells.shape[0]), step):
-            yield matrix_rows(cells[start : start + step], genes)
-
-    def _ragged_rows(self, cells: Any, symbols: Mapping[str, str] | None) -> GeneRows:
-        if not isinstance(cells, (list, tuple)) or any(
-            not isinstance(cell, (list, tuple)) or len(cell) != 2 for cell in cells
-        ):
-            self._refuse_text()
-        names = [np.asarray(genes) for genes, _ in cells]
-        counts = [as_counts(values) for _, values in cells]
-        for number, (genes, values) in enumerate(zip(names, counts, strict=True)):
-            if genes.ndim != 1 or genes.shape != values.shape:
-                raise ValueError(
-                    f"cells[{number}]: genes of shape {genes.shape} and counts of shape {values.shape}; pass a list "
-                    "of (genes, counts) pairs, with two equally long sequences in each."
-                )
-        texts = dict.fromkeys(str(name) for genes in names if genes.dtype.kind in "UO" for name in genes)
-        match = self.match_genes(texts, gene_symbols=symbols).token_ids if texts else ()
-        lookup = dict(zip(texts, match, strict=True))
-        tokens = np.concatenate(
-            [np.zeros(0, dtype=np.int64), *(self._vocabulary.cell_tokens(genes, lookup) for genes in names)]
-        )
-        offsets = np.concatenate([[0], np.cumsum([len(genes) for genes in names], dtype=np.int64)])
-        rows = GeneRows(tokens, np.concatenate([np.zeros(0, dtype=np.float32), *counts]), offsets)
-        return rows.select((rows.tokens >= 0) & (rows.counts != 0))
+        return names_drug_column(drugs, columns, self.drug_table)
 
     def _encode_pieces(
         self,
@@ -541,52 +559,42 @@ class TahoeX1Tokenizer(PreTrainedTokenizer):
         report_empty(encoded)
         return encoded
 
-    # Output ---------------------------------------------------------------------------------------
-
-    def _to_batch(
-        self, encoded: EncodedCells, padding: bool | str, multiple: int | None, return_tensors: str | None
-    ) -> BatchEncoding:
-        if padding not in (True, False, "longest"):
-            raise ValueError(f"padding={padding!r}: pass True (to the longest cell) or False.")
-        if multiple is not None and not padding:
-            raise ValueError(f"pad_to_multiple_of={multiple} needs padding=True.")
-        if not padding and return_tensors is None:
-            return BatchEncoding(encoded.as_lists())
-        if not padding and len(set(encoded.lengths.tolist())) > 1:
-            raise ValueError(f"return_tensors={return_tensors!r} with cells of different lengths: pass padding=True.")
-        pad_id = self._vocabulary.ids[str(self.pad_token)]
-        batch = encoded.padded(pad_token_id=pad_id, pad_value=self.pad_value, pad_to_multiple_of=multiple)
-        return as_batch(batch, return_tensors)
-
     def pad(  # type: ignore[override]
         self,
         encoded_inputs: Any,
         padding: bool | str = True,
         max_length: int | None = None,
         pad_to_multiple_of: int | None = None,
+        padding_side: str | None = None,
+        return_attention_mask: bool | None = None,
         return_tensors: str | None = None,
+        verbose: bool = True,
     ) -> BatchEncoding:
         """Pad tokenized cells into one batch, as transformers' `DataCollatorWithPadding` asks for.
 
         Args:
-            encoded_inputs: a list of mappings, one per cell, or one mapping with a list per cell: `input_ids`,
-                `expression_values`, optionally `attention_mask`, and whatever has one number per cell (`drug_ids`).
-            padding: True or `"longest"`, or `"max_length"`.
-            max_length: padded length for `"max_length"`.
+            encoded_inputs: a list of mappings, one per cell, one mapping with a list per cell, or the mapping of one
+                cell: `input_ids`, `expression_values`, optionally `attention_mask`, and whatever has one number, or
+                equally many numbers, per cell (`drug_ids`, labels).
+            padding: True or `"longest"`, or `"max_length"`; with False nothing is padded.
+            max_length: padded length for `"max_length"`, by default the context length; else ignored.
             pad_to_multiple_of: round the padded length up to a multiple of this.
+            padding_side: `"right"`, the only side.
+            return_attention_mask: whether to return it; by default yes.
             return_tensors: `"pt"`, `"np"`, or None for lists.
+            verbose: not used.
 
         Returns:
-            The padded cells, `(cells, length)` each, and the other entries `(cells,)`.
+            The padded cells, `(cells, length)` each, and the other entries `(cells, ...)`.
 
         Raises:
             ValueError: for features without `input_ids` or `expression_values`, and for options that cannot be used.
         """
-        if padding not in (True, "longest", "max_length") or (padding == "max_length") != (max_length is not None):
-            raise ValueError(
-                f'padding={padding!r}, max_length={max_length}: pass True or "longest" alone, or "max_length" '
-                "together with max_length=."
-            )
+        check_padding_side(padding_side or self.padding_side)
+        rule = padding_rule(padding)
+        length = wanted_length(rule, self.context_length if max_length is None else max_length)
         fills = {"input_ids": self._vocabulary.ids[str(self.pad_token)], "expression_values": self.pad_value}
-        batch = pad_features(encoded_inputs, fills, max_length, pad_to_multiple_of)
+        batch = pad_features(encoded_inputs, fills, rule, length, pad_to_multiple_of)
+        if return_attention_mask is False:
+            batch.pop("attention_mask")
         return as_batch(batch, return_tensors)

@@ -5,11 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from helpers import SHAPES, tiny_config
 from huggingface_hub.errors import StrictDataclassClassValidationError, StrictDataclassFieldValidationError
 from transformers import AutoConfig, AutoModelForPreTraining, PreTrainedConfig
 
 from tahoex1_hf import TahoeX1Config, TahoeX1ForPreTraining
+from tahoex1_hf.configuration_tahoe_x1 import CODE_FILES
 
 OWN_FIELDS = sorted(set(TahoeX1Config.__dataclass_fields__) - set(PreTrainedConfig.__dataclass_fields__))
 
@@ -66,12 +68,78 @@ def test_an_unknown_key_is_refused_with_a_suggestion(key: str, suggestion: str) 
         TahoeX1Config(**{key: 64})
 
 
-def test_an_unknown_key_in_a_file_is_refused(tmp_path: Path) -> None:
+def test_a_misspelt_key_of_from_pretrained_is_refused(tmp_path: Path) -> None:
     tiny_config().save_pretrained(tmp_path)
+    for load in (AutoConfig.from_pretrained, TahoeX1Config.from_pretrained):
+        with pytest.raises(ValueError, match=r"no option 'hiden_size'. Did you mean 'hidden_size'"):
+            load(tmp_path, hiden_size=64)
+
+
+def test_unknown_keys_of_a_file_are_kept_with_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"colour": "blue"}))
-    with pytest.raises(ValueError, match="no option 'colour'"):
-        AutoConfig.from_pretrained(tmp_path)
+    tiny_config().save_pretrained(tmp_path)
+    extra = {"colour": "blue", "hiden_size": 7, "to_dict": 5}
+    path.write_text(json.dumps(json.loads(path.read_text()) | extra))
+    for _ in range(2):
+        config = AutoConfig.from_pretrained(tmp_path)
+    assert (config.colour, config.hiden_size, config.hidden_size) == ("blue", 7, 32)
+    (record,) = [record for record in caplog.records if record.levelname == "WARNING"]
+    assert record.getMessage().endswith(
+        "keys that nothing reads: ['colour', 'hiden_size', 'to_dict']. Is 'hiden_size' meant to be 'hidden_size'?"
+    )
+    config.save_pretrained(tmp_path)  # to_dict is still a method
+    assert json.loads(path.read_text()).items() >= {"colour": "blue", "hiden_size": 7}.items()
+    assert TahoeX1Config.from_json_file(path).colour == "blue"
+
+
+# What transformers 4 wrote into every config.json, and what Trainer writes.
+OTHERS = {
+    "bos_token_id": 1, "eos_token_id": 2, "sep_token_id": None, "mask_token_id": 3, "tie_word_embeddings": True,
+    "torchscript": False, "finetuning_task": "cells", "pruned_heads": {}, "is_decoder": False, "prefix": None,
+    "max_length": 20, "num_beams": 1, "use_cache": True, "output_attentions": False, "return_dict": True,
+    "problem_type": None, "_name_or_path": "", "transformers_version": "4.40.0",
+}  # fmt: skip
+
+
+def test_keys_that_transformers_writes_are_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "config.json"
+    tiny_config().save_pretrained(tmp_path)
+    path.write_text(json.dumps(json.loads(path.read_text()) | OTHERS | {"torch_dtype": "bfloat16"}))
+    config = AutoConfig.from_pretrained(tmp_path)
+    config.eos_token_id = [2, 5]
+    config.save_pretrained(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert (config.bos_token_id, config.eos_token_id, config.mask_token_id) == (1, [2, 5], 3)
+    assert (config.tie_word_embeddings, config.dtype, config.pad_token_id) == (True, torch.bfloat16, 0)
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+
+
+def test_they_may_be_given_as_arguments(tmp_path: Path) -> None:
+    TahoeX1ForPreTraining(tiny_config()).save_pretrained(tmp_path)
+    given = {"use_cache": False, "torchscript": True, "bos_token_id": 1, "tie_word_embeddings": False}
+    config = AutoModelForPreTraining.from_pretrained(tmp_path, **given).config
+    assert (config.torchscript, config.bos_token_id, config.tie_word_embeddings) == (True, 1, False)
+    assert TahoeX1Config(**given).bos_token_id == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, "bfloat16", "torch.bfloat16"], ids=str)
+def test_dtypes_by_name_and_as_torchs(dtype: Any, tmp_path: Path) -> None:
+    config = tiny_config(dtype=dtype)
+    assert config.dtype == torch.bfloat16
+    config.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
+    assert AutoConfig.from_pretrained(tmp_path).dtype == torch.bfloat16
+
+
+def test_whoever_saves_names_of_our_code_saves_the_code(tmp_path: Path) -> None:
+    config = tiny_config()
+    config.save_pretrained(tmp_path)
+    config.auto_map = {"AutoModel": "someone/repository--modeling_tahoe_x1.TahoeX1Model"}  # the code is there
+    config.save_pretrained(tmp_path)
+    assert not list(tmp_path.glob("*.py"))
+    config.auto_map = {"AutoModel": "modeling_tahoe_x1.TahoeX1Model"}
+    config.save_pretrained(tmp_path)
+    assert {path.name for path in tmp_path.glob("*.py")} == set(CODE_FILES)
 
 
 @pytest.mark.parametrize(

@@ -21,15 +21,9 @@ from tahoex1_hf import (
     TahoeX1ForTokenClassification,
     TahoeX1Model,
 )
+from tahoex1_hf.configuration_tahoe_x1 import AUTO_MAP, CODE_FILES
 from tahoex1_hf.original.convert import convert_original_folder
 
-AUTO_MAP = {
-    "AutoConfig": "configuration_tahoe_x1.TahoeX1Config",
-    "AutoModel": "modeling_tahoe_x1.TahoeX1Model",
-    "AutoModelForPreTraining": "modeling_tahoe_x1.TahoeX1ForPreTraining",
-    "AutoModelForSequenceClassification": "modeling_tahoe_x1.TahoeX1ForSequenceClassification",
-    "AutoModelForTokenClassification": "modeling_tahoe_x1.TahoeX1ForTokenClassification",
-}
 AUTO_CLASSES = {
     "AutoModel": TahoeX1Model,
     "AutoModelForPreTraining": TahoeX1ForPreTraining,
@@ -56,12 +50,7 @@ def test_models_load_without_the_package(tmp_path: Path) -> None:
     config = tiny_config(**SHAPES["drugs_observed_or_self_mean"])
     model, batch = tiny_model(config), make_batch(config)
     save_for_the_hub(model, tmp_path / "repo")
-    assert {path.name for path in (tmp_path / "repo").glob("*.py")} == {
-        "configuration_tahoe_x1.py",
-        "modeling_tahoe_x1.py",
-        "observed_attention_tahoe_x1.py",
-        "packing_tahoe_x1.py",
-    }
+    assert {path.name for path in (tmp_path / "repo").glob("*.py")} == set(CODE_FILES)
     assert json.loads((tmp_path / "repo" / "config.json").read_text())["auto_map"] == AUTO_MAP
     save_file(batch, tmp_path / "batch.safetensors")
     run_elsewhere(

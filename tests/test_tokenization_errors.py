@@ -154,8 +154,8 @@ def test_misplaced_arguments(tokenizer, adata, counts, ids):
     for option in ({"layer": "counts"}, {"gene_id_column": "x"}):
         with pytest.raises(ValueError, match="are for an AnnData: pass gene_ids= with a matrix"):
             tokenizer(counts, gene_ids=ids, **option)
-    with pytest.raises(TypeError, match="unexpected keyword"):
-        tokenizer(counts, gene_ids=ids, truncation=True)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'truncate'"):
+        tokenizer(counts, gene_ids=ids, truncate=True)
 
 
 def test_wrong_shapes(tokenizer, counts, ids):
@@ -196,8 +196,8 @@ def test_wrong_output_options(tokenizer, counts, ids):
         tokenizer(counts, gene_ids=ids, return_tensors="pt")
     with pytest.raises(ValueError, match=r'return_tensors=\'tf\': pass "pt", "np" or None'):
         tokenizer(counts, gene_ids=ids, return_tensors="tf", padding=True)
-    with pytest.raises(ValueError, match="padding='max_length': pass True"):
-        tokenizer(counts, gene_ids=ids, padding="max_length")
+    with pytest.raises(ValueError, match="padding='left': pass True"):
+        tokenizer(counts, gene_ids=ids, padding="left")
     with pytest.raises(ValueError, match="pad_to_multiple_of=8 needs padding=True"):
         tokenizer(counts, gene_ids=ids, pad_to_multiple_of=8)
     with pytest.raises(ValueError, match="pad_to_multiple_of=0: pass a positive number"):
@@ -210,9 +210,17 @@ def test_wrong_features(tokenizer, counts, ids):
         tokenizer.pad([{"input_ids": [1, 2]}])
     with pytest.raises(ValueError, match="max_length=3 is shorter than a cell of"):
         tokenizer.pad(features, padding="max_length", max_length=3)
-    for options in ({"padding": False}, {"padding": "max_length"}, {"max_length": 7}):
-        with pytest.raises(ValueError, match='pass True or "longest" alone, or "max_length" together with'):
-            tokenizer.pad(features, **options)
+    with pytest.raises(ValueError, match="padding='left': pass True"):
+        tokenizer.pad(features, padding="left")
+    with pytest.raises(ValueError, match="is empty: pass at least one cell"):
+        tokenizer.pad([])
+    for name, column, message in (
+        ("cell_type", ["B"] * 8, "cell_type is not made of numbers"),
+        ("labels", [[1] * (n + 1) for n in range(8)], "labels has another length in each cell, .*TokenClassification"),
+        ("attention_mask", [[1]] * 8, "attention_mask and input_ids of the same cell differ in length"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            tokenizer.pad({**features, name: column}, return_tensors="pt")
 
 
 # Genes --------------------------------------------------------------------------------------------

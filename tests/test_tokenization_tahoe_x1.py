@@ -13,7 +13,7 @@ from golden_tokenizers import VARIANTS, examples, make, same_batch
 from transformers import AutoTokenizer, DataCollatorWithPadding
 
 from tahoex1_hf import TahoeX1Tokenizer
-from tahoex1_hf.packing_tahoe_x1 import EncodedCells
+from tahoex1_hf.padding_tahoe_x1 import EncodedCells
 
 
 @pytest.fixture

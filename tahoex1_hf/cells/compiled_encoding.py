@@ -13,7 +13,7 @@ from tahoex1_hf.cells import kernels
 from tahoex1_hf.cells.counts import without_noise
 from tahoex1_hf.cells.ragged import compact_csr
 from tahoex1_hf.encoding_tahoe_x1 import GeneMatch, GeneRows, mix64, unit_quantiles
-from tahoex1_hf.packing_tahoe_x1 import EncodedCells
+from tahoex1_hf.padding_tahoe_x1 import EncodedCells
 from tahoex1_hf.tokenization_tahoe_x1 import DRUG_TOKEN, TahoeX1Tokenizer
 
 _ENCODINGS = {"bins": kernels.BINS, "raw": kernels.RAW}

@@ -18,8 +18,8 @@ from tahoex1_hf.cells import compilation
 from tahoex1_hf.cells.readers.base import INDEX, Block, CellInput, token_dtype
 from tahoex1_hf.configuration_tahoe_x1 import UNKNOWN_DRUGS
 from tahoex1_hf.encoding_tahoe_x1 import GeneRows, sample_seed
-from tahoex1_hf.packing_tahoe_x1 import EncodedCells
-from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer, report_empty
+from tahoex1_hf.padding_tahoe_x1 import EncodedCells, report_empty
+from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -10,7 +10,7 @@ import torch
 from tahoex1_hf.cells import kernels
 from tahoex1_hf.cells.ragged import CountRows
 from tahoex1_hf.encoding_tahoe_x1 import GeneRows, cell_streams, content_numbers, unit_quantiles
-from tahoex1_hf.packing_tahoe_x1 import padded_length
+from tahoex1_hf.padding_tahoe_x1 import padded_length
 
 if TYPE_CHECKING:
     from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer

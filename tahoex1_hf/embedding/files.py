@@ -38,7 +38,7 @@ from tahoex1_hf.embedding.shards import Shard, ShardFolder
 from tahoex1_hf.embedding.writers import EmbeddingWriter
 from tahoex1_hf.hub.models import model_and_tokenizer, model_name, without_peft
 from tahoex1_hf.inference.chunks import embed_chunks, with_settings
-from tahoex1_hf.inference.encoder import CellEncoder, DtypeName, GeneMeans, TokenSink
+from tahoex1_hf.inference.encoder import CellEncoder, Dtype, GeneMeans, TokenSink
 from tahoex1_hf.inference.gene_embeddings import embed_genes, gene_kinds, gene_slot
 from tahoex1_hf.inference.provenance import provenance, provenance_key
 from tahoex1_hf.modeling_tahoe_x1 import TahoeX1PreTrainedModel
@@ -110,6 +110,8 @@ def embed_files(
     model: TahoeX1PreTrainedModel | str | Path,
     tokenizer: TahoeX1Tokenizer | None = None,
     *,
+    size: str | None = None,
+    revision: str | None = None,
     key_added: str = "X_tahoe_x1",
     layer: str | None = None,
     gene_id_column: str | None = None,
@@ -129,7 +131,7 @@ def embed_files(
     seed: int = 0,
     batch_tokens: int | None = None,
     device: str | torch.device | None = None,
-    dtype: DtypeName = "auto",
+    dtype: Dtype = "auto",
     hidden_layer: int | None = None,
     restart: bool = False,
     full_paths: bool = False,
@@ -150,6 +152,8 @@ def embed_files(
             table has the names of the cells, the columns of `obs`, and the embedding as one column of lists.
         model: as in `embed_anndata`.
         tokenizer: as in `embed_anndata`.
+        size: as in `embed_anndata`.
+        revision: as in `embed_anndata`.
         key_added: slot of `obsm` to write, or the name of the table's column of embeddings.
         layer: as in `embed_anndata`.
         gene_id_column: as in `embed_anndata`.
@@ -196,7 +200,7 @@ def embed_files(
     )
     wanted.check()
     processes = Processes.current()
-    loaded, tokenizer = model_and_tokenizer(model, tokenizer)
+    loaded, tokenizer = model_and_tokenizer(model, tokenizer, size=size, revision=revision)
     options = EncodeOptions(with_settings(tokenizer, max_length, overflow), drugs, seed, unknown_drugs, draws)
     genes = GeneOptions(
         gene_id_column,

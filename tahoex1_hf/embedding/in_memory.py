@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from tahoex1_hf.cells.encoding import ChunkEncoder, EncodeOptions
@@ -13,7 +14,7 @@ from tahoex1_hf.cells.genes import GeneOptions
 from tahoex1_hf.cells.opening import check_writable, open_cells
 from tahoex1_hf.hub.models import model_and_tokenizer, model_name, without_peft
 from tahoex1_hf.inference.chunks import embed_input, with_settings
-from tahoex1_hf.inference.encoder import CellEncoder, DtypeName
+from tahoex1_hf.inference.encoder import CellEncoder, Dtype
 from tahoex1_hf.inference.gene_embeddings import embed_genes, gene_kinds, gene_slot
 from tahoex1_hf.inference.provenance import check_key, deviation_key, provenance, provenance_key
 from tahoex1_hf.modeling_tahoe_x1 import TahoeX1PreTrainedModel
@@ -28,6 +29,8 @@ def embed_anndata(
     model: TahoeX1PreTrainedModel | str | Path,
     tokenizer: TahoeX1Tokenizer | None = None,
     *,
+    size: str | None = None,
+    revision: str | None = None,
     key_added: str = "X_tahoe_x1",
     layer: str | None = None,
     gene_id_column: str | None = None,
@@ -43,11 +46,12 @@ def embed_anndata(
     seed: int = 0,
     batch_tokens: int | None = None,
     device: str | torch.device | None = None,
-    dtype: DtypeName = "auto",
+    dtype: Dtype = "auto",
     hidden_layer: int | None = None,
+    return_array: bool = False,
     progress: bool = True,
-) -> None:
-    """Write the cells' embeddings into `adata.obsm[key_added]`, float32 rows of length 1.
+) -> np.ndarray | None:
+    """Write the cells' embeddings into `adata.obsm[key_added]`, float32 rows of length 1, or return them.
 
     What made them goes into `adata.uns`, under `key_added` without its `X_` (`adata.uns["tahoe_x1"]`). Nothing else
     in `adata` changes, but for `draws`. For files larger than memory there is `embed_files`.
@@ -57,6 +61,8 @@ def embed_anndata(
         model: folder or Hub name of a Tahoe-x1 model, folder of an adapter, or a loaded model, which is moved to the
             device and set to eval mode.
         tokenizer: tokenizer of the model; a loaded model needs one, otherwise the model's own is loaded.
+        size: name of the size to load, such as `"70m"`, where a folder or repository holds several.
+        revision: branch, tag or commit of a Hub repository.
         key_added: slot of `obsm` (and, with `gene_embeddings`, of `varm`) to write.
         layer: layer with the counts, or "raw" for `adata.raw`, or "X"; by default `adata.X`, and where that holds no
             counts the first of the layers `counts`, `raw_counts` and `raw` and `adata.raw` that does, with a warning.
@@ -88,19 +94,30 @@ def embed_anndata(
             It changes embeddings by float32 roundings only.
         device: device to run on; by default CUDA or Apple's GPU where there is one, otherwise the CPU.
         dtype: precision of the matrix products: `"float32"`; `"bfloat16"`; `"auto"`, which is bfloat16 where the
-            hardware multiplies it faster; or `"int8"`, which needs a quarter of the memory for the weights (torchao).
+            hardware multiplies it faster; or `"int8"`, which needs a quarter of the memory for the weights (torchao);
+            or torch's dtype of such a name.
         hidden_layer: number of the layer from whose output all embeddings are taken, as in the model's
             `hidden_states`: 0 is what enters the first layer, and -1, the default, the last layer's output behind the
             final norm. Outputs of other layers are taken without that norm.
+        return_array: whether to return the embeddings instead of writing anything into `adata`.
         progress: whether to show a progress bar.
+
+    Returns:
+        `(cells, width)` float32 with `return_array`, in the order of the cells; else None.
 
     Raises:
         ValueError: for counts, genes or arguments that cannot be used; the message says what to do.
     """
     kinds = gene_kinds(gene_embeddings)
     check_key(key_added)
-    check_writable(adata)
-    loaded, tokenizer = model_and_tokenizer(model, tokenizer)
+    if not return_array:
+        check_writable(adata)
+    elif kinds:
+        raise ValueError(
+            f"gene_embeddings={gene_embeddings!r} are written into varm, and return_array=True writes nothing: leave "
+            "one of them out."
+        )
+    loaded, tokenizer = model_and_tokenizer(model, tokenizer, size=size, revision=revision)
     tokenizer = with_settings(tokenizer, max_length, overflow)
     options = EncodeOptions(tokenizer, drugs, seed, unknown_drugs, draws)
     genes = GeneOptions(gene_id_column, gene_symbols, layer, species=species, orthologs=orthologs)
@@ -118,6 +135,8 @@ def embed_anndata(
         cells.check_gene_slots()
     gene_means = encoder.gene_means(match) if "EA" in kinds and match is not None else None
     embeddings, deviations, num_empty = embed_input(encoder, ChunkEncoder(cells, options), gene_means, progress)
+    if return_array:
+        return embeddings
     made_by = provenance(model_name(model, loaded), encoder, options, [cells], num_empty)
     found = embed_genes(encoder, match.token_ids, kinds, gene_means) if kinds and match is not None else None
     # Written last, together: an interrupted run leaves adata as it was.
@@ -129,3 +148,4 @@ def embed_anndata(
             adata.varm[gene_slot(key_added, kind)] = values
         made_by |= found.provenance(adata.var_names)
     adata.uns[provenance_key(key_added)] = made_by
+    return None

@@ -19,7 +19,13 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
 from tahoex1_hf.common.weight_files import SINGLE, weight_files
-from tahoex1_hf.configuration_tahoe_x1 import TahoeX1Config
+from tahoex1_hf.configuration_tahoe_x1 import (
+    AUTO_MAP,
+    CUSTOM_PIPELINES,
+    TOKENIZER_AUTO_MAP,
+    TahoeX1Config,
+    copy_code,
+)
 from tahoex1_hf.hub.cards.rendering import card_text
 from tahoex1_hf.hub.download import SIZES_FILE
 from tahoex1_hf.hub.isolated_load import compare_isolated_load
@@ -29,27 +35,10 @@ from tahoex1_hf.original.weights import open_weights
 
 logger = logging.getLogger(__name__)
 
-AUTO_MAP = {
-    "AutoConfig": "configuration_tahoe_x1.TahoeX1Config",
-    "AutoModel": "modeling_tahoe_x1.TahoeX1Model",
-    "AutoModelForPreTraining": "modeling_tahoe_x1.TahoeX1ForPreTraining",
-    "AutoModelForSequenceClassification": "modeling_tahoe_x1.TahoeX1ForSequenceClassification",
-    "AutoModelForTokenClassification": "modeling_tahoe_x1.TahoeX1ForTokenClassification",
-}
-TOKENIZER_AUTO_MAP = {"AutoTokenizer": ["tokenization_tahoe_x1.TahoeX1Tokenizer", None]}  # slow, fast
-CODE_FILES = (
-    "configuration_tahoe_x1.py",
-    "encoding_tahoe_x1.py",
-    "modeling_tahoe_x1.py",
-    "observed_attention_tahoe_x1.py",
-    "packing_tahoe_x1.py",
-    "tokenization_tahoe_x1.py",
-)
 LICENSE = Path(__file__).with_name("LICENSE")
 CONFIG, TOKENIZER_CONFIG, VOCAB = "config.json", "tokenizer_config.json", "vocab.json"
 RUN_STATUS = "run_status.json"
 _FILES_OF_A_RUN = {RUN_STATUS, "trainer_state.json"}  # users of the model do not need them
-_PACKAGE = Path(__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True)
@@ -238,8 +227,7 @@ def build_repository(
         places = {name: "" if name == default else name for name in sizes}
         for name, folder in sizes.items():
             _add_checkpoint(folder, repository / places[name])
-        for name in CODE_FILES:
-            shutil.copyfile(_PACKAGE / name, repository / name)
+        copy_code(repository)
         shutil.copyfile(LICENSE, repository / "LICENSE")
         for name, text in cards.items():
             (repository / places[name] / "README.md").write_text(text, encoding="utf-8")
@@ -268,7 +256,7 @@ def _add_checkpoint(source: Path, folder: Path) -> None:
         if Path(str(record["source"])).is_absolute():
             _write_json(record | {"source": Path(record["source"]).name}, manifest)
     config = _read_json(folder / CONFIG)
-    _write_json(config | {"auto_map": AUTO_MAP}, folder / CONFIG)
+    _write_json(config | {"auto_map": AUTO_MAP, "custom_pipelines": CUSTOM_PIPELINES}, folder / CONFIG)
     _write_json(_read_json(folder / TOKENIZER_CONFIG) | {"auto_map": TOKENIZER_AUTO_MAP}, folder / TOKENIZER_CONFIG)
 
 

@@ -31,9 +31,13 @@ def model_and_tokenizer(
 
     Raises:
         FileNotFoundError: for a name under which there is no model.
-        ValueError: for a loaded model without a tokenizer, and for a checkpoint without the head that is needed.
+        ValueError: for a loaded model without a tokenizer, or with a size or revision, and for a checkpoint without
+            the head that is needed.
     """
     if not isinstance(model, (str, Path)):
+        given = {name: value for name, value in {"size": size, "revision": revision}.items() if value is not None}
+        if given:
+            raise ValueError(f"{given} chooses among models by name, and model is loaded already: leave it out.")
         if tokenizer is None:
             raise ValueError(
                 "tokenizer is missing: pass the tokenizer of the loaded model, or the model's folder or Hub name as "

@@ -21,8 +21,10 @@ def register_when_used() -> None:
     """
     call_after_import(f"{_AUTO}.configuration_auto", _register_configuration)
     call_after_import(f"{_AUTO}.tokenization_auto", _register_tokenizer)
+    call_after_import("transformers.pipelines", _import_pipeline)
     call_after_import("tahoex1_hf.configuration_tahoe_x1", _import_models_with_first_configuration)
     call_after_import("tahoex1_hf.modeling_tahoe_x1", _register_models)
+    call_after_import("tahoex1_hf.pipeline_tahoe_x1", _register_pipeline)
     call_after_import("tahoex1_hf.tokenization_tahoe_x1", _let_tokenizer_read_originals)
     call_after_import("peft.utils.constants", _register_adapted_layers)
 
@@ -42,6 +44,23 @@ def _register_tokenizer() -> None:
     from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
 
     AutoTokenizer.register(TahoeX1Config, tokenizer_class=TahoeX1Tokenizer, exist_ok=True)
+
+
+def _import_pipeline() -> None:
+    import tahoex1_hf.pipeline_tahoe_x1  # noqa: F401 - is registered then
+
+
+def _register_pipeline() -> None:
+    from transformers import AutoModel
+    from transformers.pipelines import PIPELINE_REGISTRY
+
+    from tahoex1_hf.configuration_tahoe_x1 import CELL_EMBEDDING
+    from tahoex1_hf.pipeline_tahoe_x1 import TahoeX1CellEmbeddingPipeline
+
+    if CELL_EMBEDDING not in PIPELINE_REGISTRY.supported_tasks:
+        PIPELINE_REGISTRY.register_pipeline(
+            CELL_EMBEDDING, TahoeX1CellEmbeddingPipeline, pt_model=AutoModel, type="multimodal"
+        )
 
 
 def _import_models_with_first_configuration() -> None:

@@ -5,10 +5,11 @@ import shutil
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
+from tahoex1_hf.common.dtypes import dtype_name
 from tahoex1_hf.hub.download import SAME_SIZE, download_snapshot
 from tahoex1_hf.original.convert import MAX_SHARD_SIZE, convert_into, open_original
 from tahoex1_hf.original.files import (
@@ -27,6 +28,8 @@ from tahoex1_hf.original.writing import workspace
 
 logger = logging.getLogger(__name__)
 
+WEIGHT_DTYPES = ("float32", "bfloat16", "float16", "float64")
+
 _SMALL_FILES = (MODEL_CONFIG, COLLATOR_CONFIG, VOCAB, DRUG_TABLE, DRUG_FINGERPRINTS)
 
 
@@ -36,7 +39,7 @@ def convert_checkpoint(
     *,
     size: str | None = None,
     revision: str | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     max_shard_size: int = MAX_SHARD_SIZE,
 ) -> Verification:
     """Convert a checkpoint of the original into a folder that the Auto classes load.
@@ -48,7 +51,7 @@ def convert_checkpoint(
         destination: folder to make.
         size: name of one of several sizes, for instance `70m`.
         revision: branch, tag or commit of a Hub repository.
-        dtype: type of the converted tensors; by default the original's.
+        dtype: type of the converted tensors, or its name; by default the original's.
         max_shard_size: largest size of one file of weights, in bytes.
 
     Returns:
@@ -62,6 +65,8 @@ def convert_checkpoint(
         ValueError: where the checkpoint cannot be converted without guessing, or is damaged.
     """
     destination = Path(destination)
+    if isinstance(dtype, str):
+        dtype = cast(torch.dtype, getattr(torch, dtype_name(dtype, WEIGHT_DTYPES)))
     if (destination / MANIFEST).is_file():
         with tempfile.TemporaryDirectory(dir=destination.parent, prefix=f".{destination.name}-") as temporary:
             found, _ = _fetch(source, size, revision, Path(temporary) / "download")

@@ -5,7 +5,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import torch
@@ -14,17 +14,19 @@ from torch.nn.functional import normalize
 from transformers.utils.generic import is_flash_attention_requested
 
 from tahoex1_hf.common.cuda_memory import arriving, let_segments_grow, sent
+from tahoex1_hf.common.dtypes import dtype_name
 from tahoex1_hf.configuration_tahoe_x1 import TahoeX1Config
 from tahoex1_hf.encoding_tahoe_x1 import GeneMatch
 from tahoex1_hf.inference.prepared_layers import PreparedLayer, packs_weights, prepare_layers
 from tahoex1_hf.inference.ragged import can_run_ragged, ragged_forward
 from tahoex1_hf.modeling_tahoe_x1 import TahoeX1Model, TahoeX1PreTrainedModel
-from tahoex1_hf.packing_tahoe_x1 import EncodedCells
+from tahoex1_hf.padding_tahoe_x1 import EncodedCells
 from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
 
 logger = logging.getLogger(__name__)
 
 DtypeName = Literal["auto", "float32", "bfloat16", "int8"]
+Dtype = DtypeName | torch.dtype
 
 TokenSink = Callable[[np.ndarray, torch.Tensor, torch.Tensor], object]
 """What is called with each batch's row numbers, `(tokens,)` token ids, and `(tokens, width)` contextual embeddings."""
@@ -71,13 +73,12 @@ def _check_device(device: str | torch.device) -> torch.device:
     return chosen
 
 
-def choose_dtype(dtype: DtypeName, device: torch.device) -> torch.dtype:
+def choose_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
     """Return the precision asked for; `auto` is bfloat16 where the hardware multiplies it faster, else float32.
 
     With `int8` the weights have eight bits, and the returned precision is used for everything else.
     """
-    if dtype not in ("auto", "float32", "bfloat16", "int8"):
-        raise ValueError(f'dtype must be "auto", "float32", "bfloat16" or "int8", got {dtype!r}.')
+    dtype = cast(DtypeName, dtype_name(dtype, get_args(DtypeName)))
     if dtype in ("float32", "bfloat16"):
         return getattr(torch, dtype)
     if device.type == "cuda":
@@ -186,8 +187,9 @@ class CellEncoder:
             embeddings of length 1 differ by up to 1e-6 in float32, and by 1e-2 in bfloat16, whose numbers have two
             or three digits.
         device: device to compute on; by default the fastest there is.
-        dtype: precision of the matrix products. Weights stay in float32; bfloat16 multiplies them under autocast, and
-            int8 quantises the layers of a copy.
+        dtype: precision of the matrix products, by name or as torch's dtype. Weights stay in the precision they were
+            loaded in, which is the highest; bfloat16 multiplies those of float32 under autocast, and int8 quantises
+            the layers of a copy.
         hidden_layer: number of the layer whose output is taken, as in the model's `hidden_states`: 0 is what enters
             the first layer, -1 the last layer's output behind the final norm, the default. Outputs of other layers
             are taken as they are, without the final norm.
@@ -203,7 +205,7 @@ class CellEncoder:
         *,
         batch_tokens: int | None = None,
         device: str | torch.device | None = None,
-        dtype: DtypeName = "auto",
+        dtype: Dtype = "auto",
         hidden_layer: int | None = None,
     ):
         if batch_tokens is not None and batch_tokens < 1:
@@ -219,10 +221,16 @@ class CellEncoder:
                 'in the original; set model.config.cell_pooling = "mean" for embeddings that do not.'
             )
         self.device = choose_device(device)
+        dtype = dtype_name(dtype, get_args(DtypeName))
         self.dtype = choose_dtype(dtype, self.device)
         self.config: TahoeX1Config = model.config
         self.dtype_name = str(self.dtype).removeprefix("torch.")
         self.model = cast(TahoeX1Model, model.base_model.to(self.device).eval())
+        if self.dtype == torch.float32 and self.model.dtype in (torch.bfloat16, torch.float16):
+            if dtype != "auto":
+                logger.warning("dtype=%s, but the model was loaded in %s, which is used.", dtype, self.model.dtype)
+            self.dtype = self.model.dtype
+            self.dtype_name = str(self.dtype).removeprefix("torch.")
         self.hidden_layer = layer_number(self.config, hidden_layer)
         if self.is_cut:
             self.model = cut_after(self.model, self.hidden_layer)

@@ -25,7 +25,7 @@ from tahoex1_hf.encoding_tahoe_x1 import (
     kept_genes,
     mix64,
 )
-from tahoex1_hf.packing_tahoe_x1 import EncodedCells
+from tahoex1_hf.padding_tahoe_x1 import EncodedCells
 
 PerturbationMode = Literal["delete", "overexpress", "set"]
 

@@ -14,7 +14,7 @@ import torch
 from tahoex1_hf.common.prefetch import prefetch
 from tahoex1_hf.inference.encoder import CellEncoder, length_sorted_batches
 from tahoex1_hf.inference.finite import check_results
-from tahoex1_hf.packing_tahoe_x1 import EncodedCells
+from tahoex1_hf.padding_tahoe_x1 import EncodedCells
 from tahoex1_hf.perturbation.cells import CellRows, Change, Pairs, gene_places, halves
 
 # Number of genes of perturbed cells that are encoded together: tens of megabytes, intermediate arrays included.

@@ -22,7 +22,7 @@ from tahoex1_hf.common.progress import progress_bar
 from tahoex1_hf.encoding_tahoe_x1 import mix64
 from tahoex1_hf.hub.models import model_and_tokenizer, no_expression_head, without_peft
 from tahoex1_hf.inference.chunks import with_settings
-from tahoex1_hf.inference.encoder import CellEncoder, DtypeName
+from tahoex1_hf.inference.encoder import CellEncoder, Dtype
 from tahoex1_hf.modeling_tahoe_x1 import TahoeX1PreTrainedModel
 from tahoex1_hf.perturbation.cells import CellSource, Change, PerturbationMode
 from tahoex1_hf.perturbation.journal import Journal
@@ -84,6 +84,8 @@ def perturb_genes(
     tokenizer: TahoeX1Tokenizer | None = None,
     genes: Sequence[str] | Literal["all"] = "all",
     *,
+    size: str | None = None,
+    revision: str | None = None,
     mode: PerturbationMode = "delete",
     value: float | None = None,
     together: bool = False,
@@ -106,7 +108,7 @@ def perturb_genes(
     seed: int = 0,
     batch_tokens: int | None = None,
     device: str | torch.device | None = None,
-    dtype: DtypeName = "float32",
+    dtype: Dtype = "float32",
     partial: str | Path | None = None,
     restart: bool = False,
     progress: bool = True,
@@ -132,6 +134,8 @@ def perturb_genes(
         tokenizer: as in `embed_anndata`.
         genes: Ensembl ids or symbols (from `gene_symbols`, `var_names` or a column of `var`), one perturbation each;
             or `"all"`, the genes that at least `min_cells` cells express.
+        size: as in `embed_anndata`.
+        revision: as in `embed_anndata`.
         mode: `"delete"` sets the count to 0. `"overexpress"` sets it to the cell's largest count, so that the gene is
             in the top bin, whether the cell expressed it or not. `"set"` sets it to `value`.
         value: raw count for `"set"`.
@@ -179,7 +183,7 @@ def perturb_genes(
             f"null_genes={null_genes}, min_cells={min_cells}, num_affected={num_affected}: pass at least 0, 1 and 1."
         )
     with ExitStack() as stack:
-        loaded, tokenizer = model_and_tokenizer(model, tokenizer, expression=expression)
+        loaded, tokenizer = model_and_tokenizer(model, tokenizer, size=size, revision=revision, expression=expression)
         options = EncodeOptions(with_settings(tokenizer, max_length, overflow), drugs, seed, unknown_drugs)
         place = GeneOptions(gene_id_column, gene_symbols, layer, species=species, orthologs=orthologs)
         opened = open_cells(adata, options.tokenizer, place)
@@ -205,7 +209,7 @@ def _forward(
     expression: bool,
     batch_tokens: int | None,
     device: str | torch.device | None,
-    dtype: DtypeName,
+    dtype: Dtype,
 ) -> Forward:
     if model.config.cell_pooling == "mean_with_padding":
         raise ValueError(

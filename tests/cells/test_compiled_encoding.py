@@ -18,7 +18,7 @@ from tahoex1_hf.cells.genes import GeneOptions
 from tahoex1_hf.cells.readers.anndata_inputs import AnnDataInput
 from tahoex1_hf.cells.readers.base import gene_rows
 from tahoex1_hf.encoding_tahoe_x1 import GeneMatch, GeneRows
-from tahoex1_hf.packing_tahoe_x1 import EncodedCells, concatenate_cells
+from tahoex1_hf.padding_tahoe_x1 import EncodedCells, concatenate_cells
 
 
 @pytest.fixture(autouse=True)

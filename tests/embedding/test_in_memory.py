@@ -1,5 +1,6 @@
 """embed_anndata gives the original's recorded embeddings, which depend on nothing but the cells."""
 
+import copy
 import logging
 import threading
 from pathlib import Path
@@ -231,6 +232,42 @@ def test_bfloat16_is_close_to_float32(checkpoint) -> None:
     cells = embedded(golden_cells("a_70m_like"), checkpoint("a_70m_like"), dtype="bfloat16")
     assert (cells * reference).sum(1).min() > 0.999
     assert 0 < np.abs(cells - reference).max() < 2e-2
+
+
+@pytest.mark.parametrize("name", ["float32", "bfloat16", "int8"])
+def test_types_are_torchs_too(checkpoint, name) -> None:
+    if name == "int8":
+        pytest.importorskip("torchao")
+    reference = embedded(golden_cells("a_70m_like"), checkpoint("a_70m_like"), dtype=name)
+    for dtype in (getattr(torch, name), f"torch.{name}"):
+        adata = golden_cells("a_70m_like")
+        np.testing.assert_array_equal(embedded(adata, checkpoint("a_70m_like"), dtype=dtype), reference)
+    assert adata.uns["tahoe_x1"]["dtype"].startswith(name)
+
+
+def test_weights_in_bfloat16_are_said_to_be(checkpoint, caplog) -> None:
+    model, tokenizer = checkpoint("a_70m_like")
+    adata = golden_cells("a_70m_like")
+    with caplog.at_level(logging.WARNING):
+        embedded(adata, (copy.deepcopy(model).to(torch.bfloat16), tokenizer), dtype="float32")
+    assert "dtype=float32, but the model was loaded in torch.bfloat16, which is used" in caplog.text
+    assert adata.uns["tahoe_x1"]["dtype"] == "bfloat16"
+
+
+def test_embeddings_are_returned_and_nothing_is_written(checkpoint, tmp_path) -> None:
+    adata = golden_cells("a_70m_like")
+    wanted = embedded(adata.copy(), checkpoint("a_70m_like"))
+    options = {"gene_id_column": "ensembl_id", "dtype": "float32", "progress": False, "return_array": True}
+    found = embed_anndata(adata, *checkpoint("a_70m_like"), **options)
+    assert (type(found), found.dtype) == (np.ndarray, np.float32)
+    np.testing.assert_array_equal(found, wanted)
+    assert not adata.obsm
+    assert "tahoe_x1" not in adata.uns
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    view = anndata.read_h5ad(tmp_path / "cells.h5ad", backed="r")[3:9]  # nothing could be written into it
+    np.testing.assert_allclose(embed_anndata(view, *checkpoint("a_70m_like"), **options), wanted[3:9], atol=1e-6)
+    with pytest.raises(ValueError, match="gene_embeddings='GE' are written into varm"):
+        embed_anndata(adata, *checkpoint("a_70m_like"), **options, gene_embeddings="GE")
 
 
 def test_attention_backends_agree(checkpoint) -> None:

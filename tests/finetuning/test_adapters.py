@@ -16,12 +16,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
 from tahoex1_hf import TahoeX1ForPreTraining, TahoeX1ForSequenceClassification, TahoeX1Tokenizer
+from tahoex1_hf.configuration_tahoe_x1 import AUTO_MAP, CODE_FILES
 from tahoex1_hf.finetuning.adapters import save_adapter
 from tahoex1_hf.finetuning.cards import adapter_card
 from tahoex1_hf.finetuning.methods import adapt
 from tahoex1_hf.finetuning.running import finetune
 from tahoex1_hf.hub.adapters import add_adapter, load_adapter, read_record, use_adapter
-from tahoex1_hf.hub.export import AUTO_MAP, CODE_FILES
 
 METHODS = ["lora", "dora", "rslora", "head_only"]
 

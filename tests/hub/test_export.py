@@ -18,10 +18,12 @@ from hub_server import Hub, read_files, serve
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
+from tahoex1_hf import configuration_tahoe_x1
+from tahoex1_hf.configuration_tahoe_x1 import AUTO_MAP, CODE_FILES, CUSTOM_PIPELINES
 from tahoex1_hf.hub import export as hub_export
 from tahoex1_hf.hub.cards import rendering
 from tahoex1_hf.hub.cards.facts import RELEASED_FACTS, load_facts
-from tahoex1_hf.hub.export import AUTO_MAP, CODE_FILES, build_repository, size_names
+from tahoex1_hf.hub.export import build_repository, size_names
 from tahoex1_hf.original.convert import convert_original_folder
 
 LICENSE = REPO_ROOT / "LICENSE"
@@ -165,7 +167,10 @@ def test_contents_of_a_repository(tmp_path: Path, sizes: dict[str, Path], unprov
         assert (tmp_path / "repository" / name).read_bytes() == (REPO_ROOT / "tahoex1_hf" / name).read_bytes()
     converted = json.loads((sizes["small"] / "config.json").read_text())
     assert "auto_map" not in converted  # the source stays as it is
-    assert json.loads((tmp_path / "repository" / "config.json").read_text()) == converted | {"auto_map": AUTO_MAP}
+    assert json.loads((tmp_path / "repository" / "config.json").read_text()) == converted | {
+        "auto_map": AUTO_MAP,
+        "custom_pipelines": CUSTOM_PIPELINES,
+    }
 
 
 def test_every_file_that_travels_is_listed() -> None:
@@ -213,7 +218,8 @@ def test_a_wrong_export_is_never_put_in_place(
 
     monkeypatch.setattr(hub_export, "_add_checkpoint", add_damaged)
     if damage == "code":
-        monkeypatch.setattr(hub_export, "CODE_FILES", CODE_FILES[:1] + CODE_FILES[2:])  # the tokenizer imports it
+        left = CODE_FILES[:1] + CODE_FILES[2:]  # the tokenizer imports it
+        monkeypatch.setattr(configuration_tahoe_x1, "CODE_FILES", left)
     message = "does not load without the package" if damage == "code" else "Without the package, .* gives another"
     with pytest.raises(RuntimeError, match=message):
         build({"small": sizes["small"]}, tmp_path / "repository")

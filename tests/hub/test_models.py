@@ -1,5 +1,6 @@
 """Functions that need a model take a folder, a Hub name or a loaded model."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -99,3 +100,19 @@ def test_a_folder_with_an_adapter(folder: Path, cells: anndata.AnnData, tmp_path
     np.testing.assert_array_equal(copies[1].obsm[KEY], copies[0].obsm[KEY])
     assert not np.allclose(copies[1].obsm[KEY], expected, atol=1e-4)
     assert copies[1].uns["tahoe_x1"]["model"] == "adapter"
+
+
+def test_a_size_by_name(folder: Path, cells: anndata.AnnData, expected: np.ndarray, tmp_path: Path) -> None:
+    several = tmp_path / "several"
+    shutil.copytree(folder, several / "70m")
+    found = embed_anndata(cells, several, size="70m", return_array=True, progress=False)
+    np.testing.assert_array_equal(found, expected)
+    cells.write_h5ad(tmp_path / "cells.h5ad")
+    embed_files(tmp_path / "cells.h5ad", tmp_path / "out.npy", several, size="70m", progress=False)
+    np.testing.assert_array_equal(np.load(tmp_path / "out.npy"), expected)
+    with pytest.raises(FileNotFoundError, match=r"has no size '3b'; it has the sizes 70m"):
+        perturb_genes(cells, several, size="3b", progress=False)
+    model, tokenizer = model_and_tokenizer(several, size="70m")
+    for given in ({"size": "70m"}, {"revision": "main"}):
+        with pytest.raises(ValueError, match="chooses among models by name, and model is loaded already"):
+            embed_anndata(cells, model, tokenizer, **given)

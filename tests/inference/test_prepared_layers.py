@@ -10,7 +10,7 @@ from tahoex1_hf import TahoeX1Config, TahoeX1Model
 from tahoex1_hf.inference import encoder, prepared_layers
 from tahoex1_hf.inference.prepared_layers import blocks_on_cpu, packs_weights, prepare_layers
 from tahoex1_hf.inference.ragged import ragged_forward
-from tahoex1_hf.packing_tahoe_x1 import EncodedCells
+from tahoex1_hf.padding_tahoe_x1 import EncodedCells
 
 LENGTHS = (14, 14, 9, 3)
 

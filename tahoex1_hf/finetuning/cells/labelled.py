@@ -31,7 +31,7 @@ from tahoex1_hf.finetuning.config import (
     MaskedExpressionConfig,
     RegressionConfig,
 )
-from tahoex1_hf.packing_tahoe_x1 import EncodedCells
+from tahoex1_hf.padding_tahoe_x1 import EncodedCells
 from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
 
 logger = logging.getLogger(__name__)

@@ -6,7 +6,7 @@ import copy
 import numpy as np
 
 from tahoex1_hf.encoding_tahoe_x1 import GeneRows, content_numbers, mix64
-from tahoex1_hf.packing_tahoe_x1 import EncodedCells
+from tahoex1_hf.padding_tahoe_x1 import EncodedCells
 from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
 
 

@@ -21,7 +21,7 @@ from tahoex1_hf.common.reading import reading
 from tahoex1_hf.finetuning.cells.labelled import SAMPLE_SEED
 from tahoex1_hf.finetuning.cells.prediction_output import PredictionWriter
 from tahoex1_hf.finetuning.cells.predictor import CellPredictor, Predictor, load_predictor
-from tahoex1_hf.inference.encoder import DtypeName
+from tahoex1_hf.inference.encoder import Dtype
 from tahoex1_hf.inference.provenance import provenance
 from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
 
@@ -45,7 +45,7 @@ def predict_anndata(
     unknown_drugs: str | None = None,
     batch_tokens: int | None = None,
     device: str | torch.device | None = None,
-    dtype: DtypeName = "auto",
+    dtype: Dtype = "auto",
     progress: bool = True,
 ) -> str:
     """Write a fine-tuned model's predictions for cells into `adata`.
@@ -130,7 +130,7 @@ def predict_files(
     unknown_drugs: str | None = None,
     batch_tokens: int | None = None,
     device: str | torch.device | None = None,
-    dtype: DtypeName = "auto",
+    dtype: Dtype = "auto",
     progress: bool = True,
 ) -> str:
     """Write a file's cells together with a fine-tuned model's predictions for them.

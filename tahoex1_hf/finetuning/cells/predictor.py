@@ -25,11 +25,11 @@ from tahoex1_hf.hub.adapters import RECORD, find_adapter, load_adapter, read_rec
 from tahoex1_hf.hub.loading import load_folder, load_tokenizer
 from tahoex1_hf.hub.models import without_peft
 from tahoex1_hf.hub.whole_weights import has_part
-from tahoex1_hf.inference.encoder import CellEncoder, DtypeName
+from tahoex1_hf.inference.encoder import CellEncoder, Dtype
 from tahoex1_hf.inference.finite import check_results
 from tahoex1_hf.modeling_tahoe_x1 import TahoeX1ForSequenceClassification
-from tahoex1_hf.packing_tahoe_x1 import EncodedCells
-from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer, report_empty
+from tahoex1_hf.padding_tahoe_x1 import EncodedCells, report_empty
+from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -143,7 +143,7 @@ class CellPredictor:
         *,
         batch_tokens: int | None = None,
         device: str | torch.device | None = None,
-        dtype: DtypeName = "auto",
+        dtype: Dtype = "auto",
     ):
         self.tokenizer, self.classes = predictor.tokenizer, predictor.classes
         self.encoder = CellEncoder(

@@ -15,7 +15,8 @@ from tahoex1_hf.finetuning.objectives import Objective
 from tahoex1_hf.finetuning.trainer import FinetuneTrainer
 from tahoex1_hf.hub.models import without_peft
 from tahoex1_hf.modeling_tahoe_x1 import TahoeX1ForPreTraining
-from tahoex1_hf.packing_tahoe_x1 import CellLayout, EncodedCells
+from tahoex1_hf.packing_tahoe_x1 import CellLayout
+from tahoex1_hf.padding_tahoe_x1 import EncodedCells
 
 
 def inner_model(model: Any) -> TahoeX1ForPreTraining:

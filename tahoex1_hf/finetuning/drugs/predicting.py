@@ -13,7 +13,7 @@ from tahoex1_hf.encoding_tahoe_x1 import GeneRows
 from tahoex1_hf.finetuning.drugs.objective import decode_change, inner_model
 from tahoex1_hf.hub.adapters import find_adapter, load_adapter, read_record
 from tahoex1_hf.inference.encoder import CellEncoder
-from tahoex1_hf.packing_tahoe_x1 import EncodedCells
+from tahoex1_hf.padding_tahoe_x1 import EncodedCells
 from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
 
 if TYPE_CHECKING:

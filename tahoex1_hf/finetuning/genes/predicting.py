@@ -17,7 +17,7 @@ from tahoex1_hf.finetuning.cells.long_cells import split_long_cells
 from tahoex1_hf.finetuning.methods import trained_head
 from tahoex1_hf.hub.adapters import find_adapter, load_adapter, read_record
 from tahoex1_hf.hub.models import without_peft
-from tahoex1_hf.inference.encoder import CellEncoder, DtypeName, GeneMeans
+from tahoex1_hf.inference.encoder import CellEncoder, Dtype, GeneMeans
 from tahoex1_hf.modeling_tahoe_x1 import TahoeX1ForTokenClassification
 from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
 
@@ -43,7 +43,7 @@ def predict_genes(
     chunks: Iterable[tuple[GeneRows, np.ndarray | None]],
     tokens: np.ndarray,
     device: torch.device | None = None,
-    dtype: DtypeName = "float32",
+    dtype: Dtype = "float32",
 ) -> np.ndarray:
     """Predict the classes of genes from all cells.
 
