@@ -39,6 +39,7 @@ from .packing_tahoe_x1 import (
     make_attention_mask,
     masked_mse,
     multiplied_as,
+    refuse_to_generate,
     token_cross_entropy,
 )
 
@@ -284,6 +285,7 @@ class TahoeX1PreTrainedModel(TravelsWithCode, PreTrainedModel):
     _supports_attention_backend = True
     _can_record_outputs = {"hidden_states": TahoeX1Layer, "attentions": TahoeX1Attention}
     dummy_inputs = property(lambda self: dummy_batch(self.config.vocab_size, self.device))
+    generate = refuse_to_generate
     _locate_checkpoint: Callable | None = None  # set by the package, for checkpoints in the original's layout
 
     @classmethod

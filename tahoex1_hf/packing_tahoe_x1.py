@@ -7,7 +7,7 @@ This file travels to the Hugging Face Hub beside the weights.
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -382,6 +382,14 @@ def dummy_batch(vocab_size: int, device: torch.device) -> dict[str, torch.Tensor
     input_ids = torch.tensor([[1, 7, 6, 3], [1, 4, 2, 5]], device=device) % vocab_size
     values = input_ids.to(torch.float32)
     return {"input_ids": input_ids, "expression_values": values, "attention_mask": torch.ones_like(input_ids)}
+
+
+def refuse_to_generate(model: Any, *args: Any, **kwargs: Any) -> NoReturn:
+    """Raise NotImplementedError: what `model.generate` of other models does cannot be had."""
+    raise NotImplementedError(
+        "Tahoe-x1 embeds cells and predicts expression: there is no order of tokens to generate in. Call the model, "
+        "or, for the expression of hidden genes, AutoModelForPreTraining's with target_mask."
+    )
 
 
 def masked_mse(
