@@ -206,8 +206,9 @@ def test_some_hidden_states() -> None:
 # Export
 
 
-@pytest.mark.parametrize("shape", ["plain", "drugs_observed_or_self_mean"])
-@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "strict"), [("plain", False), ("drugs_observed_or_self_mean", False), ("drugs", True)]
+)
 def test_exported_programs_take_any_number_of_cells_and_tokens(shape: str, strict: bool, tmp_path: Path) -> None:
     config = tiny_config(**SHAPES[shape])
     model = tiny_model(config, TahoeX1Model)

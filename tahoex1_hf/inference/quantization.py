@@ -11,6 +11,17 @@ from tahoex1_hf.modeling_tahoe_x1 import TahoeX1Model
 _QUANTISED = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "gate_proj", "down_proj")
 
 
+def quantised_by(model: nn.Module) -> str | None:
+    """Return the library that quantised layers of a model: "torchao", "bitsandbytes" or "torch"; None for none."""
+    for layer in model.modules():
+        if type(getattr(layer, "weight", None)).__module__.startswith("torchao."):
+            return "torchao"
+        library = type(layer).__module__
+        if library.startswith(("bitsandbytes.", "torch.ao.")):
+            return library.partition(".")[0]
+    return None
+
+
 def with_int8_weights(model: TahoeX1Model) -> TahoeX1Model:
     """Copy a model so that its layers multiply with int8 weights, one scale per output; the rest is shared with it.
 
@@ -18,8 +29,11 @@ def with_int8_weights(model: TahoeX1Model) -> TahoeX1Model:
     which costs some speed (see benchmarks/).
 
     Raises:
-        ValueError: where torchao is not installed.
+        ValueError: where torchao is not installed, and for a model whose layers are quantised already.
     """
+    library = quantised_by(model)
+    if library is not None:
+        raise ValueError(f"dtype='int8', but {library} has quantised this model's layers already: leave dtype out.")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

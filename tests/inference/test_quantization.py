@@ -1,6 +1,7 @@
 """Int8 weights are close to float32, take a quarter of the layers' memory, and leave the model itself as it is."""
 
 import copy
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -8,12 +9,15 @@ import pytest
 import torch
 from cells import NUM_GENES, make_cells, write_vocab
 from helpers import tiny_config, tiny_model
+from transformers import TorchAoConfig
 
 from tahoex1_hf import TahoeX1Model, TahoeX1Tokenizer, embed_anndata
 from tahoex1_hf.inference import quantization
 from tahoex1_hf.inference.encoder import CellEncoder
 
-pytest.importorskip("torchao", reason="torchao is not installed (extra int8)")
+Int8WeightOnlyConfig = pytest.importorskip(
+    "torchao.quantization", reason="torchao is not installed (extra int8)"
+).Int8WeightOnlyConfig
 KEY = "X_tahoe_x1"
 
 
@@ -49,6 +53,33 @@ def test_layers_take_a_quarter_and_the_rest_is_shared(parts) -> None:
     assert quantised.shape == theirs.layers[0].mlp.up_proj.weight.shape
     assert scale.numel() == quantised.shape[0]  # one per output
     assert encoder.dtype_name in ("int8 weights, float32", "int8 weights, bfloat16")  # whichever is faster here
+
+
+def embedded(model: TahoeX1Model, tokenizer: TahoeX1Tokenizer, dtype: str) -> np.ndarray:
+    cells = make_cells(40)
+    embed_anndata(cells, model, tokenizer, dtype=dtype, device="cpu", progress=False)
+    return cells.obsm[KEY]
+
+
+def test_models_that_were_quantised_while_loading(parts, tmp_path: Path) -> None:
+    model, tokenizer = parts
+    model.save_pretrained(tmp_path / "model")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        quantised = {
+            "torchao": TahoeX1Model.from_pretrained(
+                tmp_path / "model", quantization_config=TorchAoConfig(Int8WeightOnlyConfig())
+            ),
+            "torch": torch.ao.quantization.quantize_dynamic(TahoeX1Model.from_pretrained(tmp_path / "model")),
+        }
+    expected = embedded(model, tokenizer, "float32")
+    for library, loaded in quantised.items():
+        assert quantization.quantised_by(loaded) == library
+        for dtype in ("auto", "bfloat16", "float32"):
+            assert (embedded(loaded, tokenizer, dtype) * expected).sum(1).min() > 0.98
+        with pytest.raises(ValueError, match=f"{library} has quantised this model's layers already"):
+            CellEncoder(loaded, tokenizer, device="cpu", dtype="int8")
+    assert quantization.quantised_by(model) is None
 
 
 def test_without_torchao(parts, monkeypatch: pytest.MonkeyPatch) -> None:
