@@ -143,6 +143,8 @@ def check_arguments(
         check_shape(input_ids, attention_mask=attention_mask)
     if target_mask is not None and target_mask.dtype != torch.bool:
         raise ValueError(f"target_mask must be bool, got {target_mask.dtype}: use target_mask.bool().")
+    if torch.compiler.is_compiling():  # a graph cannot raise
+        return
     _check_ids("input_ids", input_ids, config.vocab_size, "config.vocab_size")
     if drug_ids is not None and config.num_drugs:
         _check_ids("drug_ids", drug_ids, config.num_drugs, "config.num_drugs")
@@ -155,13 +157,11 @@ def check_arguments(
 def _check(good: torch.Tensor, problem: Callable[[], str]) -> None:
     """Raise ValueError where a tensor of shape () is false; on CUDA, have the device stop, without waiting for it.
 
-    Tensors without content (on the device "meta", or while a graph is made) are not looked at.
+    Tensors without content (fake ones, or those on the device "meta") are not looked at.
     """
-    if type(good) is not torch.Tensor or torch.compiler.is_compiling():
-        return
-    if good.device.type == "cuda":
+    if good.device.type == "cuda" and type(good) is torch.Tensor:
         torch._assert_async(good, problem())
-    elif good.device.type == "cpu" and not good:
+    elif good.device.type == "cpu" and type(good) is torch.Tensor and not good:
         raise ValueError(problem())
 
 
@@ -195,12 +195,13 @@ def _check_full_mask(mask: torch.Tensor, shape: tuple[int, ...]) -> None:
             "for each token."
         )
     if mask.is_floating_point() and not torch.compiler.is_compiling():
-        if not ((mask == 0) | (mask <= _NEVER)).all():
-            raise ValueError(
-                "attention_mask of floats is added to the attention scores, and may hold 0, where a token is seen, "
-                f"and numbers of at most {_NEVER:g}, where it is not. For a mask of ones and zeros use "
-                "attention_mask.bool()."
-            )
+        _check(
+            ((mask == 0) | (mask <= _NEVER)).all(),
+            lambda: (
+                "attention_mask of floats is added to attention scores, and may hold 0, where a token is seen, and "
+                f"numbers of at most {_NEVER:g}, where it is not. For ones and zeros use attention_mask.bool()."
+            ),
+        )
 
 
 def seen_by_mask(mask: torch.Tensor) -> torch.Tensor:
