@@ -42,6 +42,7 @@ def embed(
     layer: options.Layer = None,
     drugs: options.Drugs = None,
     unknown_drugs: options.UnknownDrugs = UnknownDrugsRule.pad,
+    drug_table: options.DrugTable = None,
     max_length: options.MaxLength = None,
     overflow: options.Overflow = None,
     draws: Annotated[
@@ -133,6 +134,7 @@ def embed(
         gene_metadata=gene_metadata,
         drugs=drugs,
         unknown_drugs=unknown_drugs.value,
+        drug_table=drug_table,
         gene_embeddings=kinds or False,
         cell_gene_embeddings=cell_gene_embeddings,
         obs=obs,

@@ -102,6 +102,15 @@ UnknownDrugs = Annotated[
         help="Drugs that the model's table lacks: pad counts their cells as cells without a drug, error refuses them."
     ),
 ]
+DrugTable = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="SMILES.csv",
+        help="Drugs that the model's table lacks: columns drug and canonical_smiles (or smiles). Each gets its "
+        "fingerprint, so a similar compound gets a similar vector. The model saw 377 compounds; how well it does on "
+        "others is not known.",
+    ),
+]
 MaxLength = Annotated[
     int | None, typer.Option(help="Largest number of tokens of a cell.", show_default="the model's context length")
 ]

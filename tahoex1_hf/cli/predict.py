@@ -51,6 +51,7 @@ def predict(
             show_default="as trained",
         ),
     ] = None,
+    drug_table: options.DrugTable = None,
     dtype: Annotated[
         FloatDtype, typer.Option(help="auto: bfloat16 where the hardware is faster at it.")
     ] = FloatDtype.auto,
@@ -83,6 +84,7 @@ def predict(
         orthologs=orthologs,
         drugs=drugs,
         unknown_drugs=unknown_drugs and unknown_drugs.value,
+        drug_table=drug_table,
         batch_tokens=batch_tokens,
         device=device,
         dtype=dtype.value,

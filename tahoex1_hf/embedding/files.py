@@ -42,6 +42,7 @@ from tahoex1_hf.inference.encoder import CellEncoder, Dtype, GeneMeans, TokenSin
 from tahoex1_hf.inference.gene_embeddings import embed_genes, gene_kinds, gene_slot
 from tahoex1_hf.inference.provenance import provenance, provenance_key
 from tahoex1_hf.modeling_tahoe_x1 import TahoeX1PreTrainedModel
+from tahoex1_hf.runs.new_drugs import NewDrugs, SmilesTable, with_new_drugs
 from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -56,6 +57,7 @@ _FORMERLY = {
     "hidden_layer": None,
     "cell_gene_embeddings": False,
     "obs": None,
+    "drug_table": None,
     "full_paths": False,
 }
 
@@ -121,6 +123,7 @@ def embed_files(
     gene_metadata: str | None = None,
     drugs: str | None = None,
     unknown_drugs: str | None = None,
+    drug_table: SmilesTable | None = None,
     gene_embeddings: bool | str | Sequence[str] = False,
     cell_gene_embeddings: str | Path | None = None,
     obs: str | Sequence[str] | None = None,
@@ -163,6 +166,7 @@ def embed_files(
         gene_metadata: gene table of a dataset in the form of Tahoe-100M; by default the dataset's own on the Hub.
         drugs: for models with a drug encoder, a column of the cells, or one drug for all cells.
         unknown_drugs: as in `embed_anndata`.
+        drug_table: as in `embed_anndata`.
         gene_embeddings: as in `embed_anndata`; needs a single `.h5ad` or `.zarr` source and an output of its kind.
         cell_gene_embeddings: path or URL of a `.parquet` table for each cell's contextual gene embeddings, with a row
             for every expressed gene of every cell: `cell`, `source` (with several), `gene` (its Ensembl id), and the
@@ -201,6 +205,7 @@ def embed_files(
     wanted.check()
     processes = Processes.current()
     loaded, tokenizer = model_and_tokenizer(model, tokenizer, size=size, revision=revision)
+    used, tokenizer, new_drugs = with_new_drugs(without_peft(loaded), tokenizer, drug_table, drugs)
     options = EncodeOptions(with_settings(tokenizer, max_length, overflow), drugs, seed, unknown_drugs, draws)
     genes = GeneOptions(
         gene_id_column,
@@ -217,7 +222,7 @@ def embed_files(
             spool = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         inputs = open_all(paths, options.tokenizer, genes, spool=spool)
         encoder = CellEncoder(
-            without_peft(loaded),
+            used,
             options.tokenizer,
             batch_tokens=batch_tokens,
             device=device or processes.device(),
@@ -225,7 +230,7 @@ def embed_files(
             hidden_layer=hidden_layer,
         )
         made = Output(wanted, inputs, shards, options.tokenizer, encoder.width)
-        run = _Run(inputs, shards, encoder, options, made)
+        run = _Run(inputs, shards, encoder, options, made, new_drugs)
         identity = _identity(run, loaded, {"layer": layer})
         identity["batch_tokens"] = batch_tokens  # it moves last digits; the default follows from device and precision
         todo = run.begin(stack.enter_context(_Lock(shards)), identity, restart, processes)
@@ -242,9 +247,11 @@ class _Run:
         encoder: CellEncoder,
         options: EncodeOptions,
         output: Output,
+        new_drugs: NewDrugs | None,
     ):
         self.plan = Plan([ChunkEncoder(each, options) for each in inputs])
         self.shards, self.encoder, self.options = shards, encoder, options
+        self.new_drugs = new_drugs
         self.output, self.kinds, self.cell_genes = output, output.options.kinds, output.cell_genes
 
     def _gene_means(self) -> GeneMeans | None:
@@ -366,6 +373,7 @@ class _Run:
         try:
             num_empty = self._write_cells(writer)
             made_by = provenance(model_name, self.encoder, self.options, self.plan.inputs, num_empty)
+            made_by |= {} if self.new_drugs is None else self.new_drugs.provenance()
             if self.cell_genes is not None:
                 self.cell_genes.write(self.plan.num_chunks, {provenance_key(writer.layout.key_added): made_by})
             made_by |= self._write_genes(writer)
@@ -425,6 +433,7 @@ def _identity(run: _Run, model: TahoeX1PreTrainedModel, more: dict[str, Any]) ->
         "genes": [json_digest(each.genes.token_ids.tolist()) for each in run.plan.inputs if each.genes is not None],
         "drugs": options.drugs,
         "unknown_drugs": options.unknown_drugs or tokenizer.unknown_drugs,
+        "drug_table": None if run.new_drugs is None else run.new_drugs.digest(),
         "seed": options.seed,
         "sampled_by": "content" if samples else _FORMERLY["sampled_by"],
         "draws": options.draws,

@@ -18,6 +18,7 @@ from tahoex1_hf.inference.encoder import CellEncoder, Dtype
 from tahoex1_hf.inference.gene_embeddings import embed_genes, gene_kinds, gene_slot
 from tahoex1_hf.inference.provenance import check_key, deviation_key, provenance, provenance_key
 from tahoex1_hf.modeling_tahoe_x1 import TahoeX1PreTrainedModel
+from tahoex1_hf.runs.new_drugs import SmilesTable, with_new_drugs
 from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ def embed_anndata(
     orthologs: Mapping[str, Sequence[str]] | str | Path | None = None,
     drugs: str | Sequence[str | None] | None = None,
     unknown_drugs: str | None = None,
+    drug_table: SmilesTable | None = None,
     gene_embeddings: bool | str | Sequence[str] = False,
     max_length: int | None = None,
     overflow: str | None = None,
@@ -76,6 +78,9 @@ def embed_anndata(
         unknown_drugs: `"pad"`: cells whose drug is not in the model's drug table count as cells without a drug, as in
             the original, and a warning lists drugs and cells; `"error"`: they are refused; by default the tokenizer's
             `unknown_drugs`, which is `"pad"`. A single drug for all cells must always be known.
+        drug_table: table with the columns `drug` and `canonical_smiles` (or `smiles`), or drug -> SMILES, for drugs
+            that the model's table lacks: each gets its Morgan fingerprint as a row. A compound of similar structure
+            gets a similar vector; the encoder saw 377 compounds, and how well it does on others is not known.
         gene_embeddings: True for each gene's mean contextual embedding over the cells that express it, in
             `adata.varm[key_added]`; or some of the kinds that the original's benchmarks know, as in `"GE,TE"`: `"GE"`,
             the model's input table, in `varm[key_added + "_GE"]`; `"TE"`, the output of the layers without any cell,
@@ -118,12 +123,13 @@ def embed_anndata(
             "one of them out."
         )
     loaded, tokenizer = model_and_tokenizer(model, tokenizer, size=size, revision=revision)
+    used, tokenizer, new_drugs = with_new_drugs(without_peft(loaded), tokenizer, drug_table, drugs)
     tokenizer = with_settings(tokenizer, max_length, overflow)
     options = EncodeOptions(tokenizer, drugs, seed, unknown_drugs, draws)
     genes = GeneOptions(gene_id_column, gene_symbols, layer, species=species, orthologs=orthologs)
     cells = open_cells(adata, tokenizer, genes)
     encoder = CellEncoder(
-        without_peft(loaded),
+        used,
         tokenizer,
         batch_tokens=batch_tokens,
         device=device,
@@ -138,6 +144,7 @@ def embed_anndata(
     if return_array:
         return embeddings
     made_by = provenance(model_name(model, loaded), encoder, options, [cells], num_empty)
+    made_by |= {} if new_drugs is None else new_drugs.provenance()
     found = embed_genes(encoder, match.token_ids, kinds, gene_means) if kinds and match is not None else None
     # Written last, together: an interrupted run leaves adata as it was.
     adata.obsm[key_added] = embeddings

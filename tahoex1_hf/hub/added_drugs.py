@@ -1,6 +1,7 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
 """Rows added to a model's drug table, and the file beside an adapter that keeps them."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,36 @@ def add_drugs(model: TahoeX1PreTrainedModel, fingerprints: np.ndarray) -> None:
         table.weight.copy_(torch.cat([old.weight, rows.to(old.weight)]))
     encoder.embedding = table.to(old.weight.device, old.weight.dtype)
     config.num_drugs += len(fingerprints)
+
+
+def with_added_drugs(model: Any, fingerprints: np.ndarray) -> Any:
+    """Return a model with further rows in its drug table, which shares all other weights with `model`.
+
+    Args:
+        model: model with a drug encoder, with or without a head; it stays as it is.
+        fingerprints: `(drugs, bits)` fingerprints of the new drugs.
+
+    Raises:
+        ValueError: as `add_drugs`.
+    """
+    twin = _sharing(model)
+    twin.config = copy.deepcopy(model.config)
+    inner = twin
+    if model.base_model is not model:
+        inner = _sharing(model.base_model)
+        inner.config = twin.config
+        twin._modules[model.base_model_prefix] = inner
+    inner._modules["embeddings"] = _sharing(inner.embeddings)
+    inner.embeddings._modules["drug_encoder"] = _sharing(inner.embeddings.drug_encoder)
+    add_drugs(twin, fingerprints)
+    return twin
+
+
+def _sharing(module: torch.nn.Module) -> Any:
+    """Return a copy of a module that shares everything with it but the places of its parts."""
+    twin: Any = copy.copy(module)
+    twin._modules = dict(module._modules)
+    return twin
 
 
 def save_added_drugs(folder: Path, fingerprints: np.ndarray, first: int) -> None:

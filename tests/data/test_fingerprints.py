@@ -74,8 +74,12 @@ def test_radius_and_length_change_the_fingerprints(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("rows", "said"),
     [
-        ([("aspirin", ASPIRIN), ("ring", "C1CC"), ("words", "see above")], "2 SMILES .*'ring': 'C1CC'; 'words': 'see"),
+        (
+            [("aspirin", ASPIRIN), ("ring", "C1CC"), ("words", "see above")],
+            "2 SMILES .*row 1, 'ring': 'C1CC'; row 2, 'words': 'see",
+        ),
         ([("a", ASPIRIN), ("a", CAFFEINE)], f"'a' stands twice, .*{CAFFEINE[:4]}"),
+        ([("a", ASPIRIN), ("a ", CAFFEINE)], "'a' stands twice, .*in row 1"),
         ([("<pad>", ASPIRIN)], "row 0 names a drug '<pad>'"),
         ([("a", ASPIRIN), (None, CAFFEINE)], "row 1 names no drug"),
         ([("a", None)], "no drug has a SMILES"),

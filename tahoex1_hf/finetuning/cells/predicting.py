@@ -23,6 +23,7 @@ from tahoex1_hf.finetuning.cells.prediction_output import PredictionWriter
 from tahoex1_hf.finetuning.cells.predictor import CellPredictor, Predictor, load_predictor
 from tahoex1_hf.inference.encoder import Dtype
 from tahoex1_hf.inference.provenance import provenance
+from tahoex1_hf.runs.new_drugs import SmilesTable, with_new_drugs
 from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ def predict_anndata(
     orthologs: Mapping[str, Sequence[str]] | str | Path | None = None,
     drugs: str | None = None,
     unknown_drugs: str | None = None,
+    drug_table: SmilesTable | None = None,
     batch_tokens: int | None = None,
     device: str | torch.device | None = None,
     dtype: Dtype = "auto",
@@ -69,6 +71,7 @@ def predict_anndata(
         orthologs: Mouse gene -> Ensembl ids of human orthologues, or the path of a table.
         drugs: For models with a drug encoder: a column of `adata.obs`, or one drug for all cells.
         unknown_drugs: As in `embed_anndata`; by default as the model was trained, or `"error"`.
+        drug_table: As in `embed_anndata`: drugs that the model's table lacks, and their SMILES.
         batch_tokens: Most tokens of a batch; changes speed and memory, not the result.
         device: Device to compute on; by default the fastest there is.
         dtype: Precision of the matrix products, as in `embed_anndata`.
@@ -83,8 +86,9 @@ def predict_anndata(
     """
     check_writable(adata)
     predictor = load_predictor(model, base, tokenizer)
-    ready = CellPredictor(predictor, batch_tokens=batch_tokens, device=device, dtype=dtype)
     options, drugs = _settings(predictor, layer, gene_id_column, drugs)
+    predictor, new_drugs = _with_new_drugs(predictor, drug_table, drugs)
+    ready = CellPredictor(predictor, batch_tokens=batch_tokens, device=device, dtype=dtype)
     options = replace(options, gene_symbols=gene_symbols, species=species, orthologs=orthologs)
     encoding = _encoding(predictor, ready, drugs, unknown_drugs)
     cells = open_cells(adata, ready.tokenizer, options)
@@ -96,7 +100,7 @@ def predict_anndata(
             outputs[done : done + len(predictions)] = predictions
             done += len(predictions)
             num_empty += len(part.empty_cells)
-    _add_predictions(adata, predictor, outputs, _provenance(predictor, ready, encoding, cells, num_empty))
+    _add_predictions(adata, predictor, outputs, _provenance(predictor, ready, encoding, cells, num_empty) | new_drugs)
     return predictor.column
 
 
@@ -128,6 +132,7 @@ def predict_files(
     orthologs: Mapping[str, Sequence[str]] | str | Path | None = None,
     drugs: str | None = None,
     unknown_drugs: str | None = None,
+    drug_table: SmilesTable | None = None,
     batch_tokens: int | None = None,
     device: str | torch.device | None = None,
     dtype: Dtype = "auto",
@@ -150,6 +155,7 @@ def predict_files(
         orthologs: Mouse gene -> Ensembl ids of human orthologues, or the path of a table.
         drugs: Column of `obs` with drugs, or one drug for all cells.
         unknown_drugs: `"pad"` or `"error"`.
+        drug_table: Drugs that the model's table lacks, and their SMILES.
         batch_tokens: Most tokens of a batch.
         device: Device to compute on.
         dtype: Precision of the matrix products.
@@ -165,8 +171,9 @@ def predict_files(
     source, output = Path(source), Path(output)
     check_files(source, output)
     predictor = load_predictor(model, base, tokenizer)
-    ready = CellPredictor(predictor, batch_tokens=batch_tokens, device=device, dtype=dtype)
     options, drugs = _settings(predictor, layer, gene_id_column, drugs)
+    predictor, new_drugs = _with_new_drugs(predictor, drug_table, drugs)
+    ready = CellPredictor(predictor, batch_tokens=batch_tokens, device=device, dtype=dtype)
     options = replace(options, gene_symbols=gene_symbols, species=species, orthologs=orthologs)
     encoding = _encoding(predictor, ready, drugs, unknown_drugs)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as spool:
@@ -177,7 +184,7 @@ def predict_files(
         try:
             num_empty = _write_predictions(writer, ready, cells, encoding, progress)
             cells.check_unchanged()
-            writer.finish(_provenance(predictor, ready, encoding, cells, num_empty))
+            writer.finish(_provenance(predictor, ready, encoding, cells, num_empty) | new_drugs)
         except BaseException:
             writer.abandon()
             raise
@@ -219,6 +226,16 @@ def _settings(predictor: Predictor, *settings: str | None) -> tuple[GeneOptions,
         for name, given in zip(("layer", "gene_id_column", "drugs"), settings, strict=True)
     )
     return GeneOptions(gene_id_column, layer=layer), drugs
+
+
+def _with_new_drugs(
+    predictor: Predictor, table: SmilesTable | None, drugs: str | None
+) -> tuple[Predictor, dict[str, Any]]:
+    """Return a predictor that knows the drugs of a table, and what to note of it in `uns`."""
+    model, tokenizer, new = with_new_drugs(predictor.model, predictor.tokenizer, table, drugs)
+    if new is None:
+        return predictor, {}
+    return replace(predictor, model=model, tokenizer=tokenizer), new.provenance()
 
 
 def _encoding(
