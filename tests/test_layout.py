@@ -62,6 +62,13 @@ TESTED_IN: dict[str, set[str]] = {
         "embedding/outputs",
         "embedding/streams",
     },
+    "embedding/release/test_running.py": {
+        "cli/verify_release",
+        "embedding/release/bench",
+        "embedding/release/causes",
+        "embedding/release/plot",
+        "embedding/release/report",
+    },
     "embedding/test_in_memory.py": {"inference/chunks", "inference/encoder", "inference/provenance"},
     "finetuning/cells/test_cell_baselines.py": {"finetuning/cells/baselines"},
     "finetuning/cells/test_cell_report.py": {"finetuning/cells/report"},

@@ -18,6 +18,7 @@ from tahoex1_hf.cli.predict import predict
 from tahoex1_hf.cli.prepare import prepare
 from tahoex1_hf.cli.pretrain import pretrain
 from tahoex1_hf.cli.recipes import recipes
+from tahoex1_hf.cli.verify_release import verify_release
 from tahoex1_hf.cli.vocabulary import build_vocab, drug_fingerprints
 
 app = typer.Typer(name="tahoex1", no_args_is_help=True, pretty_exceptions_enable=False)
@@ -48,6 +49,7 @@ for name, function in {
     "recipes": recipes,
     "convert": convert,
     "export": export,
+    "verify-release": verify_release,
     "build-vocab": build_vocab,
     "drug-fingerprints": drug_fingerprints,
 }.items():

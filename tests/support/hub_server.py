@@ -29,9 +29,9 @@ def read_files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def fill_cache(cache: Path, repo_id: str, revisions: dict[str, Path]) -> dict[str, str]:
+def fill_cache(cache: Path, repo_id: str, revisions: dict[str, Path], kind: str = "models") -> dict[str, str]:
     """Lay a repository out as huggingface_hub does (blobs, snapshots of links to them, refs); return the commits."""
-    storage = cache / f"models--{repo_id.replace('/', '--')}"
+    storage = cache / f"{kind}--{repo_id.replace('/', '--')}"
     (storage / "blobs").mkdir(parents=True)
     (storage / "refs").mkdir()
     commits = {}
