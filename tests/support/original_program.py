@@ -6,7 +6,7 @@ cells of a batch with drug tokens lose a gene.
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,10 @@ import yaml
 from safetensors.torch import load_file
 
 ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "leaky_relu": F.leaky_relu}
+
+
+def _log(counts: torch.Tensor) -> torch.Tensor:
+    return torch.log1p(counts / counts.sum() * 1e4)
 
 
 class OriginalProgram:
@@ -42,6 +46,7 @@ class OriginalProgram:
         cells: Sequence[tuple[np.ndarray, np.ndarray]],
         drugs: Sequence[str],
         layer: int | None = None,
+        values: str = "bins",
         batch: int = 16,
     ) -> np.ndarray:
         """Return `(cells, width)` embeddings of length 1.
@@ -50,19 +55,22 @@ class OriginalProgram:
             cells: token ids and counts of each cell's genes.
             drugs: drug of each cell; one that the table lacks is no drug.
             layer: layer whose output is taken, without the final norm; by default the last, with it.
+            values: `"bins"`, or `"log1p"` of counts that add up to 10,000.
             batch: cells of a batch.
         """
         found = []
         for start in range(0, len(cells), batch):
             ids = torch.tensor([self.drugs.get(drug.strip(), 0) for drug in drugs[start : start + batch]])
-            genes, values = self._collate(cells[start : start + batch])
+            genes, values = self._collate(cells[start : start + batch], self._bins if values == "bins" else _log)
             with torch.autocast("cpu", dtype=self.dtype, enabled=self.dtype != torch.float32):
                 found.append(F.normalize(self._forward(genes, values, ids, layer)[:, 0].float(), dim=1))
         return torch.cat(found).numpy()
 
     # Cells to batches ---------------------------------------------------------------------------------
 
-    def _collate(self, cells: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[torch.Tensor, torch.Tensor]:
+    def _collate(
+        self, cells: Sequence[tuple[np.ndarray, np.ndarray]], encode: Callable[[torch.Tensor], torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         special = torch.tensor([self.vocabulary["<cls>"], self.vocabulary["<drug>"]])
         pad, fill = self.vocabulary["<pad>"], float(self.collator["pad_value"])
         longest = max(len(genes) for genes, _ in cells) + 1  # as if there were no drug token
@@ -70,7 +78,7 @@ class OriginalProgram:
         rows = []
         for genes, counts in cells:
             ids = torch.cat([special, torch.as_tensor(genes, dtype=torch.int64)])
-            values = torch.cat([torch.full((2,), fill), self._bins(torch.as_tensor(counts, dtype=torch.float32))])
+            values = torch.cat([torch.full((2,), fill), encode(torch.as_tensor(counts, dtype=torch.float32))])
             if len(ids) > length:
                 kept = 2 + torch.randperm(len(ids) - 2, generator=self.random)[: length - 2]
                 order = torch.cat([torch.arange(2), kept])

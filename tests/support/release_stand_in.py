@@ -77,6 +77,7 @@ def make_stand_in(
     public_drugs: Any = None,
     public_genes: Any = None,
     public_layer: int | None = None,
+    public_values: str = "bins",
     public_weights: int = 0,
     seed: int = 0,
 ) -> StandIn:
@@ -88,6 +89,7 @@ def make_stand_in(
         public_drugs: function of the cells' drugs that says with which drugs the public embeddings are made.
         public_genes: function of the array of Ensembl ids that says for which genes they take them.
         public_layer: layer whose output the public embeddings are.
+        public_values: kind of values that they are made from.
         public_weights: seed of the weights that they are made with; 0 for those of the model.
         seed: seed of the cells.
     """
@@ -108,7 +110,8 @@ def make_stand_in(
         program = OriginalProgram(write_weights(folder / "other", shape, public_weights))
     ids = np.array([program.vocabulary[gene] for gene in (genes if public_genes is None else public_genes(genes))])
     cells = [(ids[columns], values) for columns, values in counts]
-    public = program.embed(cells, drugs if public_drugs is None else public_drugs(drugs), public_layer)
+    drugs_then = drugs if public_drugs is None else public_drugs(drugs)
+    public = program.embed(cells, drugs_then, public_layer, public_values)
     _write_embeddings(folder / "embeddings", keys, public, random)
     return StandIn(folder / "model", folder / "cells" / "data", folder / "embeddings", table, keys, public)
 
@@ -269,8 +272,8 @@ def fill_hub_cache(cache: Path, stand_in: StandIn) -> None:
     fill_cache(cache, "tahoebio/Tahoe-x1-embeddings", {"main": stand_in.embeddings}, "datasets")
 
 
-def real_shape(tahoe: Path, cells: int = 240) -> Shape:
-    """Return a shape with the real gene and drug tables, and cells and a context as long as the real ones.
+def real_shape(tahoe: Path, cells: int = 160) -> Shape:
+    """Return a shape with the real gene and drug tables; cells and context are about a quarter of the real ones'.
 
     Args:
         tahoe: folder with `gene_metadata.parquet`, `drug_to_id_pad.json` and `drug_morgan2_2048_rdkit.npz`.
@@ -280,7 +283,7 @@ def real_shape(tahoe: Path, cells: int = 240) -> Shape:
     drugs = json.loads((tahoe / "drug_to_id_pad.json").read_text())
     with np.load(tahoe / "drug_morgan2_2048_rdkit.npz") as arrays:
         fingerprints = arrays["fps"]
-    return Shape(tuple(genes["ensembl_id"]), drugs, fingerprints, context=2048, cells=cells, mean_genes=1350)
+    return Shape(tuple(genes["ensembl_id"]), drugs, fingerprints, context=448, cells=cells, mean_genes=350)
 
 
 def shuffled(values: np.ndarray) -> np.ndarray:

@@ -133,7 +133,7 @@ class Bench:
         """Return the model with the mean over all tokens as embedding of the cell."""
         twin: Any = copy.copy(self.model.base_model)
         twin.config = copy.deepcopy(self.model.config)
-        twin.config.cell_pooling = "mean" if self.model.config.cell_pooling == "cls" else "cls"
+        twin.config.cell_pooling = "mean"
         return twin
 
     def with_drugs_moved(self, step: int) -> list[str | None]:

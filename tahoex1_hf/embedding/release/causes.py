@@ -159,7 +159,8 @@ def _of_layers(bench: Bench) -> _Assumptions:
     )
     for layer in range(last - 1, 0, -1):
         yield _trial(LAYER, f"the output of layer {layer} of {last}", bench, hidden_layer=layer)
-    yield LAYER, "the mean over all tokens in place of <cls>", lambda: bench.embed(model=bench.pooled_by_mean())
+    if bench.model.config.cell_pooling == "cls":
+        yield LAYER, "the mean over all tokens in place of <cls>", lambda: bench.embed(model=bench.pooled_by_mean())
 
 
 def _of_values(bench: Bench) -> _Assumptions:

@@ -19,7 +19,7 @@ _LINES: list[tuple[str, str, str, Any, float]] = [
     ("precision", "precision alone", "#009E73", "-.", 1.6),
     ("without_drug", "ours with and without drug token", "#CC79A7", (0, (5, 1, 1, 1, 1, 1)), 1.6),
 ]
-_SMALLEST = 1e-8  # departures below it are drawn there: the rounding of float32
+_SMALLEST = 1e-7  # departures below it are drawn there: the rounding of float32
 
 
 def draw_comparison(comparison: Comparison, causes: Sequence[Cause] | None, path: Path) -> None:
@@ -27,7 +27,7 @@ def draw_comparison(comparison: Comparison, causes: Sequence[Cause] | None, path
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12.5 if causes else 7.2, 4.8), layout="constrained")
+    figure = Figure(figsize=(12.5 if causes else 7.2, 5.2), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, 2, width_ratios=[1.25, 1]) if causes else [figure.subplots()]
     _draw_departures(panels[0], comparison)
@@ -45,7 +45,14 @@ def _draw_departures(axes: Any, comparison: Comparison) -> None:
             shares = np.arange(1, len(departures) + 1) / len(departures)
             axes.step(departures, shares, where="post", color=color, linestyle=style, linewidth=width, label=label)
     axes.plot(1 - BEST_KNOWN.median, 0.5, "D", color="#E69F00", markeredgecolor="black", label="best known, median")
-    axes.plot(1 - LOW, 1 - BEST_KNOWN.below, "s", color="#E69F00", markeredgecolor="black", label=f"best known, {LOW}")
+    axes.plot(
+        1 - LOW,
+        1 - BEST_KNOWN.below,
+        "s",
+        color="#E69F00",
+        markeredgecolor="black",
+        label=f"best known, share above {LOW}",
+    )
     axes.set(
         xscale="log",
         xlabel="departure, 1 - cosine",
@@ -55,7 +62,7 @@ def _draw_departures(axes: Any, comparison: Comparison) -> None:
     )
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
-    axes.legend(frameon=False, fontsize=8, loc="upper left")
+    axes.legend(frameon=False, fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.13))
 
 
 def _draw_causes(axes: Any, causes: Sequence[Cause]) -> None:
@@ -76,4 +83,4 @@ def _draw_causes(axes: Any, causes: Sequence[Cause]) -> None:
     axes.set_yticks(places, [cause.name for cause in causes])
     axes.set(xlim=(-0.02, 1.05), xlabel="share", title="Causes that were tried, the likeliest at the top")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8, loc="lower right")
+    axes.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.13))

@@ -272,7 +272,9 @@ def read_chosen(
     with progress_bar(progress, total=2 * len(chosen), unit="cell", desc="Reading the cells") as bar:
         pieces = list(_rows(chosen, "file", "row", [data.key, GENES, COUNTS, data.drugs], METADATA, spool, bar))
         numbers = np.concatenate([numbers for numbers, _ in pieces])
-        cells = pa.concat_tables([table for _, table in pieces], promote_options="default").take(np.argsort(numbers))
+        cells = pa.concat_tables([table for _, table in pieces], promote_options="permissive").take(
+            np.argsort(numbers)
+        )
         embeddings: np.ndarray | None = None
         for numbers, table in _rows(chosen, "shard", "place", [data.column], (), spool, bar):
             values = as_matrix(table[data.column], data.column, str(chosen["shard"][numbers[0]]))

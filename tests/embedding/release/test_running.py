@@ -12,7 +12,7 @@ import pytest
 import torch
 from helpers import GOLDEN
 from original_program import OriginalProgram
-from release_stand_in import Shape, StandIn, fill_hub_cache, make_stand_in
+from release_stand_in import Shape, StandIn, fill_hub_cache, in_a_circle, make_stand_in, shuffled
 from typer.testing import CliRunner, Result
 
 from tahoex1_hf.cli.app import app
@@ -87,21 +87,14 @@ def test_right_weights_are_as_near_as_our_own_floor(right: StandIn, tmp_path: Pa
     assert "the public embeddings with ours" in (out / "report.md").read_text()
 
 
-def shuffled(values: np.ndarray) -> np.ndarray:
-    return np.random.default_rng(5).permutation(values)
-
-
-def in_a_circle(drugs: list[str]) -> list[str]:
-    return [f"drug {int(drug.split()[1]) * 7 % 19 + 1}" for drug in drugs]
-
-
 @pytest.mark.parametrize(
     ("made", "cause", "said"),
     [
-        ({"public_drugs": in_a_circle}, "drug names", r"'drug 1' as 'drug 8'"),
+        ({"public_drugs": in_a_circle}, "drug names", "'drug 1' as 'drug 14'"),
         ({"public_drugs": lambda drugs: [""] * len(drugs)}, "drug names", "a drug token without a drug"),
         ({"public_genes": shuffled}, "gene table", "of what we take for true is of no use"),
         ({"public_layer": 2}, "layer", "layer 2 of 3"),
+        ({"public_values": "log1p"}, "normalisation", "log1p of normalised counts"),
         ({"public_weights": 7}, "size or weights", "of no use"),
     ],
 )
@@ -117,7 +110,7 @@ def test_wrong_ones_are_found_out_and_the_cause_is_named(
     assert f"| {cause} |" in (tmp_path / "out" / "report.md").read_text()
     # It is found by a good distance: by a trial that closes the gap, or by a doubt that no other cause comes near.
     assert not second["found"]
-    if cause in ("drug names", "layer"):
+    if cause in ("drug names", "layer", "normalisation"):
         assert first["trials"][0]["closed"] > 0.9
     else:
         assert first["doubt"] > 0.8
