@@ -271,7 +271,7 @@ class TahoeX1Layer(GradientCheckpointingLayer):
         return self.mlp_norm(hidden_states + self.mlp(hidden_states, overwrite))
 
 
-class TahoeX1PreTrainedModel(TravelsWithCode, PreTrainedModel):
+class TahoeX1PreTrainedModel(TravelsWithCode, PreTrainedModel):  # type: ignore[misc]
     """Base of all Tahoe-x1 models, with the properties that transformers needs to know."""
 
     config: TahoeX1Config

@@ -171,7 +171,7 @@ def padding_rule(padding: Any) -> str:
         ValueError: for anything else.
     """
     padding = getattr(padding, "value", padding)  # of transformers' PaddingStrategy
-    rules = {True: "longest", False: "do_not_pad", None: "do_not_pad"}
+    rules: dict[Any, str] = {True: "longest", False: "do_not_pad", None: "do_not_pad"}
     rule = rules.get(padding, padding) if isinstance(padding, (bool, str, type(None))) else None
     if rule not in ("longest", "max_length", "do_not_pad"):
         raise ValueError(f'padding={padding!r}: pass True or "longest", "max_length", or False.')
@@ -216,7 +216,7 @@ class Output:
             more["special_tokens_mask"] = ((~is_gene[encoded.input_ids]).astype(np.int64), 1)
         batch: dict[str, Any]
         if self.rule == "do_not_pad" and (self.tensors is None or len(set(encoded.lengths.tolist())) > 1):
-            batch = encoded.as_lists(more)
+            batch = dict[str, Any](encoded.as_lists(more))
         else:
             batch = encoded.padded(
                 pad_token_id=pad_token_id,
@@ -267,7 +267,9 @@ def pad_features(
     columns.setdefault("attention_mask", [np.ones(n, dtype=np.int64) for n in lengths])
     every_fill = {**_TOKEN_FILLS, **fills}
     by_token = {name: columns.pop(name) for name in _TOKEN_DTYPES if name in columns}
-    rows = {name: [np.asarray(row, dtype=_TOKEN_DTYPES[name]) for row in by_token[name]] for name in by_token}
+    rows: dict[str, list[np.ndarray]] = {
+        name: [np.asarray(row, dtype=_TOKEN_DTYPES[name]) for row in by_token[name]] for name in by_token
+    }
     for name, parts in rows.items():
         if [len(part) for part in parts] != lengths.tolist():
             raise ValueError(f"encoded_inputs: {name} and input_ids of the same cell differ in length.")

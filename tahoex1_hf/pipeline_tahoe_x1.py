@@ -29,8 +29,11 @@ class TahoeX1CellEmbeddingPipeline(Pipeline):
     finds genes and counts by itself, and needs no padding; `embed_files` works on files larger than memory.
     """
 
-    _load_tokenizer = True
-    _load_processor = _load_image_processor = _load_feature_extractor = _load_video_processor = False
+    _load_tokenizer: Any = True
+    _load_processor: Any = False
+    _load_image_processor: Any = False
+    _load_feature_extractor: Any = False
+    _load_video_processor: Any = False
 
     def __call__(  # type: ignore[override]
         self, inputs: Any, *, batch_size: int | None = None, num_workers: int | None = None, **settings: Any

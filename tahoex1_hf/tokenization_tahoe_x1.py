@@ -559,7 +559,7 @@ class TahoeX1Tokenizer(TravelsWithCode, PreTrainedTokenizer):
         report_empty(encoded)
         return encoded
 
-    def pad(  # type: ignore[override]
+    def pad(
         self,
         encoded_inputs: Any,
         padding: bool | str = True,

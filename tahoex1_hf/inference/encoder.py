@@ -222,14 +222,14 @@ class CellEncoder:
                 'in the original; set model.config.cell_pooling = "mean" for embeddings that do not.'
             )
         self.device = choose_device(device)
-        dtype = dtype_name(dtype, get_args(DtypeName))
-        self.dtype = choose_dtype(dtype, self.device)
+        wanted = cast(DtypeName, dtype_name(dtype, get_args(DtypeName)))
+        self.dtype = choose_dtype(wanted, self.device)
         self.config: TahoeX1Config = model.config
         self.dtype_name = str(self.dtype).removeprefix("torch.")
         self.model = cast(TahoeX1Model, model.base_model.to(self.device).eval())
         if self.dtype == torch.float32 and self.model.dtype in (torch.bfloat16, torch.float16):
-            if dtype != "auto":
-                logger.warning("dtype=%s, but the model was loaded in %s, which is used.", dtype, self.model.dtype)
+            if wanted != "auto":
+                logger.warning("dtype=%s, but the model was loaded in %s, which is used.", wanted, self.model.dtype)
             self.dtype = self.model.dtype
             self.dtype_name = str(self.dtype).removeprefix("torch.")
         self.hidden_layer = layer_number(self.config, hidden_layer)
@@ -241,7 +241,7 @@ class CellEncoder:
                 '(cell_pooling="cls"), has seen no gene before the first layer.',
                 hidden_layer,
             )
-        if dtype == "int8":
+        if wanted == "int8":
             self.model = with_int8_weights(self.model)
             self.dtype_name = f"int8 weights, {self.dtype_name}"
         elif self.dtype != torch.float32 and quantised_by(self.model) == "torch":
