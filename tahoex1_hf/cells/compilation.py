@@ -1,8 +1,8 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""The choice whether this process encodes cells by compiled loops; the results are the same with and without.
+"""Decide whether this process encodes cells with compiled loops; the results are the same either way.
 
-Compiling takes about 10 s, once per installation. A few cells are encoded sooner without it, so for embedding it is
-done in the background, and only where there are many cells. It needs numba, which comes with the extra "data".
+Compiling takes about 10 s, once per installation. A few cells are encoded faster without it. Embedding therefore
+compiles in the background, and only if there are many cells. Compiling needs numba, which the extra "data" installs.
 """
 
 import threading
@@ -15,7 +15,7 @@ from tahoex1_hf.encoding_tahoe_x1 import GeneMatch
 if TYPE_CHECKING:
     from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
 
-# From this many cells on, compiling costs less time than it saves.
+# Compiling saves more time than it costs from this number of cells on.
 COMPILE_FROM_CELLS = 20_000
 
 _ready, _lock = threading.Event(), threading.Lock()
@@ -23,12 +23,12 @@ _started = False
 
 
 def is_ready() -> bool:
-    """Return whether compiled loops are to be used."""
+    """Return whether compiled loops should be used."""
     return _ready.is_set()
 
 
 def use_now() -> None:
-    """Use compiled loops from now on, compiling them where they are first called; without numba, do nothing."""
+    """Use compiled loops from now on, and compile each when it is first called; do nothing if numba is missing."""
     try:
         from tahoex1_hf.cells import compiled_encoding  # noqa: F401
     except ImportError:
@@ -37,7 +37,13 @@ def use_now() -> None:
 
 
 def start(tokenizer: "TahoeX1Tokenizer", dtype: type[np.generic], num_cells: int) -> None:
-    """Begin to compile in the background, once per process, if there are enough cells; `dtype` is the tokens'."""
+    """Start compiling in the background if there are enough cells; later calls in the same process do nothing.
+
+    Args:
+        tokenizer: Tokenizer that encodes the cells.
+        dtype: Type of the token ids.
+        num_cells: Number of cells of the input.
+    """
     global _started
     with _lock:
         if num_cells < COMPILE_FROM_CELLS or _started:

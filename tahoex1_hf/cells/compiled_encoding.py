@@ -1,8 +1,8 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""Encoding cells by compiled loops without the GIL, in the usual case; results are the tokenizer's, bit for bit.
+"""Encoding of cells with compiled loops that release the GIL; results equal the tokenizer's, bit for bit.
 
-The usual case is a CSR matrix in column order, of whole counts, encoded as bins (or raw).
-Several threads may encode different cells at the same time. It needs numba, which comes with the extra "data".
+The loops handle the usual case: whole counts in a CSR matrix whose columns are in order, encoded as bins or raw.
+Several threads may encode different cells at the same time. The loops need numba, which the extra "data" installs.
 """
 
 from typing import Any, cast
@@ -20,16 +20,16 @@ _ENCODINGS = {"bins": kernels.BINS, "raw": kernels.RAW}
 
 
 def compacted_rows(matrix: Any, match: GeneMatch, dtype: type[np.generic]) -> tuple[GeneRows, float] | None:
-    """Return the known genes and the counts of the rows of a CSR matrix, in one pass.
+    """Return the known genes of each row of a CSR matrix with their counts, in one pass.
 
     Args:
-        matrix: `(cells, genes)` CSR, in which no two columns are the same gene.
-        match: the token of every column.
-        dtype: type of the tokens.
+        matrix: `(cells, genes)` CSR matrix in which no two columns are the same gene.
+        match: Token of every column.
+        dtype: Type of the tokens.
 
     Returns:
-        The rows, and the sum of the counts of unknown genes; None where columns are out of order
-        or values are not counts.
+        The rows, and the sum of the counts of unknown genes; None if columns are out of order or values are not
+        counts.
     """
     tokens = np.empty(matrix.nnz, dtype=dtype)
     counts = np.empty(matrix.nnz, dtype=np.float32)
@@ -51,10 +51,10 @@ def encode_compiled(
     first_cell: int = 0,
     seed: int = 0,
 ) -> EncodedCells | None:
-    """Do what `tokenizer.encode_rows` does, with the same arguments, for cells in which every gene stands once.
+    """Encode cells like `tokenizer.encode_rows`, with the same arguments; a cell must not have a gene twice.
 
     Returns:
-        The encoded cells, or None where the cells or the settings are not the usual case.
+        The encoded cells, or None if the cells or the settings are not the usual case.
     """
     usual = (
         tokenizer.value_encoding in _ENCODINGS

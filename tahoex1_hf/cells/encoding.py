@@ -1,8 +1,8 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""Encoding the cells of an input in chunks, each of which always has the same cells.
+"""Encoding of the cells of an input in chunks that always hold the same cells.
 
-Which cells make a chunk depends on the input alone, and so does everything that is computed from them, however many
-files, processes and interruptions there are.
+The division into chunks depends on the input alone. The results therefore do not depend on the number of files,
+processes or interruptions.
 """
 
 from collections import Counter
@@ -26,22 +26,23 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 
-# Number of cells encoded, and embedded, at a time: enough for batches of similar length on any device, few enough that
-# little is lost where a run is interrupted.
+# Number of cells that are encoded and embedded together. It is large enough to form batches of similar length on any
+# device, and small enough that an interrupted run loses little.
 CHUNK_CELLS = 256
 
 
 @dataclass
 class EncodeOptions:
-    """How cells are encoded.
+    """Options for the encoding of cells.
 
     Attributes:
-        tokenizer: the tokenizer of the model.
-        drugs: for models with a drug encoder: a column of obs, the drug of all cells, or one per cell.
-        seed: seed of the sampling of cells longer than the context.
-        draws: number of samples of each cell that is longer than the context.
-        unknown_drugs: `"pad"` or `"error"`, what becomes of drugs that the tokenizer's table lacks; by default the
-            tokenizer's `unknown_drugs`.
+        tokenizer: Tokenizer of the model.
+        drugs: Column of obs, one drug for all cells, or one drug per cell, for models with a drug encoder; None for
+            no drugs.
+        seed: Seed of the sampling of cells that are longer than the context.
+        draws: Number of samples of each cell that is longer than the context.
+        unknown_drugs: Rule for drugs that are not in the tokenizer's table: `"pad"` counts their cells as cells
+            without a drug, `"error"` refuses them; by default the tokenizer's `unknown_drugs`.
     """
 
     tokenizer: TahoeX1Tokenizer
@@ -63,24 +64,24 @@ class EncodeOptions:
 
 
 class DrugIds:
-    """The drugs of an input's cells, as ids.
+    """The drug ids of the cells of an input.
 
-    Drugs that the table lacks are found before any work is done; those of a remote input, as its cells are read.
+    Drugs that are not in the table are found before any work is done. In a remote input they are found while its
+    cells are read.
 
     Args:
-        cells: the input.
-        options: tokenizer with the drug table; a column of obs, the drug of all cells, one per cell, or None; and what
-            becomes of unknown drugs.
-        used: numbers of the cells whose drugs matter, by default all.
+        cells: Input.
+        options: Options with the tokenizer and its drug table, the drugs, and the rule for unknown drugs.
+        used: Numbers of the cells whose drugs are needed, by default all.
 
     Attributes:
-        columns: columns of obs that blocks must have.
-        unknown: drugs that the table lacks, and their numbers of cells. `report_unknown_drugs` tells of them.
-        is_counted: whether `unknown` is complete from the beginning.
+        columns: Columns of obs that blocks must have.
+        unknown: Drugs that are not in the table, with the number of cells of each; see `report_unknown_drugs`.
+        is_counted: Whether `unknown` is complete from the beginning.
 
     Raises:
-        ValueError: where `drugs` is neither a column nor a drug, or both, or has another length than there are cells;
-            and for unknown drugs, with the rule `"error"`.
+        ValueError: If `drugs` is neither a column nor a drug, if it is both, if its length differs from the number of
+            cells, or if a drug is unknown and the rule is `"error"`.
     """
 
     def __init__(self, cells: CellInput, options: EncodeOptions, used: np.ndarray | None = None):
@@ -104,7 +105,7 @@ class DrugIds:
             self._note(cells.value_counts(self.columns[0]) if is_column else Counter(drugs))
 
     def _note(self, cells: Mapping[Any, int]) -> None:
-        """Note the unknown drugs of some cells, drug -> number of cells, or refuse them."""
+        """Record the unknown drugs among `cells` (drug -> number of cells), or refuse them."""
         table = self.tokenizer.drug_table
         if table is None:
             raise ValueError("drugs was given, but this tokenizer has no drug table: use a drug model.")
@@ -115,14 +116,14 @@ class DrugIds:
 
     def _look_up(self, names: Sequence[str | None]) -> np.ndarray:
         table = self.tokenizer.drug_table
-        assert table is not None  # else the constructor has refused the drugs
+        assert table is not None  # the constructor refuses drugs without a table
         ids, unknown = table.look_up(names)
         if not self.is_counted:
             self._note(unknown)
         return ids
 
     def of_block(self, block: Block) -> np.ndarray | None:
-        """Return the drug ids of a block's cells, `(cells,)` int64; None where no drugs were given."""
+        """Return the drug ids of a block's cells, `(cells,)` int64; None if no drugs were given."""
         if self.drugs is None:
             return None
         if self.columns:
@@ -132,7 +133,7 @@ class DrugIds:
         return self._look_up(self.drugs[block.start : block.stop])
 
     def of_cells(self, numbers: np.ndarray) -> np.ndarray | None:
-        """Return the drug ids of cells, by the cells' numbers."""
+        """Return the drug ids of the cells with these numbers."""
         if self.drugs is None:
             return None
         if isinstance(self.drugs, str) and not self.columns:
@@ -146,7 +147,7 @@ class DrugIds:
 
 
 def report_unknown_drugs(drug_ids: Sequence[DrugIds]) -> None:
-    """Warn once of the unknown drugs of a run, with the numbers of their cells in all of its inputs."""
+    """Warn once about the unknown drugs of a run, with the number of cells of each in all inputs."""
     unknown = sum((each.unknown for each in drug_ids), Counter())
     table = drug_ids[0].tokenizer.drug_table if drug_ids else None
     if table is not None:
@@ -157,12 +158,12 @@ class Chunk(NamedTuple):
     """Encoded cells, ready for the model.
 
     Attributes:
-        start: number of the first cell in the input.
-        cells: the cells.
-        names: their names, where wanted.
-        long: rows of the cells longer than the context, where more samples of them are wanted.
-        samples: these further samples, each of the long cells.
-        obs: columns of obs that were asked for.
+        start: Number of the first cell in the input.
+        cells: Encoded cells.
+        names: Names of the cells; empty if they were not requested.
+        long: Rows of the cells that are longer than the context; empty if only one sample of them was requested.
+        samples: Second and later samples of the long cells, one element per sample.
+        obs: Requested columns of obs.
     """
 
     start: int
@@ -174,11 +175,11 @@ class Chunk(NamedTuple):
 
 
 class ChunkEncoder:
-    """Encoder of the cells of an input; the results are the same whether compiled or not.
+    """Encoder of the cells of an input; compiled loops give the same results.
 
     Args:
-        cells: the input.
-        options: how its cells are encoded.
+        cells: Input.
+        options: Options for the encoding of its cells.
     """
 
     def __init__(self, cells: CellInput, options: EncodeOptions):
@@ -186,16 +187,16 @@ class ChunkEncoder:
         self.drug_ids = DrugIds(cells, options)
 
     def chunks(self, start: int, stop: int, names: bool = False, obs: Sequence[str] = ()) -> Iterator[Chunk]:
-        """Encode cells `start` to `stop`, cut into chunks at the multiples of `CHUNK_CELLS`.
+        """Encode cells `start` to `stop` and yield them in chunks of `CHUNK_CELLS` cells.
 
         Args:
-            start: a multiple of `CHUNK_CELLS`.
-            stop: a later multiple, or `num_cells`.
-            names: whether the names of the cells are wanted.
-            obs: columns of obs that are wanted.
+            start: Number of the first cell, a multiple of `CHUNK_CELLS`.
+            stop: Number after the last cell, a later multiple or `num_cells`.
+            names: Whether to return the names of the cells.
+            obs: Columns of obs to return.
 
         Raises:
-            ValueError: for cells that cannot be read or encoded; the message names the input.
+            ValueError: If cells cannot be read or encoded; the message names the input.
         """
         tokenizer = self.options.tokenizer
         compilation.start(tokenizer, token_dtype(tokenizer), self.cells.num_cells)
@@ -207,7 +208,7 @@ class ChunkEncoder:
             yield Chunk(block.start, encoded, labels, *self._further_samples(block, drug_ids), block.obs[list(obs)])
 
     def _further_samples(self, block: Block, drug_ids: np.ndarray | None) -> tuple[np.ndarray, list[EncodedCells]]:
-        """Return the rows of long cells, and their second sample and those after it."""
+        """Return the rows of the long cells, and the second and later samples of these cells."""
         context, rows = self.options.tokenizer.context_length, block.rows
         if context is None or self.options.draws == 1:
             return np.zeros(0, dtype=np.int64), []
@@ -220,7 +221,14 @@ class ChunkEncoder:
         return long, [self.encode(part, own, block.start, number) for number in range(1, self.options.draws)]
 
     def encode(self, rows: GeneRows, drug_ids: np.ndarray | None, first_cell: int, sample: int = 0) -> EncodedCells:
-        """Encode cells, the first of which has the number `first_cell`; of several samples, the one with a number."""
+        """Encode cells.
+
+        Args:
+            rows: Genes and counts of the cells.
+            drug_ids: `(cells,)` ids of their drugs; None for no drugs.
+            first_cell: Number of the first of these cells in the input.
+            sample: Number of the sample of each long cell, from 0.
+        """
         tokenizer, seed = self.options.tokenizer, sample_seed(self.options.seed, sample)
         encoded = None
         if compilation.is_ready():
@@ -240,12 +248,15 @@ class ChunkEncoder:
         return encoded
 
     def _warn(self, text: str) -> None:
-        """Warn once of values that are no counts, where the look at some cells has not done so."""
+        """Warn once about values that are not counts, unless the check of some cells has already done so."""
         if self.cells.seen is None or self.cells.seen.doubt is None:
             logger.warning_once(text)
 
     def chunk_tokens(self) -> np.ndarray:
-        """Return about how many tokens each chunk has, for sharing work, or how many cells where that is unknown."""
+        """Return the approximate number of tokens of each chunk, or its number of cells if that is unknown.
+
+        The numbers serve to share the work among processes.
+        """
         num_genes = self.cells.num_stored()
         starts = np.arange(0, self.cells.num_cells, CHUNK_CELLS)
         if num_genes is None:

@@ -1,6 +1,6 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""The error of inputs that cannot be used."""
+"""The error for inputs that cannot be used."""
 
 
 class BadInput(ValueError):
-    """A file that cannot be used as it is. The message names what is wrong and the way out, not the file."""
+    """An error for a file that cannot be used. The message says what is wrong and what to do, but not which file."""

@@ -1,5 +1,5 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""Which features of an input are genes, and not antibodies, guides or peaks that were measured with them."""
+"""Recognition of the features that are genes, and not antibodies, guides or peaks measured together with them."""
 
 from collections import Counter
 from typing import Any
@@ -10,8 +10,8 @@ from tahoex1_hf.cells.gene_names import text_of
 
 _COLUMNS = ("feature_types", "feature_type", "modality")
 GENE_EXPRESSION = "Gene Expression"
-# What Cell Ranger, muon and others call features that are no genes, in lower case. CELLxGENE has kinds of genes in a
-# column feature_type (protein_coding ...), and these stay.
+# Types of features other than genes, as Cell Ranger, muon and others name them, in lower case. The column
+# feature_type of CELLxGENE holds types of genes (protein_coding ...), which are kept.
 _OTHERS = {
     *(
         "antibody capture",
@@ -32,14 +32,15 @@ _OTHERS = {
 def gene_mask(var: Any, number: int) -> tuple[np.ndarray, dict[str, int]]:
     """Tell genes from other features by the column `feature_types`, if there is one.
 
-    Where some features are "Gene Expression", all others are no genes; otherwise those of a known other kind are not.
+    If some features have the type "Gene Expression", these are the genes. Otherwise all features are genes except
+    those of another known type.
 
     Args:
-        var: table with a row per feature: has `columns`, and gives one by `[]`.
-        number: number of features.
+        var: Table with one row per feature, with `columns`, and with access to a column by `[]`.
+        number: Number of features.
 
     Returns:
-        `(features,)` bool, and how many features of each other kind there are.
+        `(features,)` bool mask of the genes, and the number of features of each other type.
     """
     for column in _COLUMNS:
         if column not in var.columns:

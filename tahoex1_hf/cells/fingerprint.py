@@ -1,16 +1,17 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""Fingerprints of files by their content, which tell whether a file is still the one that a run began with.
+"""Fingerprints of the content of files, which show whether a file has changed since a run began.
 
-Small files are read whole. Of large ones a sample is read, and size and time of change tell the rest.
+Small files are read completely. Of large files only parts are read, and their size and the time of their last change
+must agree, too.
 """
 
 import hashlib
 import re
 from pathlib import Path
 
-# Files of this size together, or fewer than this many, are read whole: a tenth of a second.
+# Files are read completely, in about a tenth of a second, up to this total size and this number of files.
 _WHOLE_BYTES, _WHOLE_FILES = 2**25, 1000
-# Of others, so many pieces of this size are read, evenly spaced, and one at the end.
+# Otherwise, this many evenly spaced pieces of this size are read, and one at the end.
 _PIECES, _PIECE_BYTES = 64, 2**16
 
 _TEXT = re.compile(
@@ -20,12 +21,12 @@ _OLD_TABLE = re.compile(r"(\d+)-(\d+)")
 
 
 def content_fingerprint(*paths: str | Path) -> str:
-    """Return a text that changes when one of these files, or a file of one of these folders, does.
+    """Return a text that changes when one of these files, or a file in one of these folders, changes.
 
     Raises:
-        FileNotFoundError: where there is nothing.
+        FileNotFoundError: If a path does not exist.
     """
-    named: dict[Path, str] = {}  # the files, and what they are called in their folders
+    named: dict[Path, str] = {}  # file -> its path inside its folder
     for path in map(Path, paths):
         inside = (file for file in path.rglob("*") if file.is_file()) if path.is_dir() else ()
         named |= {file: str(file.relative_to(path)) for file in sorted(inside)} if path.is_dir() else {path: ""}
@@ -46,7 +47,7 @@ def content_fingerprint(*paths: str | Path) -> str:
 
 
 def _add_sample(digest: "hashlib.blake2b", files: list[Path], sizes: list[int]) -> None:
-    """Add pieces at evenly spaced places of all files, taken as if one stood behind the other."""
+    """Add pieces of the files to the digest, at evenly spaced places of the files joined end to end."""
     total, at, before = sum(sizes), 0, 0
     places = sorted({number * total // _PIECES for number in range(_PIECES)} | {max(total - _PIECE_BYTES, 0)})
     for file, size in zip(files, sizes, strict=True):
@@ -62,11 +63,11 @@ def _add_sample(digest: "hashlib.blake2b", files: list[Path], sizes: list[int]) 
 
 
 def agrees(before: str, now: str) -> bool:
-    """Return whether two fingerprints are of the same content.
+    """Return whether two fingerprints belong to the same content.
 
     Args:
-        before: fingerprint that was noted, also by an earlier version, which knew size and time of change alone.
-        now: fingerprint of what is there.
+        before: Fingerprint that was recorded; that of an earlier version may hold only size and time of change.
+        now: Fingerprint of the present files.
     """
     old, new = _TEXT.fullmatch(before), _TEXT.fullmatch(now)
     table = _OLD_TABLE.fullmatch(before)
@@ -76,6 +77,6 @@ def agrees(before: str, now: str) -> bool:
         return before == now
     if old["how"] is None:
         return now.startswith(f"{before}, ")
-    if old["how"] == new["how"] == "whole":  # copied, touched: it holds the same
+    if old["how"] == new["how"] == "whole":  # copied or touched: the content is the same
         return (old["files"], old["size"], old["digest"]) == (new["files"], new["size"], new["digest"])
     return before == now

@@ -1,5 +1,5 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""The search for the genes of an input: in which column their names stand, and whether these are ids or symbols."""
+"""The search for the genes of an input: find the column with their names, and tell ids from symbols."""
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -18,10 +18,10 @@ from tahoex1_hf.encoding_tahoe_x1 import GeneMatch
 if TYPE_CHECKING:
     from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
 
-# Names of a column that are looked at before the whole of it is looked up.
+# Number of names of a column that are checked before all of its names are looked up.
 _FEW = 200
-# Share of the genes in the vocabulary with which other columns need not be looked at, and share of the genes that
-# another column must know in addition to be taken instead of var_names.
+# If at least the first share of the genes is in the vocabulary, no other columns are tried. A column replaces
+# var_names if it has more known genes than they have, by at least the second share of all genes.
 _MOST, _MORE = 0.95, 0.05
 
 
@@ -30,11 +30,11 @@ class FoundGenes:
     """The genes of an input.
 
     Attributes:
-        match: the token of each column of the counts; -1 where it is no gene, or one that the vocabulary lacks.
-        names: `(columns,)` name of each.
+        match: Token of each column of the counts; -1 if it is not a gene, or a gene that is not in the vocabulary.
+        names: `(columns,)` names of the columns.
         is_gene: `(columns,)` bool, False for antibodies, peaks and guides.
-        source: what the genes were recognised by.
-        notes: levels of logging and what there is to say.
+        source: Description of the names by which the genes were recognised.
+        notes: Messages to the user, each with its logging level.
     """
 
     match: GeneMatch
@@ -46,7 +46,15 @@ class FoundGenes:
 
 @dataclass(frozen=True)
 class _Reading:
-    """Names that were looked up: where they stand, the token of each, and what they were taken for."""
+    """Gene names that were looked up.
+
+    Attributes:
+        where: Column of the names, or var_names, for messages.
+        texts: Names.
+        tokens: `(names,)` int64 token of each name; -1 for unknown names.
+        source: Description of the names: ids or symbols, and their column.
+        note: Message to the user about the choice; empty if there is nothing to say.
+    """
 
     where: str
     texts: list[str]
@@ -56,7 +64,7 @@ class _Reading:
 
     @property
     def known(self) -> int:
-        """Number of names that the vocabulary knows."""
+        """Number of names that are in the vocabulary."""
         return int((self.tokens >= 0).sum())
 
 
@@ -64,10 +72,10 @@ class _Finder:
     """The search for the genes of one input.
 
     Args:
-        tokenizer: the tokenizer whose vocabulary says which genes are known.
-        var: table of the columns of the counts: has `columns`, and gives one by `[]`.
-        names: names of the columns of the counts.
-        options: where the genes are.
+        tokenizer: Tokenizer whose vocabulary decides which genes are known.
+        var: Table with one row per column of the counts, with `columns`, and with access to a column by `[]`.
+        names: Names of the columns of the counts.
+        options: Options that say where the genes are.
     """
 
     def __init__(self, tokenizer: "TahoeX1Tokenizer", var: Any, names: Sequence[Any], options: GeneOptions):
@@ -83,14 +91,14 @@ class _Finder:
     # Reading names ----------------------------------------------------------------------------------------
 
     def texts(self, where: str | None) -> list[str]:
-        """Return the genes' names in a column, or in var_names."""
+        """Return the names of the genes in a column, or in var_names if `where` is None."""
         if where is None:
             return self.names if self.is_gene.all() else [self.names[number] for number in self.kept]
         values = list(self.var[where])
         return [text_of(values[number]) for number in self.kept]
 
     def id_token(self, name: str) -> int:
-        """Return the token of an Ensembl id, or of whatever else the vocabulary has for genes; -1 for none."""
+        """Return the token of an Ensembl id, or of another gene name in the vocabulary; -1 if it is unknown."""
         token = self.ids.get(name, -1)
         if token < 0:
             plain = plain_id(name)
@@ -98,7 +106,7 @@ class _Finder:
         return token
 
     def chosen(self, genes: str | Sequence[str]) -> int:
-        """Return the token of the gene of several that the vocabulary knows, the last one where it knows more."""
+        """Return the token of the last of some genes that is in the vocabulary; -1 if none is."""
         known = [
             token for gene in ([genes] if isinstance(genes, str) else genes) if (token := self.id_token(gene)) >= 0
         ]
@@ -111,10 +119,10 @@ class _Finder:
         return _Reading(_place(where), texts, tokens, f"Ensembl ids in {_place(where)}")
 
     def by_symbol(self, where: str | None, table: Table, source: str) -> tuple[_Reading, float]:
-        """Read names as symbols, or Ensembl ids; return which share of the names has a meaning so, too.
+        """Read names as symbols or Ensembl ids, and return the share of the names that could be read in this way.
 
-        The share is less than half where a change of case was needed, and one name in five has none even then: in
-        lower case, symbols of a fish are like human ones.
+        The share is set to less than half if the case of most names had to be changed and more than one name in five
+        still has no meaning: in lower case, the symbols of fish genes look like human ones.
         """
         texts = self.texts(where)
         plain = [plain_symbol(name) or "" for name in texts]
@@ -130,14 +138,14 @@ class _Finder:
         return _Reading(_place(where), texts, np.array(tokens, dtype=np.int64), f"{source} in {_place(where)}"), meant
 
     def few(self, where: str | None) -> list[str]:
-        """Return some names of a column, evenly spread."""
+        """Return some names of a column, from evenly spaced rows."""
         values = self.names if where is None else self.var[where]
         places = self.kept[np.linspace(0, len(self.kept) - 1, min(_FEW, len(self.kept))).astype(np.int64)]
         taken = np.asarray(values, dtype=object)[places]
         return [text_of(name) for name in taken]
 
     def other_columns(self, is_one: Callable[[str], bool]) -> Iterator[str]:
-        """Yield the columns of text in which most of some names are of a kind."""
+        """Yield the text columns for which `is_one` is true for most names, judged by a few of them."""
         for name in self.columns:
             if getattr(self.var[name], "dtype", np.dtype(object)).kind in "OSUT" and len(self.kept):
                 few = self.few(name)
@@ -147,10 +155,10 @@ class _Finder:
     # The search -------------------------------------------------------------------------------------------
 
     def find(self) -> _Reading:
-        """Return the reading that finds the genes.
+        """Return the reading of the names that finds the genes.
 
         Raises:
-            BadInput: where there is none; the message says what the names look like, and what to do.
+            BadInput: If no reading finds them; the message says what the names look like, and what to do.
         """
         column = self.options.gene_id_column
         if column is not None and column not in self.columns:
@@ -163,13 +171,13 @@ class _Finder:
         if own is not None:
             reading, _ = self.by_symbol(column, own, "your table of symbols, applied to names")
             if 100 * reading.known < len(self.kept):
-                raise self._nothing_found(reading, "gene_symbols (--gene-symbols) has other names than these.")
+                raise self._nothing_found(reading, "The table gene_symbols (--gene-symbols) has other names.")
             return reading
         reading = self._best_ids()
         return reading if self._are_ids(reading) else self._by_released_symbols(reading)
 
     def _best_ids(self) -> _Reading:
-        """Return the reading of Ensembl ids that knows most genes; var_names is preferred."""
+        """Return the reading as Ensembl ids with the most known genes; var_names is preferred."""
         column, number = self.options.gene_id_column, len(self.kept)
         reading = self.by_id(column)
         if column is not None or reading.known >= _MOST * number:
@@ -182,7 +190,7 @@ class _Finder:
         return replace(best, note=f"{note}vocabulary (of var_names {reading.known}).")
 
     def _are_ids(self, reading: _Reading) -> bool:
-        # Some columns of symbols hold Ensembl ids where a gene has no symbol: known names do not make them ids.
+        # Some columns of symbols hold an Ensembl id if a gene has no symbol, so some known ids prove nothing.
         pairs = zip(reading.texts, reading.tokens, strict=True)
         strange = [name for name, token in pairs if token < 0 and plain_id(name) is None]
         if 10 * len(strange) > len(self.kept):
@@ -209,7 +217,7 @@ class _Finder:
         return replace(best, note=note)
 
     def _by_ortholog(self) -> _Reading:
-        """Read names as mouse genes, and take the human genes that the user's table has for them."""
+        """Read names as mouse genes, and replace them by the human genes in the user's table."""
         genes, number = self.options.human_genes() or {}, len(self.kept)
         column = self.options.gene_id_column
         tried = []
@@ -235,7 +243,7 @@ class _Finder:
         return best
 
     def _nothing_found(self, reading: _Reading, more: str = "") -> BadInput:
-        """Return an error that says what the names look like, and the way out."""
+        """Return an error that says what the names look like, and what to do."""
         unknown = [name for name, token in zip(reading.texts, reading.tokens, strict=True) if token < 0]
         vocabulary = [str(gene) for gene in list(self.ids)[:3]]
         start = f"{reading.known} of {len(reading.texts)} genes are in the vocabulary: {unknown[:3]}"
@@ -254,10 +262,10 @@ class _Finder:
             return BadInput(
                 f"{start} look like gene symbols, and the vocabulary has Ensembl ids ({vocabulary}). {way}"
             )
-        return BadInput(f"{start}, where the vocabulary has {vocabulary}. Pass human Ensembl gene ids.")
+        return BadInput(f"{start} are unknown; the vocabulary has {vocabulary}. Pass human Ensembl gene ids.")
 
     def result(self, reading: _Reading) -> FoundGenes:
-        """Return what a reading found."""
+        """Return the genes that a reading found."""
         token_ids = np.full(len(self.is_gene), -1, dtype=np.int64)
         token_ids[self.kept] = reading.tokens
         known = reading.tokens[reading.tokens >= 0]
@@ -284,18 +292,18 @@ class _Finder:
 def find_genes(tokenizer: "TahoeX1Tokenizer", var: Any, names: Sequence[Any], options: GeneOptions) -> FoundGenes:
     """Find the genes of an input.
 
-    Without `gene_id_column` and `gene_symbols`, Ensembl ids are looked for in the names and in all columns of text;
-    where there are none, symbols are, by the package's table. An id may have a version, `_PAR_Y`, a number of
-    `make_unique`, a genome or a symbol beside it.
+    Without `gene_id_column` and `gene_symbols`, the names and all text columns are searched for Ensembl ids. If there
+    are none, they are searched for symbols in the package's table. An id may come with a version, `_PAR_Y`, a number
+    added by `make_unique`, a genome or a symbol.
 
     Args:
-        tokenizer: the tokenizer whose vocabulary says which genes are known.
-        var: table with a row per column of the counts: has `columns`, and gives one by `[]`.
-        names: names of the columns of the counts.
-        options: where the genes are.
+        tokenizer: Tokenizer whose vocabulary decides which genes are known.
+        var: Table with one row per column of the counts, with `columns`, and with access to a column by `[]`.
+        names: Names of the columns of the counts.
+        options: Options that say where the genes are.
 
     Raises:
-        BadInput: for a column that is not there, and where too few genes are found, or ids are mixed with symbols.
+        BadInput: If a column does not exist, too few genes are found, or ids are mixed with symbols.
     """
     finder = _Finder(tokenizer, var, names, options)
     reading = finder.find()
@@ -313,9 +321,10 @@ def _mouse(name: str) -> str:
 
 
 def _folded(table: Table, names: Sequence[str]) -> Callable[[str], str | Sequence[str] | None]:
-    """Return a look-up that ignores case, for names that are all lower or all upper case; else one without results.
+    """Return a function that looks up a symbol without regard to case if all names are lower case or all upper case.
 
-    Names in mixed case stay as they are: those of a mouse differ from human ones in nothing else.
+    Names in mixed case are not looked up in this way, since mouse symbols differ from human ones only in their case:
+    the function then always returns None.
     """
     for change in (str.lower, str.upper):
         if all(name == change(name) for name in names):

@@ -1,5 +1,5 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""Tables of gene symbols and of orthologues: the user's own, and the package's, which Tahoe-100M's was made into."""
+"""Tables of gene symbols and of orthologues: the user's, and the package's, which was made from Tahoe-100M's."""
 
 import csv
 import gzip
@@ -14,19 +14,19 @@ from tahoex1_hf.common.bounded import BoundedGzip
 from tahoex1_hf.common.reading import reading
 
 Table = Mapping[str, str | Sequence[str]]
-"""Name -> Ensembl id, or several ids, of which the vocabulary knows one."""
+"""Name -> Ensembl id, or several ids, one of which is in the vocabulary."""
 
-# Made by conversion/make_gene_symbols.py; a line is a symbol, a tab and the number of its human Ensembl id.
+# The file made by conversion/make_gene_symbols.py. A line is a symbol, a tab and the number of its human Ensembl id.
 RELEASED = Path(__file__).with_name("gene_symbols.tsv.gz")
 
 _IDS = re.compile(r"(?:ENS[A-Z]{0,4}G\d{11}(?:\.\d+)?[\s,;|/]*)+", re.IGNORECASE)
-# Names of columns with symbols, as 10x, CELLxGENE, Ensembl BioMart and HGNC write them.
+# Names of symbol columns in files from 10x, CELLxGENE, Ensembl BioMart and HGNC.
 _SYMBOL_COLUMNS = ("symbol", "gene_symbol", "gene symbol", "approved symbol", "gene_name", "gene name", "feature_name")
 
 
 @lru_cache(maxsize=1)
 def released_symbols() -> dict[str, str]:
-    """Return symbol -> Ensembl id of the released vocabulary's genes, with old symbols that mean one gene only."""
+    """Return symbol -> Ensembl id of the released vocabulary's genes, with old symbols that mean only one gene."""
     with gzip.open(RELEASED, "rt", encoding="utf-8") as file:
         pairs = (line.rstrip("\n").split("\t") for line in file if not line.startswith("#"))
         return {symbol: f"ENSG{int(number):011d}" for symbol, number in pairs}
@@ -35,18 +35,18 @@ def released_symbols() -> dict[str, str]:
 def read_gene_symbols(path: str | Path | None) -> dict[str, str | tuple[str, ...]] | None:
     """Read a table with a gene symbol and an Ensembl id in each line, separated by commas, tabs or semicolons.
 
-    The Ensembl id is recognised by its form, in whichever column it stands. The symbol stands in the column with such
-    a name in the header (`symbol`, `gene_symbol`, `gene_name`, `feature_name` ...), or, without such a header, in the
-    first other column.
+    The Ensembl id may be in any column, since it is recognised by its form. The symbol is in the column with a known
+    name in the header (`symbol`, `gene_symbol`, `gene_name`, `feature_name` ...), or, without such a name, in the
+    first column that has no Ensembl id.
 
     Args:
-        path: CSV or TSV file, also gzipped, or None.
+        path: CSV or TSV file, which may be gzipped, or None.
 
     Returns:
-        Symbol -> Ensembl id, or the ids where the table has several; None where `path` is None.
+        Symbol -> Ensembl id, or a tuple of ids if the table has several; None if `path` is None.
 
     Raises:
-        ValueError: for a file without a line that holds both.
+        ValueError: If no line holds both.
     """
     if path is None:
         return None
@@ -72,17 +72,17 @@ def read_gene_symbols(path: str | Path | None) -> dict[str, str | tuple[str, ...
 def read_orthologs(path: str | Path) -> dict[str, tuple[str, ...]]:
     """Read a table of mouse genes and their human orthologues, as Ensembl BioMart, HCOP and MGI offer them.
 
-    Columns are recognised by what stands in them: Ensembl ids of either species (ENSMUSG..., ENSG...), and symbols,
-    which are capitals for human genes. Ids are preferred to symbols.
+    Columns are recognised by their content: Ensembl ids of either species (ENSMUSG..., ENSG...), and symbols, which
+    are in capitals for human genes. Ids are preferred to symbols.
 
     Args:
-        path: CSV or TSV file, also gzipped.
+        path: CSV or TSV file, which may be gzipped.
 
     Returns:
         Ensembl id or symbol of a mouse gene -> Ensembl ids of its human orthologues.
 
     Raises:
-        ValueError: for a file without a column of mouse genes or without one of human genes.
+        ValueError: If the file has no column of mouse genes or none of human genes.
     """
     rows = [row for row in _read_rows(path) if row]
     width = max((len(row) for row in rows), default=0)
@@ -92,7 +92,7 @@ def read_orthologs(path: str | Path) -> dict[str, tuple[str, ...]]:
     human = [number for kind in ("human id", "human symbol") for number in range(width) if kinds[number] == kind]
     if not mouse or not human:
         raise ValueError(
-            f"orthologs={path}: its columns were taken for {[kind or 'other' for kind in kinds]}. It needs one with "
+            f"orthologs={path}: its columns look like {[kind or 'other' for kind in kinds]}. It needs one column with "
             "mouse genes (ENSMUSG... or symbols) and one with human genes (ENSG... or symbols)."
         )
     symbols = released_symbols()
@@ -109,7 +109,7 @@ def read_orthologs(path: str | Path) -> dict[str, tuple[str, ...]]:
 
 
 def _kind_of(values: Sequence[str]) -> str:
-    """Return what a column of a table of orthologues holds: ids or symbols of mouse or human, or ""."""
+    """Return whether a column of a table of orthologues holds mouse or human ids or symbols; "" if it has neither."""
     filled = [value for value in values[1:2001] if value]
     ids = [gene for value in filled for gene in _ids_in(value)[:1]]
     if 2 * len(ids) > len(filled) > 0:
@@ -121,14 +121,14 @@ def _kind_of(values: Sequence[str]) -> str:
 
 
 def _ids_in(value: str) -> list[str]:
-    """Return the Ensembl ids, without versions, in a field that holds nothing else."""
+    """Return the Ensembl ids in a field, without versions; an empty list if it also holds other text."""
     if _IDS.fullmatch(value.strip()) is None:
         return []
     return [gene for part in re.split(r"[\s,;|/]+", value.strip()) if (gene := plain_id(part)) is not None]
 
 
 def _read_rows(path: str | Path) -> list[list[str]]:
-    """Read a table; marks of byte order and Excel's Unicode text are understood."""
+    """Read the rows of a table; files with a byte order mark and Excel's "Unicode text" are read, too."""
     with reading(path):
         data = Path(path).read_bytes()
         if data[:2] == b"\x1f\x8b":

@@ -1,5 +1,5 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""Where an input has its genes and counts, and how many of the genes must be known."""
+"""Options that say where an input has its genes and counts, and how many of the genes must be known."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,23 +21,23 @@ TAHOE_100M_GENES = "hf://datasets/tahoebio/Tahoe-100M/metadata/gene_metadata.par
 
 @dataclass(frozen=True)
 class GeneOptions:
-    """Where an input has its genes and counts.
+    """Options that say where an input has its genes and counts.
 
     Attributes:
-        gene_id_column: column of `var` with Ensembl ids, for 10x files "id" or "name"; by default they are looked for
-            in `var_names` and in all columns.
-        gene_symbols: gene symbol -> Ensembl id (or several, of which the vocabulary knows one), or the path of a table
-            with both, for genes named by symbol; by default the package's table.
-        layer: layer with the counts. "raw" is a layer of that name, or else `.raw` with its genes; "X" is `X` in any
-            case. By default `X`, and where it holds no counts, see `other_counts`.
-        gene_metadata: gene table of files in the form of Tahoe-100M, that dataset's own by default.
-        min_known_genes: least fraction of the genes that must be in the vocabulary (half of it for those of a mouse,
-            of which many have no orthologue); files in which gene symbols are mixed with ids are then refused, too.
-            By default one in a hundred is enough.
-        species: species of the cells, "human" or "mouse"; genes of a mouse need `orthologs`.
-        orthologs: mouse gene (Ensembl id or symbol) -> Ensembl ids of human orthologues, or the path of a table.
-        other_counts: what to do where `X` holds no counts, and the layer `counts` or `raw_counts`, or `raw`, does:
-            "take" them, "refuse" the input, or "leave" them and take `X`.
+        gene_id_column: Column of `var` with Ensembl ids; "id" or "name" for 10x files. By default `var_names` and all
+            columns are searched for ids.
+        gene_symbols: Gene symbol -> Ensembl id (or several ids, one of which is in the vocabulary), or the path of a
+            table with both, for genes that are named by symbol; by default the package's table.
+        layer: Layer with the counts. "raw" is the layer of that name, or `.raw` with its genes if there is no such
+            layer; "X" is always `X`. By default `X`; if it does not hold counts, see `other_counts`.
+        gene_metadata: Gene table of files in the format of Tahoe-100M, by default that of Tahoe-100M itself.
+        min_known_genes: Smallest fraction of the genes that must be in the vocabulary. For mouse genes half of it is
+            enough, since many of them have no orthologue. If it is given, files that mix gene symbols with ids are
+            refused, too. By default one gene in a hundred is enough.
+        species: Species of the cells, "human" or "mouse"; mouse genes need `orthologs`.
+        orthologs: Mouse gene (Ensembl id or symbol) -> Ensembl ids of human orthologues, or the path of a table.
+        other_counts: Action if `X` does not hold counts, but the layer `counts` or `raw_counts`, or `raw`, does:
+            "take" uses these counts, "refuse" raises an error, and "leave" uses `X`.
     """
 
     gene_id_column: str | None = None
@@ -60,20 +60,20 @@ class GeneOptions:
             )
 
     def symbols(self) -> Table | None:
-        """Return symbol -> Ensembl id, read from its file where a file is named."""
+        """Return symbol -> Ensembl id, and read it from a file if `gene_symbols` is a path; None without a table."""
         if self.gene_symbols is None or isinstance(self.gene_symbols, Mapping):
             return self.gene_symbols
         return read_gene_symbols(self.gene_symbols)
 
     def human_genes(self) -> Mapping[str, Sequence[str]] | None:
-        """Return mouse gene -> Ensembl ids of human genes, read from its file where a file is named."""
+        """Return mouse gene -> Ensembl ids of human genes, and read it from a file if `orthologs` is a path."""
         if self.orthologs is None or isinstance(self.orthologs, Mapping):
             return self.orthologs
         return read_orthologs(self.orthologs)
 
 
 def known_symbols(tokenizer: "TahoeX1Tokenizer", options: GeneOptions) -> dict[str, str] | None:
-    """Return the user's symbols with one Ensembl id each, the one that the vocabulary knows; None without a table."""
+    """Return the user's symbols, each with the one Ensembl id that is in the vocabulary; None without a table."""
     table = options.symbols()
     if table is None:
         return None
@@ -86,7 +86,7 @@ def matched_genes(tokenizer: "TahoeX1Tokenizer", names: Sequence[str], options: 
     """Look up the Ensembl ids of a dataset that has its own table of genes.
 
     Raises:
-        BadInput: where too few of them are in the vocabulary, or ids are mixed with symbols.
+        BadInput: If too few ids are in the vocabulary, or ids are mixed with symbols.
     """
     try:
         match = tokenizer.match_genes(names)
@@ -97,7 +97,14 @@ def matched_genes(tokenizer: "TahoeX1Tokenizer", names: Sequence[str], options: 
 
 
 def check_known(tokens: np.ndarray, names: Sequence[str], options: GeneOptions, mixed: bool) -> None:
-    """Raise BadInput where fewer than `options.min_known_genes` are known, or ids and symbols are mixed."""
+    """Raise BadInput if a smaller share than `options.min_known_genes` is known, or ids and symbols are mixed.
+
+    Args:
+        tokens: `(genes,)` token of each gene; -1 for unknown genes.
+        names: Names of the genes.
+        options: Options with `min_known_genes`.
+        mixed: Whether to look for symbols among the ids.
+    """
     if options.min_known_genes is None:
         return
     known = tokens >= 0

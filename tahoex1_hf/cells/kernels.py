@@ -1,9 +1,9 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""Compiled loops, without the GIL, that encode cells for inference, and make masked batches of them for training.
+"""Compiled loops that encode cells for inference and make masked batches for training, and that release the GIL.
 
-What a cell becomes depends on its counts and on its stream of random numbers alone. Bins equal those of
-`encoding_tahoe_x1.bin_expression`, bit for bit. A cell has a few dozen distinct counts among thousands of genes, so
-the quantiles come from a histogram, and the bin of each gene is looked up.
+The result for a cell depends only on its counts and its stream of random numbers. Bins equal those of
+`encoding_tahoe_x1.bin_expression`, bit for bit. A cell has only a few dozen distinct counts among thousands of genes,
+so the quantiles are computed from a histogram, and the bin of each gene is looked up in a table.
 """
 
 from typing import Any, NamedTuple
@@ -16,9 +16,9 @@ from numba.extending import intrinsic
 
 BINS, LOG1P, RAW = 0, 1, 2
 NO_LABEL = -100.0
-"""Label of positions that are not to be predicted, as elsewhere in transformers."""
+"""Label of positions that are not predicted, as elsewhere in transformers."""
 
-_SMALL = 256  # counts below this are looked up; larger ones are few
+_SMALL = 256  # the bins of counts below this are in a table; larger counts are rare
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
 _MIX1 = np.uint64(0xBF58476D1CE4E5B9)
 _MIX2 = np.uint64(0x94D049BB133111EB)
@@ -27,24 +27,24 @@ _27, _30, _31, _32, _56 = (np.uint64(bits) for bits in (27, 30, 31, 32, 56))
 
 
 class Settings(NamedTuple):
-    """Settings with which all cells are encoded.
+    """Settings for the encoding of all cells.
 
     Attributes:
-        special_tokens: int64 ids of the tokens that each cell begins with (`<cls>`, `<drug>`).
-        pad_token: id of the token that is put behind the cell, up to its stop.
-        pad_value: float32, expression value of special tokens and padding.
-        mask_value: float32, expression value of targets.
-        room: most genes of a cell that are kept.
-        sample: whether the genes of cells that have more are sampled; otherwise the first are kept.
-        highest: for inference, whether the genes with the highest counts are kept instead.
+        special_tokens: int64 ids of the tokens at the start of each cell (`<cls>`, `<drug>`).
+        pad_token: Id of the token that fills the output after a cell, up to its stop.
+        pad_value: float32 expression value of special tokens and padding.
+        mask_value: float32 expression value of targets.
+        room: Largest number of genes that are kept of a cell.
+        sample: Whether the genes of cells that have more are sampled; otherwise the first genes are kept.
+        highest: Whether the genes with the highest counts are kept instead; only for inference.
         encoding: `BINS`, `LOG1P` or `RAW`.
-        quantiles: `(num_bins - 1,)` float32, `unit_quantiles(num_bins - 1)`.
-        right: whether edges equal to a count lie below it, as `right` of `bin_expression`.
-        target_sum: sum of a cell before the logarithm.
-        mask_probabilities: float64 shares of the genes to predict, one of which is taken at random for each cell;
+        quantiles: `(num_bins - 1,)` float32, the result of `unit_quantiles(num_bins - 1)`.
+        right: Whether edges equal to a count are treated as below it, like `right` of `bin_expression`.
+        target_sum: Sum of a cell before the logarithm.
+        mask_probabilities: float64 shares of the genes to predict, one of which is chosen at random for each cell;
             empty for no targets.
         unexpressed: int64 ids of all genes, to fill up cells with genes that they do not express; empty for none.
-        num_tokens: number above all token ids.
+        num_tokens: Number of token ids, larger than every id.
     """
 
     special_tokens: np.ndarray
@@ -64,14 +64,14 @@ class Settings(NamedTuple):
 
 
 class Output(NamedTuple):
-    """Flat arrays that are written to, one element per token.
+    """Flat output arrays with one element per token.
 
     Attributes:
         input_ids: int64.
         expression_values: float32.
         target_mask: bool.
-        labels: float32, the value at targets, `NO_LABEL` elsewhere.
-        attention_mask: bool, False at padding; empty where no mask is wanted.
+        labels: float32, the value at targets and `NO_LABEL` elsewhere.
+        attention_mask: bool, False at padding; empty if no mask is needed.
     """
 
     input_ids: np.ndarray
@@ -83,7 +83,7 @@ class Output(NamedTuple):
 
 @intrinsic
 def _fma(context: Any, a: Any, b: Any, c: Any) -> Any:
-    """Compute a * b + c in float32 with one rounding, as torch's `lerp` does."""
+    """Compute a * b + c in float32 with a single rounding, like torch's `lerp`."""
 
     def build(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
         return builder.fma(*arguments)
@@ -103,7 +103,7 @@ def _bits(context: Any, value: Any) -> Any:
 
 @intrinsic
 def _prefetch(context: Any, array: Any, index: Any) -> Any:
-    """Begin to load an element of an array into the cache."""
+    """Start loading an element of an array into the processor's cache."""
 
     def build(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
         kind = signature.args[0]
@@ -113,7 +113,7 @@ def _prefetch(context: Any, array: Any, index: Any) -> Any:
         function = builder.module.declare_intrinsic(
             "llvm.prefetch", [address.type], ir.FunctionType(ir.VoidType(), [address.type, number, number, number])
         )
-        builder.call(function, [address, number(0), number(3), number(1)])  # to read, keep in cache, data
+        builder.call(function, [address, number(0), number(3), number(1)])  # for reading, kept in the cache, data
         return context.get_dummy_value()
 
     return types.void(array, types.intp), build
@@ -129,25 +129,25 @@ def _mix(number: np.uint64) -> np.uint64:
 
 @numba.njit(nogil=True, cache=True, inline="always")
 def _below(state: np.uint64, total: int) -> int:
-    """Return a random number below `total` (Lemire 2019, doi:10.1145/3230636), biased by total / 2^32."""
+    """Return a random number below `total` (Lemire 2019, doi:10.1145/3230636), with a bias of total / 2^32."""
     return np.int64(((_mix(state) >> _32) * np.uint64(total)) >> _32)
 
 
 @numba.njit(nogil=True, cache=True)
 def _choose(total: int, kept: int, targets: int, sample: bool, state: np.uint64, chosen: np.ndarray) -> np.uint64:
-    """Choose `kept` of `total` genes, and `targets` of these, all choices being equally likely.
+    """Choose `kept` of `total` genes, and `targets` of these, so that all choices are equally likely.
 
-    First, 16 random bits per gene decide whether it is kept, and whether it is a target, with about the right
-    probability. Genes taken at random one by one then make the numbers exact. Whatever the probabilities were, sets
-    of the same size stay equally likely.
+    First, 16 random bits per gene decide whether it is kept and whether it is a target, with nearly the right
+    probability. Then single random genes are added or removed until the numbers are exact. Sets of the same size
+    remain equally likely, whatever the probabilities were.
 
     Args:
-        total: number of genes of the cell.
-        kept: number of genes to keep.
-        targets: number of kept genes that are to be predicted.
-        sample: whether the kept genes are sampled; else they are the first.
-        state: state of the random number generator.
-        chosen: `(total + 4,)` array to write to: twice the number of the gene, plus one for a target.
+        total: Number of genes of the cell.
+        kept: Number of genes to keep.
+        targets: Number of kept genes that are predicted.
+        sample: Whether the kept genes are sampled; otherwise they are the first genes.
+        state: State of the random number generator.
+        chosen: `(total + 4,)` output array: twice the number of the gene, plus one for a target.
 
     Returns:
         The state after the choice.
@@ -156,7 +156,7 @@ def _choose(total: int, kept: int, targets: int, sample: bool, state: np.uint64,
     keep_below = np.uint64(2**16 if considered == kept else kept * 2**16 // total)
     target_below = np.uint64(np.int64(keep_below) * targets // max(kept, 1))
     first = state
-    place = np.uint64(0)  # unsigned, here and below: numba then leaves out the test for negative indices
+    place = np.uint64(0)  # unsigned here and below, so that numba leaves out the check for negative indices
     for four in range((considered + 3) // 4):
         state += _GAMMA
         bits = _mix(state)
@@ -165,7 +165,7 @@ def _choose(total: int, kept: int, targets: int, sample: bool, state: np.uint64,
             chosen[place] = np.int32(8 * four + 2 * lane) + np.int32(number < target_below)
             place += np.uint64(number < keep_below)
     count = np.int64(place)
-    while count and chosen[count - 1] >> 1 >= considered:  # lanes behind the last gene
+    while count and chosen[count - 1] >> 1 >= considered:  # lanes after the last gene
         count -= 1
     while count > kept:
         state += _GAMMA
@@ -200,12 +200,12 @@ def _distinct_counts(
     counts: np.ndarray, start: int, length: int, histogram: np.ndarray, tail: np.ndarray, values: np.ndarray,
     upto: np.ndarray,
 ) -> int:  # fmt: skip
-    """Write the distinct whole counts, rising, and how many genes have at most each; return their number."""
+    """Write the distinct whole counts in rising order, with the number of genes up to each; return their number."""
     histogram[:] = 0
     num_large = 0
     even = length & ~3
     first = np.uint64(start)
-    # Four histograms, since most counts are 1, and each addition to a place waits for the last one to the same place.
+    # Most counts are 1, and an addition must wait for the previous one to the same place: hence four histograms.
     for i in range(np.uint64(0), np.uint64(even), np.uint64(4)):
         for lane in range(4):
             count = np.uint64(np.int64(counts[first + i + np.uint64(lane)]))
@@ -242,7 +242,7 @@ def _distinct_counts(
 
 @numba.njit(nogil=True, cache=True)
 def _sorted_values(counts: np.ndarray, start: int, length: int, values: np.ndarray, upto: np.ndarray) -> int:
-    """Do what `_distinct_counts` does for values that are not whole, each of which has a row of its own."""
+    """Do the work of `_distinct_counts` for values that are not whole: each value gets its own row."""
     for i in range(length):
         values[i], upto[i] = counts[start + i], i + 1
     values[:length].sort()
@@ -253,7 +253,7 @@ def _sorted_values(counts: np.ndarray, start: int, length: int, values: np.ndarr
 def _quantile_edges(
     values: np.ndarray, upto: np.ndarray, length: int, quantiles: np.ndarray, edges: np.ndarray
 ) -> None:
-    """Write the `torch.quantile` of a cell's values: rank q * (n - 1) in float32, neighbours joined by `lerp`."""
+    """Write the quantiles of a cell's values like `torch.quantile`: rank q * (n - 1) in float32, then `lerp`."""
     row = 0
     last = np.float32(length - 1)
     for i in range(len(quantiles)):
@@ -271,7 +271,7 @@ def _quantile_edges(
 
 @numba.njit(nogil=True, cache=True)
 def _bin(value: np.float32, edges: np.ndarray, right: bool) -> np.float32:
-    """Return the bin of a value: the number of edges below it plus one, or with `right` of edges not above it."""
+    """Return the bin of a value: the number of edges below it plus one; with `right`, the number of edges up to it."""
     low, high = 0, len(edges)
     while low < high:
         middle = (low + high) // 2
@@ -284,7 +284,7 @@ def _bin(value: np.float32, edges: np.ndarray, right: bool) -> np.float32:
 
 @numba.njit(nogil=True, cache=True)
 def _are_whole(counts: np.ndarray, start: int, length: int) -> bool:
-    """Return whether `length` counts from `start` on are integers that float32 holds exactly."""
+    """Return whether `length` counts, beginning at `start`, are integers that float32 holds exactly."""
     whole = True
     for i in range(length):
         value = np.float64(counts[start + i])
@@ -297,7 +297,7 @@ def _value_rule(
     counts: np.ndarray, start: int, length: int, whole_counts: bool, settings: Settings, histogram: np.ndarray,
     tail: np.ndarray, values: np.ndarray, upto: np.ndarray, edges: np.ndarray, table: np.ndarray,
 ) -> tuple[bool, float]:  # fmt: skip
-    """Write edges and a table of the bins of small counts; return if counts are whole, and their sum for log1p."""
+    """Write the edges and the bins of small counts; return whether counts are whole, and their sum for log1p."""
     whole, total = True, 0.0
     if length and settings.encoding == BINS:
         whole = whole_counts or _are_whole(counts, start, length)
@@ -321,7 +321,7 @@ def _value_rule(
 def _fill_unexpressed(
     tokens: np.ndarray, candidates: np.ndarray, seen: np.ndarray, state: np.uint64, target: np.ndarray
 ) -> None:
-    """Fill `target` with random genes other than `tokens`; `seen` is all False before and after."""
+    """Fill `target` with random genes that are not in `tokens`; `seen` is all False before and after."""
     for token in tokens:
         seen[token] = True
     done = 0
@@ -343,7 +343,7 @@ def _write_values(
     tokens: np.ndarray, counts: np.ndarray, chosen: np.ndarray, whole: bool, total: float, settings: Settings,
     table: np.ndarray, edges: np.ndarray, input_ids: np.ndarray, values: np.ndarray,
 ) -> None:  # fmt: skip
-    """Write tokens and values of the chosen genes; genes behind the cell's own are unexpressed and have a token."""
+    """Write the tokens and values of the chosen genes; added genes get the value 0, and have their token already."""
     length = np.uint64(len(counts))
     for i in range(len(chosen)):
         gene = np.uint64(chosen[i] >> 1)
@@ -367,7 +367,7 @@ def _write_values(
 def _hide_targets(
     chosen: np.ndarray, mask_value: np.float32, values: np.ndarray, target_mask: np.ndarray, labels: np.ndarray
 ) -> None:
-    """Move the values of targets to the labels, without branches, so that the loop is vectorised."""
+    """Move the values of targets to the labels; the loop has no branches, so that it is vectorised."""
     for i in range(len(values)):
         target = (chosen[i] & 1) == 1
         target_mask[i] = target
@@ -377,7 +377,7 @@ def _hide_targets(
 
 @numba.njit(nogil=True, cache=True)
 def _finish(settings: Settings, output: Output, start: int, place: int, end: int, stop: int) -> None:
-    """Write special tokens before a cell's genes, which lie from `place` to `end`, and padding behind them."""
+    """Write the special tokens before a cell's genes, which are at `place` to `end`, and the padding after them."""
     for i in range(len(settings.special_tokens)):
         output.input_ids[start + i] = settings.special_tokens[i]
     output.input_ids[end:stop] = settings.pad_token
@@ -406,20 +406,20 @@ def encode_cells(
     settings: Settings,
     output: Output,
 ) -> None:
-    """Encode cells into places of flat output arrays.
+    """Encode cells, and write each to its range of the flat output arrays.
 
     Args:
-        genes: token ids, of any integer type; those of cell `i` start at `gene_starts[i]`.
-        gene_starts: `(cells,)` place of each cell's first gene.
-        counts: counts above zero, uint16 or float32; those of cell `i` start at `count_starts[i]`.
-        count_starts: `(cells,)` place of each cell's first count.
-        whole_counts: whether all counts are known to be integers.
+        genes: Token ids of any integer type; those of cell `i` start at `gene_starts[i]`.
+        gene_starts: `(cells,)` position of each cell's first gene.
+        counts: Counts above zero, uint16 or float32; those of cell `i` start at `count_starts[i]`.
+        count_starts: `(cells,)` position of each cell's first count.
+        whole_counts: Whether all counts are known to be integers.
         lengths: `(cells,)` number of genes of each cell.
-        streams: `(cells,)` uint64, where each cell's random numbers start.
-        starts: `(cells,)` first place of each cell in the output.
-        stops: `(cells,)` place behind each cell's last, padding included.
-        settings: settings for all cells.
-        output: arrays to write to.
+        streams: `(cells,)` uint64 start of each cell's random numbers.
+        starts: `(cells,)` position of each cell's first token in the output.
+        stops: `(cells,)` position after each cell's last token, padding included.
+        settings: Settings for all cells.
+        output: Output arrays.
     """
     longest = 1
     for cell in range(len(lengths)):
@@ -434,7 +434,7 @@ def encode_cells(
     table = np.zeros(_SMALL, np.float32)
     seen = np.zeros(settings.num_tokens if len(settings.unexpressed) else 0, np.bool_)
     for cell in range(len(lengths)):
-        if cell + 1 < len(lengths):  # cells lie anywhere in memory: have the next one loaded meanwhile
+        if cell + 1 < len(lengths):  # cells are scattered in memory: load the next one in advance
             for i in range(0, lengths[cell + 1], 64 // genes.itemsize):
                 _prefetch(genes, gene_starts[cell + 1] + i)
             for i in range(0, lengths[cell + 1], 64 // counts.itemsize):
@@ -455,9 +455,9 @@ def encode_cells(
         whole, total = _value_rule(
             counts, first_count, length, whole_counts, settings, histogram, tail, values, upto, edges, table
         )
-        for i in range(np.uint64(length)):  # in order, so that memory is read ahead; the choice then hits the cache
+        for i in range(np.uint64(length)):  # in order, so that memory is read ahead and chosen genes are in the cache
             tokens[i] = genes[np.uint64(first_gene) + i]
-        # Where genes are filled in, all are kept, and the targets are chosen among the cell's and the others.
+        # A cell that is filled up keeps all of its genes, and targets are chosen among its own and the added genes.
         state = _choose(length + filled, used, targets, settings.sample, state, chosen)
         ids = output.input_ids[place : place + used]
         cell_values = output.expression_values[place : place + used]
@@ -479,10 +479,10 @@ def encode_cells(
 
 @numba.njit(nogil=True, cache=True)
 def _lowest(scores: np.ndarray, total: int, room: int, histogram: np.ndarray, ties: np.ndarray) -> np.uint64:
-    """Return the `room`-th lowest of the scores, which are evenly spread over all 64-bit numbers."""
+    """Return the `room`-th lowest of the scores, which are evenly distributed over all 64-bit numbers."""
     histogram[:] = 0
     for i in range(np.uint64(total)):
-        histogram[scores[i] >> _56] += 1  # of 256 equal ranges
+        histogram[scores[i] >> _56] += 1  # 256 ranges of equal size
     before, bucket = 0, 0
     while before + histogram[bucket] < room:
         before += histogram[bucket]
@@ -500,7 +500,7 @@ def _score_genes(
     tokens: np.ndarray, counts: np.ndarray, key: np.uint64, settings: Settings, scores: np.ndarray,
     buckets: np.ndarray, ties: np.ndarray,
 ) -> np.uint64:  # fmt: skip
-    """Write a score for each gene of a cell, as `kept_genes` has it, and return the highest score of those kept."""
+    """Write the score of each gene of a cell, as in `kept_genes`, and return the highest score of the kept genes."""
     length = len(tokens)
     if settings.highest:
         for i in range(np.uint64(length)):
@@ -526,20 +526,20 @@ def encode_rows(
     input_ids: np.ndarray,
     expression_values: np.ndarray,
 ) -> bool:
-    """Encode cells for inference, as `TahoeX1Tokenizer.encode_rows` does.
+    """Encode cells for inference, like `TahoeX1Tokenizer.encode_rows`.
 
     Args:
-        offsets: `(cells + 1,)` places where the cells begin and end.
-        tokens: genes of the cells, of any integer type, each once per cell.
+        offsets: `(cells + 1,)` positions at which the cells begin and end.
+        tokens: Genes of the cells, of any integer type, each once per cell.
         counts: float32 counts of the genes.
         key: `mix64` of the seed of the sampling.
-        settings: settings as for training; those of targets are not read.
-        starts: `(cells,)` first place of each cell in the output.
-        input_ids: int64 array to write to.
-        expression_values: float32 array to write to.
+        settings: Settings as for training; the settings of targets are ignored.
+        starts: `(cells,)` position of each cell's first token in the output.
+        input_ids: int64 output array.
+        expression_values: float32 output array.
 
     Returns:
-        Whether all counts are whole and above zero. If not, nothing written is of use.
+        Whether all counts are whole and above zero. If not, the output must not be used.
     """
     longest = 1
     for cell in range(len(starts)):
@@ -578,7 +578,7 @@ def encode_rows(
                 ids[chosen], kept_counts[chosen] = cell_tokens[i], cell_counts[i]
                 chosen += np.uint64(scores[i] <= highest)
                 if chosen == np.uint64(kept):
-                    break  # the next would be written behind the cell
+                    break  # the next gene would be written after the end of the cell
             cell_counts = kept_counts
         else:
             for i in range(np.uint64(kept)):

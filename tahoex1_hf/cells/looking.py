@@ -1,5 +1,5 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""A look at some cells of an input before the work: what is lost with unknown genes, and whether values are counts."""
+"""A check of some cells before the work begins: how much unknown genes would lose, and whether values are counts."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -11,23 +11,23 @@ from scipy.sparse import csr_matrix
 from tahoex1_hf.cells.counts import doubt, in_memory
 from tahoex1_hf.cells.gene_search import FoundGenes
 
-# All cells of small inputs are looked at; of others this many, in this many places.
+# All cells of a small input are checked. In other inputs, this many cells are checked, from this many places.
 _CELLS, _PLACES = 256, 8
-# Share of the counts in genes that the vocabulary lacks from which on they are a warning.
+# A larger share of the counts in genes that are not in the vocabulary causes a warning.
 MUCH = 0.05
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What was seen.
+    """The result of the check.
 
     Attributes:
-        cells: number of cells that were looked at.
-        unknown_genes: number of genes that the vocabulary lacks.
-        genes: number of genes.
-        lost: share of the counts in genes that the vocabulary lacks.
-        most: the ten of these genes with most counts, and their shares of all counts.
-        doubt: what the values look like if not like counts.
+        cells: Number of cells that were checked.
+        unknown_genes: Number of genes that are not in the vocabulary.
+        genes: Number of genes.
+        lost: Share of the counts in genes that are not in the vocabulary.
+        most: Up to ten of these genes, those with the most counts, and their shares of all counts.
+        doubt: Description of the values if they do not look like counts; otherwise None.
     """
 
     cells: int
@@ -38,7 +38,7 @@ class Seen:
     doubt: str | None
 
     def losses(self, of_all: bool) -> str:
-        """Say what is lost; `of_all` where all cells were looked at."""
+        """Return a sentence that says what is lost; `of_all` tells whether all cells were checked."""
         cells = "" if of_all else f" (in {self.cells} cells)"
         names = ", ".join(f"{name} {share:.1%}" for name, share in self.most)
         return (
@@ -49,7 +49,7 @@ class Seen:
 
 
 def places_to_look(num_cells: int) -> Iterator[tuple[int, int]]:
-    """Yield the bounds of the ranges of cells to look at: evenly spread."""
+    """Yield the bounds of evenly spaced ranges of cells to check."""
     if num_cells <= _CELLS:
         yield 0, num_cells
         return
@@ -59,18 +59,18 @@ def places_to_look(num_cells: int) -> Iterator[tuple[int, int]]:
 
 
 def look(matrices: Iterable[Any], found: FoundGenes) -> Seen:
-    """Look at some cells.
+    """Check some cells.
 
     Args:
         matrices: `(cells, genes)` values of some cells, CSR or dense.
-        found: the genes of the columns.
+        found: Genes of the columns.
     """
     lost = found.is_gene & (found.match.token_ids < 0)
     sums = np.zeros(len(lost))
     values, lengths, cells = [np.zeros(0)], [np.zeros(0, dtype=np.int64)], 0
     for matrix in matrices:
         given = in_memory(matrix)
-        if given.dtype == np.float16 or not given.dtype.isnative:  # scipy has no sparse matrices of these
+        if given.dtype == np.float16 or not given.dtype.isnative:  # scipy has no sparse matrices of these types
             given = given.astype(np.float64)
         rows = csr_matrix(given)
         good = np.isfinite(rows.data) & (rows.data > 0) & found.is_gene[rows.indices]

@@ -1,7 +1,7 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""The one place that opens cells, whatever holds them, and finds their genes, counts and columns of obs.
+"""The only module that opens cells of any kind, and finds their genes, counts and columns of obs.
 
-`find_sources` says which files a path stands for, and `open_cells` opens one of them.
+`find_sources` finds the files that a path stands for, and `open_cells` opens one of them.
 """
 
 import glob
@@ -32,12 +32,12 @@ _TABLES = (".parquet", ".arrow")
 
 @dataclass(frozen=True)
 class Source:
-    """What holds cells: a file, a store, a folder that counts as one file, or a split of a prepared dataset.
+    """A file or store with cells, a folder that counts as one file, or a split of a prepared dataset.
 
     Attributes:
-        path: path or address.
-        kind: kind of file or dataset.
-        split: name of the split of a prepared dataset.
+        path: Path or URL.
+        kind: Kind of file or dataset.
+        split: Name of the split of a prepared dataset; None for other kinds.
     """
 
     path: str
@@ -53,21 +53,20 @@ def open_cells(
     spool: str | Path | None = None,
     check: bool = True,
 ) -> CellInput:
-    """Open cells, and find their genes and counts; the counts are not read.
+    """Open cells, and find their genes and counts; only some of the counts are read.
 
     Args:
-        source: an AnnData, in memory or backed; the path of an `.h5ad` file, a `.zarr` store, a 10x file or folder, a
-            Parquet or Arrow file in the form of Tahoe-100M or a prepared dataset with one split; or what
-            `find_sources` returns.
-        tokenizer: the tokenizer whose vocabulary says which genes are known.
-        options: where genes and counts are.
-        spool: folder for counts that must be sorted by cell, and for copies of remote Arrow files; need not
-            exist yet.
-        check: whether to check the index of sparse counts, for which all of it is read.
+        source: An AnnData, in memory or backed; the path of an `.h5ad` file, a `.zarr` store, a 10x file or folder, a
+            Parquet or Arrow file in the format of Tahoe-100M, or a prepared dataset with one split; or an element of
+            the result of `find_sources`.
+        tokenizer: Tokenizer whose vocabulary decides which genes are known.
+        options: Options that say where genes and counts are; by default `GeneOptions()`.
+        spool: Folder for counts that must be sorted by cell, and for copies of remote Arrow files; it need not exist.
+        check: Whether to check the index of sparse counts, which must then be read completely.
 
     Raises:
-        FileNotFoundError: for a path that stands for nothing.
-        ValueError: for a source that cannot be used; the message says what is wrong and what to do.
+        FileNotFoundError: If the path does not exist.
+        ValueError: If the source cannot be used; the message says what is wrong and what to do.
     """
     options = GeneOptions() if options is None else options
     if hasattr(source, "obs_names"):
@@ -91,7 +90,7 @@ def open_cells(
 
 
 def check_writable(adata: "AnnData") -> None:
-    """Raise ValueError for an AnnData into which nothing can be written, before any work is done."""
+    """Raise ValueError before any work is done if nothing can be written into an AnnData."""
     if getattr(adata, "isbacked", False) and adata.is_view:
         raise ValueError(
             "adata is a view of a backed AnnData, into which nothing can be written: pass adata.to_memory(), or "
@@ -100,7 +99,7 @@ def check_writable(adata: "AnnData") -> None:
 
 
 def open_source(source: Source, tokenizer: "TahoeX1Tokenizer", options: GeneOptions, spool: Path | None) -> CellInput:
-    """Do what `open_cells` does, with errors that do not name the source: `BadInput`."""
+    """Open cells like `open_cells`, but raise `BadInput`, whose message does not name the source."""
     # Each kind needs libraries that the others do not.
     if source.kind == "anndata":
         return StoredInput(source.path, tokenizer, options, spool)
@@ -118,16 +117,16 @@ def open_source(source: Source, tokenizer: "TahoeX1Tokenizer", options: GeneOpti
 
 
 def read_obs_column(path: str, name: str, argument: str) -> "pd.Series":
-    """Read a column of obs of a file, without looking at its genes and counts.
+    """Read a column of obs of a file, without reading its genes and counts.
 
     Args:
         path: `.h5ad` file or `.zarr` store.
-        name: name of the column; `INDEX` for the names of the cells.
-        argument: the argument that names the column, for messages.
+        name: Name of the column; `INDEX` for the names of the cells.
+        argument: Name of the argument that chose the column, for messages.
 
     Raises:
-        FileNotFoundError: where there is no such file.
-        ValueError: for a file without obs, and for a column that is not there, naming those that are.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If the file has no obs or no such column; the message lists its columns.
     """
     if not Path(path).exists():
         raise FileNotFoundError(f"data={path} does not exist.")
@@ -143,14 +142,14 @@ def read_obs_column(path: str, name: str, argument: str) -> "pd.Series":
 
 
 def read_var(path: Path) -> "pd.DataFrame":
-    """Read the genes of an `.h5ad` file, without looking at its cells, of which it need have none.
+    """Read the genes of an `.h5ad` file, which need not have any cells.
 
     Returns:
         The columns of var; the index holds the names of the genes as text.
 
     Raises:
-        FileNotFoundError: where there is no such file.
-        ValueError: for a file that is not an `.h5ad` file.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If it is not an `.h5ad` file.
     """
     import h5py
 
@@ -171,11 +170,11 @@ def read_var(path: Path) -> "pd.DataFrame":
 def open_all(
     paths: Sequence[str], tokenizer: "TahoeX1Tokenizer", options: GeneOptions | None = None, *, spool: str | Path
 ) -> list[CellInput]:
-    """Open all that paths stand for, in order; see `find_sources` and `open_cells`.
+    """Open all sources that paths stand for, in order; see `find_sources` and `open_cells`.
 
     Raises:
-        FileNotFoundError: for a path that stands for nothing.
-        ValueError: for a source that cannot be used, and where there are no cells at all.
+        FileNotFoundError: If a path does not exist.
+        ValueError: If a source cannot be used, or there are no cells at all.
     """
     found = [open_cells(source, tokenizer, options, spool=spool) for source in find_sources(paths)]
     if not sum(each.num_cells for each in found):
@@ -184,22 +183,22 @@ def open_all(
 
 
 def find_sources(paths: Iterable[str]) -> list[Source]:
-    """Find what paths stand for: files, folders and globs, prepared datasets, addresses, datasets on the Hub.
+    """Find the sources that paths stand for: files, folders and globs, prepared datasets, URLs, datasets on the Hub.
 
     Args:
-        paths: `.h5ad` files, `.zarr` stores, 10x `.h5` files and folders, folders and globs of these; folders of
-            prepared datasets, also `hf://` and `s3://`; Parquet or Arrow files in the form of Tahoe-100M, and Hub
-            datasets (`tahoebio/Tahoe-100M`).
+        paths: Paths of `.h5ad` files, `.zarr` stores, 10x `.h5` files and folders, and folders and globs of these;
+            paths or URLs (`hf://`, `s3://`) of prepared datasets; paths or URLs of Parquet or Arrow files in the
+            format of Tahoe-100M; and Hub datasets (`tahoebio/Tahoe-100M`).
 
     Raises:
-        FileNotFoundError: for a path that stands for no such file.
-        ValueError: for an address without cells.
+        FileNotFoundError: If a path leads to no such file.
+        ValueError: If a URL leads to no cells.
     """
     return [source for path in paths for source in _sources_of(path)]
 
 
 def check_paths(paths: Sequence[str]) -> None:
-    """Raise FileNotFoundError for a local path that stands for nothing, before any work is done."""
+    """Raise FileNotFoundError before any work is done if a local path does not exist."""
     for path in paths:
         if "://" not in path and not glob.has_magic(path) and not os.path.exists(path) and not _is_repository(path):
             raise FileNotFoundError(f"{path} does not exist.")
@@ -222,11 +221,11 @@ def _sources_of(path: str) -> list[Source]:
 
 
 def find_files(kind: Kind, paths: Sequence[str]) -> list[str]:
-    """Find the files of one kind that paths stand for, sorted, each once.
+    """Return the files of one kind that paths stand for, sorted and without repeats.
 
     Raises:
-        FileNotFoundError: where a path stands for none.
-        BadInput: where an address stands for none.
+        FileNotFoundError: If a path leads to no such file.
+        BadInput: If a URL leads to no such file.
     """
     if kind == "tahoe-100m":
         from tahoex1_hf.cells.readers.tahoe_100m import find_tables
@@ -255,7 +254,7 @@ def _is_repository(path: str) -> bool:
 
 
 def _prepared_splits(path: str) -> list[str]:
-    """Return the splits with cells of a prepared dataset, training first; none where it is something else."""
+    """Return the splits of a prepared dataset that have cells, training first; an empty list for anything else."""
     if "://" not in path:
         manifest = Path(path) / "manifest.json"
         if not manifest.is_file():
@@ -270,6 +269,6 @@ def _prepared_splits(path: str) -> list[str]:
 
 
 def _holds_tables(path: Path) -> bool:
-    """Return whether a path is a Parquet or Arrow file, or a folder that holds some."""
+    """Return whether a path is a Parquet or Arrow file, or a folder that holds such files."""
     inside = (file for suffix in _TABLES for file in path.rglob(f"*{suffix}")) if path.is_dir() else iter(())
     return path.suffix in _TABLES or next(inside, None) is not None

@@ -1,5 +1,5 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""Ragged rows, and compiled loops over them where numpy would need arrays of the size of the data."""
+"""Rows of different lengths, and compiled loops over them for which numpy would need arrays as large as the data."""
 
 from dataclasses import dataclass
 
@@ -9,14 +9,14 @@ import numpy as np
 
 @dataclass(frozen=True)
 class CountRows:
-    """Cells as views into flat arrays: genes and counts need not lie side by side, nor the cells in order.
+    """Cells as views into flat arrays, in which the cells may lie in any order.
 
     Attributes:
-        genes: token ids of any integer type.
-        gene_starts: `(cells,)` int64, where each cell's genes start.
-        counts: counts above zero, uint16 or float32.
-        count_starts: `(cells,)` int64, where each cell's counts start.
-        lengths: `(cells,)` int64, number of genes of each cell.
+        genes: Token ids of any integer type.
+        gene_starts: `(cells,)` int64 position in `genes` at which each cell starts.
+        counts: Counts above zero, uint16 or float32.
+        count_starts: `(cells,)` int64 position in `counts` at which each cell starts.
+        lengths: `(cells,)` int64 number of genes of each cell.
     """
 
     genes: np.ndarray
@@ -36,22 +36,24 @@ def compact_csr(
     counts: np.ndarray,
     offsets: np.ndarray,
 ) -> tuple[bool, bool, float]:
-    """Keep the known, stored, non-zero entries of a CSR matrix.
+    """Copy the non-zero entries of a CSR matrix whose columns are known genes.
 
-    Three simple loops are faster than one that does everything, since the processor takes eight numbers at a time.
+    Three simple loops are faster than one loop that does everything: the processor then handles eight numbers at a
+    time.
 
     Args:
-        indptr: `(cells + 1,)` places where the rows begin and end.
+        indptr: `(cells + 1,)` positions at which the rows begin and end.
         columns: `(stored,)` column of each entry.
-        values: `(stored,)` values, of any real type.
-        token_ids: int32 token of every column, -1 for none.
-        tokens: array to write to, at least `(stored,)`.
-        counts: float32 array to write to, at least `(stored,)`.
-        offsets: array to write to, `(cells + 1,)`.
+        values: `(stored,)` values of any real type.
+        token_ids: `(columns,)` int32 token of every column; -1 for unknown genes.
+        tokens: Output array, at least `(stored,)`.
+        counts: Output array, float32, at least `(stored,)`.
+        offsets: Output array, `(cells + 1,)`.
 
     Returns:
-        Whether the columns of every row exist and rise, and all values kept are finite and not negative (if not,
-        nothing written is of use); whether all values are whole numbers; and the sum of the values of unknown columns.
+        Three values: whether the columns of every row exist and are in rising order and all copied values are finite
+        and not negative (if not, the output must not be used); whether all values are whole numbers; and the sum of
+        the values of unknown columns.
     """
     place, unknown, whole = np.uint64(0), 0.0, True
     offsets[0] = 0
@@ -64,7 +66,7 @@ def compact_csr(
         in_order = True
         for i in range(np.uint64(1), length):
             in_order &= row[i] > row[i - np.uint64(1)]
-        # A damaged matrix must not be read beyond its genes.
+        # In a damaged matrix, column numbers may lie outside the table of genes.
         if not in_order or row[0] < 0 or row[length - np.uint64(1)] >= len(token_ids):
             return False, False, 0.0
         good, every = True, True
@@ -95,7 +97,7 @@ def compact_csr(
 
 @numba.njit(nogil=True, cache=True)
 def gather_rows(values: np.ndarray, starts: np.ndarray, lengths: np.ndarray, target: np.ndarray) -> None:
-    """Copy rows one after the other into `target`: row `i` is `values[starts[i] : starts[i] + lengths[i]]`."""
+    """Copy rows into `target`, one after the other; row `i` is `values[starts[i] : starts[i] + lengths[i]]`."""
     place = 0
     for i in range(len(starts)):
         target[place : place + lengths[i]] = values[starts[i] : starts[i] + lengths[i]]

@@ -114,5 +114,5 @@ def test_orthologues_are_recognised_by_their_form(tmp_path: Path, lines: list[st
 def test_a_table_without_human_genes_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "orthologs.csv"
     path.write_text("id,score\nENSMUSG00000067377,0.5\nENSMUSG00000031250,1\n")
-    with pytest.raises(ValueError, match=r"orthologs\.csv: its columns were taken for \['mouse id', 'other'\]"):
+    with pytest.raises(ValueError, match=r"orthologs\.csv: its columns look like \['mouse id', 'other'\]"):
         read_orthologs(path)

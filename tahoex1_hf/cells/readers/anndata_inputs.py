@@ -27,23 +27,23 @@ if TYPE_CHECKING:
 
     from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
 
-# Number of cells of an AnnData that are taken at once: they are in memory, or their matrix is a dense one on disk.
+# Number of cells that are sliced at once from a matrix in memory, or from a dense matrix on disk.
 _SLICE_CELLS = 256
-# Columns of obs on disk are read for this many cells at once.
+# Number of cells for which columns of obs on disk are read at once.
 _OBS_CELLS = 16384
 
 
 def find_matrix(
     adata: Any, options: GeneOptions, tokenizer: "TahoeX1Tokenizer"
 ) -> tuple[Any, FoundGenes, Place, Any, bool]:
-    """Find the counts and the genes of an AnnData, or of what looks like one.
+    """Find the counts and the genes of an AnnData, or of an object with the same attributes.
 
     Returns:
-        The `(cells, genes)` matrix, the genes of its columns, where it was found, its table of genes, and whether
-        they are those of `var`.
+        The `(cells, genes)` matrix, the genes of its columns, its place, its table of genes, and whether its genes are
+        those of `var`.
 
     Raises:
-        BadInput: for a layer or a column that is not there, and for genes that are not in the vocabulary.
+        BadInput: If a layer or a column does not exist, or the genes are not in the vocabulary.
     """
     layers = [name for name in adata.layers if name is not None]  # since anndata 0.13, X is among them
     try:
@@ -72,9 +72,9 @@ class AnnDataInput(CellInput):
     """An AnnData, in memory or backed.
 
     Args:
-        adata: cells, which are left as they are.
-        tokenizer: the tokenizer that knows the genes.
-        options: where genes and counts are.
+        adata: Cells, which are not changed.
+        tokenizer: Tokenizer whose vocabulary decides which genes are known.
+        options: Options that say where genes and counts are.
     """
 
     genes: GeneMatch
@@ -85,16 +85,16 @@ class AnnDataInput(CellInput):
         self.tokenizer = tokenizer
         self.matrix, self.found, self.place, self._var, self.own_genes = find_matrix(adata, options, tokenizer)
         self.genes, self.counts_from = self.found.match, _path_of(self.place.layer, self.place.layer in adata.layers)
-        if self.place.note:  # a warning, since Python shows no other messages unless it is told to
+        if self.place.note:  # a warning, since Python does not show messages of lower levels by default
             way = ", or adata.raw.to_adata()" if self.counts_from == "raw/X" else ""
-            note = f"{self.place.note} To say so yourself, pass layer={self.place.layer!r}{way}."
+            note = f"{self.place.note} To choose them explicitly, pass layer={self.place.layer!r}{way}."
             self.found = replace(self.found, notes=((logging.WARNING, note), *self.found.notes))
         if getattr(self.matrix, "format", None) == "csc":
             self.matrix = to_csr(self.matrix.to_memory() if hasattr(self.matrix, "to_memory") else self.matrix)
 
     @property
     def var(self) -> "pd.DataFrame":
-        """`adata.var`, or that of `adata.raw` where its counts are taken."""
+        """Table of the genes: `adata.var`, or `adata.raw.var` if the counts are those of `adata.raw`."""
         return self._var
 
     @property
@@ -108,7 +108,7 @@ class AnnDataInput(CellInput):
 
     @cached_property
     def _whole_obs(self) -> "pd.DataFrame":
-        """obs, read once where it is lazy."""
+        """The table obs; a lazy one is read once."""
         return _frame(self.adata.obs)
 
     def _obs(self, columns: Sequence[str], start: int, stop: int) -> "pd.DataFrame":
@@ -124,7 +124,7 @@ class AnnDataInput(CellInput):
     def blocks(
         self, start: int, stop: int, columns: Sequence[str] = (), elements: int | None = None
     ) -> Iterator[Block]:
-        """Read a backed CSR matrix as a file is read; slice all else, a few hundred cells at a time."""
+        """Read a backed CSR matrix like a file; slice any other matrix, a few hundred cells at a time."""
         low = start
         for matrix in self._matrices(start, stop, elements):
             rows, unknown = gene_rows(matrix, self.genes, low, self.tokenizer, self.count_hint)
@@ -142,12 +142,12 @@ class AnnDataInput(CellInput):
             yield in_memory(self.matrix[low : min(low + _SLICE_CELLS, stop)])
 
     def some_matrices(self) -> Iterator[Any]:
-        """Slice some rows."""
+        """Slice the rows of the cells to check."""
         for start, stop in places_to_look(self.num_cells):
             yield from self._matrices(start, stop)
 
     def rows_at(self, numbers: np.ndarray) -> GeneRows:
-        """Slice the matrix."""
+        """Slice the matrix at these rows."""
         return gene_rows(in_memory(self.matrix[numbers]), self.genes, None, self.tokenizer)[0]
 
     def count_hint(self) -> str:
@@ -156,12 +156,12 @@ class AnnDataInput(CellInput):
 
 
 def _path_of(layer: str | None, is_layer: bool) -> str:
-    """Return where a layer of `GeneOptions` lies in a file."""
+    """Return the place in a file of a layer of `GeneOptions`."""
     return "X" if layer is None else f"layers/{layer}" if is_layer else "raw/X"
 
 
 def _frame(frame: Any) -> Any:
-    """Return a data frame, read where it is a lazy one."""
+    """Return a data frame; a lazy one is read."""
     return frame.to_memory() if hasattr(frame, "to_memory") else frame
 
 
@@ -169,10 +169,10 @@ class StoredInput(CellInput):
     """An `.h5ad` file or a `.zarr` store.
 
     Args:
-        path: the file.
-        tokenizer: the tokenizer that knows the genes.
-        options: where genes and counts are.
-        spool: folder in which counts that are stored by gene are sorted by cell.
+        path: Path of the file or store.
+        tokenizer: Tokenizer whose vocabulary decides which genes are known.
+        options: Options that say where genes and counts are.
+        spool: Folder in which counts that are stored by gene are sorted by cell; None if there is none.
     """
 
     genes: GeneMatch
@@ -209,7 +209,7 @@ class StoredInput(CellInput):
 
     @property
     def var(self) -> "pd.DataFrame":
-        """The table of the genes, read whole."""
+        """Table of the genes, read completely."""
         import pandas as pd
 
         from tahoex1_hf.cells.readers.stores import Frame, open_store
@@ -232,11 +232,11 @@ class StoredInput(CellInput):
             return read_column(store["obs"], name)
 
     def fingerprint_now(self) -> str:
-        """Look at the file."""
+        """Return the fingerprint of the present file."""
         return content_fingerprint(self.path)
 
     def check(self) -> None:
-        """Read the index of a sparse matrix."""
+        """Check the index of a sparse matrix."""
         from tahoex1_hf.cells.readers.csr import check_indptr
         from tahoex1_hf.cells.readers.stores import matrix_format, open_store
 
@@ -249,12 +249,12 @@ class StoredInput(CellInput):
         if not self.by_gene:
             return None
         if self._spool is None:
-            raise BadInput("its counts are stored by gene (CSC): name a folder in which they are sorted by cell.")
+            raise BadInput("its counts are stored by gene (CSC): name a folder in which to sort them by cell.")
         key = f"{os.path.abspath(self.path)}\n{self.place}\n{self.fingerprint}"
         return self._spool / sha256(key.encode()).hexdigest()[:24]
 
     def sort_by_cell(self, piece_cells: int = 16384) -> None:
-        """Sort a CSC matrix into the spool folder."""
+        """Sort the counts of a CSC matrix by cell, and write them into the spool folder."""
         from tahoex1_hf.cells.readers.by_gene import spool_entries
         from tahoex1_hf.cells.readers.stores import csc_entries, open_store
 
@@ -265,7 +265,7 @@ class StoredInput(CellInput):
             self.look()
 
     def some_matrices(self) -> Iterator[Any]:
-        """Read some rows."""
+        """Read the rows of the cells to check."""
         from tahoex1_hf.cells.readers.stores import matrix_blocks, open_store
 
         with open_store(self.path) as store:
@@ -273,7 +273,7 @@ class StoredInput(CellInput):
                 yield from matrix_blocks(store[self.place], start, stop, self._spooled)
 
     def num_stored(self) -> np.ndarray | None:
-        """Read the index of a CSR matrix."""
+        """Read the numbers of stored counts from the index of a CSR matrix; return None for other matrices."""
         from tahoex1_hf.cells.readers.stores import matrix_format, open_store
 
         with open_store(self.path) as store:
@@ -285,7 +285,7 @@ class StoredInput(CellInput):
     def blocks(
         self, start: int, stop: int, columns: Sequence[str] = (), elements: int | None = None
     ) -> Iterator[Block]:
-        """Read rows; a compressed file is read in the chunks that it was written in, each once."""
+        """Read rows; each chunk of a compressed file is read only once."""
         from tahoex1_hf.cells.readers.stores import matrix_blocks, open_store
 
         with open_store(self.path) as store:
@@ -297,7 +297,7 @@ class StoredInput(CellInput):
                 low = block.stop
 
     def rows_at(self, numbers: np.ndarray) -> GeneRows:
-        """Read some rows; a matrix that is stored by gene is read whole, once."""
+        """Read some rows; a matrix that is stored by gene is read completely, once."""
         from tahoex1_hf.cells.readers.stores import open_store
 
         if self.by_gene:
@@ -323,7 +323,7 @@ class StoredInput(CellInput):
 
 
 class _ObsReader:
-    """Columns of obs on disk, read in order for many cells at a time."""
+    """Reader of columns of obs on disk, in order and for many cells at a time."""
 
     def __init__(self, frame: Any, columns: Sequence[str], stop: int):
         self.frame, self.columns, self.last = frame, columns, stop
@@ -355,7 +355,7 @@ def _on_disk(element: Any) -> Any:
 
 
 class _Stored:
-    """An AnnData on disk, with what finding genes and counts needs of it; nothing is read before it is asked for."""
+    """An AnnData on disk with the attributes that the search for genes and counts uses; data is read on request."""
 
     def __init__(self, store: Any):
         self._store = store
@@ -364,25 +364,25 @@ class _Stored:
 
     @property
     def raw(self) -> Any:
-        """The counts and genes of `raw`, where there is one; anndata before 0.7 wrote them beside `X`."""
+        """Counts and genes of `raw`, if there is one; anndata before 0.7 stored them beside `X`."""
         if "raw.X" in self._store:
             return _StoredRaw({"X": self._store["raw.X"], "var": self._store["raw.var"]})
         return _StoredRaw(self._store["raw"]) if "raw" in self._store and "X" in self._store["raw"] else None
 
     @cached_property
     def var(self) -> Any:
-        """The columns of var."""
+        """Columns of var."""
         from tahoex1_hf.cells.readers.stores import Frame
 
         return Frame(self._store["var"])
 
     @property
     def var_names(self) -> Any:
-        """The names of the genes."""
+        """Names of the genes."""
         return self.var.index
 
 
 class _StoredRaw(_Stored):
-    """`raw` of an AnnData on disk."""
+    """The `raw` of an AnnData on disk."""
 
     raw = None

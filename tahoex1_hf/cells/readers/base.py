@@ -1,5 +1,5 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""What all inputs of cells have in common: known genes and counts, columns of obs, and errors."""
+"""The base of all inputs of cells: known genes and counts, columns of obs, and errors."""
 
 import logging
 import os
@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 INDEX = "_index"
-"""Name under which the names of the cells (`obs_names`, barcodes) are asked for as a column."""
+"""Name of the column that stands for the names of the cells (`obs_names`, barcodes)."""
 
-# Number of stored elements of a sparse matrix, or of places of a dense one, that are read at once by default: about
-# 100 MB with the arrays that are made from them on the way.
+# Number of stored elements of a sparse matrix, or of all elements of a dense one, that are read at once by default.
+# Together with temporary arrays they take about 100 MB.
 CHUNK_ELEMENTS = 4_000_000
 
 
@@ -38,10 +38,10 @@ class Block(NamedTuple):
     """Some consecutive cells of an input.
 
     Attributes:
-        start: number of the first cell in the input.
-        rows: expressed genes of the vocabulary, each once per cell: token ids, float32 counts above zero, offsets.
-        obs: one row per cell, the columns that were asked for.
-        unknown_counts: sum of the counts of genes that are not in the vocabulary.
+        start: Number of the first cell in the input.
+        rows: Expressed genes of the vocabulary, each once per cell, with float32 counts above zero.
+        obs: Requested columns of obs, one row per cell.
+        unknown_counts: Sum of the counts of genes that are not in the vocabulary.
     """
 
     start: int
@@ -51,11 +51,11 @@ class Block(NamedTuple):
 
     @property
     def stop(self) -> int:
-        """Number behind the last cell."""
+        """Number after the last cell."""
         return self.start + len(self.rows.offsets) - 1
 
     def part(self, start: int, stop: int) -> "Block":
-        """Return cells `start` to `stop` of the input, which the block holds, without the sum of unknown counts."""
+        """Return the part with cells `start` to `stop` of the input; its sum of unknown counts is set to 0."""
         if (start, stop) == (self.start, self.stop):
             return self
         a, b = start - self.start, stop - self.start
@@ -65,19 +65,19 @@ class Block(NamedTuple):
 
 
 class CellInput(ABC):
-    """The cells of one file, store, prepared dataset or AnnData, with its genes and counts found.
+    """The cells of one file, store, prepared dataset or AnnData, whose genes and counts have been found.
 
     Attributes:
-        path: where the cells come from, for messages.
-        tokenizer: the tokenizer whose vocabulary says which genes are known.
-        num_cells: number of cells.
-        genes: the token of each gene of the input; None for a prepared dataset, whose genes are tokens.
-        fingerprint: text that changes when the content does; empty for an AnnData.
-        by_gene: whether the counts are stored by gene, so that `sort_by_cell` is needed before `blocks`.
-        found: how the genes were found; None for a dataset with a table of genes of its own.
-        seen: what `look` saw of some cells; None before.
-        counts_from: where the counts are: `X`, a layer or `raw`.
-        own_genes: whether the genes are those of `var`, in its order; those of `raw` can be others.
+        path: Path or name of the source, for messages.
+        tokenizer: Tokenizer whose vocabulary decides which genes are known.
+        num_cells: Number of cells.
+        genes: Token of each gene of the input; None for a prepared dataset, whose genes are tokens.
+        fingerprint: Text that changes when the content changes; empty for an AnnData.
+        by_gene: Whether the counts are stored by gene, so that `sort_by_cell` must be called before `blocks`.
+        found: Result of the search for genes; None for a dataset that has its own table of genes.
+        seen: Result of `look`; None before it was called.
+        counts_from: Place of the counts: `X`, a layer or `raw`.
+        own_genes: Whether the genes are those of `var`, in the same order; `raw` can have other genes.
     """
 
     path: str
@@ -95,18 +95,18 @@ class CellInput(ABC):
     @property
     @abstractmethod
     def obs_columns(self) -> list[str]:
-        """Names of the columns of obs; `INDEX` is not among them."""
+        """Names of the columns of obs, without `INDEX`."""
 
     @abstractmethod
     def column(self, name: str) -> "pd.Series":
-        """Return a column of obs, or with `INDEX` the names of the cells, of all cells.
+        """Return a column of obs for all cells; `INDEX` stands for the names of the cells.
 
         Raises:
-            BadInput: for a column that is not there.
+            BadInput: If there is no such column.
         """
 
     def value_counts(self, name: str) -> "Counter[Any]":
-        """Count the cells of each value of a column of obs, missing values among them."""
+        """Count the cells for each value of a column of obs, including missing values."""
         return Counter(dict(self.column(name).astype(object).value_counts(dropna=False)))
 
     @abstractmethod
@@ -116,45 +116,45 @@ class CellInput(ABC):
         """Read cells `start` to `stop` in order, in blocks of bounded memory.
 
         Args:
-            start: number of the first cell.
-            stop: number behind the last cell.
-            columns: columns of obs that the blocks are to have; `INDEX` for the names of the cells.
-            elements: approximate upper limit of the stored counts of a block; `CHUNK_ELEMENTS` by default.
+            start: Number of the first cell.
+            stop: Number after the last cell.
+            columns: Columns of obs to include in the blocks; `INDEX` for the names of the cells.
+            elements: Approximate largest number of stored counts in a block; `CHUNK_ELEMENTS` by default.
 
         Raises:
-            BadInput: where the counts cannot be read, or a column is not there.
+            BadInput: If the counts cannot be read, or a column does not exist.
         """
 
     @property
     def var(self) -> "pd.DataFrame":
-        """The table of the genes, by name."""
+        """Table of the genes, whose index holds their names."""
         raise BadInput("it has no table of genes: write it to an .h5ad file.")
 
     def check_gene_slots(self) -> None:
-        """Raise ValueError where values for each gene would not fit into `varm`, before any work is done."""
+        """Raise ValueError before any work is done if values for each gene would not fit into `varm`."""
         if not self.own_genes:
             raise ValueError(
-                f"{self.path}: the counts are those of raw, whose genes are not those of var, so that varm cannot "
-                "hold gene embeddings of them: take adata.raw.to_adata()."
+                f"{self.path}: the counts are those of raw, whose genes are not those of var, so varm cannot hold "
+                "gene embeddings of them: take adata.raw.to_adata()."
             )
 
     def rows_at(self, numbers: np.ndarray) -> GeneRows:
-        """Return some cells by their numbers, which must rise; their values are not checked."""
+        """Return the cells with these numbers, which must be in rising order; their values are not checked."""
         raise BadInput("its cells can only be read in order: write them to an .h5ad file.")
 
     def num_stored(self) -> np.ndarray | None:
-        """Return the number of stored counts of each cell, `(cells,)`, or None where it is not known beforehand."""
+        """Return the number of stored counts of each cell, `(cells,)`; None if it is not known in advance."""
         return None
 
     def fingerprint_now(self) -> str:
-        """Return the fingerprint of what is there now, which `fingerprint` was when the input was opened."""
+        """Return the fingerprint of the present content; `fingerprint` is that of the content when it was opened."""
         return self.fingerprint
 
     def check_unchanged(self) -> None:
-        """Look whether the input is still what was opened.
+        """Check that the input has not changed since it was opened.
 
         Raises:
-            ValueError: where it is not: what was read of it would not fit what is there.
+            ValueError: If it has changed, so that results would not match its cells.
         """
         try:
             same = agrees(self.fingerprint, self.fingerprint_now())
@@ -162,36 +162,36 @@ class CellInput(ABC):
             same = False
         if not same:
             raise ValueError(
-                f"{self.path} has changed since it was opened, so that results would stand beside other cells: "
-                "nothing is written. Run again with the file as it is to be (--restart, where an unfinished run is in "
-                "the way)."
+                f"{self.path} has changed since it was opened, so that the results would not match its cells: "
+                "nothing is written. Run again when the file no longer changes (with --restart if an unfinished run "
+                "is in the way)."
             )
 
     def check(self) -> None:  # noqa: B027 - most inputs have nothing more to look at
-        """Check the index of the counts, for which all of it must be read.
+        """Check the index of the counts, which must be read completely.
 
         Raises:
-            BadInput: where it does not fit the counts.
+            BadInput: If the index does not fit the counts.
         """
 
     def sort_by_cell(self, piece_cells: int = 16384) -> None:  # noqa: B027 - most inputs have nothing to do
-        """Sort counts that are stored by gene, once, on disk; `piece_cells` cells are sorted at a time."""
+        """Sort counts that are stored by gene, on disk and only once; `piece_cells` cells are sorted at a time."""
 
     def count_hint(self) -> str:
-        """Return where the input seems to keep raw counts, as advice."""
+        """Return advice for an error message: the place where the input seems to have raw counts."""
         return " Pass the raw counts."
 
     def some_matrices(self) -> Iterator[Any]:
-        """Read the values of some cells, see `looking.places_to_look`."""
+        """Read the values of some cells; see `looking.places_to_look`."""
         raise NotImplementedError
 
     def look(self) -> None:
-        """Look at some cells: say once what is lost with unknown genes, and what the values look like if not counts.
+        """Check some cells, and report once how many counts unknown genes lose and whether values are not counts.
 
-        Counts that are stored by gene are looked at when they are sorted.
+        Counts that are stored by gene are checked when they are sorted.
 
         Raises:
-            BadInput: where the cells cannot be read.
+            BadInput: If the cells cannot be read.
         """
         if self.found is None or self.seen is not None:
             return
@@ -210,7 +210,7 @@ class CellInput(ABC):
         self._tell(notes)
 
     def _tell(self, notes: list[tuple[int, str]]) -> None:
-        if os.environ.get("RANK", "0") == "0":  # of the processes of a run, the first
+        if os.environ.get("RANK", "0") == "0":  # only the first process of a run reports
             for level, text in notes:
                 logger.log(level, "%s: %s", self.path, text)
 
@@ -218,7 +218,7 @@ class CellInput(ABC):
         """Read cells `start` to `stop`, cut into chunks of `size` cells; the last may have fewer.
 
         Raises:
-            ValueError: where the input cannot be read, or ends too early; the message names it.
+            ValueError: If the input cannot be read or ends too early; the message names it.
         """
         with reading(self.path):
             yield from self._cut(self.blocks(start, stop, columns, BLOCK_ELEMENTS), start, stop, size)
@@ -239,7 +239,7 @@ class CellInput(ABC):
             raise BadInput(f"it ended after {at} of {self.num_cells} cells: it changed while it was read.")
 
 
-# Number of stored elements, or of places of a dense matrix, that are read at once where chunks are cut: a few hundred
+# Number of stored elements, or of all elements of a dense matrix, that are read at once to make chunks: a few hundred
 # cells, 8 MB.
 BLOCK_ELEMENTS = 1_000_000
 
@@ -261,27 +261,28 @@ def joined(blocks: Sequence[Block]) -> Block:
 
 
 def token_dtype(tokenizer: "TahoeX1Tokenizer") -> type[np.uint16] | type[np.int32]:
-    """Return the smallest type that holds all token ids: that of a prepared dataset."""
+    """Return the smallest type that holds all token ids; prepared datasets use the same type."""
     return np.uint16 if len(tokenizer) <= 2**16 else np.int32
 
 
 def gene_rows(
     matrix: Any, match: GeneMatch, first_cell: int | None, tokenizer: "TahoeX1Tokenizer", hint: Any = str
 ) -> tuple[GeneRows, float]:
-    """Return the known genes and the counts of the rows of a matrix, sparse or dense.
+    """Return the known genes of each row of a matrix with their counts.
 
     Args:
-        matrix: `(cells, genes)`, CSR, CSC or dense.
-        match: the token of every column.
-        first_cell: number of the first row, for messages; None to leave values that are not counts to the caller.
-        tokenizer: the tokenizer that `match` comes from.
-        hint: function that returns advice for where the values cannot be counts.
+        matrix: `(cells, genes)` matrix, CSR, CSC or dense.
+        match: Token of every column.
+        first_cell: Number of the first row, for messages; None if the caller checks the values itself.
+        tokenizer: Tokenizer that `match` comes from.
+        hint: Function that returns advice for the error message.
 
     Returns:
-        The rows, every gene once per cell in the order of the columns, and the sum of the counts of unknown genes.
+        The rows, with every gene once per cell and in the order of the columns, and the sum of the counts of unknown
+        genes.
 
     Raises:
-        BadInput: for negative, NaN and infinite values.
+        BadInput: If a value is negative, NaN or infinite, unless `first_cell` is None.
     """
     if getattr(matrix, "format", None) == "csr" and not match.num_duplicates and compilation.is_ready():
         from tahoex1_hf.cells.compiled_encoding import compacted_rows
@@ -301,14 +302,14 @@ def gene_rows(
 
 
 def check_counts(rows: GeneRows, first_cell: int, tokenizer: "TahoeX1Tokenizer", hint: Any = str) -> None:
-    """Raise BadInput for values that cannot be counts: negative, NaN, infinite."""
+    """Raise BadInput if a value cannot be a count: negative, NaN or infinite."""
     problem, _ = count_problem(rows, first_cell, _GeneNames(tokenizer))
     if problem is not None:
         raise BadInput(problem + hint())
 
 
 class _GeneNames(Mapping[int, str]):
-    """Token id -> gene, looked up only where a message needs it."""
+    """A mapping from token id to gene that looks up a name only when a message needs it."""
 
     def __init__(self, tokenizer: "TahoeX1Tokenizer") -> None:
         self.tokenizer = tokenizer

@@ -1,8 +1,8 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""Sorting counts that are stored by gene (CSC), or in any order (.mtx), by cell, on disk.
+"""Sorting of counts by cell, on disk, for files that store them by gene (CSC) or in any order (.mtx).
 
-One pass over the file appends every entry to the intermediate file of its piece (a range of cells); a piece is then
-sorted by itself. This takes the memory of a chunk of the file, or of the row numbers of a piece.
+One pass over the file appends every entry to the intermediate file of its piece, a range of cells. Each piece is then
+sorted by itself. The memory needed is that of a chunk of the file, or that of the row numbers of a piece.
 """
 
 from collections.abc import Iterable, Iterator
@@ -22,13 +22,13 @@ _PARTS = {"cells": np.uint32, "genes": np.int32, "counts": np.float32}
 def spool_entries(
     entries: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]], num_cells: int, piece_cells: int, folder: Path
 ) -> None:
-    """Write entries to the pieces that they belong to.
+    """Write each entry to the piece that it belongs to; do nothing if the folder exists.
 
     Args:
-        entries: chunks of (cell, gene, count), each as three arrays of one length.
-        num_cells: number of cells; larger cell numbers are bad input.
-        piece_cells: number of cells of a piece.
-        folder: folder for the pieces, which appears complete or not at all.
+        entries: Chunks of entries, each as three arrays of equal length: cells, genes and counts.
+        num_cells: Number of cells; larger cell numbers are bad input.
+        piece_cells: Number of cells of a piece.
+        folder: Folder for the pieces, which appears complete or not at all.
     """
     if folder.is_dir():
         return
@@ -57,7 +57,7 @@ def _spool(
 
 
 def read_spooled(folder: Path, start: int, stop: int, num_genes: int) -> Iterator[csr_matrix]:
-    """Yield cells `start` to `stop` as CSR matrices of at most about `CHUNK_ELEMENTS` entries, genes in order."""
+    """Yield cells `start` to `stop` as CSR matrices of about `CHUNK_ELEMENTS` entries at most, with genes in order."""
     piece_cells = int((folder / "piece_cells").read_text())
     for piece in range(start // piece_cells, -(-stop // piece_cells)):
         first = piece * piece_cells

@@ -1,5 +1,5 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""Ranges of rows of compressed sparse matrices on disk (h5py or zarr groups with data, indices, indptr)."""
+"""Reading of row ranges of compressed sparse matrices on disk (h5py or zarr groups with data, indices, indptr)."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -13,8 +13,8 @@ from tahoex1_hf.cells.readers.base import CHUNK_ELEMENTS, BadInput
 class AlignedArray:
     """An array on disk (h5py or zarr) whose ranges are read one after the other.
 
-    A compressed array can only be read in the chunks that it was written in. Reading whole ones, and keeping the last
-    for the next range, reads each chunk once.
+    A compressed array can only be read in the chunks in which it was written. This class reads complete chunks and
+    keeps the last one for the next range, so that each chunk is read only once.
     """
 
     def __init__(self, array: Any) -> None:
@@ -24,7 +24,7 @@ class AlignedArray:
         self._kept = array[:0]
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Return entries (or rows) `start` to `stop`, which must not lie before those that were read last."""
+        """Return entries (or rows) `start` to `stop`, which must not be before the last range that was read."""
         if self.step is None or start == stop:
             return self.array[start:stop]
         low, high = start // self.step * self.step, min(-(-stop // self.step) * self.step, self.array.shape[0])
@@ -44,7 +44,7 @@ def check_indptr(group: Any, num_lines: int) -> None:
     """Check that the index of a matrix fits its entries.
 
     Raises:
-        BadInput: where it does not: the file is cut off or corrupt.
+        BadInput: If the index does not fit, because the file is cut off or corrupt.
     """
     indptr = np.asarray(group["indptr"][:], dtype=np.int64)
     total = group["data"].shape[0]
@@ -56,10 +56,10 @@ def check_indptr(group: Any, num_lines: int) -> None:
 def read_rows(
     group: Any, start: int, stop: int, num_columns: int, elements: int | None = None
 ) -> Iterator[csr_matrix]:
-    """Yield rows `start` to `stop`, in matrices of at most about `elements` entries, by default `CHUNK_ELEMENTS`.
+    """Yield rows `start` to `stop` in matrices of about `elements` entries at most, by default `CHUNK_ELEMENTS`.
 
     Raises:
-        BadInput: for column numbers that do not exist.
+        BadInput: If a column number does not exist.
     """
     indptr = np.asarray(group["indptr"][start : stop + 1], dtype=np.int64)
     all_data, all_indices = AlignedArray(group["data"]), AlignedArray(group["indices"])
@@ -72,7 +72,7 @@ def read_rows(
 
 
 def chunk_bounds(indptr: np.ndarray, elements: int | None = None) -> Iterator[tuple[int, int]]:
-    """Cut rows into ranges of at most `elements` stored entries, but at least one row each."""
+    """Yield ranges of rows with at most `elements` stored entries, but at least one row."""
     most = CHUNK_ELEMENTS if elements is None else elements
     start, last = 0, len(indptr) - 1
     while start < last:

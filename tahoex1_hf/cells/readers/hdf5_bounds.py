@@ -1,5 +1,5 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""What an HDF5 file or zarr store may not do: name content outside itself, or declare far more than it holds."""
+"""Checks that an HDF5 file or zarr store does not refer to other files or declare far more data than it holds."""
 
 import os
 from collections.abc import Iterator
@@ -7,16 +7,17 @@ from typing import Any
 
 from tahoex1_hf.cells.readers.base import BadInput
 
-# An array above this size must store at least a ten-thousandth of it; zeros compress to a thousandth.
+# An array above this size must store at least a ten-thousandth of its size; zeros compress to a thousandth.
 _LARGE_BYTES, _MOST_TIMES = 2**30, 10_000
-_checked: set[tuple[str, int, int, int]] = set()  # files that this process has looked through
+_checked: set[tuple[str, int, int, int]] = set()  # files that this process has checked
 
 
 def check_hdf5(file: Any, path: str) -> None:
-    """Look through a file of h5py, once unless it changes.
+    """Check a file opened by h5py; a file that has not changed is checked only once.
 
     Raises:
-        BadInput: for links to other files, storage in them, virtual datasets, and arrays that would fill the memory.
+        BadInput: If the file has links to other files, data stored in other files, virtual datasets, or arrays that
+            would fill the memory.
     """
     key = _key(path)
     if key in _checked:
@@ -34,7 +35,7 @@ def _key(path: str) -> tuple[str, int, int, int]:
 
 
 def _datasets(file: Any) -> Iterator[tuple[str, Any]]:
-    """Yield the name and the dataset of every one in a file, without following a link out of it."""
+    """Yield every dataset of a file with its name, without following links to other files."""
     import h5py
 
     seen: set[int] = set()
@@ -47,7 +48,7 @@ def _datasets(file: Any) -> Iterator[tuple[str, Any]]:
             if isinstance(link, h5py.ExternalLink):
                 raise _outside(path)
             if not isinstance(link, h5py.HardLink):
-                continue  # leads to what is found elsewhere in this file, or nowhere
+                continue  # leads to an element found elsewhere in this file, or nowhere
             element = group[name]
             address = h5py.h5o.get_info(element.id).addr
             if address in seen:
@@ -60,10 +61,10 @@ def _datasets(file: Any) -> Iterator[tuple[str, Any]]:
 
 
 def check_zarr(store: Any, path: str) -> None:
-    """Look through a zarr store, once unless its folder changes.
+    """Check a zarr store; a store whose folder has not changed is checked only once.
 
     Raises:
-        BadInput: for an array that declares far more than it stores.
+        BadInput: If an array declares far more data than it stores.
     """
     key = _key(path)
     if key not in _checked:
@@ -80,7 +81,7 @@ def _check_group(store: Any) -> None:
 
 def _check_zarr_array(name: str, array: Any) -> None:
     nbytes = array.size * array.dtype.itemsize
-    if nbytes > _LARGE_BYTES:  # counting what is stored lists all files of the array
+    if nbytes > _LARGE_BYTES:  # to measure the stored size, all files of the array are listed
         stored = array.nbytes_stored
         _check_size(name, nbytes, stored() if callable(stored) else stored)
 
@@ -95,5 +96,5 @@ def _outside(name: str) -> BadInput:
 def _check_size(name: str, declared: int, stored: int) -> None:
     if declared > _LARGE_BYTES and declared > _MOST_TIMES * max(stored, 1):
         raise BadInput(
-            f"{name} declares {declared} bytes, and stores {stored}: it is damaged, or made to fill memory."
+            f"{name} declares {declared} bytes, and stores {stored}: it is damaged, or made to fill the memory."
         )

@@ -1,5 +1,5 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""The manifest of a prepared dataset: what it may say, and the shards that it names, each compared with its digest."""
+"""The manifest of a prepared dataset: check its content, and compare the shards that it lists with their digests."""
 
 import hashlib
 import json
@@ -16,8 +16,8 @@ def parse_manifest(text: bytes | str) -> dict[str, Any]:
     """Read a manifest.
 
     Raises:
-        ValueError: for anything else, and for shards that lie outside the dataset's folder; the message does not name
-            the manifest.
+        ValueError: If the text is not a valid manifest, or a shard is outside the dataset's folder; the message does
+            not name the manifest.
     """
     manifest = json.loads(text)
     good = isinstance(manifest, dict) and manifest.get("format") == FORMAT
@@ -50,17 +50,17 @@ def _check_name(name: str) -> None:
 
 
 def check_local(folder: str | Path, record: Mapping[str, Any]) -> Path:
-    """Return the path of a shard on this machine, once it has been compared with its digest.
+    """Compare a shard on this machine with its digest, and return its path.
 
-    A process reads a shard for this once, unless the file changes.
+    In each process, a shard is read for this only once unless the file changes.
 
     Args:
-        folder: folder of the dataset.
-        record: entry of the manifest.
+        folder: Folder of the dataset.
+        record: Entry of the shard in the manifest.
 
     Raises:
-        FileNotFoundError: where the shard is missing.
-        ValueError: for a link that leads out of the folder, and for another content than the manifest names.
+        FileNotFoundError: If the shard is missing.
+        ValueError: If the shard is a link that leads out of the folder, or its content differs from the manifest.
     """
     path = Path(folder) / record["file"]
     if not path.is_file():
@@ -76,15 +76,15 @@ def check_local(folder: str | Path, record: Mapping[str, Any]) -> Path:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
     if state.st_size != record["bytes"] or digest != record["sha256"]:
         raise ValueError(
-            f"{path} is damaged, or not the shard that the dataset's manifest.json names (size or sha256): copy it "
-            "again, or prepare the dataset anew."
+            f"{path} is damaged, or not the shard that the dataset's manifest.json lists (size or sha256): copy it "
+            "again, or prepare the dataset again."
         )
     _checked.add(key)
     return path
 
 
 def _lies_inside(folder: Path, path: Path) -> bool:
-    """Return whether a file lies in a folder, links followed; those of the Hub's cache lead to its blobs."""
+    """Return whether a file is in a folder after following links; the Hub's cache may link to its own blobs."""
     target, roots = path.resolve(), [folder.resolve()]
     parts = folder.absolute().parts
     if "snapshots" in parts:

@@ -1,5 +1,5 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""Finding local files that folders and globs stand for."""
+"""Search for the local files that folders and globs stand for."""
 
 import glob
 import logging
@@ -10,7 +10,7 @@ from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
-# What to do with files that hold cells in other forms, by their ending.
+# Advice about files that hold cells in other formats, by the ending of their name.
 _WAYS = {
     ".loom": "read it with anndata.io.read_loom, and write it with write_h5ad",
     ".h5mu": 'write its RNA as .h5ad: mudata.read_h5mu(path)["rna"].write_h5ad(...)',
@@ -35,18 +35,18 @@ def is_zarr_store(path: Path) -> bool:
 
 
 def expand_paths(paths: Iterable[str], is_wanted: Callable[[Path], bool], what: str) -> list[str]:
-    """Return the files and folders that `is_wanted` accepts: named, matched by a glob, or in a folder.
+    """Return the files and folders that `is_wanted` accepts: named, matched by a glob, or found in a folder.
 
     Args:
-        paths: files, folders (searched at any depth) and globs.
-        is_wanted: function that tells the files, or folders that count as one file, of the kind that is wanted.
-        what: name of this kind, for the message.
+        paths: Files, folders (searched at any depth) and globs.
+        is_wanted: Function that returns whether a path is a file of the wanted kind, or a folder that counts as one.
+        what: Name of this kind, for the message.
 
     Returns:
-        The paths, sorted, each once.
+        The paths, sorted and without repeats.
 
     Raises:
-        FileNotFoundError: where a path stands for none.
+        FileNotFoundError: If a path leads to no such file.
     """
     found: set[str] = set()
     for text in paths:
@@ -75,14 +75,14 @@ def _search(path: Path, is_wanted: Callable[[Path], bool]) -> list[str]:
 
 
 def _without_copies(entries: list[Path]) -> list[Path]:
-    """Leave out what Cell Ranger writes beside its filtered matrix: all droplets, a second copy, molecules."""
+    """Leave out the files that Cell Ranger writes beside its filtered matrix: all droplets, a copy, molecules."""
     stems = {entry.name.removesuffix(".h5") for entry in entries}
     kept = []
     for entry in entries:
-        is_matrix = "_bc_matri" in entry.name  # Cell Ranger's names; a user's own raw_a.h5ad is no copy of anything
+        is_matrix = "_bc_matri" in entry.name  # a name that Cell Ranger gives; a user's raw_a.h5ad is not a copy
         filtered = re.sub(r"(^|_)raw_", r"\1filtered_", entry.name, count=1)
         if is_matrix and filtered != entry.name and filtered.removesuffix(".h5") in stems:
-            why = f"{filtered.removesuffix('.h5')} lies beside it, with the droplets that are cells"
+            why = f"{filtered.removesuffix('.h5')} lies beside it and holds the droplets that are cells"
         elif is_matrix and entry.with_name(f"{entry.name}.h5") in entries:
             why = f"{entry.name}.h5 holds the same cells"
         elif entry.name.endswith("molecule_info.h5"):

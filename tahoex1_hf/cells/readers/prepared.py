@@ -1,5 +1,5 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""Datasets that `tahoex1 prepare` made: their shards as flat arrays, mapped from disk, or fetched where remote."""
+"""Datasets made by `tahoex1 prepare`: read their shards as flat arrays, mapped from disk or fetched from a URL."""
 
 import contextlib
 import json
@@ -33,19 +33,20 @@ logger = logging.getLogger(__name__)
 
 _Result = TypeVar("_Result")
 
-# Number of cells of a shard that make a block.
+# Number of cells in a block of a shard.
 _BLOCK_CELLS = 4096
 _DTYPES = {"uint16": np.uint16, "int32": np.int32, "float": np.float32}
 
 
 @dataclass(frozen=True, eq=False)
 class OpenShard:
-    """A shard's cells; row `i` is `genes[gene_starts[i] : gene_starts[i] + lengths[i]]`, and the same for counts.
+    """The cells of a shard.
 
     Attributes:
-        cells: genes and counts of the cells, with the place of each.
-        table: all columns, for metadata.
-        drug_ids: `(cells,)` int64, where drugs were asked for.
+        cells: Genes and counts; the genes of row `i` are `genes[gene_starts[i] : gene_starts[i] + lengths[i]]`, and
+            likewise for counts.
+        table: All columns, for metadata.
+        drug_ids: `(cells,)` int64 drug ids; None if no drugs were requested.
     """
 
     cells: CountRows
@@ -53,7 +54,7 @@ class OpenShard:
     drug_ids: np.ndarray | None
 
     def rows(self, rows: np.ndarray) -> CountRows:
-        """Return some of the cells."""
+        """Return the cells with these row numbers."""
         all_cells = self.cells
         return CountRows(
             all_cells.genes,
@@ -64,11 +65,11 @@ class OpenShard:
         )
 
     def gathered(self, start: int, stop: int) -> GeneRows:
-        """Return cells `start` to `stop`, one after the other in memory."""
+        """Copy cells `start` to `stop` into new arrays, one after the other."""
         return self.picked(np.arange(start, stop))
 
     def picked(self, rows: np.ndarray) -> GeneRows:
-        """Return some of the cells, one after the other in memory."""
+        """Copy the cells with these row numbers into new arrays, one after the other."""
         cells, lengths = self.cells, self.cells.lengths[rows]
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         genes = np.empty(offsets[-1], dtype=cells.genes.dtype)
@@ -79,14 +80,14 @@ class OpenShard:
 
 
 def open_shard(path: Path, drug_ids: Callable[[pa.ChunkedArray], np.ndarray] | None = None) -> OpenShard:
-    """Open a shard. Arrow files are mapped and nothing is copied; Parquet files are read whole.
+    """Open a shard. Arrow files are mapped without copying; Parquet files are read completely.
 
     Args:
-        path: path of the shard.
-        drug_ids: function from the column of drugs to the id of each cell's; None where no drugs are wanted.
+        path: Path of the shard.
+        drug_ids: Function that turns the column of drugs into the drug id of each cell; None for no drugs.
 
     Raises:
-        ValueError: where it is not a shard of a prepared dataset.
+        ValueError: If the file is not a shard of a prepared dataset.
     """
     if path.suffix == ".parquet":
         import pyarrow.parquet as pq
@@ -108,7 +109,7 @@ def open_shard(path: Path, drug_ids: Callable[[pa.ChunkedArray], np.ndarray] | N
 
 
 def _flat(table: pa.Table, name: str, whole: pa.Buffer | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the values of a list column as one array, and the start and length of every row in it."""
+    """Return the values of a list column as one array, with the start and length of every row."""
     if name not in table.column_names or not pa.types.is_list(table.schema.field(name).type):
         raise ValueError(f"it has no list column {name!r}, but {table.schema.names}.")
     column = table.column(name)
@@ -130,7 +131,7 @@ def _flat(table: pa.Table, name: str, whole: pa.Buffer | None) -> tuple[np.ndarr
 
 
 def _bases(chunks: list[pa.ListArray], dtype: np.dtype, whole: pa.Buffer | None) -> list[int] | None:
-    """Return where each chunk's values start in the mapped file, in elements; None if some lie elsewhere."""
+    """Return the start of each chunk's values in the mapped file, in elements; None if some are not in the file."""
     if whole is None:
         return None
     bases = []
@@ -144,7 +145,7 @@ def _bases(chunks: list[pa.ListArray], dtype: np.dtype, whole: pa.Buffer | None)
 
 
 def _column_alone(path: Path, name: str) -> pa.ChunkedArray:
-    """Read one column of a shard."""
+    """Read a single column of a shard."""
     if path.suffix == ".parquet":
         import pyarrow.parquet as pq
 
@@ -159,7 +160,7 @@ def _column_alone(path: Path, name: str) -> pa.ChunkedArray:
 
 
 def _codes(column: pa.ChunkedArray) -> Iterator[tuple[list[Any], np.ndarray]]:
-    """Yield the distinct values of each chunk of a column, the last of them None, and the value of each row."""
+    """Yield, for each chunk of a column, its distinct values with None added, and the index of each row's value."""
     encoded = column if pa.types.is_dictionary(column.type) else column.dictionary_encode()
     for chunk in encoded.chunks:
         values = [*chunk.dictionary.to_pylist(), None]
@@ -167,7 +168,7 @@ def _codes(column: pa.ChunkedArray) -> Iterator[tuple[list[Any], np.ndarray]]:
 
 
 def count_values(column: pa.ChunkedArray) -> Counter[Any]:
-    """Count the rows of each value of a column."""
+    """Count the rows for each value of a column."""
     total: Counter[Any] = Counter()
     for values, codes in _codes(column):
         counts = np.bincount(codes, minlength=len(values)).tolist()
@@ -176,26 +177,26 @@ def count_values(column: pa.ChunkedArray) -> Counter[Any]:
 
 
 def column_ids(column: pa.ChunkedArray, to_ids: Callable[[list[Any]], np.ndarray]) -> np.ndarray:
-    """Return the ids of a column's values, `(rows,)` int64, looking up only its distinct values."""
+    """Return the ids of a column's values, `(rows,)` int64; each distinct value of a chunk is looked up once."""
     parts = [to_ids(values)[codes] for values, codes in _codes(column)]
     return np.concatenate([np.zeros(0, dtype=np.int64), *parts])
 
 
 class PreparedDataset:
-    """A prepared dataset, local or remote, and its open shards.
+    """A local or remote prepared dataset and its open shards.
 
     Args:
-        location: folder, or a URL that fsspec knows (`hf://datasets/owner/name`, `s3://bucket/prefix`).
+        location: Folder, or a URL that fsspec supports (`hf://datasets/owner/name`, `s3://bucket/prefix`).
         split: `"train"` or `"validation"`.
-        max_open: number of shards that stay open; the least recently used are closed.
-        cache_folder: folder where remote shards are kept.
-        cache_bytes: most bytes kept there, unless the shards in use are larger.
-        drug_ids: `drug_ids` of `open_shard`.
-        storage_options: options for fsspec.
+        max_open: Number of shards that stay open, by default 16; the least recently used shards are closed.
+        cache_folder: Folder for copies of remote shards; by default that of `ShardCache`.
+        cache_bytes: Largest size of these copies in bytes, by default 20 GB, unless the shards in use are larger.
+        drug_ids: Function that turns the column of drugs into drug ids, as in `open_shard`.
+        storage_options: Options for fsspec.
 
     Raises:
-        FileNotFoundError: where there is no prepared dataset.
-        ValueError: where it has no such split.
+        FileNotFoundError: If there is no prepared dataset.
+        ValueError: If it has no such split.
     """
 
     def __init__(
@@ -223,14 +224,14 @@ class PreparedDataset:
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave open files behind when a data loader's worker process gets a copy."""
+        """Leave out open files when the object is copied to a worker process of a data loader."""
         return {**self.__dict__, "_open": OrderedDict(), "_lock": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _lock=threading.Lock())
 
     def shard(self, number: int) -> OpenShard:
-        """Return an open shard; several threads may call this."""
+        """Return the shard with this number, opened; several threads may call this method."""
         with self._lock:
             found = self._open.get(number)
             if found is not None:
@@ -258,7 +259,7 @@ class PreparedDataset:
         return shard
 
     def value_counts(self, name: str) -> Counter[Any]:
-        """Count the cells of each value of a column, shard after shard."""
+        """Count the cells for each value of a column, one shard after the other."""
         total: Counter[Any] = Counter()
 
         def count(path: Path) -> Counter[Any]:
@@ -270,7 +271,7 @@ class PreparedDataset:
         return total
 
     def prefetch(self, numbers: Iterable[int]) -> None:
-        """Start to fetch remote shards that are needed soon."""
+        """Start fetching remote shards that will be needed soon."""
         if self.cache is not None:
             self.cache.prefetch([self.shards[number] for number in numbers])
 
@@ -279,12 +280,12 @@ def read_manifest(location: str, cache: "ShardCache | None" = None) -> dict[str,
     """Read the manifest of a dataset.
 
     Args:
-        location: folder, or URL.
-        cache: the cache of a remote dataset's shards; made for this call where it is None.
+        location: Folder or URL of the dataset.
+        cache: Cache of a remote dataset's shards; if None, one is made for this call.
 
     Raises:
-        FileNotFoundError: where there is no prepared dataset.
-        ValueError: for a `manifest.json` that is damaged or that of something else.
+        FileNotFoundError: If there is no prepared dataset.
+        ValueError: If the `manifest.json` is damaged or does not belong to a prepared dataset.
     """
     if cache is None and "://" in location:
         cache = ShardCache(location, None, 0, {})
@@ -299,10 +300,10 @@ def read_manifest(location: str, cache: "ShardCache | None" = None) -> dict[str,
 
 
 def check_vocabulary(folder: PreparedDataset, tokenizer: "TahoeX1Tokenizer") -> None:
-    """Check that a dataset's ids are the tokenizer's.
+    """Check that a dataset has the vocabulary of the tokenizer.
 
     Raises:
-        ValueError: where they are not.
+        ValueError: If the vocabularies differ.
     """
     with reading(f"{folder.location}/vocab.json"):
         if folder.cache is None:
@@ -312,21 +313,22 @@ def check_vocabulary(folder: PreparedDataset, tokenizer: "TahoeX1Tokenizer") -> 
         vocabulary = json.loads(text)
     if vocabulary != tokenizer.get_vocab():
         raise ValueError(
-            f"{folder.location} was prepared with another vocabulary than the tokenizer's: ids would mean other "
-            "genes. Prepare it with the vocab.json of the model."
+            f"{folder.location} was prepared with another vocabulary, so its ids mean other genes than the "
+            "tokenizer's. Prepare it with the vocab.json of the model."
         )
 
 
 class PreparedInput(CellInput):
-    """One split of a prepared dataset. A cell's name is its `_index`, or else its shard and row.
+    """One split of a prepared dataset. A cell is named by its `_index`, or otherwise by its shard and row.
 
     Args:
-        location: folder or URL of the dataset.
+        location: Folder or URL of the dataset.
         split: `"train"` or `"validation"`.
-        tokenizer: the tokenizer whose vocabulary the dataset was prepared with.
+        tokenizer: Tokenizer with the vocabulary of the dataset.
 
     Raises:
-        ValueError: where there is no such dataset, or it has another vocabulary.
+        FileNotFoundError: If there is no such dataset.
+        ValueError: If it has no such split, or has another vocabulary.
     """
 
     genes = None
@@ -358,7 +360,7 @@ class PreparedInput(CellInput):
         return pd.concat([self._column(name, n, 0, self.dataset.sizes[n]) for n in numbers], ignore_index=True)
 
     def value_counts(self, name: str) -> Counter[Any]:
-        """Count the cells of each value of a column of metadata, shard after shard."""
+        """Count the cells for each value of a column of metadata, one shard after the other."""
         return self.dataset.value_counts(name)
 
     def _column(self, name: str, number: int, low: int, high: int) -> "pd.Series":
@@ -383,7 +385,7 @@ class PreparedInput(CellInput):
     def blocks(
         self, start: int, stop: int, columns: Sequence[str] = (), elements: int | None = None
     ) -> Iterator[Block]:
-        """Gather rows of the shards, some thousand cells at a time."""
+        """Copy rows of the shards, a few thousand cells at a time."""
         import pandas as pd
 
         number = int(np.searchsorted(self.starts, start, side="right")) - 1
@@ -399,7 +401,7 @@ class PreparedInput(CellInput):
             number += 1
 
     def rows_at(self, numbers: np.ndarray) -> GeneRows:
-        """Gather rows of the shards."""
+        """Copy rows of the shards."""
         owners = np.searchsorted(self.starts, numbers, side="right") - 1
         parts = []
         for number in np.unique(owners):
@@ -419,9 +421,16 @@ def _digest_of(shards: list[dict[str, Any]]) -> str:
 
 
 class ShardCache:
-    """Copies of remote shards in a local folder of bounded size, checked against the manifest's digests.
+    """Copies of remote shards in a local folder of limited size, compared with the digests in the manifest.
 
     Several processes may share the folder.
+
+    Args:
+        url: URL of the dataset.
+        folder: Folder of the cache; by default the environment variable `TAHOEX1_DATA_CACHE`, or else
+            `~/.cache/tahoex1_hf/data`.
+        max_bytes: Largest size of the copies in bytes, unless the shards in use are larger.
+        options: Options for fsspec.
     """
 
     def __init__(self, url: str, folder: str | Path | None, max_bytes: float, options: dict[str, Any]) -> None:
@@ -436,28 +445,28 @@ class ShardCache:
         self._pool: ThreadPoolExecutor | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave threads behind when a data loader's worker process gets a copy."""
+        """Leave out threads when the object is copied to a worker process of a data loader."""
         return {**self.__dict__, "_running": {}, "_lock": None, "_pool": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _lock=threading.Lock())
 
     def read(self, name: str) -> bytes:
-        """Read a small file, which is not kept."""
+        """Read a small file without keeping a copy."""
         import fsspec
 
         with fsspec.open(f"{self.url}/{name}", "rb", **self.options) as file:
             return file.read()
 
     def prefetch(self, records: list[dict[str, Any]]) -> None:
-        """Fetch these shards in the background, and count them, and no others, as in use from now on."""
+        """Start fetching these shards in the background; only they count as in use from now on."""
         with self._lock:
             self._wanted = {self.path_of(record).name for record in records}
         for record in records:
             self._start(record)
 
     def fetch(self, record: dict[str, Any]) -> Path:
-        """Return the path of a shard's copy, waiting until it is there."""
+        """Return the path of a shard's copy, after waiting for it if necessary."""
         while True:
             path = self._start(record).result()
             with contextlib.suppress(FileNotFoundError):  # another process may have made room meanwhile
@@ -467,7 +476,7 @@ class ShardCache:
                 self._running.pop(path.name, None)
 
     def use(self, record: dict[str, Any], read: Callable[[Path], _Result]) -> _Result:
-        """Return what `read` makes of a shard's copy, called again where another process removed the copy before."""
+        """Return the result of `read` for a shard's copy; repeat it if another process removed the copy first."""
         while True:
             path = self.fetch(record)
             try:
@@ -512,7 +521,7 @@ class ShardCache:
         return path
 
     def _make_room(self, size: int) -> None:
-        """Remove the least recently used copies that are not wanted now."""
+        """Remove the least recently used copies that are not in use until there is room for `size` bytes."""
         with self._lock:
             wanted = set(self._wanted)
         files = [(path, *_size_and_time(path)) for path in self.folder.iterdir() if path.name[0] != "."]
@@ -521,12 +530,12 @@ class ShardCache:
             if total <= self.max_bytes:
                 break
             if path.name not in wanted:
-                path.unlink(missing_ok=True)  # a mapped file lives on until it is closed
+                path.unlink(missing_ok=True)  # a mapped file stays readable until it is closed
                 total -= held
 
 
 def _size_and_time(path: Path) -> tuple[int, int]:
-    """Return a file's size in bytes and its time of change in nanoseconds, zeros where another process removed it."""
+    """Return a file's size in bytes and its time of change in nanoseconds; zeros if another process removed it."""
     try:
         state = path.stat()
     except FileNotFoundError:

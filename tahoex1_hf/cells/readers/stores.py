@@ -1,5 +1,5 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""What anndata writes into `.h5ad` files and `.zarr` stores, read piece by piece: matrices, columns of obs and var."""
+"""Reading of `.h5ad` files and `.zarr` stores of anndata, piece by piece: matrices, and columns of obs and var."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +17,7 @@ from tahoex1_hf.cells.readers.hdf5_bounds import check_hdf5, check_zarr
 
 @contextmanager
 def open_store(path: str) -> Iterator[Any]:
-    """Open a file, and raise BadInput for what h5py and zarr find wrong with it."""
+    """Open a file or store, and raise BadInput if h5py or zarr cannot read it."""
     import h5py
     import zarr
 
@@ -43,7 +43,7 @@ def _check_parts(store: Any) -> None:
 
 
 def matrix_format(matrix: Any) -> str:
-    """Return how the counts are stored: "csr", "csc" or "dense"."""
+    """Return the format of the counts: "csr", "csc" or "dense"."""
     if hasattr(matrix, "shape"):
         return "dense"
     kind = matrix.attrs.get("encoding-type", matrix.attrs.get("h5sparse_format", "?"))
@@ -67,14 +67,15 @@ def matrix_blocks(
     """Yield rows `start` to `stop` of a matrix on disk, as CSR or dense matrices of bounded size.
 
     Args:
-        matrix: group or dataset of h5py or zarr.
-        start: number of the first row.
-        stop: number behind the last row.
-        spooled: folder of the pieces into which `by_gene.spool_entries` sorted a CSC matrix by cell, or None.
-        elements: approximate number of entries of a block; `CHUNK_ELEMENTS` by default, and always for CSC.
+        matrix: Group or dataset of h5py or zarr.
+        start: Number of the first row.
+        stop: Number after the last row.
+        spooled: Folder with the pieces of a CSC matrix, sorted by cell by `by_gene.spool_entries`; None for other
+            matrices.
+        elements: Approximate number of entries of a block; `CHUNK_ELEMENTS` by default, and always for CSC.
 
     Raises:
-        BadInput: for column numbers that do not exist.
+        BadInput: If a column number does not exist.
     """
     kind, num_genes = matrix_format(matrix), matrix_shape(matrix)[1]
     if kind == "csr":
@@ -91,7 +92,7 @@ def matrix_blocks(
 
 
 def csc_entries(matrix: Any) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Yield all entries of a CSC matrix, in chunks of (cell, gene, count)."""
+    """Yield all entries of a CSC matrix, in chunks of three arrays: cells, genes and counts."""
     indptr = np.asarray(matrix["indptr"][:], dtype=np.int64)
     for start in range(0, int(indptr[-1]), CHUNK_ELEMENTS):
         stop = min(start + CHUNK_ELEMENTS, int(indptr[-1]))
@@ -100,7 +101,7 @@ def csc_entries(matrix: Any) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarra
 
 
 def is_legacy(frame: Any) -> bool:
-    """Return whether a data frame is a compound dataset, as anndata wrote it before 0.7."""
+    """Return whether a data frame is a compound dataset, the format of anndata before 0.7."""
     return hasattr(frame, "dtype") and bool(frame.dtype.names)
 
 
@@ -110,7 +111,7 @@ def _index_key(frame: Any) -> str:
 
 
 class Frame:
-    """A data frame on disk, whose columns are read when they are asked for."""
+    """A data frame on disk, whose columns are read when they are requested."""
 
     def __init__(self, frame: Any):
         self._frame = frame
@@ -121,18 +122,23 @@ class Frame:
 
     @property
     def index(self) -> pd.Index:
-        """The names of the rows, as text."""
+        """Names of the rows, as text."""
         return pd.Index(read_column(self._frame, INDEX).astype(str))
 
 
 def read_frame(frame: Any) -> pd.DataFrame:
-    """Read a whole data frame on disk, with the names of its rows as text."""
+    """Read a complete data frame from disk, with the names of its rows as text."""
     whole = Frame(frame)
     return pd.DataFrame({name: whole[name].to_numpy() for name in whole.columns}, index=whole.index)
 
 
 def zarr_for_writing(path: Any, new: bool) -> Any:
-    """Open a zarr store for writing: a new one in anndata's format of today, or one that is there."""
+    """Open a zarr store for writing.
+
+    Args:
+        path: Path of the store.
+        new: Whether to make a new store in anndata's current format; otherwise an existing one is opened.
+    """
     import anndata
     import zarr
 
@@ -142,11 +148,11 @@ def zarr_for_writing(path: Any, new: bool) -> Any:
 
 
 def writable_group(file: Any, name: str) -> Any:
-    """Return a group of a file such as obsm; the table of columns that anndata before 0.7 wrote there becomes one.
+    """Return a group of a file, such as obsm; a table of columns written by anndata before 0.7 is turned into a group.
 
     Args:
-        file: file of h5py, open for writing.
-        name: name of the group.
+        file: File of h5py or group of zarr, open for writing.
+        name: Name of the group.
     """
     if name in file and hasattr(file[name], "dtype"):
         table = file[name][:]
@@ -161,7 +167,7 @@ def writable_group(file: Any, name: str) -> Any:
 
 
 def num_rows(frame: Any) -> int:
-    """Return the number of rows of a data frame as anndata stores it."""
+    """Return the number of rows of a data frame stored by anndata."""
     if is_legacy(frame):
         return int(frame.shape[0])
     names = frame[_index_key(frame)]
@@ -171,7 +177,7 @@ def num_rows(frame: Any) -> int:
 
 
 def column_names(frame: Any) -> list[str]:
-    """Return the names of the columns of a data frame as anndata stores it, in order, without the index."""
+    """Return the names of the columns of a data frame stored by anndata, in order and without the index."""
     if is_legacy(frame):
         return [name for name in frame.dtype.names if name != _legacy_index(frame)]
     order = [name.decode() if isinstance(name, bytes) else str(name) for name in frame.attrs.get("column-order", ())]
@@ -180,10 +186,10 @@ def column_names(frame: Any) -> list[str]:
 
 
 def read_column(frame: Any, name: str, start: int = 0, stop: int | None = None) -> pd.Series:
-    """Read a range of a column of a data frame as anndata stores it (of files older than 0.7 the whole column).
+    """Read rows `start` to `stop` of a column of a data frame stored by anndata.
 
     Raises:
-        BadInput: where there is no such column, naming those that there are.
+        BadInput: If there is no such column; the message lists the columns.
     """
     if is_legacy(frame):
         return _legacy_column(frame, name, start, stop)
@@ -209,8 +215,8 @@ def _encoded_column(element: Any, start: int, stop: int | None) -> pd.Series:
         values = pd.Series(_plain(element["values"], start, stop))
         kind = {"b": "boolean", "i": "Int64", "u": "Int64", "f": "Float64"}.get(values.dtype.kind, "string")
         missing = _plain(element["mask"], start, stop).astype(bool)
-        return values.astype(object).mask(missing, None).astype(kind)  # also where all are missing
-    raise BadInput(f"a column of its obs or var is stored as {dict(element.attrs)}, which is not known here.")
+        return values.astype(object).mask(missing, None).astype(kind)  # keeps the type even if all values are missing
+    raise BadInput(f"a column of its obs or var is stored as {dict(element.attrs)}, an unknown format.")
 
 
 def _categorical(codes: np.ndarray, categories: np.ndarray, ordered: bool = False) -> pd.Series:
@@ -234,7 +240,7 @@ def _legacy_column(frame: Any, name: str, start: int, stop: int | None) -> pd.Se
 
 
 def _legacy_categories(frame: Any, name: str) -> np.ndarray | None:
-    """Return the categories of a column, which anndata before 0.7 kept in uns; the column holds their numbers."""
+    """Return the categories of a column of integer codes, which anndata before 0.7 stored in uns; None without any."""
     uns, key = frame.parent.get("uns"), f"{name}_categories"
     if uns is None or key not in uns or frame.dtype[name].kind not in "iu":
         return None

@@ -1,8 +1,8 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""Parquet and Arrow files with a row per cell, on disk, on the Hub (also in its cache, offline) or at any address.
+"""Parquet and Arrow files with a row per cell, on disk, on the Hub (or offline in its cache), or at any other URL.
 
-Remote Parquet is read range by range; remote Arrow files, which cannot be read in part without their table of
-contents, are copied to a folder first.
+Remote Parquet files are read range by range. Remote Arrow files are first copied to a folder, since they cannot be
+read in part without their table of contents.
 """
 
 import glob
@@ -27,14 +27,19 @@ if TYPE_CHECKING:
 SUFFIXES = (".parquet", ".arrow")
 
 _HUB = "hf://datasets/"
-# Most cells that are read at once, however few genes they have.
+# Largest number of cells that are read at once, however few genes they have.
 _MOST_CELLS = 8192
-# A Parquet column is read in pieces of this size, so that a long row group is never in memory whole.
+# A Parquet column is read in pieces of this size, so that a long row group is never completely in memory.
 _BUFFER_BYTES = 2**23
 
 
 class TableReader(ABC):
-    """A file of cells: its schema, how many cells, and batches of rows."""
+    """A file of cells, which is read in batches of rows.
+
+    Attributes:
+        schema: Schema of the file.
+        num_cells: Number of cells.
+    """
 
     schema: "pa.Schema"
     num_cells: int
@@ -43,7 +48,7 @@ class TableReader(ABC):
     def batches(
         self, start: int, stop: int, columns: list[str], most: int = CHUNK_ELEMENTS
     ) -> Iterator["pa.RecordBatch"]:
-        """Yield rows `start` to `stop`, of these columns, in batches of about `most` values."""
+        """Yield these columns of rows `start` to `stop`, in batches of about `most` values."""
 
 
 class ParquetReader(TableReader):
@@ -55,7 +60,7 @@ class ParquetReader(TableReader):
     def batches(
         self, start: int, stop: int, columns: list[str], most: int = CHUNK_ELEMENTS
     ) -> Iterator["pa.RecordBatch"]:
-        """Read only the row groups in which the rows are."""
+        """Read only the row groups that hold the rows."""
         metadata = self.file.metadata
         sizes = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
         ends = np.cumsum(sizes)
@@ -73,7 +78,7 @@ class ParquetReader(TableReader):
                 return
 
     def _cells_at_once(self, groups: list[int], elements: int) -> int:
-        """Return how many cells have about `elements` genes, judged by the column with the most values."""
+        """Return the number of cells that have about `elements` genes, judged by the column with the most values."""
         metadata = self.file.metadata
         most = 1.0
         for number in groups:
@@ -84,7 +89,7 @@ class ParquetReader(TableReader):
 
 
 class ArrowReader(TableReader):
-    """Either form of an IPC file: with a table of contents, or a stream, as `datasets` writes it."""
+    """An Arrow file of either form: with a table of contents, or a stream as written by `datasets`."""
 
     def __init__(self, source: Any) -> None:
         import pyarrow as pa
@@ -97,7 +102,7 @@ class ArrowReader(TableReader):
         self.num_cells = sum(batch.num_rows for batch in self._all([]))
 
     def _all(self, columns: list[str]) -> Iterator["pa.RecordBatch"]:
-        """Yield every batch; the file is mapped, so that what is not looked at is not read."""
+        """Yield every batch; the file is mapped, so that only the parts in use are read."""
         import pyarrow as pa
 
         # An empty list would mean all columns.
@@ -113,7 +118,7 @@ class ArrowReader(TableReader):
     def batches(
         self, start: int, stop: int, columns: list[str], most: int = CHUNK_ELEMENTS
     ) -> Iterator["pa.RecordBatch"]:
-        """Cut the file's own batches."""
+        """Cut the batches stored in the file."""
         at = 0
         for batch in self._all(columns):
             if at >= stop:
@@ -125,7 +130,7 @@ class ArrowReader(TableReader):
 
 
 def _lightest(schema: "pa.Schema") -> int:
-    """Return the number of a column with one value per cell, where there is one, or else of the first."""
+    """Return the number of the first column with one value per cell; 0 if there is none."""
     import pyarrow as pa
 
     return next((number for number, field in enumerate(schema) if not pa.types.is_nested(field.type)), 0)
@@ -136,8 +141,8 @@ def open_table(path: str, spool: Path | None) -> Iterator["TableReader"]:
     """Open a Parquet or Arrow file, and raise BadInput for errors that come from its content.
 
     Args:
-        path: file or address.
-        spool: folder for copies of remote Arrow files.
+        path: Path or URL of the file.
+        spool: Folder for copies of remote Arrow files; None if there is none.
     """
     import pyarrow as pa
 
@@ -152,30 +157,30 @@ def open_table(path: str, spool: Path | None) -> Iterator["TableReader"]:
     except FileNotFoundError:
         raise BadInput("it does not exist: check the path.") from None
     except (pa.ArrowException, OSError) as error:
-        # For damaged content pyarrow raises plain OSErrors without a number; others come from the disk or the
-        # network, and say nothing about the file.
+        # pyarrow reports damaged content by a plain OSError without a number. Other OSErrors come from the disk or
+        # the network, and say nothing about the file.
         if isinstance(error, OSError) and (type(error) is not OSError or error.errno is not None):
             raise
         raise BadInput(f"it cannot be read ({str(error).strip()}): fetch or write it again.") from None
 
 
 def _copy(path: str, spool: Path | None) -> str:
-    """Return the path of a remote file's copy in the spool folder, which is made once."""
+    """Return the path of the copy of a remote file in the spool folder; make the copy if it does not exist."""
     key = hashlib.sha256(f"{path}\0{table_fingerprint(path)}".encode()).hexdigest()[:24]
     if spool is None:
-        raise BadInput("it is a remote Arrow file: name a folder to which it is copied, or use Parquet.")
+        raise BadInput("it is a remote Arrow file: name a folder for its copy, or use Parquet.")
     target = spool / f"tahoe-100m-{key}.arrow"
     if not target.exists():
         spool.mkdir(parents=True, exist_ok=True)
         filesystem, name = _filesystem(path)
-        # Several processes may copy it: each replaces it with the same content.
+        # If several processes copy the file, each replaces the copy with the same content.
         with WholeFile(target) as partial:
             filesystem.get_file(name, str(partial))
     return str(target)
 
 
 def find_files(path: str) -> list[str]:
-    """Return the files of a path: itself, those in a folder at any depth, or those that a glob matches."""
+    """Return the files that a path stands for: the file itself, all files in a folder, or all matches of a glob."""
     local = _local_path(path)
     if local is None:
         filesystem, name = _filesystem(path)
@@ -195,7 +200,7 @@ def find_files(path: str) -> list[str]:
 
 
 def _local_path(path: str) -> str | None:
-    """Return where a file is on this machine, or None for a remote one."""
+    """Return the path of a file on this machine; None for a remote file."""
     if path.startswith(_HUB):
         import huggingface_hub.constants
 
@@ -215,7 +220,7 @@ _DOWNLOAD = " Download it (hf download --repo-type dataset), or unset HF_HUB_OFF
 
 
 def _cached_snapshot(path: str) -> tuple[str, str, str]:
-    """Return the folder of a dataset in the Hub's cache, the dataset's address, and the path inside both."""
+    """Return a dataset's folder in the Hub's cache, the dataset's URL, and the path of the file inside both."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -244,7 +249,7 @@ def _filesystem(path: str) -> tuple[Any, str]:
         if path.startswith("s3://"):
             import botocore.session
 
-            # Without credentials s3fs would refuse to read what is open to all.
+            # Without credentials, s3fs reads public data only if it is told to be anonymous.
             options["anon"] = botocore.session.get_session().get_credentials() is None
         return url_to_fs(path, **options)
     except ImportError as error:
@@ -264,7 +269,7 @@ def _open_parquet(path: str) -> Iterator[Any]:
             yield file
         return
     filesystem, name = _filesystem(path)
-    # pyarrow asks for whole pieces of columns in the order in which it needs them, so reading ahead would be a waste.
+    # pyarrow requests complete pieces of columns in the order in which it needs them, so reading ahead is useless.
     with filesystem.open(name, "rb", cache_type="none") as source:
         with pq.ParquetFile(source, buffer_size=_BUFFER_BYTES, pre_buffer=False) as file:
             yield file
@@ -275,7 +280,7 @@ def table_fingerprint(path: str) -> str:
     local = _local_path(path)
     if local is not None:
         if path.startswith(_HUB) and os.path.islink(local):
-            return os.path.basename(os.path.realpath(local))  # the cache names content by its hash, as the Hub does
+            return os.path.basename(os.path.realpath(local))  # like the Hub, the cache names content by its hash
         return content_fingerprint(local)
     filesystem, name = _filesystem(path)
     info = filesystem.info(name)

@@ -1,8 +1,8 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""Cells in the columns of the Hub dataset `tahoebio/Tahoe-100M`: Parquet and Arrow files, local or remote.
+"""Parquet and Arrow files in the format of the Hub dataset `tahoebio/Tahoe-100M`, local or remote.
 
-A row is a cell: `genes` (numbers of the dataset's gene table) and `expressions` (their counts), both starting with
-`<cls>`, and columns of metadata.
+Each row is a cell. Its columns are `genes` (numbers from the dataset's gene table), `expressions` (their counts), both
+of which start with `<cls>`, and metadata.
 """
 
 from collections.abc import Iterator, Sequence
@@ -30,10 +30,10 @@ _CLS_TOKEN, _CLS_VALUE = 1, -2
 
 
 def find_tables(path: str) -> list[str]:
-    """Find the files that a path stands for: paths, or addresses (`hf://`, `s3://`), the same online and offline.
+    """Return the paths or URLs (`hf://`, `s3://`) of the files that a path stands for, the same online and offline.
 
     Raises:
-        BadInput: where it stands for none.
+        BadInput: If there are no such files.
     """
     found = find_files(path)
     if not found:
@@ -45,10 +45,10 @@ class Tahoe100MInput(CellInput):
     """A Parquet or Arrow file with the columns of Tahoe-100M. The name of a cell is its `BARCODE_SUB_LIB_ID`.
 
     Args:
-        path: file or address.
-        tokenizer: the tokenizer that knows the genes.
-        options: options with the gene table, `gene_metadata`.
-        spool: folder for copies of remote Arrow files.
+        path: Path or URL of the file.
+        tokenizer: Tokenizer whose vocabulary decides which genes are known.
+        options: Options with the gene table, `gene_metadata`.
+        spool: Folder for copies of remote Arrow files; None if there is none.
     """
 
     genes: GeneMatch
@@ -71,12 +71,12 @@ class Tahoe100MInput(CellInput):
         self.fingerprint = table_fingerprint(path)
 
     def fingerprint_now(self) -> str:
-        """Look at the file."""
+        """Return the fingerprint of the present file."""
         return table_fingerprint(self.path)
 
     @property
     def obs_columns(self) -> list[str]:
-        """Columns of the file other than those of genes and counts."""
+        """Columns of the file other than genes and counts."""
         return [name for name in self._columns if name not in (GENES, COUNTS)]
 
     def column(self, name: str) -> "pd.Series":
@@ -98,7 +98,7 @@ class Tahoe100MInput(CellInput):
     def blocks(
         self, start: int, stop: int, columns: Sequence[str] = (), elements: int | None = None
     ) -> Iterator[Block]:
-        """Read cells; only row groups and columns that are needed are read."""
+        """Read cells; only the necessary row groups and columns are read."""
         most = CHUNK_ELEMENTS if elements is None else elements
         if not 0 <= start <= stop <= self.num_cells:
             raise ValueError(f"cells {start} to {stop} of a file with {self.num_cells}.")
@@ -110,7 +110,7 @@ class Tahoe100MInput(CellInput):
                     yield self._block(piece, first, columns)
                     first += piece.num_rows
         if first < stop:
-            raise BadInput(f"it ends after {first} cells: it changed, or is damaged.")
+            raise BadInput(f"it ends after {first} cells: it has changed, or it is damaged.")
 
     def _block(self, batch: "pa.RecordBatch", first_cell: int, columns: Sequence[str]) -> Block:
         tokens, counts, offsets = _without_cls(batch, first_cell)
@@ -134,9 +134,9 @@ class GeneTable:
     """The genes of a dataset: number in the dataset -> token of the vocabulary.
 
     Attributes:
-        names: number -> Ensembl id.
-        tokens: number -> token; -1 where the vocabulary lacks the gene, -2 where the table has no such number.
-        match: how the table was matched.
+        names: Number -> Ensembl id.
+        tokens: Number -> token; -1 if the gene is not in the vocabulary, -2 if the number is not in the table.
+        match: Result of the look-up of the table's genes.
     """
 
     names: dict[int, str]
@@ -145,13 +145,13 @@ class GeneTable:
 
     @classmethod
     def make(cls, numbers: list[int], names: list[str], match: GeneMatch) -> "GeneTable":
-        """Make a table from numbers, their Ensembl ids, and the tokens of these."""
+        """Make a table from numbers, their Ensembl ids, and the tokens of these ids."""
         tokens = np.full(max(numbers) + 1, -2, dtype=np.int64)
         tokens[numbers] = match.token_ids
         return cls(dict(zip(numbers, names, strict=True)), tokens, match)
 
     def translate(self, numbers: np.ndarray, offsets: np.ndarray, first_cell: int) -> np.ndarray:
-        """Return tokens of the vocabulary, -1 for genes that it lacks."""
+        """Return the tokens of gene numbers; -1 for genes that are not in the vocabulary."""
         inside = (numbers >= 0) & (numbers < len(self.tokens))
         tokens = np.where(inside, self.tokens[np.where(inside, numbers, 0)], -2)
         wrong = np.flatnonzero(tokens == -2)
@@ -159,8 +159,8 @@ class GeneTable:
             cell = first_cell + int(np.searchsorted(offsets, wrong[0], side="right")) - 1
             some = np.unique(numbers[wrong])[:5].tolist()
             raise BadInput(
-                f"{GENES}: cell {cell} has the number {numbers[wrong[0]]}, which is not in gene_metadata (those that "
-                f"are not: {some}). Name the gene table that belongs to the file."
+                f"{GENES}: cell {cell} has the number {numbers[wrong[0]]}, which is not in gene_metadata (missing "
+                f"numbers: {some}). Name the gene table that belongs to the file."
             )
         return tokens
 
@@ -169,10 +169,10 @@ class GeneTable:
 def read_gene_table(
     tokenizer: "TahoeX1Tokenizer", gene_metadata: str, min_known_genes: float | None, spool: Path | None
 ) -> GeneTable:
-    """Read the gene table of a dataset and match it with the vocabulary, once for the dataset's thousands of files.
+    """Read the gene table of a dataset and match it with the vocabulary, once for thousands of files of the dataset.
 
     Raises:
-        BadInput: where it is not such a table, or its genes are not the vocabulary's.
+        BadInput: If the file is not a gene table, or its genes are not in the vocabulary.
     """
     try:
         with open_table(gene_metadata, spool) as reader:
@@ -188,7 +188,7 @@ def read_gene_table(
     named = all(isinstance(name, str) for name in names)
     if not numbers or not whole or not named or len(set(numbers)) < len(numbers):
         raise BadInput(
-            f"gene_metadata={gene_metadata!r} must give each token_id, a whole number that stands once, an ensembl_id."
+            f"gene_metadata={gene_metadata!r} needs an ensembl_id for each token_id, a whole number that occurs once."
         )
     return GeneTable.make(
         numbers, names, matched_genes(tokenizer, names, GeneOptions(min_known_genes=min_known_genes))
@@ -217,7 +217,7 @@ def _is_number(kind: "pa.DataType") -> bool:
 
 
 def _bounded(batch: "pa.RecordBatch", most: int) -> Iterator["pa.RecordBatch"]:
-    """Cut a batch so that no piece of several cells has more than `most` genes."""
+    """Cut a batch into pieces of at most `most` genes, or of a single cell with more genes."""
     import pyarrow.compute as pc
 
     ends = np.cumsum(
@@ -233,7 +233,7 @@ def _bounded(batch: "pa.RecordBatch", most: int) -> Iterator["pa.RecordBatch"]:
 
 
 def _without_cls(batch: "pa.RecordBatch", first_cell: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the gene numbers and the counts of all cells, and offsets, without the first pair of every cell."""
+    """Return the gene numbers, counts and offsets of all cells, without the pair of `<cls>` at the start of each."""
     import pyarrow.compute as pc
 
     lengths, flat = {}, {}
@@ -266,7 +266,7 @@ def _without_cls(batch: "pa.RecordBatch", first_cell: int) -> tuple[np.ndarray, 
 
 
 def _may_repeat(rows: GeneRows) -> bool:
-    """Return False where the tokens of every cell rise, so that none stands twice; this spares a sort."""
+    """Return False if the tokens of every cell are in rising order, so that none occurs twice; this saves a sort."""
     falls = np.flatnonzero(np.diff(rows.tokens) <= 0) + 1
     return not np.isin(falls, rows.offsets).all()
 

@@ -1,8 +1,8 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""Cell Ranger's output: `.h5` files and folders with `matrix.mtx`, `barcodes.tsv` and `features.tsv`.
+"""Output of Cell Ranger: `.h5` files, and folders with `matrix.mtx`, `barcodes.tsv` and `features.tsv`.
 
-In GEO the three files of a sample often have a prefix, and lie beside those of other samples: there a matrix file
-stands for its sample.
+In GEO, the three files of a sample often have a common prefix and are in one folder with those of other samples. In
+this case, the path of the matrix file stands for all three.
 """
 
 import io
@@ -45,13 +45,13 @@ class _Features(NamedTuple):
 
 
 class TenXInput(CellInput):
-    """A matrix that Cell Ranger wrote. It has no columns of obs; the name of a cell is its barcode.
+    """A matrix written by Cell Ranger. It has no columns of obs; the name of a cell is its barcode.
 
     Args:
-        path: an `.h5` file, a folder with a `matrix.mtx`, or a `PREFIX_matrix.mtx`.
-        tokenizer: the tokenizer that knows the genes.
-        options: options that say where the genes are.
-        spool: folder in which the lines of a `matrix.mtx` are sorted by cell.
+        path: Path of an `.h5` file, a folder with a `matrix.mtx`, or a `PREFIX_matrix.mtx`.
+        tokenizer: Tokenizer whose vocabulary decides which genes are known.
+        options: Options that say where the genes are.
+        spool: Folder in which the lines of a `matrix.mtx` are sorted by cell; None if there is none.
     """
 
     genes: GeneMatch
@@ -65,7 +65,7 @@ class TenXInput(CellInput):
         self.by_gene = _is_mtx(path)
         with _reading():
             shape, features, barcodes = _shape(path), _features(path), _barcodes(path)
-            # Some programs write a line of names above the features or barcodes.
+            # Some programs write a header line above the features or barcodes.
             self._heads = int(len(barcodes) - 1 in shape and _is_head(barcodes[0]))
             if len(features.ids) - 1 in shape and _is_head(features.ids[0]):
                 features = _Features(*(names[1:] for names in features))
@@ -82,7 +82,7 @@ class TenXInput(CellInput):
 
     @property
     def obs_columns(self) -> list[str]:
-        """No columns."""
+        """Columns of obs: none."""
         return []
 
     def column(self, name: str) -> pd.Series:
@@ -92,17 +92,17 @@ class TenXInput(CellInput):
             return pd.Series(_barcodes(self.path)[self._heads :])
 
     def fingerprint_now(self) -> str:
-        """Look at the file."""
+        """Return the fingerprint of the present files."""
         return content_fingerprint(*files_of(self.path))
 
     def check(self) -> None:
-        """Read the index of an `.h5` file."""
+        """Check the index of an `.h5` file."""
         if not self.by_gene:
             with _reading(), _matrix_group(self.path) as group:
                 check_indptr(group, self.num_cells)
 
     def sort_by_cell(self, piece_cells: int = 16384) -> None:
-        """Sort the lines of a `matrix.mtx`, which can stand in any order, by cell."""
+        """Sort the lines of a `matrix.mtx` by cell, since they can be in any order."""
         if self.by_gene:
             with _reading():
                 spool_entries(_mtx_entries(self.path, self._by_cell), self.num_cells, piece_cells, self._spooled())
@@ -110,7 +110,7 @@ class TenXInput(CellInput):
             self.look()
 
     def some_matrices(self) -> Iterator[csr_matrix]:
-        """Read some rows."""
+        """Read the rows of the cells to check."""
         with _reading():
             for start, stop in places_to_look(self.num_cells):
                 yield from self._rows(start, stop, None)
@@ -147,7 +147,7 @@ class TenXInput(CellInput):
 
     def _spooled(self) -> Path:
         if self._spool is None:
-            raise BadInput("its counts stand in any order: name a folder in which they are sorted by cell.")
+            raise BadInput("its counts can be in any order: name a folder in which to sort them by cell.")
         return self._spool / sha256(f"{self.path}\n{self.fingerprint}".encode()).hexdigest()[:24]
 
 
@@ -187,7 +187,7 @@ def _is_mtx(path: str) -> bool:
 
 
 def _prefix(path: Path) -> str | None:
-    """Return what the names of the three files begin with: nothing, or the only prefix in a folder; None for none."""
+    """Return the prefix of the names of the three files, which may be ""; None if there is not exactly one."""
     if path.is_file():
         found = _MATRIX.fullmatch(path.name)
         return None if found is None else found["prefix"]
@@ -198,7 +198,7 @@ def _prefix(path: Path) -> str | None:
 
 
 def _named(folder: Path, prefix: str, *names: str) -> Path | None:
-    """Return the first of these files, plain or gzipped, that a folder has."""
+    """Return the first of these files, plain or gzipped, that is in a folder; None if none is."""
     candidates = (folder / (prefix + name + end) for name in names for end in ("", ".gz"))
     return next((path for path in candidates if path.is_file()), None)
 
@@ -212,14 +212,14 @@ def _required(path: str, *names: str) -> Path:
 
 
 def files_of(path: str) -> list[Path]:
-    """Return the files that hold the cells of a path."""
+    """Return the files that hold the cells of a path, which may be a single file."""
     if not _is_mtx(path):
         return [Path(path)]
     return [_required(path, *names) for names in (("matrix.mtx",), _FEATURES, ("barcodes.tsv",))]
 
 
 def _is_head(name: str) -> bool:
-    """Return whether the first line of a table of features or barcodes is one of names of columns."""
+    """Return whether a name in the first line of a table of features or barcodes is that of a column."""
     return (
         re.fullmatch(
             r"(gene|feature|ensembl|cell)?[ _.]?(ids?|names?|symbols?|barcodes?)|genes?|cells?|x", name.lower()
@@ -267,11 +267,11 @@ def _matrix_group(path: str) -> Iterator[Any]:
     with h5py.File(path, "r") as file:
         check_hdf5(file, path)
         if "obs" in file and "var" in file:
-            raise BadInput("it is an AnnData by another name: let its name end in .h5ad.")
+            raise BadInput("it is an AnnData by another name: rename it so that its name ends in .h5ad.")
         groups = [name for name in file if isinstance(file[name], h5py.Group) and "indptr" in file[name]]
         if len(groups) != 1:
             raise BadInput(
-                f"it has {len(groups)} matrices ({groups or list(file)}); Cell Ranger writes one for one genome."
+                f"it has {len(groups)} matrices ({groups or list(file)}); Cell Ranger writes one matrix per genome."
             )
         yield file[groups[0]]
 
@@ -284,7 +284,7 @@ def _mtx_header(path: str) -> tuple[int, int, int, int]:
             ["integer", "general"],
             ["real", "general"],
         ):
-            raise BadInput(f"its matrix.mtx starts with {' '.join(first)!r}, not as a matrix of counts does.")
+            raise BadInput(f"its matrix.mtx starts with {' '.join(first)!r}, unlike a matrix of counts.")
         for number, line in enumerate(file, 2):
             if not line.startswith("%"):
                 genes, cells, entries = (int(word) for word in line.split())
@@ -293,7 +293,12 @@ def _mtx_header(path: str) -> tuple[int, int, int, int]:
 
 
 def _mtx_entries(path: str, by_cell: bool) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Yield all entries as (cell, gene, count); `by_cell` for a matrix of cells x genes."""
+    """Yield all entries in chunks of three arrays: cells, genes and counts.
+
+    Args:
+        path: Path of the input.
+        by_cell: Whether the matrix is one of cells x genes; otherwise it is one of genes x cells.
+    """
     genes, cells, entries, header = _mtx_header(path)
     names, seen = ["gene", "cell", "count"], 0
     if by_cell:
@@ -313,7 +318,7 @@ def _mtx_entries(path: str, by_cell: bool) -> Iterator[tuple[np.ndarray, np.ndar
     )
     for chunk in table:
         seen += len(chunk)
-        numbers = chunk["gene"].to_numpy() - 1  # from 1 in the file
+        numbers = chunk["gene"].to_numpy() - 1  # the file counts from 1
         if not 0 <= int(numbers.min()) <= int(numbers.max()) < genes:
             raise BadInput(f"gene numbers of its matrix.mtx lie outside 1..{genes}: it is corrupt.")
         yield chunk["cell"].to_numpy() - 1, numbers, chunk["count"].to_numpy()

@@ -1,5 +1,5 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""Bad input in place of whatever error other libraries raise over a damaged file."""
+"""Conversion of the errors that other libraries raise about a damaged file into `BadInput`."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -13,9 +13,9 @@ _Item = TypeVar("_Item")
 
 @contextmanager
 def as_bad_input() -> Iterator[None]:
-    """Raise BadInput for errors that come from the content of a file.
+    """Replace errors that come from the content of a file by BadInput.
 
-    Those of the system, as of a disk or a network, pass, and so do packages that are missing.
+    Errors of the system, such as a disk or a network, and missing packages are passed on unchanged.
     """
     try:
         yield
@@ -24,7 +24,7 @@ def as_bad_input() -> Iterator[None]:
     except Exception as error:
         if not is_foreseen(error):
             raise BadInput(
-                f"it cannot be read ({in_short(error)}): it is damaged, or not what its name says."
+                f"it cannot be read ({in_short(error)}): it is damaged, or not the kind of file that its name says."
             ) from error
         if isinstance(error, ValueError):
             raise BadInput(str(error)) from error
@@ -32,6 +32,6 @@ def as_bad_input() -> Iterator[None]:
 
 
 def guarded(items: Iterable[_Item]) -> Iterator[_Item]:
-    """Yield what is read from a file, with its errors as bad input; those of whoever reads on are not touched."""
+    """Yield the items read from a file; errors while reading become BadInput, errors of the caller do not."""
     with as_bad_input():
         yield from items

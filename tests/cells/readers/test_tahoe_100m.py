@@ -329,7 +329,7 @@ def test_a_failing_disk_is_not_a_bad_file(tmp_path: Path, source, counts, monkey
     ("columns", "said"),
     [
         ({"ensembl_id": GENES}, r"no columns \['token_id'\]"),
-        ({"ensembl_id": GENES, "token_id": [3] * NUM_GENES}, "a whole number that stands once"),
+        ({"ensembl_id": GENES, "token_id": [3] * NUM_GENES}, "a whole number that occurs once"),
         ({"ensembl_id": [None, *GENES[1:]], "token_id": range(3, 43)}, "an ensembl_id"),
         ({"ensembl_id": GENES, "token_id": np.arange(3, 43) - 4}, "a whole number"),
         ({"ensembl_id": GENES, "token_id": np.arange(3, 43) + 0.5}, "a whole number"),
