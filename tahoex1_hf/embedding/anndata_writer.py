@@ -1,5 +1,5 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""Writers of AnnData outputs, `.h5ad` files and `.zarr` stores, which hold the same elements."""
+"""Writers of AnnData outputs: `.h5ad` files and `.zarr` stores with the same elements."""
 
 import logging
 import shutil
@@ -24,15 +24,17 @@ logger = logging.getLogger(__name__)
 
 
 class AnnDataWriter(EmbeddingWriter):
-    """Writer of a copy of the only source plus new slots, or of cells without counts.
+    """Writer of a copy of the only source with new slots, or of cells without counts.
 
-    Cells without counts have their names, the columns of obs of all sources, and, with several, the column `source`.
+    Cells without counts have their names, the columns of obs of all sources, and, if there are several sources, the
+    column `source`.
 
     Args:
-        output: path of the output.
-        layout: what all cells have in common.
-        copied: path of the source to copy; None for cells without counts.
-        obs: columns of obs of cells without counts -> functions that return their values, or None to leave one out.
+        output: Path of the output.
+        layout: Layout of the output.
+        copied: Path of the source to copy; None for cells without counts.
+        obs: Column of obs -> function that returns its values, or None to leave the column out; only used for cells
+            without counts.
     """
 
     def __init__(self, output: str, layout: Layout, copied: str | None, obs: Mapping[str, Callable[[], Any]]):
@@ -46,7 +48,7 @@ class AnnDataWriter(EmbeddingWriter):
 
     @abstractmethod
     def _open(self) -> Any:
-        """Open the partial file or folder, which begins as a copy of the source, or empty."""
+        """Open the partial file or folder, which is at first a copy of the source, or empty."""
 
     def _make_slots(self, obs: Mapping[str, Callable[[], Any]]) -> None:
         key, shape = self.layout.key_added, self.layout.shape
@@ -61,7 +63,7 @@ class AnnDataWriter(EmbeddingWriter):
             self.deviations = make_array(group, column, shape[:1], np.float32)
 
     def _make_frames(self, columns: Mapping[str, Callable[[], Any]]) -> None:
-        """Make `obs` and `var` as anndata stores them; the names of the cells are filled in later."""
+        """Make `obs` and `var` in the format of anndata; the names of the cells are filled in later."""
         import pandas as pd
         from anndata.io import write_elem
 
@@ -87,11 +89,11 @@ class AnnDataWriter(EmbeddingWriter):
 
     def _remove(self, group: str, name: str) -> None:
         if name in writable_group(self.file, group):
-            logger.warning("%s had %s[%r] already: it is replaced in the output.", self.output, group, name)
+            logger.warning("%s already had %s[%r], which is replaced in the output.", self.output, group, name)
             del self.file[group][name]
 
     def write(self, shard: Shard, source: str) -> None:
-        """Write rows."""
+        """Write the rows of a shard."""
         rows = slice(self.done, self.done + len(shard.embeddings))
         self.dataset[rows] = shard.embeddings
         if shard.deviations is not None:
@@ -103,11 +105,11 @@ class AnnDataWriter(EmbeddingWriter):
         self.done += len(shard.embeddings)
 
     def write_genes(self, slot: str, embeddings: np.ndarray) -> None:
-        """Write `varm[slot]`."""
+        """Write gene embeddings into `varm[slot]`."""
         self._write_element("varm", slot, embeddings)
 
     def write_provenance(self, provenance: dict[str, Any]) -> None:
-        """Write `uns`."""
+        """Write the record of how the embeddings were made into `uns`."""
         self._write_element("uns", provenance_key(self.layout.key_added), provenance)
 
     def _write_element(self, group: str, name: str, value: Any) -> None:
@@ -141,7 +143,7 @@ class H5adWriter(AnnDataWriter):
 
 
 class ZarrWriter(AnnDataWriter):
-    """Writer of a `.zarr` store, which takes the place of a store that is there."""
+    """Writer of a `.zarr` store, which replaces an existing store."""
 
     def _open(self) -> Any:
         self.whole = WholeFolder(Path(self.output), replace=True)
@@ -150,11 +152,11 @@ class ZarrWriter(AnnDataWriter):
         return zarr_for_writing(self.whole.partial, new=self.copied is None)
 
     def finish(self) -> None:
-        """List all parts of the store in one place, where readers look first, and move it into place."""
+        """Write the list of all parts of the store, which readers look at first, and move the store into place."""
         import zarr
 
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of zarr 3, which has no standard for the list yet; anndata makes it, too
+            warnings.simplefilter("ignore")  # zarr 3 has no standard for this list yet; anndata writes it, too
             zarr.consolidate_metadata(self.file.store)
         self.whole.finish()
 

@@ -1,8 +1,9 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
 """Contextual gene embeddings of each cell, as a Parquet table with a row for every gene of every cell.
 
-They are too large for memory: each batch goes into a file of its chunk, a row group per cell, from which the table is
-written at the end in the order of the cells. Until then they take the disk twice.
+The embeddings are too large for memory. Each chunk has a file, into which its batches are written with one row group
+per cell. At the end, the table is written from these files in the order of the cells; until they are removed, the
+embeddings are on disk twice.
 """
 
 import json
@@ -22,32 +23,32 @@ from tahoex1_hf.embedding.streams import WholeStream
 from tahoex1_hf.inference.encoder import TokenSink
 from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
 
-# Number of values of a row group of the table: 64 MB.
+# Number of values in a row group of the table: 64 MB.
 _GROUP_VALUES = 2**24
-# Under this name, a chunk's file holds the row, in the chunk, of the cell of each of its row groups.
+# Key of a chunk file's metadata: for each row group, the row number of its cell in the chunk.
 _CELLS = "cells"
 
 
 def check_cell_gene_output(location: str, output: str) -> None:
-    """Raise ValueError for a table that could not be written, before any work is done."""
+    """Raise ValueError before any work is done if the table cannot be written."""
     if not location.endswith(".parquet"):
         raise ValueError(f"cell_gene_embeddings={location!r} must end in .parquet.")
     if location == output or ("://" not in location and Path(location).resolve() == Path(output).resolve()):
-        raise ValueError(f"cell_gene_embeddings={location!r} is the output of the cells too: name another file.")
+        raise ValueError(f"cell_gene_embeddings={location!r} is also the output of the cells: name another file.")
     if "://" not in location and not Path(location).parent.is_dir():
         raise ValueError(f"cell_gene_embeddings: the folder {Path(location).parent} does not exist.")
 
 
 class CellGenes:
-    """The gene embeddings of the cells of a run: kept by chunk in the folder of the shards, then written as a table.
+    """The gene embeddings of the cells of a run: stored by chunk in the folder of the shards, then written as a table.
 
     Args:
-        location: path or URL of the table.
-        shards: folder of the shards.
-        tokenizer: the tokenizer, whose tokens are the names of the genes.
-        width: number of dimensions.
-        key_added: name of the column of embeddings.
-        several: whether there are several sources, so that their names stand beside those of the cells.
+        location: Path or URL of the table.
+        shards: Folder of the shards.
+        tokenizer: Tokenizer, whose tokens are the names of the genes.
+        width: Number of dimensions.
+        key_added: Name of the column of embeddings.
+        several: Whether there are several sources, so that the table has a column with their names.
     """
 
     def __init__(
@@ -71,7 +72,13 @@ class CellGenes:
 
     @contextmanager
     def of_chunk(self, number: int, source: str, chunk: Chunk) -> Iterator[TokenSink]:
-        """Give the function that takes the batches of a chunk, and keep what it got when the block ends."""
+        """Yield the function that receives the batches of a chunk; when the block ends, its file is complete.
+
+        Args:
+            number: Number of the chunk.
+            source: Name of the source in the table.
+            chunk: Encoded cells.
+        """
         cells: list[int] = []
         options: dict[str, Any] = {"compression": "none", "use_dictionary": False, "write_statistics": False}
         with (
@@ -108,7 +115,7 @@ class CellGenes:
         return pa.Table.from_arrays([*(columns[name] for name in self.labels), vectors], schema=self.schema)
 
     def without(self, finished: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-        """Return the shards that lack the file of one of their chunks."""
+        """Return the finished shards for which the file of at least one chunk is missing."""
         there = set(self.shards.names())
         names = {shard: [f"genes-{number:012d}.parquet" for number in range(*shard)] for shard in finished}
         return [shard for shard in finished if not there.issuperset(names[shard])]
@@ -117,8 +124,8 @@ class CellGenes:
         """Write the table from the files of the chunks.
 
         Args:
-            num_chunks: number of all chunks.
-            provenance: what made the embeddings, for the file's metadata.
+            num_chunks: Number of chunks of the run.
+            provenance: Record of how the embeddings were made, for the file's metadata.
         """
         most = max(1, _GROUP_VALUES // self.width)
         waiting: list[pa.Table] = []

@@ -1,10 +1,10 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""Embedding files of any size, with any number of processes, in a run that can be stopped and resumed.
+"""Embedding of files of any size, with any number of processes, in a run that can be stopped and resumed.
 
 The cells are cut into chunks (`cells/encoding.py`). Each process embeds some of the chunks and writes a shard every
-half minute (`shards.py`); when all chunks are in shards, the first process writes the output from them. The embeddings
-of a chunk depend on its cells alone. So the result is the same, bit for bit on one kind of device, however often the
-run was stopped and whatever the number of processes.
+half minute (`shards.py`). When all chunks are in shards, the first process writes the output from the shards. The
+embeddings of a chunk depend only on its cells. The result is therefore the same, bit for bit on the same kind of
+device, however often the run was stopped and however many processes took part.
 """
 
 import logging
@@ -47,10 +47,10 @@ from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
 
 logger = logging.getLogger(__name__)
 
-# A shard is written when this many seconds have passed since the last one, or it holds this many values (32 MB).
+# A shard is written when this many seconds have passed since the last one, or when it has this many values (32 MB).
 _SHARD_SECONDS = 30.0
 _SHARD_VALUES = 2**23
-# What runs of earlier versions did not record of themselves.
+# Values of settings that runs of earlier versions did not record.
 _FORMERLY = {
     "sampled_by": "number",
     "draws": 1,
@@ -63,7 +63,11 @@ _FORMERLY = {
 
 
 class Plan:
-    """The chunks of all inputs under consecutive numbers, and their division among processes."""
+    """The chunks of all inputs, numbered consecutively, and their division among processes.
+
+    Args:
+        encoders: Encoder of each input.
+    """
 
     def __init__(self, encoders: Sequence[ChunkEncoder]):
         self.encoders = encoders
@@ -74,14 +78,14 @@ class Plan:
         self.num_cells = sum(each.num_cells for each in inputs)
 
     def cells(self, start: int, stop: int) -> tuple[int, int, int]:
-        """Return the input that holds chunks `start` to `stop`, and the first and last-plus-one of their cells."""
+        """Return the number of the input with chunks `start` to `stop`, their first cell, and the cell after them."""
         number = int(np.searchsorted(self.firsts, start, side="right")) - 1
         low = (start - int(self.firsts[number])) * encoding.CHUNK_CELLS
         high = min((stop - int(self.firsts[number])) * encoding.CHUNK_CELLS, self.inputs[number].num_cells)
         return number, low, high
 
     def ranges(self, todo: np.ndarray) -> list[tuple[int, int]]:
-        """Group chunks, given in order, into ranges (start, stop) of consecutive chunks of one input."""
+        """Group chunks, which must be in order, into ranges (start, stop) of consecutive chunks of one input."""
         if not len(todo):
             return []
         owners = np.searchsorted(self.firsts, todo, side="right")
@@ -90,14 +94,14 @@ class Plan:
         return [(int(todo[a]), int(todo[b - 1]) + 1) for a, b in pairwise(bounds)]
 
     def unfinished(self, finished: Sequence[tuple[int, int]]) -> np.ndarray:
-        """Return the numbers of the chunks that are in no shard."""
+        """Return the numbers of the chunks that are not in a shard."""
         missing = np.ones(self.num_chunks, dtype=bool)
         for start, stop in finished:
             missing[start:stop] = False
         return np.flatnonzero(missing)
 
     def shares(self, todo: np.ndarray, processes: int) -> list[np.ndarray]:
-        """Return the chunks of each process: consecutive chunks, with about as many tokens for each process."""
+        """Return the chunks of each process, which are consecutive and have about the same number of tokens."""
         if processes == 1:
             return [todo]
         tokens = np.concatenate([each.chunk_tokens() for each in self.encoders])[todo].astype(np.float64)
@@ -142,17 +146,18 @@ def embed_files(
 ) -> None:
     """Embed the cells of files, which may be larger than memory.
 
-    Embeddings are kept in the folder `OUTPUT.shards` until all are there. A run that was stopped, in whatever way,
-    resumes when it is called with the same arguments. Under `accelerate launch`, all processes share the work, also on
-    several machines with a shared file system or an output in an object store.
+    Embeddings are kept in the folder `OUTPUT.shards` until all are finished. A run that was stopped in any way is
+    resumed by a call with the same arguments. Under `accelerate launch`, all processes share the work, even on several
+    machines if they share a file system or the output is in an object store.
 
     Args:
         sources: `.h5ad` files, `.zarr` stores, 10x files, folders and globs of these, prepared datasets, and Hub
-            datasets in the form of Tahoe-100M.
-        output: path that ends in `.h5ad`, `.zarr`, `.parquet` or `.npy`; the latter two may be URLs (`s3://…`). Where
-            the only source is an `.h5ad` file or a `.zarr` store, an output of the same kind is the source plus the
-            new slots; otherwise these have cells without counts, with the columns of obs of all sources. A `.parquet`
-            table has the names of the cells, the columns of `obs`, and the embedding as one column of lists.
+            datasets in the format of Tahoe-100M.
+        output: path that ends in `.h5ad`, `.zarr`, `.parquet` or `.npy`; the latter two may be URLs (`s3://…`). If the
+            only source is an `.h5ad` file or a `.zarr` store, an output of the same kind is a copy of the source with
+            the new slots. Any other `.h5ad` or `.zarr` output has cells without counts, with the columns of obs of all
+            sources. A `.parquet` table has the names of the cells, the columns of `obs`, and the embedding as one
+            column of lists.
         model: as in `embed_anndata`.
         tokenizer: as in `embed_anndata`.
         size: as in `embed_anndata`.
@@ -163,33 +168,35 @@ def embed_files(
         gene_symbols: as in `embed_anndata`.
         species: as in `embed_anndata`.
         orthologs: as in `embed_anndata`.
-        gene_metadata: gene table of a dataset in the form of Tahoe-100M; by default the dataset's own on the Hub.
-        drugs: for models with a drug encoder, a column of the cells, or one drug for all cells.
+        gene_metadata: gene table of a dataset in the format of Tahoe-100M; by default that of Tahoe-100M on the Hub.
+        drugs: column of obs, or one drug for all cells, for models with a drug encoder.
         unknown_drugs: as in `embed_anndata`.
         drug_table: as in `embed_anndata`.
         gene_embeddings: as in `embed_anndata`; needs a single `.h5ad` or `.zarr` source and an output of its kind.
         cell_gene_embeddings: path or URL of a `.parquet` table for each cell's contextual gene embeddings, with a row
-            for every expressed gene of every cell: `cell`, `source` (with several), `gene` (its Ensembl id), and the
-            embedding, not normalised, in a list column called `key_added`. For a cell that is longer than the context,
-            the genes of its (first) sample. While it is made, the table takes the disk twice.
-        obs: columns of obs, or names with commas between, that the output has where it is no copy of the source: by
-            default none in a `.parquet`, and all in an `.h5ad` or `.zarr`. A source that lacks one has missing values.
-        wide: whether a `.parquet` has a column for each dimension, `key_added` with `_0`, `_1`, … behind it.
+            for every expressed gene of every cell. Its columns are `cell`, `source` (if there are several), `gene`
+            (the Ensembl id), and a list column named `key_added` with the embedding, which is not normalised. A cell
+            longer than the context has the genes of its first sample. During the run the table needs twice its disk
+            space.
+        obs: columns of obs, as a sequence or a text with commas between the names, for an output that is not a copy
+            of the source; by default none in a `.parquet`, and all in an `.h5ad` or `.zarr`. Cells of a source without
+            the column have missing values.
+        wide: whether a `.parquet` has a column for each dimension, named `key_added` followed by `_0`, `_1`, ….
         max_length: as in `embed_anndata`.
         overflow: as in `embed_anndata`.
-        draws: as in `embed_anndata`; the deviations are a column of obs, or of the table.
+        draws: as in `embed_anndata`; the deviations are a column of obs or of the table.
         seed: as in `embed_anndata`.
         batch_tokens: as in `embed_anndata`.
-        device: as in `embed_anndata`; several processes on a machine take a GPU each by default.
+        device: as in `embed_anndata`; by default, each of several processes on a machine uses a GPU of its own.
         dtype: as in `embed_anndata`.
         hidden_layer: as in `embed_anndata`.
-        restart: whether to discard what an unfinished run with other arguments left.
-        full_paths: whether the output names its sources by their whole paths, and not by their base names.
+        restart: whether to discard the files of an unfinished run, which may have had other arguments.
+        full_paths: whether the output names its sources by their full paths; otherwise it uses short names.
         progress: whether to show a progress bar.
 
     Raises:
-        ValueError: for files and arguments that cannot be used; the message says what to do.
-        FileNotFoundError: for a source or a model that does not exist.
+        ValueError: if files or arguments cannot be used; the message says what to do.
+        FileNotFoundError: if a source or a model does not exist.
     """
     paths = [str(path) for path in ([sources] if isinstance(sources, (str, Path)) else sources)]
     wanted = OutputOptions(
@@ -218,7 +225,7 @@ def embed_files(
     with ExitStack() as stack:
         shards = ShardFolder(f"{wanted.path}.shards")
         spool = Path(shards.location) / "by_cell"
-        if not shards.is_local:  # each machine sorts by cell the counts that need it
+        if not shards.is_local:  # each machine sorts the counts by cell for itself
             spool = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         inputs = open_all(paths, options.tokenizer, genes, spool=spool)
         encoder = CellEncoder(
@@ -232,13 +239,13 @@ def embed_files(
         made = Output(wanted, inputs, shards, options.tokenizer, encoder.width)
         run = _Run(inputs, shards, encoder, options, made, new_drugs)
         identity = _identity(run, loaded, {"layer": layer})
-        identity["batch_tokens"] = batch_tokens  # it moves last digits; the default follows from device and precision
+        identity["batch_tokens"] = batch_tokens  # changes the last digits; its default depends on device and precision
         todo = run.begin(stack.enter_context(_Lock(shards)), identity, restart, processes)
         run.carry_out(todo, processes, model_name(model, loaded), progress)
 
 
 class _Run:
-    """One run over all inputs: claims the shards, embeds this process's chunks, writes the output."""
+    """A run over all inputs, which claims the shards, embeds this process's chunks, and writes the output."""
 
     def __init__(
         self,
@@ -268,7 +275,7 @@ class _Run:
             self._sort_by_cell()
             if self.cell_genes is not None:
                 self.shards.drop(self.cell_genes.without(self.shards.finished()))
-            # With means of genes, a shard that is in no sum was written just before a kill, and is made again.
+            # A shard that is in no sum of gene embeddings was written just before the run was killed: make it again.
             finished = self.shards.summed() if "EA" in self.kinds else self.shards.finished()
             todo, total = self.plan.unfinished(finished), self.plan.num_chunks
             if len(todo) < total:
@@ -277,7 +284,7 @@ class _Run:
             return self.plan.shares(todo, processes.count)
 
         share = processes.from_first(first)[processes.index]
-        if not self.shards.is_local:  # each machine has its own sorted counts then
+        if not self.shards.is_local:  # each machine has its own sorted counts
             self._sort_by_cell()
         return share
 
@@ -300,13 +307,13 @@ class _Run:
         model_name: str,
         progress: bool,
     ) -> None:
-        """Embed this process's chunks; in the first process, write the output when all are done."""
+        """Embed this process's chunks; the first process then writes the output when all processes are done."""
         try:
             self.embed(todo, progress, processes)
             processes.wait()
             if processes.index == 0:
                 self._check_unchanged()
-                with reading(*(each.path for each in self.plan.inputs)):  # one of which may be copied
+                with reading(*(each.path for each in self.plan.inputs)):  # one of them may be copied
                     writer = self.output.open()
                 self.write(writer, model_name)
                 self.shards.remove()
@@ -317,7 +324,7 @@ class _Run:
             raise
 
     def embed(self, todo: np.ndarray, progress: bool, processes: Processes) -> None:
-        """Embed chunks, and write them as shards."""
+        """Embed chunks and write them as shards."""
         ranges = self.plan.ranges(todo)
         cells = sum(high - low for _, low, high in (self.plan.cells(*stretch) for stretch in ranges))
         title = "Embedding" if processes.count == 1 else f"Embedding ({processes.index + 1}/{processes.count})"
@@ -336,7 +343,7 @@ class _Run:
     def _shards(
         self, start: int, stop: int, gene_means: GeneMeans | None, bar: Any
     ) -> Iterator[tuple[int, int, Shard]]:
-        """Yield the shards of chunks `start` to `stop`, each with its first and last-plus-one chunk."""
+        """Yield the shards of chunks `start` to `stop`, each with its first chunk and the chunk after its last."""
         number, low, high = self.plan.cells(start, stop)
         source = self.plan.encoders[number]
         names: list[str] = []
@@ -377,16 +384,16 @@ class _Run:
             if self.cell_genes is not None:
                 self.cell_genes.write(self.plan.num_chunks, {provenance_key(writer.layout.key_added): made_by})
             made_by |= self._write_genes(writer)
-            with reading(*(each.path for each in self.plan.inputs)):  # the uns of one that was copied
+            with reading(*(each.path for each in self.plan.inputs)):  # the uns of a copied source is changed
                 writer.write_provenance(made_by)
-            self._check_unchanged()  # while it was copied, too
+            self._check_unchanged()  # a source may have changed while it was copied
             writer.finish()
         except BaseException:
             writer.abandon()
             raise
 
     def _write_genes(self, writer: EmbeddingWriter) -> dict[str, Any]:
-        """Write the gene embeddings, and return what made them."""
+        """Write the gene embeddings, and return the record of how they were made."""
         cells, gene_means = self.plan.inputs[0], self._gene_means()
         if not self.kinds or cells.genes is None:
             return {}
@@ -420,14 +427,14 @@ class _Run:
 
 
 def _identity(run: _Run, model: TahoeX1PreTrainedModel, more: dict[str, Any]) -> dict[str, Any]:
-    """Return what decides the result, apart from the kind of device."""
+    """Return all settings and inputs that decide the result, apart from the kind of device."""
     options, tokenizer = run.options, run.options.tokenizer
     samples = tokenizer.overflow == "sample" and tokenizer.context_length is not None
     return {
         "cells": [[each.path, each.fingerprint, each.num_cells] for each in run.plan.inputs],
         "chunk_cells": encoding.CHUNK_CELLS,
         "model": some_weights_digest(model),
-        "weights": weights_digest(model),  # runs of earlier versions did not record it, and go on without
+        "weights": weights_digest(model),  # runs of earlier versions did not record it, and are resumed without it
         "tokenizer": tokenizer_digest(tokenizer),
         "max_length": tokenizer.context_length,
         "genes": [json_digest(each.genes.token_ids.tolist()) for each in run.plan.inputs if each.genes is not None],
@@ -445,20 +452,20 @@ def _identity(run: _Run, model: TahoeX1PreTrainedModel, more: dict[str, Any]) ->
 
 
 class _Lock:
-    """A lock that keeps a second run away from a folder; on many file systems it works on one machine only."""
+    """A lock that keeps a second run out of a folder; on many file systems it works only within one machine."""
 
     def __init__(self, shards: ShardFolder):
         self.location = shards.location
         self.lock = FileLock(f"{shards.location}.lock") if shards.is_local else None
 
     def acquire(self) -> None:
-        """Take the lock, or raise ValueError where another run holds it."""
+        """Take the lock, or raise ValueError if another run holds it."""
         if self.lock is not None:
             try:
                 self.lock.acquire(timeout=0)
             except Timeout:
                 raise ValueError(
-                    f"{self.location}: another run is writing there; wait for it, or choose another output."
+                    f"{self.location}: another run is writing there; wait for it to end, or choose another output."
                 ) from None
 
     def __enter__(self) -> "_Lock":

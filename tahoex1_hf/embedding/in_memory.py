@@ -1,5 +1,5 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""Embedding the cells of an AnnData."""
+"""Embedding of the cells of an AnnData."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -55,8 +55,9 @@ def embed_anndata(
 ) -> np.ndarray | None:
     """Write the cells' embeddings into `adata.obsm[key_added]`, float32 rows of length 1, or return them.
 
-    What made them goes into `adata.uns`, under `key_added` without its `X_` (`adata.uns["tahoe_x1"]`). Nothing else
-    in `adata` changes, but for `draws`. For files larger than memory there is `embed_files`.
+    A record of how they were made is written into `adata.uns`, under `key_added` without its `X_`, by default
+    `adata.uns["tahoe_x1"]`. Nothing else in `adata` changes unless `gene_embeddings` or `draws` ask for it. For files
+    larger than memory, use `embed_files`.
 
     Args:
         adata: cells with raw counts, in memory or backed.
@@ -66,43 +67,45 @@ def embed_anndata(
         size: name of the size to load, such as `"70m"`, where a folder or repository holds several.
         revision: branch, tag or commit of a Hub repository.
         key_added: slot of `obsm` (and, with `gene_embeddings`, of `varm`) to write.
-        layer: layer with the counts, or "raw" for `adata.raw`, or "X"; by default `adata.X`, and where that holds no
-            counts the first of the layers `counts`, `raw_counts` and `raw` and `adata.raw` that does, with a warning.
-        gene_id_column: column of `adata.var` with Ensembl ids; by default they are looked for in `adata.var_names`
-            and all columns.
-        gene_symbols: gene symbol -> Ensembl id, or the path of a table with both, for genes named by symbol, by
-            default the package's table.
-        species: "human" or "mouse"; genes of a mouse need `orthologs`.
+        layer: layer with the counts, or "raw" for `adata.raw`, or "X". By default `adata.X`; if it does not hold
+            counts, the first that does of the layers `counts`, `raw_counts` and `raw` and of `adata.raw`, with a
+            warning.
+        gene_id_column: column of `adata.var` with Ensembl ids; by default `adata.var_names` and all columns are
+            searched for ids.
+        gene_symbols: gene symbol -> Ensembl id, or the path of a table with both, for genes that are named by symbol;
+            by default the package's table.
+        species: species of the cells, "human" or "mouse"; mouse genes need `orthologs`.
         orthologs: mouse gene (Ensembl id or symbol) -> Ensembl ids of human orthologues, or the path of a table.
-        drugs: for models with a drug encoder, a column of `adata.obs`, the drug of all cells, or one drug per cell.
-        unknown_drugs: `"pad"`: cells whose drug is not in the model's drug table count as cells without a drug, as in
-            the original, and a warning lists drugs and cells; `"error"`: they are refused; by default the tokenizer's
+        drugs: column of `adata.obs`, one drug for all cells, or one drug per cell, for models with a drug encoder.
+        unknown_drugs: rule for drugs that are not in the model's table: `"pad"` counts their cells as cells without a
+            drug, as in the original, and lists them in a warning; `"error"` refuses them; by default the tokenizer's
             `unknown_drugs`, which is `"pad"`. A single drug for all cells must always be known.
         drug_table: table with the columns `drug` and `canonical_smiles` (or `smiles`), or drug -> SMILES, for drugs
             that the model's table lacks: each gets its Morgan fingerprint as a row. A compound of similar structure
             gets a similar vector; the encoder saw 377 compounds, and how well it does on others is not known.
         gene_embeddings: True for each gene's mean contextual embedding over the cells that express it, in
-            `adata.varm[key_added]`; or some of the kinds that the original's benchmarks know, as in `"GE,TE"`: `"GE"`,
-            the model's input table, in `varm[key_added + "_GE"]`; `"TE"`, the output of the layers without any cell,
-            in `varm[key_added + "_TE"]`; `"EA"`, the same as True. Genes that no cell expresses, which
-            `uns[…]["genes_not_expressed"]` lists, have their TE as EA; genes that the vocabulary lacks are NaN.
-        max_length: most tokens of a cell; by default the tokenizer's `context_length`.
-        overflow: genes that are taken of cells longer than `max_length`: `"sample"`, at random, by the cell's content
-            and the seed alone; `"highest"`, the highest counts; `"first"`, by column; by default the tokenizer's.
-        draws: number of samples of each cell longer than `max_length`. With more than one, the cell's embedding is the
-            mean of theirs, scaled to length 1, and `adata.obs["tahoe_x1_sd"]` (for another `key_added`, its name) says
-            how far one sample's embedding lies from the mean: the root of the variances over the samples, summed over
-            the dimensions, in units of the embeddings' length, which is 1; 0 for cells that fit. Gene embeddings are
-            those of the first sample.
-        seed: seed of the sampling; a cell's sample depends on its genes, its counts and the seed alone.
-        batch_tokens: most tokens of a batch, padding included, by default fit for the device; fewer need less memory.
-            It changes embeddings by float32 roundings only.
-        device: device to run on; by default CUDA or Apple's GPU where there is one, otherwise the CPU.
+            `adata.varm[key_added]`; or some of the kinds in the original's benchmarks, such as `"GE,TE"`. `"GE"` is
+            the model's input table, in `varm[key_added + "_GE"]`; `"TE"` is the output of the layers without any cell,
+            in `varm[key_added + "_TE"]`; `"EA"` is the same as True. A gene that no cell expresses gets its TE as EA,
+            and is listed in `uns[…]["genes_not_expressed"]`; genes that are not in the vocabulary are NaN.
+        max_length: largest number of tokens of a cell; by default the tokenizer's `context_length`.
+        overflow: choice of the genes of a cell longer than `max_length`: `"sample"` for random genes, which depend
+            only on the cell's content and the seed; `"highest"` for the highest counts; `"first"` for the first
+            columns; by default the tokenizer's `overflow`.
+        draws: number of samples of each cell longer than `max_length`. With more than one, a cell's embedding is the
+            mean over its samples, scaled to length 1. `adata.obs["tahoe_x1_sd"]`, or the same with the name of another
+            `key_added`, then says how far the embedding of one sample lies from the mean: the square root of the
+            variances over the samples, summed over the dimensions, in units of the embeddings' length, which is 1. It
+            is 0 for cells that fit. Gene embeddings are those of the first sample.
+        seed: seed of the sampling; a cell's sample depends only on its genes, its counts and the seed.
+        batch_tokens: largest number of tokens in a batch, padding included, by default chosen for the device. Smaller
+            batches need less memory and change embeddings only by float32 roundings.
+        device: device to run on; by default CUDA or Apple's GPU if there is one, otherwise the CPU.
         dtype: precision of the matrix products: `"float32"`; `"bfloat16"`; `"auto"`, which is bfloat16 where the
             hardware multiplies it faster; or `"int8"`, which needs a quarter of the memory for the weights (torchao);
             or torch's dtype of such a name.
         hidden_layer: number of the layer from whose output all embeddings are taken, as in the model's
-            `hidden_states`: 0 is what enters the first layer, and -1, the default, the last layer's output behind the
+            `hidden_states`: 0 is the input of the first layer, and -1, the default, the last layer's output after the
             final norm. Outputs of other layers are taken without that norm.
         return_array: whether to return the embeddings instead of writing anything into `adata`.
         progress: whether to show a progress bar.
@@ -111,7 +114,7 @@ def embed_anndata(
         `(cells, width)` float32 with `return_array`, in the order of the cells; else None.
 
     Raises:
-        ValueError: for counts, genes or arguments that cannot be used; the message says what to do.
+        ValueError: if counts, genes or arguments cannot be used; the message says what to do.
     """
     kinds = gene_kinds(gene_embeddings)
     check_key(key_added)
@@ -146,7 +149,7 @@ def embed_anndata(
     made_by = provenance(model_name(model, loaded), encoder, options, [cells], num_empty)
     made_by |= {} if new_drugs is None else new_drugs.provenance()
     found = embed_genes(encoder, match.token_ids, kinds, gene_means) if kinds and match is not None else None
-    # Written last, together: an interrupted run leaves adata as it was.
+    # All results are written together at the end, so that an interrupted run leaves adata unchanged.
     adata.obsm[key_added] = embeddings
     if draws > 1:
         adata.obs[deviation_key(key_added)] = deviations

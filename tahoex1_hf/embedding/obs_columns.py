@@ -1,5 +1,5 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""Columns of obs of several sources in one output: the same column may be of another type in each, or lacking."""
+"""Columns of obs of several sources in one output; a column may have different types, or be missing in a source."""
 
 import logging
 from collections.abc import Collection, Iterable, Sequence
@@ -15,21 +15,21 @@ logger = logging.getLogger(__name__)
 
 
 def split_columns(names: str | Sequence[str] | None) -> tuple[str, ...] | None:
-    """Return the names of columns, which may stand in one text with commas between."""
+    """Return the names of columns, which may be given as one text with commas between them; None for None."""
     if names is None:
         return None
     return tuple(name.strip() for name in (names.split(",") if isinstance(names, str) else names))
 
 
 def choose_columns(inputs: Sequence[CellInput], asked: Sequence[str] | None) -> list[str]:
-    """Return the columns of obs that the output has.
+    """Return the columns of obs of the output.
 
     Args:
-        inputs: the sources.
-        asked: columns that are wanted; None for all of all sources.
+        inputs: Sources.
+        asked: Requested columns; None for all columns of all sources.
 
     Raises:
-        ValueError: for a column that no source has.
+        ValueError: If no source has a requested column.
     """
     there = list(dict.fromkeys(name for cells in inputs for name in cells.obs_columns))
     if asked is None:
@@ -42,17 +42,17 @@ def choose_columns(inputs: Sequence[CellInput], asked: Sequence[str] | None) -> 
     for name in asked:
         lacking = [cells.path for cells in inputs if name not in cells.obs_columns]
         if lacking:
-            logger.warning("%s has no column %s of obs: its cells have none.", ", ".join(lacking), name)
+            logger.warning("%s has no column %s of obs: its cells get missing values.", ", ".join(lacking), name)
     return list(dict.fromkeys(asked))
 
 
 def free_name(name: str, taken: Collection[str]) -> str:
-    """Return a column's name in the output, another one where the output's own columns have it."""
+    """Return the name of a column in the output, which is changed if the output has another column of this name."""
     free = name
     while free in taken:
         free = f"obs_{free}"
     if free != name:
-        logger.warning("The column %s of obs is called %s in the output, which has a column %s.", name, free, name)
+        logger.warning("The column %s of obs is named %s in the output, which has its own %s.", name, free, name)
     return free
 
 
@@ -60,10 +60,10 @@ def free_name(name: str, taken: Collection[str]) -> str:
 
 
 def as_arrow(frame: pd.DataFrame) -> pa.Table:
-    """Return a frame as a table in which categories are plain values, for whatever reads Parquet.
+    """Return a frame as a table with plain values instead of categories, which every reader of Parquet understands.
 
     Raises:
-        ValueError: for a column whose values are of types that do not go together.
+        ValueError: If the values of a column have types that cannot be combined.
     """
     columns = {}
     for name in frame.columns:
@@ -78,7 +78,7 @@ def as_arrow(frame: pd.DataFrame) -> pa.Table:
 
 
 def common_types(schemas: Iterable[pa.Schema], names: Sequence[str]) -> dict[str, pa.DataType]:
-    """Return for each column a type that holds the values of all tables: text where there is no other."""
+    """Return a type for each column that holds the values of all tables; text if there is no other."""
     seen: dict[str, list[pa.DataType]] = {name: [] for name in names}
     for schema in schemas:
         for field in schema:
@@ -98,7 +98,13 @@ def _common(types: list[pa.DataType]) -> pa.DataType:
 
 
 def conformed(table: pa.Table | None, types: dict[str, pa.DataType], number: int) -> list[pa.Array]:
-    """Return the columns in these types, `number` values each, with nothing where the table lacks one."""
+    """Return columns of a table, converted to the given types.
+
+    Args:
+        table: Table; None for one without columns.
+        types: Column -> type.
+        number: Number of values; a column that the table does not have gets this many missing values.
+    """
     return [
         pc.cast(table[name].combine_chunks(), kind, safe=False)
         if table is not None and name in table.column_names
@@ -111,12 +117,13 @@ def conformed(table: pa.Table | None, types: dict[str, pa.DataType], number: int
 
 
 def joined_column(inputs: Sequence[CellInput], name: str) -> Any:
-    """Return a column of obs of all sources behind each other, as an array that an AnnData holds.
+    """Return a column of obs of all sources, one source after the other, as an array that an AnnData can hold.
 
-    Numbers stay numbers, with a missing value where a source lacks the column; all else becomes text or categories.
+    Numbers and booleans keep their kind, and cells of a source without the column get missing values. All other
+    columns become text or categories.
 
     Raises:
-        BadInput: for a column that cannot be read.
+        BadInput: If a column cannot be read.
     """
     parts = [_column(cells, name) if name in cells.obs_columns else None for cells in inputs]
     there = [part for part in parts if part is not None]
@@ -156,7 +163,7 @@ def _column(cells: CellInput, name: str) -> pd.Series:
 
 
 def _kind(part: pd.Series) -> str:
-    """Return "b" for truth values, "i" for whole numbers, "f" for others, and "?" for what is no number."""
+    """Return "b" for booleans, "i" for integers, "f" for other numbers, and "?" for anything else."""
     if pd.api.types.is_bool_dtype(part.dtype):
         return "b"
     if pd.api.types.is_integer_dtype(part.dtype):
@@ -170,5 +177,5 @@ def _text(parts: Sequence[pd.Series | None], sizes: Sequence[int]) -> Any:
         values = [None] * size if part is None else part.astype(object)
         texts.extend(None if value is None or value is pd.NA or value != value else str(value) for value in values)
     categories = pd.Categorical(texts)
-    several = len(categories.categories) < len(texts)  # as anndata itself stores text
+    several = len(categories.categories) < len(texts)  # anndata stores text in the same way
     return categories if several else pd.Series(texts, dtype=object).to_numpy()

@@ -1,5 +1,5 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""What an embedding run writes beside the embeddings, in which format, and whether as a copy of the source."""
+"""The output of an embedding run: its format, its columns, and whether it is a copy of the source."""
 
 import logging
 from collections.abc import Sequence
@@ -23,17 +23,17 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class OutputOptions:
-    """What is asked for.
+    """The user's options for the output.
 
     Attributes:
-        path: path or URL of the output, whose ending decides the format.
-        key_added: slot of `obsm` to write, or the name of the table's column of embeddings.
-        kinds: kinds of gene embeddings.
-        draws: number of samples of a long cell; with several, there is a column of deviations.
-        obs: columns of obs; None for the format's default.
-        wide: whether a table has a column for each dimension.
-        cell_genes: path or URL of the table of every cell's gene embeddings; None for no such table.
-        full_paths: whether sources are named by their whole paths, and not by their base names.
+        path: Path or URL of the output, whose ending decides the format.
+        key_added: Slot of `obsm` to write, or name of the table's column of embeddings.
+        kinds: Kinds of gene embeddings.
+        draws: Number of samples of a long cell; if it is more than one, the output has a column of deviations.
+        obs: Columns of obs; None for the default of the format.
+        wide: Whether a table has a column for each dimension.
+        cell_genes: Path or URL of the table of every cell's gene embeddings; None for no such table.
+        full_paths: Whether sources are named by their full paths; otherwise they have short names.
     """
 
     path: str
@@ -46,7 +46,7 @@ class OutputOptions:
     full_paths: bool = False
 
     def check(self) -> None:
-        """Raise ValueError for what could not be written, before any work is done."""
+        """Raise ValueError before any work is done if the output cannot be written."""
         check_output(self.path, bool(self.kinds), self.key_added, self.draws, self.wide, self.obs)
         if self.cell_genes is not None:
             check_cell_gene_output(self.cell_genes, self.path)
@@ -56,21 +56,21 @@ class Output:
     """The output of a run over inputs.
 
     Args:
-        options: what is asked for.
-        inputs: the sources.
-        shards: folder of the shards, from which the output is written.
-        tokenizer: the tokenizer.
-        width: number of dimensions.
+        options: Options for the output.
+        inputs: Sources.
+        shards: Folder of the shards, from which the output is written.
+        tokenizer: Tokenizer, whose tokens are the names of the genes.
+        width: Number of dimensions.
 
     Attributes:
-        source_names: how the output names its sources.
-        copied: path of the source that the output is a copy of; None for cells without counts.
-        names: whether the names of the cells are needed.
-        shard_columns: columns of obs that the shards must hold.
-        cell_genes: writer of every cell's gene embeddings; None where they are not wanted.
+        source_names: Names of the sources in the output.
+        copied: Path of the source that is copied to the output; None for cells without counts.
+        names: Whether the names of the cells are needed.
+        shard_columns: Columns of obs that the shards must hold.
+        cell_genes: Writer of every cell's gene embeddings; None if they are not requested.
 
     Raises:
-        ValueError: for what does not go with these sources.
+        ValueError: If the options do not fit these sources.
     """
 
     def __init__(
@@ -104,22 +104,22 @@ class Output:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What decides what the shards hold, and what the output is to be, as JSON."""
+        """Options that decide the content of the shards and of the output, as JSON."""
         options = self.options
         return {
             "key_added": options.key_added,
-            "gene_embeddings": "EA" in options.kinds,  # as it was recorded when there was one kind
+            "gene_embeddings": "EA" in options.kinds,  # the record from the time when there was only one kind
             "gene_kinds": list(options.kinds),
             "cell_gene_embeddings": self.cell_genes is not None,
             "obs": None if options.obs is None else list(options.obs),
             "wide": options.wide,
             "names": self.names,
-            # The shards hold the names of the sources only beside every cell's genes.
+            # Only the files with every cell's gene embeddings hold the names of the sources.
             "full_paths": options.full_paths and self.cell_genes is not None,
         }
 
     def _find_copied(self) -> str | None:
-        """Return the path of the only source, where it is of the output's kind."""
+        """Return the path of the only source if it has the format of the output; otherwise None."""
         output = Path(self.options.path)
         local = [Path(cells.path) for cells in self.inputs]
         if output.suffix == ".zarr" and any(path.resolve() == output.resolve() for path in local):
@@ -130,7 +130,7 @@ class Output:
         return self.inputs[0].path if is_same.get(output.suffix, False) else None
 
     def _check_genes(self) -> None:
-        """Raise ValueError where gene embeddings would have no place."""
+        """Raise ValueError if the output has no place for gene embeddings."""
         if self.copied is None or self.inputs[0].genes is None:
             raise ValueError(
                 "gene_embeddings needs a single .h5ad file as source and an .h5ad output, or the same with .zarr: "
@@ -139,7 +139,7 @@ class Output:
         self.inputs[0].check_gene_slots()
 
     def open(self) -> EmbeddingWriter:
-        """Open the writer, when the shards hold all cells."""
+        """Open the writer; the shards must hold all cells."""
         options = self.options
         shape = sum(cells.num_cells for cells in self.inputs), self.width
         layout = Layout(shape, options.key_added, self.source_names, options.draws > 1)
@@ -153,7 +153,7 @@ class Output:
         return writer(options.path, layout, self.copied, obs)
 
     def _column(self, name: str) -> Any:
-        """Return a column of obs of all sources; None for one that was not asked for and cannot be read."""
+        """Return a column of obs of all sources; None if it cannot be read and was not requested by the user."""
         try:
             return joined_column(self.inputs, name)
         except BadInput as error:

@@ -1,8 +1,9 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
 """Shards: the embeddings that an unfinished run has made so far, as Parquet files in a folder or object store.
 
-A shard holds consecutive chunks and appears whole or not at all. It is named after its chunks, so that the names alone
-tell what is left to do. Several processes write into one folder; no process changes what another wrote.
+A shard holds consecutive chunks, and appears complete or not at all. It is named after its chunks, so that the names
+alone show which chunks are missing. Several processes write into the same folder, and none changes the files of
+another.
 """
 
 import io
@@ -22,7 +23,7 @@ from tahoex1_hf.common.files import WholeFile
 
 _SHARD = re.compile(r"chunks-(\d{12})-(\d{12})\.parquet")
 _RUN = "run.json"
-# Beginning of the names of the columns of obs, beside which the shard has columns of its own.
+# Prefix of the columns of obs, which tells them from the shard's own columns.
 _OBS = "obs:"
 
 
@@ -30,11 +31,11 @@ class Shard(NamedTuple):
     """Embeddings of consecutive cells.
 
     Attributes:
-        names: names of the cells; empty for outputs without names.
+        names: Names of the cells; empty for outputs without names.
         embeddings: `(cells, width)` float32.
-        num_empty: number of cells in which no known gene is expressed.
-        deviations: `(cells,)` float32, how far embeddings vary with the sample; None where there is one sample.
-        obs: columns of obs; None where none were asked for.
+        num_empty: Number of cells in which no known gene is expressed.
+        deviations: `(cells,)` float32 deviations of the embeddings between samples; None if there is one sample.
+        obs: Columns of obs; None if none were requested.
     """
 
     names: list[str]
@@ -45,7 +46,10 @@ class Shard(NamedTuple):
 
 
 def _same(key: str, before: Any, now: Any) -> bool:
-    """Return whether an entry of an identity is the same; cells are `[path, fingerprint, number]` of each input."""
+    """Return whether an entry of two identities is the same.
+
+    The entry `cells` is a list with `[path, fingerprint, number of cells]` of each input.
+    """
     if key != "cells" or before == now or not isinstance(now, list) or len(before) != len(now):
         return bool(before == now)
     pairs = zip(before, now, strict=True)
@@ -57,7 +61,7 @@ class ShardFolder:
     """The folder with the shards of a run.
 
     Attributes:
-        location: local folder, or a URL that fsspec can open.
+        location: Local folder, or a URL that fsspec can open.
     """
 
     location: str
@@ -73,18 +77,18 @@ class ShardFolder:
         return url_to_fs(self.location)
 
     def place(self, name: str) -> str:
-        """Return the path or URL of a file of the folder, which is made where it is a local one."""
+        """Return the path or URL of a file in the folder; a local folder is made if it does not exist."""
         if self.is_local:
             os.makedirs(self.location, exist_ok=True)
         return f"{self.location}/{name}"
 
     def open(self, name: str) -> Any:
-        """Open a file of the folder for reading."""
+        """Open a file in the folder for reading."""
         filesystem, root = self._filesystem()
         return filesystem.open(f"{root}/{name}", "rb")
 
     def names(self) -> list[str]:
-        """Return the names of all files of the folder, sorted."""
+        """Return the names of all files in the folder, sorted."""
         filesystem, root = self._filesystem()
         filesystem.invalidate_cache()
         if not filesystem.isdir(root):
@@ -93,7 +97,7 @@ class ShardFolder:
 
     def _write(self, name: str, content: bytes) -> None:
         filesystem, root = self._filesystem()
-        if not self.is_local:  # an object store shows an object when it is complete
+        if not self.is_local:  # an object appears in an object store when it is complete
             filesystem.pipe_file(f"{root}/{name}", content)
             return
         os.makedirs(root, exist_ok=True)
@@ -108,16 +112,16 @@ class ShardFolder:
     # Identity of the run -----------------------------------------------------------------------------
 
     def claim(self, identity: dict[str, Any], restart: bool, formerly: Mapping[str, Any]) -> None:
-        """Begin a run, or resume one of the same identity.
+        """Begin a run, or resume a run with the same identity.
 
         Args:
-            identity: everything that decides the result, as JSON. What the identity of an older run lacks, because it
-                was not recorded then, is taken to be the same.
-            restart: whether to remove what another run left.
-            formerly: values that an older run had where it recorded none, as far as they are known.
+            identity: All settings and inputs that decide the result, as JSON. An entry that an older run did not
+                record is assumed to be the same.
+            restart: Whether to remove the files of an earlier run.
+            formerly: Known values of entries that older runs did not record.
 
         Raises:
-            ValueError: for a folder with the shards of another run.
+            ValueError: If the folder holds the shards of a run with another identity.
         """
         if restart:
             self.remove()
@@ -127,7 +131,7 @@ class ShardFolder:
             if different:
                 raise ValueError(
                     f"{self.location} holds an unfinished run with other settings ({', '.join(different)}): finish it "
-                    "with its own command, or pass restart=True (--restart) to begin anew."
+                    "with its own command, or pass restart=True (--restart) to start from the beginning."
                 )
             return
         self._write(_RUN, json.dumps(identity, indent=1).encode())
@@ -142,7 +146,7 @@ class ShardFolder:
     # Shards ----------------------------------------------------------------------------------------
 
     def finished(self) -> list[tuple[int, int]]:
-        """Return the first and last-plus-one chunk of every shard, in order."""
+        """Return the first chunk of every shard and the chunk after its last, in order."""
         found = (_SHARD.fullmatch(name) for name in self.names())
         return sorted((int(match[1]), int(match[2])) for match in found if match)
 
@@ -174,7 +178,7 @@ class ShardFolder:
         return Shard(names, embeddings, int(metadata[b"num_empty"]), deviations, _obs_of(table))
 
     def obs_schemas(self) -> list[pa.Schema]:
-        """Return the columns of obs, and their types, of each shard."""
+        """Return the columns of obs of each shard, with their types."""
         schemas = []
         for start, stop in self.finished():
             with self.open(f"chunks-{start:012d}-{stop:012d}.parquet") as file:
@@ -182,9 +186,9 @@ class ShardFolder:
         return schemas
 
     def summed(self) -> list[tuple[int, int]]:
-        """Return the shards whose cells are in a sum, and remove the rest.
+        """Return the shards whose cells are included in a sum.
 
-        The rest is shards whose cells are in no sum, and sums with cells of shards that are gone.
+        Shards whose cells are in no sum are removed, and so are sums that include cells of missing shards.
         """
         finished = set(self.finished())
         filesystem, root = self._filesystem()
@@ -198,7 +202,7 @@ class ShardFolder:
         return sorted(covered)
 
     def drop(self, shards: Iterable[tuple[int, int]]) -> None:
-        """Remove shards, whose cells are then to be embedded again."""
+        """Remove shards; their cells must then be embedded again."""
         filesystem, root = self._filesystem()
         for start, stop in shards:
             filesystem.rm_file(f"{root}/chunks-{start:012d}-{stop:012d}.parquet")
@@ -206,14 +210,14 @@ class ShardFolder:
     # Sums over the cells of shards -----------------------------------------------------------------
 
     def write_sums(self, writer: str, shards: Iterable[tuple[int, int]], sums: dict[str, np.ndarray]) -> None:
-        """Write a process's sums over the cells of its shards, in place of the sums that it wrote before."""
+        """Write a process's sums over the cells of its shards, and replace the sums that it wrote before."""
         buffer = io.BytesIO()
         arrays: dict[str, Any] = {**sums, "shards": np.array(list(shards), dtype=np.int64).reshape(-1, 2)}
         np.savez(buffer, **arrays)
         self._write(f"sums-{writer}.npz", buffer.getvalue())
 
     def read_sums(self) -> Iterator[tuple[str, set[tuple[int, int]], dict[str, np.ndarray]]]:
-        """Yield, for every process that wrote sums, the file's name, the process's shards, and the sums."""
+        """Yield the name of every file with a process's sums, the shards that they include, and the sums."""
         for name in self.names():
             if name.startswith("sums-"):
                 with np.load(io.BytesIO(self._read(name)), allow_pickle=False) as arrays:

@@ -1,5 +1,5 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""Writing a file, local or in an object store, piece by piece, so that it is there whole or not at all."""
+"""Writing of a file piece by piece, locally or in an object store, so that it appears complete or not at all."""
 
 from contextlib import suppress
 from typing import IO, Any
@@ -8,15 +8,15 @@ from tahoex1_hf.common.files import WholeFile
 
 
 class WholeStream:
-    """A stream to a file that appears when it is finished.
+    """A stream to a file that appears only when it is finished.
 
-    As a context manager, it finishes when the block ends, and abandons the file on an error.
+    As a context manager, it finishes the file when the block ends, and abandons the file if an error occurs.
 
     Args:
-        location: path, whose folder must exist, or a URL that fsspec can open.
+        location: Path in an existing folder, or a URL that fsspec can open.
 
     Attributes:
-        file: binary file to write to.
+        file: Binary file to write to.
     """
 
     def __init__(self, location: str):
@@ -25,7 +25,7 @@ class WholeStream:
         if self.whole is None:
             import fsspec
 
-            self.file: IO[bytes] = fsspec.open(location, "wb").open()  # the object is there when it is closed
+            self.file: IO[bytes] = fsspec.open(location, "wb").open()  # the object appears when it is closed
         else:
             self.file = self.whole.partial.open("wb")
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""Writers of the output of an embedding run, which is written from the shards and appears when it is complete."""
+"""Writers of the output of an embedding run; it is written from the shards, and appears when it is complete."""
 
 import json
 import logging
@@ -35,7 +35,7 @@ def check_output(
     wide: bool = False,
     obs: Sequence[str] | None = None,
 ) -> None:
-    """Raise ValueError for an output that could not be written, before any work is done."""
+    """Raise ValueError before any work is done if the output cannot be written."""
     check_key(key_added)
     name = output.rpartition("/")[2]
     if not output.endswith(_FORMATS):
@@ -43,9 +43,9 @@ def check_output(
     if gene_embeddings and not output.endswith(_ANNDATA):
         raise ValueError(f"Gene embeddings need an output that ends in .h5ad or .zarr, got {name!r}.")
     if draws > 1 and output.endswith(".npy"):
-        raise ValueError(f"draws={draws} gives a deviation per cell, for which {name!r} has no place: name an .h5ad.")
+        raise ValueError(f"draws={draws} gives a deviation per cell, which {name!r} cannot hold: name an .h5ad.")
     if wide and not output.endswith(".parquet"):
-        raise ValueError(f"wide (--wide) is a form of .parquet, which {name!r} is not.")
+        raise ValueError(f"wide (--wide) needs an output that ends in .parquet, got {name!r}.")
     if obs is not None and output.endswith(".npy"):
         raise ValueError(f"obs={','.join(obs)}: {name!r} has no place for columns of obs; name a .parquet.")
     if "://" in output:
@@ -55,18 +55,18 @@ def check_output(
     elif not Path(output).parent.is_dir():
         raise ValueError(f"The output's folder {Path(output).parent} does not exist.")
     elif output.endswith(".zarr") and Path(output).exists() and not is_zarr_store(Path(output)):
-        raise ValueError(f"{output} is there, and is not a zarr store: name another output.")
+        raise ValueError(f"{output} exists and is not a zarr store: name another output.")
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What all cells of an output have in common.
+    """The layout of an output.
 
     Attributes:
-        shape: numbers of cells and dimensions.
-        key_added: slot of `obsm`, or the name of the column of embeddings.
-        sources: names of the sources; where there are several, a column says which one a cell comes from.
-        with_deviations: whether there is a column for how far the embeddings vary with the sample.
+        shape: Numbers of cells and dimensions.
+        key_added: Slot of `obsm`, or name of the column of embeddings.
+        sources: Names of the sources; if there are several, a column holds the source of each cell.
+        with_deviations: Whether there is a column for the deviation of the embeddings between samples.
     """
 
     shape: tuple[int, int]
@@ -81,7 +81,7 @@ class Layout:
 
     @property
     def own_columns(self) -> list[str]:
-        """Names of the columns beside the embeddings that are not those of obs, but for the names of the cells."""
+        """Names of the columns other than embeddings, columns of obs, and names of the cells."""
         deviation = [deviation_key(self.key_added)] if self.with_deviations else []
         return [*(["source"] if self.several else []), *deviation]
 
@@ -101,7 +101,7 @@ class EmbeddingWriter(ABC):
 
     @abstractmethod
     def write_provenance(self, provenance: dict[str, Any]) -> None:
-        """Write what made the embeddings, if the format has a place for it."""
+        """Write the record of how the embeddings were made, if the format has a place for it."""
 
     @abstractmethod
     def finish(self) -> None:
@@ -115,14 +115,14 @@ class EmbeddingWriter(ABC):
 class ParquetWriter(EmbeddingWriter):
     """Writer of a Parquet table: `cell` (the name), `source` (if several), columns of obs, and the embedding.
 
-    The embedding is one column of lists of fixed size, called `key_added`; or, with `wide`, one column per dimension.
-    Where embeddings are means over samples, their deviations stand before them.
+    The embedding is one column of lists of fixed size, named `key_added`; or, with `wide`, one column per dimension.
+    If embeddings are means over samples, the column before them holds their deviations.
 
     Args:
-        output: path or URL.
-        layout: what all cells have in common.
-        obs: columns of obs -> their types.
-        wide: whether each dimension is a column.
+        output: Path or URL.
+        layout: Layout of the output.
+        obs: Column of obs -> its type.
+        wide: Whether each dimension is a column.
     """
 
     def __init__(self, output: str, layout: Layout, obs: dict[str, "pa.DataType"], wide: bool):
@@ -144,12 +144,12 @@ class ParquetWriter(EmbeddingWriter):
         self.schema = pa.schema([pa.field("cell", pa.string()), *source, *columns, *deviation, *dimensions])
         self.stream = WholeStream(output)
         labels = ["cell", *(field.name for field in (*source, *columns) if not pa.types.is_nested(field.type))]
-        # Embeddings hardly repeat: a dictionary of them, and statistics, would be of no use.
+        # Values of embeddings hardly ever repeat, so a dictionary or statistics of them would be useless.
         options: dict[str, Any] = {"use_dictionary": labels, "write_statistics": labels}
         self.file = pq.ParquetWriter(self.stream.file, self.schema, **options)
 
     def write(self, shard: Shard, source: str) -> None:
-        """Write rows as one row group."""
+        """Write the rows of a shard as one row group."""
         import pyarrow as pa
 
         columns = [pa.array(shard.names, pa.string())]
@@ -167,7 +167,7 @@ class ParquetWriter(EmbeddingWriter):
         self.file.write_table(pa.Table.from_arrays(arrays, schema=self.schema))
 
     def write_provenance(self, provenance: dict[str, Any]) -> None:
-        """Write what made the embeddings as JSON into the file's metadata, under `tahoe_x1`."""
+        """Write the record of how the embeddings were made into the file's metadata, as JSON under `tahoe_x1`."""
         self.file.add_key_value_metadata({provenance_key(self.layout.key_added): json.dumps(provenance)})
 
     def finish(self) -> None:
@@ -192,12 +192,12 @@ class NpyWriter(EmbeddingWriter):
         )
 
     def write(self, shard: Shard, source: str) -> None:
-        """Write rows."""
+        """Write the rows of a shard."""
         self.stream.file.write(np.ascontiguousarray(shard.embeddings, dtype=np.float32).tobytes())
 
     def write_provenance(self, provenance: dict[str, Any]) -> None:
-        """Log what made the embeddings, since the format has no place for it."""
-        logger.info("An .npy file has no place for what made the embeddings: %s", json.dumps(provenance))
+        """Log the record of how the embeddings were made, since the format has no place for it."""
+        logger.info("An .npy file cannot hold the record of how the embeddings were made: %s", json.dumps(provenance))
 
     def finish(self) -> None:
         """Move the file into place."""

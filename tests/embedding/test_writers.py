@@ -269,7 +269,7 @@ def test_a_zarr_store_is_copied_with_the_new_slots(
     with pytest.raises(ValueError, match=r"cells.zarr is a source: a .zarr store cannot be changed in place"):
         embed_files(source, source, *parts, progress=False)
     (tmp_path / "folder.zarr").mkdir()
-    with pytest.raises(ValueError, match="is there, and is not a zarr store"):
+    with pytest.raises(ValueError, match="exists and is not a zarr store"):
         embed_files(source, tmp_path / "folder.zarr", *parts, progress=False)
 
 
@@ -325,7 +325,7 @@ def test_hidden_layer_and_kinds_of_gene_embeddings_of_files(
     [
         ("out.npy", {"obs": "score"}, r"obs=score: 'out.npy' has no place for columns"),
         ("out.h5ad", {"obs": ["score"]}, r"out.h5ad is a copy of the only source, with all columns of obs"),
-        ("out.h5ad", {"wide": True}, r"wide \(--wide\) is a form of .parquet"),
+        ("out.h5ad", {"wide": True}, r"wide \(--wide\) needs an output that ends in .parquet"),
         ("out.parquet", {"obs": "score,nothing"}, r"no source has the column 'nothing'; there are cell_type, sample"),
         ("out.zarr", {"gene_embeddings": True}, r"a single .h5ad file as source and an .h5ad output"),
     ],
