@@ -1,9 +1,9 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""Genes and drugs by name, counts of cells as ragged arrays, and what becomes of them: values, and a choice.
+"""Encoding of cells: look up genes and drugs by name, choose the genes of long cells, turn counts into values.
 
-All but the tables of genes and drugs are pure functions on flat arrays with offsets, vectorised over the cells. This
-file travels to the Hugging Face Hub beside the weights: it imports only numpy, transformers and a file that travels
-with it.
+Except for the tables of genes and drugs, these are pure functions on flat arrays with offsets, vectorised over the
+cells. This file is published on the Hugging Face Hub beside the weights, so it imports only numpy, transformers and a
+file that is published with it.
 """
 
 import os
@@ -22,7 +22,7 @@ logger = logging.get_logger(__name__)
 
 _VERSION_SUFFIX = re.compile(r"\.\d+$")
 _SPECIAL_TOKEN = re.compile(r"^<.*>$")
-# How the missing values of Python, numpy and pandas print themselves.
+# The missing values of Python, numpy and pandas as text.
 _MISSING = ("None", "nan", "<NA>")
 _OTHER_SPECIES = re.compile(r"^ENS[A-Z]{3,4}G\d+")
 
@@ -30,22 +30,24 @@ _OTHER_SPECIES = re.compile(r"^ENS[A-Z]{3,4}G\d+")
 def bin_expression(values: np.ndarray, offsets: np.ndarray, num_bins: int = 51, right: bool = False) -> np.ndarray:
     """Replace each expression value by the number of its cell's quantile bin.
 
-    The formula is upstream Tahoe-x1's: the `num_bins - 1` edges of a cell are `torch.quantile` of its non-zero values
-    at `linspace(0, 1, num_bins - 1)` in float32, linearly interpolated; the bin is the number of edges below the
-    value, plus one, or with `right` the number of edges not above it. Results agree with upstream's bit for bit.
+    The formula is the original's. The `num_bins - 1` edges of a cell are the `torch.quantile` of its non-zero values
+    at `linspace(0, 1, num_bins - 1)` in float32, with linear interpolation. The bin of a value is the number of edges
+    below it plus one; with `right` it is the number of edges that are not above it. Results equal the original's bit
+    for bit.
 
     Args:
-        values: `(total,)` expression values of all cells, one cell after the other; any unit, converted to float32.
-        offsets: `(cells + 1,)` cell `i` is `values[offsets[i]:offsets[i + 1]]`; cells may be empty.
-        num_bins: number of bins including the one for zeros, at least 2.
-        right: count edges equal to the value as below it (upstream's `right_binning`).
+        values: `(total,)` expression values of all cells, one cell after the other, in any unit; converted to float32.
+        offsets: `(cells + 1,)` bounds of the cells: cell `i` is `values[offsets[i]:offsets[i + 1]]`; cells may be
+            empty.
+        num_bins: Number of bins, including the bin for zeros; at least 2.
+        right: Whether edges equal to a value count as below it (the original's `right_binning`).
 
     Returns:
-        `(total,)` float32 bins, `1..num_bins - 1` for values above zero; zeros take no part in the edges and get 0, or
-        1 where `right` is False.
+        `(total,)` float32 bins, `1..num_bins - 1` for values above zero. Zeros are not used for the edges; they get
+        the bin 0, or 1 if `right` is False.
 
     Raises:
-        ValueError: for `num_bins` below 2, for offsets that do not partition `values`, and for NaN.
+        ValueError: If `num_bins` is below 2, `offsets` do not partition `values`, or a value is NaN.
     """
     if num_bins < 2:
         raise ValueError(f"num_bins={num_bins}: quantile bins need at least 2.")
@@ -54,7 +56,7 @@ def bin_expression(values: np.ndarray, offsets: np.ndarray, num_bins: int = 51, 
     if not len(values):
         return values
     if np.isnan(values).any():
-        raise ValueError("values holds NaN, which belongs to no bin: remove or replace the missing values first.")
+        raise ValueError("values holds NaN, which has no bin: remove or replace the missing values first.")
     codes, table_values, table_cells, table_counts = _distinct_values(values, lengths)
     table_counts[table_values == 0] = 0
     edges = _quantile_edges(table_values, table_cells, table_counts, len(lengths), num_bins - 1)
@@ -62,24 +64,25 @@ def bin_expression(values: np.ndarray, offsets: np.ndarray, num_bins: int = 51, 
     bins = np.searchsorted(
         _sort_keys(edge_cells, edges), _sort_keys(table_cells, table_values), side="right" if right else "left"
     )
-    bins -= table_cells * (num_bins - 1)  # the edges of the cells before
+    bins -= table_cells * (num_bins - 1)  # subtract the edges of the cells before
     bins[table_values == 0] = 0
     return (bins + (not right)).astype(np.float32)[codes]
 
 
 def log_normalize(values: np.ndarray, offsets: np.ndarray, target_sum: float = 10000.0) -> np.ndarray:
-    """Scale every cell to the same sum and take `log1p`: upstream Tahoe-x1's `log1p(x / (sum + 1e-9) * target_sum)`.
+    """Scale every cell to the same sum and take `log1p`: the original's `log1p(x / (sum + 1e-9) * target_sum)`.
 
     Args:
         values: `(total,)` non-negative counts of all cells, one cell after the other.
-        offsets: `(cells + 1,)` cell `i` is `values[offsets[i]:offsets[i + 1]]`; cells may be empty.
-        target_sum: the sum of every cell before the logarithm.
+        offsets: `(cells + 1,)` bounds of the cells: cell `i` is `values[offsets[i]:offsets[i + 1]]`; cells may be
+            empty.
+        target_sum: Sum of every cell before the logarithm.
 
     Returns:
-        `(total,)` float32; computed in float64, so it does not depend on the order of the genes.
+        `(total,)` float32 values. They are computed in float64, so they do not depend on the order of the genes.
 
     Raises:
-        ValueError: for offsets that do not partition `values`.
+        ValueError: If `offsets` do not partition `values`.
     """
     lengths = _checked_lengths(offsets, len(values))
     cells = np.repeat(np.arange(len(lengths)), lengths)
@@ -96,12 +99,15 @@ def _checked_lengths(offsets: np.ndarray, total: int) -> np.ndarray:
 
 
 def _distinct_values(values: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """List each cell's values in rising order: the row of every value, then per row the value, its cell and count.
+    """Make a table with one row for each distinct value of each cell, in rising order.
 
-    A cell has a few dozen distinct counts among thousands of genes, and all further work is done per row.
+    A cell has only a few dozen distinct counts among thousands of genes, and all further work is done per row.
+
+    Returns:
+        The row of every value, and for each row its value, its cell, and the number of values in it.
     """
     cells = np.repeat(np.arange(len(lengths)), lengths)
-    # Small integers, the usual case: a histogram finds the distinct values without sorting. (Rows may have count 0.)
+    # In the usual case, small integers, a histogram finds the distinct values without sorting. (Rows may be empty.)
     if values.min() >= 0 and values.max() < 2**24 and (values == np.floor(values)).all():
         counts = values.astype(np.int64)
         sizes = np.zeros(len(lengths), dtype=np.int64)
@@ -126,7 +132,7 @@ def _sort_keys(cells: np.ndarray, values: np.ndarray) -> np.ndarray:
 
 
 def unit_quantiles(count: int) -> np.ndarray:
-    """Return `(count,)` float32, `torch.linspace(0, 1, count)` as processors with a fused multiply-add compute it."""
+    """Return `torch.linspace(0, 1, count)`, `(count,)` float32, as processors with a fused multiply-add compute it."""
     step, number = np.float64(np.float32(1) / np.float32(max(count - 1, 1))), np.arange(count)  # exact from here on
     return np.where(number < max(1, count // 2), step * number, 1 - step * (count - 1 - number)).astype(np.float32)
 
@@ -136,17 +142,17 @@ def _fused_multiply_add(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarr
     product, addend = a.astype(np.float64) * b, c.astype(np.float64)  # the product is exact
     total = product + addend
     error = (product - (total - (total - product))) + (addend - (total - product))
-    even = np.isfinite(total) & (error != 0) & (total.view(np.int64) & 1 == 0)  # made odd, it can be rounded again
+    even = np.isfinite(total) & (error != 0) & (total.view(np.int64) & 1 == 0)  # an odd total can be rounded again
     return np.where(even, np.nextafter(total, np.copysign(np.inf, error)), total).astype(np.float32)
 
 
 def _quantile_edges(
     table_values: np.ndarray, table_cells: np.ndarray, table_counts: np.ndarray, num_cells: int, num_edges: int
 ) -> np.ndarray:
-    """Return `(num_cells * num_edges,)` float32 quantiles of every cell, with the roundings of `torch.quantile`.
+    """Return the quantiles of every cell, `(num_cells * num_edges,)` float32, rounded like those of `torch.quantile`.
 
-    torch computes rank = q * (n - 1) in float32 and interpolates its neighbours with `lerp`, which has a fused
-    multiply-add on most processors; here it has one on all.
+    torch computes the rank q * (n - 1) in float32, and interpolates between the values beside it with `lerp`, which
+    uses a fused multiply-add on most processors. This function uses one on all processors.
     """
     cell_counts = np.bincount(table_cells, weights=table_counts, minlength=num_cells).astype(np.int64)
     last = np.maximum(cell_counts - 1, 0).astype(np.float32)
@@ -155,7 +161,7 @@ def _quantile_edges(
     upto = np.cumsum(table_counts)
 
     def value_at(rank: np.ndarray) -> np.ndarray:
-        # A cell without non-zero values has no such row; what it gets here is never used.
+        # A cell without non-zero values has no such row; the value that it gets here is never used.
         rows = np.searchsorted(upto, rank.astype(np.int64) + starts, side="right")
         return table_values[np.minimum(rows, len(table_values) - 1)]
 
@@ -166,15 +172,15 @@ def _quantile_edges(
 
 @dataclass(frozen=True, eq=False)
 class GeneMatch:
-    """Which column of a matrix is which token.
+    """The token of each column of a matrix.
 
     Attributes:
-        token_ids: `(num_genes,)` int64 vocabulary ids, -1 where the gene is unknown.
-        num_genes: columns looked up.
-        num_matched: distinct tokens found.
-        num_unknown: columns without a token; they are left out of every cell.
-        num_duplicates: columns whose counts are added to an earlier column of the same token.
-        unknown_examples: up to five names without a token.
+        token_ids: `(num_genes,)` int64 token ids; -1 for unknown genes.
+        num_genes: Number of columns that were looked up.
+        num_matched: Number of distinct tokens found.
+        num_unknown: Number of columns without a token; they are left out of every cell.
+        num_duplicates: Number of columns whose counts are added to an earlier column with the same token.
+        unknown_examples: Up to five names without a token.
     """
 
     token_ids: np.ndarray
@@ -189,9 +195,9 @@ class Vocabulary:
     """Tokens of a vocabulary file, and the genes among them.
 
     Attributes:
-        ids: token -> id.
-        tokens: id -> token.
-        is_gene: `(largest id + 1,)` bool, which ids are genes: neither special tokens nor fillers.
+        ids: Token -> id.
+        tokens: Id -> token.
+        is_gene: `(largest id + 1,)` bool, True for genes, False for special tokens and fillers.
     """
 
     def __init__(self, ids: dict[str, int]):
@@ -201,13 +207,13 @@ class Vocabulary:
 
     @classmethod
     def read(cls, path: str | os.PathLike) -> "Vocabulary":
-        """Read `vocab.json`, or raise ValueError."""
+        """Read a `vocab.json`; raise ValueError if it cannot be used."""
         return cls(read_vocabulary(path))
 
     def match(
         self, gene_ids: Iterable[str], symbols: Mapping[str, str] | None, advice: Callable[[], str] = str
     ) -> GeneMatch:
-        """Look up genes, as `TahoeX1Tokenizer.match_genes` does; `advice` ends the message where few are found."""
+        """Look up genes like `TahoeX1Tokenizer.match_genes`; `advice` returns the end of the error message."""
         if isinstance(gene_ids, (str, bytes)):
             raise TypeError(f"gene_ids={gene_ids!r} is one string: pass a sequence of gene ids.")
         names = [str(name) for name in gene_ids]
@@ -215,7 +221,7 @@ class Vocabulary:
         known = token_ids[token_ids >= 0]
         matched = len(np.unique(known))
         unknown = [name for name, token in zip(names, token_ids, strict=True) if token < 0]
-        # Some symbol columns hold Ensembl ids where a gene has no symbol: a few known names do not make them ids.
+        # Some columns of symbols hold an Ensembl id if a gene has no symbol, so a few known ids prove nothing.
         symbols_unread = symbols is None and 2 * sum(not name.startswith("ENS") for name in unknown) > len(names)
         if 100 * len(known) < len(names) or symbols_unread or not names:
             raise ValueError(self._explain_no_match(names, unknown, symbols) + advice())
@@ -228,7 +234,7 @@ class Vocabulary:
         return GeneMatch(token_ids, len(names), matched, len(unknown), len(known) - matched, tuple(unknown[:5]))
 
     def gene_token(self, name: str, symbols: Mapping[str, str] | None = None) -> int:
-        """Return the id of a gene, -1 where it is unknown."""
+        """Return the token id of a gene; -1 if it is unknown."""
         name = name if symbols is None else symbols.get(name, name)
         token = self.ids.get(name)
         token = self.ids.get(_VERSION_SUFFIX.sub("", name), -1) if token is None else token
@@ -250,15 +256,24 @@ class Vocabulary:
                 f"{start}: {unknown[:3]} look like gene symbols, and the vocabulary has Ensembl ids (like "
                 f"{vocabulary}). Pass Ensembl ids, or gene_symbols= with a table symbol -> Ensembl id."
             )
-        return f"{start}: they are like {unknown[:3]}, the vocabulary like {vocabulary}. Pass human Ensembl gene ids."
+        return f"{start}: {unknown[:3]} are unknown, the vocabulary has {vocabulary}. Pass human Ensembl gene ids."
 
     def knows_most(self, names: Iterable[Any]) -> bool:
-        """Return whether more than half of some names are genes of the vocabulary."""
+        """Return whether more than half of the names are genes of the vocabulary."""
         tokens = [self.gene_token(str(name)) for name in names]
         return 2 * sum(token >= 0 for token in tokens) > len(tokens)
 
     def cell_tokens(self, genes: np.ndarray, lookup: Mapping[str, int]) -> np.ndarray:
-        """Return a cell's token ids, given the names of its genes and where to look them up, or token ids to check."""
+        """Return the token ids of a cell's genes.
+
+        Args:
+            genes: `(genes,)` names of the genes, or integer token ids, which are checked.
+            lookup: Name -> token id.
+
+        Raises:
+            TypeError: If `genes` holds neither names nor integers.
+            ValueError: If a token id is not that of a gene.
+        """
         if genes.dtype.kind in "UO":
             return np.array([lookup[str(name)] for name in genes], dtype=np.int64)
         if genes.dtype.kind not in "iu" and len(genes):
@@ -268,15 +283,15 @@ class Vocabulary:
         wrong = wrong if len(wrong) else tokens[~self.is_gene[tokens]]
         if len(wrong):
             what = f"{wrong[0]} ({self.tokens.get(int(wrong[0]))}), which is not the token id of a gene"
-            raise ValueError(f"genes holds {what}: leave special tokens such as <cls> out, they are put in here.")
+            raise ValueError(f"genes holds {what}: leave special tokens such as <cls> out, they are added here.")
         return tokens
 
 
 class DrugTable:
-    """The drugs of a model, by name; blanks around a name mean nothing. Id 0 stands for no drug.
+    """The drugs of a model, by name. Blanks around a name are ignored, and id 0 means no drug.
 
     Args:
-        ids: drug -> id.
+        ids: Drug -> id.
     """
 
     def __init__(self, ids: Mapping[str, int]):
@@ -285,11 +300,11 @@ class DrugTable:
         self._reported: set[str] = set()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out what was reported: a hash of the tokenizer must not change with its use."""
+        """Leave out the reported drugs, since a hash of the tokenizer must not change when it is used."""
         return {**self.__dict__, "_reported": set()}
 
     def find(self, name: Any) -> int | None:
-        """Return the id of a drug, 0 for a missing value or "", None for a drug that the table lacks."""
+        """Return the id of a drug, 0 for a missing value or "", None for a drug that is not in the table."""
         if not isinstance(name, str):
             name = "" if str(name) in _MISSING else str(name)
         found = self.ids.get(name, self._trimmed.get(name.strip()))
@@ -299,13 +314,17 @@ class DrugTable:
         """Look up the drug of each cell.
 
         Returns:
-            `(cells,)` int64 ids, 0 for drugs that the table lacks; and the number of cells of each of these drugs.
+            `(cells,)` int64 ids, 0 for drugs that are not in the table; and the number of cells of each such drug.
         """
         ids = np.array([self.find(name) or 0 for name in names], dtype=np.int64)
         return ids, self.unknown(Counter(names))
 
     def unknown(self, cells: Mapping[Any, int]) -> Counter[str]:
-        """Return those drugs of drug -> number of cells that the table lacks."""
+        """Return the drugs that are not in the table, with the number of cells of each.
+
+        Args:
+            cells: Drug -> number of cells.
+        """
         total: Counter[str] = Counter()
         for name, number in cells.items():
             if self.find(name) is None:
@@ -313,12 +332,13 @@ class DrugTable:
         return total
 
     def settle(self, unknown: Mapping[str, int], rule: str, warn: str = "always") -> None:
-        """Do what a rule says of drugs that the table lacks.
+        """Apply the rule for drugs that are not in the table.
 
         Args:
-            unknown: drug -> number of cells.
-            rule: `"error"` raises ValueError; `"pad"` warns that the cells count as cells without a drug.
-            warn: `"always"`; `"new"`, if this table has not warned of all of them before; `"never"`, as if it had.
+            unknown: Drug -> number of cells.
+            rule: `"error"` to raise ValueError; `"pad"` to warn that the cells count as cells without a drug.
+            warn: `"always"`; `"new"` to warn only if some of the drugs have not been reported before; or `"never"`,
+                which still marks the drugs as reported.
         """
         told = warn == "never" or (warn == "new" and self._reported.issuperset(unknown))
         if rule == "pad":
@@ -332,7 +352,7 @@ class DrugTable:
             raise ValueError(
                 f"drugs: {most[0]!r} is not in the drug table{similar_names(most[0], self.ids)} Unknown drugs, with "
                 f"their numbers of cells: {listed}. List the names with tokenizer.drug_to_id, pass None for no drug, "
-                'or take unknown drugs for no drug, as the original does: unknown_drugs="pad" (--unknown-drugs pad).'
+                'or treat unknown drugs as no drug, as the original does: unknown_drugs="pad" (--unknown-drugs pad).'
             )
         logger.warning(
             f"Drugs that are not in the drug table, with their numbers of cells: {listed}. These cells count as cells "
@@ -341,18 +361,24 @@ class DrugTable:
 
 
 class GeneRows(NamedTuple):
-    """Expressed known genes of some cells: token ids, float32 counts, offsets of the cells."""
+    """The expressed genes of some cells that are in the vocabulary.
+
+    Attributes:
+        tokens: `(total,)` token ids of all cells, one cell after the other.
+        counts: `(total,)` float32 counts.
+        offsets: `(cells + 1,)` bounds of the cells: cell `i` is `tokens[offsets[i]:offsets[i + 1]]`.
+    """
 
     tokens: np.ndarray
     counts: np.ndarray
     offsets: np.ndarray
 
     def cells(self) -> np.ndarray:
-        """`(total,)` int64: the cell of each gene."""
+        """Return the row number of the cell of each gene, `(total,)` int64."""
         return np.repeat(np.arange(len(self.offsets) - 1), np.diff(self.offsets))
 
     def select(self, keep: np.ndarray) -> "GeneRows":
-        """Keep the genes at which `keep`, `(total,)` bool, is True."""
+        """Return the genes at which `keep`, `(total,)` bool, is True."""
         return GeneRows(self.tokens[keep], self.counts[keep], _cut_offsets(self.offsets, keep))
 
 
@@ -369,7 +395,15 @@ def as_counts(values: Any) -> np.ndarray:
 
 
 def matrix_rows(matrix: Any, genes: GeneMatch) -> tuple[GeneRows, bool]:
-    """Read the known, non-zero entries of a cells x genes matrix in column order; say whether genes may repeat."""
+    """Read the known, non-zero entries of a matrix.
+
+    Args:
+        matrix: `(cells, genes)` counts, sparse or dense.
+        genes: Tokens of its columns.
+
+    Returns:
+        The genes of each cell in the order of the columns, and whether a gene may occur twice in a cell.
+    """
     if getattr(matrix, "ndim", 2) != 2 or matrix.shape[1] != genes.num_genes:
         raise ValueError(
             f"counts has shape {tuple(matrix.shape)}, but {genes.num_genes} gene ids were matched: pass rows of cells "
@@ -386,18 +420,18 @@ def matrix_rows(matrix: Any, genes: GeneMatch) -> tuple[GeneRows, bool]:
         offsets = np.searchsorted(cells, np.arange(len(dense) + 1))
     keep = (genes.token_ids[columns] >= 0) & (counts != 0)
     columns, counts, offsets = columns[keep], counts[keep], _cut_offsets(offsets, keep)
-    if genes.num_duplicates:  # every column stands where the first one with its token does
+    if genes.num_duplicates:  # move every column to the first one with its token
         _, first, inverse = np.unique(genes.token_ids, return_index=True, return_inverse=True)
         columns = first[inverse][columns]
     places = np.repeat(np.arange(len(offsets) - 1) * genes.num_genes, np.diff(offsets)) + columns
     if (places[1:] > places[:-1]).all():
         return GeneRows(genes.token_ids[columns], counts, offsets), False
-    order = np.argsort(places, kind="stable")  # unsorted, stored twice or merged: put a copy in order
+    order = np.argsort(places, kind="stable")  # unsorted, repeated or merged entries: sort a copy
     return GeneRows(genes.token_ids[columns[order]], counts[order], offsets), True
 
 
 def merge_repeats(rows: GeneRows) -> GeneRows:
-    """Add up the counts of a gene that stands several times in a cell, at its first place."""
+    """Add up the counts of a gene that occurs several times in a cell, and put the sum at its first place."""
     cells = rows.cells()
     keys = cells * (rows.tokens.max(initial=0) + 1) + rows.tokens
     _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
@@ -418,10 +452,10 @@ def mix64(numbers: np.ndarray) -> np.ndarray:
 
 
 def content_numbers(rows: GeneRows) -> np.ndarray:
-    """Return a number for each cell that depends on its genes and counts, in any order: `(cells,)` uint64.
+    """Return `(cells,)` uint64 numbers, each of which depends on a cell's genes and counts, but not on their order.
 
-    A cell longer than the context is sampled by it, so that its sample depends neither on the file nor on its place.
-    Cells that happen to have the same number would share the random numbers of their sample, which does no harm.
+    The sample of a cell longer than the context is chosen by this number, so it depends neither on the file nor on
+    the cell's place in it. Cells that happen to have the same number share their random numbers, which does no harm.
     """
     bits = np.ascontiguousarray(rows.counts, dtype=np.float32).view(np.uint32)
     products = rows.tokens.astype(np.uint64) * bits.astype(np.uint64)
@@ -430,12 +464,12 @@ def content_numbers(rows: GeneRows) -> np.ndarray:
 
 
 def cell_streams(contents: np.ndarray, seed: int) -> np.ndarray:
-    """Return `(cells,)` uint64, where the random numbers of cells with these content numbers start."""
+    """Return the `(cells,)` uint64 starts of the random numbers of cells with these content numbers."""
     return mix64(mix64(np.array([seed], dtype=np.uint64)) + contents)
 
 
 def sample_seed(seed: int, number: int) -> int:
-    """Return the seed of one of several samples; the first, number 0, has the seed itself."""
+    """Return the seed of one of several samples; the first sample, number 0, uses `seed` itself."""
     if number == 0:
         return seed
     return int(mix64(mix64(np.array([seed], dtype=np.uint64)) + np.uint64(number))[0] >> np.uint64(1))
@@ -449,20 +483,20 @@ def kept_genes(
     keep_first: bool = False,
     contents: np.ndarray | None = None,
 ) -> np.ndarray | None:
-    """Choose the genes of cells that have more than `room` of them.
+    """Choose the genes to keep of cells that have more than `room` genes.
 
     Args:
-        rows: the cells' genes.
-        seed: seed of the sampling.
-        room: most genes of a cell.
-        overflow: `"sample"`: at random, by a hash of seed, cell content and gene, so that a cell's sample depends on
-            nothing else; `"highest"`: the highest counts, of equal ones the lowest token ids; `"first"`: in storage
-            order.
-        keep_first: always keep a cell's first gene.
-        contents: `(cells,)` content numbers to sample by; by default those of `rows`.
+        rows: Genes of the cells.
+        seed: Seed of the sampling.
+        room: Largest number of genes of a cell.
+        overflow: `"sample"` for random genes, chosen by a hash of seed, cell content and gene, so that a cell's sample
+            depends on nothing else; `"highest"` for the genes with the highest counts, and among equal counts those
+            with the lowest token ids; `"first"` for the first genes in storage order.
+        keep_first: Whether to always keep a cell's first gene.
+        contents: `(cells,)` content numbers for the sampling; by default those of `rows`.
 
     Returns:
-        `(total,)` bool, True at the genes kept; None where all are.
+        `(total,)` bool, True at the kept genes; None if all genes are kept.
     """
     lengths = np.diff(rows.offsets)
     long = np.flatnonzero(lengths > room)
@@ -489,19 +523,23 @@ def kept_genes(
 
 
 def to_csr(matrix: Any) -> Any:
-    """Return a sparse matrix by cell (CSR), with a warning where it was stored by gene."""
+    """Return a sparse matrix as CSR (stored by cell), with a warning if it was CSC (stored by gene)."""
     if getattr(matrix, "format", "csr") == "csc":
         logger.warning("The matrix is CSC (by gene) and is converted to CSR (by cell): convert it once to save time.")
     return matrix.tocsr()
 
 
 def count_problem(rows: GeneRows, first_cell: int, gene_names: Mapping[int, str]) -> tuple[str | None, str | None]:
-    """Look for values that cannot be counts: (what cannot be encoded, what can but looks wrong), None where fine.
+    """Look for values that cannot be counts.
 
     Args:
-        rows: the cells' genes.
-        first_cell: number of the first cell in its data set, for the message.
-        gene_names: token id -> gene, for the message.
+        rows: Genes and counts of the cells.
+        first_cell: Number of the first cell in its data set, for the message.
+        gene_names: Token id -> gene, for the message.
+
+    Returns:
+        Two messages: one about values that cannot be encoded, and one about values that can be encoded but do not look
+        like counts. Each is None if there are no such values.
     """
     counts = rows.counts
     if not (counts.min(initial=0) >= 0 and counts.max(initial=0) < np.inf):  # false for NaN too
@@ -517,7 +555,7 @@ def count_problem(rows: GeneRows, first_cell: int, gene_names: Mapping[int, str]
     with np.errstate(over="ignore"):
         sums = np.bincount(rows.cells(), weights=np.expm1(counts.astype(np.float64)))
     sums = sums[sums > 0]
-    # log1p of counts scaled to a common sum: the same sum again once the logarithm is undone.
+    # If counts were scaled to a common sum before log1p, all cells have the same sum after the logarithm is undone.
     logarithms = len(sums) > 1 and sums.std() < 0.05 * sums.mean()
     looks = " and look log-normalised" if logarithms else ""
     return None, f"counts: the values are not integers{looks}. The models were trained on raw counts."
@@ -531,10 +569,17 @@ def _looks_like_counts(matrix: Any) -> bool:
 
 
 def count_hint(adata: Any, layer: str | None) -> str:
-    """Say where an AnnData keeps non-negative integers, as advice; five rows of each matrix are looked at."""
+    """Return advice for an error message: the places of an AnnData that hold non-negative integers.
+
+    Only the first five rows of each matrix are read.
+
+    Args:
+        adata: AnnData; None if there is none.
+        layer: Layer that was used; None for `X`.
+    """
     if adata is None:
         return " Pass the raw counts."
-    others = [name for name in adata.layers if name not in (None, layer)]  # None is X, since anndata 0.13
+    others = [name for name in adata.layers if name not in (None, layer)]  # None is X since anndata 0.13
     places = [f'layer="{name}"' for name in others if _looks_like_counts(adata.layers[name])]
     if layer is not None and adata.X is not None and _looks_like_counts(adata.X):
         places.append("adata.X (leave out layer=)")

@@ -258,7 +258,7 @@ def test_other_species(tokenizer):
 
 def test_other_unknown_genes(tokenizer, ids):
     with pytest.raises(
-        ValueError, match=r"like .'ENSG99999999999'.*, the vocabulary like .'ENSG.*Pass human Ensembl gene ids"
+        ValueError, match=r"'ENSG99999999999'.* are unknown, the vocabulary has .'ENSG.*Pass human Ensembl gene ids"
     ):
         tokenizer.match_genes(["ENSG99999999999"])
     with pytest.raises(ValueError, match="1 of 200 genes are in the vocabulary"):
