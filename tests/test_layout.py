@@ -112,7 +112,6 @@ TESTED_IN: dict[str, set[str]] = {
         "common/finite_tensors",
         "common/weight_files",
         "common/wrapped_names",
-        "hub/adapter_weights",
         "inference/finite",
     },
     "model_cards/test_model_cards.py": {"hub/cards/facts", "hub/cards/rendering", "training/flops"},

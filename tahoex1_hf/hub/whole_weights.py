@@ -20,6 +20,8 @@ from tahoex1_hf.common.wrapped_names import taken_off, unwrapped, unwrapping
 logger = logging.getLogger(__name__)
 
 _REPORTER = logging.getLogger("transformers.modeling_utils")
+# Beginnings of the names of heads, which may be there for other tasks than the present one.
+_HEADS = ("expression_decoder.", "cell_decoder.", "classifier.", "head.")
 _NAMED = 3  # names of tensors in a message
 
 
@@ -56,6 +58,9 @@ def load_whole(folder: Path, model_class: Any, optional: Sequence[str] = (), **o
         raise ValueError(f"{_what(files)} {problem}")
     if new := sorted({name.partition(".")[0] for name in report["missing_keys"]}):
         logger.info("%s lacks %s, which begins with random weights.", _what(files), ", ".join(new))
+    others = [name for name in sorted(report["unexpected_keys"]) if not name.startswith(_HEADS)]
+    if others:
+        logger.warning("%s holds tensors that are not read, %s.", _what(files), some_of(others))
     check_finite(named_tensors(model), _what(files))
     return model
 
@@ -128,7 +133,7 @@ def _problem(model: Any, report: dict[str, Any], names: Sequence[str], optional:
     if missing:
         return (
             f"lacks {len(missing)} of the {len(needed)} tensors that {type(model).__name__} needs, {some_of(missing)}"
-            f"{_instead(names, extra, all_of_them=len(missing) == len(needed))}. They would be random numbers."
+            f"{_instead(names, extra or sorted(bare), len(missing) == len(needed))}. They would be random numbers."
         )
     if extra:
         return (
@@ -138,19 +143,17 @@ def _problem(model: Any, report: dict[str, Any], names: Sequence[str], optional:
     return None
 
 
-def _instead(names: Sequence[str], extra: Sequence[str], all_of_them: bool) -> str:
+def _instead(names: Sequence[str], others: Sequence[str], all_of_them: bool) -> str:
     """Say what tensors are there in place of missing ones, and what that tells about their origin."""
     if any(re.search(r"\.(?:lora_\w+|base_layer|modules_to_save|original_module)\.", name) for name in names):
         return (
             "; it is of a model with a PEFT adapter that was not merged: save it after merge_and_unload(), or pass "
             "the folder that the PEFT model's save_pretrained makes"
         )
-    if extra:
-        return f"; it has {some_of(extra)}, perhaps the same under another name"
-    if not all_of_them:
-        return ""
-    unknown = sorted({unwrapped(name).partition(".")[0] for name in names})
-    return f"; the names of its {len(names)} tensors begin with {some_of(unknown)}"
+    if all_of_them:
+        unknown = sorted({unwrapped(name).partition(".")[0] for name in names})
+        return f"; the names of its {len(names)} tensors begin with {some_of(unknown)}"
+    return f"; it has {some_of(others)}, perhaps the same under another name" if others else ""
 
 
 def some_of(names: Sequence[str]) -> str:
