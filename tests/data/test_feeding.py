@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import os
 import sys
 from collections import Counter
 from pathlib import Path
@@ -455,6 +456,29 @@ def test_a_dropped_connection_is_tried_again_by_the_next_call(folder: Path, tmp_
     cache.url = remote
     assert cache.fetch(record).stat().st_size == record["bytes"]
     assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_a_damaged_copy_is_fetched_again(folder: Path, tmp_path: Path, remote: str) -> None:
+    record = manifest(folder)["splits"]["train"]["shards"][0]
+    path = ShardCache(remote, tmp_path, 1e9, {}).fetch(record)
+    data = bytearray(path.read_bytes())
+    data[200] ^= 1
+    path.write_bytes(data)
+    assert ShardCache(remote, tmp_path, 1e9, {}).fetch(record).read_bytes() == (folder / record["file"]).read_bytes()
+
+
+def test_another_users_copy_is_read(
+    folder: Path, tmp_path: Path, remote: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only its owner may set the time at which a copy was last used."""
+    record = manifest(folder)["splits"]["train"]["shards"][0]
+    path = ShardCache(remote, tmp_path, 1e9, {}).fetch(record)
+
+    def refuse(path: Path) -> None:
+        raise PermissionError(path)
+
+    monkeypatch.setattr(os, "utime", refuse)
+    assert ShardCache(remote, tmp_path, 1e9, {}).fetch(record) == path
 
 
 def test_a_copy_that_another_process_removes_is_fetched_again(folder: Path, tmp_path: Path, remote: str) -> None:

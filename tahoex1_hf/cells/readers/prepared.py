@@ -10,7 +10,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from hashlib import sha256
+from hashlib import file_digest, sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -470,7 +470,8 @@ class ShardCache:
         while True:
             path = self._start(record).result()
             with contextlib.suppress(FileNotFoundError):  # another process may have made room meanwhile
-                os.utime(path)
+                with contextlib.suppress(PermissionError):  # the copy may be another user's
+                    os.utime(path)
                 return path
             with self._lock:
                 self._running.pop(path.name, None)
@@ -503,7 +504,7 @@ class ShardCache:
     def _download(self, record: dict[str, Any], path: Path) -> Path:
         import fsspec
 
-        if _size_and_time(path)[0] == record["bytes"]:
+        if _size_and_time(path)[0] == record["bytes"] and _digest_of_file(path) == record["sha256"]:
             return path
         self.folder.mkdir(parents=True, exist_ok=True)
         self._make_room(record["bytes"])
@@ -532,6 +533,13 @@ class ShardCache:
             if path.name not in wanted:
                 path.unlink(missing_ok=True)  # a mapped file stays readable until it is closed
                 total -= held
+
+
+def _digest_of_file(path: Path) -> str:
+    """Return a file's digest, or nothing where another process removed it or it may not be read."""
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        return file_digest(file, "sha256").hexdigest()
+    return ""
 
 
 def _size_and_time(path: Path) -> tuple[int, int]:
