@@ -19,6 +19,11 @@ GROUPS = {
     "TestGeneClassification": "PEFT: classification of genes",
 }
 LISTED = "listed: "
+# Parts of reasons that name the test once more.
+REWORDED = {
+    r"^TahoeX1PipelineTest::\S+ is skipped: `\S+` is not in .*": "a task that these models do not have",
+    r"<class '(\w+\.)*(TahoeX1)?\w+'>|TahoeX1Model(?= )": "this class",
+}
 HEAD = """# transformers' and PEFT's own tests
 
 Written by `make test-upstream`, which takes the common tests of transformers {transformers} and PEFT {peft} from their
@@ -70,7 +75,9 @@ def reasons(record: dict[str, Any], listed: bool) -> str:
     for name, test in record["tests"].items():
         if test["outcome"] == "skipped" and test["reason"].startswith(LISTED) == listed:
             reason = " ".join(test["reason"].removeprefix(LISTED).split())
-            found.setdefault(re.sub(r"/\S+/", "", reason), []).append(f"{group_of(name)}, `{test_name(name)}`")
+            for pattern, plain in REWORDED.items():
+                reason = re.sub(pattern, plain, reason)
+            found.setdefault(reason, []).append(f"{group_of(name)}, `{test_name(name)}`")
     lines = []
     for reason, names in sorted(found.items(), key=lambda item: (-len(item[1]), item[0])):
         which = f" ({'; '.join(sorted(set(names)))})" if listed and len(set(names)) <= 40 else ""
@@ -81,7 +88,7 @@ def reasons(record: dict[str, Any], listed: bool) -> str:
 def main() -> None:
     record = json.loads(Path(sys.argv[1]).read_text())
     changed = f", with {record['changed_files']} changed files" if record["changed_files"] else ""
-    revision, *parents = record["revisions"] or ["unknown"]
+    revision, *parents = [each[:12] for each in record["revisions"]] or ["unknown"]
     if parents:
         revision += f" (merge of {' and '.join(parents)})"
     text = HEAD.format(**record["versions"], revision=revision, changed=changed) + counts(record)
