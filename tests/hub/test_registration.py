@@ -33,7 +33,7 @@ def run(code: str, given: bytes = b"") -> None:
 def test_the_package_imports_nothing_before_its_use_and_is_known_afterwards() -> None:
     run(
         "import sys, tahoex1_hf\n"
-        "found = {'torch', 'transformers', 'numpy', 'typer', 'accelerate'} & set(sys.modules)\n"
+        "found = {'torch', 'transformers', 'numpy', 'typer', 'accelerate', 'peft'} & set(sys.modules)\n"
         "assert not found, found\n"
         # BERT's module imports the Auto models while it imports what our models need.
         "from transformers import BertModel\n" + LOAD
