@@ -143,8 +143,8 @@ def copy_code(folder: str | os.PathLike) -> list[str]:
 
 def names_our_code(auto_map: Any) -> bool:
     """Return whether an `auto_map` names classes in files that must lie beside it, and not in another repository."""
-    given = auto_map.values() if isinstance(auto_map, Mapping) else ()
-    names = [name[0] if isinstance(name, (list, tuple)) and name else name for name in given]
+    classes = list(auto_map.values()) if isinstance(auto_map, Mapping) else []
+    names = [name[0] if isinstance(name, (list, tuple)) and name else name for name in classes]
     return any(isinstance(name, str) and f"{name.partition('.')[0]}.py" in CODE_FILES for name in names)
 
 

@@ -171,8 +171,9 @@ def padding_rule(padding: Any) -> str:
         ValueError: for anything else.
     """
     padding = getattr(padding, "value", padding)  # of transformers' PaddingStrategy
-    rules: dict[Any, str] = {True: "longest", False: "do_not_pad", None: "do_not_pad"}
-    rule = rules.get(padding, padding) if isinstance(padding, (bool, str, type(None))) else None
+    rule = padding
+    if padding is None or isinstance(padding, bool):
+        rule = "longest" if padding else "do_not_pad"
     if rule not in ("longest", "max_length", "do_not_pad"):
         raise ValueError(f'padding={padding!r}: pass True or "longest", "max_length", or False.')
     return str(rule)
@@ -214,17 +215,18 @@ class Output:
         more: dict[str, Any] = {}
         if self.special_tokens_mask:
             more["special_tokens_mask"] = ((~is_gene[encoded.input_ids]).astype(np.int64), 1)
-        batch: dict[str, Any]
+        batch: dict[str, Any] = {}
         if self.rule == "do_not_pad" and (self.tensors is None or len(set(encoded.lengths.tolist())) > 1):
-            batch = dict[str, Any](encoded.as_lists(more))
+            batch.update(encoded.as_lists(more))
         else:
-            batch = encoded.padded(
+            padded = encoded.padded(
                 pad_token_id=pad_token_id,
                 pad_value=pad_value,
                 pad_to_multiple_of=self.multiple,
                 max_length=wanted_length(self.rule, self.max_length),
                 more=more,
             )
+            batch.update(padded)
         if self.attention_mask is False:
             batch.pop("attention_mask")
         if self.length:
@@ -267,9 +269,7 @@ def pad_features(
     columns.setdefault("attention_mask", [np.ones(n, dtype=np.int64) for n in lengths])
     every_fill = {**_TOKEN_FILLS, **fills}
     by_token = {name: columns.pop(name) for name in _TOKEN_DTYPES if name in columns}
-    rows: dict[str, list[np.ndarray]] = {
-        name: [np.asarray(row, dtype=_TOKEN_DTYPES[name]) for row in by_token[name]] for name in by_token
-    }
+    rows = {name: [np.asarray(row, dtype=_TOKEN_DTYPES[name]) for row in by_token[name]] for name in by_token}
     for name, parts in rows.items():
         if [len(part) for part in parts] != lengths.tolist():
             raise ValueError(f"encoded_inputs: {name} and input_ids of the same cell differ in length.")
@@ -287,7 +287,7 @@ def pad_features(
 
 def _column(name: str, column: Any) -> torch.Tensor:
     """Batch an entry with a number, or equally many numbers, per cell."""
-    rows = [np.asarray(row) for row in column]
+    rows: list[np.ndarray] = [np.asarray(row) for row in column]
     if len({row.shape for row in rows}) > 1:
         raise ValueError(
             f"encoded_inputs: {name} has another length in each cell, and what its padding should hold is not known: "

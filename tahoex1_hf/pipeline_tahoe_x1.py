@@ -29,11 +29,9 @@ class TahoeX1CellEmbeddingPipeline(Pipeline):
     finds genes and counts by itself, and needs no padding; `embed_files` works on files larger than memory.
     """
 
-    _load_tokenizer: Any = True
-    _load_processor: Any = False
-    _load_image_processor: Any = False
-    _load_feature_extractor: Any = False
-    _load_video_processor: Any = False
+    _load_tokenizer = True  # type: ignore[assignment]
+    _load_processor = _load_image_processor = _load_feature_extractor = False  # type: ignore[assignment]
+    _load_video_processor = False  # type: ignore[assignment]
 
     def __call__(  # type: ignore[override]
         self, inputs: Any, *, batch_size: int | None = None, num_workers: int | None = None, **settings: Any

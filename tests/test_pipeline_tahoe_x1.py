@@ -1,9 +1,12 @@
 """Cells go through transformers' pipelines, and models take their code with them."""
 
 import json
+import sys
+import textwrap
 from pathlib import Path
 
 import anndata as ad
+import forked
 import numpy as np
 import pytest
 import scipy.sparse as sp
@@ -189,17 +192,25 @@ def test_a_pipeline_saves_all_that_it_needs(checkpoint, adata, tmp_path) -> None
     assert pipe(adata).shape == (9, 32)
 
 
-def test_pushing_with_code(checkpoint, tmp_path, monkeypatch) -> None:
-    model, tokenizer = AutoModel.from_pretrained(checkpoint), AutoTokenizer.from_pretrained(checkpoint)
-    hub = Hub()
-    with serve(hub):
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
-        monkeypatch.setenv("HF_TOKEN", "hf_test")
+def test_pushing_with_code(checkpoint, tmp_path) -> None:
+    hub, script = (
+        Hub(),
+        """
+        import sys
+        from transformers import AutoModel, AutoTokenizer
+        import tahoex1_hf
+        model, tokenizer = (kind.from_pretrained(sys.argv[1]) for kind in (AutoModel, AutoTokenizer))
         model.push_to_hub("someone/cells", with_code=True)
         tokenizer.push_to_hub("someone/cells", with_code=True)
-        model.save_pretrained(tmp_path / "cells", push_to_hub=True, repo_id="someone/saved", with_code=True)
+        model.save_pretrained("cells", push_to_hub=True, repo_id="someone/saved", with_code=True)
+    """,
+    )
+    with serve(hub):
+        online = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": "hf_test"}
+        environment = forked.environment(**online, HF_HOME=str(tmp_path / "home"))
+        command = [sys.executable, "-c", textwrap.dedent(script), checkpoint]
+        run = forked.run(command, environment, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
     files = {"config.json", "model.safetensors", *CODE_FILES}
     assert {*files, "tokenizer_config.json", "vocab.json"} <= hub.repos["someone/cells"].keys()
     assert files <= hub.repos["someone/saved"].keys()

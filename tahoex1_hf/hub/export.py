@@ -21,6 +21,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from tahoex1_hf.common.weight_files import SINGLE, weight_files
 from tahoex1_hf.configuration_tahoe_x1 import (
     AUTO_MAP,
+    CODE_FILES,
     CUSTOM_PIPELINES,
     TOKENIZER_AUTO_MAP,
     TahoeX1Config,
@@ -245,7 +246,7 @@ def _add_checkpoint(source: Path, folder: Path) -> None:
     for path in sorted(source.iterdir()):
         if path in weights:
             _link_or_copy(path.resolve(), folder / path.name)
-        elif path.name in _FILES_OF_A_RUN:
+        elif path.name in _FILES_OF_A_RUN or path.name in CODE_FILES:  # the code of this version is copied
             continue
         elif path.suffix == ".json" and path.is_file():
             shutil.copyfile(path, folder / path.name)

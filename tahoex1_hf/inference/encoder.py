@@ -18,7 +18,6 @@ from tahoex1_hf.common.dtypes import dtype_name
 from tahoex1_hf.configuration_tahoe_x1 import TahoeX1Config
 from tahoex1_hf.encoding_tahoe_x1 import GeneMatch
 from tahoex1_hf.inference.prepared_layers import PreparedLayer, packs_weights, prepare_layers
-from tahoex1_hf.inference.quantization import quantised_by, with_int8_weights
 from tahoex1_hf.inference.ragged import can_run_ragged, ragged_forward
 from tahoex1_hf.modeling_tahoe_x1 import TahoeX1Model, TahoeX1PreTrainedModel
 from tahoex1_hf.padding_tahoe_x1 import EncodedCells
@@ -222,14 +221,14 @@ class CellEncoder:
                 'in the original; set model.config.cell_pooling = "mean" for embeddings that do not.'
             )
         self.device = choose_device(device)
-        wanted = cast(DtypeName, dtype_name(dtype, get_args(DtypeName)))
-        self.dtype = choose_dtype(wanted, self.device)
+        dtype = cast(DtypeName, dtype_name(dtype, get_args(DtypeName)))
+        self.dtype = choose_dtype(dtype, self.device)
         self.config: TahoeX1Config = model.config
         self.dtype_name = str(self.dtype).removeprefix("torch.")
         self.model = cast(TahoeX1Model, model.base_model.to(self.device).eval())
         if self.dtype == torch.float32 and self.model.dtype in (torch.bfloat16, torch.float16):
-            if wanted != "auto":
-                logger.warning("dtype=%s, but the model was loaded in %s, which is used.", wanted, self.model.dtype)
+            if dtype != "auto":
+                logger.warning("dtype=%s, but the model was loaded in %s, which is used.", dtype, self.model.dtype)
             self.dtype = self.model.dtype
             self.dtype_name = str(self.dtype).removeprefix("torch.")
         self.hidden_layer = layer_number(self.config, hidden_layer)
@@ -241,11 +240,11 @@ class CellEncoder:
                 '(cell_pooling="cls"), has seen no gene before the first layer.',
                 hidden_layer,
             )
-        if wanted == "int8":
+        if dtype == "int8":
+            from tahoex1_hf.inference.quantization import with_int8_weights
+
             self.model = with_int8_weights(self.model)
             self.dtype_name = f"int8 weights, {self.dtype_name}"
-        elif self.dtype != torch.float32 and quantised_by(self.model) == "torch":
-            self.dtype, self.dtype_name = torch.float32, "int8 weights, float32"  # its layers take no other type
         self.tokenizer = tokenizer
         usual = _PACKED_BATCH_TOKENS if self._packs else _DEFAULT_BATCH_TOKENS.get(self.device.type, 16384)
         self.batch_tokens = batch_tokens or usual

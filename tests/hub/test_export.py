@@ -146,10 +146,15 @@ def test_a_push_without_a_card_is_refused_before_anything_is_done(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_contents_of_a_repository(tmp_path: Path, sizes: dict[str, Path], unproven: None) -> None:
-    (sizes["small"] / "training_args.bin").write_bytes(b"a pickle")
+@pytest.mark.usefixtures("unproven")
+def test_contents_of_a_repository(tmp_path: Path, sizes: dict[str, Path], caplog: pytest.LogCaptureFixture) -> None:
+    for name, content in (("training_args.bin", b"a pickle"), (CODE_FILES[0], b"code of another version")):
+        (sizes["small"] / name).write_bytes(content)
     build(sizes, tmp_path / "repository")
-    (sizes["small"] / "training_args.bin").unlink()
+    for name in ("training_args.bin", CODE_FILES[0]):
+        (sizes["small"] / name).unlink()
+    assert "training_args.bin is left out" in caplog.text
+    assert CODE_FILES[0] not in caplog.text
     files = {str(path.relative_to(tmp_path / "repository")) for path in (tmp_path / "repository").rglob("*.*")}
     files = {name for name in files if not name.endswith("conversion.json")}  # the converter's own record
     checkpoint = {"config.json", "tokenizer_config.json", "vocab.json", "model.safetensors"}
