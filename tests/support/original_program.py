@@ -46,7 +46,7 @@ class OriginalProgram:
         cells: Sequence[tuple[np.ndarray, np.ndarray]],
         drugs: Sequence[str],
         layer: int | None = None,
-        values: str = "bins",
+        kind: str = "bins",
         batch: int = 16,
     ) -> np.ndarray:
         """Return `(cells, width)` embeddings of length 1.
@@ -55,13 +55,13 @@ class OriginalProgram:
             cells: token ids and counts of each cell's genes.
             drugs: drug of each cell; one that the table lacks is no drug.
             layer: layer whose output is taken, without the final norm; by default the last, with it.
-            values: `"bins"`, or `"log1p"` of counts that add up to 10,000.
+            kind: kind of values, `"bins"`, or `"log1p"` of counts that add up to 10,000.
             batch: cells of a batch.
         """
-        found = []
+        found, encode = [], self._bins if kind == "bins" else _log
         for start in range(0, len(cells), batch):
             ids = torch.tensor([self.drugs.get(drug.strip(), 0) for drug in drugs[start : start + batch]])
-            genes, values = self._collate(cells[start : start + batch], self._bins if values == "bins" else _log)
+            genes, values = self._collate(cells[start : start + batch], encode)
             with torch.autocast("cpu", dtype=self.dtype, enabled=self.dtype != torch.float32):
                 found.append(F.normalize(self._forward(genes, values, ids, layer)[:, 0].float(), dim=1))
         return torch.cat(found).numpy()

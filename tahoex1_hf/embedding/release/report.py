@@ -18,6 +18,7 @@ from tahoex1_hf.embedding.release.comparing import (
     SLACK,
     VERDICTS,
     Comparison,
+    Summary,
     intervals,
     summarise,
 )
@@ -43,15 +44,22 @@ _MOST_DRUGS, _MOST_NAMED = 10, 3  # drugs whose cells are farthest, in the table
 
 
 def make_report(comparison: Comparison, dataset: str) -> Report:
-    """Return the scores: the samples are the folds; the best known reproduction has no cells of ours."""
+    """Return the scores: the samples are the folds, and intervals are over the cells, which are independent."""
     report = Report(TASK, dataset)
+
+    def add(method: str, fold: int | None, values: Summary, number: int | None, ends: Sequence[Summary] = ()) -> None:
+        for metric, value in asdict(values).items():
+            lower, upper = (getattr(end, metric) for end in ends) if ends else (None, None)
+            report.scores.append(Score(TASK, dataset, "test", fold, method, metric, value, lower, upper, number))
+
     for method in METHODS:
         values = getattr(comparison, method, None)
         if values is not None:
             rows = np.atleast_2d(values)
-            report.add(method, [asdict(summarise(row)) for row in rows], numbers=[rows.shape[1]] * len(rows))
-    for metric, value in asdict(BEST_KNOWN).items():
-        report.scores.append(Score(TASK, dataset, "test", None, "best_known", metric, value))
+            for fold, row in enumerate(rows):
+                add(method, fold, summarise(row), len(row))
+            add(method, None, summarise(rows), rows.shape[1], intervals(rows))
+    add("best_known", None, BEST_KNOWN, None)
     return report
 
 
@@ -61,12 +69,13 @@ def cell_table(comparison: Comparison, cells: pd.DataFrame) -> pd.DataFrame:
     return cells.assign(**{name: np.atleast_2d(values).mean(0) for name, values in found.items()})
 
 
-def far_drugs(table: pd.DataFrame) -> pd.DataFrame:
-    """Return the drugs whose cells are farthest from their floor: `drug`, `cells`, `public`, `floor`."""
+def by_drug(table: pd.DataFrame) -> pd.DataFrame:
+    """Return `drug`, `cells`, `public`, `floor` of each drug with some cells, the farthest from its floor first."""
     grouped = table.assign(drug=table["drug"].fillna("").str.strip()).groupby("drug")
     found = grouped.agg(cells=("public", "size"), public=("public", "median"), floor=("floor", "median"))
-    order = (found["public"] - found["floor"]).sort_values(kind="stable").index
-    return found.loc[order].head(_MOST_DRUGS).reset_index()
+    enough = found[found["cells"] >= _SOME]
+    order = (enough["public"] - enough["floor"]).sort_values(kind="stable").index
+    return enough.loc[order].reset_index()
 
 
 def write_report(
@@ -91,8 +100,9 @@ def write_report(
         The verdict, in a sentence.
     """
     report, table = make_report(comparison, dataset), cell_table(comparison, cells)
+    drugs = by_drug(table)
     verdict = comparison.verdict
-    sentence = _sentence(comparison, causes, odd_drugs(table))
+    sentence = _sentence(comparison, causes, odd_drugs(drugs))
     low, high = intervals(comparison.public)
     content = {
         "verdict": verdict,
@@ -100,12 +110,12 @@ def write_report(
         "public_interval_over_cells": {"low": asdict(low), "high": asdict(high)},
         "best_known": asdict(BEST_KNOWN),
         "causes": None if causes is None else [_as_dict(cause) for cause in causes],
-        "far_drugs": far_drugs(table).to_dict("records"),
+        "far_drugs": drugs.head(_MOST_DRUGS).to_dict("records"),
         **facts,
     }
     with WholeFile(folder / COSINES) as partial:
         table.to_csv(partial, index=False, float_format="%.7f")
-    text = _text(report, table, sentence, causes, facts)
+    text = _text(report, table, drugs, sentence, causes, facts)
     report.write(folder, content, text, "median", _METRICS["median"])
     draw_comparison(comparison, causes, folder / FIGURE)
     return sentence
@@ -115,11 +125,9 @@ def _as_dict(cause: Cause) -> dict[str, Any]:
     return {"name": cause.name, "found": cause.found, "sentence": cause.sentence(), **asdict(cause)}
 
 
-def odd_drugs(table: pd.DataFrame) -> pd.DataFrame:
-    """Return those of the farthest drugs whose cells are clearly farther than their floor, with some cells each."""
-    found = far_drugs(table)
-    far = 1 - found["public"] > FACTOR * (1 - found["floor"]) + 10 * SLACK
-    return found[far & (found["cells"] >= _SOME)]
+def odd_drugs(drugs: pd.DataFrame) -> pd.DataFrame:
+    """Return those drugs, of what `by_drug` returns, whose cells are clearly farther than their floor."""
+    return drugs[1 - drugs["public"] > FACTOR * (1 - drugs["floor"]) + 10 * SLACK]
 
 
 def _sentence(comparison: Comparison, causes: Sequence[Cause] | None, odd: pd.DataFrame) -> str:
@@ -142,6 +150,7 @@ def _sentence(comparison: Comparison, causes: Sequence[Cause] | None, odd: pd.Da
 def _text(
     report: Report,
     table: pd.DataFrame,
+    drugs: pd.DataFrame,
     sentence: str,
     causes: Sequence[Cause] | None,
     facts: Mapping[str, Any],
@@ -149,11 +158,11 @@ def _text(
     """Return the report as Markdown."""
     long = int((~table["fits"]).sum())
     parts = [
-        f"# {report.dataset} and our embeddings of the same cells",
+        f"# Public embeddings ({report.dataset}) and ours, of the same cells",
         sentence,
         f"{len(table)} cells, {long} of them longer than the context ({facts['context_length']} tokens). Model: "
-        f"{facts['model']}, {facts['size'] or 'one size'}. Column: {facts['column']}. Intervals are over the "
-        f"{facts['samples'] - 1} samples.",
+        f"{facts['model']}, {facts['size'] or 'one size'}. Column: {facts['column']}. In brackets, "
+        "95 % intervals over the cells.",
         report.markdown(_METRICS, METHODS, digits=4, corner="cosines of"),
     ]
     split = [("cells that fit the context", table[table["fits"]]), ("longer cells", table[~table["fits"]])]
@@ -165,10 +174,11 @@ def _text(
     parts.append(markdown_table(["", "cells", "public, median", "floor, median"], rows))
     found = [
         [row.drug or "(none)", str(row.cells), f"{row.public:.4f}", f"{row.floor:.4f}"]
-        for row in far_drugs(table).itertuples()
+        for row in drugs.head(_MOST_DRUGS).itertuples()
     ]
-    parts.append("Drugs whose cells are farthest from their floor:")
-    parts.append(markdown_table(["drug", "cells", "public, median", "floor, median"], found))
+    if found:
+        parts.append(f"Drugs whose cells are farthest from their floor, of those with {_SOME} cells and more:")
+        parts.append(markdown_table(["drug", "cells", "public, median", "floor, median"], found))
     if causes is not None:
         parts += ["## Causes, the likeliest first", *_causes(causes)]
     return "\n\n".join(parts) + "\n"

@@ -97,7 +97,7 @@ def find_public_data(data: PublicData, spool: Path, problems: Sequence[str] = ()
     if problems:
         raise FileNotFoundError(
             f"What is needed is not here: {'; '.join(problems)}. On a machine with a network, fetch the model (`hf "
-            f"download {MODEL} --include '3b-model/*'`, 12 GB), some files of cells (`hf download --repo-type dataset "
+            f"download {MODEL} --include '3b-model/*'`), some files of cells (`hf download --repo-type dataset "
             f"{CELLS} --include 'data/train-0000*' 'metadata/*'`) and the embeddings of the same cells (`hf download "
             f"--repo-type dataset {EMBEDDINGS} --include '*0000*.parquet'`). Leave them in the Hub's cache, or name "
             "the folders with --model, --cells, --gene-metadata and --embeddings."
