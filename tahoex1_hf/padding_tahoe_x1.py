@@ -269,7 +269,9 @@ def pad_features(
     columns.setdefault("attention_mask", [np.ones(n, dtype=np.int64) for n in lengths])
     every_fill = {**_TOKEN_FILLS, **fills}
     by_token = {name: columns.pop(name) for name in _TOKEN_DTYPES if name in columns}
-    rows = {name: [np.asarray(row, dtype=_TOKEN_DTYPES[name]) for row in by_token[name]] for name in by_token}
+    rows: dict[str, list[np.ndarray]] = {
+        name: [np.asarray(row, dtype=_TOKEN_DTYPES[name]) for row in by_token[name]] for name in by_token
+    }
     for name, parts in rows.items():
         if [len(part) for part in parts] != lengths.tolist():
             raise ValueError(f"encoded_inputs: {name} and input_ids of the same cell differ in length.")
