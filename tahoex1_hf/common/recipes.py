@@ -64,9 +64,33 @@ def read_recipe(recipe: str | Path, command: Command) -> dict[str, Any]:
         raise ValueError(f"{path} is not YAML: {error}") from None
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise ValueError(f"{path} must hold keys and values, as the recipes that `tahoex1 recipes` prints do.")
+    check_text(values, str(path))
     if path.resolve().parent == FOLDERS[command]:
         return {key: value for key, value in values.items() if not _is_missing_example(value)}
     return values
+
+
+def check_text(value: Any, origin: str) -> None:
+    """Check that all text can be written as UTF-8, which YAML's escapes, and bytes on a command line, need not be.
+
+    Args:
+        value: A value of a recipe, or the keys and values of a whole one.
+        origin: Where it comes from, for the message.
+
+    Raises:
+        ValueError: If there is other text; the message shows it.
+    """
+    if isinstance(value, str):
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError:
+            raise ValueError(f"{origin} holds {value!r}, which is no valid Unicode text: correct it.") from None
+    elif isinstance(value, dict):
+        for item in (*value.keys(), *value.values()):
+            check_text(item, origin)
+    elif isinstance(value, list):
+        for item in value:
+            check_text(item, origin)
 
 
 def _is_missing_example(value: Any) -> bool:

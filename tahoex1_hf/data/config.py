@@ -13,7 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from tahoex1_hf.common.files import WholeFile
-from tahoex1_hf.common.recipes import read_recipe
+from tahoex1_hf.common.recipes import check_text, read_recipe
 
 Config = TypeVar("Config", bound=BaseModel)
 
@@ -269,6 +269,7 @@ def with_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str
         ValueError: for an override that is not `key=value`.
     """
     for override in overrides:
+        check_text(override, "the command line")
         key, equals, text = override.partition("=")
         if not equals or not key:
             raise ValueError(f"{override!r} is not key=value, for example seed=1.")

@@ -94,7 +94,9 @@ class OriginalCheckpoint:
         with tempfile.TemporaryDirectory() as vocab_folder:
             vocab_file = Path(vocab_folder) / VOCAB
             vocab_file.write_text(json.dumps(self.vocab), encoding="utf-8")
-            TahoeX1Tokenizer(str(vocab_file), **self.tokenizer_arguments).save_pretrained(folder)
+            with reading(self.files[COLLATOR_CONFIG], self.files[VOCAB]):
+                tokenizer = TahoeX1Tokenizer(str(vocab_file), **self.tokenizer_arguments)
+            tokenizer.save_pretrained(folder)
 
 
 def open_original(source: str | Path) -> OriginalCheckpoint:

@@ -9,7 +9,7 @@ from typer.testing import CliRunner, Result
 
 from tahoex1_hf.cli.app import app
 from tahoex1_hf.common.recipes import FOLDERS, find_recipe, packaged_recipes, read_recipe
-from tahoex1_hf.data.config import read_config
+from tahoex1_hf.data.config import read_config, with_overrides
 from tahoex1_hf.finetuning.config import read_finetune_config
 from tahoex1_hf.training.config import read_pretrain_config
 
@@ -89,3 +89,12 @@ def test_files_other_than_recipes_are_refused(tmp_path: Path, text: str) -> None
     (tmp_path / "wrong.yaml").write_text(text)
     with pytest.raises(ValueError, match=r"wrong\.yaml (is not YAML|must hold keys and values)"):
         read_recipe(tmp_path / "wrong.yaml", "pretrain")
+
+
+@pytest.mark.parametrize("text", ['files: ["a\\udcff"]', '"a\\udcff": 1', 'a: {b: "\\udcff"}'])
+def test_text_that_is_no_text_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "wrong.yaml").write_text(text)
+    with pytest.raises(ValueError, match=r"wrong\.yaml holds '.*udcff', which is no valid Unicode text"):
+        read_recipe(tmp_path / "wrong.yaml", "prepare")
+    with pytest.raises(ValueError, match=r"the command line holds 'output_dir=.udcff'"):
+        with_overrides({}, ["output_dir=\udcff"])

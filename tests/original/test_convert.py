@@ -151,6 +151,8 @@ def test_every_tensor_that_does_not_fit_is_listed(source: Path) -> None:
         ("collator_config.yml", lambda y: y.update(keep_first_n_tokens=2), r"keep_first_n_tokens = 2"),
         ("collator_config.yml", lambda y: y.update(use_chem_token=True), r"keep_first_n_tokens = 1"),
         ("collator_config.yml", lambda y: y.pop("max_length"), r"lacks the key 'max_length'"),
+        ("collator_config.yml", lambda y: y.update(max_length=True), r"collator_config\.yml.*context_length=True"),
+        ("collator_config.yml", lambda y: y.update(right_binning="x"), r"collator_config\.yml.*right_binning='x'"),
     ],
 )
 def test_settings_that_are_unknown_or_contradict(source: Path, file: str, edit: Callable, match: str) -> None:

@@ -234,10 +234,19 @@ def _text(path: Path) -> Any:
     return path.open(encoding="utf-8")
 
 
+def _table(path: Path) -> list[list[str]]:
+    """Return the fields of each line of a table of features or barcodes."""
+    with _text(path) as file:
+        lines = [line.rstrip("\r\n").split("\t") for line in file]
+    for number, line in enumerate(lines, 1):
+        if any("\0" in field for field in line):  # HDF5 cannot store it as a name
+            raise BadInput(f"line {number} of {path.name} holds a zero byte: the file is damaged.")
+    return lines
+
+
 def _features(path: str) -> _Features:
     if _is_mtx(path):
-        with _text(_required(path, *_FEATURES)) as file:
-            lines = [line.rstrip("\r\n").split("\t") for line in file]
+        lines = _table(_required(path, *_FEATURES))
         kinds = [line[2] if len(line) > 2 else GENE_EXPRESSION for line in lines]
         return _Features([line[0] for line in lines], [line[1] if len(line) > 1 else line[0] for line in lines], kinds)
     with _matrix_group(path) as group:
@@ -250,8 +259,7 @@ def _features(path: str) -> _Features:
 
 def _barcodes(path: str) -> np.ndarray:
     if _is_mtx(path):
-        with _text(_required(path, "barcodes.tsv")) as file:
-            return np.array([line.rstrip("\r\n").split("\t")[0] for line in file], dtype=object)
+        return np.array([line[0] for line in _table(_required(path, "barcodes.tsv"))], dtype=object)
     with _matrix_group(path) as group:
         return np.array(_strings(group["barcodes"]), dtype=object)
 

@@ -73,6 +73,16 @@ def test_lines_of_names_and_matrices_of_cells_by_genes(tmp_path: Path, tokenizer
     assert counts(tmp_path / "turned", tokenizer, tmp_path / "spool") == expected
 
 
+@pytest.mark.parametrize("name", ["barcodes", "features"])
+def test_names_with_a_zero_byte(tmp_path: Path, tokenizer: TahoeX1Tokenizer, name: str) -> None:
+    write_10x_mtx(make_cells(9), tmp_path / "cells")
+    path = tmp_path / "cells" / f"{name}.tsv.gz"
+    first, *rest = gzip.decompress(path.read_bytes()).splitlines(keepends=True)
+    path.write_bytes(gzip.compress(b"".join([first, b"a\0b\tc\tGene Expression\n", *rest[1:]])))
+    with pytest.raises(ValueError, match=rf"cells.*: line 2 of {name}\.tsv\.gz holds a zero byte"):
+        open_cells(tmp_path / "cells", tokenizer)
+
+
 def test_all_droplets_are_left_out_beside_cells(
     tmp_path: Path, tokenizer: TahoeX1Tokenizer, caplog: pytest.LogCaptureFixture
 ) -> None:
