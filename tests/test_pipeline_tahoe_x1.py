@@ -14,22 +14,12 @@ import torch
 from elsewhere import run_elsewhere
 from helpers import tiny_config
 from hub_server import Hub, serve
+from tiny_tokenizer import GENES, write_tokenizer
 from transformers import AutoModel, AutoTokenizer, pipeline
 
-from tahoex1_hf import TahoeX1ForPreTraining, TahoeX1ForSequenceClassification, TahoeX1Tokenizer, embed_anndata
+from tahoex1_hf import TahoeX1ForPreTraining, TahoeX1ForSequenceClassification, embed_anndata
 from tahoex1_hf import pipeline_tahoe_x1 as ours
 from tahoex1_hf.configuration_tahoe_x1 import AUTO_MAP, CODE_FILES, CUSTOM_PIPELINES, TOKENIZER_AUTO_MAP
-
-GENES = [f"ENSG{number:011d}" for number in range(40)]
-
-
-def write_tokenizer(folder: Path, **options) -> TahoeX1Tokenizer:
-    folder.mkdir(exist_ok=True)
-    tokens = ["<pad>", "<cls>", "<drug>", *GENES]
-    (folder / "vocab.json").write_text(json.dumps({token: number for number, token in enumerate(tokens)}))
-    tokenizer = TahoeX1Tokenizer(folder / "vocab.json", **options)
-    tokenizer.save_pretrained(folder)
-    return tokenizer
 
 
 @pytest.fixture(scope="module")

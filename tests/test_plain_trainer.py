@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import tiny_config
-from test_pipeline_tahoe_x1 import GENES, write_tokenizer
+from tiny_tokenizer import GENES, write_tokenizer
 from transformers import (
     AutoModel,
     AutoModelForPreTraining,
