@@ -18,6 +18,7 @@ from tahoex1_hf.common.dtypes import dtype_name
 from tahoex1_hf.configuration_tahoe_x1 import TahoeX1Config
 from tahoex1_hf.encoding_tahoe_x1 import GeneMatch
 from tahoex1_hf.inference.prepared_layers import PreparedLayer, packs_weights, prepare_layers
+from tahoex1_hf.inference.quantization import quantised_by, with_int8_weights
 from tahoex1_hf.inference.ragged import can_run_ragged, ragged_forward
 from tahoex1_hf.modeling_tahoe_x1 import TahoeX1Model, TahoeX1PreTrainedModel
 from tahoex1_hf.padding_tahoe_x1 import EncodedCells
@@ -241,10 +242,10 @@ class CellEncoder:
                 hidden_layer,
             )
         if dtype == "int8":
-            from tahoex1_hf.inference.quantization import with_int8_weights
-
             self.model = with_int8_weights(self.model)
             self.dtype_name = f"int8 weights, {self.dtype_name}"
+        elif self.dtype != torch.float32 and quantised_by(self.model) == "torch":
+            self.dtype, self.dtype_name = torch.float32, "int8 weights, float32"  # its layers take no other type
         self.tokenizer = tokenizer
         usual = _PACKED_BATCH_TOKENS if self._packs else _DEFAULT_BATCH_TOKENS.get(self.device.type, 16384)
         self.batch_tokens = batch_tokens or usual
