@@ -1,11 +1,10 @@
 """A small rendering of the original program: cells in, embeddings out, without a line of the package.
 
-It reads a checkpoint as the original publishes it. As there, long cells are sampled without a seed, and the longest
-cells of a batch with drug tokens lose a gene.
+It reads a checkpoint as the original publishes it. As there, long cells are sampled by torch's generator without
+a seed, and the longest cells of a batch with drug tokens lose a gene.
 """
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -38,7 +37,6 @@ class OriginalProgram:
         self.drugs: dict[str, int] = json.loads((folder / "drug_to_id_pad.json").read_text())
         self.weights = load_file(folder / "model.safetensors")
         self.dtype = dtype
-        self.random = torch.Generator().manual_seed(int.from_bytes(os.urandom(7), "big"))
 
     @torch.no_grad()
     def embed(
@@ -80,7 +78,7 @@ class OriginalProgram:
             ids = torch.cat([special, torch.as_tensor(genes, dtype=torch.int64)])
             values = torch.cat([torch.full((2,), fill), encode(torch.as_tensor(counts, dtype=torch.float32))])
             if len(ids) > length:
-                kept = 2 + torch.randperm(len(ids) - 2, generator=self.random)[: length - 2]
+                kept = 2 + torch.randperm(len(ids) - 2)[: length - 2]
                 order = torch.cat([torch.arange(2), kept])
                 ids, values = ids[order], values[order]
             rest = (0, length - len(ids))
