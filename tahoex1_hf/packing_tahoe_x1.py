@@ -286,7 +286,7 @@ def seen_rule(seen: torch.Tensor) -> Callable:
 def multiplied_as(states: torch.Tensor, otherwise: torch.dtype | None = None) -> torch.dtype:
     """Return the type in which linear layers multiply `states`: autocast's, where it is on, else theirs or another."""
     kind = states.device.type
-    automatic = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    automatic = kind != "meta" and torch.is_autocast_enabled(kind)  # which knows no autocast for "meta"
     return torch.get_autocast_dtype(kind) if automatic else otherwise or states.dtype
 
 
