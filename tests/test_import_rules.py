@@ -23,6 +23,7 @@ ALLOWED: dict[str, set[str]] = {
 ALLOWED |= {
     job: {*ALLOWED["runs"], "runs", "original"} for job in ("embedding", "perturbation", "training", "finetuning")
 }
+ALLOWED["benchmarking"] = {*ALLOWED["finetuning"], "embedding", "finetuning"}
 ALLOWED["cli"] = {*ALLOWED, "cli"}
 
 

@@ -14,6 +14,15 @@ LONGEST_FILE, LONGEST_FUNCTION = 600, 60
 
 # Modules without a test file of their name, listed under the file that tests them: it covers more than one module.
 TESTED_IN: dict[str, set[str]] = {
+    "benchmarking/test_cell_types.py": {
+        "benchmarking/cell_embeddings",
+        "benchmarking/cells",
+        "benchmarking/report",
+        "benchmarking/running",
+        "benchmarking/task",
+        "cli/evaluate",
+    },
+    "benchmarking/test_essentiality.py": {"benchmarking/gene_embeddings"},
     "cells/test_opening.py": {
         "cells/compilation",
         "cells/errors",

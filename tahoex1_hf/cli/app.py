@@ -11,6 +11,7 @@ import typer
 from tahoex1_hf import __version__
 from tahoex1_hf.cli.convert import convert
 from tahoex1_hf.cli.embed import embed
+from tahoex1_hf.cli.evaluate import evaluate
 from tahoex1_hf.cli.export import export
 from tahoex1_hf.cli.finetune import finetune
 from tahoex1_hf.cli.perturb import perturb
@@ -46,6 +47,7 @@ for name, function in {
     "prepare": prepare,
     "pretrain": pretrain,
     "finetune": finetune,
+    "evaluate": evaluate,
     "recipes": recipes,
     "convert": convert,
     "export": export,

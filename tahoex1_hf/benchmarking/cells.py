@@ -1,0 +1,132 @@
+# Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
+"""The cells of a benchmark, with their counts as one sparse matrix."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tahoex1_hf.cells.fingerprint import content_fingerprint
+from tahoex1_hf.cells.gene_names import plain_id
+from tahoex1_hf.common.reading import reading
+from tahoex1_hf.finetuning.cells.baselines import COMPONENTS, MOST_CELLS, log_normalized
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+    from scipy.sparse import csr_matrix
+
+VARIABLE_GENES = 2000
+
+
+@dataclass(frozen=True, eq=False)
+class CellSet:
+    """The cells of a file.
+
+    Attributes:
+        path: Path of the file.
+        adata: Its content; `X` holds raw counts.
+    """
+
+    path: Path
+    adata: "AnnData"
+
+    @property
+    def name(self) -> str:
+        """Name of the file without its ending."""
+        return self.path.stem
+
+    @cached_property
+    def genes(self) -> np.ndarray:
+        """Ensembl ids of the columns, without versions; other names as they are, shape `(genes,)`."""
+        return np.array([plain_id(name) or name for name in self.adata.var_names.astype(str)])
+
+    @cached_property
+    def values(self) -> "csr_matrix":
+        """Log-normalised counts, shape `(cells, genes)`."""
+        return log_normalized(self.adata.X)
+
+    def fingerprint(self) -> str:
+        """Return a text that changes with the content of the file."""
+        return content_fingerprint(self.path)
+
+    def labels(self, column: str, option: str) -> tuple[np.ndarray, list[str]]:
+        """Return class numbers, shape `(cells,)`, and the names of the classes.
+
+        Raises:
+            ValueError: If there is no such column, or it has missing values or one value only.
+        """
+        obs = self.adata.obs
+        if column not in obs:
+            raise ValueError(f"{option} {column} is not a column of obs of {self.path}; there are {', '.join(obs)}.")
+        if obs[column].isna().any():
+            raise ValueError(f"{option} {column} of {self.path} has missing values: remove these cells.")
+        names, numbers = np.unique(obs[column].astype(str).to_numpy(dtype=str), return_inverse=True)
+        if len(names) < 2:
+            raise ValueError(f"{option} {column} of {self.path} has the value {names[0]} only.")
+        return numbers, names.tolist()
+
+
+def read_cells(path: Path) -> CellSet:
+    """Read the cells of an `.h5ad` file; their counts stay sparse.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If `X` does not hold raw counts, or two columns are the same gene.
+    """
+    import anndata
+    from scipy.sparse import csr_matrix
+
+    if not path.is_file():
+        raise FileNotFoundError(f"--cells {path} does not exist.")
+    with reading(path):
+        adata = anndata.read_h5ad(path)
+    adata.X = csr_matrix(adata.X, dtype=np.float32)
+    data = adata.X.data
+    if not (np.isfinite(data).all() and (data >= 0).all() and (data == np.rint(data)).all()):
+        raise ValueError(f"{path}: X does not hold raw counts, from which the baselines are made: put them there.")
+    found = CellSet(path, adata)
+    if len(np.unique(found.genes)) != len(found.genes):
+        raise ValueError(f"{path}: two columns are the same gene: add their counts up.")
+    return found
+
+
+def variable_genes(values: "csr_matrix") -> np.ndarray:
+    """Return the columns of the 2,000 most variable genes of log-normalised counts, by scanpy's default measure."""
+    import scanpy
+    from anndata import AnnData
+
+    expressed = np.flatnonzero(values.getnnz(axis=0))
+    if len(expressed) <= VARIABLE_GENES:
+        return expressed
+    found = scanpy.pp.highly_variable_genes(AnnData(values[:, expressed]), n_top_genes=VARIABLE_GENES, inplace=False)
+    return expressed[found["highly_variable"].to_numpy()]
+
+
+def fitted_pca(values: "csr_matrix", seed: int) -> Any:
+    """Fit PCA with at most 50 components to sparse values, which are centred as it goes."""
+    from sklearn.decomposition import PCA
+
+    number = min(COMPONENTS, min(values.shape) - 1)
+    if number < 1:
+        raise ValueError(f"PCA of {values.shape[0]} cells x {values.shape[1]} genes: too few.")
+    return PCA(number, svd_solver="arpack", random_state=seed).fit(values)
+
+
+def stacked(sets: Sequence[CellSet], genes: np.ndarray, seed: int) -> "csr_matrix":
+    """Return the log-normalised counts of all cells for some genes, in this order; at most 50,000 random cells."""
+    from scipy.sparse import csr_matrix, vstack
+
+    parts = []
+    for each in sets:
+        place = {name: number for number, name in enumerate(genes.tolist())}
+        columns = np.array([place.get(name, -1) for name in each.genes.tolist()], dtype=np.int64)
+        kept = each.values[:, np.flatnonzero(columns >= 0)].tocoo()
+        to = columns[columns >= 0][kept.col]
+        parts.append(csr_matrix((kept.data, (kept.row, to)), shape=(each.adata.n_obs, len(genes))))
+    every = vstack(parts, format="csr")
+    if every.shape[0] > MOST_CELLS:
+        every = every[np.sort(np.random.default_rng(seed).choice(every.shape[0], MOST_CELLS, replace=False))]
+    return every

@@ -1,0 +1,132 @@
+# Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
+"""Values of metrics with their bootstrap replicates, and comparisons of two of them.
+
+The same seed and number of rows give the same resamples, so that the replicates of two sources that were tested on
+the same rows can be subtracted one by one: what the rows have in common cancels.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from tahoex1_hf.runs.report import CONFIDENCE
+
+REPLICATES = 500
+
+Metric = Callable[[np.ndarray, np.ndarray], float]
+"""Function of the truth and of what was predicted, both of shape `(rows,)`."""
+
+
+def bootstrapped(metric: Metric, truth: np.ndarray, predicted: np.ndarray, seed: int) -> np.ndarray:
+    """Compute a metric of all rows and of resamples of the rows.
+
+    Args:
+        metric: Function that computes the metric; NaN where it is not defined.
+        truth: Labels, shape `(rows,)`.
+        predicted: Predictions, shape `(rows,)`.
+        seed: Seed of the resamples.
+
+    Returns:
+        `(1 + REPLICATES,)` float64; the first is the metric of all rows, each once.
+    """
+    number = len(truth)
+    random = np.random.default_rng([seed, number])
+    values = [metric(truth, predicted)]
+    for _ in range(REPLICATES):
+        rows = random.integers(0, number, number)
+        values.append(metric(truth[rows], predicted[rows]))
+    return np.array(values)
+
+
+@dataclass(frozen=True, eq=False)
+class Measurement:
+    """Values of a metric in all folds.
+
+    Attributes:
+        representation: Kind of embedding of the source, `EA`; empty where there is only one.
+        reader: What reads the labels from the embeddings: `kNN`.
+        split: Part of the data that was scored.
+        metric: Name of the metric.
+        replicates: Values of the folds and their bootstrap replicates, shape `(folds, 1 + replicates)`.
+        numbers: Number of cells or genes scored in each fold.
+        seconds: Time to fit the reader and predict, of each fold.
+    """
+
+    representation: str
+    reader: str
+    split: str
+    metric: str
+    replicates: np.ndarray
+    numbers: list[int]
+    seconds: list[float]
+
+    @property
+    def value(self) -> float:
+        """Mean over the folds."""
+        return float(self.replicates[:, 0].mean())
+
+    @property
+    def spread(self) -> float | None:
+        """Standard deviation over the folds and seeds; None where there is one."""
+        return float(self.replicates[:, 0].std(ddof=1)) if len(self.replicates) > 1 else None
+
+    def bounds(self) -> tuple[float, float]:
+        """Return the bootstrap interval of the mean over the folds."""
+        return ends(self.replicates.mean(axis=0))
+
+
+def ends(replicates: np.ndarray) -> tuple[float, float]:
+    """Return the 95 % interval of the first value by the others, its replicates.
+
+    Resamples hold some rows twice, which by itself raises or lowers a metric (the agreement of clusters above all); so
+    the replicates are moved until their mean is the value.
+    """
+    tail = 50 * (1 - CONFIDENCE)
+    low, high = np.nanpercentile(replicates[1:], [tail, 100 - tail]) - np.nanmean(replicates[1:]) + replicates[0]
+    return float(low), float(high)
+
+
+def compare(ours: Measurement, theirs: Measurement) -> dict[str, float | str]:
+    """Compare two sources that were tested on the same rows.
+
+    Returns:
+        `difference`, ours - theirs; `lower` and `upper`, its bootstrap interval; and `verdict`: `better`,
+        `equal within the interval` or `worse`.
+
+    Raises:
+        ValueError: If the folds differ.
+    """
+    if ours.numbers != theirs.numbers:
+        raise ValueError(f"folds of {ours.numbers} and {theirs.numbers} rows cannot be compared.")
+    differences = (ours.replicates - theirs.replicates).mean(axis=0)
+    low, high = ends(differences)
+    verdict = "better" if low > 0 else "worse" if high < 0 else "equal within the interval"
+    return {"difference": float(differences[0]), "lower": low, "upper": high, "verdict": verdict}
+
+
+def macro_f1(truth: np.ndarray, predicted: np.ndarray) -> float:
+    """Compute the mean F1 of the classes in `truth` or `predicted`, both class numbers, shape `(rows,)`."""
+    size = int(max(truth.max(), predicted.max())) + 1
+    right = np.bincount(truth[truth == predicted], minlength=size)
+    both = np.bincount(truth, minlength=size) + np.bincount(predicted, minlength=size)
+    there = both > 0
+    return float((2 * right[there] / both[there]).mean())
+
+
+def auroc(truth: np.ndarray, scores: np.ndarray) -> float:
+    """Compute the area under the ROC curve; NaN where all rows have one class."""
+    from scipy.stats import rankdata
+
+    positive = int(truth.sum())
+    if positive in (0, len(truth)):
+        return float("nan")
+    above = rankdata(scores)[truth.astype(bool)].sum() - positive * (positive + 1) / 2
+    return float(above / (positive * (len(truth) - positive)))
+
+
+def auprc(truth: np.ndarray, scores: np.ndarray) -> float:
+    """Compute the average precision; NaN where no row is positive."""
+    from sklearn.metrics import average_precision_score
+
+    return float(average_precision_score(truth, scores)) if truth.any() else float("nan")

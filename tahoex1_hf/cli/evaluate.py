@@ -1,0 +1,84 @@
+# Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
+"""The command `tahoex1 evaluate`."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tahoex1_hf.cli import options
+from tahoex1_hf.cli.running import command
+
+
+class Task(StrEnum):
+    """Benchmark."""
+
+    essentiality = "essentiality"
+    cell_types = "cell-types"
+
+
+@command(extra="train")
+def evaluate(
+    task: Annotated[Task, typer.Argument(help="Benchmark.")],
+    source: Annotated[
+        list[str],
+        typer.Option(
+            metavar="NAME=WHAT",
+            help="A source of embeddings: a model or adapter (folder, Hub name); pca, random, expression or "
+            "untrained:MODEL; or a file, FILE.h5ad:KEY (obsm or varm), FILE.npz (names, embeddings) or FILE.parquet. "
+            "Repeat it. Baselines that are not named are added.",
+        ),
+    ],
+    cells: Annotated[
+        list[Path], typer.Option(help="Cells with raw counts in X and Ensembl ids, .h5ad. Essentiality takes several.")
+    ],
+    output: Annotated[Path, typer.Option(help="Folder of the report.")],
+    label: Annotated[str | None, typer.Option(help="Column of obs with the cell types.", show_default=False)] = None,
+    batch: Annotated[
+        str | None, typer.Option(help="Column of obs with batches, each left out once.", show_default=False)
+    ] = None,
+    labels: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Table of genes with a column label (1 essential, 0 not); or two: essential genes, then others.",
+            show_default=False,
+        ),
+    ] = None,
+    families: Annotated[
+        Path | None, typer.Option(help="Table with the protein family, cluster_id, of each gene.", show_default=False)
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Number of times that the folds are made.")] = 1,
+    batch_tokens: options.BatchTokens = None,
+    device: options.Device = None,
+    restart: options.Restart = False,
+) -> str:
+    """Evaluate embeddings of cells or genes beside the simple baselines that decide what they are worth.
+
+    The same command resumes a run that was stopped. It writes report.md, report.json, scores.csv, scores.png, and
+    model-index.yaml with the entries for a model card.
+    """
+    from tahoex1_hf.benchmarking.cell_types import CellTypes
+    from tahoex1_hf.benchmarking.cells import read_cells
+    from tahoex1_hf.benchmarking.essentiality import Essentiality
+    from tahoex1_hf.benchmarking.gene_labels import read_gene_labels
+    from tahoex1_hf.benchmarking.running import run_benchmark
+    from tahoex1_hf.benchmarking.sources import read_sources
+    from tahoex1_hf.benchmarking.task import Benchmark
+
+    of_cells, of_genes = {"--label": label, "--batch": batch}, {"--labels": labels, "--families": families}
+    if strange := [name for name, value in (of_genes if task is Task.cell_types else of_cells).items() if value]:
+        raise ValueError(f"{', '.join(strange)} is not an option of {task.value}: leave it out.")
+    sources = read_sources(source)
+    sets = [read_cells(path) for path in cells]
+    benchmark: Benchmark
+    if task is Task.cell_types:
+        if label is None or len(sets) != 1:
+            raise ValueError(f"{task.value} needs --label and one file of --cells.")
+        benchmark = CellTypes(sets[0], label, batch, seeds, batch_tokens, device)
+    else:
+        if not labels or families is None:
+            raise ValueError(f"{task.value} needs --labels and --families.")
+        benchmark = Essentiality(sets, read_gene_labels(labels, families), seeds, batch_tokens, device)
+    verdicts = run_benchmark(benchmark, sources, output, restart)
+    return f"{verdicts}\nThe report is in {output}."

@@ -1,0 +1,149 @@
+"""`tahoex1 evaluate cell-types` on made-up cells, the answers to which are known."""
+
+import json
+from pathlib import Path
+
+import anndata
+import numpy as np
+import pandas as pd
+import pytest
+from scipy.sparse import csr_matrix
+from typer.testing import CliRunner, Result
+
+from tahoex1_hf.benchmarking import resampling
+from tahoex1_hf.benchmarking.cell_types import CellTypes, few_cells, needed
+from tahoex1_hf.benchmarking.cells import read_cells
+from tahoex1_hf.benchmarking.sources import read_sources
+from tahoex1_hf.cli.app import app
+
+DEMO = Path(__file__).parents[2] / "examples" / "demo_checkpoint"
+TYPES, EACH, GENES = 4, 30, 80
+
+
+@pytest.fixture(autouse=True)
+def few_replicates(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resampling, "REPLICATES", 40)
+
+
+@pytest.fixture
+def cells(tmp_path: Path) -> Path:
+    """Cells of four types, each with some genes of its own, in two batches."""
+    random = np.random.default_rng(0)
+    types = np.repeat(np.arange(TYPES), EACH)
+    rates = np.full((TYPES, GENES), 0.3)
+    for kind in range(TYPES):
+        rates[kind, kind * 8 : kind * 8 + 8] = 4
+    names = [name for name in json.loads((DEMO / "vocab.json").read_text()) if name.startswith("ENSG")][:GENES]
+    obs = pd.DataFrame({"cell_type": [f"type {kind}" for kind in types], "batch": np.arange(len(types)) % 2})
+    obs["shuffled"] = random.permutation(obs["cell_type"])
+    adata = anndata.AnnData(csr_matrix(random.poisson(rates[types]).astype(np.float32)), obs=obs)
+    adata.obs_names, adata.var_names = [f"cell{n}" for n in range(len(types))], names
+    adata.obs["batch"] = adata.obs["batch"].astype(str)
+    adata.write_h5ad(tmp_path / "made_up.h5ad")
+    # The types themselves as embeddings, in another order of the cells.
+    order = random.permutation(len(types))
+    np.savez(
+        tmp_path / "types.npz", names=adata.obs_names.to_numpy(str)[order], embeddings=np.eye(TYPES)[types][order]
+    )
+    return tmp_path / "made_up.h5ad"
+
+
+def run(cells: Path, output: Path, *more: object, label: str = "cell_type") -> Result:
+    arguments = ["evaluate", "cell-types", "--cells", cells, "--label", label, "--output", output, *more]
+    return CliRunner().invoke(app, list(map(str, arguments)))
+
+
+def test_planted_answers(cells: Path, tmp_path: Path) -> None:
+    """The types themselves are read without a fault, random numbers by chance, and the untrained twin in between."""
+    planted = f"types={tmp_path / 'types.npz'}"
+    result = run(cells, tmp_path / "out", "--source", planted, "--source", f"demo={DEMO}", "--batch", "batch")
+    assert result.exit_code == 0, result.output
+    table = pd.read_csv(tmp_path / "out" / "scores.csv")
+    assert (table.lower <= table.upper).all()
+    means = table[table.fold.isna()].set_index(["split", "method", "metric"]).value
+    for split in ("random folds", "batch left out", "3 cells a class"):
+        for reader in ("kNN", "logistic regression"):
+            assert means[split, f"types, {reader}", "macro_f1"] == 1
+            assert means[split, f"random, {reader}", "macro_f1"] < 0.45
+    assert means["random folds", "PCA, kNN", "macro_f1"] > 0.9
+    assert means["all cells", "types, distances", "silhouette"] == 1
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert set(report["verdicts"]) == set(report["cost"])
+    assert report["verdicts"]["random"]["verdict"] == "worse"
+    assert report["verdicts"]["types"]["difference"] >= 0
+    assert "The labels can be read" in (tmp_path / "out" / "report.md").read_text()
+    assert (tmp_path / "out" / "model-index.yaml").read_text().count("name: demo") == 1
+    assert (tmp_path / "out" / "scores.png").stat().st_size > 1000
+
+
+def test_shuffled_labels_are_unfit(cells: Path, tmp_path: Path) -> None:
+    result = run(cells, tmp_path / "out", "--source", "PCA=pca", label="shuffled")
+    assert result.exit_code == 0, result.output
+    assert "**Unfit label**" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_fitness_of_a_label() -> None:
+    assert needed(0.1) == pytest.approx(0.3)
+    assert needed(0.5) == pytest.approx(0.75)  # three times chance would be more than there is
+
+
+def test_sources_that_are_done_are_not_evaluated_again(
+    cells: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run(cells, tmp_path / "out", "--source", "PCA=pca").exit_code == 0
+    first = (tmp_path / "out" / "scores.csv").read_text()
+    evaluated: list[str] = []
+    original = CellTypes.evaluate
+    monkeypatch.setattr(CellTypes, "evaluate", lambda self, s: (evaluated.append(s.name), original(self, s))[1])
+    planted = f"types={tmp_path / 'types.npz'}"
+    assert run(cells, tmp_path / "out", "--source", "PCA=pca", "--source", planted).exit_code == 0
+    assert evaluated == ["types"]
+    again = (tmp_path / "out" / "scores.csv").read_text()
+    assert set(first.splitlines()) < set(again.splitlines())
+
+
+def test_scores_of_other_inputs_are_not_taken_over(cells: Path, tmp_path: Path) -> None:
+    planted = f"types={tmp_path / 'types.npz'}"
+    assert run(cells, tmp_path / "out", "--source", planted).exit_code == 0
+    names = np.load(tmp_path / "types.npz")["names"]
+    np.savez(tmp_path / "types.npz", names=names, embeddings=np.random.default_rng(1).random((len(names), 3)))
+    result = run(cells, tmp_path / "out", "--source", planted)
+    assert result.exit_code == 1
+    assert "choose another --output, or discard them with --restart" in result.output
+    assert run(cells, tmp_path / "out", "--source", planted, "--restart").exit_code == 0
+
+
+def test_faults_of_options_are_told(cells: Path, tmp_path: Path) -> None:
+    def message(*more: object, label: str = "cell_type") -> str:
+        result = run(cells, tmp_path / "out", "--source", "PCA=pca", *more, label=label)
+        assert result.exit_code == 1
+        return result.output
+
+    assert "--label kind is not a column of obs" in message(label="kind")
+    assert "--families is not an option of cell-types" in message("--families", "x.csv")
+    np.savez(tmp_path / "few.npz", names=np.array(["cell0"]), embeddings=np.ones((1, 2)))
+    assert "has no embedding, or NaN, for 119 cells" in message("--source", f"few={tmp_path / 'few.npz'}")
+
+
+def test_counts_that_are_none_are_refused(cells: Path) -> None:
+    adata = anndata.read_h5ad(cells)
+    adata.X = adata.X * 0.5
+    adata.write_h5ad(cells)
+    with pytest.raises(ValueError, match="X does not hold raw counts"):
+        read_cells(cells)
+
+
+def test_few_cells_of_every_class() -> None:
+    labels = np.array([0] * 6 + [1] * 5 + [2] * 3)
+    train, test = few_cells(labels, 0)
+    assert np.bincount(labels[train]).tolist() == [3, 3]
+    assert sorted(np.concatenate([train, test]).tolist()) == list(range(11))
+
+
+def test_leiden_finds_the_types(cells: Path) -> None:
+    pytest.importorskip("igraph")
+    task = CellTypes(read_cells(cells), "cell_type")
+    pca = next(source for source in read_sources(["PCA=pca"]) if source.kind == "pca")
+    found = {(m.reader, m.metric): m.value for m in task.evaluate(pca)}
+    assert found["Leiden", "ari"] > 0.9
+    assert found["Leiden", "nmi"] > 0.9
