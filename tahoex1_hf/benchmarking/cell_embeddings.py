@@ -1,6 +1,7 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
 """Embeddings of cells from every kind of source."""
 
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,24 @@ from tahoex1_hf.embedding.in_memory import embed_anndata
 from tahoex1_hf.finetuning.cells.baselines import COMPONENTS
 from tahoex1_hf.hub.loading import load_tokenizer
 from tahoex1_hf.hub.models import model_and_tokenizer, without_peft
+from tahoex1_hf.inference.encoder import DtypeName
 from tahoex1_hf.modeling_tahoe_x1 import TahoeX1Model
 from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
+
+
+@dataclass(frozen=True)
+class Computing:
+    """How models are run; only the precision changes their embeddings by more than roundings.
+
+    Attributes:
+        dtype: Precision of the matrix products; float32 gives the same scores on all machines.
+        batch_tokens: Most tokens of a batch; by default suited to the device.
+        device: Device; by default the fastest there is.
+    """
+
+    dtype: DtypeName = "float32"
+    batch_tokens: int | None = None
+    device: str | None = None
 
 
 def loaded(source: Source, seed: int) -> tuple[Any, TahoeX1Tokenizer]:
@@ -35,15 +52,14 @@ def known_genes(model: str, cells: CellSet) -> np.ndarray:
     return np.asarray(opened.genes.token_ids >= 0)
 
 
-def embed_cells(source: Source, cells: CellSet, seed: int, batch_tokens: int | None, device: str | None) -> Any:
+def embed_cells(source: Source, cells: CellSet, seed: int, computing: Computing) -> Any:
     """Return the embeddings of cells.
 
     Args:
         source: Source of the embeddings.
         cells: Cells.
         seed: Seed of random numbers, of the untrained twin and of PCA's solver.
-        batch_tokens: Most tokens of a batch of a model.
-        device: Device of a model.
+        computing: How a model is run.
 
     Returns:
         `(cells, width)`, float32 for models; CSR for expression.
@@ -53,9 +69,7 @@ def embed_cells(source: Source, cells: CellSet, seed: int, batch_tokens: int | N
     """
     if source.kind in ("model", "untrained"):
         model, tokenizer = loaded(source, seed)
-        return embed_anndata(
-            cells.adata, model, tokenizer, batch_tokens=batch_tokens, device=device, return_array=True
-        )
+        return embed_anndata(cells.adata, model, tokenizer, **asdict(computing), return_array=True)
     if source.kind == "file":
         names, values = read_embeddings(source, "obs")
         found = aligned(names, values, cells.adata.obs_names.astype(str).tolist())

@@ -5,13 +5,13 @@ import logging
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 
-from tahoex1_hf.benchmarking.cell_embeddings import embed_cells
+from tahoex1_hf.benchmarking.cell_embeddings import Computing, embed_cells
 from tahoex1_hf.benchmarking.cells import CellSet
 from tahoex1_hf.benchmarking.overlap import check_not_trained_on
 from tahoex1_hf.benchmarking.resampling import Measurement, bootstrapped, macro_f1
@@ -38,16 +38,14 @@ class CellTypes:
         label: Column of obs with the labels.
         batch: Column of obs with the batches, each of which is left out once; None for no such split.
         seeds: Number of times that the random folds are made.
-        batch_tokens: Most tokens of a batch of a model.
-        device: Device of a model.
+        computing: How models are run.
     """
 
     cells: CellSet
     label: str
     batch: str | None = None
     seeds: int = 1
-    batch_tokens: int | None = None
-    device: str | None = None
+    computing: Computing = field(default_factory=Computing)
 
     name = "cell-types"
     headline = (RANDOM, "kNN", "macro_f1")
@@ -65,8 +63,8 @@ class CellTypes:
 
     def settings(self) -> dict[str, Any]:
         """Return everything on which the scores depend but the source."""
-        names = ("label", "batch", "seeds", "batch_tokens", "device")
-        return {name: getattr(self, name) for name in names} | {"cells": self.cells.fingerprint()}
+        names = {name: getattr(self, name) for name in ("label", "batch", "seeds")}
+        return names | {"dtype": self.computing.dtype, "cells": self.cells.fingerprint()}
 
     def prepare(self, sources: Sequence[Source]) -> None:
         """Check before any work is done that no model was trained on the cells."""
@@ -74,7 +72,7 @@ class CellTypes:
             if source.kind == "model" and (note := check_not_trained_on(source, self.cells)):
                 self.notes.append(note)
         if not find_spec("igraph"):
-            self.notes.append("Leiden clusters are left out: igraph is not installed.")
+            self.notes.append("Leiden clusters are left out, for want of igraph: pip install 'tahoex1_hf[evaluate]'.")
 
     # Splits -----------------------------------------------------------------------------------------
 
@@ -95,7 +93,7 @@ class CellTypes:
 
     def evaluate(self, source: Source) -> list[Measurement]:
         """Return the scores of a source."""
-        features = embed_cells(source, self.cells, 0, self.batch_tokens, self.device)
+        features = embed_cells(source, self.cells, 0, self.computing)
         found = [
             self._read(features, split, folds, reader)
             for split, folds in self.folds().items()
@@ -142,7 +140,7 @@ class CellTypes:
         """Say whether the labels can be read at all: whether PCA reads them better than labels by chance."""
         pca = next(source for source in sources if source.kind == "pca" and not source.what)
         value = next(m for m in found[pca.name] if (m.split, m.reader, m.metric) == self.headline).value
-        chance = self.chance(embed_cells(pca, self.cells, 0, None, None))
+        chance = self.chance(embed_cells(pca, self.cells, 0, self.computing))
         least = needed(chance)
         if value >= least:
             return [f"The labels can be read: kNN on {pca.name} {value:.3f}, by chance {chance:.3f}."]

@@ -4,11 +4,12 @@
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from tahoex1_hf.benchmarking.cell_embeddings import Computing
 from tahoex1_hf.benchmarking.cells import CellSet
 from tahoex1_hf.benchmarking.gene_embeddings import gene_embeddings, genes_known_to
 from tahoex1_hf.benchmarking.gene_labels import LabelledGenes
@@ -32,15 +33,13 @@ class Essentiality:
         sets: Cells from which expression, PCA loadings and contextual embeddings are computed.
         genes: Genes with labels and families.
         seeds: Number of times that the folds are made.
-        batch_tokens: Most tokens of a batch of a model.
-        device: Device of a model.
+        computing: How models are run.
     """
 
     sets: Sequence[CellSet]
     genes: LabelledGenes
     seeds: int = 1
-    batch_tokens: int | None = None
-    device: str | None = None
+    computing: Computing = field(default_factory=Computing)
 
     name = "essentiality"
     headline = (FAMILY, FOREST, "auroc")
@@ -59,8 +58,9 @@ class Essentiality:
     def settings(self) -> dict[str, Any]:
         """Return everything on which the scores depend but the source."""
         genes = [self.genes.names.tolist(), self.genes.labels.tolist(), self.genes.families.tolist()]
-        names = ("seeds", "batch_tokens", "device")
-        return {name: getattr(self, name) for name in names} | {
+        return {
+            "seeds": self.seeds,
+            "dtype": self.computing.dtype,
             "cells": [each.fingerprint() for each in self.sets],
             "genes": json_digest(genes),
         }
@@ -88,7 +88,7 @@ class Essentiality:
 
     def evaluate(self, source: Source) -> list[Measurement]:
         """Return the scores of a source."""
-        found = gene_embeddings(source, self.sets, self.genes.names, 0, self.batch_tokens, self.device)
+        found = gene_embeddings(source, self.sets, self.genes.names, 0, self.computing)
         measured = []
         for kind, features in found.items():
             if not np.isfinite(features).all():

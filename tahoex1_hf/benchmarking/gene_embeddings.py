@@ -2,10 +2,11 @@
 """Embeddings of genes from every kind of source."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
 
 import numpy as np
 
-from tahoex1_hf.benchmarking.cell_embeddings import known_genes, loaded
+from tahoex1_hf.benchmarking.cell_embeddings import Computing, known_genes, loaded
 from tahoex1_hf.benchmarking.cells import CellSet, fitted_pca, stacked
 from tahoex1_hf.benchmarking.files import aligned, read_embeddings
 from tahoex1_hf.benchmarking.sources import Source
@@ -28,7 +29,7 @@ def genes_known_to(source: Source, sets: Sequence[CellSet]) -> np.ndarray | None
 
 
 def gene_embeddings(
-    source: Source, sets: Sequence[CellSet], genes: np.ndarray, seed: int, batch_tokens: int | None, device: str | None
+    source: Source, sets: Sequence[CellSet], genes: np.ndarray, seed: int, computing: Computing
 ) -> dict[str, np.ndarray]:
     """Return the embeddings of genes.
 
@@ -37,14 +38,13 @@ def gene_embeddings(
         sets: Cells from which expression, PCA loadings and EA are computed.
         genes: Ensembl ids, shape `(genes,)`.
         seed: Seed of random numbers, of the untrained twin and of PCA's solver.
-        batch_tokens: Most tokens of a batch of a model.
-        device: Device of a model.
+        computing: How a model is run.
 
     Returns:
         `(genes, width)` by the kind of embedding: GE, TE and EA for models, else one with an empty name.
     """
     if source.kind in ("model", "untrained"):
-        return _of_model(source, sets, genes, seed, batch_tokens, device)
+        return _of_model(source, sets, genes, seed, computing)
     if source.kind == "file":
         return {"": aligned(*read_embeddings(source, "var"), genes.tolist())}
     if source.kind == "random":
@@ -89,10 +89,10 @@ def aligned_or_zero(names: np.ndarray, values: np.ndarray, wanted: np.ndarray) -
 
 
 def _of_model(
-    source: Source, sets: Sequence[CellSet], genes: np.ndarray, seed: int, batch_tokens: int | None, device: str | None
+    source: Source, sets: Sequence[CellSet], genes: np.ndarray, seed: int, computing: Computing
 ) -> dict[str, np.ndarray]:
     model, tokenizer = loaded(source, seed)
-    encoder = CellEncoder(without_peft(model), tokenizer, batch_tokens=batch_tokens, device=device)
+    encoder = CellEncoder(without_peft(model), tokenizer, **asdict(computing))
     tokens = np.array([tokenizer.gene_token(name) for name in genes.tolist()], dtype=np.int64)
     means = GeneMeans(tokens, encoder.config.vocab_size, encoder.width, encoder.device)
     for each in sets:

@@ -49,7 +49,9 @@ def check_not_trained_on(source: Source, cells: CellSet) -> str | None:
 
 def _named(text: str, cells: CellSet) -> str | None:
     """Return what a record names that belongs to the cells; None where there is nothing."""
-    if re.search(rf"(?<!\w){re.escape(cells.name)}(?!\w)", text):
+    # A name of one word (cells.h5ad) is only looked for with its ending: the word itself may stand for anything.
+    names = [cells.path.name, *([cells.name] if "_" in cells.name else [])]
+    if any(re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text) for name in names):
         return f"the file {cells.name}"
     now = cells.fingerprint()
     if any(agrees(before, now) for before in re.findall(r'"fingerprint": "([^"]+)"', text)):

@@ -18,7 +18,7 @@ class Task(StrEnum):
     cell_types = "cell-types"
 
 
-@command(extra="train")
+@command(extra="evaluate,data")
 def evaluate(
     task: Annotated[Task, typer.Argument(help="Benchmark.")],
     source: Annotated[
@@ -49,6 +49,9 @@ def evaluate(
         Path | None, typer.Option(help="Table with the protein family, cluster_id, of each gene.", show_default=False)
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Number of times that the folds are made.")] = 1,
+    dtype: Annotated[
+        options.FloatDtype, typer.Option(help="Precision of the model; float32 gives the same scores everywhere.")
+    ] = options.FloatDtype.float32,
     batch_tokens: options.BatchTokens = None,
     device: options.Device = None,
     restart: options.Restart = False,
@@ -58,6 +61,7 @@ def evaluate(
     The same command resumes a run that was stopped. It writes report.md, report.json, scores.csv, scores.png, and
     model-index.yaml with the entries for a model card.
     """
+    from tahoex1_hf.benchmarking.cell_embeddings import Computing
     from tahoex1_hf.benchmarking.cell_types import CellTypes
     from tahoex1_hf.benchmarking.cells import read_cells
     from tahoex1_hf.benchmarking.essentiality import Essentiality
@@ -70,15 +74,16 @@ def evaluate(
     if strange := [name for name, value in (of_genes if task is Task.cell_types else of_cells).items() if value]:
         raise ValueError(f"{', '.join(strange)} is not an option of {task.value}: leave it out.")
     sources = read_sources(source)
+    computing = Computing(dtype.value, batch_tokens, device)
     sets = [read_cells(path) for path in cells]
     benchmark: Benchmark
     if task is Task.cell_types:
         if label is None or len(sets) != 1:
             raise ValueError(f"{task.value} needs --label and one file of --cells.")
-        benchmark = CellTypes(sets[0], label, batch, seeds, batch_tokens, device)
+        benchmark = CellTypes(sets[0], label, batch, seeds, computing)
     else:
         if not labels or families is None:
             raise ValueError(f"{task.value} needs --labels and --families.")
-        benchmark = Essentiality(sets, read_gene_labels(labels, families), seeds, batch_tokens, device)
+        benchmark = Essentiality(sets, read_gene_labels(labels, families), seeds, computing)
     verdicts = run_benchmark(benchmark, sources, output, restart)
     return f"{verdicts}\nThe report is in {output}."

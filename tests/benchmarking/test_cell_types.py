@@ -7,14 +7,17 @@ import anndata
 import numpy as np
 import pandas as pd
 import pytest
+from peft import LoraConfig, get_peft_model
 from scipy.sparse import csr_matrix
 from typer.testing import CliRunner, Result
 
 from tahoex1_hf.benchmarking import resampling
+from tahoex1_hf.benchmarking.cell_embeddings import Computing, embed_cells
 from tahoex1_hf.benchmarking.cell_types import CellTypes, few_cells, needed
 from tahoex1_hf.benchmarking.cells import read_cells
-from tahoex1_hf.benchmarking.sources import read_sources
+from tahoex1_hf.benchmarking.sources import Source, read_sources
 from tahoex1_hf.cli.app import app
+from tahoex1_hf.hub.loading import load_model_and_tokenizer
 
 DEMO = Path(__file__).parents[2] / "examples" / "demo_checkpoint"
 TYPES, EACH, GENES = 4, 30, 80
@@ -74,6 +77,23 @@ def test_planted_answers(cells: Path, tmp_path: Path) -> None:
     assert "The labels can be read" in (tmp_path / "out" / "report.md").read_text()
     assert (tmp_path / "out" / "model-index.yaml").read_text().count("name: demo") == 1
     assert (tmp_path / "out" / "scores.png").stat().st_size > 1000
+
+
+def test_adapter_is_a_source_and_the_record_of_its_base_counts(cells: Path, tmp_path: Path) -> None:
+    model, tokenizer = load_model_and_tokenizer(DEMO)
+    adapted = get_peft_model(model, LoraConfig(r=2))
+    adapted.save_pretrained(tmp_path / "adapter")
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    source = Source("ours", "model", str(tmp_path / "adapter"))
+    read = read_cells(cells)
+    fresh = embed_cells(source, read, 0, Computing())  # the weights that LoRA begins with change nothing
+    base = embed_cells(Source("demo", "model", str(DEMO)), read, 0, Computing())
+    assert np.abs(fresh - base).max() < 1e-5
+    twin = embed_cells(Source("twin", "untrained", str(tmp_path / "adapter")), read, 0, Computing())
+    assert np.abs(twin - fresh).max() > 0.1
+    read.adata.uns["reference"] = "Zheng et al. 2017"
+    with pytest.raises(ValueError, match="the model was trained on"):
+        CellTypes(read, "cell_type").prepare([source])
 
 
 def test_shuffled_labels_are_unfit(cells: Path, tmp_path: Path) -> None:

@@ -16,11 +16,11 @@ from tahoex1_hf.cells.fingerprint import content_fingerprint
 DEMO = Path(__file__).parents[2] / "examples" / "demo_checkpoint"
 
 
-def cells(folder: Path, reference: str = "") -> CellSet:
+def cells(folder: Path, reference: str = "", name: str = "gut_cells") -> CellSet:
     adata = anndata.AnnData(np.ones((2, 2), dtype=np.float32), uns={"reference": reference})
     adata.var_names = ["ENSG00000141510", "ENSG00000146648"]
-    adata.write_h5ad(folder / "gut_cells.h5ad")
-    return read_cells(folder / "gut_cells.h5ad")
+    adata.write_h5ad(folder / f"{name}.h5ad")
+    return read_cells(folder / f"{name}.h5ad")
 
 
 def model(folder: Path) -> Source:
@@ -51,6 +51,8 @@ def test_file_that_the_settings_of_the_run_name(tmp_path: Path) -> None:
     settings.write_text(yaml.safe_dump({"data": "/data/gut_cells.h5ad"}))
     with pytest.raises(ValueError, match="names the file gut_cells"):
         check_not_trained_on(source, cells(tmp_path))
+    settings.write_text(yaml.safe_dump({"note": "blood cells"}))
+    assert check_not_trained_on(source, cells(tmp_path, name="cells")) is None
 
 
 def test_file_of_another_name_that_a_prepared_dataset_was_made_of(tmp_path: Path) -> None:
