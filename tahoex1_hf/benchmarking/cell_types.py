@@ -103,11 +103,11 @@ class CellTypes:
 
     def _read(self, features: Any, split: str, folds: list[Fold], reader: str) -> Measurement:
         values, numbers, seconds = [], [], []
-        for number, (train, test) in enumerate(folds):
+        for train, test in folds:
             started = time.perf_counter()
             predicted = read_classes(features, self.labels, train, test, reader, 1 if split == FEW else NEIGHBOURS)
             seconds.append(time.perf_counter() - started)
-            values.append(bootstrapped(macro_f1, self.labels[test], predicted, number))
+            values.append(bootstrapped(macro_f1, self.labels[test], predicted, test, len(self.labels)))
             numbers.append(len(test))
         return Measurement("", reader, split, "macro_f1", np.stack(values), numbers, seconds)
 
@@ -115,11 +115,11 @@ class CellTypes:
         from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score, silhouette_samples
 
         labels, started = self.labels, time.perf_counter()
-        rows = np.arange(len(labels))
+        rows = every = np.arange(len(labels))
         if len(rows) > _MOST_DISTANCES:
             rows = np.sort(np.random.default_rng(0).choice(rows, _MOST_DISTANCES, replace=False))
         widths = silhouette_samples(features[rows], labels[rows])
-        values = bootstrapped(lambda _, chosen: float(chosen.mean()), labels[rows], widths, 0)
+        values = bootstrapped(lambda _, chosen: float(chosen.mean()), labels[rows], widths, rows, len(labels))
         spent = [time.perf_counter() - started]
         yield Measurement("", "distances", ALL, "silhouette", values[None], [len(rows)], spent)
         if not find_spec("igraph"):
@@ -132,7 +132,7 @@ class CellTypes:
             clusters = leiden(features, seed)
             seconds.append(time.perf_counter() - started)
             for name, score in scores.items():
-                replicates[name].append(bootstrapped(score, labels, clusters, 0))
+                replicates[name].append(bootstrapped(score, labels, clusters, every, len(labels)))
         for name, each in replicates.items():
             yield Measurement("", "Leiden", ALL, name, np.stack(each), [len(labels)] * self.seeds, seconds)
 

@@ -108,7 +108,7 @@ class Essentiality:
             seconds.append(time.perf_counter() - started)
             truth = labels[fold.test]
             for name, metric in _METRICS.items():
-                values[name].append(bootstrapped(metric, truth, chances, number))
+                values[name].append(bootstrapped(metric, truth, chances, fold.test, len(labels)))
         numbers = [len(fold.test) for fold in folds]
         return [
             Measurement(kind, reader, split, name, np.stack(each), numbers, seconds) for name, each in values.items()

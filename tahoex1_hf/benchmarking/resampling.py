@@ -1,8 +1,8 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
 """Values of metrics with their bootstrap replicates, and comparisons of two of them.
 
-The same seed and number of rows give the same resamples, so that the replicates of two sources that were tested on
-the same rows can be subtracted one by one: what the rows have in common cancels.
+Data of the same number of rows have the same resamples, so that the replicates of two sources that were tested on the
+same rows can be subtracted one by one: what the rows have in common cancels.
 """
 
 from collections.abc import Callable
@@ -18,24 +18,28 @@ Metric = Callable[[np.ndarray, np.ndarray], float]
 """Function of the truth and of what was predicted, both of shape `(rows,)`."""
 
 
-def bootstrapped(metric: Metric, truth: np.ndarray, predicted: np.ndarray, seed: int) -> np.ndarray:
-    """Compute a metric of all rows and of resamples of the rows.
+def bootstrapped(metric: Metric, truth: np.ndarray, predicted: np.ndarray, rows: np.ndarray, total: int) -> np.ndarray:
+    """Compute a metric of the test rows of a fold and of resamples of them.
+
+    All rows of the data are resampled, and a fold takes those that it tests: so folds that test the same rows, as with
+    several seeds, do not pass for independent.
 
     Args:
         metric: Function that computes the metric; NaN where it is not defined.
-        truth: Labels, shape `(rows,)`.
-        predicted: Predictions, shape `(rows,)`.
-        seed: Seed of the resamples.
+        truth: Labels of the test rows, shape `(rows,)`.
+        predicted: Their predictions, shape `(rows,)`.
+        rows: Numbers of the test rows in the data, shape `(rows,)`.
+        total: Number of rows of the data.
 
     Returns:
-        `(1 + REPLICATES,)` float64; the first is the metric of all rows, each once.
+        `(1 + REPLICATES,)` float64; the first is the metric of the test rows, each once.
     """
-    number = len(truth)
-    random = np.random.default_rng([seed, number])
+    random = np.random.default_rng(0)
     values = [metric(truth, predicted)]
     for _ in range(REPLICATES):
-        rows = random.integers(0, number, number)
-        values.append(metric(truth[rows], predicted[rows]))
+        times = np.bincount(random.integers(0, total, total), minlength=total)[rows]
+        chosen = np.repeat(np.arange(len(rows)), times)
+        values.append(metric(truth[chosen], predicted[chosen]) if len(chosen) else float("nan"))
     return np.array(values)
 
 

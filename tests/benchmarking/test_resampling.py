@@ -11,7 +11,7 @@ TRUTH = np.random.default_rng(0).integers(0, 2, 400)
 
 def measured(share_right: float, seed: int, truth: np.ndarray = TRUTH) -> Measurement:
     right = np.random.default_rng(seed).random(len(truth)) < share_right
-    replicates = bootstrapped(macro_f1, truth, np.where(right, truth, 1 - truth), 0)
+    replicates = bootstrapped(macro_f1, truth, np.where(right, truth, 1 - truth), np.arange(len(truth)), len(truth))
     return Measurement("", "kNN", "all", "macro_f1", replicates[None], [len(truth)], [0.0])
 
 
@@ -27,7 +27,7 @@ def test_metrics_are_scikit_learns() -> None:
 def test_interval_is_that_of_a_share() -> None:
     truth = np.zeros(400, dtype=np.int64)
     predicted = (np.arange(400) < 100).astype(np.int64)
-    low, high = ends(bootstrapped(lambda t, p: float((t == p).mean()), truth, predicted, 0))
+    low, high = ends(bootstrapped(lambda t, p: float((t == p).mean()), truth, predicted, np.arange(400), 400))
     half = 1.96 * np.sqrt(0.75 * 0.25 / 400)
     # The ends of 500 replicates are known to about a tenth of the interval.
     assert (low, high) == pytest.approx((0.75 - half, 0.75 + half), abs=0.01)
@@ -50,7 +50,25 @@ def test_interval_of_clusters_by_chance_holds_their_value() -> None:
     """Rows that are there twice agree with themselves, which alone would put the interval above the value."""
     random = np.random.default_rng(0)
     truth, clusters = random.integers(0, 5, 400), random.integers(0, 8, 400)
-    replicates = bootstrapped(lambda t, c: float(normalized_mutual_info_score(t, c)), truth, clusters, 0)
+    replicates = bootstrapped(
+        lambda t, c: float(normalized_mutual_info_score(t, c)), truth, clusters, np.arange(400), 400
+    )
     assert np.percentile(replicates[1:], 2.5) > replicates[0]
     low, high = ends(replicates)
     assert low < replicates[0] < high
+
+
+def test_folds_that_test_the_same_rows_do_not_pass_for_independent() -> None:
+    """Half the rows are right: the interval of the mean over folds is that of one fold, however often it is there."""
+    right = np.arange(400) % 2
+    every = np.arange(400)
+
+    def measurement(folds: list[np.ndarray]) -> Measurement:
+        values = [bootstrapped(lambda t, p: float(p.mean()), right[rows], right[rows], rows, 400) for rows in folds]
+        return Measurement("", "", "", "", np.stack(values), [len(rows) for rows in folds], [0.0] * len(folds))
+
+    once, again = measurement([every]).bounds(), measurement([every, every, every]).bounds()
+    assert again == pytest.approx(once, abs=1e-12)
+    # Folds of other rows together are the whole data.
+    apart = measurement([every[:200], every[200:]]).bounds()
+    assert apart == pytest.approx(once, abs=0.01)
