@@ -95,10 +95,11 @@ class Essentiality:
                 raise ValueError(f"--source {source.name}: an embedding of a gene holds NaN or infinite values.")
             for split, folds in self.folds().items():
                 for reader in (FOREST, LOGISTIC):
-                    measured += self._read(kind, features, split, folds, reader)
+                    measured += self.read(kind, features, split, folds, reader)
         return measured
 
-    def _read(self, kind: str, features: np.ndarray, split: str, folds: list[Split], reader: str) -> list[Measurement]:
+    def read(self, kind: str, features: np.ndarray, split: str, folds: list[Split], reader: str) -> list[Measurement]:
+        """Return the scores of the labels that a reader reads from features of a kind, shape `(genes, width)`."""
         values: dict[str, list[np.ndarray]] = {name: [] for name in _METRICS}
         seconds, labels = [], self.genes.labels
         for number, fold in enumerate(folds):

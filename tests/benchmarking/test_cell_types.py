@@ -1,6 +1,7 @@
 """`tahoex1 evaluate cell-types` on made-up cells, the answers to which are known."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import anndata
@@ -13,7 +14,7 @@ from typer.testing import CliRunner, Result
 
 from tahoex1_hf.benchmarking import resampling
 from tahoex1_hf.benchmarking.cell_embeddings import Computing, embed_cells
-from tahoex1_hf.benchmarking.cell_types import CellTypes, few_cells, needed
+from tahoex1_hf.benchmarking.cell_types import RANDOM, CellTypes, few_cells, needed
 from tahoex1_hf.benchmarking.cells import read_cells
 from tahoex1_hf.benchmarking.sources import Source, read_sources
 from tahoex1_hf.cli.app import app
@@ -167,3 +168,13 @@ def test_leiden_finds_the_types(cells: Path) -> None:
     found = {(m.reader, m.metric): m.value for m in task.evaluate(pca)}
     assert found["Leiden", "ari"] > 0.9
     assert found["Leiden", "nmi"] > 0.9
+
+
+@pytest.mark.parametrize(("name", "expected"), [("gut_crohn_scp1884", 0.81), ("pbmc_kang_muscat", 0.90)])
+def test_pca_on_real_cells(shared_data: Callable[[str], Path], name: str, expected: float) -> None:
+    """The figures of issue 17: other numbers would mean that PCA, kNN or the folds are not what is used elsewhere."""
+    task = CellTypes(read_cells(shared_data(f"h5ad/{name}.h5ad")), "cell_type")
+    features = embed_cells(Source("PCA", "pca"), task.cells, 0, Computing())
+    value = task.read(features, RANDOM, task.folds()[RANDOM], "kNN").value
+    assert value == pytest.approx(expected, abs=0.03)
+    assert value > needed(task.chance(features))

@@ -1,6 +1,7 @@
 """`tahoex1 evaluate essentiality` on made-up genes, the answers to which are known."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import anndata
@@ -11,9 +12,10 @@ from scipy.sparse import csr_matrix
 from typer.testing import CliRunner
 
 from tahoex1_hf.benchmarking import essentiality, resampling
+from tahoex1_hf.benchmarking.cell_embeddings import Computing
 from tahoex1_hf.benchmarking.cells import read_cells
-from tahoex1_hf.benchmarking.essentiality import FAMILY, Essentiality
-from tahoex1_hf.benchmarking.gene_embeddings import expression, loadings
+from tahoex1_hf.benchmarking.essentiality import FAMILY, LOGISTIC, Essentiality
+from tahoex1_hf.benchmarking.gene_embeddings import expression, gene_embeddings, loadings
 from tahoex1_hf.benchmarking.gene_labels import read_gene_labels
 from tahoex1_hf.cli.app import app
 
@@ -104,3 +106,19 @@ def test_loadings_are_those_of_all_cells_together(tmp_path: Path, inputs: dict[s
     axes = np.linalg.svd(dense - dense.mean(axis=0), full_matrices=False)[2]
     found = loadings(sets, sets[0].genes, None, 0)
     assert np.abs(np.abs(found[:, 0]) - np.abs(axes[0])).max() < 1e-4
+
+
+@pytest.mark.slow
+def test_baselines_on_real_genes(shared_data: Callable[[str], Path]) -> None:
+    """The figures of issue 17, by logistic regression; docs/evaluation.md has those of the forest, and of PCA."""
+    names = ("heart_san_1000_native_ensembl", "gut_crohn_scp1884", "lung_lines_sc_mixology", "pbmc_sorted_zheng")
+    sets = [read_cells(shared_data(f"h5ad/{name}.h5ad")) for name in names]
+    labels = shared_data("labels/egbench_depmap26q1_gene_universe.parquet")
+    families = shared_data("labels/egbench_depmap_family5fold_splits.parquet")
+    task = Essentiality(sets, read_gene_labels([labels], families))
+    assert len(task.genes.names) == 13_062
+    folds = task.folds()[FAMILY]
+    for kind, expected, bound in (("random", 0.49, 0.03), ("expression", 0.855, 0.015)):
+        features = gene_embeddings(essentiality.Source(kind, kind), sets, task.genes.names, 0, Computing())[""]
+        found = {m.metric: m.value for m in task.read("", features, FAMILY, folds, LOGISTIC)}
+        assert found["auroc"] == pytest.approx(expected, abs=bound), kind
