@@ -79,6 +79,11 @@ def method(source: str, measurement: Measurement) -> str:
     return ", ".join([" ".join(filter(None, [source, measurement.representation])), measurement.reader])
 
 
+def titled(metric: str) -> str:
+    """Return the title of a metric."""
+    return TITLES.get(metric, metric)
+
+
 def _rows(report: Report, source: Source, measurement: Measurement) -> list[Score]:
     """Return the rows of a measurement: one for each fold, and one for the mean."""
 
@@ -149,7 +154,7 @@ def _tables(sources: Sequence[Source], found: Mapping[str, Sequence[Measurement]
             title = " ".join(filter(None, [name, m.representation]))
             spread = "" if m.spread is None else f" ± {m.spread:.3f}"
             rows.setdefault(title, {})[m.reader, m.metric] = format_value(m.value, *m.bounds()) + spread
-        header = [split, *(f"{reader} {TITLES.get(metric, metric)}" for reader, metric in columns)]
+        header = [split, *(f"{reader} {titled(metric)}" for reader, metric in columns)]
         tables.append(
             markdown_table(header, ([title, *(row.get(key, "-") for key in columns)] for title, row in rows.items()))
         )
@@ -171,11 +176,13 @@ def _write_model_index(
         results = [
             EvalResult(
                 task_type="feature-extraction",
-                task_name=f"{task.name}, {m.split}",
+                task_name=task.name,
                 dataset_type=task.dataset,
                 dataset_name=task.dataset,
                 metric_type=m.metric,
-                metric_name=", ".join(filter(None, [TITLES.get(m.metric, m.metric), m.representation, m.reader])),
+                metric_name=", ".join(
+                    filter(None, [TITLES.get(m.metric, m.metric), m.representation, m.reader, m.split])
+                ),
                 metric_value=round(m.value, 4),
             )
             for m in found[source.name]

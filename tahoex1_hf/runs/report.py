@@ -254,7 +254,7 @@ class Report:
         names = [row.method if len(splits) < 2 else f"{row.method} ({row.split})" for row in rows]
         axes.set_yticks(range(len(names)), names)
         axes.set_xlabel(title or metric)
-        axes.margins(y=0.15)
+        axes.set_ylim(-1, len(rows))
         axes.spines[["top", "right"]].set_visible(False)
         figure.savefig(path, dpi=120)
 

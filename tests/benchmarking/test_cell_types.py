@@ -8,6 +8,7 @@ import anndata
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 from peft import LoraConfig, get_peft_model
 from scipy.sparse import csr_matrix
 from typer.testing import CliRunner, Result
@@ -76,7 +77,12 @@ def test_planted_answers(cells: Path, tmp_path: Path) -> None:
     assert report["verdicts"]["random"]["verdict"] == "worse"
     assert report["verdicts"]["types"]["difference"] >= 0
     assert "The labels can be read" in (tmp_path / "out" / "report.md").read_text()
-    assert (tmp_path / "out" / "model-index.yaml").read_text().count("name: demo") == 1
+    (entry,) = yaml.safe_load((tmp_path / "out" / "model-index.yaml").read_text())["model-index"]
+    (result,) = entry["results"]
+    index = {metric["name"]: metric["value"] for metric in result["metrics"]}
+    assert entry["name"] == "demo"
+    for split in ("random folds", "batch left out"):
+        assert index[f"macro-F1, kNN, {split}"] == pytest.approx(means[split, "demo, kNN", "macro_f1"], abs=1e-4)
     assert (tmp_path / "out" / "scores.png").stat().st_size > 1000
 
 
