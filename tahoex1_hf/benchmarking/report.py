@@ -180,9 +180,7 @@ def _write_model_index(
                 dataset_type=task.dataset,
                 dataset_name=task.dataset,
                 metric_type=m.metric,
-                metric_name=", ".join(
-                    filter(None, [TITLES.get(m.metric, m.metric), m.representation, m.reader, m.split])
-                ),
+                metric_name=", ".join(filter(None, [titled(m.metric), m.representation, m.reader, m.split])),
                 metric_value=round(m.value, 4),
             )
             for m in found[source.name]
