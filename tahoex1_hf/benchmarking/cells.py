@@ -11,7 +11,7 @@ import numpy as np
 
 from tahoex1_hf.cells.fingerprint import content_fingerprint
 from tahoex1_hf.cells.gene_names import plain_id
-from tahoex1_hf.common.reading import reading
+from tahoex1_hf.cells.whole import read_all_genes
 from tahoex1_hf.finetuning.cells.baselines import COMPONENTS, MOST_CELLS, log_normalized
 
 if TYPE_CHECKING:
@@ -76,13 +76,11 @@ def read_cells(path: Path) -> CellSet:
         FileNotFoundError: If there is no such file.
         ValueError: If `X` does not hold raw counts, or two columns are the same gene.
     """
-    import anndata
     from scipy.sparse import csr_matrix
 
     if not path.is_file():
         raise FileNotFoundError(f"--cells {path} does not exist.")
-    with reading(path):
-        adata = anndata.read_h5ad(path)
+    adata = read_all_genes(path)
     adata.X = csr_matrix(adata.X, dtype=np.float32)
     data = adata.X.data
     if not (np.isfinite(data).all() and (data >= 0).all() and (data == np.rint(data)).all()):

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from tahoex1_hf.benchmarking.sources import Source
+from tahoex1_hf.cells.whole import read_slot
 from tahoex1_hf.common.reading import reading
 
 _NAME_COLUMNS = ("cell", "gene", "name", "names", "index", "__index_level_0__")
@@ -32,7 +33,7 @@ def read_embeddings(source: Source, axis: str) -> tuple[np.ndarray, np.ndarray]:
         raise FileNotFoundError(f"--source {source.name}: {path} does not exist.")
     with reading(path):
         if path.suffix == ".h5ad":
-            names, values = _from_h5ad(path, source.key, axis)
+            names, values = read_slot(path, source.key, axis)
         elif path.suffix == ".npz":
             names, values = _from_npz(path)
         else:
@@ -52,20 +53,6 @@ def aligned(names: np.ndarray, values: np.ndarray, wanted: Sequence[str]) -> np.
     place = {name: number for number, name in enumerate(names.tolist())}
     rows = np.array([place.get(name, -1) for name in wanted], dtype=np.int64)
     return np.where((rows >= 0)[:, None], values[rows], np.float32(np.nan))
-
-
-def _from_h5ad(path: Path, key: str, axis: str) -> tuple[np.ndarray, Any]:
-    from anndata import read_h5ad
-
-    adata = read_h5ad(path, backed="r")
-    try:
-        slots, names = (adata.obsm, adata.obs_names) if axis == "obs" else (adata.varm, adata.var_names)
-        if key not in slots:
-            there = ", ".join(slots) or "none"
-            raise ValueError(f"{path} has no {axis}m[{key!r}]; there is {there}.")
-        return names.to_numpy().astype(str), np.asarray(slots[key])
-    finally:
-        adata.file.close()
 
 
 def _from_npz(path: Path) -> tuple[np.ndarray, Any]:

@@ -1,0 +1,51 @@
+# Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
+"""Read files of cells as they are, for comparisons that know no vocabulary: all genes, or embeddings in slots."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from tahoex1_hf.common.reading import reading
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+
+def read_all_genes(path: Path) -> "AnnData":
+    """Read a whole `.h5ad` file into memory.
+
+    Raises:
+        ValueError: If it cannot be read.
+    """
+    from anndata import read_h5ad
+
+    with reading(path):
+        return read_h5ad(path)
+
+
+def read_slot(path: Path, key: str, axis: str) -> tuple[np.ndarray, np.ndarray]:
+    """Read an array of `obsm` or `varm` of an `.h5ad` file, without its counts.
+
+    Args:
+        path: Path of the file.
+        key: Key of the array.
+        axis: `obs` for cells, `var` for genes.
+
+    Returns:
+        Names of the cells or genes, shape `(rows,)`, and the array.
+
+    Raises:
+        ValueError: If there is no such array; the message names those that are there.
+    """
+    from anndata import read_h5ad
+
+    with reading(path):
+        adata = read_h5ad(path, backed="r")
+        try:
+            slots, names = (adata.obsm, adata.obs_names) if axis == "obs" else (adata.varm, adata.var_names)
+            if key not in slots:
+                raise ValueError(f"{path} has no {axis}m[{key!r}]; there is {', '.join(slots) or 'none'}.")
+            return names.to_numpy().astype(str), np.asarray(slots[key])
+        finally:
+            adata.file.close()
