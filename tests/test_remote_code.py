@@ -80,6 +80,7 @@ def test_models_load_without_the_package(tmp_path: Path) -> None:
         save_file(results, "results.safetensors")
         """,
         tmp_path,
+        as_process=True,
     )
     results = load_file(tmp_path / "results.safetensors")
     with torch.no_grad():

@@ -229,7 +229,7 @@ def test_over_http_with_a_broken_connection(
         online = {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_ENDPOINT": hub.url}
         for name, value in online.items():
             monkeypatch.setenv(name, value)
-        run_elsewhere("import os; os.environ['HF_HUB_OFFLINE'] = '0'\n" + textwrap.dedent(OVER_HTTP), tmp_path)
+        run_elsewhere(OVER_HTTP, tmp_path, HF_HUB_OFFLINE="0")
     assert torch.equal(load_file(tmp_path / "results.safetensors")["result"], own(converted["70m"], SMALL))
     paths = [request.path for request in hub.requests]
     again, new_commit = paths.index("/again"), paths.index("/new-commit")

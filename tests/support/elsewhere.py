@@ -1,37 +1,40 @@
 """Run code where the package is not installed."""
 
-import os
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
 
+from forked import Forked, environment
 from helpers import REPO_ROOT
 
+GUARD = f"""
+import sys
+sys.path = [path for path in sys.path if path and path != {str(REPO_ROOT)!r}]
+sys.meta_path = [finder for finder in sys.meta_path if "editable" not in repr(finder).lower()]
+try:
+    import tahoex1_hf
+except ImportError:
+    pass
+else:
+    raise SystemExit("the package can be imported here, so this would prove nothing")
+"""
 
-def run_elsewhere(script: str, folder: Path, *arguments: object) -> subprocess.CompletedProcess:
-    """Run a script in a Python that cannot import the package."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
-    environment |= {"HF_HOME": str(folder / "hf_home"), "HF_HUB_OFFLINE": "1"}
-    environment.setdefault("OMP_NUM_THREADS", "1")
-    guard = f"""
-        import sys
-        sys.path = [path for path in sys.path if path and path != {str(REPO_ROOT)!r}]
-        sys.meta_path = [finder for finder in sys.meta_path if "editable" not in repr(finder).lower()]
-        try:
-            import tahoex1_hf
-        except ImportError:
-            pass
-        else:
-            raise SystemExit("the package can be imported here, so this would prove nothing")
+
+def run_elsewhere(
+    script: str, folder: Path, *arguments: object, as_process: bool = False, **variables: str
+) -> subprocess.CompletedProcess:
+    """Run a script in a Python that cannot import the package.
+
+    It is a fork of a process that has imported torch and transformers, or `as_process` a process that starts afresh.
+    `variables` are set in its environment.
     """
-    run = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(guard) + textwrap.dedent(script), *map(str, arguments)],
-        env=environment,
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    env = environment(HF_HOME=str(folder / "hf_home"), **variables)
+    command = [sys.executable, "-c", GUARD + textwrap.dedent(script), *map(str, arguments)]
+    if as_process:
+        env = {name: value for name, value in env.items() if not name.startswith("PYTHON")}
+        run = subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True, check=False)
+    else:
+        run = Forked(command, env, folder, package=False).completed()
     assert run.returncode == 0, run.stderr
     return run

@@ -50,14 +50,30 @@ LIBRARIES = [
 ]
 
 
-def import_everything() -> None:
-    """Import the package's modules and the libraries that they import later."""
+# What remote code and its users import.
+LIBRARIES_OF_REMOTE_CODE = [
+    "anndata",
+    "peft",
+    "safetensors.torch",
+    "transformers.modeling_utils",
+    "transformers.models.auto.modeling_auto",
+    "transformers.pipelines",
+    "transformers.tokenization_python",
+]
+
+
+def import_package() -> None:
+    """Import all modules of the package."""
     import tahoex1_hf
 
     for module in pkgutil.walk_packages(tahoex1_hf.__path__, "tahoex1_hf."):
         if not module.name.endswith("__main__"):
             importlib.import_module(module.name)
-    for name in LIBRARIES:
+
+
+def import_everything(names: list[str]) -> None:
+    """Import libraries, and make sure that this started no thread."""
+    for name in names:
         importlib.import_module(name)
     threads = {path.read_text().strip() for path in Path("/proc/self/task").glob("[0-9]*/comm")}
     own = Path("/proc/self/comm").read_text().strip() if threads else ""
@@ -66,14 +82,17 @@ def import_everything() -> None:
 
 
 def read_hub_variables() -> None:
-    """Make huggingface_hub read its variables again: where the Hub is, where its cache is, whether to use them.
-
-    Remote code lies where `HF_HOME` was when transformers was imported: to test that, start a process.
-    """
+    """Make the libraries read the Hub's variables again: where it is, where its cache is, whether to use them."""
     import huggingface_hub
+    import transformers.dynamic_module_utils
+    import transformers.utils.hub
 
     importlib.reload(huggingface_hub.constants)
     huggingface_hub.hf_api.api.endpoint = huggingface_hub.constants.ENDPOINT
+    # Remote code is copied to and imported from here; each module holds the name by itself.
+    modules = os.path.join(huggingface_hub.constants.HF_HOME, "modules")
+    for module in (transformers.utils.hub, transformers.dynamic_module_utils):
+        module.HF_MODULES_CACHE = os.environ.get("HF_MODULES_CACHE", modules)
 
 
 def run_command(request: dict[str, Any], files: list[int]) -> int:
@@ -203,7 +222,11 @@ class Server:
 
 if __name__ == "__main__":
     with socket.socket(fileno=int(sys.argv[1])) as tests:
-        import_everything()
+        if sys.argv[3:] == ["libraries"]:
+            import_everything(LIBRARIES_OF_REMOTE_CODE)
+        else:
+            import_package()
+            import_everything(LIBRARIES)
         # Each end of a training collects garbage; that would visit all imported objects, and so copy their memory.
         gc.collect()
         gc.freeze()

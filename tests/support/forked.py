@@ -38,9 +38,12 @@ def environment(**changes: str) -> dict[str, str]:
 
 
 class ForkServer:
-    """The process that forks, and the path of the socket that takes its commands."""
+    """The process that forks, and the path of the socket that takes its commands.
 
-    def __init__(self) -> None:
+    With `package=False` it has imported libraries alone.
+    """
+
+    def __init__(self, package: bool = True) -> None:
         self.cpu_seconds = 0.0  # used by the processes that have ended, including those that launchers started
         self.folder = tempfile.TemporaryDirectory()
         self.path = os.path.join(self.folder.name, "socket")
@@ -50,6 +53,7 @@ class ForkServer:
         self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             command = [sys.executable, str(SUPPORT / "fork_server.py"), str(theirs.fileno()), self.path]
+            command += [] if package else ["libraries"]
             self.log = tempfile.TemporaryFile()
             self.process = subprocess.Popen(
                 command, env=FIRST_ENVIRONMENT, pass_fds=[theirs.fileno()], stdout=self.log, stderr=self.log
@@ -66,20 +70,19 @@ class ForkServer:
         self.folder.cleanup()
 
 
-_server: ForkServer | None = None
-
-
 def cpu_seconds() -> float:
     """Return the CPU seconds of the commands that have ended."""
-    return _server.cpu_seconds if _server else 0.0
+    return sum(each.cpu_seconds for each in _servers.values())
 
 
-def server() -> ForkServer:
-    """Return this process's fork server, which the first call starts."""
-    global _server
-    if _server is None:
-        _server = ForkServer()
-    return _server
+_servers: dict[bool, ForkServer] = {}
+
+
+def server(package: bool = True) -> ForkServer:
+    """Return this process's fork server, with the package or with libraries alone, which the first call starts."""
+    if package not in _servers:
+        _servers[package] = ForkServer(package)
+    return _servers[package]
 
 
 def ask(
@@ -100,7 +103,11 @@ class Forked:
     """A running command with the interface of `subprocess.Popen`; its output goes to temporary files."""
 
     def __init__(
-        self, arguments: Sequence[object], env: Mapping[str, str] | None = None, cwd: str | Path | None = None
+        self,
+        arguments: Sequence[object],
+        env: Mapping[str, str] | None = None,
+        cwd: str | Path | None = None,
+        package: bool = True,
     ) -> None:
         python, *rest = map(str, arguments)
         if python != sys.executable:
@@ -109,7 +116,8 @@ class Forked:
         self.args, self.returncode = [python, *rest], None
         self._files = [tempfile.TemporaryFile(), tempfile.TemporaryFile()]
         outputs = [file.fileno() for file in self._files]
-        self._answer, self.pid = ask(server().path, rest, env, str(cwd or Path.cwd()), outputs)
+        self._server = server(package)
+        self._answer, self.pid = ask(self._server.path, rest, env, str(cwd or Path.cwd()), outputs)
 
     def poll(self) -> int | None:
         """Return the status of a command that has ended, or None."""
@@ -131,7 +139,7 @@ class Forked:
             status, seconds = answer.split()
             self.returncode = int(status)
             self._answer.close()
-            server().cpu_seconds = max(server().cpu_seconds, float(seconds))
+            self._server.cpu_seconds = max(self._server.cpu_seconds, float(seconds))
         return self.returncode
 
     def send_signal(self, number: int) -> None:
