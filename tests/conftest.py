@@ -12,6 +12,10 @@ if capability := os.environ.get("ATEN_CPU_CAPABILITY"):
     folder = f"torchinductor_{os.getuid()}_{capability}"
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(tempfile.gettempdir(), folder))
 
+# Syncing a file takes milliseconds, and guards against a loss of power, which no test can cause: a process that is
+# killed loses nothing that it has written. That files are synced, and in which order, is tested with watched functions.
+os.fsync = lambda handle: None
+
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -51,6 +55,18 @@ def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 20, 50)
+
+
+def pytest_runtest_teardown(nextitem: pytest.Item | None) -> None:
+    """Exclude what a file's tests have imported, too, once its last test has run."""
+    global _file
+    if nextitem is not None and nextitem.path != _file:
+        _file = nextitem.path
+        gc.collect()
+        gc.freeze()
+
+
+_file: Path | None = None
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -230,6 +230,7 @@ if __name__ == "__main__":
         # Each end of a training collects garbage; that would visit all imported objects, and so copy their memory.
         gc.collect()
         gc.freeze()
+        os.fsync = lambda handle: None  # as in conftest.py
         server = Server(tests, sys.argv[2])
         tests.send(b"ready")
         server.serve()
