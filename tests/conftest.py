@@ -12,15 +12,15 @@ if capability := os.environ.get("ATEN_CPU_CAPABILITY"):
     folder = f"torchinductor_{os.getuid()}_{capability}"
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(tempfile.gettempdir(), folder))
 
-# Syncing a file takes milliseconds, and guards against a loss of power, which no test can cause: a process that is
-# killed loses nothing that it has written. That files are synced, and in which order, is tested with watched functions.
-os.fsync = lambda handle: None
-
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+# Syncing a file takes milliseconds, and guards against a loss of power, which no test can cause: a process that is
+# killed loses nothing that it has written. That files are synced, and in which order, is tested with watched functions.
+os.fsync = lambda handle: None
 
 REPO_ROOT = Path(__file__).resolve().parents[1]
 pytest_plugins = ["cpu_times"]
