@@ -142,7 +142,7 @@ class _Flash(torch.autograd.Function):
 
 
 @dataclass(frozen=True, eq=False)
-class FlashCells:
+class FlashLayout:
     """The cells of a packed row for torch's flash attention, and the tokens that are seen in them. All on the GPU."""
 
     bounds: torch.Tensor  # (cells + 1,) int32
@@ -154,7 +154,7 @@ class FlashCells:
     @classmethod
     def make(
         cls, boundaries: torch.Tensor, longest: int, observed: torch.Tensor | None, num_targets: int | None
-    ) -> "FlashCells":
+    ) -> "FlashLayout":
         """Find the keys.
 
         Args:
@@ -410,7 +410,7 @@ class PackedAttention:
     # Per run, what each token sees: `(cells, 1, length, length)` bool, or where the keys are.
     seen: list[torch.Tensor | ObservedKeys] | None = None
     observed: torch.Tensor | None = None  # (1, length) bool
-    flash: FlashCells | None = None
+    flash: FlashLayout | None = None
 
     @classmethod
     def make(
@@ -439,7 +439,7 @@ class PackedAttention:
         if (flash or on_cuda) and longest is None:
             longest = int(boundaries.diff().max())
         if flash and longest is not None:
-            cells = FlashCells.make(boundaries, longest, None if observed is None else observed[0], num_targets)
+            cells = FlashLayout.make(boundaries, longest, None if observed is None else observed[0], num_targets)
             return cls(boundaries, None, longest, observed=observed, flash=cells)
         if observed is None and on_cuda:
             return cls(boundaries, None, longest)

@@ -27,6 +27,9 @@ class EncodedCells:
         drug_ids: `(num_cells,)` int64, 0 for no drug; None where no drugs were given.
         cell_numbers: `(num_cells,)` int64 number of every cell in its data set.
         empty_cells: rows (0 to num_cells - 1) of the cells in which no known gene is expressed.
+        obs: DataFrame with the requested columns of obs, one row per cell; None where none were requested.
+        samples: second and later samples of the cells longer than the context, whose `cell_numbers` say which these
+            are; empty if one sample was requested.
     """
 
     input_ids: np.ndarray
@@ -35,6 +38,8 @@ class EncodedCells:
     drug_ids: np.ndarray | None
     cell_numbers: np.ndarray
     empty_cells: np.ndarray
+    obs: Any = None
+    samples: "Sequence[EncodedCells]" = ()
 
     @property
     def num_cells(self) -> int:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from tahoex1_hf.cells import kernels
-from tahoex1_hf.cells.ragged import CountRows
+from tahoex1_hf.cells.ragged import RowViews
 from tahoex1_hf.encoding_tahoe_x1 import GeneRows, cell_streams, content_numbers, unit_quantiles
 from tahoex1_hf.padding_tahoe_x1 import padded_length
 
@@ -112,7 +112,7 @@ class CellCollator:
 
     def collate(
         self,
-        parts: Sequence[tuple[np.ndarray, CountRows]],
+        parts: Sequence[tuple[np.ndarray, RowViews]],
         streams: np.ndarray,
         drug_ids: np.ndarray | None = None,
     ) -> dict[str, Any]:
@@ -169,7 +169,7 @@ class CellCollator:
 
     def _encode(
         self,
-        parts: Sequence[tuple[np.ndarray, CountRows]],
+        parts: Sequence[tuple[np.ndarray, RowViews]],
         streams: np.ndarray,
         starts: np.ndarray,
         stops: np.ndarray,
@@ -207,16 +207,16 @@ class CellCollator:
         starts = np.cumsum(lengths) - lengths
         genes = np.concatenate([np.zeros(0, dtype=np.int64), *(tokens for tokens, _ in pairs)])
         counts = np.concatenate([np.zeros(0, dtype=np.float32), *(values for _, values in pairs)])
-        cells = CountRows(genes, starts, counts, starts, lengths)
+        rows = GeneRows(genes, counts, np.append(starts, lengths.sum()))
         if self.seed is None:
             streams = torch.randint(2**63 - 1, (len(lengths),)).numpy().astype(np.uint64)
         else:
-            rows = GeneRows(genes, counts, np.append(starts, lengths.sum()))
             streams = cell_streams(content_numbers(rows), self.seed)
         drugs = None
         if self.drug_token:
             drugs = self.tokenizer.drug_ids([row.get("drug") for row in features], len(features))
-        return self.collate([(np.arange(len(lengths)), cells)], streams, drugs)
+        numbers = np.arange(len(lengths))
+        return self.collate([(numbers, RowViews.of(rows, numbers))], streams, drugs)
 
     def _checked(self, row: Mapping[str, Any], number: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the genes and counts of a row, without stored zeros."""

@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
-from tahoex1_hf.cells.ragged import CountRows
+from tahoex1_hf.cells.ragged import RowViews
 from tahoex1_hf.cells.readers.prepared import PreparedDataset, check_vocabulary, column_ids, count_values
 from tahoex1_hf.common.prefetch import prefetch_calls
 from tahoex1_hf.data.collator import CellCollator
-from tahoex1_hf.data.order import MIX_BLOCK, CellOrder, Cells, MixedOrder
+from tahoex1_hf.data.order import MIX_BLOCK, CellOrder, CellPlaces, MixedOrder
 from tahoex1_hf.encoding_tahoe_x1 import DrugTable
 
 if TYPE_CHECKING:
@@ -257,11 +257,11 @@ class CellBatches(IterableDataset):
         """Make the batch of the cells at positions `start` to `stop` of an epoch."""
         parts, streams = self._cells(epoch, start, stop)
         self._fetch_ahead(epoch, start)
-        rows_of_parts: list[tuple[np.ndarray, CountRows]] = []
+        rows_of_parts: list[tuple[np.ndarray, RowViews]] = []
         drug_ids = np.zeros(stop - start, dtype=np.int64) if self.collator.drug_token else None
         for rows, dataset, shard_number, shard_rows in parts:
             shard = self.folders[dataset].shard(shard_number)
-            rows_of_parts.append((rows, shard.rows(shard_rows)))
+            rows_of_parts.append((rows, shard.cells.select(shard_rows)))
             if drug_ids is not None and shard.drug_ids is not None:
                 drug_ids[rows] = shard.drug_ids[shard_rows]
         return self.collator.collate(rows_of_parts, streams, drug_ids)
@@ -317,7 +317,7 @@ def _drug_ids(table: DrugTable, settle: Callable[[Mapping[Any, int]], None], col
     return column_ids(column, lambda names: table.look_up(names)[0])
 
 
-def _by_shard(cells: Cells) -> Iterator[tuple[np.ndarray, int]]:
+def _by_shard(cells: CellPlaces) -> Iterator[tuple[np.ndarray, int]]:
     """Yield the rows of the cells of each shard, and the shard."""
     if len(cells.shards) and (cells.shards == cells.shards[0]).all():  # as in most batches
         yield np.arange(len(cells.shards)), int(cells.shards[0])

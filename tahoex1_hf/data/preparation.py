@@ -37,7 +37,7 @@ from tahoex1_hf.data.pieces import (
     write_piece,
 )
 from tahoex1_hf.data.shards import DatasetSchema, ShardRecord, file_sha256, load_record, save_record, write_shard
-from tahoex1_hf.data.sources.base import CellSource, FileReport
+from tahoex1_hf.data.sources.base import FileReport, SourceReader
 from tahoex1_hf.data.workers import run_tasks
 from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
 
@@ -97,14 +97,14 @@ class _ShardTask(NamedTuple):
 
 
 @lru_cache(maxsize=1)
-def _open_sources(job: Job) -> list[CellSource]:
+def _open_sources(job: Job) -> list[SourceReader]:
     """Open the sources, once per process."""
     config = job.config
     tokenizer = TahoeX1Tokenizer(config.vocab)
     return [_open_source(source, tokenizer, Path(job.work) / "by_cell") for source in config.sources]
 
 
-def _open_source(config: Any, tokenizer: TahoeX1Tokenizer, spool: Path) -> CellSource:
+def _open_source(config: Any, tokenizer: TahoeX1Tokenizer, spool: Path) -> SourceReader:
     # Each kind needs libraries that the others do not.
     if config.kind == "census":
         from tahoex1_hf.data.sources.census import CensusExperiment

@@ -23,11 +23,11 @@ import torch
 from filelock import FileLock, Timeout
 
 from tahoex1_hf.cells import encoding
-from tahoex1_hf.cells.encoding import Chunk, ChunkEncoder, DrugIds, EncodeOptions, report_unknown_drugs
+from tahoex1_hf.cells.encoding import ChunkEncoder, DrugIds, EncodeOptions, report_unknown_drugs
 from tahoex1_hf.cells.gene_symbols import Table
 from tahoex1_hf.cells.genes import TAHOE_100M_GENES, GeneOptions
 from tahoex1_hf.cells.opening import open_all
-from tahoex1_hf.cells.readers.base import CellInput
+from tahoex1_hf.cells.readers.base import INDEX, CellInput, cell_names
 from tahoex1_hf.common.digests import json_digest, some_weights_digest, tokenizer_digest, weights_digest
 from tahoex1_hf.common.processes import Processes
 from tahoex1_hf.common.progress import progress_bar
@@ -42,6 +42,7 @@ from tahoex1_hf.inference.encoder import CellEncoder, Dtype, GeneMeans, TokenSin
 from tahoex1_hf.inference.gene_embeddings import embed_genes, gene_kinds, gene_slot
 from tahoex1_hf.inference.provenance import provenance, provenance_key
 from tahoex1_hf.modeling_tahoe_x1 import TahoeX1PreTrainedModel
+from tahoex1_hf.padding_tahoe_x1 import EncodedCells
 from tahoex1_hf.runs.new_drugs import NewDrugs, SmilesTable, with_new_drugs
 from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
 
@@ -352,21 +353,21 @@ class _Run:
         empty, first, since = 0, start, time.monotonic()
         columns = [name for name in self.output.shard_columns if name in source.cells.obs_columns]
         tables: list[pa.Table] = []
-        chunks = source.chunks(low, high, self.output.names, columns)
+        chunks = source.chunks(low, high, [INDEX, *columns] if self.output.names else columns)
 
-        def sink_of(chunk: Chunk) -> AbstractContextManager[TokenSink | None]:
+        def sink_of(chunk: EncodedCells) -> AbstractContextManager[TokenSink | None]:
             if self.cell_genes is None:
                 return nullcontext()
-            place = start + (chunk.start - low) // encoding.CHUNK_CELLS
+            place = start + int(chunk.cell_numbers[0] - low) // encoding.CHUNK_CELLS
             return self.cell_genes.of_chunk(place, self.output.source_names[number], chunk)
 
         embedded = embed_chunks(self.encoder, chunks, source.cells, gene_means, bar.update, sink_of)
         for done, (chunk, part, spread) in enumerate(embedded, start + 1):
-            names.extend(chunk.names)
+            names.extend(cell_names(chunk.obs) if self.output.names else [])
             parts.append(part)
             spreads.append(spread)
-            tables.append(as_arrow(chunk.obs))
-            empty += len(chunk.cells.empty_cells)
+            tables.append(as_arrow(chunk.obs[columns]))
+            empty += len(chunk.empty_cells)
             full = sum(each.size for each in parts) >= _SHARD_VALUES or time.monotonic() - since >= _SHARD_SECONDS
             if full or done == stop:
                 deviations = np.concatenate(spreads) if self.options.draws > 1 else None

@@ -12,7 +12,7 @@ from accelerate import PartialState
 
 from tahoex1_hf.cells.fingerprint import agrees
 from tahoex1_hf.common.files import write_json
-from tahoex1_hf.finetuning.cells.labelled import LabelledCells
+from tahoex1_hf.finetuning.cells.labelled import FinetuningData
 from tahoex1_hf.finetuning.config import FinetuneConfig
 from tahoex1_hf.finetuning.splits import Split
 
@@ -66,7 +66,7 @@ def has_begun(output_dir: Path) -> bool:
     return any(any(output_dir.glob(pattern)) for pattern in ("checkpoint-*", "folds", RESULT))
 
 
-def check_data(config: FinetuneConfig, cells: LabelledCells, processes: PartialState) -> None:
+def check_data(config: FinetuneConfig, cells: FinetuningData, processes: PartialState) -> None:
     """Check that the run began with the same cells, and note them where it begins.
 
     Raises:

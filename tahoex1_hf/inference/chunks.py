@@ -7,24 +7,25 @@ from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 
-from tahoex1_hf.cells.encoding import Chunk, ChunkEncoder, report_unknown_drugs
+from tahoex1_hf.cells.encoding import ChunkEncoder, report_unknown_drugs
 from tahoex1_hf.cells.readers.base import CellInput
 from tahoex1_hf.common.prefetch import prefetch
 from tahoex1_hf.common.progress import progress_bar
 from tahoex1_hf.configuration_tahoe_x1 import OVERFLOWS
 from tahoex1_hf.inference.encoder import CellEncoder, GeneMeans, TokenSink
 from tahoex1_hf.inference.finite import check_results
+from tahoex1_hf.padding_tahoe_x1 import EncodedCells
 from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
 
 
 def embed_chunks(
     encoder: CellEncoder,
-    chunks: Iterator[Chunk],
+    chunks: Iterator[EncodedCells],
     cells: CellInput,
     gene_means: GeneMeans | None = None,
     on_batch: Callable[[int], object] = lambda num_cells: None,
-    sink_of: Callable[[Chunk], AbstractContextManager[TokenSink | None]] = lambda chunk: nullcontext(),
-) -> Iterator[tuple[Chunk, np.ndarray, np.ndarray]]:
+    sink_of: Callable[[EncodedCells], AbstractContextManager[TokenSink | None]] = lambda chunk: nullcontext(),
+) -> Iterator[tuple[EncodedCells, np.ndarray, np.ndarray]]:
     """Embed chunk after chunk; the next chunk is read and encoded while the model works on this one.
 
     Args:
@@ -44,13 +45,13 @@ def embed_chunks(
     """
     for chunk in prefetch(chunks):
         with sink_of(chunk) as on_tokens:
-            embeddings = encoder.embed(chunk.cells, gene_means, on_batch, on_tokens)
+            embeddings = encoder.embed(chunk, gene_means, on_batch, on_tokens)
         deviations = np.zeros(len(embeddings), dtype=np.float32)
         if chunk.samples:
             others = (encoder.embed(sample) for sample in chunk.samples)
-            embeddings[chunk.long], deviations[chunk.long] = _average(embeddings[chunk.long], others)
-        numbers = range(chunk.start, chunk.start + len(embeddings))
-        check_results(embeddings, numbers, cells, encoder.dtype_name)
+            long = chunk.samples[0].cell_numbers - chunk.cell_numbers[0]
+            embeddings[long], deviations[long] = _average(embeddings[long], others)
+        check_results(embeddings, chunk.cell_numbers, cells, encoder.dtype_name)
         yield chunk, embeddings, deviations
 
 
@@ -99,9 +100,8 @@ def embed_input(
     with progress_bar(progress, total=num_cells, unit="cell", desc="Embedding") as bar:
         encoded = chunks.chunks(0, num_cells)
         for chunk, part, spread in embed_chunks(encoder, encoded, chunks.cells, gene_means, bar.update):
-            embeddings[chunk.start : chunk.start + len(part)] = part
-            deviations[chunk.start : chunk.start + len(part)] = spread
-            num_empty += len(chunk.cells.empty_cells)
+            embeddings[chunk.cell_numbers], deviations[chunk.cell_numbers] = part, spread
+            num_empty += len(chunk.empty_cells)
     return embeddings, deviations, num_empty
 
 

@@ -69,7 +69,7 @@ def ragged_forward(
     layout = CellLayout.packed(boundaries, torch.Size((1, len(input_ids))))
     hidden_states = _embeddings(model, input_ids, expression_values, drug_ids, layout)
     dtype = prepared[0].dtype if prepared else multiplied_as(hidden_states)
-    cells = _Cells(model, boundaries, lengths, dtype)
+    cells = _Layout(model, boundaries, lengths, dtype)
     layers: list[Any] = prepared or list(model.layers)
     shorten = bool(layers) and not all_tokens and model.config.cell_pooling == "cls"
     for layer in layers[:-1] if shorten else layers:
@@ -97,14 +97,14 @@ def targets_forward(model: TahoeX1Model, input_ids: torch.Tensor) -> torch.Tenso
     flag = model.embeddings.flag_embedding(input_ids.new_ones(()))
     hidden_states = model.embeddings.gene_encoder(input_ids) + flag
     boundaries = torch.tensor([0, len(input_ids)], device=input_ids.device)
-    cells = _Cells(model, boundaries, np.array([len(input_ids)]), multiplied_as(hidden_states))
+    cells = _Layout(model, boundaries, np.array([len(input_ids)]), multiplied_as(hidden_states))
     layers: list[Any] = list(model.layers)
     for layer in layers:
         hidden_states = _whole_layer(layer, hidden_states, cells)
     return model.norm(hidden_states)
 
 
-class _Cells:
+class _Layout:
     """Where the cells of a batch lie, and attention within them, on whatever the model attends with."""
 
     def __init__(self, model: TahoeX1Model, boundaries: torch.Tensor, lengths: np.ndarray, dtype: torch.dtype):
@@ -229,7 +229,7 @@ def _embeddings(
     return model.embeddings.combine(input_ids.unsqueeze(0), values[places].unsqueeze(0), drug_ids, layout)[0][0]
 
 
-def _whole_layer(layer: TahoeX1Layer | PreparedLayer, states: torch.Tensor, cells: _Cells) -> torch.Tensor:
+def _whole_layer(layer: TahoeX1Layer | PreparedLayer, states: torch.Tensor, cells: _Layout) -> torch.Tensor:
     """Run one layer on all tokens. `states` is overwritten."""
     if isinstance(layer, PreparedLayer):
         return layer.all_tokens(states, cells)
@@ -240,7 +240,7 @@ def _whole_layer(layer: TahoeX1Layer | PreparedLayer, states: torch.Tensor, cell
     return states
 
 
-def _cls_layer(layer: TahoeX1Layer | PreparedLayer, states: torch.Tensor, cells: _Cells) -> torch.Tensor:
+def _cls_layer(layer: TahoeX1Layer | PreparedLayer, states: torch.Tensor, cells: _Layout) -> torch.Tensor:
     """Run one layer for each cell's first token alone: `(cells, hidden_size)`."""
     if isinstance(layer, PreparedLayer) and not layer.packed:
         return layer.first_tokens(states, cells)

@@ -60,8 +60,8 @@ class Change:
         return np.full(len(highest), self.value or 0.0, dtype=np.float32)
 
 
-class CellRows:
-    """The counts of some cells.
+class PerturbationBatch:
+    """A batch of cells before they are perturbed, and which of their genes are in the tokenizer's sample.
 
     Attributes:
         rows: genes and counts of the cells, in the order of the data's columns.
@@ -72,7 +72,9 @@ class CellRows:
         highest: `(cells,)` largest count of each cell, 0 for a cell without counts.
     """
 
-    def __init__(self, source: "CellSource", rows: GeneRows, numbers: np.ndarray, drug_ids: np.ndarray | None):
+    def __init__(
+        self, source: "PerturbationEncoder", rows: GeneRows, numbers: np.ndarray, drug_ids: np.ndarray | None
+    ):
         self.source, self.rows, self.numbers, self.drug_ids = source, rows, numbers, drug_ids
         self.contents, keep = content_numbers(rows), None
         if source.room is not None:
@@ -101,8 +103,8 @@ class CellRows:
         return counts
 
 
-class CellSource:
-    """The cells of an input, a few of which are read at a time.
+class PerturbationEncoder:
+    """Encoder of cells that are read by number, a few at a time, with or without some of their genes.
 
     Args:
         cells: cells with raw counts.
@@ -142,13 +144,13 @@ class CellSource:
         self._whole = copy.copy(tokenizer)
         self._whole.context_length = None
 
-    def read(self, numbers: np.ndarray) -> CellRows:
+    def read(self, numbers: np.ndarray) -> PerturbationBatch:
         """Read the cells with these numbers, which increase."""
         rows = self.cells.rows_at(numbers)
         rows = rows._replace(tokens=rows.tokens.astype(np.int64))
-        return CellRows(self, rows, numbers, self._drug_ids.of_cells(numbers))
+        return PerturbationBatch(self, rows, numbers, self._drug_ids.of_cells(numbers))
 
-    def check(self, cells: CellRows) -> None:
+    def check(self, cells: PerturbationBatch) -> None:
         """Raise ValueError for counts that cannot be encoded; warn once of counts that look wrong."""
         lookup = self._names
         error, warning = count_problem(cells.rows, 0, lookup)
@@ -218,7 +220,7 @@ class Pairs:
         ValueError: for a context that has no room for the perturbed genes.
     """
 
-    def __init__(self, cells: CellRows, chosen: np.ndarray, members: np.ndarray, change: Change):
+    def __init__(self, cells: PerturbationBatch, chosen: np.ndarray, members: np.ndarray, change: Change):
         self.cells, self.chosen, self.members = cells, chosen, members
         self._join(change.counts(cells.highest[chosen]))
         self.keep = self._sample()

@@ -15,7 +15,7 @@ from tahoex1_hf.common.prefetch import prefetch
 from tahoex1_hf.inference.encoder import CellEncoder, length_sorted_batches
 from tahoex1_hf.inference.finite import check_results
 from tahoex1_hf.padding_tahoe_x1 import EncodedCells
-from tahoex1_hf.perturbation.cells import CellRows, Change, Pairs, gene_places, halves
+from tahoex1_hf.perturbation.cells import Change, Pairs, PerturbationBatch, gene_places, halves
 
 # Number of genes of perturbed cells that are encoded together: tens of megabytes, intermediate arrays included.
 PIECE_TOKENS = 2**19
@@ -63,7 +63,7 @@ class Forward:
         self.encoder, self.bins_per_unit = encoder, bins_per_unit
         self.decoder = None if decoder is None else decoder.to(encoder.device).eval()
 
-    def pooled(self, cells: EncodedCells, of: CellRows, numbers: np.ndarray) -> np.ndarray:
+    def pooled(self, cells: EncodedCells, of: PerturbationBatch, numbers: np.ndarray) -> np.ndarray:
         """Embed cells.
 
         Args:
@@ -131,7 +131,7 @@ class Unperturbed:
     predicted: np.ndarray | None
 
 
-def unperturbed(cells: CellRows, forward: Forward) -> Unperturbed:
+def unperturbed(cells: PerturbationBatch, forward: Forward) -> Unperturbed:
     """Run the model over unperturbed cells."""
     encoded = cells.encoded()
     predicted = None
@@ -208,7 +208,7 @@ class BlockMeasures:
         self.num_slots = 0 if affected is None else int(affected.max()) + 1
         self.by_gene = Moments(size * self.num_slots)
 
-    def add(self, read: Callable[[np.ndarray], CellRows], chunks: Sequence[Unperturbed]) -> Iterator[int]:
+    def add(self, read: Callable[[np.ndarray], PerturbationBatch], chunks: Sequence[Unperturbed]) -> Iterator[int]:
         """Measure the cells of a group.
 
         Args:
@@ -226,7 +226,7 @@ class BlockMeasures:
                 yield len(piece.tasks)
 
     def _pieces(
-        self, read: Callable[[np.ndarray], CellRows], chunks: Sequence[Unperturbed]
+        self, read: Callable[[np.ndarray], PerturbationBatch], chunks: Sequence[Unperturbed]
     ) -> Iterator[Piece | Unperturbed]:
         """Yield the pairs of each chunk in pieces, and after them the chunk itself."""
         genes, slots = np.unique(self.members, return_inverse=True)

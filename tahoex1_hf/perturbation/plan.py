@@ -9,7 +9,7 @@ import numpy as np
 
 from tahoex1_hf.cells.encoding import CHUNK_CELLS
 from tahoex1_hf.cells.readers.base import CellInput
-from tahoex1_hf.perturbation.cells import CellSource
+from tahoex1_hf.perturbation.cells import PerturbationEncoder
 
 # A block of perturbations is measured together, and kept when it is done. A block has at most this many perturbed
 # cells, enough for full batches, and at most this many perturbations, fewer where the change of every gene is summed.
@@ -124,7 +124,7 @@ class GeneNames:
         symbols: gene symbol -> Ensembl id, or None.
     """
 
-    def __init__(self, source: CellSource, symbols: Mapping[str, str] | None):
+    def __init__(self, source: PerturbationEncoder, symbols: Mapping[str, str] | None):
         self.source, self.var = source, source.cells.var
         self.symbols: Mapping[str, str] = symbols or {}
 
@@ -188,7 +188,7 @@ class GeneNames:
 
 @dataclass
 class Levels:
-    """Expression of each gene in each group; genes are in the order of `CellSource.tokens`.
+    """Expression of each gene in each group; genes are in the order of `PerturbationEncoder.tokens`.
 
     Attributes:
         cells: `(groups,)` number of cells.
@@ -201,7 +201,7 @@ class Levels:
     sums: np.ndarray
 
     @classmethod
-    def measure(cls, source: CellSource, groups: Groups) -> "Levels":
+    def measure(cls, source: PerturbationEncoder, groups: Groups) -> "Levels":
         """Read all cells once, and raise ValueError for counts that cannot be encoded."""
         shape = (len(groups.names), len(source.tokens))
         expressing, sums = np.zeros(shape, dtype=np.int64), np.zeros(shape)

@@ -24,7 +24,7 @@ from tahoex1_hf.hub.models import model_and_tokenizer, no_expression_head, witho
 from tahoex1_hf.inference.chunks import with_settings
 from tahoex1_hf.inference.encoder import CellEncoder, Dtype
 from tahoex1_hf.modeling_tahoe_x1 import TahoeX1PreTrainedModel
-from tahoex1_hf.perturbation.cells import CellSource, Change, PerturbationMode
+from tahoex1_hf.perturbation.cells import Change, PerturbationEncoder, PerturbationMode
 from tahoex1_hf.perturbation.journal import Journal
 from tahoex1_hf.perturbation.measures import BlockMeasures, Forward, Unperturbed, unit, unperturbed
 from tahoex1_hf.perturbation.plan import (
@@ -191,7 +191,7 @@ def perturb_genes(
         groups = make_groups(opened, choose_cells(opened, cells, "cells"), groupby)
         toward = None if target is None else np.flatnonzero(choose_cells(opened, target, "target"))
         used = np.unique(np.concatenate([*groups.numbers, *([] if toward is None else [toward])]))
-        source = CellSource(opened, options, used)
+        source = PerturbationEncoder(opened, options, used)
         levels = Levels.measure(source, groups)
         names = GeneNames(source, known_symbols(options.tokenizer, place))
         controls = _plan(genes, names, groups, levels, change, together, null_genes, min_cells)
@@ -284,7 +284,7 @@ class _Run:
 
     def __init__(
         self,
-        source: CellSource,
+        source: PerturbationEncoder,
         groups: Groups,
         levels: Levels,
         forward: Forward,

@@ -23,12 +23,12 @@ from tahoex1_hf.cells.fingerprint import content_fingerprint
 from tahoex1_hf.cells.gene_search import FoundGenes, find_genes
 from tahoex1_hf.cells.genes import GeneOptions
 from tahoex1_hf.cells.looking import places_to_look
-from tahoex1_hf.cells.readers.base import CHUNK_ELEMENTS, INDEX, BadInput, Block, CellInput, gene_rows
+from tahoex1_hf.cells.readers.base import CHUNK_ELEMENTS, INDEX, BadInput, CellInput, gene_rows
 from tahoex1_hf.cells.readers.by_gene import read_spooled, spool_entries
 from tahoex1_hf.cells.readers.csr import check_indptr, read_rows
 from tahoex1_hf.cells.readers.hdf5_bounds import check_hdf5
 from tahoex1_hf.common.bounded import BoundedGzip
-from tahoex1_hf.encoding_tahoe_x1 import GeneMatch
+from tahoex1_hf.encoding_tahoe_x1 import GeneMatch, GeneRows
 
 if TYPE_CHECKING:
     from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
@@ -115,9 +115,9 @@ class TenXInput(CellInput):
             for start, stop in places_to_look(self.num_cells):
                 yield from self._rows(start, stop, None)
 
-    def blocks(
+    def rows(
         self, start: int, stop: int, columns: Sequence[str] = (), elements: int | None = None
-    ) -> Iterator[Block]:
+    ) -> Iterator[GeneRows]:
         """Read rows of the matrix; the only column is `INDEX`."""
         _check_columns(columns)
         with _reading():
@@ -127,7 +127,8 @@ class TenXInput(CellInput):
                 high = low + matrix.shape[0]
                 names = {} if barcodes is None else {INDEX: barcodes[low - start : high - start]}
                 rows, unknown = gene_rows(matrix, self.genes, low, self.tokenizer)
-                yield Block(low, rows, pd.DataFrame(names, index=range(high - low)), unknown)
+                obs = pd.DataFrame(names, index=range(high - low))
+                yield rows._replace(first_cell=low, obs=obs, unknown_counts=unknown)
                 low = high
 
     def _rows(self, start: int, stop: int, elements: int | None) -> Iterator[csr_matrix]:
