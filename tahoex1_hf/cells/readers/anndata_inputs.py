@@ -362,7 +362,7 @@ class _Stored:
         self.X = _on_disk(store["X"]) if "X" in store else None
         self.layers = {name: _on_disk(store["layers"][name]) for name in store.get("layers", ())}
 
-    @property
+    @cached_property
     def raw(self) -> Any:
         """Counts and genes of `raw`, if there is one; anndata before 0.7 stored them beside `X`."""
         if "raw.X" in self._store:
