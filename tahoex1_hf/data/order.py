@@ -60,10 +60,10 @@ class CellOrder:
     """The order of one dataset: in each epoch, shards are permuted, then cells within windows of the result.
 
     Args:
-        shard_sizes: number of cells of each shard.
-        seed: seed of the order.
-        window: number of cells that are shuffled together; the cells of a batch lie at most this far apart.
-        shuffle: whether to shuffle; otherwise the shards are read in their order.
+        shard_sizes: Number of cells of each shard.
+        seed: Seed of the order.
+        window: Number of cells that are shuffled together; the cells of a batch lie at most this far apart.
+        shuffle: Whether to shuffle; otherwise the shards are read in their order.
     """
 
     def __init__(self, shard_sizes: Sequence[int], seed: int, window: int, shuffle: bool = True) -> None:
@@ -130,10 +130,10 @@ class MixedOrder:
     over in another order, independently of the others.
 
     Args:
-        orders: order of each dataset.
-        weights: share of each dataset, in any unit.
-        num_cells: number of positions in an epoch of the mixture.
-        seed: seed of the mixture.
+        orders: Order of each dataset.
+        weights: Share of each dataset, in any unit.
+        num_cells: Number of positions in an epoch of the mixture.
+        seed: Seed of the mixture.
     """
 
     def __init__(self, orders: Sequence[CellOrder], weights: Sequence[float], num_cells: int, seed: int) -> None:

@@ -38,15 +38,15 @@ class PieceStatistics:
     """Statistics of a piece, for the manifest and the second pass.
 
     Attributes:
-        cells_in: number of cells read.
-        dropped: number of cells left out, per rule.
-        cells: number of cells kept, per split.
-        genes: number of expressed genes of the cells kept, per split.
-        counts: sum of all counts of the cells kept.
-        unknown_counts: sum of the counts, of all cells read, of genes that are not in the vocabulary.
-        max_count: the largest count kept.
-        whole_numbers: whether all counts kept are integers.
-        join_misses: number of cells for which a joined table had no row.
+        cells_in: Number of cells read.
+        dropped: Number of cells left out, per rule.
+        cells: Number of cells kept, per split.
+        genes: Number of expressed genes of the cells kept, per split.
+        counts: Sum of all counts of the cells kept.
+        unknown_counts: Sum of the counts, of all cells read, of genes that are not in the vocabulary.
+        max_count: The largest count kept.
+        whole_numbers: Whether all counts kept are integers.
+        join_misses: Number of cells for which a joined table had no row.
     """
 
     cells_in: int = 0
@@ -105,15 +105,15 @@ def write_piece(
 
     Args:
         target: Arrow file of the piece: a batch per split, with `key`, `genes`, `counts` and the metadata.
-        piece: range of cells to read.
-        source: source that reads the cells.
-        config: configuration of the source.
-        split: settings of the validation split.
-        seed: seed of the dataset.
-        duplicates: sorted numbers of the cells of the file that repeat another's name.
+        piece: Range of cells to read.
+        source: Source that reads the cells.
+        config: Configuration of the source.
+        split: Settings of the validation split.
+        seed: Seed of the dataset.
+        duplicates: Sorted numbers of the cells of the file that repeat another's name.
 
     Raises:
-        BadInput: where the cells cannot be used.
+        BadInput: If the cells cannot be used.
     """
     statistics = PieceStatistics()
     parts: list[tuple[GeneRows, np.ndarray]] = []

@@ -125,17 +125,17 @@ def prepare(
     """Write a training dataset, or resume one that an earlier run left unfinished.
 
     Args:
-        config: configuration of the dataset.
-        num_proc: number of processes; it changes only the time.
-        overwrite: whether to begin anew where `config.output` holds another dataset, or the remains of another run.
-        full_paths: whether the manifest names the files by their whole paths, and not by their base names.
+        config: Configuration of the dataset.
+        num_proc: Number of processes; it changes only the time.
+        overwrite: Whether to begin anew where `config.output` holds another dataset, or the remains of another run.
+        full_paths: Whether the manifest names the files by their whole paths, and not by their base names.
 
     Returns:
         The manifest, which is also `OUTPUT/manifest.json`.
 
     Raises:
-        ValueError: for input that cannot be used (see `on_bad_file`), and for an output folder with something else.
-        FileNotFoundError: for a path that does not exist.
+        ValueError: For input that cannot be used (see `on_bad_file`), and for an output folder with something else.
+        FileNotFoundError: For a path that does not exist.
     """
     if num_proc < 1:
         raise ValueError(f"num_proc={num_proc}: pass at least 1.")

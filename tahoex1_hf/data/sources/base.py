@@ -22,12 +22,12 @@ class FileReport:
     """Facts about a file that are known before its counts are read.
 
     Attributes:
-        num_cells: number of cells in it, before any filter.
-        fingerprint: text that changes when the content does: size and time of change, an etag or a version.
-        num_genes: number of gene columns (or of entries of its gene table).
-        num_genes_known: number of genes that are in the vocabulary.
-        unknown_genes: names of up to five of the other genes.
-        by_gene: whether counts are stored by gene, and `SourceReader.spool` must sort them by cell before `read`.
+        num_cells: Number of cells in it, before any filter.
+        fingerprint: Text that changes when the content does: size and time of change, an etag or a version.
+        num_genes: Number of gene columns (or of entries of its gene table).
+        num_genes_known: Number of genes that are in the vocabulary.
+        unknown_genes: Names of up to five of the other genes.
+        by_gene: Whether counts are stored by gene, and `SourceReader.spool` must sort them by cell before `read`.
     """
 
     num_cells: int
@@ -49,9 +49,9 @@ class SourceReader(ABC):
         """Take the settings.
 
         Args:
-            config: the source's part of the configuration.
-            tokenizer: tokenizer that knows the genes of the vocabulary (`match_genes`).
-            spool: folder for intermediate files, which need not exist yet.
+            config: The source's part of the configuration.
+            tokenizer: Tokenizer that knows the genes of the vocabulary (`match_genes`).
+            spool: Folder for intermediate files, which need not exist yet.
         """
         compilation.use_now()
         self.config, self.tokenizer, self.spool_folder = config, tokenizer, spool
@@ -65,7 +65,7 @@ class SourceReader(ABC):
         """Look at a file without reading its counts.
 
         Raises:
-            BadInput: where it is corrupt, empty, or its genes are not the vocabulary's.
+            BadInput: If it is corrupt, empty, or its genes are not the vocabulary's.
         """
 
     @abstractmethod
@@ -73,13 +73,13 @@ class SourceReader(ABC):
         """Yield cells `start` to `stop` of a file in order, a bounded number at a time.
 
         Args:
-            path: path, one of those that `list_files` returns.
-            start: number of the first cell.
-            stop: number behind the last cell.
-            columns: metadata columns to read with the cells; `INDEX` for the names of the cells.
+            path: Path, one of those that `list_files` returns.
+            start: Number of the first cell.
+            stop: Number behind the last cell.
+            columns: Metadata columns to read with the cells; `INDEX` for the names of the cells.
 
         Raises:
-            BadInput: where the counts cannot be read, or a column is not there.
+            BadInput: If the counts cannot be read, or a column is not there.
         """
 
     def fingerprint_now(self, path: str) -> str | None:

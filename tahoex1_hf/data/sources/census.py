@@ -106,9 +106,9 @@ class _Genes:
     """Genes that `var_filter` keeps.
 
     Attributes:
-        joinids: rising `soma_joinid` of the genes.
-        match: tokens of the genes.
-        are_all: whether these are all genes of the experiment.
+        joinids: Rising `soma_joinid` of the genes.
+        match: Tokens of the genes.
+        are_all: Whether these are all genes of the experiment.
     """
 
     joinids: np.ndarray

@@ -63,8 +63,8 @@ class MDSFiles(SourceReader):
         """List the shards that every `index.json` in and below the paths lists, each once.
 
         Raises:
-            FileNotFoundError: where a path does not exist, or has no index.
-            BadInput: for an index that is damaged.
+            FileNotFoundError: If a path does not exist, or has no index.
+            BadInput: For an index that is damaged.
         """
         for root in self._roots:
             folders = self._store.folders_with(root, INDEX_FILE)
@@ -209,7 +209,7 @@ class MDSFiles(SourceReader):
             if (size := self._store.size(f"{folder}/{form.basename}")) is not None:
                 if size != form.size:
                     raise BadInput(
-                        f"{form.basename} has {size} bytes, and {form.size} by {INDEX_FILE}: copy it again."
+                        f"{form.basename} has {size} bytes, but {INDEX_FILE} says {form.size}: copy it again."
                     )
                 return f"{folder}/{form.basename}", form
         names = " and ".join(form.basename for form in forms)

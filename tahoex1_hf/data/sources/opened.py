@@ -26,9 +26,9 @@ class OpenedFiles(SourceReader):
     """Files of one kind.
 
     Args:
-        config: the source's part of the configuration.
-        tokenizer: the tokenizer that knows the genes.
-        spool: folder for counts that are sorted by cell.
+        config: The source's part of the configuration.
+        tokenizer: The tokenizer that knows the genes.
+        spool: Folder for counts that are sorted by cell.
     """
 
     config: AnnDataSource | TenXSource | Tahoe100MSource

@@ -278,7 +278,7 @@ def test_missing_and_truncated_shards(source: Callable[..., MDSFiles], tmp_path:
     path = files.list_files()[1]
     content = shard.read_bytes()
     shard.write_bytes(content[:-9])
-    with pytest.raises(BadInput, match=rf"has {len(content) - 9} bytes, and {len(content)} by index\.json"):
+    with pytest.raises(BadInput, match=rf"has {len(content) - 9} bytes, but index\.json says {len(content)}"):
         files.inspect(path)
     with pytest.raises(BadInput, match="copy it again"):
         list(files.read(path, 0, 10, []))
