@@ -29,19 +29,19 @@ def embed_chunks(
     """Embed chunk after chunk; the next chunk is read and encoded while the model works on this one.
 
     Args:
-        encoder: model that embeds the cells.
-        chunks: chunks from `ChunkEncoder.chunks`.
-        cells: the input that they are of.
-        gene_means: running means to which the cells' gene embeddings are added; of several samples, the first's.
-        on_batch: function called after each batch with its number of cells.
-        sink_of: function that makes of a chunk a context manager, which gives what takes the chunk's gene embeddings.
+        encoder: Model that embeds the cells.
+        chunks: Chunks from `ChunkEncoder.chunks`.
+        cells: The input that they are of.
+        gene_means: Running means to which the cells' gene embeddings are added; of several samples, the first's.
+        on_batch: Function called after each batch with its number of cells.
+        sink_of: Function that makes of a chunk a context manager, which gives what takes the chunk's gene embeddings.
 
     Yields:
         Every chunk; its `(cells, width)` float32 embeddings, each row of length 1; and `(cells,)` float32, how far
         they vary with the sample (see `_average`), 0 for cells of which there is one sample.
 
     Raises:
-        ValueError: where an embedding is not finite; the message names the cell.
+        ValueError: If an embedding is not finite; the message names the cell.
     """
     for chunk in prefetch(chunks):
         with sink_of(chunk) as on_tokens:
@@ -60,7 +60,7 @@ def _average(first: np.ndarray, others: Iterable[np.ndarray]) -> tuple[np.ndarra
 
     Args:
         first: `(cells, width)` embeddings of the first sample, each of length 1.
-        others: the same of the other samples.
+        others: The same of the other samples.
 
     Returns:
         `(cells, width)` means, scaled to length 1; and `(cells,)` standard deviations: the root of the variances over
@@ -84,10 +84,10 @@ def embed_input(
     """Embed all cells of an input.
 
     Args:
-        encoder: model that embeds the cells.
-        chunks: input with the cells, and how they are encoded.
-        gene_means: running means to which the cells' gene embeddings are added.
-        progress: whether to show a progress bar.
+        encoder: Model that embeds the cells.
+        chunks: Input with the cells, and how they are encoded.
+        gene_means: Running means to which the cells' gene embeddings are added.
+        progress: Whether to show a progress bar.
 
     Returns:
         `(cells, width)` float32 embeddings, each row of length 1; `(cells,)` float32, how far they vary with the
@@ -111,7 +111,7 @@ def with_settings(
     """Return the tokenizer, or a copy with another context length or another choice of genes for longer cells.
 
     Raises:
-        ValueError: for a length that leaves no room for a gene, and for another `overflow` than the tokenizer knows.
+        ValueError: For a length that leaves no room for a gene, and for another `overflow` than the tokenizer knows.
     """
     if max_length is None and overflow is None:
         return tokenizer

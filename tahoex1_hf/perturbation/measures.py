@@ -54,9 +54,9 @@ class Forward:
     """A model that embeds encoded cells, and predicts expression if it has the decoder.
 
     Args:
-        encoder: model that embeds the cells.
-        decoder: expression decoder; None for no predictions.
-        bins_per_unit: number of bins in one unit of the decoder's output.
+        encoder: Model that embeds the cells.
+        decoder: Expression decoder; None for no predictions.
+        bins_per_unit: Number of bins in one unit of the decoder's output.
     """
 
     def __init__(self, encoder: CellEncoder, decoder: torch.nn.Module | None = None, bins_per_unit: float = 1.0):
@@ -67,15 +67,15 @@ class Forward:
         """Embed cells.
 
         Args:
-            cells: encoded cells.
-            of: cells that they are, or were before they were perturbed.
+            cells: Encoded cells.
+            of: Unperturbed batch that the cells come from.
             numbers: `(cells,)` number in the data of each cell.
 
         Returns:
             `(cells, width)` float32 embeddings, not normalised.
 
         Raises:
-            ValueError: where an embedding is not finite; the message names the cell.
+            ValueError: If an embedding is not finite; the message names the cell.
         """
         embeddings = np.empty((cells.num_cells, self.encoder.width), dtype=np.float32)
         for rows, pooled in self.encoder.pooled_batches(cells):
@@ -88,7 +88,7 @@ class Forward:
         """Predict the expression of hidden genes, as in the model's training.
 
         Args:
-            cells: encoded cells.
+            cells: Encoded cells.
             hidden: `(tokens,)` bool, the tokens whose expression is hidden from the model.
 
         Returns:
@@ -164,11 +164,11 @@ class Piece:
     """Pairs of cells that are run through the model together.
 
     Attributes:
-        pairs: cells with and without a perturbation.
+        pairs: Cells with and without a perturbation.
         tasks: `(pairs,)` number of each pair's perturbation.
-        perturbed: the encoded perturbed cells.
+        perturbed: The encoded perturbed cells.
         perturbed_genes: `(genes of the perturbed cells,)` index of each gene in the arrays of `pairs`.
-        chunk: the unperturbed cells.
+        chunk: The unperturbed cells.
     """
 
     pairs: Pairs
@@ -183,8 +183,8 @@ class BlockMeasures:
 
     Args:
         members: `(perturbations, genes)` tokens that are perturbed together.
-        change: change of their counts.
-        forward: model.
+        change: Change of their counts.
+        forward: Model.
         target: `(width,)` embedding of length 1 toward which shifts are measured; None for none.
         affected: `(tokens,)` slot of every gene whose predicted change is summed, -1 for other tokens; None for no
             predictions.
@@ -212,11 +212,11 @@ class BlockMeasures:
         """Measure the cells of a group.
 
         Args:
-            read: function that reads the counts of cells.
-            chunks: the unperturbed cells.
+            read: Function that reads the counts of cells.
+            chunks: The unperturbed cells.
 
         Yields:
-            The number of perturbed cells measured since the last time.
+            The number of perturbed cells measured since the previous item.
         """
         for piece in prefetch(self._pieces(read, chunks)):
             if isinstance(piece, Unperturbed):
@@ -278,7 +278,7 @@ class BlockMeasures:
         """Add the change of hidden genes.
 
         Args:
-            piece: pairs of cells.
+            piece: Pairs of cells.
             genes: `(hidden genes,)` index of each gene in the arrays of the pairs.
             difference: `(hidden genes,)` change of the predicted expression.
         """
@@ -293,7 +293,7 @@ class BlockMeasures:
             self.by_gene.add(piece.tasks[pair] * self.num_slots + slots, difference)
 
     def affected(self, perturbation: int, number: int) -> list[tuple[int, float, float, int]]:
-        """Return the genes whose predicted expression changes most: slot, mean change, standard error and cells.
+        """Return the genes whose predicted expression changes most: slot, mean change, standard error, cells.
 
         Only genes count that were predicted in at least three cells and in a twentieth of the perturbed cells.
         """
