@@ -154,50 +154,50 @@ def embed_files(
     Args:
         sources: `.h5ad` files, `.zarr` stores, 10x files, folders and globs of these, prepared datasets, and Hub
             datasets in the format of Tahoe-100M.
-        output: path that ends in `.h5ad`, `.zarr`, `.parquet` or `.npy`; the latter two may be URLs (`s3://…`). If the
+        output: Path that ends in `.h5ad`, `.zarr`, `.parquet` or `.npy`; the latter two may be URLs (`s3://…`). If the
             only source is an `.h5ad` file or a `.zarr` store, an output of the same kind is a copy of the source with
             the new slots. Any other `.h5ad` or `.zarr` output has cells without counts, with the columns of obs of all
             sources. A `.parquet` table has the names of the cells, the columns of `obs`, and the embedding as one
             column of lists.
-        model: as in `embed_anndata`.
-        tokenizer: as in `embed_anndata`.
-        size: as in `embed_anndata`.
-        revision: as in `embed_anndata`.
-        key_added: slot of `obsm` to write, or the name of the table's column of embeddings.
-        layer: as in `embed_anndata`.
-        gene_id_column: as in `embed_anndata`.
-        gene_symbols: as in `embed_anndata`.
-        species: as in `embed_anndata`.
-        orthologs: as in `embed_anndata`.
-        gene_metadata: gene table of a dataset in the format of Tahoe-100M; by default that of Tahoe-100M on the Hub.
-        drugs: column of obs, or one drug for all cells, for models with a drug encoder.
-        unknown_drugs: as in `embed_anndata`.
-        drug_table: as in `embed_anndata`.
-        gene_embeddings: as in `embed_anndata`; needs a single `.h5ad` or `.zarr` source and an output of its kind.
-        cell_gene_embeddings: path or URL of a `.parquet` table for each cell's contextual gene embeddings, with a row
+        model: As in `embed_anndata`.
+        tokenizer: As in `embed_anndata`.
+        size: As in `embed_anndata`.
+        revision: As in `embed_anndata`.
+        key_added: Slot of `obsm` to write, or the name of the table's column of embeddings.
+        layer: As in `embed_anndata`.
+        gene_id_column: As in `embed_anndata`.
+        gene_symbols: As in `embed_anndata`.
+        species: As in `embed_anndata`.
+        orthologs: As in `embed_anndata`.
+        gene_metadata: Gene table of a dataset in the format of Tahoe-100M; by default that of Tahoe-100M on the Hub.
+        drugs: Column of obs, or one drug for all cells, for models with a drug encoder.
+        unknown_drugs: As in `embed_anndata`.
+        drug_table: As in `embed_anndata`.
+        gene_embeddings: As in `embed_anndata`; needs a single `.h5ad` or `.zarr` source and an output of its kind.
+        cell_gene_embeddings: Path or URL of a `.parquet` table for each cell's contextual gene embeddings, with a row
             for every expressed gene of every cell. Its columns are `cell`, `source` (if there are several), `gene`
             (the Ensembl id), and a list column named `key_added` with the embedding, which is not normalised. A cell
             longer than the context has the genes of its first sample. During the run the table needs twice its disk
             space.
-        obs: columns of obs, as a sequence or a text with commas between the names, for an output that is not a copy
+        obs: Columns of obs, as a sequence or a text with commas between the names, for an output that is not a copy
             of the source; by default none in a `.parquet`, and all in an `.h5ad` or `.zarr`. Cells of a source without
             the column have missing values.
-        wide: whether a `.parquet` has a column for each dimension, named `key_added` followed by `_0`, `_1`, ….
-        max_length: as in `embed_anndata`.
-        overflow: as in `embed_anndata`.
-        draws: as in `embed_anndata`; the deviations are a column of obs or of the table.
-        seed: as in `embed_anndata`.
-        batch_tokens: as in `embed_anndata`.
-        device: as in `embed_anndata`; by default, each of several processes on a machine uses a GPU of its own.
-        dtype: as in `embed_anndata`.
-        hidden_layer: as in `embed_anndata`.
-        restart: whether to discard the files of an unfinished run, which may have had other arguments.
-        full_paths: whether the output names its sources by their full paths; otherwise it uses short names.
-        progress: whether to show a progress bar.
+        wide: Whether a `.parquet` has a column for each dimension, named `key_added` followed by `_0`, `_1`, ….
+        max_length: As in `embed_anndata`.
+        overflow: As in `embed_anndata`.
+        draws: As in `embed_anndata`; the deviations are a column of obs or of the table.
+        seed: As in `embed_anndata`.
+        batch_tokens: As in `embed_anndata`.
+        device: As in `embed_anndata`; by default, each of several processes on a machine uses a GPU of its own.
+        dtype: As in `embed_anndata`.
+        hidden_layer: As in `embed_anndata`.
+        restart: Whether to discard the files of an unfinished run, which may have had other arguments.
+        full_paths: Whether the output names its sources by their full paths; otherwise it uses short names.
+        progress: Whether to show a progress bar.
 
     Raises:
-        ValueError: if files or arguments cannot be used; the message says what to do.
-        FileNotFoundError: if a source or a model does not exist.
+        ValueError: If files or arguments cannot be used; the message says what to do.
+        FileNotFoundError: If a source or a model does not exist.
     """
     paths = [str(path) for path in ([sources] if isinstance(sources, (str, Path)) else sources)]
     wanted = OutputOptions(

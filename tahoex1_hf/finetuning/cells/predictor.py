@@ -196,7 +196,7 @@ class CellPredictor:
             on_batch: Function called after each batch with its number of cells.
 
         Raises:
-            ValueError: Where a prediction is not finite; the message names the cell.
+            ValueError: If a prediction is not finite; the message names the cell.
         """
         drug_ids = DrugIds(cells, options)
         report_unknown_drugs([drug_ids])
