@@ -155,11 +155,11 @@ class TravelsWithCode:
         """Save as transformers does.
 
         Args:
-            save_directory: folder to write into.
-            with_code: whether to add the code, with which the Auto classes load the folder where this package is not
+            save_directory: Folder to write into.
+            with_code: Whether to add the code, with which the Auto classes load the folder where this package is not
                 installed, given `trust_remote_code=True`.
-            *args: as in transformers.
-            **kwargs: as in transformers.
+            *args: As in transformers.
+            **kwargs: As in transformers.
         """
         with self._naming_code(with_code):
             return super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
@@ -322,11 +322,11 @@ class TahoeX1Config(PreTrainedConfig):
         """Make a configuration of what a config.json holds; keys that nobody knows are kept, with one warning.
 
         Args:
-            config_dict: content of the file.
-            **kwargs: keys that replace those of the file, and `return_unused_kwargs`, as in transformers.
+            config_dict: Content of the file.
+            **kwargs: Keys that replace those of the file, and `return_unused_kwargs`, as in transformers.
 
         Raises:
-            ValueError: for keyword arguments that look like misspelt keys.
+            ValueError: For keyword arguments that look like misspelt keys.
         """
         refuse_misspelt_keys(cls, kwargs, cutoff=0.8)
         legacy = {name: kwargs.pop(name) for name in list(kwargs) if name in _LEGACY_KEYS or _is_token_id(cls, name)}

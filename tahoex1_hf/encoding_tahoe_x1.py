@@ -367,23 +367,31 @@ class GeneRows(NamedTuple):
         tokens: `(total,)` token ids of all cells, one cell after the other.
         counts: `(total,)` float32 counts.
         offsets: `(cells + 1,)` bounds of the cells: cell `i` is `tokens[offsets[i]:offsets[i + 1]]`.
+        first_cell: Number of the first cell in the input, where the cells are consecutive.
+        obs: DataFrame with the requested columns of obs, one row per cell; None where none were requested.
+        unknown_counts: Sum of the counts of genes that are not in the vocabulary.
     """
 
     tokens: np.ndarray
     counts: np.ndarray
     offsets: np.ndarray
+    first_cell: int = 0
+    obs: Any = None
+    unknown_counts: float = 0.0
+
+    @property
+    def num_cells(self) -> int:
+        """Number of cells."""
+        return len(self.offsets) - 1
 
     def cells(self) -> np.ndarray:
         """Return the row number of the cell of each gene, `(total,)` int64."""
-        return np.repeat(np.arange(len(self.offsets) - 1), np.diff(self.offsets))
+        return np.repeat(np.arange(self.num_cells), np.diff(self.offsets))
 
     def select(self, keep: np.ndarray) -> "GeneRows":
         """Return the genes at which `keep`, `(total,)` bool, is True."""
-        return GeneRows(self.tokens[keep], self.counts[keep], _cut_offsets(self.offsets, keep))
-
-
-def _cut_offsets(offsets: np.ndarray, keep: np.ndarray) -> np.ndarray:
-    return np.concatenate([[0], np.cumsum(keep)])[offsets]
+        offsets = np.concatenate([[0], np.cumsum(keep)])[self.offsets]
+        return self._replace(tokens=self.tokens[keep], counts=self.counts[keep], offsets=offsets)
 
 
 def as_counts(values: Any) -> np.ndarray:
@@ -419,7 +427,8 @@ def matrix_rows(matrix: Any, genes: GeneMatch) -> tuple[GeneRows, bool]:
         counts = as_counts(dense[cells, columns])
         offsets = np.searchsorted(cells, np.arange(len(dense) + 1))
     keep = (genes.token_ids[columns] >= 0) & (counts != 0)
-    columns, counts, offsets = columns[keep], counts[keep], _cut_offsets(offsets, keep)
+    columns, counts = columns[keep], counts[keep]
+    offsets = np.concatenate([[0], np.cumsum(keep)])[offsets]
     if genes.num_duplicates:  # move every column to the first one with its token
         _, first, inverse = np.unique(genes.token_ids, return_index=True, return_inverse=True)
         columns = first[inverse][columns]

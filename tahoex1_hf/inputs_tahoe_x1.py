@@ -1,5 +1,5 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""What a cell tokenizer is called with: cells in their forms, and the arguments that users of transformers pass.
+"""The arguments of a cell tokenizer: cells in all their forms, and the arguments that users of transformers pass.
 
 This file travels to the Hugging Face Hub beside the weights: it imports only numpy, transformers and the files that
 travel with it.
@@ -20,7 +20,7 @@ logger = logging.get_logger(__name__)
 
 DEFAULT_CONTEXT = 1024  # tokens
 
-# Arguments of transformers' tokenizers that change nothing for cells, and the values of each that say nothing else.
+# Arguments of transformers' tokenizers that change nothing for cells, with the values that are accepted.
 _IDLE_ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "add_special_tokens": (True, None),
     "is_split_into_words": (False, None),
@@ -37,11 +37,11 @@ _IDLE_ARGUMENTS: dict[str, tuple[Any, ...]] = {
 
 
 def check_idle_arguments(arguments: Mapping[str, Any]) -> None:
-    """Raise an error for arguments of text tokenizers that would have to do something.
+    """Raise an error for arguments of text tokenizers that ask for something which cells do not have.
 
     Raises:
-        TypeError: for an argument that no tokenizer has.
-        ValueError: for one that means nothing for cells.
+        TypeError: If no tokenizer has such an argument.
+        ValueError: If it means nothing for cells.
     """
     for name, value in arguments.items():
         if name not in _IDLE_ARGUMENTS:
@@ -52,7 +52,7 @@ def check_idle_arguments(arguments: Mapping[str, Any]) -> None:
                 if name == "add_special_tokens"
                 else "it is for text, and cells are sets of genes"
             )
-            raise ValueError(f"{name}={value!r} cannot be had, {why}: leave it out.")
+            raise ValueError(f"{name}={value!r} is not possible, {why}: leave it out.")
 
 
 def check_padding_side(side: str | None) -> None:
@@ -65,7 +65,7 @@ def truncates(truncation: Any) -> bool:
     """Return whether cells are cut to the length limit, for what transformers' users pass as `truncation`.
 
     Raises:
-        ValueError: for what only pairs of texts know.
+        ValueError: For rules that are for pairs of texts.
     """
     truncation = getattr(truncation, "value", truncation)  # of transformers' TruncationStrategy
     if truncation in (None, True, "longest_first", "only_first"):
@@ -76,7 +76,7 @@ def truncates(truncation: Any) -> bool:
 
 
 def is_one_cell(cells: Any) -> bool:
-    """Return whether what a tokenizer was called with is one (genes, counts) pair, and not a list of them."""
+    """Return whether the cells given to a tokenizer are one (genes, counts) pair, and not a list of them."""
     if not isinstance(cells, (list, tuple)) or len(cells) != 2:
         return False
     genes, counts = cells
@@ -86,9 +86,9 @@ def is_one_cell(cells: Any) -> bool:
 
 
 def length_limit(context_length: int | None, model_max_length: int | None) -> int | None:
-    """Return the most tokens of a cell, which has two names: ours, and transformers'.
+    """Return the context length, for which there are two arguments: ours, and that of transformers.
 
-    Where both are given and differ, the one that is not the default holds, and of two the smaller.
+    If both are given and differ, the one that is not the default is taken, or of two such the smaller.
     """
     if model_max_length is None or model_max_length > LARGE_INTEGER:  # transformers writes 1e30 for none
         return context_length
@@ -119,7 +119,7 @@ def with_length_limit(tokenizer: Any, max_length: int | None, cut: bool) -> Any:
     """Return a tokenizer, or a copy with another context length, where one call asks for it.
 
     Raises:
-        ValueError: for a length that leaves no room for a gene.
+        ValueError: For a length that leaves no room for a gene.
     """
     if max_length is not None and (type(max_length) is not int or max_length < 3):
         raise ValueError(f"max_length={max_length!r}: pass a whole number of at least 3.")
@@ -141,7 +141,7 @@ def ragged_rows(cells: Any, vocabulary: Vocabulary, symbols: Mapping[str, str] |
     """Look up the genes of (genes, counts) pairs, and leave out those that are unknown or not expressed.
 
     Raises:
-        ValueError: for pairs of unequal parts, and for genes that are not those of the vocabulary.
+        ValueError: For pairs of unequal parts, and for genes that are not those of the vocabulary.
     """
     names = [np.asarray(genes) for genes, _ in cells]
     counts = [as_counts(values) for _, values in cells]
@@ -163,19 +163,19 @@ def ragged_rows(cells: Any, vocabulary: Vocabulary, symbols: Mapping[str, str] |
 def cell_pieces(
     cells: Any, genes: GeneMatch | None, vocabulary: Vocabulary, symbols: Mapping[str, str] | None, elements: int
 ) -> Iterator[tuple[GeneRows, bool]]:
-    """Yield cells piece by piece, and whether a gene may stand several times in one.
+    """Yield cells piece by piece, and whether a gene may occur several times in one.
 
     Args:
-        cells: a matrix of counts, or (genes, counts) pairs.
-        genes: the genes of a matrix's columns; None for pairs.
-        vocabulary: tokens of the genes of pairs.
-        symbols: gene symbol -> Ensembl id.
-        elements: most elements of the matrix that are read at once.
+        cells: A matrix of counts, or (genes, counts) pairs.
+        genes: The genes of a matrix's columns; None for pairs.
+        vocabulary: Tokens of the genes of pairs.
+        symbols: Gene symbol -> Ensembl id.
+        elements: Most elements of the matrix that are read at once.
     """
     if genes is None:
         yield ragged_rows(cells, vocabulary, symbols), True
         return
-    if getattr(cells, "format", "csr") != "csr":  # there, a row is scattered all over the matrix
+    if getattr(cells, "format", "csr") != "csr":  # in which the counts of a row are all over the matrix
         cells = to_csr(cells.to_memory() if hasattr(cells, "to_memory") else cells)
     step = max(1, elements // genes.num_genes)
     for start in range(0, max(1, cells.shape[0]), step):
@@ -186,7 +186,7 @@ def anndata_counts(adata: Any, gene_id_column: str | None, layer: str | None) ->
     """Return the matrix of an AnnData with the counts.
 
     Raises:
-        ValueError: for a layer, or a column of var, that is not there.
+        ValueError: If the layer or the column of var does not exist.
     """
     if gene_id_column is not None and gene_id_column not in adata.var.columns:
         raise ValueError(f"gene_id_column={gene_id_column!r} is not in adata.var: it has {list(adata.var.columns)}.")
@@ -200,7 +200,7 @@ def anndata_counts(adata: Any, gene_id_column: str | None, layer: str | None) ->
 
 
 def names_drug_column(drugs: Any, columns: Iterable[str], table: DrugTable) -> bool:
-    """Return whether `drugs` names one of the columns of obs. Raise ValueError where that is in doubt."""
+    """Return whether `drugs` names a column of obs and no drug; raise ValueError if it names both, or neither."""
     if not isinstance(drugs, str) or drugs == "":
         return False
     columns, is_drug = list(columns), table.find(drugs) is not None

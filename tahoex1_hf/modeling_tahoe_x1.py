@@ -262,7 +262,7 @@ class TahoeX1Layer(GradientCheckpointingLayer):
         Args:
             hidden_states: `(..., hidden_size)`, the layer's input.
             attn_output: `(..., hidden_size)`, output of the attention block at the same tokens.
-            overwrite: as for `TahoeX1MLP`.
+            overwrite: As for `TahoeX1MLP`.
         """
         hidden_states = hidden_states + attn_output
         if self.pre_norm:
@@ -369,7 +369,7 @@ class TahoeX1Model(TahoeX1PreTrainedModel):
                 number of tokens in `target_mask`, nothing waits for a GPU to count them.
 
         Raises:
-            ValueError: for an argument that does not exist, shapes that do not agree, ids out of range, padding on the
+            ValueError: For an argument that does not exist, shapes that do not agree, ids out of range, padding on the
                 left, or a combination that the attention backend cannot compute.
         """
         check_arguments(self.config, input_ids, expression_values, attention_mask, target_mask, drug_ids, kwargs)
@@ -465,7 +465,7 @@ class TahoeX1ForPreTraining(TahoeX1PreTrainedModel):
             labels: `(batch, length)` float, expression at the targets; other values are not read. The loss is the mean
                 of the two decoders' mean squared errors over the targets that are not padding, and 0 when there is
                 none.
-            num_items_in_batch: number of targets over which the loss is averaged, by default the targets of this call;
+            num_items_in_batch: Number of targets over which the loss is averaged, by default the targets of this call;
                 with gradient accumulation, pass the targets of all microbatches.
         """
         if labels is not None and target_mask is None:
@@ -576,7 +576,7 @@ class TahoeX1ForTokenClassification(TahoeX1PreTrainedModel):
         Args:
             labels: `(batch, length)` int64 class ids, -100 at tokens without one. The loss is the mean cross-entropy
                 over the tokens that have one and are not padding, and 0 when there is none.
-            num_items_in_batch: as for `TahoeX1ForPreTraining`.
+            num_items_in_batch: As for `TahoeX1ForPreTraining`.
         """
         outputs = self.tahoe(input_ids, expression_values, attention_mask, target_mask, drug_ids, **kwargs)
         check_shape(input_ids, labels=labels)

@@ -1,5 +1,5 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""Attention in plain torch, and within the cells of a packed row, where transformers has no backend for it.
+"""Attention in plain torch, and attention within the cells of a packed row, for which transformers has no backend.
 
 - Eager attention, the only one that returns its weights.
 - On CUDA, in half precision, torch's own flash attention takes all cells in one call, whatever their lengths, without
@@ -23,7 +23,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 logger = logging.getLogger(__name__)
 
-# Below, what is saved is less than what gathering the observed keys costs (benchmarks/attention.py).
+# Below this, gathering the observed keys costs more than it saves (benchmarks/attention.py).
 SHORTEST_WITH_OBSERVED_KEYS = 256
 # Wider heads have no backward pass on some cards (sdp_utils.cpp in torch); the released models' have 64 or 128.
 _WIDEST_HEAD = 192
@@ -94,16 +94,16 @@ def flash_attention(
     longest: tuple[int, int],
     scaling: float,
 ) -> torch.Tensor:
-    """Let the queries of each cell see its keys: `(queries, heads, width)` to the like. Not twice differentiable.
+    """Let the queries of each cell see its keys: `(queries, heads, width)` to the same shape; differentiable once.
 
     Args:
-        query: `(queries, heads, width)`, of cells behind each other.
+        query: `(queries, heads, width)`, cell after cell.
         key: `(keys, heads, width)`, perhaps of fewer heads, each for as many of the queries'.
         value: `(keys, heads, width)`, as `key`.
         query_bounds: `(cells + 1,)` int32, from 0 to the number of queries.
         key_bounds: `(cells + 1,)` int32, from 0 to the number of keys; None where they are those of the queries.
-        longest: most queries and most keys of a cell; more than that is no harm.
-        scaling: factor of the scores.
+        longest: Largest numbers of queries and of keys of a cell, or larger numbers.
+        scaling: Factor of the scores.
     """
     output: torch.Tensor = _Flash.apply(query, key, value, query_bounds, key_bounds, *longest, scaling)
     return output
@@ -142,8 +142,8 @@ class _Flash(torch.autograd.Function):
 
 
 @dataclass(frozen=True, eq=False)
-class FlashCells:
-    """The cells of a packed row for torch's flash attention, and the tokens that are seen in them. All on the GPU."""
+class FlashLayout:
+    """Where torch's flash attention finds the cells of a packed row and their observed tokens; all on the GPU."""
 
     bounds: torch.Tensor  # (cells + 1,) int32
     longest: int  # tokens of the longest cell
@@ -154,14 +154,14 @@ class FlashCells:
     @classmethod
     def make(
         cls, boundaries: torch.Tensor, longest: int, observed: torch.Tensor | None, num_targets: int | None
-    ) -> "FlashCells":
+    ) -> "FlashLayout":
         """Find the keys.
 
         Args:
             boundaries: `(cells + 1,)`, from 0 to the length of the row.
-            longest: length of the longest cell.
+            longest: Length of the longest cell.
             observed: `(length,)` bool; None for all.
-            num_targets: number of tokens that are not observed, where it is known: asking the GPU for it takes time.
+            num_targets: Number of tokens that are not observed, where it is known: asking the GPU for it takes time.
         """
         bounds = boundaries.int()
         if observed is None:
@@ -244,7 +244,7 @@ class ObservedKeys:
         """Find the keys. None where `attend` cannot serve: not on a CPU, or with a cell without an observed token.
 
         Args:
-            lengths: tokens of each cell.
+            lengths: Tokens of each cell.
             observed: `(length,)` bool.
         """
         num_observed = [int(part.sum()) for part in observed.split(lengths)] if observed.device.type == "cpu" else [0]
@@ -309,10 +309,10 @@ class _ObservedOrSelf(torch.autograd.Function):
 
 
 class _FusedOnCuda:
-    """Element-wise work that torch compiles into one kernel on CUDA; on a CPU, and where it cannot, it stays as it is.
+    """Element-wise work that torch compiles into one kernel on CUDA; it runs as it is on a CPU, or if torch cannot.
 
     Args:
-        work: function of tensors, of which the first tells the device.
+        work: Function of tensors, of which the first tells the device.
     """
 
     def __init__(self, work: Callable):
@@ -410,7 +410,7 @@ class PackedAttention:
     # Per run, what each token sees: `(cells, 1, length, length)` bool, or where the keys are.
     seen: list[torch.Tensor | ObservedKeys] | None = None
     observed: torch.Tensor | None = None  # (1, length) bool
-    flash: FlashCells | None = None
+    flash: FlashLayout | None = None
 
     @classmethod
     def make(
@@ -427,11 +427,11 @@ class PackedAttention:
 
         Args:
             boundaries: `(cells + 1,)` int64, from 0 to the length of the row.
-            longest: length of the longest cell, where it is known: asking a GPU for it takes time.
+            longest: Length of the longest cell, where it is known: asking a GPU for it takes time.
             observed: `(1, length)` bool: a token sees the observed tokens of its cell and itself; None for all.
-            device: the device that attends.
-            flash: whether queries, keys and values are such that `flash_serves`.
-            num_targets: number of tokens that are not observed, where it is known, as for `longest`.
+            device: The device that attends.
+            flash: Whether queries, keys and values are such that `flash_serves`.
+            num_targets: Number of tokens that are not observed, where it is known, as for `longest`.
         """
         boundaries = boundaries.to(device)
         observed = None if observed is None else observed.to(device)
@@ -439,7 +439,7 @@ class PackedAttention:
         if (flash or on_cuda) and longest is None:
             longest = int(boundaries.diff().max())
         if flash and longest is not None:
-            cells = FlashCells.make(boundaries, longest, None if observed is None else observed[0], num_targets)
+            cells = FlashLayout.make(boundaries, longest, None if observed is None else observed[0], num_targets)
             return cls(boundaries, None, longest, observed=observed, flash=cells)
         if observed is None and on_cuda:
             return cls(boundaries, None, longest)

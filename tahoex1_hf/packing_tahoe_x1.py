@@ -21,13 +21,13 @@ from .observed_attention_tahoe_x1 import EagerAttention, PackedAttention, flash_
 
 logger = logging.get_logger(__name__)
 
-# What a forward may be given beyond its own arguments; anything else is a misspelt name.
+# Further arguments that a forward pass accepts; any other name is taken for a misspelling.
 _FORWARD_KWARGS = frozenset(TransformersKwargs.__annotations__) | {
     "inputs_embeds", "num_targets", "past_key_values", "return_dict", "use_cache",
 }  # fmt: skip
-# What masks of floats hold at most where a token is not seen: the least number of float16 is -65504.
+# Largest value of a float mask at a token that is not seen. It must fit into float16, whose lowest number is -65504.
 _NEVER = -1e4
-# Those of them that neither the layers nor attention read.
+# Further arguments of a forward pass that neither the layers nor attention read.
 UNREAD_BY_LAYERS = ("inputs_embeds", "num_targets", "past_key_values", "output_attentions")
 
 
@@ -155,9 +155,9 @@ def check_arguments(
 
 
 def _check(good: torch.Tensor, problem: Callable[[], str]) -> None:
-    """Raise ValueError where a tensor of shape () is false; on CUDA, have the device stop, without waiting for it.
+    """Raise ValueError if a tensor of shape () is false; on CUDA the device stops instead, and nothing waits for it.
 
-    Tensors without content (fake ones, or those on the device "meta") are not looked at.
+    Tensors without content (fake ones, or those on the device "meta") are not checked.
     """
     if good.device.type == "cuda" and type(good) is torch.Tensor:
         torch._assert_async(good, problem())
@@ -219,18 +219,18 @@ def lay_out_cells(
     """Find the cells and the tokens of a batch.
 
     Args:
-        config: the model's configuration.
+        config: The model's configuration.
         input_ids: `(batch, length)` int64.
         attention_mask: `(batch, length)`, nonzero at tokens; None, or a mask of queries and keys, for all that is
             not the padding token.
         drug_ids: `(cells,)` int64, whose number is checked.
-        kwargs: the further arguments of the model, among them, for a packed row, `cu_seq_lens_q`.
+        kwargs: The further arguments of the model, among them, for a packed row, `cu_seq_lens_q`.
 
     Returns:
         The layout of the cells, and where tokens are: `(batch, length)` bool, or None for everywhere.
 
     Raises:
-        ValueError: for arguments that do not go together, or do not fit the model.
+        ValueError: For arguments that do not go together, or do not fit the model.
     """
     cu_seq_lens = kwargs.get("cu_seq_lens_q")
     if cu_seq_lens is not None:
@@ -302,17 +302,17 @@ def make_attention_mask(
     """Return the mask in the form that the configured attention backend reads.
 
     Args:
-        config: the model's configuration.
+        config: The model's configuration.
         hidden_states: `(batch, length, hidden_size)`, of which the type and the device are read.
         valid: `(batch, length)` bool, where tokens are; None for everywhere.
-        attention_mask: the mask that the model was given; read where it is one of queries and keys.
+        attention_mask: The mask that the model was given; read where it is one of queries and keys.
         target_mask: `(batch, length)` bool, where the expression is hidden.
-        layout: the layout of the cells.
-        kwargs: the further arguments of the model, among them `output_attentions` and `max_length_q`, the length of
+        layout: The layout of the cells.
+        kwargs: The further arguments of the model, among them `output_attentions` and `max_length_q`, the length of
             the longest cell of a packed row, where it is known.
 
     Raises:
-        ValueError: for a mask that the backend cannot apply.
+        ValueError: For a mask that the backend cannot apply.
     """
     eager = _falls_back_to_eager(config, kwargs)
     seen = None if attention_mask is None or attention_mask.dim() == 2 else seen_by_mask(attention_mask)
@@ -365,7 +365,7 @@ def make_attention_mask(
 
 
 def _falls_back_to_eager(config: TahoeX1Config, kwargs: dict[str, Any]) -> bool:
-    """Return whether attention weights are asked for that the configured backend does not keep, with a WARNING."""
+    """Return whether attention weights were requested that the configured backend does not keep; warn if so."""
     wanted = kwargs.get("output_attentions", getattr(config, "output_attentions", False))
     if not wanted or config._attn_implementation == "eager":
         return False
@@ -386,7 +386,7 @@ def dummy_batch(vocab_size: int, device: torch.device) -> dict[str, torch.Tensor
 
 
 def refuse_to_generate(model: Any, *args: Any, **kwargs: Any) -> NoReturn:
-    """Raise NotImplementedError: what `model.generate` of other models does cannot be had."""
+    """Raise NotImplementedError for `model.generate`, since cells have no order of tokens."""
     raise NotImplementedError(
         "Tahoe-x1 embeds cells and predicts expression: there is no order of tokens to generate in. Call the model, "
         "or, for the expression of hidden genes, AutoModelForPreTraining's with target_mask."
@@ -414,7 +414,7 @@ def token_cross_entropy(
         logits: `(batch, length, classes)`.
         labels: `(batch, length)` int64, -100 at tokens without one.
         valid: `(batch, length)` bool, where tokens are; None for everywhere.
-        num_items: what to divide by; None for the number of these tokens, or 1 when there is none.
+        num_items: Divisor of the sum; by default the number of these tokens, or 1 if there are none.
     """
     labels = labels.to(logits.device)
     labels = labels if valid is None else labels.masked_fill(~valid.to(labels.device), -100)

@@ -1,5 +1,5 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""Tokenized cells, and batches of them: padding, lists and tensors, as the users of transformers ask for them.
+"""Tokenized cells, and batches of them in the forms that users of transformers expect: padded, as lists or tensors.
 
 This file travels to the Hugging Face Hub beside the weights: it imports only numpy, torch and transformers.
 """
@@ -26,7 +26,10 @@ class EncodedCells:
         offsets: `(num_cells + 1,)` int64.
         drug_ids: `(num_cells,)` int64, 0 for no drug; None where no drugs were given.
         cell_numbers: `(num_cells,)` int64 number of every cell in its data set.
-        empty_cells: rows (0 to num_cells - 1) of the cells in which no known gene is expressed.
+        empty_cells: Rows (0 to num_cells - 1) of the cells in which no known gene is expressed.
+        obs: DataFrame with the requested columns of obs, one row per cell; None where none were requested.
+        samples: Second and later samples of the cells longer than the context, whose `cell_numbers` say which these
+            are; empty if one sample was requested.
     """
 
     input_ids: np.ndarray
@@ -35,6 +38,8 @@ class EncodedCells:
     drug_ids: np.ndarray | None
     cell_numbers: np.ndarray
     empty_cells: np.ndarray
+    obs: Any = None
+    samples: "Sequence[EncodedCells]" = ()
 
     @property
     def num_cells(self) -> int:
@@ -50,7 +55,7 @@ class EncodedCells:
         """Return a list per cell of `input_ids`, `expression_values` and `attention_mask`; and `drug_ids`, if any.
 
         Args:
-            more: further entries, as for `padded`.
+            more: Further entries, as for `padded`.
         """
         cuts = self.offsets[1:-1]
         parts = {"input_ids": self.input_ids, "expression_values": self.expression_values}
@@ -74,19 +79,19 @@ class EncodedCells:
         """Pad cells on the right.
 
         Args:
-            rows: which cells, in which order; None takes all.
-            pad_token_id: id put into the padding.
-            pad_value: expression value put into the padding.
-            pad_to_multiple_of: round the padded length up to a multiple of this.
-            max_length: padded length; by default that of the longest cell.
-            more: further entries by name: `(total,)` values, and what is put into the padding.
+            rows: Which cells, in which order; None takes all.
+            pad_token_id: Id put into the padding.
+            pad_value: Expression value put into the padding.
+            pad_to_multiple_of: Round the padded length up to a multiple of this.
+            max_length: Padded length; by default that of the longest cell.
+            more: Further entries by name: `(total,)` values, and what is put into the padding.
 
         Returns:
             `input_ids`, `attention_mask` (int64) and `expression_values` (float32), each `(cells, length)`; `drug_ids`
             `(cells,)` where the cells have them.
 
         Raises:
-            ValueError: for a cell longer than `max_length`.
+            ValueError: For a cell longer than `max_length`.
         """
         chosen = np.arange(self.num_cells) if rows is None else np.asarray(rows, dtype=np.int64)
         fills = {
@@ -103,7 +108,7 @@ class EncodedCells:
 
 
 def concatenate_cells(parts: Sequence[EncodedCells]) -> EncodedCells:
-    """Put tokenized cells behind each other."""
+    """Join tokenized cells, one after the other."""
     cells = np.cumsum([0, *(part.num_cells for part in parts)])
     drug_ids = [part.drug_ids for part in parts if part.drug_ids is not None]
     return EncodedCells(
@@ -153,7 +158,7 @@ def report_empty(encoded: EncodedCells) -> None:
         )
 
 
-# What the padding of further entries holds that have one number per token.
+# Values in the padding of further entries with one number per token.
 _TOKEN_FILLS = {"attention_mask": 0, "special_tokens_mask": 1, "target_mask": False}
 _TOKEN_DTYPES = {
     "input_ids": np.int64,
@@ -165,10 +170,10 @@ _TOKEN_DTYPES = {
 
 
 def padding_rule(padding: Any) -> str:
-    """Return "longest", "max_length" or "do_not_pad" for what transformers' users pass as `padding`.
+    """Return "longest", "max_length" or "do_not_pad" for the values of `padding` that transformers allows.
 
     Raises:
-        ValueError: for anything else.
+        ValueError: For anything else.
     """
     padding = getattr(padding, "value", padding)  # of transformers' PaddingStrategy
     rule = padding
@@ -188,7 +193,7 @@ def wanted_length(rule: str, length: int | None) -> int | None:
 
 @dataclass(frozen=True)
 class Output:
-    """The form in which a tokenizer is to return cells; the arguments are those of its call."""
+    """The form in which a tokenizer returns cells; the arguments are those of its call."""
 
     rule: str
     max_length: int | None = None
@@ -204,11 +209,11 @@ class Output:
         """Return the cells in this form.
 
         Args:
-            encoded: the cells.
-            pad_token_id: id put into the padding.
-            pad_value: expression value put into the padding.
+            encoded: The cells.
+            pad_token_id: Id put into the padding.
+            pad_value: Expression value put into the padding.
             is_gene: `(largest id + 1,)` bool, which ids are genes.
-            one_cell: whether lists are to be those of the only cell.
+            one_cell: Whether lists are to be those of the only cell.
         """
         if self.multiple is not None and self.rule == "do_not_pad":
             raise ValueError(f"pad_to_multiple_of={self.multiple} needs padding=True.")
@@ -242,18 +247,18 @@ def pad_features(
     """Pad tokenized cells that came back one by one, as a data loader gives them.
 
     Args:
-        features: a list of mappings, one per cell; one mapping with a list per cell; or the mapping of a single cell.
-        fills: what the padding of `input_ids` and `expression_values` holds.
-        rule: as `padding_rule` returns it.
-        max_length: padded length for "max_length".
-        multiple: round the padded length up to a multiple of this.
+        features: A list of mappings, one per cell; one mapping with a list per cell; or the mapping of a single cell.
+        fills: Values in the padding of `input_ids` and `expression_values`.
+        rule: As `padding_rule` returns it.
+        max_length: Padded length for "max_length".
+        multiple: Round the padded length up to a multiple of this.
 
     Returns:
         The padded entries `(cells, length)`, or lists where there is no padding and the lengths differ; the others
         `(cells, ...)`. A single cell has no dimension for cells.
 
     Raises:
-        ValueError: for features without an entry of `fills`, for entries that cannot be batched, and for a cell longer
+        ValueError: For features without an entry of `fills`, for entries that cannot be batched, and for a cell longer
             than `max_length`.
     """
     if not isinstance(features, Mapping) and not len(features):
@@ -305,7 +310,7 @@ def as_batch(batch: Mapping[str, Any], return_tensors: Any) -> BatchEncoding:
     """Return a batch in the form that `return_tensors` names: "pt", "np" or None for lists.
 
     Raises:
-        ValueError: for another name, and for tensors of cells of different lengths.
+        ValueError: For another name, and for tensors of cells of different lengths.
     """
     form = getattr(return_tensors, "value", return_tensors)  # of transformers' TensorType
     if form not in (None, "pt", "np"):

@@ -39,17 +39,17 @@ class TahoeX1CellEmbeddingPipeline(Pipeline):
         """Embed cells.
 
         Args:
-            inputs: an AnnData with raw counts; a `(cells, genes)` matrix of counts, with `gene_ids=`; a list of
+            inputs: An AnnData with raw counts; a `(cells, genes)` matrix of counts, with `gene_ids=`; a list of
                 (genes, counts) pairs, or one pair; or a list of AnnDatas.
-            batch_size: number of cells that go through the model together, 8 by default; changes last digits only.
-            num_workers: not used.
+            batch_size: Number of cells that go through the model together, 8 by default; changes last digits only.
+            num_workers: Not used.
             **settings: `gene_ids`, `gene_id_column`, `layer`, `gene_symbols`, `drugs` and `seed` of the tokenizer.
 
         Returns:
             `(cells, width)` float32, rows of length 1; for a list of AnnDatas a list of them.
 
         Raises:
-            TypeError, ValueError: as the tokenizer, for cells and settings that cannot be used.
+            TypeError, ValueError: As the tokenizer, for cells and settings that cannot be used.
         """
         if isinstance(inputs, (list, tuple)) and inputs and all(hasattr(part, "var_names") for part in inputs):
             return [self(part, batch_size=batch_size, **settings) for part in inputs]

@@ -81,26 +81,26 @@ class TahoeX1Tokenizer(TravelsWithCode, PreTrainedTokenizer):
     Args:
         vocab_file: JSON object token -> id with Ensembl gene ids, `<pad>`, `<cls>` and, where used, `<eoc>`, `<drug>`.
         value_encoding: `"bins"` (quantile bins, all released models), `"log1p"` or `"raw"` (counts).
-        num_bins: number of quantile bins, the one for zeros included.
-        right_binning: see `bin_expression`.
-        target_sum: sum of a cell before the logarithm, for `"log1p"`.
-        context_length: most tokens per cell, `<cls>` and `<drug>` included; None keeps every expressed gene.
-        model_max_length: transformers' name for the context length; the two are always the same.
-        overflow: genes kept of a longer cell: `"sample"`, at random, by the cell's content and the seed alone;
+        num_bins: Number of quantile bins, the one for zeros included.
+        right_binning: See `bin_expression`.
+        target_sum: Sum of a cell before the logarithm, for `"log1p"`.
+        context_length: Most tokens per cell, `<cls>` and `<drug>` included; None keeps every expressed gene.
+        model_max_length: Transformers' name for the context length; the two are always the same.
+        overflow: Genes kept of a longer cell: `"sample"`, at random, by the cell's content and the seed alone;
             `"highest"`, the highest counts, of equal ones the lowest token ids; `"first"`, by column.
-        pad_value: expression value of special tokens and of padding; negative.
-        drug_to_id: drug name -> id of the drug table; id 0 stands for no drug. Blanks around a name mean nothing.
-        unknown_drugs: what becomes of drugs that the table lacks: `"pad"`, their cells count as cells without a drug,
-            as in the original, and a warning lists drugs and cells; `"error"`, they are refused.
-        first_gene_raw: upstream compatibility, off by default. Embedding a drug model without drugs, upstream left
-            the first gene of each cell out of the encoding and gave it its raw count. No effect where drugs are given.
-        pad_token: padding token.
-        cls_token: token whose output is the cell embedding.
-        eos_token: end-of-cell token of the vocabulary, which the models do not use; None where it has none.
-        **kwargs: settings of `PreTrainedTokenizer`.
+        pad_value: Expression value of special tokens and of padding; negative.
+        drug_to_id: Drug name -> id of the drug table; id 0 stands for no drug. Blanks around a name mean nothing.
+        unknown_drugs: Rule for drugs that the table lacks: with `"pad"` their cells count as cells without a drug, as
+            in the original, and a warning lists drugs and cells; with `"error"` they are refused.
+        first_gene_raw: Whether to leave the first gene of each cell out of the encoding and give it its raw count, as
+            the original did in drug models without drugs. Off by default; no effect where drugs are given.
+        pad_token: Padding token.
+        cls_token: Token whose output is the cell embedding.
+        eos_token: End-of-cell token of the vocabulary, which the models do not use; None where it has none.
+        **kwargs: Settings of `PreTrainedTokenizer`.
 
     Raises:
-        ValueError: for a setting or a vocabulary that cannot work.
+        ValueError: For a setting or a vocabulary that cannot work.
     """
 
     vocab_files_names = {"vocab_file": "vocab.json"}
@@ -249,13 +249,13 @@ class TahoeX1Tokenizer(TravelsWithCode, PreTrainedTokenizer):
 
         Args:
             gene_ids: Ensembl ids, one per matrix column; a version suffix (`.12`) is ignored.
-            gene_symbols: gene symbol -> Ensembl id, for names that are symbols.
+            gene_symbols: Gene symbol -> Ensembl id, for names that are symbols.
 
         Returns:
             The token of every column. Columns with the same token count as one gene.
 
         Raises:
-            ValueError: if less than one in a hundred of the genes is known, or most are symbols; the message says why.
+            ValueError: If less than one in a hundred of the genes is known, or most are symbols; the message says why.
         """
         return self._vocabulary.match(gene_ids, gene_symbols)
 
@@ -279,17 +279,17 @@ class TahoeX1Tokenizer(TravelsWithCode, PreTrainedTokenizer):
 
         Args:
             counts: `(cells, genes)` counts as CSR, CSC or dense matrix; left as it is.
-            genes: the tokens of its columns, from `match_genes`.
-            drugs: drug of all cells, or one per cell (None or "" for no drug); every cell then gets a drug token.
-            first_cell: number of the first row in the data set, for messages.
-            seed: seed of the sampling.
-            source: the AnnData that the rows come from; messages then say where its raw counts are.
+            genes: The tokens of its columns, from `match_genes`.
+            drugs: Drug of all cells, or one per cell (None or "" for no drug); every cell then gets a drug token.
+            first_cell: Number of the first row in the data set, for messages.
+            seed: Seed of the sampling.
+            source: The AnnData that the rows come from; messages then say where its raw counts are.
 
         Returns:
             The cells without padding.
 
         Raises:
-            ValueError: for counts that are negative, NaN or infinite, for a wrong shape, and for unknown drugs.
+            ValueError: For counts that are negative, NaN or infinite, for a wrong shape, and for unknown drugs.
         """
         rows, repeats = matrix_rows(counts, genes)
         drug_ids = None if drugs is None else self.drug_ids(drugs, len(rows.offsets) - 1)
@@ -319,19 +319,19 @@ class TahoeX1Tokenizer(TravelsWithCode, PreTrainedTokenizer):
         """Tokenize cells whose genes are token ids already.
 
         Args:
-            rows: the cells' genes, and their counts, none of them zero.
-            repeats: a gene may stand several times in a cell; its counts are added up.
+            rows: The cells' genes, and their counts, none of them zero.
+            repeats: Whether a gene may occur several times in a cell; its counts are then added up.
             drug_ids: `(cells,)` int64, in which case every cell gets a drug token.
-            first_cell: as for `encode_counts`.
-            seed: as for `encode_counts`.
-            warn: called with what is odd about the counts.
-            advice: what can be done about it.
+            first_cell: As for `encode_counts`.
+            seed: As for `encode_counts`.
+            warn: Function that is called with a sentence about counts that look wrong.
+            advice: Function that returns a sentence about what to do then.
 
         Returns:
             The cells without padding.
 
         Raises:
-            ValueError: for counts that are negative, NaN or infinite.
+            ValueError: For counts that are negative, NaN or infinite.
         """
         for name, number in (("first_cell", first_cell), ("seed", seed)):
             if not 0 <= number < 2**63:
@@ -420,33 +420,33 @@ class TahoeX1Tokenizer(TravelsWithCode, PreTrainedTokenizer):
         """Tokenize cells.
 
         Args:
-            cells: an AnnData (backed ones are read in pieces), a `(cells, genes)` count matrix (CSR, CSC, dense), a
+            cells: An AnnData (backed ones are read in pieces), a `(cells, genes)` count matrix (CSR, CSC, dense), a
                 list of (genes, counts) pairs, one per cell, with Ensembl ids or token ids as genes, or one such pair.
             gene_ids: Ensembl id of every column of a matrix.
-            gene_id_column: column of `adata.var` with the Ensembl ids; by default `adata.var_names`.
-            layer: layer of the AnnData with the counts; by default `adata.X`.
-            gene_symbols: gene symbol -> Ensembl id, for genes named by symbol.
-            drugs: drug of all cells, one per cell (None or "" for no drug), or a column of `adata.obs`.
-            first_cell: number of the first cell in its data set, for messages.
-            seed: seed of the sampling.
-            padding: pad to the longest cell (True or `"longest"`), or to `max_length` (`"max_length"`).
-            truncation: whether longer cells are cut to `max_length`, by the rule `overflow`; they are by default.
-            max_length: most tokens of a cell; by default the tokenizer's `context_length`.
-            pad_to_multiple_of: round the padded length up to a multiple of this.
+            gene_id_column: Column of `adata.var` with the Ensembl ids; by default `adata.var_names`.
+            layer: Layer of the AnnData with the counts; by default `adata.X`.
+            gene_symbols: Gene symbol -> Ensembl id, for genes named by symbol.
+            drugs: Drug of all cells, one per cell (None or "" for no drug), or a column of `adata.obs`.
+            first_cell: Number of the first cell in its data set, for messages.
+            seed: Seed of the sampling.
+            padding: Pad to the longest cell (True or `"longest"`), or to `max_length` (`"max_length"`).
+            truncation: Whether longer cells are cut to `max_length`, by the rule `overflow`; they are by default.
+            max_length: Most tokens of a cell; by default the tokenizer's `context_length`.
+            pad_to_multiple_of: Round the padded length up to a multiple of this.
             padding_side: `"right"`, the only side.
             return_tensors: `"pt"`, `"np"`, or None for lists.
-            return_attention_mask: whether to return it; by default yes.
-            return_special_tokens_mask: whether to return it: 1 at tokens that are no genes.
-            return_length: whether to return the number of tokens of each cell, as `length`.
-            **idle: arguments for text, at values that ask for nothing.
+            return_attention_mask: Whether to return it; by default yes.
+            return_special_tokens_mask: Whether to return it: 1 at tokens that are no genes.
+            return_length: Whether to return the number of tokens of each cell, as `length`.
+            **idle: Arguments for text, at values that ask for nothing.
 
         Returns:
             `input_ids`, `expression_values` and `attention_mask`, each `(cells, length)` or a list per cell;
             `drug_ids` `(cells,)` where drugs were given. The lists of one pair are those of its cell.
 
         Raises:
-            TypeError: for input that is not cells, and for an argument that no tokenizer has.
-            ValueError: for genes, counts, drugs or options that cannot be used; the message says what to do.
+            TypeError: For input that is not cells, and for an argument that no tokenizer has.
+            ValueError: For genes, counts, drugs or options that cannot be used; the message says what to do.
         """
         check_idle_arguments(idle)
         check_padding_side(padding_side or self.padding_side)
@@ -494,16 +494,16 @@ class TahoeX1Tokenizer(TravelsWithCode, PreTrainedTokenizer):
         """Find the counts and the genes of an AnnData, without reading the counts.
 
         Args:
-            adata: in memory or backed; left as it is.
-            gene_id_column: column of `adata.var` with the Ensembl ids; by default `adata.var_names`.
-            layer: layer with the counts; by default `adata.X`.
-            gene_symbols: gene symbol -> Ensembl id, for genes named by symbol.
+            adata: In memory or backed; left as it is.
+            gene_id_column: Column of `adata.var` with the Ensembl ids; by default `adata.var_names`.
+            layer: Layer with the counts; by default `adata.X`.
+            gene_symbols: Gene symbol -> Ensembl id, for genes named by symbol.
 
         Returns:
             The `(cells, genes)` matrix, of which slices of rows can go to `encode_counts`, and its genes.
 
         Raises:
-            ValueError: for a column or layer that is not there, and for genes that are not in the vocabulary.
+            ValueError: If the column or layer does not exist, or the genes are not in the vocabulary.
         """
         matrix = anndata_counts(adata, gene_id_column, layer)
 
@@ -519,7 +519,7 @@ class TahoeX1Tokenizer(TravelsWithCode, PreTrainedTokenizer):
         return adata.obs[drugs].tolist() if self.is_drug_column(drugs, adata.obs.columns) else drugs
 
     def is_drug_column(self, drugs: Any, columns: Iterable[str]) -> bool:
-        """Return whether `drugs` names one of the columns of obs. Raise ValueError where that is in doubt."""
+        """Return whether `drugs` names a column of obs and no drug; raise ValueError if it names both, or neither."""
         if self.drug_table is None:
             return False
         return names_drug_column(drugs, columns, self.drug_table)
@@ -573,22 +573,22 @@ class TahoeX1Tokenizer(TravelsWithCode, PreTrainedTokenizer):
         """Pad tokenized cells into one batch, as transformers' `DataCollatorWithPadding` asks for.
 
         Args:
-            encoded_inputs: a list of mappings, one per cell, one mapping with a list per cell, or the mapping of one
+            encoded_inputs: A list of mappings, one per cell, one mapping with a list per cell, or the mapping of one
                 cell: `input_ids`, `expression_values`, optionally `attention_mask`, and whatever has one number, or
                 equally many numbers, per cell (`drug_ids`, labels).
             padding: True or `"longest"`, or `"max_length"`; with False nothing is padded.
-            max_length: padded length for `"max_length"`, by default the context length; else ignored.
-            pad_to_multiple_of: round the padded length up to a multiple of this.
+            max_length: Padded length for `"max_length"`, by default the context length; else ignored.
+            pad_to_multiple_of: Round the padded length up to a multiple of this.
             padding_side: `"right"`, the only side.
-            return_attention_mask: whether to return it; by default yes.
+            return_attention_mask: Whether to return it; by default yes.
             return_tensors: `"pt"`, `"np"`, or None for lists.
-            verbose: not used.
+            verbose: Not used.
 
         Returns:
             The padded cells, `(cells, length)` each, and the other entries `(cells, ...)`.
 
         Raises:
-            ValueError: for features without `input_ids` or `expression_values`, and for options that cannot be used.
+            ValueError: For features without `input_ids` or `expression_values`, and for options that cannot be used.
         """
         check_padding_side(padding_side or self.padding_side)
         rule = padding_rule(padding)

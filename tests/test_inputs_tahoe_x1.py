@@ -163,8 +163,8 @@ def test_arguments_for_text_at_values_that_ask_for_nothing(tokenizer, cells) -> 
     ("wrong", "message"),
     [
         ({"add_special_tokens": False}, "every cell begins with <cls>"),
-        ({"return_token_type_ids": True}, "return_token_type_ids=True cannot be had, it is for text"),
-        ({"text_pair": "TP53"}, "text_pair='TP53' cannot be had"),
+        ({"return_token_type_ids": True}, "return_token_type_ids=True is not possible, it is for text"),
+        ({"text_pair": "TP53"}, "text_pair='TP53' is not possible"),
         ({"padding_side": "left"}, 'padding_side="left": <cls> and <drug> must stay first'),
     ],
     ids=str,

@@ -19,7 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from tahoex1_hf import observed_attention_tahoe_x1
 from tahoex1_hf.observed_attention_tahoe_x1 import (
-    FlashCells,
+    FlashLayout,
     ObservedKeys,
     PackedAttention,
     _FusedOnCuda,
@@ -146,7 +146,7 @@ def flash_row(
 ) -> torch.Tensor:
     """By the kernel, in the layout of `masked`."""
     bounds = torch.tensor([0, *lengths], device=tokens[0].device).cumsum(0)
-    cells = FlashCells.make(bounds, max(lengths), observed, num_targets)
+    cells = FlashLayout.make(bounds, max(lengths), observed, num_targets)
     return cells.attend(*(tensor.transpose(0, 1) for tensor in tokens), 0.3).transpose(0, 1)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from tahoex1_hf.cells.fingerprint import content_fingerprint
 from tahoex1_hf.cells.gene_names import plain_id
 from tahoex1_hf.cells.whole import read_all_genes
-from tahoex1_hf.finetuning.cells.baselines import COMPONENTS, MOST_CELLS, log_normalized
+from tahoex1_hf.finetuning.cells.baselines import MOST_CELLS, log_normalized, sparse_pca
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -104,13 +104,11 @@ def variable_genes(values: "csr_matrix") -> np.ndarray:
 
 
 def fitted_pca(values: "csr_matrix", seed: int) -> Any:
-    """Fit PCA with at most 50 components to sparse values, which are centred as it goes."""
-    from sklearn.decomposition import PCA
-
-    number = min(COMPONENTS, min(values.shape) - 1)
-    if number < 1:
+    """Fit PCA with at most 50 components to sparse values; raise ValueError if there are too few of them."""
+    pca = sparse_pca(values, seed)
+    if pca is None:
         raise ValueError(f"PCA of {values.shape[0]} cells x {values.shape[1]} genes: too few.")
-    return PCA(number, svd_solver="arpack", random_state=seed).fit(values)
+    return pca.fit(values)
 
 
 def stacked(sets: Sequence[CellSet], genes: np.ndarray, seed: int) -> "csr_matrix":

@@ -9,20 +9,17 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from transformers.utils import logging
 
 from tahoex1_hf.cells import compilation
-from tahoex1_hf.cells.readers.base import INDEX, Block, CellInput, token_dtype
+from tahoex1_hf.cells.readers.base import CellInput, token_dtype
 from tahoex1_hf.configuration_tahoe_x1 import UNKNOWN_DRUGS
 from tahoex1_hf.encoding_tahoe_x1 import GeneRows, sample_seed
 from tahoex1_hf.padding_tahoe_x1 import EncodedCells, report_empty
 from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 logger = logging.get_logger(__name__)
 
@@ -75,7 +72,7 @@ class DrugIds:
         used: Numbers of the cells whose drugs are needed, by default all.
 
     Attributes:
-        columns: Columns of obs that blocks must have.
+        columns: Columns of obs that must be read with the cells.
         unknown: Drugs that are not in the table, with the number of cells of each; see `report_unknown_drugs`.
         is_counted: Whether `unknown` is complete from the beginning.
 
@@ -122,15 +119,15 @@ class DrugIds:
             self._note(unknown)
         return ids
 
-    def of_block(self, block: Block) -> np.ndarray | None:
-        """Return the drug ids of a block's cells, `(cells,)` int64; None if no drugs were given."""
+    def of_rows(self, rows: GeneRows) -> np.ndarray | None:
+        """Return the drug ids of consecutive cells, `(cells,)` int64; None if no drugs were given."""
         if self.drugs is None:
             return None
         if self.columns:
-            return self._look_up(block.obs[self.columns[0]].tolist())
+            return self._look_up(rows.obs[self.columns[0]].tolist())
         if isinstance(self.drugs, str):
-            return self.tokenizer.drug_ids(self.drugs, block.stop - block.start)
-        return self._look_up(self.drugs[block.start : block.stop])
+            return self.tokenizer.drug_ids(self.drugs, rows.num_cells)
+        return self._look_up(self.drugs[rows.first_cell : rows.first_cell + rows.num_cells])
 
     def of_cells(self, numbers: np.ndarray) -> np.ndarray | None:
         """Return the drug ids of the cells with these numbers."""
@@ -154,26 +151,6 @@ def report_unknown_drugs(drug_ids: Sequence[DrugIds]) -> None:
         table.settle(unknown, "pad")
 
 
-class Chunk(NamedTuple):
-    """Encoded cells, ready for the model.
-
-    Attributes:
-        start: Number of the first cell in the input.
-        cells: Encoded cells.
-        names: Names of the cells; empty if they were not requested.
-        long: Rows of the cells that are longer than the context; empty if only one sample of them was requested.
-        samples: Second and later samples of the long cells, one element per sample.
-        obs: Requested columns of obs.
-    """
-
-    start: int
-    cells: EncodedCells
-    names: list[str]
-    long: np.ndarray
-    samples: list[EncodedCells]
-    obs: "pd.DataFrame"
-
-
 class ChunkEncoder:
     """Encoder of the cells of an input; compiled loops give the same results.
 
@@ -186,39 +163,43 @@ class ChunkEncoder:
         self.cells, self.options = cells, options
         self.drug_ids = DrugIds(cells, options)
 
-    def chunks(self, start: int, stop: int, names: bool = False, obs: Sequence[str] = ()) -> Iterator[Chunk]:
+    def chunks(self, start: int, stop: int, columns: Sequence[str] = ()) -> Iterator[EncodedCells]:
         """Encode cells `start` to `stop` and yield them in chunks of `CHUNK_CELLS` cells.
 
         Args:
             start: Number of the first cell, a multiple of `CHUNK_CELLS`.
             stop: Number after the last cell, a later multiple or `num_cells`.
-            names: Whether to return the names of the cells.
-            obs: Columns of obs to return.
+            columns: Columns of obs to return with the cells; `INDEX` for their names.
 
         Raises:
             ValueError: If cells cannot be read or encoded; the message names the input.
         """
         tokenizer = self.options.tokenizer
         compilation.start(tokenizer, token_dtype(tokenizer), self.cells.num_cells)
-        columns = list(dict.fromkeys([*self.drug_ids.columns, *([INDEX] if names else []), *obs]))
-        for block in self.cells.chunks(start, stop, CHUNK_CELLS, columns):
-            labels = block.obs[INDEX].astype(str).tolist() if names else []
-            drug_ids = self.drug_ids.of_block(block)
-            encoded = self.encode(block.rows, drug_ids, block.start)
-            yield Chunk(block.start, encoded, labels, *self._further_samples(block, drug_ids), block.obs[list(obs)])
+        needed = list(dict.fromkeys([*self.drug_ids.columns, *columns]))
+        for rows in self.cells.chunks(start, stop, CHUNK_CELLS, needed):
+            drug_ids = self.drug_ids.of_rows(rows)
+            encoded = self.encode(rows, drug_ids, rows.first_cell)
+            encoded.obs, encoded.samples = rows.obs[list(columns)], self._further_samples(rows, drug_ids)
+            yield encoded
 
-    def _further_samples(self, block: Block, drug_ids: np.ndarray | None) -> tuple[np.ndarray, list[EncodedCells]]:
-        """Return the rows of the long cells, and the second and later samples of these cells."""
-        context, rows = self.options.tokenizer.context_length, block.rows
+    def _further_samples(self, rows: GeneRows, drug_ids: np.ndarray | None) -> list[EncodedCells]:
+        """Return the second and later samples of the cells longer than the context."""
+        context = self.options.tokenizer.context_length
         if context is None or self.options.draws == 1:
-            return np.zeros(0, dtype=np.int64), []
+            return []
         lengths = np.diff(rows.offsets)
         is_long = lengths > context - (1 if drug_ids is None else 2)
         long = np.flatnonzero(is_long)
+        if not len(long):
+            return []
         genes = rows.select(np.repeat(is_long, lengths))
         part = GeneRows(genes.tokens, genes.counts, np.concatenate([[0], np.cumsum(lengths[long])]))
         own = None if drug_ids is None else drug_ids[long]
-        return long, [self.encode(part, own, block.start, number) for number in range(1, self.options.draws)]
+        samples = [self.encode(part, own, rows.first_cell, number) for number in range(1, self.options.draws)]
+        for sample in samples:
+            sample.cell_numbers = rows.first_cell + long
+        return samples
 
     def encode(self, rows: GeneRows, drug_ids: np.ndarray | None, first_cell: int, sample: int = 0) -> EncodedCells:
         """Encode cells.

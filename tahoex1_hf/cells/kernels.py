@@ -30,10 +30,10 @@ class Settings(NamedTuple):
     """Settings for the encoding of all cells.
 
     Attributes:
-        special_tokens: int64 ids of the tokens at the start of each cell (`<cls>`, `<drug>`).
+        special_tokens: Int64 ids of the tokens at the start of each cell (`<cls>`, `<drug>`).
         pad_token: Id of the token that fills the output after a cell, up to its stop.
-        pad_value: float32 expression value of special tokens and padding.
-        mask_value: float32 expression value of targets.
+        pad_value: Float32 expression value of special tokens and padding.
+        mask_value: Float32 expression value of targets.
         room: Largest number of genes that are kept of a cell.
         sample: Whether the genes of cells that have more are sampled; otherwise the first genes are kept.
         highest: Whether the genes with the highest counts are kept instead; only for inference.
@@ -41,9 +41,9 @@ class Settings(NamedTuple):
         quantiles: `(num_bins - 1,)` float32, the result of `unit_quantiles(num_bins - 1)`.
         right: Whether edges equal to a count are treated as below it, like `right` of `bin_expression`.
         target_sum: Sum of a cell before the logarithm.
-        mask_probabilities: float64 shares of the genes to predict, one of which is chosen at random for each cell;
+        mask_probabilities: Float64 shares of the genes to predict, one of which is chosen at random for each cell;
             empty for no targets.
-        unexpressed: int64 ids of all genes, to fill up cells with genes that they do not express; empty for none.
+        unexpressed: Int64 ids of all genes, to fill up cells with genes that they do not express; empty for none.
         num_tokens: Number of token ids, larger than every id.
     """
 
@@ -67,11 +67,11 @@ class Output(NamedTuple):
     """Flat output arrays with one element per token.
 
     Attributes:
-        input_ids: int64.
-        expression_values: float32.
-        target_mask: bool.
-        labels: float32, the value at targets and `NO_LABEL` elsewhere.
-        attention_mask: bool, False at padding; empty if no mask is needed.
+        input_ids: Int64.
+        expression_values: Float32.
+        target_mask: Bool.
+        labels: Float32, the value at targets and `NO_LABEL` elsewhere.
+        attention_mask: Bool, False at padding; empty if no mask is needed.
     """
 
     input_ids: np.ndarray
@@ -531,12 +531,12 @@ def encode_rows(
     Args:
         offsets: `(cells + 1,)` positions at which the cells begin and end.
         tokens: Genes of the cells, of any integer type, each once per cell.
-        counts: float32 counts of the genes.
+        counts: Float32 counts of the genes.
         key: `mix64` of the seed of the sampling.
         settings: Settings as for training; the settings of targets are ignored.
         starts: `(cells,)` position of each cell's first token in the output.
-        input_ids: int64 output array.
-        expression_values: float32 output array.
+        input_ids: Int64 output array.
+        expression_values: Float32 output array.
 
     Returns:
         Whether all counts are whole and above zero. If not, the output must not be used.

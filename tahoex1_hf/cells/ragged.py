@@ -6,10 +6,14 @@ from dataclasses import dataclass
 import numba
 import numpy as np
 
+from tahoex1_hf.encoding_tahoe_x1 import GeneRows
+
 
 @dataclass(frozen=True)
-class CountRows:
-    """Cells as views into flat arrays, in which the cells may lie in any order.
+class RowViews:
+    """Rows of `GeneRows` where they lie in larger arrays, in any order.
+
+    They are not copied, since a copy would make a batch of training cells half as dear again.
 
     Attributes:
         genes: Token ids of any integer type.
@@ -24,6 +28,17 @@ class CountRows:
     counts: np.ndarray
     count_starts: np.ndarray
     lengths: np.ndarray
+
+    @classmethod
+    def of(cls, rows: GeneRows, numbers: np.ndarray) -> "RowViews":
+        """Return views of the cells with these row numbers."""
+        starts = rows.offsets[numbers]
+        return cls(rows.tokens, starts, rows.counts, starts, rows.offsets[numbers + 1] - starts)
+
+    def select(self, numbers: np.ndarray) -> "RowViews":
+        """Return views of the cells with these row numbers."""
+        genes, counts = self.gene_starts[numbers], self.count_starts[numbers]
+        return RowViews(self.genes, genes, self.counts, counts, self.lengths[numbers])
 
 
 @numba.njit(nogil=True, cache=True)

@@ -1,5 +1,5 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""Memory of a GPU: how torch manages it, and copies that nobody waits for."""
+"""Settings of torch's GPU memory, and copies that the host does not wait for."""
 
 import os
 from collections.abc import Callable
@@ -13,14 +13,14 @@ def let_segments_grow() -> None:
     """Have torch extend its blocks of GPU memory, instead of leaving gaps between blocks of other sizes.
 
     Batches of cells differ in their number of tokens, so that without this every batch fragments the memory further.
-    It is too late once CUDA is in use, and settings that somebody has made stay.
+    The call has no effect once CUDA is in use, and leaves settings that the user has made as they are.
     """
     if not torch.cuda.is_initialized() and not any(os.environ.get(name) for name in _VARIABLES):
         os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Return a tensor on a device; a GPU gets it from pinned memory, for which the host need not wait."""
+    """Copy a tensor to a device; the host does not wait for a copy to a GPU, which is made from pinned memory."""
     if device.type != "cuda" or tensor.device.type != "cpu":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)

@@ -1,22 +1,22 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""Tell what a file is when it is not what its name says: what a clone without Git LFS or a broken download leaves."""
+"""Recognise files that are not what their names say, such as those of a clone without Git LFS or a broken download."""
 
 from contextlib import suppress
 from pathlib import Path
 
 _LFS = b"version https://git-lfs.github.com/spec/"
 _PAGES = (b"<!doctype", b"<html", b"<?xml")
-_LONGEST = 512  # bytes that are looked at
+_LONGEST = 512  # number of bytes to look at
 
 
 def disguise(path: str | Path) -> str | None:
-    """Say what a file is, and what to do about it, where it cannot be the file that anybody wanted.
+    """Describe a file that cannot be what its name says, and what to do about it.
 
     Args:
-        path: path of a file; of any other path nothing is known.
+        path: Path of the file; for a folder, or a file that cannot be read, the result is None.
 
     Returns:
-        The rest of a sentence that begins with the file's name; None for a file that may be what its name says.
+        The rest of a sentence that begins with the file's name; None if the file may be what its name says.
     """
     beginning = None
     with suppress(OSError, ValueError):

@@ -1,5 +1,5 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""Types of numbers, by torch's objects and by their names."""
+"""Names of torch's number types."""
 
 from collections.abc import Sequence
 
@@ -10,11 +10,11 @@ def dtype_name(dtype: str | torch.dtype, choices: Sequence[str]) -> str:
     """Return the name of a type, such as "bfloat16", for `torch.bfloat16`, "bfloat16" and "torch.bfloat16".
 
     Args:
-        dtype: the type, or its name.
-        choices: names that there are.
+        dtype: The type, or its name.
+        choices: Allowed names.
 
     Raises:
-        ValueError: for another one.
+        ValueError: If the type is not among them.
     """
     name = str(dtype).removeprefix("torch.")
     if not isinstance(dtype, (str, torch.dtype)) or name not in choices:

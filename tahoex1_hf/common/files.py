@@ -17,8 +17,8 @@ from typing import Any
 # Partial files are named after the machine and the process that write them.
 _MACHINE = hashlib.sha256(platform.node().encode()).hexdigest()[:8]
 _PARTIAL = re.compile(r"\..+\.(?:(?P<machine>[0-9a-f]{8})-)?(?P<process>\d{1,9})-[0-9a-f]{8}\.partial")
-_LONG = 24 * 3600.0  # seconds without a change after which a partial file of an unknown machine was left
-_cleared: set[str] = set()  # folders in which this process has removed what was left
+_LONG = 24 * 3600.0  # seconds without a change after which a partial file of an unknown machine counts as left over
+_cleared: set[str] = set()  # folders from which this process has removed leftovers
 
 
 class WholeFile:
@@ -32,11 +32,11 @@ class WholeFile:
     Several processes may write the same file: each has its own partial file, and the last one to finish stays.
 
     Args:
-        path: place of the file; its folder must exist.
+        path: Place of the file; its folder must exist.
 
     Attributes:
-        path: place of the file.
-        partial: path to write to, a hidden file in the same folder.
+        path: Place of the file.
+        partial: Path to write to, a hidden file in the same folder.
     """
 
     def __init__(self, path: str | Path):
@@ -68,11 +68,11 @@ class WholeFolder:
     """A folder that is written beside its place and moved there by `finish`.
 
     Args:
-        path: place of the folder; the folder that it is in must exist.
-        replace: whether it takes the place of a folder that is there; otherwise only that of an empty one.
+        path: Place of the folder; its parent must exist.
+        replace: Whether to replace a folder that is there already; otherwise only an empty one is replaced.
 
     Attributes:
-        partial: folder to write to, a hidden one beside the place.
+        partial: Folder to write to, a hidden one beside the place.
     """
 
     def __init__(self, path: Path, replace: bool = False):
@@ -86,7 +86,7 @@ class WholeFolder:
         A kill between the two moves of a replacement leaves the old folder as a hidden one beside the place.
 
         Raises:
-            OSError: for a place that is taken.
+            OSError: If something else is at the folder's place.
         """
         for folder, _, names in os.walk(self.partial):
             for name in names:
@@ -106,13 +106,13 @@ class WholeFolder:
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """Give a new folder beside `path` to write to, and move it there when the block ends without an error.
+    """Make a new folder to write to, and move it to `path` when the block ends without an error.
 
     Args:
-        path: place of the folder; when the block ends, nothing but an empty folder may be there.
+        path: Place of the folder; when the block ends, nothing but an empty folder may be there.
 
     Raises:
-        OSError: when the block ends, for a place that is taken.
+        OSError: If something else is at the folder's place when the block ends.
     """
     folder = WholeFolder(path)
     try:
@@ -125,7 +125,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
 def partial_path(path: Path) -> Path:
     """Return a path beside `path` that no other process and no earlier run uses.
 
-    Partial files that killed processes left in that folder are removed, once in the life of a process.
+    The first call for a folder also removes the partial files that killed processes have left there.
     """
     if (folder := str(path.parent)) not in _cleared:
         _cleared.add(folder)
@@ -176,9 +176,9 @@ def write_json(path: Path, content: Any, **style: Any) -> None:
     """Write a JSON file that appears whole or not at all.
 
     Args:
-        path: place of the file.
-        content: value to write.
-        **style: arguments of `json.dumps`; by default `indent=1`.
+        path: Place of the file.
+        content: Value to write.
+        **style: Arguments of `json.dumps`; by default `indent=1`.
     """
     with WholeFile(path) as partial:
         partial.write_text(json.dumps(content, **{"indent": 1, **style}), encoding="utf-8")

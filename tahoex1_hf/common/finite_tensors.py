@@ -1,5 +1,5 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""Find tensors that hold NaN or infinite values, once, when they are loaded."""
+"""Find NaN and infinite values in tensors, once, when these are loaded."""
 
 from collections.abc import Iterable, Iterator
 
@@ -24,11 +24,11 @@ def check_finite(tensors: Iterable[tuple[str, torch.Tensor]], what: str) -> None
     """Check that all values are finite.
 
     Args:
-        tensors: names and tensors; those of whole numbers, or of one byte, are not looked at.
-        what: where they come from, for the message.
+        tensors: Names and tensors; tensors of integers, or of types of one byte, are skipped.
+        what: Description of their origin, for the message.
 
     Raises:
-        ValueError: naming the first tensor that holds NaN or infinite values.
+        ValueError: The message names the first tensor that holds NaN or infinite values.
     """
     for name, tensor in tensors:
         if tensor.is_meta or not tensor.is_floating_point() or not tensor.numel() or tensor.dtype.itemsize < 2:

@@ -1,5 +1,5 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""Names by which outputs call files and models: not the paths of a machine, which mean nothing elsewhere."""
+"""Short names for files and models in outputs, since the paths of one machine mean nothing on another."""
 
 import os
 from collections import Counter
@@ -8,7 +8,7 @@ from pathlib import Path, PurePath
 
 
 def short_names(paths: Sequence[str]) -> list[str]:
-    """Return the base name of each path, with as many folders before it as tell it from the others.
+    """Return the base name of each path, with as many parent folders as are needed to tell equal names apart.
 
     Addresses (`s3://bucket/cells.h5ad`) stay as they are.
     """

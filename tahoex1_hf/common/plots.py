@@ -33,11 +33,11 @@ def draw_umaps(
     """Draw UMAPs of the same cells, side by side.
 
     Args:
-        panels: heading and embeddings `(cells, width)` of each UMAP.
+        panels: Heading and embeddings `(cells, width)` of each UMAP.
         labels: `(cells,)` names of classes, or floats, which get a colour bar.
-        path: path of the PNG.
-        seed: seed of UMAP.
-        title: title above all panels.
+        path: Path of the PNG.
+        seed: Seed of UMAP.
+        title: Title above all panels.
     """
     names = np.unique(labels) if labels.dtype.kind != "f" else np.zeros(0)
     figure = _figure((1.5 + 4.6 * len(panels) + 1.9 * (1 + len(names) // 25), 5.2))
@@ -70,10 +70,10 @@ def draw_confusion(counts: np.ndarray, classes: Sequence[str], title: str, path:
 
     Args:
         counts: `(classes, classes)` number of cells, by class and predicted class.
-        classes: names of the classes.
-        title: title above the matrix.
-        path: path of the PNG.
-        of: plural noun for the counted things.
+        classes: Names of the classes.
+        title: Title above the matrix.
+        path: Path of the PNG.
+        of: Plural noun for the counted things.
     """
     number = len(classes)
     shares = counts / counts.sum(axis=1, keepdims=True).clip(min=1)

@@ -19,8 +19,8 @@ def prefetch(items: Iterable[Item], ahead: int = 1) -> Generator[Item, None, Non
     stops early, or the iterator is garbage collected, the thread ends and a generator given as `items` is closed.
 
     Args:
-        items: iterable that makes the items; only the thread runs it.
-        ahead: most items that are made before they are asked for.
+        items: Iterable that makes the items; only the thread runs it.
+        ahead: Most items that are made before they are asked for.
     """
     iterator, end = iter(items), object()
     calls: Iterable[Callable[[], Any]] = repeat(partial(next, iterator, end))
@@ -44,10 +44,10 @@ def prefetch_calls(
     are waited for.
 
     Args:
-        calls: functions without arguments; the iterable itself is run by the consumer's thread.
-        ahead: most calls that are started before their results are asked for.
-        num_threads: number of threads; with 0, each call is made when its result is asked for.
-        name: beginning of the threads' names.
+        calls: Functions without arguments; the iterable itself is run by the consumer's thread.
+        ahead: Most calls that are started before their results are asked for.
+        num_threads: Number of threads; with 0, each call is made when its result is asked for.
+        name: Beginning of the threads' names.
     """
     if not num_threads:
         for call in calls:

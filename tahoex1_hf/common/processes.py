@@ -22,8 +22,8 @@ class Processes:
     """This process among all processes of a run.
 
     Attributes:
-        index: number of this process.
-        count: number of processes.
+        index: Number of this process.
+        count: Number of processes.
         state: Accelerate's `PartialState`; None for a single process.
     """
 

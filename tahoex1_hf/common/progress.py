@@ -11,8 +11,8 @@ def progress_bar(shown: bool | None, **options: Any) -> tqdm:
     """Return a tqdm bar, which is silent where TQDM_DISABLE is set, as `--quiet` does.
 
     Args:
-        shown: whether to show the bar; None shows it only on a terminal.
-        **options: other options of tqdm.
+        shown: Whether to show the bar; None shows it only on a terminal.
+        **options: Other options of tqdm.
     """
     if os.environ.get("TQDM_DISABLE", "0") not in ("", "0"):
         shown = False  # in tqdm itself, the argument overrides the variable

@@ -1,5 +1,5 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""Errors that name the file they come from, whichever library found something wrong with it."""
+"""Make errors name the file that they are about, whichever library raises them."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,9 +13,9 @@ _LONGEST = 300
 
 
 def in_short(error: BaseException) -> str:
-    """Return the kind of an error and the first line of its text, or two where the first announces the second."""
+    """Return the kind of an error and the first line of its text; two lines if the first ends with a colon."""
     if isinstance(error, MemoryError):
-        return "there is not enough memory for what it says to hold"
+        return "what it declares does not fit into memory"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = " ".join(lines[:2] if lines and lines[0].endswith(":") else lines[:1])
     name = type(error).__name__
@@ -23,26 +23,26 @@ def in_short(error: BaseException) -> str:
 
 
 def is_foreseen(error: BaseException) -> bool:
-    """Return whether an error tells a user what is wrong, and not that a program stumbled over what it read."""
+    """Return whether an error's text is meant for the user; others show where a program failed on bad content."""
     if isinstance(error, ImportError):
         return True
-    if type(error) is OSError or isinstance(error, BadGzipFile):  # so h5py and pyarrow, too, tell of damaged content
+    if type(error) is OSError or isinstance(error, BadGzipFile):  # h5py and pyarrow raise it for damaged content, too
         return error.errno is not None
-    # Other libraries' kinds of ValueError tell of the place in a text at which they stumbled.
+    # Other libraries' subclasses of ValueError name a position in the content, not what is wrong.
     own = type(error) is ValueError or type(error).__module__.startswith("tahoex1_hf")
     return isinstance(error, OSError) or (isinstance(error, ValueError) and own)
 
 
 def named(error: Exception, *paths: str | Path) -> Exception:
-    """Return an error whose text names the file, or one of the files, that it comes from.
+    """Return an error that names the file that it is about, or all files if that is not known.
 
     Args:
-        error: error that arose while they were read.
-        *paths: files or folders.
+        error: Error that was raised while the files were read.
+        *paths: Files or folders.
 
     Returns:
-        Where one of the files is something else, such as a Git LFS pointer, a `ValueError` that says so. Otherwise the
-        error itself where it is foreseen and names one of them, or another `OSError`, or a `ValueError`.
+        A `ValueError` if one of the files is not what its name says, such as a Git LFS pointer, or if its content is
+        damaged. Otherwise `error` itself if it names a file already, or one of its kind that does.
     """
     for path in paths:
         if told := disguise(path):
@@ -52,18 +52,18 @@ def named(error: Exception, *paths: str | Path) -> Exception:
         return ValueError(f"{where} cannot be read ({in_short(error)}): it is damaged, or not what its name says.")
     if isinstance(error, ImportError) or any(Path(path).name in str(error) for path in paths):
         return error
-    # Errors of other libraries may not be made from a text alone.
+    # Not the error's own class: those of other libraries may need more arguments than a text.
     kind = next(kind for kind in type(error).__mro__ if kind.__module__ == "builtins")
     return kind(f"{where}: {error}") if isinstance(error, OSError) else ValueError(f"{where}: {error}")
 
 
 @contextmanager
 def reading(*paths: str | Path) -> Iterator[None]:
-    """Have every error in the block name these files; what no one foresaw says that they are damaged.
+    """Make every error of the block name these files, and those that are not meant for the user say "damaged".
 
     Raises:
-        ValueError: for content that cannot be read.
-        OSError: for a file that the system cannot give.
+        ValueError: If the content cannot be read.
+        OSError: If the system cannot open or read a file.
     """
     try:
         yield

@@ -71,7 +71,7 @@ def read_recipe(recipe: str | Path, command: Command) -> dict[str, Any]:
 
 
 def check_text(value: Any, origin: str) -> None:
-    """Check that all text can be written as UTF-8, which YAML's escapes, and bytes on a command line, need not be.
+    """Check that all text can be written as UTF-8; escapes in YAML and bytes on a command line may not be.
 
     Args:
         value: A value of a recipe, or the keys and values of a whole one.

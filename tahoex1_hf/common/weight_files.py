@@ -21,8 +21,8 @@ def weight_files(folder: Path) -> list[Path]:
     """Return the files that transformers loads the weights of a folder from, in its order of preference.
 
     Raises:
-        FileNotFoundError: for a folder without weights, and for a shard that an index names but that is not there.
-        ValueError: for an index that cannot be read, or that names a file outside its folder.
+        FileNotFoundError: For a folder without weights, and for a shard that an index names but that is not there.
+        ValueError: For an index that cannot be read, or that names a file outside its folder.
     """
     for single, index in ((SINGLE, INDEX), (PICKLE, PICKLE_INDEX)):
         if (folder / single).is_file():
@@ -52,11 +52,10 @@ def shards_of(index: Path) -> list[Path]:
 
 
 def tensor_names(files: Sequence[Path]) -> list[str]:
-    """Return the names of the tensors in files of weights, which are read no further than their headers.
+    """Return the names of the tensors in files of weights; only the headers of the files are read.
 
     Raises:
-        ValueError: for a file that is truncated, or no file of weights; the message says what it is. And where two
-            files hold the same tensor.
+        ValueError: If a file is truncated or does not hold weights, or if two files hold the same tensor.
     """
     owners: dict[str, Path] = {}
     for path in files:
@@ -79,7 +78,7 @@ def _names_in_safetensors(path: Path) -> list[str]:
 
 
 def what_is_wrong(path: Path, error: Exception) -> str:
-    """Return the rest of a sentence that begins with the name of a safetensors file that cannot be opened."""
+    """Describe why a safetensors file cannot be opened, as the rest of a sentence that begins with its name."""
     if told := disguise(path):
         return told
     size = path.stat().st_size

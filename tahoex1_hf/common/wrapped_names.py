@@ -1,5 +1,5 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""The names of tensors without what wrappers around a model put into them, such as DDP, torch.compile and PEFT."""
+"""Remove from the names of tensors what wrappers of a model, such as DDP, torch.compile and PEFT, have added."""
 
 import re
 from collections.abc import Iterable
@@ -27,16 +27,16 @@ def unwrapped_in_adapter(name: str) -> str:
 
 
 def unwrapping(names: Iterable[str]) -> dict[str, str]:
-    """Return what to take off names, as the `key_mapping` of `from_pretrained`.
+    """Return the `key_mapping` of `from_pretrained` that removes the parts of wrappers from names.
 
     Args:
-        names: names of the tensors in a checkpoint.
+        names: Names of the tensors in a checkpoint.
 
     Returns:
-        Patterns, and what to put for the text that each matches first; empty where there is nothing to take off.
+        Regular expression -> replacement of its first match; empty if no name has a wrapper's part.
 
     Raises:
-        ValueError: where two tensors would have the same name then.
+        ValueError: If two tensors would have the same name then.
     """
     rules: dict[str, str] = {}
     fronts: set[str] = set()
@@ -57,7 +57,7 @@ def unwrapping(names: Iterable[str]) -> dict[str, str]:
 
 
 def taken_off(names: Iterable[str]) -> str:
-    """Return what `unwrapped` takes off names, for messages."""
+    """Return the parts that `unwrapped` removes from names, as text for messages."""
     found: set[str] = set()
     for name in names:
         front = _front(name)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from tahoex1_hf.cells import kernels
-from tahoex1_hf.cells.ragged import CountRows
+from tahoex1_hf.cells.ragged import RowViews
 from tahoex1_hf.encoding_tahoe_x1 import GeneRows, cell_streams, content_numbers, unit_quantiles
 from tahoex1_hf.padding_tahoe_x1 import padded_length
 
@@ -26,23 +26,24 @@ class CellCollator:
     targets on its counts and its stream of random numbers; none of them on the batch, the order, padding or packing.
 
     Args:
-        tokenizer: tokenizer of the model, whose `overflow` must be `"sample"` or `"first"`.
-        mlm_probability: share of a cell's genes that are targets, rounded down; of several shares, one is taken at
+        tokenizer: Tokenizer of the model, whose `overflow` must be `"sample"` or `"first"`.
+        mlm_probability: Share of a cell's genes that are targets, rounded down; of several shares, one is taken at
             random for each cell; None for no targets. Every gene can be a target, special tokens cannot.
-        context_length: most tokens of a cell; by default the tokenizer's.
-        packed: whether to put all cells of a batch one after the other in one row (`cu_seq_lens_q`), without padding.
-        unexpressed_padding: whether to fill every cell up to the context with random genes that it does not express
+        context_length: Most tokens of a cell; by default the tokenizer's.
+        packed: Whether to put all cells of a batch one after the other in one row (`cu_seq_lens_q`), without padding.
+        unexpressed_padding: Whether to fill every cell up to the context with random genes that it does not express
             (value 0), instead of padding. (The original's `unexp_padding` fills up to the longest cell of the batch,
             which makes a cell depend on its batch.)
-        pad_to_multiple_of: number of which the padded length is a multiple.
-        drug_token: whether cells begin with `<cls>`, `<drug>`; by default if the tokenizer has drugs. The tokenizer's
+        pad_to_multiple_of: Number of which the padded length is a multiple.
+        drug_token: Whether cells begin with `<cls>`, `<drug>`; by default if the tokenizer has drugs. The tokenizer's
             `unknown_drugs` decides about drugs that its table lacks.
-        mask_value: value of `expression_values` at targets, which the model does not read.
-        seed: seed of samples and targets where the collator is called with rows, for evaluations: they then follow
-            from each cell's content and the seed alone. By default they are others each time, by torch's generator.
+        mask_value: Value of `expression_values` at targets, which the model does not read.
+        seed: Seed of samples and targets for evaluations, in which the collator is called with rows of a dataset: they
+            then follow from each cell's content and the seed alone. By default torch's generator makes new ones at
+            each call.
 
     Raises:
-        ValueError: for settings that cannot be used, or cannot be used together.
+        ValueError: For settings that cannot be used, or cannot be used together.
     """
 
     def __init__(
@@ -112,14 +113,14 @@ class CellCollator:
 
     def collate(
         self,
-        parts: Sequence[tuple[np.ndarray, CountRows]],
+        parts: Sequence[tuple[np.ndarray, RowViews]],
         streams: np.ndarray,
         drug_ids: np.ndarray | None = None,
     ) -> dict[str, Any]:
         """Make a batch.
 
         Args:
-            parts: cells from one or more places, each part with the `(cells,)` rows of its cells in the batch.
+            parts: Cells from one or more shards, each part after the `(cells,)` rows of its cells in the batch.
             streams: `(batch,)` uint64, where the random numbers of each cell start.
             drug_ids: `(batch,)` int64 ids of the drug table, 0 for no drug; needed with `drug_token`.
 
@@ -169,7 +170,7 @@ class CellCollator:
 
     def _encode(
         self,
-        parts: Sequence[tuple[np.ndarray, CountRows]],
+        parts: Sequence[tuple[np.ndarray, RowViews]],
         streams: np.ndarray,
         starts: np.ndarray,
         stops: np.ndarray,
@@ -199,7 +200,7 @@ class CellCollator:
         from the cells alone. `CellBatches` makes such batches many times faster.
 
         Raises:
-            ValueError: for rows without `genes` or `counts`, with arrays of different lengths, or with values that
+            ValueError: For rows without `genes` or `counts`, with arrays of different lengths, or with values that
                 are not counts.
         """
         pairs = [self._checked(row, number) for number, row in enumerate(features)]
@@ -207,16 +208,16 @@ class CellCollator:
         starts = np.cumsum(lengths) - lengths
         genes = np.concatenate([np.zeros(0, dtype=np.int64), *(tokens for tokens, _ in pairs)])
         counts = np.concatenate([np.zeros(0, dtype=np.float32), *(values for _, values in pairs)])
-        cells = CountRows(genes, starts, counts, starts, lengths)
+        rows = GeneRows(genes, counts, np.append(starts, lengths.sum()))
         if self.seed is None:
             streams = torch.randint(2**63 - 1, (len(lengths),)).numpy().astype(np.uint64)
         else:
-            rows = GeneRows(genes, counts, np.append(starts, lengths.sum()))
             streams = cell_streams(content_numbers(rows), self.seed)
         drugs = None
         if self.drug_token:
             drugs = self.tokenizer.drug_ids([row.get("drug") for row in features], len(features))
-        return self.collate([(np.arange(len(lengths)), cells)], streams, drugs)
+        numbers = np.arange(len(lengths))
+        return self.collate([(numbers, RowViews.of(rows, numbers))], streams, drugs)
 
     def _checked(self, row: Mapping[str, Any], number: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the genes and counts of a row, without stored zeros."""
@@ -239,6 +240,6 @@ class CellCollator:
         if genes.dtype.kind not in "iu" or genes.min() < 0 or genes.max() >= len(known) or not known[genes].all():
             raise ValueError(f"cell {number} has an id that is not a gene's: leave <cls> out, it is added here.")
         genes, counts = genes.astype(np.int64)[counts != 0], counts[counts != 0]
-        # Genes are chosen by their places: a seed asks for the same ones in any order of the genes.
+        # Genes are chosen by position; sorted, a seed chooses the same genes whatever their order.
         order = slice(None) if self.seed is None else np.argsort(genes)
         return genes[order], counts[order]

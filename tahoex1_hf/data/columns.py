@@ -97,9 +97,9 @@ def unified(arrays: list[pa.Array], kind: pa.DataType, categories: list[str] | N
     """Join the pieces of a column.
 
     Args:
-        arrays: pieces, of any of the types that `common_type` takes.
-        kind: common type of the pieces.
-        categories: all values of a dictionary, in order; None where the column is written as plain strings.
+        arrays: Pieces, of any of the types that `common_type` takes.
+        kind: Common type of the pieces.
+        categories: All values of the dictionary, in order; None to write plain strings.
     """
     if not pa.types.is_dictionary(kind):
         return pa.concat_arrays([array.cast(kind) for array in arrays])

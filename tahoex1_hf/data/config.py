@@ -52,15 +52,15 @@ class CommonSourceConfig(Strict):
     filter: str | None = None
     """Cells to keep, an expression over columns of `obs`: `pass_filter == "full" and tissue in ["heart", "lung"]`."""
     min_genes: int = Field(1, ge=0)
-    """Fewest expressed genes of the vocabulary that a cell must have."""
+    """Smallest number of expressed genes of the vocabulary that a cell must have."""
     min_counts: float = Field(0, ge=0)
-    """Least sum of the counts of these genes."""
+    """Smallest sum of the counts of these genes."""
     min_known_genes: float = Field(0.5, ge=0, le=1)
-    """Least fraction of a file's genes that must be in the vocabulary; a file with fewer is bad input."""
+    """Smallest fraction of a file's genes that must be in the vocabulary; a file below it is bad input."""
     non_integer_counts: Literal["error", "keep"] = "error"
-    """What to do with a file whose values are not whole numbers (log-normalised ones, or estimates)."""
+    """Rule for files whose values are not whole numbers (log-normalised counts, or estimates)."""
     duplicate_barcodes: Literal["error", "drop", "keep"] = "error"
-    """What to do with a file in which the name of a cell stands twice; `drop` keeps the first."""
+    """Rule for files in which the name of a cell occurs twice; `drop` keeps the first cell."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -109,7 +109,7 @@ class Tahoe100MSource(CommonSourceConfig):
     paths: list[str] = Field(default=["hf://datasets/tahoebio/Tahoe-100M/data"], min_length=1)
     """Files, folders and globs, local or remote (`hf://`, `s3://`); remote files are read piece by piece."""
     gene_metadata: str = "hf://datasets/tahoebio/Tahoe-100M/metadata/gene_metadata.parquet"
-    """Its table of genes: `token_id`, `ensembl_id`."""
+    """Table of genes with the columns `token_id` and `ensembl_id`."""
 
 
 class CensusSource(CommonSourceConfig):
@@ -153,11 +153,11 @@ class ValidationSplit(Strict):
     """The cells that are kept for validation."""
 
     fraction: float | None = Field(None, ge=0, lt=1)
-    """Share of the cells, or of the values of `by`, chosen by the seed; 0.01 if neither this nor `values` is."""
+    """Share of the cells, or of the values of `by`, chosen by the seed; by default 0.01, without `values`."""
     by: str | None = None
     """Metadata column whose values are held out whole (a cell line, a drug); by default single cells are held out."""
     values: list[str] | None = None
-    """These values of `by`, instead of a share chosen by the seed."""
+    """Values of `by` that are held out, instead of a share chosen by the seed."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -179,7 +179,7 @@ class PrepareConfig(Strict):
     sources: list[SourceConfig] = Field(min_length=1)
     """Sources of the cells."""
     output: str
-    """Folder of the dataset; made where it does not exist."""
+    """Folder of the dataset, which is made if it does not exist."""
     vocab: str
     """The model's `vocab.json`."""
     seed: int = Field(0, ge=0, lt=2**63)
@@ -191,9 +191,10 @@ class PrepareConfig(Strict):
     shard_size_mb: float = Field(250, gt=0)
     """Size of a shard, in MB of 10^6 bytes before compression."""
     piece_cells: int = Field(16384, gt=0)
-    """Cells that a process takes at once: bounds its memory, and what an interruption costs."""
+    """Number of cells that a process reads at once, which bounds its memory and the work that an interruption
+    loses."""
     on_bad_file: Literal["stop", "skip"] = "stop"
-    """`skip` leaves bad files out whole and lists them, with the reason, in the manifest."""
+    """Rule for bad files; `skip` leaves them out and lists them, with the reason, in the manifest."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -226,7 +227,7 @@ def filter_columns(expression: str) -> list[str]:
     """Return the columns that a filter reads.
 
     Raises:
-        ValueError: for anything but comparisons of columns with values (calls, attributes and arithmetic are refused).
+        ValueError: For anything but comparisons of columns with values (calls, attributes and arithmetic are refused).
     """
     try:
         tree = ast.parse(expression, mode="eval")
@@ -245,7 +246,7 @@ def validated(kind: type[Config], values: dict[str, Any], origin: str) -> Config
     """Make a configuration from plain values.
 
     Raises:
-        ValueError: naming `origin` and every key that is unknown, missing or of the wrong type.
+        ValueError: The message names `origin` and every key that is unknown, missing or of the wrong type.
     """
     try:
         return kind.model_validate(values)
@@ -262,11 +263,11 @@ def with_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str
     """Put `key=value` into the keys and values of a YAML file.
 
     Args:
-        values: keys and values of the file; changed in place and returned.
+        values: Keys and values of the file; changed in place and returned.
         overrides: `key=value`, with dots for keys within keys (`model.hidden_size=64`); values are YAML.
 
     Raises:
-        ValueError: for an override that is not `key=value`.
+        ValueError: For an override that is not `key=value`.
     """
     for override in overrides:
         check_text(override, "the command line")

@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
-from tahoex1_hf.cells.ragged import CountRows
+from tahoex1_hf.cells.ragged import RowViews
 from tahoex1_hf.cells.readers.prepared import PreparedDataset, check_vocabulary, column_ids, count_values
 from tahoex1_hf.common.prefetch import prefetch_calls
 from tahoex1_hf.data.collator import CellCollator
-from tahoex1_hf.data.order import MIX_BLOCK, CellOrder, Cells, MixedOrder
+from tahoex1_hf.data.order import MIX_BLOCK, CellOrder, CellPlaces, MixedOrder
 from tahoex1_hf.encoding_tahoe_x1 import DrugTable
 
 if TYPE_CHECKING:
@@ -33,8 +33,8 @@ class _Position(NamedTuple):
     """A position in an epoch.
 
     Attributes:
-        cells: number of the epoch's cells that are done.
-        skip: number of the following steps that belong to other workers of a data loader; None outside a worker that
+        cells: Number of the epoch's cells that are done.
+        skip: Number of the following steps that belong to other workers of a data loader; None outside a worker that
             has begun.
     """
 
@@ -46,30 +46,30 @@ class CellBatches(IterableDataset):
     """Batches of training cells, to be iterated over directly, or through a data loader with `batch_size=None`.
 
     Args:
-        locations: folder or URL of a prepared dataset, or several.
-        collator: collator that makes the batches.
-        batch_size: number of cells in a batch of one process.
+        locations: Folder or URL of a prepared dataset, or several.
+        collator: Collator that makes the batches.
+        batch_size: Number of cells in a batch of one process.
         split: `"train"` or `"validation"`.
-        seed: seed of the order, the samples and the targets.
-        shuffle: whether to shuffle the cells; otherwise they keep their order on disk.
-        weights: share of each dataset in every batch, in any unit; by default the cells of all datasets are one pool,
+        seed: Seed of the order, the samples and the targets.
+        shuffle: Whether to shuffle the cells; otherwise they keep their order on disk.
+        weights: Share of each dataset in every batch, in any unit; by default the cells of all datasets are one pool,
             and each cell is seen once per epoch.
-        epoch_cells: with `weights`, number of cells in an epoch; by default the number of cells of all datasets.
-        window: number of cells that are shuffled together after the shards are.
-        rank: number of this process.
-        world_size: number of processes.
-        drop_last: whether to leave out the last cells of an epoch, which do not make a full batch for every process;
+        epoch_cells: With `weights`, number of cells in an epoch; by default the number of cells of all datasets.
+        window: Number of cells that are shuffled together after the shards are.
+        rank: Number of this process.
+        world_size: Number of processes.
+        drop_last: Whether to leave out the last cells of an epoch, which do not make a full batch for every process;
             otherwise they are divided among the processes, some of which may then have one batch less.
-        num_threads: number of threads that make batches ahead; 0 makes a batch when it is asked for.
-        prefetch: number of batches made ahead.
-        cache_folder: folder for copies of remote shards, by default `TAHOEX1_DATA_CACHE` or
+        num_threads: Number of threads that make batches ahead; 0 makes a batch when it is asked for.
+        prefetch: Number of batches made ahead.
+        cache_folder: Folder for copies of remote shards, by default `TAHOEX1_DATA_CACHE` or
             `~/.cache/tahoex1_hf/data`.
-        cache_bytes: most bytes kept there.
-        storage_options: options for remote datasets, passed to fsspec.
+        cache_bytes: Most bytes kept there.
+        storage_options: Options for remote datasets, passed to fsspec.
 
     Raises:
-        FileNotFoundError: for a location without a prepared dataset.
-        ValueError: for settings that cannot be used, and for datasets of another vocabulary than the tokenizer's.
+        FileNotFoundError: For a location without a prepared dataset.
+        ValueError: For settings that cannot be used, and for datasets of another vocabulary than the tokenizer's.
     """
 
     def __init__(
@@ -168,7 +168,7 @@ class CellBatches(IterableDataset):
         return full + (not self.drop_last and low < high)
 
     def _share(self, cells: int) -> tuple[int, int]:
-        """Return the first and last-plus-one cell of this process in a step, divided as evenly as possible."""
+        """Return this process's first cell in a step and the cell after its last; steps are divided evenly."""
         return cells * self.rank // self.world_size, cells * (self.rank + 1) // self.world_size
 
     def set_epoch(self, epoch: int) -> None:
@@ -195,13 +195,12 @@ class CellBatches(IterableDataset):
         """Resume where `state_dict` was taken, with any number of processes that share a step's cells evenly.
 
         Raises:
-            ValueError: for a state of other data or settings, and for a state within a step.
+            ValueError: If the state was saved with other data or settings, or within a step.
         """
         different = [key for key, value in self._identity.items() if state["identity"].get(key) != value]
         if different:
             raise ValueError(
-                f"the state is of other {', '.join(different)}: resume with the datasets and settings that it was "
-                "saved with."
+                f"the state was saved with other {', '.join(different)}: resume with the same datasets and settings."
             )
         worker = get_worker_info()
         if state["num_workers"] is not None and (worker is None or worker.num_workers != state["num_workers"]):
@@ -257,11 +256,11 @@ class CellBatches(IterableDataset):
         """Make the batch of the cells at positions `start` to `stop` of an epoch."""
         parts, streams = self._cells(epoch, start, stop)
         self._fetch_ahead(epoch, start)
-        rows_of_parts: list[tuple[np.ndarray, CountRows]] = []
+        rows_of_parts: list[tuple[np.ndarray, RowViews]] = []
         drug_ids = np.zeros(stop - start, dtype=np.int64) if self.collator.drug_token else None
         for rows, dataset, shard_number, shard_rows in parts:
             shard = self.folders[dataset].shard(shard_number)
-            rows_of_parts.append((rows, shard.rows(shard_rows)))
+            rows_of_parts.append((rows, shard.cells.select(shard_rows)))
             if drug_ids is not None and shard.drug_ids is not None:
                 drug_ids[rows] = shard.drug_ids[shard_rows]
         return self.collator.collate(rows_of_parts, streams, drug_ids)
@@ -307,7 +306,7 @@ class CellBatches(IterableDataset):
 
 
 def _settle(table: DrugTable, rule: str, warn: str, cells: Mapping[Any, int]) -> None:
-    """Refuse or report those drugs of drug -> number of cells that the table lacks."""
+    """Refuse or report the drugs that the table lacks, given the number of cells of each drug."""
     table.settle(table.unknown(cells), rule, warn)
 
 
@@ -317,7 +316,7 @@ def _drug_ids(table: DrugTable, settle: Callable[[Mapping[Any, int]], None], col
     return column_ids(column, lambda names: table.look_up(names)[0])
 
 
-def _by_shard(cells: Cells) -> Iterator[tuple[np.ndarray, int]]:
+def _by_shard(cells: CellPlaces) -> Iterator[tuple[np.ndarray, int]]:
     """Yield the rows of the cells of each shard, and the shard."""
     if len(cells.shards) and (cells.shards == cells.shards[0]).all():  # as in most batches
         yield np.arange(len(cells.shards)), int(cells.shards[0])

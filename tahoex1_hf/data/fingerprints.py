@@ -17,9 +17,9 @@ from tahoex1_hf.data.vocabulary import read_table, write_files
 logger = logging.getLogger(__name__)
 
 NO_DRUG = "<pad>"
-TABLE_FILE, FINGERPRINT_FILE = "drug_to_id_pad.json", "drug_fps_pad.npy"  # the names of the original
-DRUG, SMILES = "drug", ("canonical_smiles", "smiles")  # columns of a table; the first that is there
-RADIUS = 2  # of the Morgan fingerprints of the original, in bonds
+TABLE_FILE, FINGERPRINT_FILE = "drug_to_id_pad.json", "drug_fps_pad.npy"  # the original's names
+DRUG, SMILES = "drug", ("canonical_smiles", "smiles")  # columns of a table, in order of preference
+RADIUS = 2  # radius in bonds of the original's Morgan fingerprints
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class DrugTable:
     """The drug table that was written.
 
     Attributes:
-        drug_to_id: drug -> row of the fingerprints; `<pad>`, for no drug, is row 0.
-        without_smiles: drugs that were left out because they have no SMILES.
+        drug_to_id: Drug -> row of the fingerprints; `<pad>`, for no drug, is row 0.
+        without_smiles: Drugs that were left out because they have no SMILES.
     """
 
     drug_to_id: dict[str, int]
@@ -50,18 +50,18 @@ def drug_fingerprints(
     Args:
         table: `.csv`, `.tsv` (also `.gz`) or `.parquet` with drugs and SMILES. The drugs keep its order; those without
             a SMILES are left out.
-        output: folder to write to; made where it does not exist.
-        drug_column: column with the names of the drugs.
-        smiles_column: column with the SMILES.
-        radius: radius of the Morgan fingerprints, in bonds.
-        num_bits: length of the fingerprints.
-        overwrite: whether to replace files that hold something else.
+        output: Folder to write to; made where it does not exist.
+        drug_column: Column with the names of the drugs.
+        smiles_column: Column with the SMILES.
+        radius: Radius of the Morgan fingerprints, in bonds.
+        num_bits: Length of the fingerprints.
+        overwrite: Whether to replace files that hold something else.
 
     Raises:
-        FileExistsError: where a file holds something else and `overwrite` is not set; nothing is written then.
-        FileNotFoundError: where there is no `table`.
-        ImportError: where rdkit is not installed.
-        ValueError: for a SMILES that cannot be read, and for a drug that stands twice with different SMILES.
+        FileExistsError: If a file holds something else and `overwrite` is not set; nothing is written then.
+        FileNotFoundError: If there is no `table`.
+        ImportError: If rdkit is not installed.
+        ValueError: For a SMILES that cannot be read, and for a drug that occurs twice with different SMILES.
     """
     if radius < 0 or num_bits < 1:
         raise ValueError(f"radius={radius}, num_bits={num_bits}: pass a radius from 0, and at least one bit.")
@@ -79,15 +79,15 @@ def read_fingerprints(table: str | Path | Mapping[str, str], num_bits: int) -> d
     """Return the fingerprints of a table's drugs, made as those of the original.
 
     Args:
-        table: table with the columns `drug` and `canonical_smiles` (or `smiles`), as for `drug_fingerprints`; or
-            drug -> SMILES.
-        num_bits: length of the fingerprints.
+        table: Path of a table with the columns `drug` and `canonical_smiles` (or `smiles`), as for
+            `drug_fingerprints`; or a mapping drug -> SMILES.
+        num_bits: Length of the fingerprints.
 
     Returns:
         Drug, without blanks around its name -> fingerprint `(num_bits,)`, float32 zeros and ones.
 
     Raises:
-        FileNotFoundError, ImportError, ValueError: as `drug_fingerprints`.
+        FileNotFoundError, ImportError, ValueError: As for `drug_fingerprints`.
     """
     if isinstance(table, Mapping):
         source, smiles = "drug_table", _check_smiles("drug_table", table.items())[0]
@@ -131,7 +131,7 @@ def _check_smiles(source: str, rows: Iterable[tuple[Any, Any]]) -> tuple[dict[st
             continue
         if (other := first.setdefault(name.strip(), text)) != text:
             raise ValueError(
-                f"{source}: {name.strip()!r} stands twice, with the SMILES {other!r} and, in row {number}, {text!r}: "
+                f"{source}: {name.strip()!r} occurs twice, with the SMILES {other!r} and, in row {number}, {text!r}: "
                 "keep one."
             )
         smiles.setdefault(name, _Smiles(text, number))
@@ -170,7 +170,7 @@ def _morgan(smiles: Mapping[str, _Smiles], radius: int, num_bits: int, source: s
 
 @contextmanager
 def _quiet_rdkit() -> Iterator[None]:
-    """Keep rdkit from writing to the terminal, since our error says it better."""
+    """Keep rdkit from writing to the terminal, since our own error reports the same."""
     from rdkit.rdBase import BlockLogs
 
     with BlockLogs():

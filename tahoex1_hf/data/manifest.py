@@ -64,7 +64,7 @@ def build_manifest(
     """Put together `manifest.json`.
 
     Raises:
-        RuntimeError: where the cells do not add up, which would be a fault of this program.
+        RuntimeError: If the numbers of cells do not add up, which would be a fault of this program.
     """
     paths = [outcome.path for outcome in outcomes]
     names = paths if full_paths else short_names(paths)

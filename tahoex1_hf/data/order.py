@@ -31,8 +31,8 @@ def _permutation(stream: np.ndarray, size: int) -> np.ndarray:
     return np.argsort(mix64(stream + np.arange(size, dtype=np.uint64)), kind="stable")
 
 
-class Cells(NamedTuple):
-    """Cells of one dataset.
+class CellPlaces(NamedTuple):
+    """Places of cells in a dataset, and their streams of random numbers.
 
     Attributes:
         shards: `(cells,)` shard of each cell.
@@ -44,26 +44,26 @@ class Cells(NamedTuple):
     rows: np.ndarray
     streams: np.ndarray
 
-    def select(self, places: "slice | np.ndarray") -> "Cells":
+    def select(self, places: "slice | np.ndarray") -> "CellPlaces":
         """Return some of the cells."""
-        return Cells(self.shards[places], self.rows[places], self.streams[places])
+        return CellPlaces(self.shards[places], self.rows[places], self.streams[places])
 
 
-def _joined(parts: Sequence[Cells]) -> Cells:
+def _joined(parts: Sequence[CellPlaces]) -> CellPlaces:
     if len(parts) == 1:
         return parts[0]
-    empty = Cells(*(np.zeros(0, dtype=kind) for kind in (np.int64, np.int64, np.uint64)))
-    return Cells(*(np.concatenate(values) for values in zip(empty, *parts, strict=True)))
+    empty = CellPlaces(*(np.zeros(0, dtype=kind) for kind in (np.int64, np.int64, np.uint64)))
+    return CellPlaces(*(np.concatenate(values) for values in zip(empty, *parts, strict=True)))
 
 
 class CellOrder:
     """The order of one dataset: in each epoch, shards are permuted, then cells within windows of the result.
 
     Args:
-        shard_sizes: number of cells of each shard.
-        seed: seed of the order.
-        window: number of cells that are shuffled together; the cells of a batch lie at most this far apart.
-        shuffle: whether to shuffle; otherwise the shards are read in their order.
+        shard_sizes: Number of cells of each shard.
+        seed: Seed of the order.
+        window: Number of cells that are shuffled together; the cells of a batch lie at most this far apart.
+        shuffle: Whether to shuffle; otherwise the shards are read in their order.
     """
 
     def __init__(self, shard_sizes: Sequence[int], seed: int, window: int, shuffle: bool = True) -> None:
@@ -81,7 +81,7 @@ class CellOrder:
         """Pickle the settings without the caches, for the worker processes of a data loader."""
         return CellOrder, (self.sizes.tolist(), self.seed, self.window, self.shuffle)
 
-    def cells(self, epoch: int, start: int, stop: int) -> Cells:
+    def cells(self, epoch: int, start: int, stop: int) -> CellPlaces:
         """Return the cells at positions `start` to `stop` of an epoch.
 
         The streams of random numbers depend on seed, epoch and cell alone.
@@ -109,7 +109,7 @@ class CellOrder:
             shards = shards[_permutation(_stream(self.seed, _SHARDS, epoch), len(shards))]
         return shards, np.cumsum(self.sizes[shards]) - self.sizes[shards]
 
-    def _window_cells(self, epoch: int, window: int) -> Cells:
+    def _window_cells(self, epoch: int, window: int) -> CellPlaces:
         """Return all cells of a window, in their order."""
         shards, starts = self._shard_order(epoch)
         first = window * self.window
@@ -120,7 +120,7 @@ class CellOrder:
         ranks = np.searchsorted(starts, places + first, side="right") - 1
         rows = places + first - starts[ranks]
         numbers = (self.first_cells[shards[ranks]] + rows).astype(np.uint64)
-        return Cells(shards[ranks], rows, mix64(_stream(self.seed, _CELL, epoch) + numbers))
+        return CellPlaces(shards[ranks], rows, mix64(_stream(self.seed, _CELL, epoch) + numbers))
 
 
 class MixedOrder:
@@ -130,10 +130,10 @@ class MixedOrder:
     over in another order, independently of the others.
 
     Args:
-        orders: order of each dataset.
-        weights: share of each dataset, in any unit.
-        num_cells: number of positions in an epoch of the mixture.
-        seed: seed of the mixture.
+        orders: Order of each dataset.
+        weights: Share of each dataset, in any unit.
+        num_cells: Number of positions in an epoch of the mixture.
+        seed: Seed of the mixture.
     """
 
     def __init__(self, orders: Sequence[CellOrder], weights: Sequence[float], num_cells: int, seed: int) -> None:
@@ -155,7 +155,7 @@ class MixedOrder:
         """Pickle the settings without the caches, for the worker processes of a data loader."""
         return MixedOrder, (self.orders, self.weights, self.num_cells, self.seed)
 
-    def cells(self, epoch: int, start: int, stop: int) -> list[tuple[np.ndarray, Cells]]:
+    def cells(self, epoch: int, start: int, stop: int) -> list[tuple[np.ndarray, CellPlaces]]:
         """Return, for each dataset, its cells at positions `start` to `stop` of an epoch, after their row numbers."""
         first, last = epoch * self.num_cells + start, epoch * self.num_cells + stop
         blocks = range(first // MIX_BLOCK, -(-last // MIX_BLOCK))
@@ -179,7 +179,7 @@ class MixedOrder:
         return datasets, places
 
 
-def _cells_across_epochs(order: CellOrder, places: np.ndarray) -> Cells:
+def _cells_across_epochs(order: CellOrder, places: np.ndarray) -> CellPlaces:
     """Return the cells at increasing positions in a sequence of epochs."""
     epochs, within = places // order.num_cells, places % order.num_cells
     parts = []

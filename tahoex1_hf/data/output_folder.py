@@ -27,15 +27,15 @@ def claim(output: Path, identity: dict[str, Any], overwrite: bool) -> dict[str, 
     """Look what the folder holds, and make it ready for the dataset.
 
     Args:
-        output: folder that exists, and that no other process writes to.
-        identity: what decides the content of the dataset, apart from the files.
-        overwrite: whether to remove another dataset, or the remains of another run.
+        output: Folder that exists, and that no other process writes to.
+        identity: What decides the content of the dataset, apart from the files.
+        overwrite: Whether to remove another dataset, or the remains of another run.
 
     Returns:
         The manifest where the folder holds this very dataset, or None where there is something left to do.
 
     Raises:
-        ValueError: for a folder with another dataset, or with something else.
+        ValueError: For a folder with another dataset, or with something else.
     """
     work = output / WORK_FOLDER
     if (output / _REMOVING).is_file():  # a run was killed while it emptied the folder
@@ -121,7 +121,7 @@ def _check_empty(output: Path) -> None:
 
 
 def _empty(output: Path) -> None:
-    """Remove a dataset, so that none of it is taken for a whole one meanwhile."""
+    """Remove a dataset, manifest first, so that its remains are never taken for a whole one."""
     (output / _REMOVING).touch()
     sync(output)
     for name in (MANIFEST, "README.md", "vocab.json"):

@@ -18,12 +18,13 @@ import pandas as pd
 import pyarrow as pa
 
 from tahoex1_hf.cells.ragged import gather_rows, row_sums
-from tahoex1_hf.cells.readers.base import BadInput, Block
+from tahoex1_hf.cells.readers.base import BadInput, token_dtype
 from tahoex1_hf.cells.readers.unreadable import guarded
+from tahoex1_hf.cells.rows import join_cells
 from tahoex1_hf.common.files import WholeFile
 from tahoex1_hf.data.columns import add_joined, filter_mask, output_columns, source_columns, to_arrow
 from tahoex1_hf.data.config import CommonSourceConfig, ValidationSplit
-from tahoex1_hf.data.sources.base import CellSource
+from tahoex1_hf.data.sources.base import SourceReader
 from tahoex1_hf.encoding_tahoe_x1 import GeneRows, count_problem, mix64
 
 SPLITS = ("train", "validation")
@@ -37,15 +38,15 @@ class PieceStatistics:
     """Statistics of a piece, for the manifest and the second pass.
 
     Attributes:
-        cells_in: number of cells read.
-        dropped: number of cells left out, per rule.
-        cells: number of cells kept, per split.
-        genes: number of expressed genes of the cells kept, per split.
-        counts: sum of all counts of the cells kept.
-        unknown_counts: sum of the counts, of all cells read, of genes that are not in the vocabulary.
-        max_count: the largest count kept.
-        whole_numbers: whether all counts kept are integers.
-        join_misses: number of cells for which a joined table had no row.
+        cells_in: Number of cells read.
+        dropped: Number of cells left out, per rule.
+        cells: Number of cells kept, per split.
+        genes: Number of expressed genes of the cells kept, per split.
+        counts: Sum of all counts of the cells kept.
+        unknown_counts: Sum of the counts, of all cells read, of genes that are not in the vocabulary.
+        max_count: The largest count kept.
+        whole_numbers: Whether all counts kept are integers.
+        join_misses: Number of cells for which a joined table had no row.
     """
 
     cells_in: int = 0
@@ -94,7 +95,7 @@ def _fraction(seed: int, value: str) -> float:
 def write_piece(
     target: Path,
     piece: PieceRange,
-    source: CellSource,
+    source: SourceReader,
     config: CommonSourceConfig,
     split: ValidationSplit,
     seed: int,
@@ -104,18 +105,18 @@ def write_piece(
 
     Args:
         target: Arrow file of the piece: a batch per split, with `key`, `genes`, `counts` and the metadata.
-        piece: range of cells to read.
-        source: source that reads the cells.
-        config: configuration of the source.
-        split: settings of the validation split.
-        seed: seed of the dataset.
-        duplicates: sorted numbers of the cells of the file that repeat another's name.
+        piece: Range of cells to read.
+        source: Source that reads the cells.
+        config: Configuration of the source.
+        split: Settings of the validation split.
+        seed: Seed of the dataset.
+        duplicates: Sorted numbers of the cells of the file that repeat another's name.
 
     Raises:
-        BadInput: where the cells cannot be used.
+        BadInput: If the cells cannot be used.
     """
     statistics = PieceStatistics()
-    parts: list[tuple[GeneRows, pd.DataFrame, np.ndarray]] = []
+    parts: list[tuple[GeneRows, np.ndarray]] = []
     number = piece.start
     for chunk in guarded(source.read(piece.path, piece.start, piece.stop, source_columns(config))):
         numbers = np.arange(number, number + len(chunk.obs))
@@ -123,7 +124,8 @@ def write_piece(
         number += len(numbers)
     if number != piece.stop:
         raise BadInput(f"{number - piece.start} cells were read instead of {piece.stop - piece.start}.")
-    rows, metadata, numbers = _joined(parts)
+    rows = join_cells([each for each, _ in parts])
+    metadata, numbers = rows.obs.reset_index(drop=True), np.concatenate([each for _, each in parts])
     del parts
     keys = cell_keys(seed, piece.file_number, numbers)
     validation = held_out(keys, metadata, split, seed)
@@ -145,18 +147,17 @@ def write_piece(
 
 
 def _kept(
-    chunk: Block,
+    chunk: GeneRows,
     numbers: np.ndarray,
     config: CommonSourceConfig,
     duplicates: np.ndarray,
     statistics: PieceStatistics,
-    source: CellSource,
-) -> tuple[GeneRows, pd.DataFrame, np.ndarray]:
-    """Return the cells of a chunk that no rule drops: their rows, metadata and numbers."""
-    rows, metadata = chunk.rows, chunk.obs
-    metadata, misses = add_joined(metadata, config)
-    lengths = np.diff(rows.offsets)
-    sums = row_sums(rows.counts, rows.offsets)
+    source: SourceReader,
+) -> tuple[GeneRows, np.ndarray]:
+    """Return the cells of a chunk that no rule drops, with their metadata, and their numbers."""
+    metadata, misses = add_joined(chunk.obs, config)
+    lengths = np.diff(chunk.offsets)
+    sums = row_sums(chunk.counts, chunk.offsets)
     drops = {
         "filter": np.zeros(len(lengths), dtype=bool) if not config.filter else ~filter_mask(metadata, config.filter),
         "duplicate_barcode": np.isin(numbers, duplicates),
@@ -171,7 +172,7 @@ def _kept(
     statistics.cells_in += len(lengths)
     statistics.unknown_counts += chunk.unknown_counts
     statistics.join_misses += misses
-    kept = rows.select(np.repeat(keep, lengths)) if not keep.all() else rows
+    kept = chunk.select(np.repeat(keep, lengths)) if not keep.all() else chunk
     kept = GeneRows(kept.tokens, kept.counts, np.concatenate([[0], np.cumsum(lengths[keep])]))
     _, doubt = count_problem(kept, int(numbers[0]) if len(numbers) else 0, {})
     if doubt is not None:
@@ -180,23 +181,9 @@ def _kept(
             raise BadInput(f"{doubt} Name the layer that holds counts, or set non_integer_counts: keep.")
     statistics.counts += float(kept.counts.sum(dtype=np.float64))
     statistics.max_count = max(statistics.max_count, float(kept.counts.max(initial=0)))
-    compact = GeneRows(kept.tokens.astype(_token_dtype(source), copy=False), kept.counts, kept.offsets)
-    return compact, output_columns(metadata[keep], config), numbers[keep]
-
-
-def _token_dtype(source: CellSource) -> type[np.unsignedinteger] | type[np.signedinteger]:
-    return np.uint16 if len(source.tokenizer) <= 2**16 else np.int32
-
-
-def _joined(parts: list[tuple[GeneRows, pd.DataFrame, np.ndarray]]) -> tuple[GeneRows, pd.DataFrame, np.ndarray]:
-    lengths = np.concatenate([np.diff(rows.offsets) for rows, _, _ in parts])
-    rows = GeneRows(
-        np.concatenate([rows.tokens for rows, _, _ in parts]),
-        np.concatenate([rows.counts for rows, _, _ in parts]),
-        np.concatenate([[0], np.cumsum(lengths)]),
-    )
-    metadata = pd.concat([metadata for _, metadata, _ in parts], ignore_index=True)
-    return rows, metadata, np.concatenate([numbers for _, _, numbers in parts])
+    tokens = kept.tokens.astype(token_dtype(source.tokenizer), copy=False)
+    metadata = output_columns(metadata[keep], config)
+    return GeneRows(tokens, kept.counts, kept.offsets, obs=metadata), numbers[keep]
 
 
 def _batch(

@@ -37,7 +37,7 @@ from tahoex1_hf.data.pieces import (
     write_piece,
 )
 from tahoex1_hf.data.shards import DatasetSchema, ShardRecord, file_sha256, load_record, save_record, write_shard
-from tahoex1_hf.data.sources.base import CellSource, FileReport
+from tahoex1_hf.data.sources.base import FileReport, SourceReader
 from tahoex1_hf.data.workers import run_tasks
 from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
 
@@ -97,14 +97,14 @@ class _ShardTask(NamedTuple):
 
 
 @lru_cache(maxsize=1)
-def _open_sources(job: Job) -> list[CellSource]:
+def _open_sources(job: Job) -> list[SourceReader]:
     """Open the sources, once per process."""
     config = job.config
     tokenizer = TahoeX1Tokenizer(config.vocab)
     return [_open_source(source, tokenizer, Path(job.work) / "by_cell") for source in config.sources]
 
 
-def _open_source(config: Any, tokenizer: TahoeX1Tokenizer, spool: Path) -> CellSource:
+def _open_source(config: Any, tokenizer: TahoeX1Tokenizer, spool: Path) -> SourceReader:
     # Each kind needs libraries that the others do not.
     if config.kind == "census":
         from tahoex1_hf.data.sources.census import CensusExperiment
@@ -125,17 +125,17 @@ def prepare(
     """Write a training dataset, or resume one that an earlier run left unfinished.
 
     Args:
-        config: configuration of the dataset.
-        num_proc: number of processes; it changes only the time.
-        overwrite: whether to begin anew where `config.output` holds another dataset, or the remains of another run.
-        full_paths: whether the manifest names the files by their whole paths, and not by their base names.
+        config: Configuration of the dataset.
+        num_proc: Number of processes; it changes only the time.
+        overwrite: Whether to begin anew where `config.output` holds another dataset, or the remains of another run.
+        full_paths: Whether the manifest names the files by their whole paths, and not by their base names.
 
     Returns:
         The manifest, which is also `OUTPUT/manifest.json`.
 
     Raises:
-        ValueError: for input that cannot be used (see `on_bad_file`), and for an output folder with something else.
-        FileNotFoundError: for a path that does not exist.
+        ValueError: For input that cannot be used (see `on_bad_file`), and for an output folder with something else.
+        FileNotFoundError: For a path that does not exist.
     """
     if num_proc < 1:
         raise ValueError(f"num_proc={num_proc}: pass at least 1.")

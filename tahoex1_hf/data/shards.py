@@ -25,10 +25,10 @@ class DatasetSchema:
     """Types of the columns of the dataset.
 
     Attributes:
-        genes: numpy name of the type of gene ids: `uint16` or `int32`.
+        genes: Numpy name of the type of gene ids: `uint16` or `int32`.
         counts: `uint16` where every count of the dataset is a whole number below 65,536, else `float32`.
-        columns: metadata column -> Arrow type.
-        categories: metadata column -> its values in order, where it is written as a dictionary.
+        columns: Metadata column -> Arrow type.
+        categories: Metadata column -> its values in order, where it is written as a dictionary.
     """
 
     genes: str
@@ -68,12 +68,12 @@ def write_shard(
     """Gather a shard from the pieces and write it; the file appears whole or not at all.
 
     Args:
-        target: file of the shard.
-        pieces: paths of all pieces, in order.
+        target: File of the shard.
+        pieces: Paths of all pieces, in order.
         split: `"train"` or `"validation"`.
-        number: number of the shard in its split, from 0.
-        num_shards: number of shards of the split.
-        schema: types of the columns.
+        number: Number of the shard in its split, from 0.
+        num_shards: Number of shards of the split.
+        schema: Types of the columns.
         format: `"arrow"` or `"parquet"`.
     """
     batches = [_key_range(read_split(path, split), number, num_shards) for path in pieces]

@@ -46,23 +46,24 @@ def build_vocabulary(
 
     Args:
         reference: `.h5ad`, or a table of genes: `.csv`, `.tsv` (also `.gz`) or `.parquet`. The genes keep its order;
-            where a table has a column `token_id`, they stand in the order of these numbers.
-        output: path of the `vocab.json` to write.
-        special_tokens: the first tokens, ids from 0.
-        gene_id_column: column with Ensembl ids; by default the `var_names` of an `.h5ad`, and `ensembl_id` of a table.
+            if a table has a column `token_id`, they are in the order of these numbers.
+        output: Path of the `vocab.json` to write.
+        special_tokens: The first tokens, ids from 0.
+        gene_id_column: Column with Ensembl ids; by default the `var_names` of an `.h5ad`, and `ensembl_id` of a table.
             A version (`.12`) is left out.
-        pad_to_multiple_of: number whose next multiple the size is filled up to with `<junk0>`, `<junk1>`, ..., since
+        pad_to_multiple_of: Number whose next multiple the size is filled up to with `<junk0>`, `<junk1>`, ..., since
             matrix products of round sizes are faster.
-        drug_token: whether to add `<drug>` behind the special tokens, for models that take a drug.
-        overwrite: whether to replace a file that holds something else.
+        drug_token: Whether to add `<drug>` behind the special tokens, for models that take a drug.
+        overwrite: Whether to replace a file that holds something else.
 
     Returns:
         Token -> id, as written.
 
     Raises:
-        FileExistsError: where `output` holds something else and `overwrite` is not set.
-        FileNotFoundError: where there is no `reference`.
-        ValueError: for genes that stand twice or are not Ensembl ids, naming them, and for settings that cannot work.
+        FileExistsError: If `output` holds something else and `overwrite` is not set.
+        FileNotFoundError: If there is no `reference`.
+        ValueError: If genes occur twice or are not Ensembl ids (the message names them), or for settings that cannot
+            work.
     """
     tokens = _checked_special_tokens([*special_tokens, *([DRUG_TOKEN] if drug_token else [])])
     if pad_to_multiple_of < 1:
@@ -79,7 +80,7 @@ def _checked_special_tokens(tokens: list[str]) -> list[str]:
     if strange:
         raise ValueError(f"special tokens {strange}: they must look like <this>, and <junk0> and so on are fillers.")
     if len(set(tokens)) < len(tokens):
-        raise ValueError(f"special tokens {tokens}: each may stand once.")
+        raise ValueError(f"special tokens {tokens}: each may occur once.")
     missing = [token for token in ("<pad>", "<cls>") if token not in tokens]
     if missing:
         raise ValueError(f"special tokens {tokens} lack {missing}, which every model needs.")
@@ -111,7 +112,7 @@ def _gene_ids(reference: Path, column: str | None) -> list[str]:
     repeated = sorted(_repeated(ids))
     if repeated:
         raise ValueError(
-            f"{reference}: {len(repeated)} genes stand twice in {where} (versions left out): {_some(repeated)}. "
+            f"{reference}: {len(repeated)} genes occur twice in {where} (versions left out): {_some(repeated)}. "
             "Take the repeated rows out."
         )
     return ids
@@ -145,8 +146,8 @@ def read_table(path: Path) -> "pd.DataFrame":
     """Read `.csv`, `.tsv` (also `.gz`) or `.parquet`; text stays text.
 
     Raises:
-        FileNotFoundError: where there is no such file.
-        ValueError: where it is not such a table.
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is not such a table.
     """
     import pandas as pd
     import pyarrow as pa
@@ -171,7 +172,7 @@ def write_files(contents: dict[Path, bytes], overwrite: bool) -> None:
     """Write files, each whole or not at all; existing files with the same content are left alone.
 
     Raises:
-        FileExistsError: before anything is written, where a file holds something else and `overwrite` is not set.
+        FileExistsError: Before anything is written, where a file holds something else and `overwrite` is not set.
     """
     changed = {path: data for path, data in contents.items() if not (path.is_file() and path.read_bytes() == data)}
     for path in changed:

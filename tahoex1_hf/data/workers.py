@@ -26,15 +26,15 @@ def run_tasks(
     """Call a function on every task, and yield each task with its result when it is ready, in any order.
 
     Args:
-        function: function of a module, so that other processes can import it.
-        tasks: arguments of the calls.
-        num_proc: number of processes; 1 runs in this process.
-        description: text beside the progress bar.
-        done: number of tasks that were done before this run, for the progress bar.
+        function: Function of a module, so that other processes can import it.
+        tasks: Arguments of the calls.
+        num_proc: Number of processes; 1 runs in this process.
+        description: Text beside the progress bar.
+        done: Number of tasks that were done before this run, for the progress bar.
 
     Raises:
-        RuntimeError: for a process that was ended from outside, for instance because memory ran out.
-        Exception: an exception of a task; tasks that have not started are then left undone.
+        RuntimeError: If a process was ended from outside, for instance because memory ran out.
+        Exception: An exception of a task; tasks that have not started are then left undone.
     """
     with progress_bar(None, total=len(tasks) + done, initial=done, desc=description, file=sys.stderr) as bar:
         if num_proc == 1 or len(tasks) <= 1:
@@ -93,7 +93,7 @@ def _start_worker() -> None:
 
 
 def _end_with_parent() -> None:
-    """End this worker when the parent is killed; otherwise it would wait for tasks for ever."""
+    """End this worker when its parent is killed, since it would wait for tasks for ever."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         multiprocessing.connection.wait([parent.sentinel])

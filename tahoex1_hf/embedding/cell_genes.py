@@ -17,10 +17,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from tahoex1_hf.cells.encoding import Chunk
+from tahoex1_hf.cells.readers.base import cell_names
 from tahoex1_hf.embedding.shards import ShardFolder
 from tahoex1_hf.embedding.streams import WholeStream
 from tahoex1_hf.inference.encoder import TokenSink
+from tahoex1_hf.padding_tahoe_x1 import EncodedCells
 from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
 
 # Number of values in a row group of the table: 64 MB.
@@ -71,15 +72,16 @@ class CellGenes:
         self.schema, self.labels = pa.schema(fields), labels
 
     @contextmanager
-    def of_chunk(self, number: int, source: str, chunk: Chunk) -> Iterator[TokenSink]:
+    def of_chunk(self, number: int, source: str, chunk: EncodedCells) -> Iterator[TokenSink]:
         """Yield the function that receives the batches of a chunk; when the block ends, its file is complete.
 
         Args:
             number: Number of the chunk.
             source: Name of the source in the table.
-            chunk: Encoded cells.
+            chunk: Encoded cells, with their names.
         """
         cells: list[int] = []
+        names = cell_names(chunk.obs)
         options: dict[str, Any] = {"compression": "none", "use_dictionary": False, "write_statistics": False}
         with (
             WholeStream(self._file_of(number)) as file,
@@ -87,11 +89,11 @@ class CellGenes:
         ):
 
             def add(rows: np.ndarray, input_ids: torch.Tensor, hidden_states: torch.Tensor) -> None:
-                lengths = chunk.cells.lengths[rows].tolist()
+                lengths = chunk.lengths[rows].tolist()
                 parts = zip(rows.tolist(), input_ids.cpu().split(lengths), hidden_states.split(lengths), strict=True)
                 for row, ids, states in parts:
                     cells.append(row)
-                    writer.write_table(self._rows(chunk.names[row], source, ids, states))
+                    writer.write_table(self._rows(names[row], source, ids, states))
 
             yield add
             writer.add_key_value_metadata({_CELLS: json.dumps(cells)})

@@ -23,11 +23,11 @@ import torch
 from filelock import FileLock, Timeout
 
 from tahoex1_hf.cells import encoding
-from tahoex1_hf.cells.encoding import Chunk, ChunkEncoder, DrugIds, EncodeOptions, report_unknown_drugs
+from tahoex1_hf.cells.encoding import ChunkEncoder, DrugIds, EncodeOptions, report_unknown_drugs
 from tahoex1_hf.cells.gene_symbols import Table
 from tahoex1_hf.cells.genes import TAHOE_100M_GENES, GeneOptions
 from tahoex1_hf.cells.opening import open_all
-from tahoex1_hf.cells.readers.base import CellInput
+from tahoex1_hf.cells.readers.base import INDEX, CellInput, cell_names
 from tahoex1_hf.common.digests import json_digest, some_weights_digest, tokenizer_digest, weights_digest
 from tahoex1_hf.common.processes import Processes
 from tahoex1_hf.common.progress import progress_bar
@@ -42,6 +42,7 @@ from tahoex1_hf.inference.encoder import CellEncoder, Dtype, GeneMeans, TokenSin
 from tahoex1_hf.inference.gene_embeddings import embed_genes, gene_kinds, gene_slot
 from tahoex1_hf.inference.provenance import provenance, provenance_key
 from tahoex1_hf.modeling_tahoe_x1 import TahoeX1PreTrainedModel
+from tahoex1_hf.padding_tahoe_x1 import EncodedCells
 from tahoex1_hf.runs.new_drugs import NewDrugs, SmilesTable, with_new_drugs
 from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
 
@@ -153,50 +154,50 @@ def embed_files(
     Args:
         sources: `.h5ad` files, `.zarr` stores, 10x files, folders and globs of these, prepared datasets, and Hub
             datasets in the format of Tahoe-100M.
-        output: path that ends in `.h5ad`, `.zarr`, `.parquet` or `.npy`; the latter two may be URLs (`s3://…`). If the
+        output: Path that ends in `.h5ad`, `.zarr`, `.parquet` or `.npy`; the latter two may be URLs (`s3://…`). If the
             only source is an `.h5ad` file or a `.zarr` store, an output of the same kind is a copy of the source with
             the new slots. Any other `.h5ad` or `.zarr` output has cells without counts, with the columns of obs of all
             sources. A `.parquet` table has the names of the cells, the columns of `obs`, and the embedding as one
             column of lists.
-        model: as in `embed_anndata`.
-        tokenizer: as in `embed_anndata`.
-        size: as in `embed_anndata`.
-        revision: as in `embed_anndata`.
-        key_added: slot of `obsm` to write, or the name of the table's column of embeddings.
-        layer: as in `embed_anndata`.
-        gene_id_column: as in `embed_anndata`.
-        gene_symbols: as in `embed_anndata`.
-        species: as in `embed_anndata`.
-        orthologs: as in `embed_anndata`.
-        gene_metadata: gene table of a dataset in the format of Tahoe-100M; by default that of Tahoe-100M on the Hub.
-        drugs: column of obs, or one drug for all cells, for models with a drug encoder.
-        unknown_drugs: as in `embed_anndata`.
-        drug_table: as in `embed_anndata`.
-        gene_embeddings: as in `embed_anndata`; needs a single `.h5ad` or `.zarr` source and an output of its kind.
-        cell_gene_embeddings: path or URL of a `.parquet` table for each cell's contextual gene embeddings, with a row
+        model: As in `embed_anndata`.
+        tokenizer: As in `embed_anndata`.
+        size: As in `embed_anndata`.
+        revision: As in `embed_anndata`.
+        key_added: Slot of `obsm` to write, or the name of the table's column of embeddings.
+        layer: As in `embed_anndata`.
+        gene_id_column: As in `embed_anndata`.
+        gene_symbols: As in `embed_anndata`.
+        species: As in `embed_anndata`.
+        orthologs: As in `embed_anndata`.
+        gene_metadata: Gene table of a dataset in the format of Tahoe-100M; by default that of Tahoe-100M on the Hub.
+        drugs: Column of obs, or one drug for all cells, for models with a drug encoder.
+        unknown_drugs: As in `embed_anndata`.
+        drug_table: As in `embed_anndata`.
+        gene_embeddings: As in `embed_anndata`; needs a single `.h5ad` or `.zarr` source and an output of its kind.
+        cell_gene_embeddings: Path or URL of a `.parquet` table for each cell's contextual gene embeddings, with a row
             for every expressed gene of every cell. Its columns are `cell`, `source` (if there are several), `gene`
             (the Ensembl id), and a list column named `key_added` with the embedding, which is not normalised. A cell
             longer than the context has the genes of its first sample. During the run the table needs twice its disk
             space.
-        obs: columns of obs, as a sequence or a text with commas between the names, for an output that is not a copy
+        obs: Columns of obs, as a sequence or a text with commas between the names, for an output that is not a copy
             of the source; by default none in a `.parquet`, and all in an `.h5ad` or `.zarr`. Cells of a source without
             the column have missing values.
-        wide: whether a `.parquet` has a column for each dimension, named `key_added` followed by `_0`, `_1`, ….
-        max_length: as in `embed_anndata`.
-        overflow: as in `embed_anndata`.
-        draws: as in `embed_anndata`; the deviations are a column of obs or of the table.
-        seed: as in `embed_anndata`.
-        batch_tokens: as in `embed_anndata`.
-        device: as in `embed_anndata`; by default, each of several processes on a machine uses a GPU of its own.
-        dtype: as in `embed_anndata`.
-        hidden_layer: as in `embed_anndata`.
-        restart: whether to discard the files of an unfinished run, which may have had other arguments.
-        full_paths: whether the output names its sources by their full paths; otherwise it uses short names.
-        progress: whether to show a progress bar.
+        wide: Whether a `.parquet` has a column for each dimension, named `key_added` followed by `_0`, `_1`, ….
+        max_length: As in `embed_anndata`.
+        overflow: As in `embed_anndata`.
+        draws: As in `embed_anndata`; the deviations are a column of obs or of the table.
+        seed: As in `embed_anndata`.
+        batch_tokens: As in `embed_anndata`.
+        device: As in `embed_anndata`; by default, each of several processes on a machine uses a GPU of its own.
+        dtype: As in `embed_anndata`.
+        hidden_layer: As in `embed_anndata`.
+        restart: Whether to discard the files of an unfinished run, which may have had other arguments.
+        full_paths: Whether the output names its sources by their full paths; otherwise it uses short names.
+        progress: Whether to show a progress bar.
 
     Raises:
-        ValueError: if files or arguments cannot be used; the message says what to do.
-        FileNotFoundError: if a source or a model does not exist.
+        ValueError: If files or arguments cannot be used; the message says what to do.
+        FileNotFoundError: If a source or a model does not exist.
     """
     paths = [str(path) for path in ([sources] if isinstance(sources, (str, Path)) else sources)]
     wanted = OutputOptions(
@@ -352,21 +353,21 @@ class _Run:
         empty, first, since = 0, start, time.monotonic()
         columns = [name for name in self.output.shard_columns if name in source.cells.obs_columns]
         tables: list[pa.Table] = []
-        chunks = source.chunks(low, high, self.output.names, columns)
+        chunks = source.chunks(low, high, [INDEX, *columns] if self.output.names else columns)
 
-        def sink_of(chunk: Chunk) -> AbstractContextManager[TokenSink | None]:
+        def sink_of(chunk: EncodedCells) -> AbstractContextManager[TokenSink | None]:
             if self.cell_genes is None:
                 return nullcontext()
-            place = start + (chunk.start - low) // encoding.CHUNK_CELLS
+            place = start + int(chunk.cell_numbers[0] - low) // encoding.CHUNK_CELLS
             return self.cell_genes.of_chunk(place, self.output.source_names[number], chunk)
 
         embedded = embed_chunks(self.encoder, chunks, source.cells, gene_means, bar.update, sink_of)
         for done, (chunk, part, spread) in enumerate(embedded, start + 1):
-            names.extend(chunk.names)
+            names.extend(cell_names(chunk.obs) if self.output.names else [])
             parts.append(part)
             spreads.append(spread)
-            tables.append(as_arrow(chunk.obs))
-            empty += len(chunk.cells.empty_cells)
+            tables.append(as_arrow(chunk.obs[columns]))
+            empty += len(chunk.empty_cells)
             full = sum(each.size for each in parts) >= _SHARD_VALUES or time.monotonic() - since >= _SHARD_SECONDS
             if full or done == stop:
                 deviations = np.concatenate(spreads) if self.options.draws > 1 else None

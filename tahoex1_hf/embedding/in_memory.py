@@ -60,27 +60,27 @@ def embed_anndata(
     larger than memory, use `embed_files`.
 
     Args:
-        adata: cells with raw counts, in memory or backed.
-        model: folder or Hub name of a Tahoe-x1 model, folder of an adapter, or a loaded model, which is moved to the
+        adata: Cells with raw counts, in memory or backed.
+        model: Folder or Hub name of a Tahoe-x1 model, folder of an adapter, or a loaded model, which is moved to the
             device and set to eval mode.
-        tokenizer: tokenizer of the model; a loaded model needs one, otherwise the model's own is loaded.
-        size: name of the size to load, such as `"70m"`, where a folder or repository holds several.
-        revision: branch, tag or commit of a Hub repository.
-        key_added: slot of `obsm` (and, with `gene_embeddings`, of `varm`) to write.
-        layer: layer with the counts, or "raw" for `adata.raw`, or "X". By default `adata.X`; if it does not hold
+        tokenizer: Tokenizer of the model; a loaded model needs one, otherwise the model's own is loaded.
+        size: Name of the size to load, such as `"70m"`, where a folder or repository holds several.
+        revision: Branch, tag or commit of a Hub repository.
+        key_added: Slot of `obsm` (and, with `gene_embeddings`, of `varm`) to write.
+        layer: Layer with the counts, or "raw" for `adata.raw`, or "X". By default `adata.X`; if it does not hold
             counts, the first that does of the layers `counts`, `raw_counts` and `raw` and of `adata.raw`, with a
             warning.
-        gene_id_column: column of `adata.var` with Ensembl ids; by default `adata.var_names` and all columns are
+        gene_id_column: Column of `adata.var` with Ensembl ids; by default `adata.var_names` and all columns are
             searched for ids.
-        gene_symbols: gene symbol -> Ensembl id, or the path of a table with both, for genes that are named by symbol;
+        gene_symbols: Gene symbol -> Ensembl id, or the path of a table with both, for genes that are named by symbol;
             by default the package's table.
-        species: species of the cells, "human" or "mouse"; mouse genes need `orthologs`.
-        orthologs: mouse gene (Ensembl id or symbol) -> Ensembl ids of human orthologues, or the path of a table.
-        drugs: column of `adata.obs`, one drug for all cells, or one drug per cell, for models with a drug encoder.
-        unknown_drugs: rule for drugs that are not in the model's table: `"pad"` counts their cells as cells without a
+        species: Species of the cells, "human" or "mouse"; mouse genes need `orthologs`.
+        orthologs: Mouse gene (Ensembl id or symbol) -> Ensembl ids of human orthologues, or the path of a table.
+        drugs: Column of `adata.obs`, one drug for all cells, or one drug per cell, for models with a drug encoder.
+        unknown_drugs: Rule for drugs that are not in the model's table: `"pad"` counts their cells as cells without a
             drug, as in the original, and lists them in a warning; `"error"` refuses them; by default the tokenizer's
             `unknown_drugs`, which is `"pad"`. A single drug for all cells must always be known.
-        drug_table: table with the columns `drug` and `canonical_smiles` (or `smiles`), or drug -> SMILES, for drugs
+        drug_table: Table with the columns `drug` and `canonical_smiles` (or `smiles`), or drug -> SMILES, for drugs
             that the model's table lacks: each gets its Morgan fingerprint as a row. A compound of similar structure
             gets a similar vector; the encoder saw 377 compounds, and how well it does on others is not known.
         gene_embeddings: True for each gene's mean contextual embedding over the cells that express it, in
@@ -88,33 +88,33 @@ def embed_anndata(
             the model's input table, in `varm[key_added + "_GE"]`; `"TE"` is the output of the layers without any cell,
             in `varm[key_added + "_TE"]`; `"EA"` is the same as True. A gene that no cell expresses gets its TE as EA,
             and is listed in `uns[…]["genes_not_expressed"]`; genes that are not in the vocabulary are NaN.
-        max_length: largest number of tokens of a cell; by default the tokenizer's `context_length`.
-        overflow: choice of the genes of a cell longer than `max_length`: `"sample"` for random genes, which depend
+        max_length: Largest number of tokens of a cell; by default the tokenizer's `context_length`.
+        overflow: Choice of the genes of a cell longer than `max_length`: `"sample"` for random genes, which depend
             only on the cell's content and the seed; `"highest"` for the highest counts; `"first"` for the first
             columns; by default the tokenizer's `overflow`.
-        draws: number of samples of each cell longer than `max_length`. With more than one, a cell's embedding is the
+        draws: Number of samples of each cell longer than `max_length`. With more than one, a cell's embedding is the
             mean over its samples, scaled to length 1. `adata.obs["tahoe_x1_sd"]`, or the same with the name of another
             `key_added`, then says how far the embedding of one sample lies from the mean: the square root of the
             variances over the samples, summed over the dimensions, in units of the embeddings' length, which is 1. It
             is 0 for cells that fit. Gene embeddings are those of the first sample.
-        seed: seed of the sampling; a cell's sample depends only on its genes, its counts and the seed.
-        batch_tokens: largest number of tokens in a batch, padding included, by default chosen for the device. Smaller
+        seed: Seed of the sampling; a cell's sample depends only on its genes, its counts and the seed.
+        batch_tokens: Largest number of tokens in a batch, padding included, by default chosen for the device. Smaller
             batches need less memory and change embeddings only by float32 roundings.
-        device: device to run on; by default CUDA or Apple's GPU if there is one, otherwise the CPU.
-        dtype: precision of the matrix products: `"float32"`; `"bfloat16"`; `"auto"`, which is bfloat16 where the
+        device: Device to run on; by default CUDA or Apple's GPU if there is one, otherwise the CPU.
+        dtype: Precision of the matrix products: `"float32"`; `"bfloat16"`; `"auto"`, which is bfloat16 where the
             hardware multiplies it faster; or `"int8"`, which needs a quarter of the memory for the weights (torchao);
             or torch's dtype of such a name.
-        hidden_layer: number of the layer from whose output all embeddings are taken, as in the model's
+        hidden_layer: Number of the layer from whose output all embeddings are taken, as in the model's
             `hidden_states`: 0 is the input of the first layer, and -1, the default, the last layer's output after the
             final norm. Outputs of other layers are taken without that norm.
-        return_array: whether to return the embeddings instead of writing anything into `adata`.
-        progress: whether to show a progress bar.
+        return_array: Whether to return the embeddings instead of writing anything into `adata`.
+        progress: Whether to show a progress bar.
 
     Returns:
         `(cells, width)` float32 with `return_array`, in the order of the cells; else None.
 
     Raises:
-        ValueError: if counts, genes or arguments cannot be used; the message says what to do.
+        ValueError: If counts, genes or arguments cannot be used; the message says what to do.
     """
     kinds = gene_kinds(gene_embeddings)
     check_key(key_added)

@@ -58,7 +58,7 @@ class TrainingBatches:
         per_step: Number of batches of a step.
 
     Raises:
-        ValueError: Where the processes cannot share a step evenly.
+        ValueError: If the processes cannot share a step evenly.
     """
 
     def __init__(

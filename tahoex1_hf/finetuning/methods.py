@@ -122,7 +122,7 @@ def quantization(config: FinetuneConfig) -> dict[str, Any]:
     """Return arguments of `from_pretrained` that quantise the base for `qlora`; none for other methods.
 
     Raises:
-        ValueError: Where there is no CUDA device, or neither bitsandbytes nor torchao.
+        ValueError: If there is no CUDA device, or neither bitsandbytes nor torchao.
     """
     if config.method != "qlora":
         return {}

@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from tahoex1_hf.data.collator import CellCollator
-from tahoex1_hf.finetuning.cells.labelled import LabelledCells
+from tahoex1_hf.finetuning.cells.labelled import FinetuningData
 from tahoex1_hf.finetuning.config import (
     ClassificationConfig,
     FinetuneConfig,
@@ -51,7 +51,7 @@ class Objective:
         scale: Standard deviation of these numbers.
     """
 
-    def __init__(self, config: FinetuneConfig, cells: LabelledCells, train: np.ndarray):
+    def __init__(self, config: FinetuneConfig, cells: FinetuningData, train: np.ndarray):
         self.config, self.cells = config, cells
         self.mean, self.scale = 0.0, 1.0
         self.weights: torch.Tensor | None = None

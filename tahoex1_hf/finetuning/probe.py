@@ -7,7 +7,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from tahoex1_hf.finetuning.cells.labelled import LabelledCells
+from tahoex1_hf.finetuning.cells.labelled import FinetuningData
 from tahoex1_hf.finetuning.config import ClassesConfig, FinetuneConfig
 from tahoex1_hf.finetuning.splits import Split
 
@@ -24,7 +24,7 @@ _SEARCH_TOLERANCE, _TOLERANCE = 1e-5, 1e-8
 
 
 def fit_probe(
-    features: np.ndarray, cells: LabelledCells, split: Split, config: FinetuneConfig
+    features: np.ndarray, cells: FinetuningData, split: Split, config: FinetuneConfig
 ) -> tuple[np.ndarray, np.ndarray]:
     """Fit a linear model to the training cells.
 
@@ -59,7 +59,7 @@ def fit_probe(
     return weights, bias - weights @ scaler.mean_
 
 
-def some_of_each(rows: np.ndarray, cells: LabelledCells, seed: int) -> np.ndarray:
+def some_of_each(rows: np.ndarray, cells: FinetuningData, seed: int) -> np.ndarray:
     """Return some random rows of every class, so few that a probe is fitted in seconds."""
     shuffled = np.random.default_rng(seed).permutation(rows)
     if cells.classes is None:
@@ -84,7 +84,7 @@ def _regression() -> Any:
 
 
 def _fit(
-    model: Any, strength: float, tolerance: float, x: np.ndarray, y: np.ndarray, cells: LabelledCells
+    model: Any, strength: float, tolerance: float, x: np.ndarray, y: np.ndarray, cells: FinetuningData
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return weights and biases of every output at a strength of regularisation."""
     if cells.classes is None:
@@ -105,7 +105,7 @@ def _loss(weights: np.ndarray, bias: np.ndarray, x: np.ndarray, y: np.ndarray, t
 
 
 def _all_classes(
-    weights: np.ndarray, bias: np.ndarray, y: np.ndarray, cells: LabelledCells
+    weights: np.ndarray, bias: np.ndarray, y: np.ndarray, cells: FinetuningData
 ) -> tuple[np.ndarray, np.ndarray]:
     """Add rows for classes that no training cell has, which are never predicted."""
     classes = cast(list[str], cells.classes)

@@ -12,7 +12,7 @@ from accelerate import PartialState
 
 from tahoex1_hf.cells.fingerprint import agrees
 from tahoex1_hf.common.files import write_json
-from tahoex1_hf.finetuning.cells.labelled import LabelledCells
+from tahoex1_hf.finetuning.cells.labelled import FinetuningData
 from tahoex1_hf.finetuning.config import FinetuneConfig
 from tahoex1_hf.finetuning.splits import Split
 
@@ -30,7 +30,7 @@ def open_run(config: FinetuneConfig, first: bool) -> None:
         first: Whether this is the main process; the others have nothing to do.
 
     Raises:
-        ValueError: Where the folder holds a run with other settings.
+        ValueError: If the folder holds a run with other settings.
     """
     if not first:
         return
@@ -66,11 +66,11 @@ def has_begun(output_dir: Path) -> bool:
     return any(any(output_dir.glob(pattern)) for pattern in ("checkpoint-*", "folds", RESULT))
 
 
-def check_data(config: FinetuneConfig, cells: LabelledCells, processes: PartialState) -> None:
+def check_data(config: FinetuneConfig, cells: FinetuningData, processes: PartialState) -> None:
     """Check that the run began with the same cells, and note them where it begins.
 
     Raises:
-        ValueError: Where the file has changed since.
+        ValueError: If the file has changed since.
     """
     folder = Path(config.output_dir)
     path = folder / DATA
@@ -96,7 +96,7 @@ def read_result(folder: Path, split: Split) -> tuple[dict[str, np.ndarray], dict
     """Read the arrays and facts of a fold; None where it is not done.
 
     Raises:
-        ValueError: Where the folder holds the result of another split.
+        ValueError: If the folder holds the result of another split.
     """
     if not (folder / RESULT).is_file():
         return None

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 from accelerate import PartialState
 
-from tahoex1_hf.finetuning.cells.labelled import LabelledCells
+from tahoex1_hf.finetuning.cells.labelled import FinetuningData
 from tahoex1_hf.finetuning.config import FinetuneConfig
 from tahoex1_hf.finetuning.splits import Split
 from tahoex1_hf.runs.report import Report
@@ -70,7 +70,7 @@ class Task(Protocol):
     config: Any
     folder: Path
     processes: PartialState
-    cells: LabelledCells
+    cells: FinetuningData
     ours: str
 
     def __init__(self, config: Any, processes: PartialState):

@@ -1,5 +1,5 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""Read the tensors of an adapter, and put all of them, and nothing else, into the model that they were trained in."""
+"""Read the tensors of an adapter, and put them into a model that has a place for each, and no other place."""
 
 import json
 import logging
@@ -33,7 +33,7 @@ def adapter_file(folder: Path) -> Path:
     """Return the file of an adapter's tensors.
 
     Raises:
-        FileNotFoundError: for a folder without one.
+        FileNotFoundError: For a folder without one.
     """
     for name in (ADAPTER_WEIGHTS, _PICKLE):
         if (folder / name).is_file():
@@ -45,8 +45,8 @@ def read_adapter(folder: Path) -> dict[str, torch.Tensor]:
     """Read an adapter's tensors, under the names that PEFT gives them.
 
     Raises:
-        FileNotFoundError: for a folder without them.
-        ValueError: for a file that is not what its name says, and for tensors that are not finite.
+        FileNotFoundError: For a folder without them.
+        ValueError: If the file is not what its name says, or a tensor is not finite.
     """
     path = adapter_file(folder)
     names = tensor_names([path])
@@ -80,12 +80,12 @@ def put_on(base: "PreTrainedModel", folder: Path, tensors: dict[str, torch.Tenso
     """Put an adapter on its base.
 
     Args:
-        base: model, which becomes part of the result.
-        folder: folder of the adapter.
-        tensors: its tensors, from `read_adapter`.
+        base: Model, which becomes part of the result.
+        folder: Folder of the adapter.
+        tensors: Its tensors, from `read_adapter`.
 
     Raises:
-        ValueError: where the base has no place for a tensor, or one of another shape, and where the adapter lacks a
+        ValueError: If the base has no place for a tensor, or one of another shape, and where the adapter lacks a
             tensor; the message names it.
     """
     from peft import PeftModel
@@ -93,7 +93,7 @@ def put_on(base: "PreTrainedModel", folder: Path, tensors: dict[str, torch.Tenso
     with tempfile.TemporaryDirectory() as place, _naming_tensors(folder):
         source = folder
         if set(tensor_names([adapter_file(folder)])) != tensors.keys():
-            # PEFT reads the tensors itself, and these have other names in the file.
+            # Left to PEFT, the tensors would be read under the names in the file, which may be a wrapper's.
             source = Path(place)
             (source / ADAPTER_CONFIG).write_bytes((folder / ADAPTER_CONFIG).read_bytes())
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, source / ADAPTER_WEIGHTS)

@@ -48,8 +48,8 @@ def read_record(folder: str | Path) -> dict[str, Any]:
     """Read `finetuning.json` of an adapter; for an adapter written by PEFT alone, derive it from the adapter's files.
 
     Raises:
-        FileNotFoundError: for a folder that holds neither an adapter nor a fine-tuned model.
-        ValueError: for files that cannot be read, or are not what their names say.
+        FileNotFoundError: If the folder holds neither an adapter nor a fine-tuned model.
+        ValueError: For files that cannot be read, or are not what their names say.
     """
     folder = Path(folder)
     if (folder / RECORD).is_file():
@@ -72,7 +72,7 @@ def find_adapter(adapter: str | Path) -> Path:
     """Return the folder of an adapter: the folder itself, or the local copy of a Hub repository.
 
     Raises:
-        FileNotFoundError: for a name that is neither a folder nor a Hub repository within reach.
+        FileNotFoundError: For a name that is neither a folder nor a Hub repository within reach.
     """
     if Path(adapter).is_dir():
         return Path(adapter)
@@ -93,15 +93,15 @@ def load_adapter(
     """Load an adapter on its base, or a model that was trained as a whole.
 
     Args:
-        adapter: folder or Hub name of the adapter.
-        base: folder, Hub name or loaded model to put the adapter on; by default the base that the adapter names.
+        adapter: Folder or Hub name of the adapter.
+        base: Folder, Hub name or loaded model to put the adapter on; by default the base that the adapter names.
 
     Returns:
         A `PeftModel` (or the whole model) in eval mode, whose `config.id2label` names the classes, and its tokenizer.
 
     Raises:
-        FileNotFoundError: for an adapter or a base that cannot be found.
-        ValueError: for a base of another size, vocabulary or training; for files that are not what their names say;
+        FileNotFoundError: For an adapter or a base that cannot be found.
+        ValueError: For a base of another size, vocabulary or training; for files that are not what their names say;
             and where the base or the adapter lacks a tensor, or holds one that does not fit or is not finite.
     """
     folder = find_adapter(adapter)
@@ -167,12 +167,12 @@ def add_adapter(model: "PeftModel", adapter: str | Path, name: str) -> None:
     """Load another adapter on a model that has one already; its head may have other classes.
 
     Args:
-        model: model from `load_adapter`.
-        adapter: folder or Hub name of the adapter.
-        name: name of the adapter, for `use_adapter`.
+        model: Model from `load_adapter`.
+        adapter: Folder or Hub name of the adapter.
+        name: Name of the adapter, for `use_adapter`.
 
     Raises:
-        ValueError: for an adapter of another size, vocabulary, base or model class, for one that lacks a tensor or
+        ValueError: For an adapter of another size, vocabulary, base or model class, for one that lacks a tensor or
             holds a wrong one, and for a name that is taken.
     """
     from peft import PeftConfig
@@ -204,9 +204,9 @@ def use_adapter(model: "PeftModel", name: str, adapter: str | Path) -> None:
     """Switch to an adapter and to its class names.
 
     Args:
-        model: model with several adapters.
-        name: name of the adapter; the first one is called `"default"`.
-        adapter: folder or Hub name of the adapter, for the class names.
+        model: Model with several adapters.
+        name: Name of the adapter; the first one is called `"default"`.
+        adapter: Folder or Hub name of the adapter, for the class names.
     """
     model.set_adapter(name)
     inner: Any = model.get_base_model()

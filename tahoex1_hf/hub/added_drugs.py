@@ -18,11 +18,11 @@ def add_drugs(model: TahoeX1PreTrainedModel, fingerprints: np.ndarray) -> None:
     """Add rows to the drug table of a model, in place; existing rows stay as they are.
 
     Args:
-        model: model with a drug encoder.
+        model: Model with a drug encoder.
         fingerprints: `(drugs, bits)` fingerprints of the new drugs.
 
     Raises:
-        ValueError: for a model without a drug encoder, or fingerprints of another length.
+        ValueError: For a model without a drug encoder, or fingerprints of another length.
     """
     config = model.config
     if not config.num_drugs:
@@ -46,11 +46,11 @@ def with_added_drugs(model: Any, fingerprints: np.ndarray) -> Any:
     """Return a model with further rows in its drug table, which shares all other weights with `model`.
 
     Args:
-        model: model with a drug encoder, with or without a head; it stays as it is.
+        model: Model with a drug encoder, with or without a head; it stays as it is.
         fingerprints: `(drugs, bits)` fingerprints of the new drugs.
 
     Raises:
-        ValueError: as `add_drugs`.
+        ValueError: As for `add_drugs`.
     """
     twin = _sharing(model)
     twin.config = copy.deepcopy(model.config)
@@ -79,10 +79,10 @@ def save_added_drugs(folder: Path, fingerprints: np.ndarray, first: int) -> None
 
 
 def add_saved_drugs(folder: Path, model: TahoeX1PreTrainedModel) -> None:
-    """Give a base the drugs that the folder of an adapter adds; a base that has them already is left as it is.
+    """Add the drugs in an adapter's folder to its base, unless the base has them already.
 
     Raises:
-        ValueError: for a base that has other drugs in these rows.
+        ValueError: For a base that has other drugs in these rows.
     """
     if not (folder / ADDED).is_file():
         return

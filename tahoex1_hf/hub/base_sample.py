@@ -1,8 +1,8 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
 """Tell whether a base is the one that an adapter was trained on, by a few of its weights.
 
-On another base of the same shape, an adapter gives numbers without meaning. A digest would not do: the same base is
-kept in other types, too, whose values are rounded.
+On another base of the same shape, an adapter gives meaningless numbers. A digest would not do, since the same base may
+also be stored in another type, with rounded values.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,13 +28,13 @@ def check_base(folder: Path, sample: Mapping[str, Sequence[float]], trained_on: 
     """Check that a base has the weights of the base that an adapter was trained on.
 
     Args:
-        folder: folder of the adapter.
-        sample: what `sample_of` returned then; empty for an adapter that has none, which fits every base.
-        trained_on: name of the base that it was trained on.
-        model: the base.
+        folder: Folder of the adapter.
+        sample: Result of `sample_of` for the base that the adapter was trained on; if empty, any base passes.
+        trained_on: Name of the base that it was trained on.
+        model: The base.
 
     Raises:
-        ValueError: where the weights are of another base.
+        ValueError: If the weights are of another base.
     """
     tensors = _weights(model)
     names = [name for name in sample if name in tensors]

@@ -67,16 +67,16 @@ def download_snapshot(repo_id: str, size: str | None, revision: str | None, hub:
     """Fetch only the files that one size of a Hub repository needs, converted or in the original's layout.
 
     Args:
-        repo_id: the repository, `owner/name`.
-        size: name of the size or of its sub-folder; None for the model at the root.
-        revision: branch, tag or commit.
-        hub: options of huggingface_hub: `cache_dir`, `token` and `local_files_only`.
+        repo_id: The repository, `owner/name`.
+        size: Name of the size or of its sub-folder; None for the model at the root.
+        revision: Branch, tag or commit.
+        hub: Options of huggingface_hub: `cache_dir`, `token` and `local_files_only`.
 
     Returns:
         The folder of the snapshot in the cache.
 
     Raises:
-        FileNotFoundError, PermissionError, ConnectionError: as `find_model`.
+        FileNotFoundError, PermissionError, ConnectionError: As for `find_model`.
     """
     sizes = [] if size is None else [size, size.removesuffix("-model")]
     sizes += [SAME_SIZE[name] for name in sizes if name in SAME_SIZE]

@@ -1,5 +1,5 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""Publish converted checkpoints: build the folder of a Hub repository, prove that it loads, and upload it.
+"""Publish converted checkpoints: build the folder of a Hub repository, check that it loads, and upload it.
 
 One size lies at the root, the others in sub-folders (`subfolder=`). The code lies only at the root, where transformers
 looks for it whatever the sub-folder.
@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 LICENSE = Path(__file__).with_name("LICENSE")
 CONFIG, TOKENIZER_CONFIG, VOCAB = "config.json", "tokenizer_config.json", "vocab.json"
 RUN_STATUS = "run_status.json"
-_FILES_OF_A_RUN = {RUN_STATUS, "trainer_state.json"}  # users of the model do not need them
+_FILES_OF_A_RUN = {RUN_STATUS, "trainer_state.json"}  # files that users of the model do not need
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,9 @@ class ExportedRepository:
     """A folder that is ready to be uploaded.
 
     Args:
-        folder: the repository.
-        differences: largest difference between the embeddings without and with the package, by size.
-        has_card: whether there is a README.md at the root.
+        folder: The repository.
+        differences: Largest difference between the embeddings without and with the package, by size.
+        has_card: Whether there is a README.md at the root.
     """
 
     folder: Path
@@ -76,18 +76,18 @@ def export_repository(
     with the package's, before it is moved to `destination`. Nothing is uploaded: see `push_repository`.
 
     Args:
-        converted: converted folders, or `NAME=FOLDER`, as for `size_names`.
-        destination: folder to build; an earlier export there is replaced.
-        default: name of the size at the root; by default the first one.
-        card: facts (`.yaml`) or a ready README (`.md`) of the size at the root. By default, and for the other sizes,
+        converted: Converted folders, or `NAME=FOLDER`, as for `size_names`.
+        destination: Folder to build; an earlier export there is replaced.
+        default: Name of the size at the root; by default the first one.
+        card: Facts (`.yaml`) or a ready README (`.md`) of the size at the root. By default, and for the other sizes,
             the card of the released size of that name, or the README.md in the converted folder.
         repo_id: Hub repository that the folder is for. Its cards name it, and the size at the root must have a card.
 
     Raises:
-        FileExistsError: when `destination` holds something other than an earlier export.
-        FileNotFoundError: where a converted folder lacks a file.
-        ValueError: where a folder, a name or a card cannot be used.
-        RuntimeError: where the export does not load without the package, or gives other numbers.
+        FileExistsError: If `destination` holds something other than an earlier export.
+        FileNotFoundError: If a converted folder lacks a file.
+        ValueError: If a folder, a name or a card cannot be used.
+        RuntimeError: If the export does not load without the package, or gives other numbers.
     """
     sizes = size_names([str(folder) for folder in converted])
     default = default or next(iter(sizes))
@@ -121,14 +121,14 @@ def push_repository(
     """Upload a folder that `export_repository` built, and return the address of the commit.
 
     Args:
-        folder: the built folder.
-        repo_id: repository, as `owner/name`; it is created where it does not exist.
-        private: whether to create it as a private one.
-        revision: branch to upload to; by default `main`.
-        commit_message: message of the commit.
+        folder: The built folder.
+        repo_id: Repository, `owner/name`, which is made if it does not exist.
+        private: Whether to create it as a private one.
+        revision: Branch to upload to; by default `main`.
+        commit_message: Message of the commit.
 
     Raises:
-        ConnectionError: where the upload stopped; uploaded files are kept, and the next call resumes the upload.
+        ConnectionError: If the upload stops; uploaded files are kept, and the next call resumes the upload.
     """
     api = HfApi()
     try:
@@ -145,10 +145,10 @@ def push_repository(
 
 
 def size_names(folders: Sequence[str]) -> dict[str, Path]:
-    """Name each converted folder: as `NAME=FOLDER` says, or by the folder's own name (without `-model`).
+    """Return the converted folder of each size, by the name in `NAME=FOLDER`, or the folder's own without `-model`.
 
     Raises:
-        ValueError: where two have the same name.
+        ValueError: If two have the same name.
     """
     sizes: dict[str, Path] = {}
     for folder in folders:
@@ -167,8 +167,8 @@ def check_converted(folder: Path) -> None:
     """Check that a folder is a complete converted checkpoint.
 
     Raises:
-        FileNotFoundError: naming the file that is missing.
-        ValueError: where it is another kind of model, or its weights are not those that its configuration describes.
+        FileNotFoundError: The message names the file that is missing.
+        ValueError: If it is another kind of model, or its weights are not those that its configuration describes.
     """
     for name in (CONFIG, TOKENIZER_CONFIG, VOCAB):
         if not (folder / name).is_file():
@@ -186,7 +186,7 @@ def converted_weights(folder: Path) -> list[Path]:
     """Return the files that hold a converted checkpoint's weights.
 
     Raises:
-        FileNotFoundError: where one is missing.
+        FileNotFoundError: If one is missing.
     """
     files = weight_files(folder)
     if any(path.suffix != ".safetensors" for path in files):
@@ -203,16 +203,16 @@ def build_repository(
     export there is replaced; weights are hard links where the file system allows them.
 
     Args:
-        sizes: the converted folder of each size, as `size_names` gives them.
-        destination: folder of the repository.
-        default: name of the size at the root; the others lie in sub-folders of their names.
-        cards: text of README.md, by size.
+        sizes: The converted folder of each size, as `size_names` gives them.
+        destination: Folder of the repository.
+        default: Name of the size at the root; the others lie in sub-folders of their names.
+        cards: Text of README.md, by size.
 
     Returns:
         The largest difference from the package's own embeddings, by size.
 
     Raises:
-        FileExistsError, FileNotFoundError, ValueError, RuntimeError: as `export_repository`.
+        FileExistsError, FileNotFoundError, ValueError, RuntimeError: As for `export_repository`.
     """
     if default not in sizes:
         raise ValueError(f"default={default!r} is not one of the sizes: pass one of {', '.join(sizes)}.")

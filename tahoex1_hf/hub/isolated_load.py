@@ -1,5 +1,5 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""Prove that an exported repository loads where this package is not installed, and computes the same there."""
+"""Check that an exported repository loads without this package, and computes the same."""
 
 import json
 import os
@@ -24,14 +24,14 @@ def compare_isolated_load(repository: Path, sources: Mapping[str, Path]) -> dict
     """Load every sub-folder through every Auto class without the package, and compare with the package's results.
 
     Args:
-        repository: folder of the exported repository.
-        sources: for each sub-folder (`""` is the root) the converted folder that it was made from.
+        repository: Folder of the exported repository.
+        sources: For each sub-folder (`""` is the root) the converted folder that it was made from.
 
     Returns:
         The largest absolute difference of any output, by sub-folder.
 
     Raises:
-        RuntimeError: where something does not load, or differs by more than 1e-6.
+        RuntimeError: If something does not load, or differs by more than 1e-6.
     """
     with tempfile.TemporaryDirectory() as work:
         cells, expected = {}, {}
@@ -45,7 +45,7 @@ def compare_isolated_load(repository: Path, sources: Mapping[str, Path]) -> dict
 
 
 def example_cells(tokenizer: TahoeX1Tokenizer, num_cells: int = 4) -> dict[str, Any]:
-    """Make up cells with the tokenizer's genes, the same each time, as arguments of the tokenizer."""
+    """Make cells with random counts of the tokenizer's genes, the same each time, as arguments of the tokenizer."""
     genes = [token for token in sorted(tokenizer.get_vocab()) if token.startswith("ENS")] or [
         token for token in sorted(tokenizer.get_vocab()) if not token.startswith("<")
     ]
@@ -79,7 +79,7 @@ def _results_without_package(
 ) -> dict[str, dict[str, dict[str, torch.Tensor]]]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     environment |= {"HF_HOME": str(work / "hf_home"), "HF_HUB_OFFLINE": "1"}
-    environment["OMP_NUM_THREADS"] = str(torch.get_num_threads())  # adds in the same order, for the same sums
+    environment["OMP_NUM_THREADS"] = str(torch.get_num_threads())  # sums are then added in the same order
     script = _SCRIPT.read_text(encoding="utf-8")
     # Python is isolated and gets the script as text, so that neither this folder nor PYTHONPATH nor the current folder
     # is searched for modules.

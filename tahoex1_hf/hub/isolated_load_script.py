@@ -25,7 +25,7 @@ def check(good: bool, problem: object) -> None:
 
 
 def hide_the_package() -> None:
-    """Make sure that the package cannot be imported from here on, whether it is installed or not."""
+    """Block imports of the package, which may be installed, from here on."""
     check("tahoex1_hf" not in sys.modules, "the package is loaded already")
     sys.modules["tahoex1_hf"] = None  # type: ignore[assignment]
     try:

@@ -53,15 +53,15 @@ def find_model(model: str | Path, *, size: str | None = None, revision: str | No
     """Find the folder that the Auto classes load; for a checkpoint of the original, make it in the cache first.
 
     Args:
-        model: a folder, or the id of a Hub repository.
-        size: name of one of several sizes, for instance `70m`, whose sub-folder is `<size>` or `<size>-model`.
-        revision: branch, tag or commit of a Hub repository.
+        model: A folder, or the id of a Hub repository.
+        size: Name of one of several sizes, for instance `70m`, whose sub-folder is `<size>` or `<size>-model`.
+        revision: Branch, tag or commit of a Hub repository.
         **hub: `cache_dir`, `token` and `local_files_only` of huggingface_hub.
 
     Raises:
-        FileNotFoundError: where there is no model; the message lists the sizes that there are.
-        PermissionError: for a repository that is gated.
-        ConnectionError: where a repository can be neither reached nor found in the cache.
+        FileNotFoundError: If there is no model; the message lists the sizes that there are.
+        PermissionError: For a repository that is gated.
+        ConnectionError: If a repository can be neither reached nor found in the cache.
     """
     if Path(model).exists():
         folder = _size_folder(Path(model), size, str(model))
@@ -81,15 +81,15 @@ def locate_checkpoint(name: Any, marker: str, options: Mapping[str, Any]) -> tup
     """Return the folder for `from_pretrained` to load instead of a checkpoint in the original's layout.
 
     Args:
-        name: folder or Hub repository that `from_pretrained` was called with.
-        marker: file without which transformers cannot load; where it is there, nothing is changed.
-        options: keyword arguments that `from_pretrained` was called with.
+        name: Folder or Hub repository that `from_pretrained` was called with.
+        marker: File without which transformers cannot load; where it is there, nothing is changed.
+        options: Keyword arguments that `from_pretrained` was called with.
 
     Returns:
         The folder to load, and the keyword arguments for it.
 
     Raises:
-        OSError: as `find_model`.
+        OSError: As for `find_model`.
     """
     options, size = dict(options), options.get("subfolder") or None
     if not isinstance(name, (str, os.PathLike)):

@@ -23,15 +23,15 @@ def model_and_tokenizer(
     """Return a model and its tokenizer, loading what is not loaded yet.
 
     Args:
-        model: loaded model, which is returned as it is, or a folder (of a model or of an adapter) or Hub name.
-        tokenizer: tokenizer to use; by default the one in the model's folder or repository.
-        size: size of a model by name, where there are several, as for `find_model`.
-        revision: branch, tag or commit of a Hub repository.
-        expression: whether to load the pretraining head, which predicts expression.
+        model: Loaded model, which is returned as it is, or a folder (of a model or of an adapter) or Hub name.
+        tokenizer: Tokenizer to use; by default the one in the model's folder or repository.
+        size: Size of a model by name, where there are several, as for `find_model`.
+        revision: Branch, tag or commit of a Hub repository.
+        expression: Whether to load the pretraining head, which predicts expression.
 
     Raises:
-        FileNotFoundError: for a name under which there is no model.
-        ValueError: for a loaded model without a tokenizer, or with a size or revision, and for a checkpoint without
+        FileNotFoundError: For a name under which there is no model.
+        ValueError: For a loaded model without a tokenizer, or with a size or revision, and for a checkpoint without
             the head that is needed.
     """
     if not isinstance(model, (str, Path)):

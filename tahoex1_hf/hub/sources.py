@@ -1,4 +1,4 @@
-"""Convert a checkpoint of the original from where it lies: a folder or file, a Hub repository, or an S3 bucket."""
+"""Convert a checkpoint of the original from a folder or file, a Hub repository, or an S3 bucket."""
 
 import logging
 import shutil
@@ -45,24 +45,24 @@ def convert_checkpoint(
     """Convert a checkpoint of the original into a folder that the Auto classes load.
 
     Args:
-        source: a folder in the original's layout (or one that holds several, as `<size>-model/`), a Composer `*.pt` or
+        source: A folder in the original's layout (or one that holds several, as `<size>-model/`), a Composer `*.pt` or
             the folder of a sharded Composer checkpoint, with the settings beside it; the id of a Hub repository; or
             `s3://bucket/prefix` (needs the extra `s3`).
-        destination: folder to make.
-        size: name of one of several sizes, for instance `70m`.
-        revision: branch, tag or commit of a Hub repository.
-        dtype: type of the converted tensors, or its name; by default the original's.
-        max_shard_size: largest size of one file of weights, in bytes.
+        destination: Folder to make.
+        size: Name of one of several sizes, for instance `70m`.
+        revision: Branch, tag or commit of a Hub repository.
+        dtype: Type of the converted tensors, or its name; by default the original's.
+        max_shard_size: Largest size of one file of weights, in bytes.
 
     Returns:
-        What was checked. Where `destination` is the conversion of this very checkpoint already, nothing is done.
+        The verification. If `destination` holds the conversion of exactly this checkpoint already, nothing is done.
 
     Raises:
-        FileExistsError: when `destination` exists and is neither an empty folder nor that conversion.
-        FileNotFoundError: for a repository, bucket, size or file that is not there; sizes that are there are listed.
-        PermissionError: for a repository or bucket that may not be read.
-        ConnectionError: where the network, or the server, does not answer.
-        ValueError: where the checkpoint cannot be converted without guessing, or is damaged.
+        FileExistsError: If `destination` exists and is neither an empty folder nor that conversion.
+        FileNotFoundError: If a repository, bucket, size or file does not exist; the message lists the sizes that do.
+        PermissionError: If the repository or bucket may not be read.
+        ConnectionError: If the network or the server does not answer.
+        ValueError: If the checkpoint cannot be converted without guessing, or is damaged.
     """
     destination = Path(destination)
     if isinstance(dtype, str):
@@ -83,7 +83,7 @@ def convert_checkpoint(
 
 
 def _fetch(source: str | Path, size: str | None, revision: str | None, download: Path) -> tuple[Path, str]:
-    """Return the folder of the files, fetching them if need be, and their origin for the manifest."""
+    """Return the folder of the files, which are fetched if they are remote, and their origin for the manifest."""
     name = str(source)
     is_s3 = name.startswith("s3://")
     if revision is not None and (is_s3 or Path(source).exists()):
@@ -111,12 +111,12 @@ def choose_size(configs: Iterable[str], size: str | None, source: str) -> str:
     """Return the folder of a size, "" for the root.
 
     Args:
-        configs: path of every `model_config.yml`, from the root of the source.
+        configs: Path of every `model_config.yml`, from the root of the source.
         size: `70m`, `1b` (or `1.3b`), `3b`, or the name of a folder; None for the only one there is.
-        source: name of the source in errors.
+        source: Name of the source in errors.
 
     Raises:
-        FileNotFoundError: listing the sizes that there are.
+        FileNotFoundError: Listing the sizes that there are.
     """
     folders = {config.removesuffix(MODEL_CONFIG).rstrip("/") for config in configs}
     names = {folder.removesuffix("-model"): folder for folder in sorted(folders) if folder.count("/") == 0}
@@ -193,7 +193,7 @@ def _list_s3(root: str) -> tuple[dict[str, int], Any]:
 
 
 def _needed(names: Iterable[str], source: str) -> list[str]:
-    """Return the files of a checkpoint's folder that are fetched: the settings, and the weights in one form."""
+    """Choose the files to fetch from a checkpoint's folder: the settings, and the weights in one format."""
     here = {name for name in names if name.count("/") <= 1 and ".." not in name.split("/")}
     small = [name for name in _SMALL_FILES if name in here]
     for name in (SAFETENSORS, PICKLE):

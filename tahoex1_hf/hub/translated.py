@@ -1,9 +1,9 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""Keep what checkpoints of the original are translated into, and make it anew when it is no longer theirs.
+"""Cache the translations of checkpoints of the original, and renew those whose checkpoints have changed.
 
-An entry says in `translated.json` from which files it was made and of which it consists, with the digest of each, and
-is used only while these are the same. Entries lie beside the Hub's cache, where those of another user are read, too;
-where nothing may be written there, new ones go into the user's own cache.
+An entry lists in `translated.json` the files that it was made from and the files that it consists of, with the digest
+of each, and is used only while all of them are the same. Entries are beside the Hub's cache, where those of other
+users are read, too; if nothing may be written there, new ones go into the user's own cache.
 """
 
 import atexit
@@ -39,19 +39,19 @@ logger = logging.getLogger(__name__)
 VERSION = 2  # raised when the content of entries changes; version 1 wrote converted copies
 _RECORD = "translated.json"
 _SETTINGS = (MODEL_CONFIG, COLLATOR_CONFIG, VOCAB, DRUG_TABLE, DRUG_FINGERPRINTS)
-_temporary: list[Path] = []  # a place that this process has made, if any
-_LARGE = 2**25  # bytes from which a file is not read again while its times and its place on the disk are the same
+_temporary: list[Path] = []  # the temporary folder of this process, if it has made one
+_LARGE = 2**25  # number of bytes from which a file is not read again while its times and inode are the same
 
 
 def translated(folder: Path, name: Path | None = None) -> Path:
-    """Return the folder that a checkpoint of the original is translated into, made once, even for two processes.
+    """Return the folder with the translation of a checkpoint of the original, which is made once for all processes.
 
     Args:
-        folder: folder in the original's layout.
-        name: place in the cache; by default a name made from the folder's name and the state of its files.
+        folder: Folder in the original's layout.
+        name: Path in the cache; by default made from the folder's name and the state of its files.
 
     Raises:
-        FileNotFoundError, ValueError: as `open_original`.
+        FileNotFoundError, ValueError: As for `open_original`.
     """
     name = _name_of(folder) if name is None else name
     for root in (*_roots(), *_temporary):
@@ -85,7 +85,7 @@ def _roots() -> Iterator[Path]:
 
 
 def _temporary_root() -> Path:
-    """Return a place that lasts as long as this process, for a user who may write nowhere else."""
+    """Return a folder that lasts as long as this process, for a user who may write nowhere else."""
     if not _temporary:
         _temporary.append(Path(tempfile.mkdtemp(prefix="tahoex1_hf-")))
         atexit.register(shutil.rmtree, _temporary[0], ignore_errors=True)
@@ -132,7 +132,7 @@ def _make(entry: Path, source: Path) -> Path:
 
 
 def _record(source: Path, read: dict[str, Path], entry: Path) -> dict[str, Any]:
-    """Describe the files that an entry was made from, and those of which it consists."""
+    """Return the record of the files that an entry was made from, and of those that it consists of."""
     linked = (entry / SAFETENSORS).is_symlink()
     # What is made of linked weights follows from their header: names, shapes and types.
     made_from = {
@@ -145,12 +145,12 @@ def _record(source: Path, read: dict[str, Path], entry: Path) -> dict[str, Any]:
 
 
 def _present(source: Path) -> list[str]:
-    """Return which of the files are there that a checkpoint may have or lack."""
+    """Return the names of a checkpoint's optional files that exist."""
     return [name for name in (*_SETTINGS, SAFETENSORS) if (source / name).is_file()]
 
 
 def _is_current(entry: Path, source: Path) -> bool:
-    """Return whether an entry is whole, and was made from what the files of a checkpoint are now."""
+    """Return whether an entry is complete, and was made from the present files of a checkpoint."""
     try:
         record = json.loads((entry / _RECORD).read_text(encoding="utf-8"))
         made_from, files = record["made_from"], record["files"]
@@ -162,7 +162,7 @@ def _is_current(entry: Path, source: Path) -> bool:
             and all(_is_same(entry / name, described) for name, described in files.items())
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return False  # there is none, it is damaged, or it may not be read
+        return False  # the entry does not exist, is damaged, or may not be read
 
 
 def _described(path: Path, header: bool = False) -> dict[str, Any]:
@@ -171,7 +171,7 @@ def _described(path: Path, header: bool = False) -> dict[str, Any]:
 
 
 def _state(path: Path) -> list[int]:
-    """Return what changes with a file's content: nobody can set the third of these back."""
+    """Return numbers that change with a file's content; nobody can set the third, the time of change, back."""
     stat = path.stat()
     return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
 

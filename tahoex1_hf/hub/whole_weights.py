@@ -1,8 +1,9 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""Load the weights of a folder and make sure of them: nothing that is needed is missing, misshapen or not finite.
+"""Load the weights of a folder and check them: no tensor may be missing, of a wrong shape or not finite.
 
-`from_pretrained` gives random weights to what a checkpoint lacks, and a warning. That is what training a new head
-wants; results of a model must not come from it. Everything here that computes results loads its model by `load_whole`.
+`from_pretrained` gives random weights to tensors that a checkpoint lacks, and warns. That is right for training a new
+head, but results must not come from such a model. Everything here that computes results loads its model with
+`load_whole`.
 """
 
 import logging
@@ -22,24 +23,24 @@ logger = logging.getLogger(__name__)
 _REPORTER = logging.getLogger("transformers.modeling_utils")
 # Beginnings of the names of heads, which may be there for other tasks than the present one.
 _HEADS = ("expression_decoder.", "cell_decoder.", "classifier.", "head.")
-_NAMED = 3  # names of tensors in a message
+_NAMED = 3  # number of tensors that a message names
 
 
 def load_whole(folder: Path, model_class: Any, optional: Sequence[str] = (), **options: Any) -> Any:
     """Load a model from a folder.
 
-    What wrappers such as DDP and `torch.compile` put before names is taken off, with an INFO.
+    What wrappers such as DDP and `torch.compile` put before names is removed, with an INFO.
 
     Args:
-        folder: folder with `config.json` and weights.
-        model_class: class of the model.
-        optional: beginnings of the names of tensors that may be missing or have another shape; they get random values
+        folder: Folder with `config.json` and weights.
+        model_class: Class of the model.
+        optional: Beginnings of the names of tensors that may be missing or have another shape; they get random values
             then.
-        **options: arguments of `from_pretrained`.
+        **options: Arguments of `from_pretrained`.
 
     Raises:
-        FileNotFoundError: for a folder without weights, or without some of them.
-        ValueError: for a file that is not what its name says; and for tensors that are missing, have another shape
+        FileNotFoundError: For a folder without weights, or without some of them.
+        ValueError: For a file that is not what its name says; and for tensors that are missing, have another shape
             than the configuration says, belong to a model of another configuration, or hold NaN or infinite values.
             The message names file and tensor.
     """
@@ -69,7 +70,7 @@ def has_part(folder: Path, part: str) -> bool:
     """Return whether a folder has any tensor of a part of a model: `"classifier"`, `"expression_decoder"`.
 
     Raises:
-        FileNotFoundError, ValueError: as `load_whole`, for files that are not there, or are not files of weights.
+        FileNotFoundError, ValueError: As for `load_whole`, for files that are not there, or are not files of weights.
     """
     names = map(unwrapped, tensor_names(weight_files(folder)))
     return any(name.removeprefix("model.").startswith(f"{part}.") for name in names)  # the original has `model.`
@@ -93,7 +94,7 @@ def _keeping_report_back(what: str) -> Iterator[None]:
     """Keep the report back; where transformers only says that it is "above", say what is in it.
 
     Raises:
-        ValueError: for tensors of the model that those of the file cannot be put together into.
+        ValueError: For tensors of the model that those of the file cannot be put together into.
     """
     report = _Report()
     _REPORTER.addFilter(report)

@@ -7,50 +7,51 @@ from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 
-from tahoex1_hf.cells.encoding import Chunk, ChunkEncoder, report_unknown_drugs
+from tahoex1_hf.cells.encoding import ChunkEncoder, report_unknown_drugs
 from tahoex1_hf.cells.readers.base import CellInput
 from tahoex1_hf.common.prefetch import prefetch
 from tahoex1_hf.common.progress import progress_bar
 from tahoex1_hf.configuration_tahoe_x1 import OVERFLOWS
 from tahoex1_hf.inference.encoder import CellEncoder, GeneMeans, TokenSink
 from tahoex1_hf.inference.finite import check_results
+from tahoex1_hf.padding_tahoe_x1 import EncodedCells
 from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
 
 
 def embed_chunks(
     encoder: CellEncoder,
-    chunks: Iterator[Chunk],
+    chunks: Iterator[EncodedCells],
     cells: CellInput,
     gene_means: GeneMeans | None = None,
     on_batch: Callable[[int], object] = lambda num_cells: None,
-    sink_of: Callable[[Chunk], AbstractContextManager[TokenSink | None]] = lambda chunk: nullcontext(),
-) -> Iterator[tuple[Chunk, np.ndarray, np.ndarray]]:
+    sink_of: Callable[[EncodedCells], AbstractContextManager[TokenSink | None]] = lambda chunk: nullcontext(),
+) -> Iterator[tuple[EncodedCells, np.ndarray, np.ndarray]]:
     """Embed chunk after chunk; the next chunk is read and encoded while the model works on this one.
 
     Args:
-        encoder: model that embeds the cells.
-        chunks: chunks from `ChunkEncoder.chunks`.
-        cells: the input that they are of.
-        gene_means: running means to which the cells' gene embeddings are added; of several samples, the first's.
-        on_batch: function called after each batch with its number of cells.
-        sink_of: function that makes of a chunk a context manager, which gives what takes the chunk's gene embeddings.
+        encoder: Model that embeds the cells.
+        chunks: Chunks from `ChunkEncoder.chunks`.
+        cells: The input that they are of.
+        gene_means: Running means to which the cells' gene embeddings are added; of several samples, the first's.
+        on_batch: Function called after each batch with its number of cells.
+        sink_of: Function that makes of a chunk a context manager, which gives what takes the chunk's gene embeddings.
 
     Yields:
         Every chunk; its `(cells, width)` float32 embeddings, each row of length 1; and `(cells,)` float32, how far
         they vary with the sample (see `_average`), 0 for cells of which there is one sample.
 
     Raises:
-        ValueError: where an embedding is not finite; the message names the cell.
+        ValueError: If an embedding is not finite; the message names the cell.
     """
     for chunk in prefetch(chunks):
         with sink_of(chunk) as on_tokens:
-            embeddings = encoder.embed(chunk.cells, gene_means, on_batch, on_tokens)
+            embeddings = encoder.embed(chunk, gene_means, on_batch, on_tokens)
         deviations = np.zeros(len(embeddings), dtype=np.float32)
         if chunk.samples:
             others = (encoder.embed(sample) for sample in chunk.samples)
-            embeddings[chunk.long], deviations[chunk.long] = _average(embeddings[chunk.long], others)
-        numbers = range(chunk.start, chunk.start + len(embeddings))
-        check_results(embeddings, numbers, cells, encoder.dtype_name)
+            long = chunk.samples[0].cell_numbers - chunk.cell_numbers[0]
+            embeddings[long], deviations[long] = _average(embeddings[long], others)
+        check_results(embeddings, chunk.cell_numbers, cells, encoder.dtype_name)
         yield chunk, embeddings, deviations
 
 
@@ -59,7 +60,7 @@ def _average(first: np.ndarray, others: Iterable[np.ndarray]) -> tuple[np.ndarra
 
     Args:
         first: `(cells, width)` embeddings of the first sample, each of length 1.
-        others: the same of the other samples.
+        others: The same of the other samples.
 
     Returns:
         `(cells, width)` means, scaled to length 1; and `(cells,)` standard deviations: the root of the variances over
@@ -83,10 +84,10 @@ def embed_input(
     """Embed all cells of an input.
 
     Args:
-        encoder: model that embeds the cells.
-        chunks: input with the cells, and how they are encoded.
-        gene_means: running means to which the cells' gene embeddings are added.
-        progress: whether to show a progress bar.
+        encoder: Model that embeds the cells.
+        chunks: Input with the cells, and how they are encoded.
+        gene_means: Running means to which the cells' gene embeddings are added.
+        progress: Whether to show a progress bar.
 
     Returns:
         `(cells, width)` float32 embeddings, each row of length 1; `(cells,)` float32, how far they vary with the
@@ -99,9 +100,8 @@ def embed_input(
     with progress_bar(progress, total=num_cells, unit="cell", desc="Embedding") as bar:
         encoded = chunks.chunks(0, num_cells)
         for chunk, part, spread in embed_chunks(encoder, encoded, chunks.cells, gene_means, bar.update):
-            embeddings[chunk.start : chunk.start + len(part)] = part
-            deviations[chunk.start : chunk.start + len(part)] = spread
-            num_empty += len(chunk.cells.empty_cells)
+            embeddings[chunk.cell_numbers], deviations[chunk.cell_numbers] = part, spread
+            num_empty += len(chunk.empty_cells)
     return embeddings, deviations, num_empty
 
 
@@ -111,7 +111,7 @@ def with_settings(
     """Return the tokenizer, or a copy with another context length or another choice of genes for longer cells.
 
     Raises:
-        ValueError: for a length that leaves no room for a gene, and for another `overflow` than the tokenizer knows.
+        ValueError: For a length that leaves no room for a gene, and for another `overflow` than the tokenizer knows.
     """
     if max_length is None and overflow is None:
         return tokenizer

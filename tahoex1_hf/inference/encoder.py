@@ -96,8 +96,8 @@ def length_sorted_batches(lengths: np.ndarray, batch_tokens: int, padded: bool =
 
     Args:
         lengths: `(cells,)` tokens per cell.
-        batch_tokens: most tokens of a batch; a longer cell makes its own batch.
-        padded: whether to count the padding too.
+        batch_tokens: Most tokens of a batch; a longer cell makes its own batch.
+        padded: Whether to count the padding too.
 
     Yields:
         Row numbers of the cells of one batch.
@@ -155,7 +155,7 @@ def layer_number(config: TahoeX1Config, hidden_layer: int | None) -> int:
     """Return the number of a layer from 0, what enters the first layer, to that of the last; None is the last.
 
     Raises:
-        ValueError: for a layer that the model does not have.
+        ValueError: For a layer that the model does not have.
     """
     last = config.num_hidden_layers
     if hidden_layer is None:
@@ -181,22 +181,22 @@ class CellEncoder:
     """A model made ready to embed tokenized cells.
 
     Args:
-        model: any Tahoe-x1 model; its decoders, if any, are not run. It is moved to the device and set to eval mode.
-        tokenizer: tokenizer of the cells, which decides the values in the padding.
-        batch_tokens: most tokens of a batch; by default suited to the device. It decides how many rows a product of
+        model: Any Tahoe-x1 model; its decoders, if any, are not run. It is moved to the device and set to eval mode.
+        tokenizer: Tokenizer of the cells, which decides the values in the padding.
+        batch_tokens: Most tokens of a batch; by default suited to the device. It decides how many rows a product of
             matrices has, and so which kernel computes it and in which order sums are rounded: between two settings
             embeddings of length 1 differ by up to 1e-6 in float32, and by 1e-2 in bfloat16, whose numbers have two
             or three digits.
-        device: device to compute on; by default the fastest there is.
-        dtype: precision of the matrix products, by name or as torch's dtype. Weights stay in the precision they were
+        device: Device to compute on; by default the fastest there is.
+        dtype: Precision of the matrix products, by name or as torch's dtype. Weights stay in the precision they were
             loaded in, which is the highest; bfloat16 multiplies those of float32 under autocast, and int8 quantises
             the layers of a copy.
-        hidden_layer: number of the layer whose output is taken, as in the model's `hidden_states`: 0 is what enters
+        hidden_layer: Number of the layer whose output is taken, as in the model's `hidden_states`: 0 is what enters
             the first layer, -1 the last layer's output behind the final norm, the default. Outputs of other layers
             are taken as they are, without the final norm.
 
     Attributes:
-        hidden_layer: number of the layer whose output is taken, from 0 to the number of layers.
+        hidden_layer: Number of the layer whose output is taken, from 0 to the number of layers.
     """
 
     def __init__(
@@ -281,10 +281,10 @@ class CellEncoder:
         """Embed cells; their order, and which share a batch, change nothing but last digits (see `batch_tokens`).
 
         Args:
-            cells: tokenized cells.
-            gene_means: running means to which the cells' gene embeddings are added.
-            on_batch: function called after each batch with its number of cells.
-            on_tokens: function that is given every cell's contextual embeddings, batch by batch.
+            cells: Tokenized cells.
+            gene_means: Running means to which the cells' gene embeddings are added.
+            on_batch: Function called after each batch with its number of cells.
+            on_tokens: Function that is given every cell's contextual embeddings, batch by batch.
 
         Returns:
             `(cells, width)` float32, each row of length 1.
@@ -314,9 +314,9 @@ class CellEncoder:
         """Run the model over cells, in batches of similar length.
 
         Args:
-            cells: tokenized cells.
-            gene_means: running means to which the cells' gene embeddings are added.
-            on_tokens: function that is given every cell's contextual embeddings, batch by batch.
+            cells: Tokenized cells.
+            gene_means: Running means to which the cells' gene embeddings are added.
+            on_tokens: Function that is given every cell's contextual embeddings, batch by batch.
 
         Yields:
             Row numbers of the cells of a batch, and their `(batch, width)` embeddings, not normalised.

@@ -12,11 +12,11 @@ def check_results(values: np.ndarray, numbers: np.ndarray | range, cells: CellIn
     Args:
         values: `(results, ...)` float, each row the embedding of a cell, or its prediction.
         numbers: `(results,)` number in the input of the cell of each row.
-        cells: the input.
-        precision: the precision of the computation, for the message.
+        cells: The input.
+        precision: The precision of the computation, for the message.
 
     Raises:
-        ValueError: naming the first cell whose result is not finite.
+        ValueError: The message names the first cell whose result is not finite.
     """
     # A sum is finite only if all its terms are; in float64, no sum of these is too large.
     with np.errstate(invalid="ignore"):

@@ -29,8 +29,8 @@ def add_and_norm(
     Args:
         states: `(tokens, width)` float32, the residual stream.
         addend: `(tokens, width)`; None for nothing.
-        norm: the norm, with float32 weights.
-        dtype: type of what is returned.
+        norm: The norm, with float32 weights.
+        dtype: Type of what is returned.
     """
     width = states.shape[1]
     if states.is_cuda and triton is not None and norm.bias is not None and width <= _WIDEST and not _failed:

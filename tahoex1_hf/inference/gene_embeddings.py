@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 KINDS = ("GE", "TE", "EA")
 
-# The original's number: genes of another row are out of sight, so that it decides the result.
+# The original's number. It decides the result, since genes do not see those of other rows.
 _ROW_TOKENS = 30_000
 
 
@@ -30,7 +30,7 @@ class GeneEmbeddings(NamedTuple):
     """Embeddings of the genes of a matrix.
 
     Attributes:
-        kinds: kind -> `(genes, width)` float32; NaN for genes that the vocabulary lacks.
+        kinds: Kind -> `(genes, width)` float32; NaN for genes that the vocabulary lacks.
         not_expressed: `(genes,)` bool, genes that no cell expresses, whose EA is their TE; None without EA.
     """
 
@@ -49,7 +49,7 @@ def gene_kinds(wanted: bool | str | Sequence[str]) -> tuple[str, ...]:
     """Return the kinds that the argument `gene_embeddings` asks for: True is EA, text is kinds between commas.
 
     Raises:
-        ValueError: for a kind that there is not.
+        ValueError: For an unknown kind.
     """
     if isinstance(wanted, bool):
         return ("EA",) if wanted else ()
@@ -71,10 +71,10 @@ def embed_genes(
     """Return gene embeddings.
 
     Args:
-        encoder: model that embeds.
+        encoder: Model that embeds.
         token_ids: `(genes,)` tokens; -1 for genes that the vocabulary lacks.
-        kinds: kinds that are wanted.
-        means: sums over all cells, for EA.
+        kinds: Kinds that are wanted.
+        means: Sums over all cells, for EA.
     """
     found: dict[str, np.ndarray] = {}
     not_expressed = None
@@ -101,7 +101,7 @@ def _without_cells(encoder: CellEncoder, token_ids: np.ndarray) -> np.ndarray:
 def _by_rows(
     encoder: CellEncoder, token_ids: np.ndarray, forward: Callable[[torch.Tensor], torch.Tensor]
 ) -> np.ndarray:
-    """Return the embeddings of genes that `forward` gives their tokens among those of their row of the vocabulary."""
+    """Return the embeddings that `forward` gives to genes, each among the tokens of its row of the vocabulary."""
     vocabulary = np.fromiter(encoder.tokenizer.get_vocab().values(), dtype=np.int64)
     embeddings = np.full((len(token_ids), encoder.width), np.nan, dtype=np.float32)
     place = np.full(encoder.config.vocab_size, -1)

@@ -14,7 +14,7 @@ def add_to_column_order(file: Any, column: str) -> Any:
 
     Args:
         file: `h5py.File` or zarr group, open for writing. A column of that name stays for the caller to remove.
-        column: name of the column.
+        column: Name of the column.
     """
     _rewrite_old_obs(file)
     obs = file["obs"]
@@ -53,7 +53,7 @@ def make_names(group: Any, name: str, number: int) -> Any:
 
 
 def _rewrite_old_obs(file: Any) -> None:
-    """Write obs again where anndata before 0.8 wrote it: its columns and today's cannot stand side by side."""
+    """Rewrite obs if anndata before 0.8 wrote it, since its columns and today's cannot be in one table."""
     import pandas as pd
     from anndata.io import write_elem
 

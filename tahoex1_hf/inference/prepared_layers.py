@@ -1,10 +1,10 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
 """The model's layers made ready for many batches in half precision: weights cast once, and fewer passes over memory.
 
-Numbers are those of autocast: the residual stream and its norms stay in float32, and each product takes and gives half
-precision. But what a layer's products read is cast once instead of once for each of them, queries, keys and values
-are one product, the activation is part of the product before it where torch has that, and sums are made in place. On
-CPUs the weights are laid out as oneDNN multiplies them.
+Results are those of autocast: the residual stream and its norms stay in float32, and each product reads and returns
+half precision. But the inputs of a layer's products are cast once instead of once per product, queries, keys and
+values come from one product, the activation is part of the product before it where torch has such a product, and sums
+are made in place. On CPUs the weights are in oneDNN's own layout.
 """
 
 import platform
@@ -21,7 +21,7 @@ from tahoex1_hf.modeling_tahoe_x1 import TahoeX1Layer, TahoeX1Model
 # Numbers of a feed-forward block's inner layer that are in memory at once, on CPUs: 16 MB in float32. Larger arrays
 # leave the cache, and the allocator gives them back to the system each time, which takes longer than the activation.
 _BLOCK_NUMBERS = 2**22
-# Number of rows for which oneDNN lays weights out; others are multiplied as well.
+# Number of rows for which oneDNN chooses the layout of weights; products with other numbers of rows work, too.
 _USUAL_ROWS = 2048
 
 
@@ -30,7 +30,7 @@ class Product:
     """A product with a weight `(out, in)` and a bias `(out,)`, which takes and gives the weight's type.
 
     Attributes:
-        packed: whether the weight is laid out for oneDNN.
+        packed: Whether the weight is laid out for oneDNN.
     """
 
     weight: torch.Tensor
@@ -68,10 +68,10 @@ class Product:
 
 
 def packs_weights(dtype: torch.dtype) -> bool:
-    """Return whether products on this CPU gain by weights that lie as oneDNN multiplies them.
+    """Return whether products on this CPU are faster with weights in oneDNN's own layout.
 
-    So it is with bfloat16 on x86 processors that multiply it. The operations are those that `torch.compile` makes of
-    linear layers in frozen models. Elsewhere they were not tried.
+    They are in bfloat16 on x86 processors with instructions for it. The operations are those that `torch.compile`
+    makes of linear layers in frozen models. Other types and processors were not tried.
     """
     operations = torch.ops.mkldnn
     return (
@@ -85,7 +85,7 @@ def packs_weights(dtype: torch.dtype) -> bool:
 
 
 def blocks_on_cpu(states: torch.Tensor, width: int) -> tuple[torch.Tensor, ...]:
-    """Split tokens into even blocks, in which a CPU makes something with `width` numbers a token of them; else not."""
+    """Split tokens on a CPU into blocks of equal size, so that `width` numbers per token stay in its cache."""
     number = max(1, round(len(states) * width / _BLOCK_NUMBERS)) if states.device.type == "cpu" else 1
     return states.split(max(1, -(-len(states) // number)))
 
@@ -95,7 +95,7 @@ class PreparedLayer:
     """One transformer layer. Its norms and its activation are those of the model, its weights are copies.
 
     On an H100, the 70M model embedded 2,686 cells of 1,024 tokens a second with these, 2,348 with its own layers; and
-    3,518 with `add_and_norm` and a host that waits for nothing.
+    3,518 with `add_and_norm` and copies that the host does not wait for.
     """
 
     layer: TahoeX1Layer
@@ -107,7 +107,7 @@ class PreparedLayer:
 
     @classmethod
     def make(cls, layer: TahoeX1Layer, dtype: torch.dtype) -> "PreparedLayer | None":
-        """Cast the weights to `dtype`. None where a part is not what the model made, such as an adapter."""
+        """Cast the weights to `dtype`; return None if a part is not the model's own, such as an adapter."""
         attention, mlp = layer.self_attn, layer.mlp
         linears = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj, mlp.up_proj, mlp.down_proj]
         linears += [] if mlp.gate_proj is None else [mlp.gate_proj]
@@ -131,8 +131,8 @@ class PreparedLayer:
         """Run the layer on all tokens, `(tokens, hidden_size)` float32. `states` is overwritten.
 
         Args:
-            states: the residual stream.
-            cells: the cells of the batch, as `ragged_forward` knows them.
+            states: The residual stream.
+            cells: The cells of the batch, as `ragged_forward` knows them.
         """
         attention = self.layer.self_attn
         parts = blocks_on_cpu(states, self.query_key_value.weight.shape[0])

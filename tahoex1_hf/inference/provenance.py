@@ -19,11 +19,11 @@ def provenance(
     """Describe how embeddings were made, in types that an h5ad file holds.
 
     Args:
-        model_name: folder or Hub name of the model.
-        encoder: model that was run.
-        options: options of the encoding.
-        inputs: origin of the cells.
-        num_empty: number of cells in which no known gene is expressed.
+        model_name: Folder or Hub name of the model.
+        encoder: Model that was run.
+        options: Options of the encoding.
+        inputs: Origin of the cells.
+        num_empty: Number of cells in which no known gene is expressed.
     """
     from tahoex1_hf import __version__
 

@@ -29,7 +29,7 @@ def with_int8_weights(model: TahoeX1Model) -> TahoeX1Model:
     which costs some speed (see benchmarks/).
 
     Raises:
-        ValueError: where torchao is not installed, and for a model whose layers are quantised already.
+        ValueError: If torchao is not installed, and for a model whose layers are quantised already.
     """
     library = quantised_by(model)
     if library is not None:

@@ -1,8 +1,8 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""The model's forward pass on cells without padding, for inference: only what is asked for, and no gradients.
+"""The model's forward pass on cells without padding, for inference: only what is needed, and no gradients.
 
-All that works on single tokens (projections, feed-forward blocks, encoders) runs on the tokens of all cells behind
-each other, attention on every cell by itself. What is left out or replaced, always by what is mathematically the same:
+Whatever works on single tokens (projections, feed-forward blocks, encoders) runs on the tokens of all cells, one after
+the other; attention runs within each cell. Three steps are left out or replaced by mathematically equal ones:
 
 - Where only `<cls>` is asked for, the last layer computes it alone.
 - There, one query looks at a cell: its product with a key, q (W x), is (q W) x, so that no key or value is projected.
@@ -45,19 +45,17 @@ def ragged_forward(
     all_tokens: bool = False,
     prepared: list[PreparedLayer] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Embed cells that lie behind each other.
+    """Embed cells whose tokens follow one another.
 
     Args:
-        model: a model in eval mode for which `can_run_ragged` is true.
+        model: A model in eval mode for which `can_run_ragged` is true.
         input_ids: `(tokens,)` int64.
-        expression_values: `(tokens,)` float. The numbers are looked at, which must not wait for a GPU: leave them on
-            the CPU.
+        expression_values: `(tokens,)` float, on the CPU: the values are read here, which must not wait for a GPU.
         offsets: `(cells + 1,)` boundaries of the cells, each with at least one token. Cells of equal length should
             lie side by side.
         drug_ids: `(cells,)` int64, as for the model.
-        all_tokens: also return the contextual embeddings of all tokens.
-        prepared: the layers as `prepare_layers` made them ready, where they are to be used; not with the flash
-            attention of transformers.
+        all_tokens: Also return the contextual embeddings of all tokens.
+        prepared: Result of `prepare_layers`; None for the model's own layers, as with transformers' flash attention.
 
     Returns:
         `(cells, hidden_size)` cell embeddings, not normalised, and, with `all_tokens`, `(tokens, hidden_size)`.
@@ -69,7 +67,7 @@ def ragged_forward(
     layout = CellLayout.packed(boundaries, torch.Size((1, len(input_ids))))
     hidden_states = _embeddings(model, input_ids, expression_values, drug_ids, layout)
     dtype = prepared[0].dtype if prepared else multiplied_as(hidden_states)
-    cells = _Cells(model, boundaries, lengths, dtype)
+    cells = _Layout(model, boundaries, lengths, dtype)
     layers: list[Any] = prepared or list(model.layers)
     shorten = bool(layers) and not all_tokens and model.config.cell_pooling == "cls"
     for layer in layers[:-1] if shorten else layers:
@@ -83,12 +81,12 @@ def ragged_forward(
 
 @torch.inference_mode()
 def targets_forward(model: TahoeX1Model, input_ids: torch.Tensor) -> torch.Tensor:
-    """Return the embeddings of genes that stand together as if they were one cell, all of them targets.
+    """Return the embeddings of genes that are put together like one cell, all of them targets.
 
     Each attends to all of them, as in a model without the mask of `attention_mask_style="observed_or_self"`.
 
     Args:
-        model: a model in eval mode.
+        model: A model in eval mode.
         input_ids: `(tokens,)` int64.
 
     Returns:
@@ -97,14 +95,14 @@ def targets_forward(model: TahoeX1Model, input_ids: torch.Tensor) -> torch.Tenso
     flag = model.embeddings.flag_embedding(input_ids.new_ones(()))
     hidden_states = model.embeddings.gene_encoder(input_ids) + flag
     boundaries = torch.tensor([0, len(input_ids)], device=input_ids.device)
-    cells = _Cells(model, boundaries, np.array([len(input_ids)]), multiplied_as(hidden_states))
+    cells = _Layout(model, boundaries, np.array([len(input_ids)]), multiplied_as(hidden_states))
     layers: list[Any] = list(model.layers)
     for layer in layers:
         hidden_states = _whole_layer(layer, hidden_states, cells)
     return model.norm(hidden_states)
 
 
-class _Cells:
+class _Layout:
     """Where the cells of a batch lie, and attention within them, on whatever the model attends with."""
 
     def __init__(self, model: TahoeX1Model, boundaries: torch.Tensor, lengths: np.ndarray, dtype: torch.dtype):
@@ -229,7 +227,7 @@ def _embeddings(
     return model.embeddings.combine(input_ids.unsqueeze(0), values[places].unsqueeze(0), drug_ids, layout)[0][0]
 
 
-def _whole_layer(layer: TahoeX1Layer | PreparedLayer, states: torch.Tensor, cells: _Cells) -> torch.Tensor:
+def _whole_layer(layer: TahoeX1Layer | PreparedLayer, states: torch.Tensor, cells: _Layout) -> torch.Tensor:
     """Run one layer on all tokens. `states` is overwritten."""
     if isinstance(layer, PreparedLayer):
         return layer.all_tokens(states, cells)
@@ -240,7 +238,7 @@ def _whole_layer(layer: TahoeX1Layer | PreparedLayer, states: torch.Tensor, cell
     return states
 
 
-def _cls_layer(layer: TahoeX1Layer | PreparedLayer, states: torch.Tensor, cells: _Cells) -> torch.Tensor:
+def _cls_layer(layer: TahoeX1Layer | PreparedLayer, states: torch.Tensor, cells: _Layout) -> torch.Tensor:
     """Run one layer for each cell's first token alone: `(cells, hidden_size)`."""
     if isinstance(layer, PreparedLayer) and not layer.packed:
         return layer.first_tokens(states, cells)

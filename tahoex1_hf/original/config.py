@@ -53,8 +53,8 @@ class _Section:
     """A mapping whose keys must all be taken, so that none is overlooked.
 
     Args:
-        name: name of the mapping for error messages.
-        values: the mapping; None is an empty one.
+        name: Name of the mapping for error messages.
+        values: The mapping; None stands for an empty one.
     """
 
     def __init__(self, name: str, values: Mapping[str, Any] | None):
@@ -79,7 +79,7 @@ class _Section:
             raise ValueError(f"{self.name}: {key} = {value!r} is not supported, only {allowed} is.")
 
     def finish(self, without_effect: Set[str] = frozenset()) -> None:
-        """Raise ValueError where a key is left that is not one of those without effect."""
+        """Raise ValueError if a key is left that is not among those without effect."""
         unknown = sorted(self.values.keys() - without_effect)
         if unknown:
             raise ValueError(
@@ -97,13 +97,13 @@ def translate_model_config(
     """Translate the settings of a model into a `TahoeX1Config`.
 
     Args:
-        model: contents of `model_config.yml`.
-        collator: contents of `collator_config.yml`.
-        vocab: contents of `vocab.json`.
-        drug_table: shape of `chem_encoder.embedding.weight` in the checkpoint; None without a drug encoder.
+        model: Contents of `model_config.yml`.
+        collator: Contents of `collator_config.yml`.
+        vocab: Contents of `vocab.json`.
+        drug_table: Shape of `chem_encoder.embedding.weight` in the checkpoint; None without a drug encoder.
 
     Raises:
-        ValueError: for a key that is unknown or missing, or has a value that the original cannot run either.
+        ValueError: If a key is unknown or missing, or has a value that the original cannot run either.
     """
     section = _Section("model_config.yml", model)
     hidden_size = section.require("d_model")
@@ -161,12 +161,12 @@ def translate_collator_config(
     """Translate the settings of a collator into the arguments of `TahoeX1Tokenizer`, except `vocab_file`.
 
     Args:
-        collator: contents of `collator_config.yml`.
-        vocab: contents of `vocab.json`.
-        drug_to_id: contents of `drug_to_id_pad.json`; None where the checkpoint lacks that file.
+        collator: Contents of `collator_config.yml`.
+        vocab: Contents of `vocab.json`.
+        drug_to_id: Contents of `drug_to_id_pad.json`; None where the checkpoint lacks that file.
 
     Raises:
-        ValueError: for a key that is unknown or missing, or has a value that contradicts the rest.
+        ValueError: If a key is unknown or missing, or has a value that contradicts the rest.
     """
     section = _Section("collator_config.yml", collator)
     bins, log1p = section.take("do_binning", True), section.take("log_transform", False)
@@ -196,7 +196,7 @@ def translate_collator_config(
 def _refuse_unsupported(
     norm: _Section, expression: _Section, decoder: _Section, cell_decoder: _Section, gene: _Section, drug: _Section
 ) -> None:
-    """Take the keys for which the original or its checkpoints use only some values, and refuse other values."""
+    """Take the keys of which the original, or its checkpoints, use only some values, and refuse other values."""
     for part, key, allowed in (
         (norm, "norm_type", ("low_precision_layernorm", "layernorm")),
         (expression, "input_emb_style", ("continuous",)),

@@ -53,13 +53,13 @@ class OriginalCheckpoint:
     """A checkpoint of the original, with translated settings and weights that have not been read yet.
 
     Args:
-        model_settings: contents of `model_config.yml`.
-        collator_settings: contents of `collator_config.yml`.
-        config: shape of the model.
-        tokenizer_arguments: arguments of `TahoeX1Tokenizer`, except `vocab_file`.
-        vocab: token -> id.
-        weights: the original's tensors.
-        files: every file that was read, by its name.
+        model_settings: Contents of `model_config.yml`.
+        collator_settings: Contents of `collator_config.yml`.
+        config: Shape of the model.
+        tokenizer_arguments: Arguments of `TahoeX1Tokenizer`, except `vocab_file`.
+        vocab: Token -> id.
+        weights: The original's tensors.
+        files: Every file that was read, by its name.
     """
 
     model_settings: dict[str, Any]
@@ -79,7 +79,7 @@ class OriginalCheckpoint:
         """Load the model; its weights are views of the checkpoint's file where that can be mapped into memory.
 
         Args:
-            dtype: type of the weights; by default the widest of the original's.
+            dtype: Type of the weights; by default the widest of the original's.
         """
         model = TahoeX1ForPreTraining.from_pretrained(
             None,
@@ -103,8 +103,8 @@ def open_original(source: str | Path) -> OriginalCheckpoint:
     """Open a checkpoint of the original: a folder, or its `*.pt` file or sharded folder with the settings beside it.
 
     Raises:
-        FileNotFoundError: naming the file that is missing.
-        ValueError: where a setting is unknown, the weights are not those of the settings, or a pickle holds more
+        FileNotFoundError: The message names the file that is missing.
+        ValueError: If a setting is unknown, the weights are not those of the settings, or a pickle holds more
             than data.
     """
     folder, weights_path = _locate(Path(source))
@@ -145,16 +145,16 @@ def convert_original_folder(
     place, so that there is never a half-written or wrong one. Its `conversion.json` records what was read and written.
 
     Args:
-        source: as for `open_original`.
-        destination: folder to make.
-        dtype: type of the converted weights; by default that of the original.
-        max_shard_size: largest size of one file of weights, in bytes.
-        label: name of the source in the manifest; by default the base name of `source`.
+        source: As for `open_original`.
+        destination: Folder to make.
+        dtype: Type of the converted weights; by default that of the original.
+        max_shard_size: Largest size of one file of weights, in bytes.
+        label: Name of the source in the manifest; by default the base name of `source`.
 
     Raises:
-        FileExistsError: when `destination` exists and is not an empty folder.
-        FileNotFoundError: as `open_original`.
-        ValueError: as `open_original`, and where the converted model does not compute what the original does.
+        FileExistsError: If `destination` exists and is not an empty folder.
+        FileNotFoundError: As for `open_original`.
+        ValueError: As for `open_original`, and where the converted model does not compute what the original does.
     """
     destination = Path(destination)
     with workspace(destination) as folder:
@@ -196,14 +196,14 @@ def translate_folder(source: Path, folder: Path) -> dict[str, Path]:
     read, a pickle, a sharded checkpoint or one with names of wrappers, is converted instead.
 
     Args:
-        source: folder in the original's layout.
-        folder: empty folder that exists.
+        source: Folder in the original's layout.
+        folder: Empty folder that exists.
 
     Returns:
         Every file that was read, by its name.
 
     Raises:
-        FileNotFoundError, ValueError: as `open_original`.
+        FileNotFoundError, ValueError: As for `open_original`.
     """
     checkpoint = open_original(source)
     weights = source / SAFETENSORS

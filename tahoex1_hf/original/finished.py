@@ -1,5 +1,5 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""Telling whether a folder holds the result of a conversion already, as after a command that is given again."""
+"""Recognise a folder that already holds the result of a conversion, for a command that is run again."""
 
 import json
 import logging
@@ -17,15 +17,15 @@ logger = logging.getLogger(__name__)
 
 
 def finished_conversion(destination: Path, files: Mapping[str, Path], dtype: torch.dtype) -> Verification | None:
-    """Return the verification that a folder records, where it is the whole conversion of these very files.
+    """Return the recorded verification of a folder that is the complete conversion of exactly these files.
 
     Args:
-        destination: folder that the conversion is to make.
-        files: files of the source, by their name.
-        dtype: type of the weights to write.
+        destination: Folder that the conversion is to make.
+        files: Files of the source, by their name.
+        dtype: Type of the weights to write.
 
     Returns:
-        The verification; None where the folder holds anything else, or nothing.
+        The verification; None if the folder holds anything else, or nothing.
     """
     manifest = _manifest(destination)
     if manifest is None or manifest.get("dtype") != str(dtype).removeprefix("torch."):

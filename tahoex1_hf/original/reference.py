@@ -24,10 +24,10 @@ class OriginalForward:
     """The model of a checkpoint of the original.
 
     Args:
-        settings: contents of `model_config.yml`.
-        pad_token_id: id of the padding token, from `collator_config.yml`.
-        read: function that returns the tensor of a name in the checkpoint.
-        names: names of all tensors.
+        settings: Contents of `model_config.yml`.
+        pad_token_id: Id of the padding token, from `collator_config.yml`.
+        read: Function that returns the tensor of a name in the checkpoint.
+        names: Names of all tensors.
     """
 
     def __init__(

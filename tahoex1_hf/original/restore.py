@@ -39,17 +39,17 @@ def restore_original_folder(
     original's `load_model` opens).
 
     Args:
-        source: converted folder, with the weights of `TahoeX1ForPreTraining`.
-        destination: folder to make.
-        dtype: type of the tensors; by default the source's.
+        source: Converted folder, with the weights of `TahoeX1ForPreTraining`.
+        destination: Folder to make.
+        dtype: Type of the tensors; by default the source's.
 
     Returns:
-        What was checked. Where `destination` is that very checkpoint already, nothing is done.
+        The verification. If `destination` holds exactly that checkpoint already, nothing is done.
 
     Raises:
-        FileExistsError: when `destination` exists and is neither an empty folder nor that checkpoint.
-        FileNotFoundError: naming the file that is missing.
-        ValueError: where the original has no setting for a property of the model or its tokenizer.
+        FileExistsError: If `destination` exists and is neither an empty folder nor that checkpoint.
+        FileNotFoundError: The message names the file that is missing.
+        ValueError: If the original has no setting for a property of the model or its tokenizer.
     """
     source, destination = Path(source), Path(destination)
     if not (source / "config.json").is_file():
@@ -84,7 +84,7 @@ def restore_settings(config: TahoeX1Config, tokenizer: TahoeX1Tokenizer) -> tupl
     """Return the contents of `model_config.yml` and `collator_config.yml` for a model and its tokenizer.
 
     Raises:
-        ValueError: naming the setting that the original lacks.
+        ValueError: The message names the setting that the original lacks.
     """
     model, collator = _model_settings(config), _collator_settings(config, tokenizer)
     vocab, drugs = tokenizer.get_vocab(), tokenizer.drug_to_id

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from tahoex1_hf.common.pickles import check_notes, may_note_far
+from tahoex1_hf.common.pickles import check_memo, may_fill_memo
 from tahoex1_hf.common.reading import in_short
 from tahoex1_hf.original.files import SHARDED_METADATA
 
@@ -46,7 +46,7 @@ _DAMAGE = (AttributeError, EOFError, IndexError, KeyError, MemoryError, Overflow
 
 
 class _StandIn:
-    """What stands for an object of torch: it keeps the arguments and the state that the pickle gives it."""
+    """Stand-in for an object of torch, which keeps the arguments and the state that the pickle gives it."""
 
     __slots__ = ("arguments", "state")
     arguments: tuple[Any, ...]
@@ -101,13 +101,13 @@ def _read_index(path: Path) -> dict[str, _Stored]:
     """Read the tensors that an index lists.
 
     Raises:
-        ValueError: for a file that is damaged, or is not such an index; nothing in it is run.
+        ValueError: If the file is damaged, or is not such an index; nothing in it is run.
     """
     data = path.read_bytes()
     try:
         file = io.BytesIO(data)
-        if may_note_far(data):
-            check_notes(file, len(data))
+        if may_fill_memo(data):
+            check_memo(file, len(data))
         return dict(_tensors(_IndexUnpickler(file).load()))
     except pickle.UnpicklingError as error:
         raise ValueError(
@@ -173,11 +173,11 @@ class ShardedReader:
     """Tensors of a sharded checkpoint, put together when they are read.
 
     Args:
-        folder: folder of the checkpoint.
+        folder: Folder of the checkpoint.
 
     Raises:
-        FileNotFoundError: for a file that the index names and that is not there.
-        ValueError: for an index that cannot be read, or that is of something else.
+        FileNotFoundError: If a file that the index names does not exist.
+        ValueError: If the index cannot be read, or is not that of a checkpoint.
     """
 
     def __init__(self, folder: Path):

@@ -103,8 +103,8 @@ def in_original_names(
     """Yield every tensor of the original's checkpoint, made from ours, reading one layer at a time.
 
     Args:
-        config: shape of the model.
-        read: function that returns our tensor of a name.
+        config: Shape of the model.
+        read: Function that returns our tensor of a name.
     """
     model = _empty_model(config)
     # Here transformers keeps the rules by which a model was loaded, to undo them.

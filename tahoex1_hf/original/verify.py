@@ -42,11 +42,11 @@ class Verification:
     """The result of checking a conversion.
 
     Args:
-        num_parameters: number of parameters of the converted model.
-        released_size: name of the released model of this shape, None where there is none.
-        num_tensors: number of tensors of the original, all of which are accounted for.
-        tensors: result of comparing the tensors.
-        differences: largest relative difference of each output from the original's forward pass; empty where the
+        num_parameters: Number of parameters of the converted model.
+        released_size: Name of the released model of this shape, None where there is none.
+        num_tensors: Number of tensors of the original, all of which are accounted for.
+        tensors: Result of comparing the tensors.
+        differences: Largest relative difference of each output from the original's forward pass; empty where the
             tensors are equal bit for bit and no forward pass is needed.
     """
 
@@ -75,14 +75,14 @@ def verify_conversion(
     """Compare a converted folder with its original, tensor by tensor and by their outputs.
 
     Args:
-        settings: contents of `model_config.yml`.
-        collator: contents of `collator_config.yml`.
-        original: the original's tensors.
-        config: the converted configuration.
-        folder: converted folder.
+        settings: Contents of `model_config.yml`.
+        collator: Contents of `collator_config.yml`.
+        original: The original's tensors.
+        config: The converted configuration.
+        folder: Converted folder.
 
     Raises:
-        ValueError: where a tensor is missing or differs, the number of parameters differs from the released model of
+        ValueError: If a tensor is missing or differs, the number of parameters differs from the released model of
             this shape, or an output differs by more than rounding.
     """
     weights = open_weights(weights_file(folder))
@@ -133,7 +133,7 @@ def count_parameters(weights: TensorReader, config: TahoeX1Config) -> tuple[int,
     """Count the parameters, and name the released size of this shape.
 
     Raises:
-        ValueError: where the released size has another number of parameters.
+        ValueError: If the released size has another number of parameters.
     """
     count = sum(shape.numel() for shape in weights.shapes.values())
     key = (config.hidden_size, config.num_hidden_layers, config.vocab_size, config.num_drugs)

@@ -64,7 +64,7 @@ def open_weights(path: Path) -> TensorReader:
     """Open `*.safetensors`, its `*.index.json`, the folder of a sharded checkpoint, or a Composer pickle.
 
     Raises:
-        ValueError: where the file is truncated or of another kind, or a pickle holds more than data.
+        ValueError: If the file is truncated or of another kind, or a pickle holds more than data.
     """
     if path.is_dir():
         return ShardedReader(path)
@@ -74,9 +74,9 @@ def open_weights(path: Path) -> TensorReader:
 
 
 def without_wrappers(reader: TensorReader) -> TensorReader:
-    """Return a reader that gives tensors the names that they have without DDP, `torch.compile` and the like.
+    """Return a reader under whose names no tensor has the parts of DDP, `torch.compile` and other wrappers.
 
-    Where no name has anything of them, it is the reader itself; otherwise an INFO tells what was taken off.
+    If no name has a wrapper's part, that is `reader` itself; otherwise an INFO reports what was removed.
     """
     if all(unwrapped(name) == name for name in reader.shapes):
         return reader
@@ -119,7 +119,7 @@ class _SafetensorsReader:
 
 
 class _UnwrappedReader:
-    """Tensors under the names that they have in the model itself, without what wrappers put there."""
+    """Tensors under their names in the model itself, without what wrappers have added."""
 
     def __init__(self, reader: TensorReader):
         self.files = reader.files

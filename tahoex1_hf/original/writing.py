@@ -57,7 +57,7 @@ def _clear_stale(destination: Path) -> None:
 
 
 def describe_files(files: Mapping[str, Path]) -> dict[str, dict[str, object]]:
-    """Return the size in bytes and the SHA-256 of each file, by the name that it is given."""
+    """Return the size in bytes and the SHA-256 of each file, by its key in `files`."""
     described: dict[str, dict[str, object]] = {}
     for name, path in sorted(files.items()):
         with path.open("rb") as file:

@@ -39,7 +39,7 @@ class Change:
     Attributes:
         mode: `"delete"` sets the count to 0; `"overexpress"` to the largest count of the cell, so that the gene is in
             the top bin, whether the cell expressed it or not; `"set"` to `value`.
-        value: raw count for `"set"`; None for the other modes.
+        value: Raw count for `"set"`; None for the other modes.
     """
 
     mode: PerturbationMode
@@ -60,11 +60,11 @@ class Change:
         return np.full(len(highest), self.value or 0.0, dtype=np.float32)
 
 
-class CellRows:
-    """The counts of some cells.
+class PerturbationBatch:
+    """A batch of cells before they are perturbed, and which of their genes are in the tokenizer's sample.
 
     Attributes:
-        rows: genes and counts of the cells, in the order of the data's columns.
+        rows: Genes and counts of the cells, in the order of the data's columns.
         numbers: `(cells,)` number of each cell in the data.
         contents: `(cells,)` content number of each cell, by which it is sampled.
         drug_ids: `(cells,)` drug of each cell, or None.
@@ -72,7 +72,9 @@ class CellRows:
         highest: `(cells,)` largest count of each cell, 0 for a cell without counts.
     """
 
-    def __init__(self, source: "CellSource", rows: GeneRows, numbers: np.ndarray, drug_ids: np.ndarray | None):
+    def __init__(
+        self, source: "PerturbationEncoder", rows: GeneRows, numbers: np.ndarray, drug_ids: np.ndarray | None
+    ):
         self.source, self.rows, self.numbers, self.drug_ids = source, rows, numbers, drug_ids
         self.contents, keep = content_numbers(rows), None
         if source.room is not None:
@@ -101,19 +103,19 @@ class CellRows:
         return counts
 
 
-class CellSource:
-    """The cells of an input, a few of which are read at a time.
+class PerturbationEncoder:
+    """Encoder of cells that are read by number, a few at a time, with or without some of their genes.
 
     Args:
-        cells: cells with raw counts.
-        options: options of the encoding.
-        used: numbers of the cells that will be read, by default all.
+        cells: Cells with raw counts.
+        options: Options of the encoding.
+        used: Numbers of the cells that will be read, by default all.
 
     Attributes:
-        genes: token of every column.
+        genes: Token of every column.
         tokens: `(genes,)` distinct tokens of the data, in the order of their first columns.
-        room: most genes of an encoded cell; None for no limit.
-        num_tokens: number of tokens of the vocabulary.
+        room: Most genes of an encoded cell; None for no limit.
+        num_tokens: Number of tokens of the vocabulary.
         column_of: `(num_tokens,)` position of each token in `tokens`, -1 for tokens that the data lacks.
     """
 
@@ -142,13 +144,13 @@ class CellSource:
         self._whole = copy.copy(tokenizer)
         self._whole.context_length = None
 
-    def read(self, numbers: np.ndarray) -> CellRows:
+    def read(self, numbers: np.ndarray) -> PerturbationBatch:
         """Read the cells with these numbers, which increase."""
         rows = self.cells.rows_at(numbers)
         rows = rows._replace(tokens=rows.tokens.astype(np.int64))
-        return CellRows(self, rows, numbers, self._drug_ids.of_cells(numbers))
+        return PerturbationBatch(self, rows, numbers, self._drug_ids.of_cells(numbers))
 
-    def check(self, cells: CellRows) -> None:
+    def check(self, cells: PerturbationBatch) -> None:
         """Raise ValueError for counts that cannot be encoded; warn once of counts that look wrong."""
         lookup = self._names
         error, warning = count_problem(cells.rows, 0, lookup)
@@ -168,7 +170,7 @@ class CellSource:
         """Encode whole cells, then leave genes out.
 
         Args:
-            rows: all genes of the cells, none with count 0.
+            rows: All genes of the cells, none with count 0.
             keep: `(total genes,)` bool, the genes to keep.
             numbers: `(cells,)` numbers of the cells in the data.
             drug_ids: `(cells,)` drug of each cell, or None.
@@ -200,25 +202,25 @@ class Pairs:
     The arrays of genes are `(total genes,)`, over the genes that a cell expresses before or after.
 
     Args:
-        cells: unperturbed cells.
+        cells: Unperturbed cells.
         chosen: `(pairs,)` row of each pair's cell in `cells`.
         members: `(pairs, genes)` tokens that are perturbed together; at least one count of each pair changes.
-        change: change of their counts.
+        change: Change of their counts.
 
     Attributes:
-        pair: pair of every gene.
-        tokens: token of every gene.
-        index: index of the gene in `cells.rows`; -1 for a gene that the cell did not express.
-        touched: bool, the genes that are perturbed.
-        keep: bool, the genes in the sample.
+        pair: Pair of every gene.
+        tokens: Token of every gene.
+        index: Index of the gene in `cells.rows`; -1 for a gene that the cell did not express.
+        touched: Bool, the genes that are perturbed.
+        keep: Bool, the genes in the sample.
         own_before: `(pairs,)` bool, the pairs whose "before" differs from the cell as the tokenizer encodes it: cells
             longer than the context whose sample was changed to hold the perturbed genes.
 
     Raises:
-        ValueError: for a context that has no room for the perturbed genes.
+        ValueError: For a context that has no room for the perturbed genes.
     """
 
-    def __init__(self, cells: CellRows, chosen: np.ndarray, members: np.ndarray, change: Change):
+    def __init__(self, cells: PerturbationBatch, chosen: np.ndarray, members: np.ndarray, change: Change):
         self.cells, self.chosen, self.members = cells, chosen, members
         self._join(change.counts(cells.highest[chosen]))
         self.keep = self._sample()

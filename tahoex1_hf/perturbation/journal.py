@@ -22,13 +22,13 @@ class Journal:
     It is used as a context manager, which keeps a second run away from the file.
 
     Args:
-        path: path of the file, which is made if it does not exist; None keeps everything in memory.
-        settings: everything that decides the result.
-        restart: whether to discard the results of a run with other settings.
+        path: Path of the file, which is made if it does not exist; None keeps everything in memory.
+        settings: Everything that decides the result.
+        restart: Whether to discard results of a run with other settings.
 
     Raises:
-        ValueError: on entering, for the file of a run with other settings, which the message names, and for a file
-            that another run holds.
+        ValueError: On entering, if the file belongs to a run with other settings (the message names them), or another
+            run is using it.
     """
 
     def __init__(self, path: str | Path | None, settings: Mapping[str, Any], restart: bool = False):

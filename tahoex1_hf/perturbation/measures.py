@@ -15,7 +15,7 @@ from tahoex1_hf.common.prefetch import prefetch
 from tahoex1_hf.inference.encoder import CellEncoder, length_sorted_batches
 from tahoex1_hf.inference.finite import check_results
 from tahoex1_hf.padding_tahoe_x1 import EncodedCells
-from tahoex1_hf.perturbation.cells import CellRows, Change, Pairs, gene_places, halves
+from tahoex1_hf.perturbation.cells import Change, Pairs, PerturbationBatch, gene_places, halves
 
 # Number of genes of perturbed cells that are encoded together: tens of megabytes, intermediate arrays included.
 PIECE_TOKENS = 2**19
@@ -54,28 +54,28 @@ class Forward:
     """A model that embeds encoded cells, and predicts expression if it has the decoder.
 
     Args:
-        encoder: model that embeds the cells.
-        decoder: expression decoder; None for no predictions.
-        bins_per_unit: number of bins in one unit of the decoder's output.
+        encoder: Model that embeds the cells.
+        decoder: Expression decoder; None for no predictions.
+        bins_per_unit: Number of bins in one unit of the decoder's output.
     """
 
     def __init__(self, encoder: CellEncoder, decoder: torch.nn.Module | None = None, bins_per_unit: float = 1.0):
         self.encoder, self.bins_per_unit = encoder, bins_per_unit
         self.decoder = None if decoder is None else decoder.to(encoder.device).eval()
 
-    def pooled(self, cells: EncodedCells, of: CellRows, numbers: np.ndarray) -> np.ndarray:
+    def pooled(self, cells: EncodedCells, of: PerturbationBatch, numbers: np.ndarray) -> np.ndarray:
         """Embed cells.
 
         Args:
-            cells: encoded cells.
-            of: cells that they are, or were before they were perturbed.
+            cells: Encoded cells.
+            of: Unperturbed batch that the cells come from.
             numbers: `(cells,)` number in the data of each cell.
 
         Returns:
             `(cells, width)` float32 embeddings, not normalised.
 
         Raises:
-            ValueError: where an embedding is not finite; the message names the cell.
+            ValueError: If an embedding is not finite; the message names the cell.
         """
         embeddings = np.empty((cells.num_cells, self.encoder.width), dtype=np.float32)
         for rows, pooled in self.encoder.pooled_batches(cells):
@@ -88,7 +88,7 @@ class Forward:
         """Predict the expression of hidden genes, as in the model's training.
 
         Args:
-            cells: encoded cells.
+            cells: Encoded cells.
             hidden: `(tokens,)` bool, the tokens whose expression is hidden from the model.
 
         Returns:
@@ -131,7 +131,7 @@ class Unperturbed:
     predicted: np.ndarray | None
 
 
-def unperturbed(cells: CellRows, forward: Forward) -> Unperturbed:
+def unperturbed(cells: PerturbationBatch, forward: Forward) -> Unperturbed:
     """Run the model over unperturbed cells."""
     encoded = cells.encoded()
     predicted = None
@@ -164,11 +164,11 @@ class Piece:
     """Pairs of cells that are run through the model together.
 
     Attributes:
-        pairs: cells with and without a perturbation.
+        pairs: Cells with and without a perturbation.
         tasks: `(pairs,)` number of each pair's perturbation.
-        perturbed: the encoded perturbed cells.
+        perturbed: The encoded perturbed cells.
         perturbed_genes: `(genes of the perturbed cells,)` index of each gene in the arrays of `pairs`.
-        chunk: the unperturbed cells.
+        chunk: The unperturbed cells.
     """
 
     pairs: Pairs
@@ -183,8 +183,8 @@ class BlockMeasures:
 
     Args:
         members: `(perturbations, genes)` tokens that are perturbed together.
-        change: change of their counts.
-        forward: model.
+        change: Change of their counts.
+        forward: Model.
         target: `(width,)` embedding of length 1 toward which shifts are measured; None for none.
         affected: `(tokens,)` slot of every gene whose predicted change is summed, -1 for other tokens; None for no
             predictions.
@@ -208,15 +208,15 @@ class BlockMeasures:
         self.num_slots = 0 if affected is None else int(affected.max()) + 1
         self.by_gene = Moments(size * self.num_slots)
 
-    def add(self, read: Callable[[np.ndarray], CellRows], chunks: Sequence[Unperturbed]) -> Iterator[int]:
+    def add(self, read: Callable[[np.ndarray], PerturbationBatch], chunks: Sequence[Unperturbed]) -> Iterator[int]:
         """Measure the cells of a group.
 
         Args:
-            read: function that reads the counts of cells.
-            chunks: the unperturbed cells.
+            read: Function that reads the counts of cells.
+            chunks: The unperturbed cells.
 
         Yields:
-            The number of perturbed cells measured since the last time.
+            The number of perturbed cells measured since the previous item.
         """
         for piece in prefetch(self._pieces(read, chunks)):
             if isinstance(piece, Unperturbed):
@@ -226,7 +226,7 @@ class BlockMeasures:
                 yield len(piece.tasks)
 
     def _pieces(
-        self, read: Callable[[np.ndarray], CellRows], chunks: Sequence[Unperturbed]
+        self, read: Callable[[np.ndarray], PerturbationBatch], chunks: Sequence[Unperturbed]
     ) -> Iterator[Piece | Unperturbed]:
         """Yield the pairs of each chunk in pieces, and after them the chunk itself."""
         genes, slots = np.unique(self.members, return_inverse=True)
@@ -278,7 +278,7 @@ class BlockMeasures:
         """Add the change of hidden genes.
 
         Args:
-            piece: pairs of cells.
+            piece: Pairs of cells.
             genes: `(hidden genes,)` index of each gene in the arrays of the pairs.
             difference: `(hidden genes,)` change of the predicted expression.
         """
@@ -293,7 +293,7 @@ class BlockMeasures:
             self.by_gene.add(piece.tasks[pair] * self.num_slots + slots, difference)
 
     def affected(self, perturbation: int, number: int) -> list[tuple[int, float, float, int]]:
-        """Return the genes whose predicted expression changes most: slot, mean change, standard error and cells.
+        """Return the genes whose predicted expression changes most: slot, mean change, standard error, cells.
 
         Only genes count that were predicted in at least three cells and in a twentieth of the perturbed cells.
         """

@@ -9,7 +9,7 @@ import numpy as np
 
 from tahoex1_hf.cells.encoding import CHUNK_CELLS
 from tahoex1_hf.cells.readers.base import CellInput
-from tahoex1_hf.perturbation.cells import CellSource
+from tahoex1_hf.perturbation.cells import PerturbationEncoder
 
 # A block of perturbations is measured together, and kept when it is done. A block has at most this many perturbed
 # cells, enough for full batches, and at most this many perturbations, fewer where the change of every gene is summed.
@@ -23,9 +23,9 @@ class Task:
     """Genes that are perturbed together in the cells of one group.
 
     Attributes:
-        group: number of the group.
-        genes: tokens of the genes.
-        control: whether the genes serve only as a control.
+        group: Number of the group.
+        genes: Tokens of the genes.
+        control: Whether the genes serve only as a control.
     """
 
     group: int
@@ -38,8 +38,8 @@ class Groups:
     """The cells that are perturbed.
 
     Attributes:
-        names: name of each group.
-        numbers: increasing cell numbers of each group.
+        names: Name of each group.
+        numbers: Increasing cell numbers of each group.
     """
 
     names: list[str]
@@ -60,12 +60,12 @@ def choose_cells(source: CellInput, cells: Any, name: str) -> np.ndarray:
     """Return the chosen cells as a `(cells,)` bool mask.
 
     Args:
-        source: cells to choose from.
-        cells: mask, comparison over columns of `obs`, or None for all cells.
-        name: name of the argument, for messages.
+        source: Cells to choose from.
+        cells: Mask, comparison over columns of `obs`, or None for all cells.
+        name: Name of the argument, for messages.
 
     Raises:
-        ValueError: for a mask of another length, an expression that does not fit `obs`, and a choice without cells.
+        ValueError: If the mask has another length, the expression does not fit `obs`, or no cell is chosen.
     """
     if cells is None:
         mask = np.ones(source.num_cells, dtype=bool)
@@ -120,11 +120,11 @@ class GeneNames:
     """Translation between the names that a user gives to genes and their tokens.
 
     Args:
-        source: cells; symbols are also looked for in the columns of `var`.
-        symbols: gene symbol -> Ensembl id, or None.
+        source: Cells; symbols are also looked for in the columns of `var`.
+        symbols: Gene symbol -> Ensembl id, or None.
     """
 
-    def __init__(self, source: CellSource, symbols: Mapping[str, str] | None):
+    def __init__(self, source: PerturbationEncoder, symbols: Mapping[str, str] | None):
         self.source, self.var = source, source.cells.var
         self.symbols: Mapping[str, str] = symbols or {}
 
@@ -132,7 +132,7 @@ class GeneNames:
         """Return the tokens of genes named by Ensembl id or symbol.
 
         Raises:
-            ValueError: for genes that the data or the vocabulary lacks, and for names that mean several genes.
+            ValueError: If the data or the vocabulary lacks a gene, or a name means several genes.
         """
         wanted = [str(name) for name in names]
         if not wanted:
@@ -167,7 +167,7 @@ class GeneNames:
         """Return the name of each gene of the data, by token: its symbol where there is one.
 
         Args:
-            asked: genes that the user named, which keep these names; or `"all"`.
+            asked: Genes that the user named, which keep these names; or `"all"`.
         """
         shown = self.var.index.astype(str).to_numpy()
         if all(name.startswith("ENS") for name in shown[:20]):
@@ -188,7 +188,7 @@ class GeneNames:
 
 @dataclass
 class Levels:
-    """Expression of each gene in each group; genes are in the order of `CellSource.tokens`.
+    """Expression of each gene in each group; genes are in the order of `PerturbationEncoder.tokens`.
 
     Attributes:
         cells: `(groups,)` number of cells.
@@ -201,7 +201,7 @@ class Levels:
     sums: np.ndarray
 
     @classmethod
-    def measure(cls, source: CellSource, groups: Groups) -> "Levels":
+    def measure(cls, source: PerturbationEncoder, groups: Groups) -> "Levels":
         """Read all cells once, and raise ValueError for counts that cannot be encoded."""
         shape = (len(groups.names), len(source.tokens))
         expressing, sums = np.zeros(shape, dtype=np.int64), np.zeros(shape)
@@ -229,11 +229,11 @@ class Controls:
     cells.
 
     Args:
-        levels: expression of the genes.
+        levels: Expression of the genes.
         tested: `(tested,)` columns of the genes that must not be controls.
-        number: number of controls per perturbation.
-        min_cells: fewest cells that must express a control.
-        everywhere: whether to count the expressing cells of all groups instead of the group alone, for perturbations
+        number: Number of controls per perturbation.
+        min_cells: Fewest cells that must express a control.
+        everywhere: Whether to count the expressing cells of all groups instead of the group alone, for perturbations
             that also change cells which do not express the gene.
         ties: `(genes,)` numbers that decide among genes that are equally near, the lower first; many genes that few
             cells express are equally near.
@@ -253,7 +253,7 @@ class Controls:
         self.free[tested] = False
 
     def of(self, group: int, columns: Sequence[int]) -> list[tuple[int, ...]]:
-        """Return the columns of up to `number` controls, each with as many genes as `columns`, the nearest first."""
+        """Return up to `number` controls, the nearest first; each is as many columns as there are in `columns`."""
         allowed = self.free & self.expressed[group]
         allowed[list(columns)] = False
         candidates, places = np.flatnonzero(allowed), self.levels.coordinates(group)
@@ -274,9 +274,9 @@ def blocks(tasks: Sequence[Task], num_cells: Sequence[int], every_gene: bool) ->
     """Cut tasks into blocks that are measured together, which makes fuller batches; the cuts are always the same.
 
     Args:
-        tasks: tasks of one group, all with the same number of genes.
-        num_cells: about how many cells each task changes.
-        every_gene: whether the change of every gene is summed, which takes memory for each task of a block and gene.
+        tasks: Tasks of one group, all with the same number of genes.
+        num_cells: About how many cells each task changes.
+        every_gene: Whether the change of every gene is summed, which takes memory for each task of a block and gene.
     """
     block: list[Task] = []
     total, most = 0, _BLOCK_EVERY_GENE if every_gene else _BLOCK

@@ -15,7 +15,7 @@ _BLUE, _ORANGE, _GREY = "#4e79a7", "#f28e2b", "#9a9a9a"
 
 
 def check_plot(path: str | Path) -> None:
-    """Raise ValueError for a figure that could not be written, before any work is done."""
+    """Raise ValueError before any work is done if the figure could not be written."""
     if Path(path).suffix != ".png":
         raise ValueError(f"{path}: a plot must end in .png.")
     if not Path(path).parent.is_dir():
@@ -33,12 +33,12 @@ def plot_ranking(table: "DataFrame", path: str | Path, most: int = 20) -> None:
     also gets a scatter plot of all its genes: shift against z score, with the names of the most extreme.
 
     Args:
-        table: table that `perturb_genes` returns.
-        path: path of the PNG.
-        most: number of genes in a group; several groups get half as many each.
+        table: Table that `perturb_genes` returns.
+        path: Path of the PNG.
+        most: Number of genes in a group; several groups get half as many each.
 
     Raises:
-        ValueError: for a table in which no perturbation changed a cell.
+        ValueError: For a table in which no perturbation changed a cell.
     """
     from matplotlib.figure import Figure
 

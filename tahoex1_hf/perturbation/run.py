@@ -24,7 +24,7 @@ from tahoex1_hf.hub.models import model_and_tokenizer, no_expression_head, witho
 from tahoex1_hf.inference.chunks import with_settings
 from tahoex1_hf.inference.encoder import CellEncoder, Dtype
 from tahoex1_hf.modeling_tahoe_x1 import TahoeX1PreTrainedModel
-from tahoex1_hf.perturbation.cells import CellSource, Change, PerturbationMode
+from tahoex1_hf.perturbation.cells import Change, PerturbationEncoder, PerturbationMode
 from tahoex1_hf.perturbation.journal import Journal
 from tahoex1_hf.perturbation.measures import BlockMeasures, Forward, Unperturbed, unit, unperturbed
 from tahoex1_hf.perturbation.plan import (
@@ -53,7 +53,7 @@ class PerturbationResult:
     """Tables that `perturb_genes` returns.
 
     Attributes:
-        table: one row per perturbation and group of cells, ranked within the group. Columns:
+        table: One row per perturbation and group of cells, ranked within the group. Columns:
 
             - `group`, `rank`, `gene`, `gene_id`; several genes perturbed together are joined by `+`.
             - `n_cells`; `n_cells_expressing`, the number of cells that express at least one of the genes;
@@ -69,7 +69,7 @@ class PerturbationResult:
               the rows. `p_value` is (1 + number of controls that are as extreme) / (1 + number of controls): one-sided
               for the distance, two-sided about the controls' median for the target. `q_value` is Benjamini and
               Hochberg's, over the table.
-        affected: with `expression`, one row per perturbation and gene whose predicted expression changes most, with
+        affected: With `expression`, one row per perturbation and gene whose predicted expression changes most, with
             the columns `group`, `gene`, `gene_id`, `affected_gene`, `affected_gene_id`, `mean_change` and
             `standard_error` (over cells, in bins) and `n_cells` (number of cells in which the gene was predicted).
     """
@@ -129,51 +129,51 @@ def perturb_genes(
     half of the cell without the perturbed gene. The decoder was never trained on genes that the model sees.
 
     Args:
-        adata: cells with raw counts, in memory or backed, or the path of an `.h5ad` file; it is not changed.
-        model: as in `embed_anndata`.
-        tokenizer: as in `embed_anndata`.
+        adata: Cells with raw counts, in memory or backed, or the path of an `.h5ad` file; it is not changed.
+        model: As in `embed_anndata`.
+        tokenizer: As in `embed_anndata`.
         genes: Ensembl ids or symbols (from `gene_symbols`, `var_names` or a column of `var`), one perturbation each;
             or `"all"`, the genes that at least `min_cells` cells express.
-        size: as in `embed_anndata`.
-        revision: as in `embed_anndata`.
+        size: As in `embed_anndata`.
+        revision: As in `embed_anndata`.
         mode: `"delete"` sets the count to 0. `"overexpress"` sets it to the cell's largest count, so that the gene is
             in the top bin, whether the cell expressed it or not. `"set"` sets it to `value`.
-        value: raw count for `"set"`.
-        together: whether to perturb all genes at once, as one perturbation.
-        cells: cells to perturb: a comparison over columns of `obs` (`'cell_type == "B" and n_genes > 500'`), or a
+        value: Raw count for `"set"`.
+        together: Whether to perturb all genes at once, as one perturbation.
+        cells: Cells to perturb: a comparison over columns of `obs` (`'cell_type == "B" and n_genes > 500'`), or a
             mask; by default all.
-        groupby: column of `obs`; the genes are ranked in each of its groups.
-        target: cells, chosen like `cells`, toward whose mean embedding the shift is measured.
-        expression: whether to measure predicted expression too. It needs the pretraining head, and takes about four
+        groupby: Column of `obs`; the genes are ranked in each of its groups.
+        target: Cells, chosen like `cells`, toward whose mean embedding the shift is measured.
+        expression: Whether to measure predicted expression too. It needs the pretraining head, and takes about four
             times as long.
-        num_affected: with `expression`, number of most affected genes to list per perturbation.
-        null_genes: number of controls per perturbation; 0 for none.
-        min_cells: fewest cells that must express a gene for it to be a control, or one of `"all"`: cells of the group
+        num_affected: With `expression`, number of most affected genes to list per perturbation.
+        null_genes: Number of controls per perturbation; 0 for none.
+        min_cells: Fewest cells that must express a gene for it to be a control, or one of `"all"`: cells of the group
             where genes are deleted, of all groups otherwise. Also the fewest changed cells of a perturbation that is
             compared with controls.
-        layer: as in `embed_anndata`.
-        gene_id_column: as in `embed_anndata`.
-        gene_symbols: as in `embed_anndata`.
-        species: as in `embed_anndata`.
-        orthologs: as in `embed_anndata`.
-        drugs: as in `embed_anndata`.
-        unknown_drugs: as in `embed_anndata`, but `"error"` by default.
-        max_length: as in `embed_anndata`.
-        overflow: as in `embed_anndata`; the perturbed genes are always taken.
-        seed: as in `embed_anndata`; also the seed of the halves of cells in predictions, and of the choice among
+        layer: As in `embed_anndata`.
+        gene_id_column: As in `embed_anndata`.
+        gene_symbols: As in `embed_anndata`.
+        species: As in `embed_anndata`.
+        orthologs: As in `embed_anndata`.
+        drugs: As in `embed_anndata`.
+        unknown_drugs: As in `embed_anndata`, but `"error"` by default.
+        max_length: As in `embed_anndata`.
+        overflow: As in `embed_anndata`; the perturbed genes are always taken.
+        seed: As in `embed_anndata`; also the seed of the halves of cells in predictions, and of the choice among
             controls that are equally near.
-        batch_tokens: as in `embed_anndata`.
-        device: as in `embed_anndata`.
-        dtype: as in `embed_anndata`; by default float32, as bfloat16 moves embeddings as far as many perturbations.
-        partial: file that keeps finished perturbations, from which the same call resumes; remove it afterwards.
-        restart: whether to discard the results of an unfinished run with other arguments in `partial`.
-        progress: whether to show a progress bar.
+        batch_tokens: As in `embed_anndata`.
+        device: As in `embed_anndata`.
+        dtype: As in `embed_anndata`; by default float32, as bfloat16 moves embeddings as far as many perturbations.
+        partial: File that keeps finished perturbations, from which the same call resumes; remove it afterwards.
+        restart: Whether to discard the results of an unfinished run with other arguments in `partial`.
+        progress: Whether to show a progress bar.
 
     Returns:
         The ranked perturbations, and with `expression` the most affected genes.
 
     Raises:
-        ValueError: for genes that are unknown or that no chosen cell expresses (when deleting), for a choice without
+        ValueError: For genes that are unknown or that no chosen cell expresses (when deleting), for a choice without
             cells, for a model without pretraining head where `expression` is asked for, and for counts and arguments
             that cannot be used.
     """
@@ -191,7 +191,7 @@ def perturb_genes(
         groups = make_groups(opened, choose_cells(opened, cells, "cells"), groupby)
         toward = None if target is None else np.flatnonzero(choose_cells(opened, target, "target"))
         used = np.unique(np.concatenate([*groups.numbers, *([] if toward is None else [toward])]))
-        source = CellSource(opened, options, used)
+        source = PerturbationEncoder(opened, options, used)
         levels = Levels.measure(source, groups)
         names = GeneNames(source, known_symbols(options.tokenizer, place))
         controls = _plan(genes, names, groups, levels, change, together, null_genes, min_cells)
@@ -284,7 +284,7 @@ class _Run:
 
     def __init__(
         self,
-        source: CellSource,
+        source: PerturbationEncoder,
         groups: Groups,
         levels: Levels,
         forward: Forward,
@@ -392,9 +392,9 @@ class _Run:
         """Make the tables of finished perturbations.
 
         Args:
-            finished: measures of each perturbation.
-            labels: names of the genes by token.
-            min_cells: fewest changed cells of a perturbation that is compared with controls.
+            finished: Measures of each perturbation.
+            labels: Names of the genes by token.
+            min_cells: Fewest changed cells of a perturbation that is compared with controls.
         """
         groups, tokenizer = self.groups.names, self.source.tokenizer
         table = ranked_table(finished, self.controls, groups, labels, tokenizer, min_cells)

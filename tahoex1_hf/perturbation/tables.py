@@ -24,9 +24,9 @@ def compared(observed: float, null: np.ndarray, two_sided: bool) -> dict[str, fl
     """Compare a shift with the shifts of its controls.
 
     Args:
-        observed: mean shift of the perturbation.
+        observed: Mean shift of the perturbation.
         null: `(controls,)` mean shifts of the controls.
-        two_sided: whether shifts are extreme in both directions from the controls' median, or upwards only.
+        two_sided: Whether shifts are extreme in both directions from the controls' median, or upwards only.
 
     Returns:
         `n_null`, `null_mean`, `null_sd`, `z_score` and `p_value`, NaN where there are too few controls. `p_value` is
@@ -59,12 +59,12 @@ def ranked_table(
     """Make the table that `PerturbationResult` describes.
 
     Args:
-        finished: measures of each perturbation.
-        controls: perturbations that were asked for, and the controls of each.
-        group_names: names of the groups.
-        labels: mapping from token to name of the gene.
-        tokenizer: tokenizer, for the Ensembl ids.
-        min_cells: fewest changed cells of a perturbation that is compared with controls.
+        finished: Measures of each perturbation.
+        controls: Perturbations that were asked for, and the controls of each.
+        group_names: Names of the groups.
+        labels: Mapping from token to name of the gene.
+        tokenizer: Tokenizer, for the Ensembl ids.
+        min_cells: Fewest changed cells of a perturbation that is compared with controls.
     """
     import pandas as pd
     from scipy.stats import false_discovery_control
@@ -121,7 +121,7 @@ def affected_table(
 
 
 def check_table(path: str | Path) -> None:
-    """Raise ValueError for a table that could not be written, before any work is done."""
+    """Raise ValueError before any work is done if the table could not be written."""
     if Path(path).suffix not in _FORMATS:
         raise ValueError(f"{path}: a table must end in .csv or .parquet.")
     if not Path(path).parent.is_dir():

@@ -32,8 +32,8 @@ class NewDrugs:
     """Drugs that were added to a model's table.
 
     Attributes:
-        fingerprints: drug -> fingerprint.
-        source: name of the table that they come from.
+        fingerprints: Drug -> fingerprint.
+        source: Name of the table that they come from.
     """
 
     fingerprints: dict[str, np.ndarray]
@@ -60,13 +60,13 @@ def with_new_drugs(
     """Return a model and a tokenizer that know the drugs of a table; those given stay as they are.
 
     Args:
-        model: model with a drug encoder; its weights are shared.
-        tokenizer: tokenizer of the model.
-        table: drugs and their SMILES; None changes nothing. Drugs that the model knows keep its own row.
-        drugs: drugs of the cells, without which the table has no use.
+        model: Model with a drug encoder; its weights are shared.
+        tokenizer: Tokenizer of the model.
+        table: Drugs and their SMILES; None changes nothing. Drugs that the model knows keep its own row.
+        drugs: Drugs of the cells, without which the table has no use.
 
     Raises:
-        ValueError: for a table that cannot be read, a drug that the model knows with another fingerprint, a model
+        ValueError: For a table that cannot be read, a drug that the model knows with another fingerprint, a model
             without a drug encoder, and a table without drugs of cells.
     """
     if table is None:

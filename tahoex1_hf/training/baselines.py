@@ -7,13 +7,13 @@ from tahoex1_hf.configuration_tahoe_x1 import TahoeX1Config
 from tahoex1_hf.data.collator import CellCollator
 from tahoex1_hf.data.feeding import CellBatches
 from tahoex1_hf.training.config import PretrainConfig
-from tahoex1_hf.training.stream import ValidationCells
+from tahoex1_hf.training.stream import ValidationBatches
 
 _CELLS = 20_000  # training cells over which means are taken: enough for every gene that is often expressed
 
 
 def baseline_losses(
-    config: PretrainConfig, model: TahoeX1Config, collator: CellCollator, validation: ValidationCells
+    config: PretrainConfig, model: TahoeX1Config, collator: CellCollator, validation: ValidationBatches
 ) -> dict[str, float]:
     """Return mean squared errors of constants at the targets of the validation cells, in the unit of the loss.
 

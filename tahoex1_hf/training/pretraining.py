@@ -30,7 +30,7 @@ from tahoex1_hf.training.evaluation import CellTypeEvaluation, GeneEssentialityE
 from tahoex1_hf.training.monitors import SpeedMonitor, SpikeWarning, peak_flops
 from tahoex1_hf.training.run_card import card_facts, write_facts
 from tahoex1_hf.training.run_folder import RunFolder
-from tahoex1_hf.training.stream import StepBatches, ValidationCells, training_cells
+from tahoex1_hf.training.stream import StepBatches, ValidationBatches, training_cells
 from tahoex1_hf.training.trainer import PretrainingTrainer
 
 logger = logging.getLogger(__name__)
@@ -181,12 +181,12 @@ def _collator(config: PretrainConfig, tokenizer: TahoeX1Tokenizer) -> CellCollat
     )
 
 
-def _validation(config: PretrainConfig, collator: CellCollator) -> ValidationCells | None:
+def _validation(config: PretrainConfig, collator: CellCollator) -> ValidationBatches | None:
     if not config.eval_cells:
         return None
     raw = copy.copy(collator.tokenizer)  # a copy does not warn again of unknown drugs
     raw.value_encoding = "raw"
-    return ValidationCells(config, collator, _collator(config, raw), min(_VALIDATION_BATCH, config.eval_cells))
+    return ValidationBatches(config, collator, _collator(config, raw), min(_VALIDATION_BATCH, config.eval_cells))
 
 
 def _trainer(
@@ -194,7 +194,7 @@ def _trainer(
     model: TahoeX1ForPreTraining,
     tokenizer: TahoeX1Tokenizer,
     cells: CellBatches,
-    validation: ValidationCells | None,
+    validation: ValidationBatches | None,
 ) -> PretrainingTrainer:
     config = folder.config
     max_steps = config.max_steps or round((config.epochs or 0) * len(cells))

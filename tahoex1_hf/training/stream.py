@@ -82,7 +82,7 @@ def training_cells(config: PretrainConfig, collator: CellCollator, rank: int, wo
     )
 
 
-class ValidationCells:
+class ValidationBatches:
     """The first cells of the validation split, whose targets are the same in every evaluation.
 
     Args:

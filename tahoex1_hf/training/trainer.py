@@ -35,7 +35,7 @@ from tahoex1_hf.training.microbatches import (
     microbatches,
     num_cells,
 )
-from tahoex1_hf.training.stream import StepBatches, ValidationCells
+from tahoex1_hf.training.stream import StepBatches, ValidationBatches
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ class PretrainingTrainer(ResumableTrainer):
         args: TrainingArguments,
         batches: StepBatches,
         *,
-        validation: ValidationCells | None = None,
+        validation: ValidationBatches | None = None,
         microbatch_size: int | None = None,
         tokenizer: TahoeX1Tokenizer | None = None,
         **trainer: Any,

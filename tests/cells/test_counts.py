@@ -28,9 +28,7 @@ def tokenizer(tmp_path: Path) -> TahoeX1Tokenizer:
 def encoded(cells: CellInput) -> list[bytes]:
     cells.sort_by_cell()
     chunks = list(ChunkEncoder(cells, EncodeOptions(cells.tokenizer)).chunks(0, cells.num_cells))
-    return [
-        part for chunk in chunks for part in (chunk.cells.input_ids.tobytes(), chunk.cells.expression_values.tobytes())
-    ]
+    return [part for chunk in chunks for part in (chunk.input_ids.tobytes(), chunk.expression_values.tobytes())]
 
 
 def logarithms(matrix: csr_matrix) -> csr_matrix:

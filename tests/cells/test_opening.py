@@ -20,7 +20,7 @@ from tahoex1_hf.cells import compilation
 from tahoex1_hf.cells.encoding import ChunkEncoder, EncodeOptions
 from tahoex1_hf.cells.genes import GeneOptions
 from tahoex1_hf.cells.opening import Source, find_sources, open_cells
-from tahoex1_hf.cells.readers.base import INDEX, CellInput
+from tahoex1_hf.cells.readers.base import INDEX, CellInput, cell_names
 
 KINDS = ["csr", "csc", "dense", "zarr", "zarr_csc", "10x_h5", "10x_mtx"]
 
@@ -35,10 +35,10 @@ def encoded(cells: CellInput) -> dict[str, tuple[bytes, bytes]]:
     cells.sort_by_cell()
     found = {}
     encoder = ChunkEncoder(cells, EncodeOptions(cells.tokenizer))
-    for chunk in encoder.chunks(0, cells.num_cells, names=True):
-        for name, a, b in zip(chunk.names, chunk.cells.offsets, chunk.cells.offsets[1:], strict=False):
+    for chunk in encoder.chunks(0, cells.num_cells, [INDEX]):
+        for name, a, b in zip(cell_names(chunk.obs), chunk.offsets, chunk.offsets[1:], strict=False):
             assert name not in found
-            found[name] = chunk.cells.input_ids[a:b].tobytes(), chunk.cells.expression_values[a:b].tobytes()
+            found[name] = chunk.input_ids[a:b].tobytes(), chunk.expression_values[a:b].tobytes()
     assert len(found) == cells.num_cells
     return found
 
@@ -58,7 +58,7 @@ def test_a_file_and_the_dataset_prepared_from_it_are_the_same_cells(
     tmp_path: Path, tokenizer: TahoeX1Tokenizer, kind: str, ways: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tahoex1_hf.cells.encoding.CHUNK_CELLS", 7)
-    monkeypatch.setattr("tahoex1_hf.cells.readers.base.BLOCK_ELEMENTS", 300)
+    monkeypatch.setattr("tahoex1_hf.cells.readers.base._ELEMENTS_FOR_CHUNKS", 300)
     adata = make_cells(67, largest=900)
     path = write_cells(adata, tmp_path / "cells", kind)
     settings = {"metadata": {"_index": "_index"}, "kind": "10x" if "10x" in kind else "anndata"}
@@ -234,5 +234,5 @@ def test_names_that_are_no_plain_array(tmp_path: Path, tokenizer: TahoeX1Tokeniz
 def test_dense_counts_of_types_that_scipy_lacks(tokenizer: TahoeX1Tokenizer, dtype: str) -> None:
     adata = make_cells(10)
     adata.X = adata.X.toarray().astype(dtype)
-    (block,) = open_cells(adata, tokenizer).blocks(0, 10)
-    assert block.rows.counts.sum() == adata.X.sum(dtype=np.float64)
+    (rows,) = open_cells(adata, tokenizer).rows(0, 10)
+    assert rows.counts.sum() == adata.X.sum(dtype=np.float64)

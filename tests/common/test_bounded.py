@@ -33,5 +33,5 @@ def test_a_bomb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> No
     monkeypatch.setattr(bounded, "_ALWAYS_BYTES", 10_000)
     path = tmp_path / "bomb.gz"
     path.write_bytes(gzip.compress(bytes(10**6)))
-    with BoundedGzip(path) as file, pytest.raises(ValueError, match=r"bomb\.gz unfolds into more than 200 times"):
+    with BoundedGzip(path) as file, pytest.raises(ValueError, match=r"bomb\.gz expands to more than 200 times"):
         READ[how](file)

@@ -12,7 +12,7 @@ from cells import write_vocab
 
 from tahoex1_hf import TahoeX1Tokenizer
 from tahoex1_hf.cells.kernels import NO_LABEL
-from tahoex1_hf.cells.ragged import CountRows
+from tahoex1_hf.cells.ragged import RowViews
 from tahoex1_hf.data.collator import CellCollator
 from tahoex1_hf.encoding_tahoe_x1 import bin_expression, log_normalize
 
@@ -29,7 +29,7 @@ def tokenizer(vocab: Path, **settings: Any) -> TahoeX1Tokenizer:
     return TahoeX1Tokenizer(str(vocab), **{"context_length": 64, **settings})
 
 
-def cells_of(lengths: list[int], seed: int = 0, dtype: Any = np.uint16, largest: int = 60) -> CountRows:
+def cells_of(lengths: list[int], seed: int = 0, dtype: Any = np.uint16, largest: int = 60) -> RowViews:
     """Return cells with distinct genes and, as in real cells, geometric counts of which some are large."""
     rng = np.random.default_rng(seed)
     genes = np.concatenate([np.zeros(0, int), *(4 + rng.choice(len(GENES), n, replace=False) for n in lengths)])
@@ -39,10 +39,10 @@ def cells_of(lengths: list[int], seed: int = 0, dtype: Any = np.uint16, largest:
         counts = counts * 0.37
     sizes = np.array(lengths, dtype=np.int64)
     starts = np.cumsum(sizes) - sizes
-    return CountRows(genes.astype(np.uint16), starts, counts.astype(dtype), starts, sizes)
+    return RowViews(genes.astype(np.uint16), starts, counts.astype(dtype), starts, sizes)
 
 
-def collate(collator: CellCollator, cells: CountRows, seed: int = 0, **kwargs: Any) -> dict[str, Any]:
+def collate(collator: CellCollator, cells: RowViews, seed: int = 0, **kwargs: Any) -> dict[str, Any]:
     number = len(cells.lengths)
     streams = np.arange(seed * 10**6, seed * 10**6 + number, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     return collator.collate([(np.arange(number), cells)], streams, **kwargs)
@@ -58,7 +58,7 @@ def as_dicts(batch: dict[str, Any], name: str, specials: int = 1) -> list[dict[i
     return result
 
 
-def parts_of(cells: CountRows, values: np.ndarray) -> list[dict[int, float]]:
+def parts_of(cells: RowViews, values: np.ndarray) -> list[dict[int, float]]:
     return [
         dict(zip(cells.genes[a : a + n].tolist(), values[a : a + n].tolist(), strict=True))
         for a, n in zip(cells.gene_starts, cells.lengths, strict=True)
@@ -88,7 +88,7 @@ def test_bins_equal_the_golden_recordings(vocab: Path, golden: Path) -> None:
         if not len(row) or not (np.isfinite(row).all() and row.min() > 0):
             continue  # the collator's cells have no zeros, and negative or missing counts were refused earlier
         starts, sizes = np.zeros(1, dtype=np.int64), np.array([len(row)])
-        cells = CountRows(np.arange(4, 4 + len(row), dtype=np.uint16), starts, row, starts, sizes)
+        cells = RowViews(np.arange(4, 4 + len(row), dtype=np.uint16), starts, row, starts, sizes)
         for num_bins in (51, 31, 7, 3):
             for right in (0, 1):
                 settings = {"num_bins": num_bins, "right_binning": bool(right), "context_length": 3000}
@@ -186,7 +186,7 @@ def test_every_gene_is_sampled_and_hidden_equally_often(vocab: Path, length: int
     collator, repeats = CellCollator(tokenizer(vocab, value_encoding="raw"), mlm_probability=0.3), 4000
     genes = np.arange(4, 4 + length, dtype=np.uint16)
     zeros, sizes = np.zeros(repeats, dtype=np.int64), np.full(repeats, length)
-    cells = CountRows(genes, zeros, np.arange(1, 1 + length, dtype=np.uint16), zeros, sizes)
+    cells = RowViews(genes, zeros, np.arange(1, 1 + length, dtype=np.uint16), zeros, sizes)
     streams = np.random.default_rng(3).integers(0, 2**63, repeats).astype(np.uint64)
     batch = collator.collate([(np.arange(repeats), cells)], streams)
     kept_flags = np.zeros((repeats, length), dtype=bool)
@@ -233,7 +233,7 @@ def test_unexpressed_genes_fill_up_the_context(vocab: Path) -> None:
 def test_a_small_vocabulary_leaves_some_padding(tmp_path: Path) -> None:
     few = TahoeX1Tokenizer(str(write_vocab(tmp_path, GENES[:30])), context_length=64)
     starts, sizes = np.zeros(1, dtype=np.int64), np.array([10])
-    cells = CountRows(np.arange(3, 13, dtype=np.uint16), starts, np.ones(10, dtype=np.uint16), starts, sizes)
+    cells = RowViews(np.arange(3, 13, dtype=np.uint16), starts, np.ones(10, dtype=np.uint16), starts, sizes)
     batch = collate(CellCollator(few, unexpressed_padding=True), cells)
     assert batch["attention_mask"].sum() == 31
     assert sorted(batch["input_ids"][0, 1:31].tolist()) == list(range(3, 33))
@@ -255,19 +255,19 @@ def test_a_cell_does_not_depend_on_batch_order_or_padding(vocab: Path) -> None:
         collator = CellCollator(tokenizer(vocab), **settings)
         whole = rows_of(collator.collate([(np.arange(6), cells)], streams))
         order = np.array([4, 0, 3, 5, 1, 2])
-        turned = CountRows(
+        turned = RowViews(
             cells.genes, cells.gene_starts[order], cells.counts, cells.count_starts[order], cells.lengths[order]
         )
         assert rows_of(collator.collate([(np.arange(6), turned)], streams[order])) == [whole[i] for i in order]
         for i in range(6):
-            one = CountRows(
+            one = RowViews(
                 cells.genes, cells.gene_starts[[i]], cells.counts, cells.count_starts[[i]], cells.lengths[[i]]
             )
             assert rows_of(collator.collate([(np.zeros(1, dtype=int), one)], streams[[i]])) == [whole[i]]
     # In two parts, as the cells of two shards arrive.
     parts = [(order[:2], order[:2]), (order[2:], order[2:])]
     split = [
-        (rows, CountRows(cells.genes, cells.gene_starts[c], cells.counts, cells.count_starts[c], cells.lengths[c]))
+        (rows, RowViews(cells.genes, cells.gene_starts[c], cells.counts, cells.count_starts[c], cells.lengths[c]))
         for rows, c in parts
     ]
     assert rows_of(CellCollator(tokenizer(vocab)).collate(split, streams)) == whole

@@ -272,10 +272,10 @@ def test_a_state_from_other_data_or_settings_is_refused(folder: Path, collator: 
     state = CellBatches(folder, collator, batch_size=8).state_dict()
     make_cells(100, seed=5).write_h5ad(tmp_path / "a.h5ad")
     other = run(tmp_path, [source(tmp_path / "a.h5ad")])
-    with pytest.raises(ValueError, match="the state is of other shards, num_cells"):
+    with pytest.raises(ValueError, match="the state was saved with other shards, num_cells"):
         CellBatches(other, collator, batch_size=8).load_state_dict(state)
     for settings, name in (({"seed": 1}, "seed"), ({"window": 7}, "window"), ({"shuffle": False}, "shuffle")):
-        with pytest.raises(ValueError, match=f"the state is of other {name}"):
+        with pytest.raises(ValueError, match=f"the state was saved with other {name}"):
             CellBatches(folder, collator, batch_size=8, **settings).load_state_dict(state)
 
 

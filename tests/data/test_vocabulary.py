@@ -110,7 +110,7 @@ def test_versions_are_left_out_and_then_genes_may_not_repeat(tmp_path: Path) -> 
     pd.DataFrame({"ensembl_id": [f"{gene}.12" for gene in GENES]}).to_csv(path, index=False)
     assert list(build_vocabulary(path, tmp_path / "vocab.json"))[3:6] == GENES
     pd.DataFrame({"ensembl_id": [*GENES, f"{GENES[1]}.3"]}).to_csv(path, index=False)
-    with pytest.raises(ValueError, match=f"1 genes stand twice .*'{GENES[1]}'"):
+    with pytest.raises(ValueError, match=f"1 genes occur twice .*'{GENES[1]}'"):
         build_vocabulary(path, tmp_path / "new.json")
 
 
@@ -132,7 +132,7 @@ def test_wrong_ids_are_named_with_the_columns_that_hold_ensembl_ids(tmp_path: Pa
     [
         ({"special_tokens": ["<pad>", "cls"]}, r"\['cls'\]: they must look like <this>"),
         ({"special_tokens": ["<pad>", "<cls>", "<junk0>"]}, "fillers"),
-        ({"special_tokens": ["<pad>", "<cls>", "<pad>"]}, "each may stand once"),
+        ({"special_tokens": ["<pad>", "<cls>", "<pad>"]}, "each may occur once"),
         ({"special_tokens": ["<pad>"]}, r"lack \['<cls>'\]"),
         ({"pad_to_multiple_of": 0}, "pad_to_multiple_of=0"),
     ],

@@ -126,7 +126,7 @@ def test_a_file_of_an_old_anndata(tmp_path: Path, cells: anndata.AnnData, vocab:
 def test_a_backed_anndata_is_read_in_the_files_own_chunks(
     tmp_path: Path, cells: anndata.AnnData, parts, compression: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tahoex1_hf.cells.readers.base.BLOCK_ELEMENTS", 200)
+    monkeypatch.setattr("tahoex1_hf.cells.readers.base._ELEMENTS_FOR_CHUNKS", 200)
     cells.write_h5ad(tmp_path / "cells.h5ad", compression=compression)
     backed = anndata.read_h5ad(tmp_path / "cells.h5ad", backed="r")
     starts = []
@@ -166,7 +166,7 @@ def test_a_prepared_dataset(tmp_path: Path, cells: anndata.AnnData, parts, prepa
     split = open_cells(Source(str(prepared), "prepared", "train"), tokenizer)
     assert len(split.dataset.sizes) > 1
     encoder = ChunkEncoder(split, EncodeOptions(tokenizer))
-    tokens = [chunk.cells.lengths.sum() for chunk in encoder.chunks(0, split.num_cells)]
+    tokens = [chunk.lengths.sum() for chunk in encoder.chunks(0, split.num_cells)]
     np.testing.assert_array_equal(encoder.chunk_tokens(), tokens)
     table = pd.read_parquet(tmp_path / "out.parquet").set_index("cell")
     assert set(table["source"]) == {f"{prepared.name} (train)", f"{prepared.name} (validation)"}

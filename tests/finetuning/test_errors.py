@@ -17,7 +17,7 @@ from scipy.sparse import csr_matrix
 from transformers import TrainerState
 
 from tahoex1_hf.finetuning.bases import load_tokenizer
-from tahoex1_hf.finetuning.cells.labelled import LabelledCells, read_cells
+from tahoex1_hf.finetuning.cells.labelled import FinetuningData, read_cells
 from tahoex1_hf.finetuning.config import parse_finetune_config, read_finetune_config
 from tahoex1_hf.finetuning.running import finetune
 from tahoex1_hf.finetuning.trainer import FinetuneTrainer
@@ -40,10 +40,10 @@ def run(base: Path, tmp_path: Path) -> Callable[..., Any]:
 
 
 @pytest.fixture
-def read(base: Path, tmp_path: Path) -> Callable[..., LabelledCells]:
+def read(base: Path, tmp_path: Path) -> Callable[..., FinetuningData]:
     """Return a function that writes cells and reads them as a run does."""
 
-    def reading(adata: anndata.AnnData, **changes: Any) -> LabelledCells:
+    def reading(adata: anndata.AnnData, **changes: Any) -> FinetuningData:
         adata.write_h5ad(tmp_path / "cells.h5ad")
         config = make_config(base, tmp_path / "cells.h5ad", tmp_path / "run", **changes)
         return read_cells(config, load_tokenizer(config), tmp_path)
@@ -80,14 +80,14 @@ def test_measurements_are_not_classes(run: Callable[..., Any]) -> None:
         run(adata, label="n")
 
 
-def test_numbered_classes_are_classes(read: Callable[..., LabelledCells]) -> None:
+def test_numbered_classes_are_classes(read: Callable[..., FinetuningData]) -> None:
     cells = read(with_column([10.0, 2.0, np.nan] * 10))  # whole, and floats because one is missing
     assert cells.classes == ["2", "10"]
     assert cells.labels is not None
     assert cells.labels.tolist() == [1, 0] * 10
 
 
-def test_class_with_one_cell(run: Callable[..., Any], read: Callable[..., LabelledCells], caplog: Any) -> None:
+def test_class_with_one_cell(run: Callable[..., Any], read: Callable[..., FinetuningData], caplog: Any) -> None:
     kinds = ["A"] * 15 + ["B"] * 13 + ["only", "lonely"]
     with pytest.raises(
         ValueError, match=r"2 classes have fewer than 2 cells: lonely \(1\), only \(1\).*rare_classes=drop"
@@ -100,7 +100,7 @@ def test_class_with_one_cell(run: Callable[..., Any], read: Callable[..., Labell
     assert len(cells) == 28
 
 
-def test_cells_without_a_label_are_left_out_and_counted(read: Callable[..., LabelledCells], caplog: Any) -> None:
+def test_cells_without_a_label_are_left_out_and_counted(read: Callable[..., FinetuningData], caplog: Any) -> None:
     kinds = pd.Categorical(["A", "B", None] * 10)
     with caplog.at_level(logging.WARNING, "tahoex1_hf"):
         cells = read(with_column(kinds))
@@ -161,7 +161,7 @@ def test_unusable_files(run: Callable[..., Any], base: Path, tmp_path: Path) -> 
         run(labelled_cells(30), layer="raw")
 
 
-def test_log_normalised_counts_give_a_warning(read: Callable[..., LabelledCells], caplog: Any) -> None:
+def test_log_normalised_counts_give_a_warning(read: Callable[..., FinetuningData], caplog: Any) -> None:
     adata = labelled_cells(30)
     adata.X = adata.X.log1p()
     with caplog.at_level(logging.WARNING, "tahoex1_hf"):

@@ -75,7 +75,7 @@ METADATA = b"ctorch.distributed.checkpoint.metadata\nMetadata\n"
         (b"ctorch.serialization\nload\n(S'/etc/hostname'\ntR.", r"it asks for torch\.serialization\.load\. Nothing"),
         (b"\x80\x04\x8c\x05torch\x8c\x08Size.mro\x93.", r"it asks for torch\.Size\.mro"),
         (b"cbuiltins\neval\n(S'1'\ntR.", r"it asks for builtins\.eval"),
-        (b"\x80\x04Nr\xff\xff\xff\x7f.", "it notes a value under the number"),
+        (b"\x80\x04Nr\xff\xff\xff\x7f.", "it numbers an entry of its memo"),
         (b"", "is damaged, or not the index"),
         (pickle.dumps({"state_dict_metadata": {}}), "Metadata expected, not dict"),
     ],

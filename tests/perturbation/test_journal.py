@@ -26,7 +26,7 @@ from tahoex1_hf.cells.encoding import EncodeOptions
 from tahoex1_hf.cells.opening import open_cells
 from tahoex1_hf.cli.app import app
 from tahoex1_hf.perturbation import run as perturbation_run
-from tahoex1_hf.perturbation.cells import CellSource
+from tahoex1_hf.perturbation.cells import PerturbationEncoder
 from tahoex1_hf.perturbation.journal import Journal
 from tahoex1_hf.perturbation.measures import Moments
 from tahoex1_hf.perturbation.plan import Controls, Groups, Levels
@@ -98,7 +98,7 @@ def test_controls_shift_as_they_do_when_they_are_tested(tokenizer: TahoeX1Tokeni
     adata = make_cells(40, seed=5)
     options: dict[str, Any] = {"device": "cpu", "progress": False, "min_cells": 3}
     row = perturb_genes(adata, model, tokenizer, [GENES[0]], null_genes=6, **options).table.iloc[0]
-    source = CellSource(open_cells(adata, tokenizer), EncodeOptions(tokenizer))
+    source = PerturbationEncoder(open_cells(adata, tokenizer), EncodeOptions(tokenizer))
     levels = Levels.measure(source, Groups(["all"], [np.arange(40)]))
     distance = ((levels.coordinates(0) - levels.coordinates(0)[0]) ** 2).sum(1)
     controls = [GENES[c] for c in np.argsort(distance)[1:7]]

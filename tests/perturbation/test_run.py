@@ -22,7 +22,7 @@ from tahoex1_hf import (
 from tahoex1_hf.cells.encoding import EncodeOptions
 from tahoex1_hf.cells.opening import open_cells
 from tahoex1_hf.inference.chunks import with_settings
-from tahoex1_hf.perturbation.cells import CellSource, Change, Pairs, halves
+from tahoex1_hf.perturbation.cells import Change, Pairs, PerturbationEncoder, halves
 
 QUIET: dict[str, Any] = {"null_genes": 0, "device": "cpu", "progress": False}
 CLOSE: dict[str, float] = {"rel": 1e-3, "abs": 1e-9}  # of cosine distances, from 1e-5 to 0.1
@@ -276,7 +276,9 @@ def test_predicted_expression_equals_a_plain_forward_pass(
     )
     token = tokenizer.get_vocab()[GENES[gene]]
     absolute, signed, by_gene = [], [], {}
-    source = CellSource(open_cells(adata, tokenizer), EncodeOptions(with_settings(tokenizer, context), seed=seed))
+    source = PerturbationEncoder(
+        open_cells(adata, tokenizer), EncodeOptions(with_settings(tokenizer, context), seed=seed)
+    )
     for number in np.flatnonzero(counts[:, gene]):
         cells = source.read(np.array([number]))
         pairs = Pairs(cells, np.array([0]), np.array([[token]]), Change("delete"))
@@ -328,7 +330,7 @@ def test_long_cells_keep_the_same_other_genes(vocab: Path, overflow: str, mode: 
     whole = TahoeX1Tokenizer(vocab, context_length=None)
     adata = make_cells(40, seed=1)
     counts, ids = dense(adata), short.get_vocab()
-    source = CellSource(open_cells(adata, short), EncodeOptions(short, seed=3))
+    source = PerturbationEncoder(open_cells(adata, short), EncodeOptions(short, seed=3))
     cells = source.read(np.arange(40))
     standard = short(adata, seed=3)["input_ids"]
     rng = np.random.default_rng(0)
@@ -380,7 +382,7 @@ def test_shift_of_long_cells_does_not_come_from_another_sample(tokenizer: TahoeX
     noise = (((embeddings[1] - embeddings[0]) ** 2).sum(1) / 2).mean()
     assert exact["cosine_distance"].mean() < noise / 2
     # The shifts lie between the same cells whose sampling the test above checks.
-    source = CellSource(open_cells(adata, tokenizer), EncodeOptions(with_settings(tokenizer, 10)))
+    source = PerturbationEncoder(open_cells(adata, tokenizer), EncodeOptions(with_settings(tokenizer, 10)))
     cells = source.read(np.arange(60))
     for gene in (3, 30):
         moved = np.flatnonzero(counts[:, gene])

@@ -142,7 +142,7 @@ def test_the_models_own_drugs_keep_their_rows_unless_they_are_others(converted: 
         ({"new": ASPIRIN}, None, r"pass that, too"),
         ({"new": "C1CC", "other": "x"}, "drug", r"2 SMILES .*row 0, 'new': 'C1CC'; row 1, 'other': 'x'"),
         ({"<pad>": ASPIRIN}, "drug", r"row 0 names a drug '<pad>'"),
-        ([("new", ASPIRIN), ("new ", CAFFEINE)], "drug", r"t.csv: 'new' stands twice, .* in row 1,"),
+        ([("new", ASPIRIN), ("new ", CAFFEINE)], "drug", r"t.csv: 'new' occurs twice, .* in row 1,"),
         ([("new", ASPIRIN), (None, CAFFEINE)], "drug", r"t.csv: row 1 names no drug"),
         (("name", "smiles"), "drug", r"t.csv has no column 'drug', only \['name', 'smiles'\]"),
         (("drug", "structure"), "drug", r"t.csv has no column 'canonical_smiles' \(or 'smiles'\), only"),

@@ -18,7 +18,7 @@ from tahoex1_hf.cells.gene_names import text_of
 from tahoex1_hf.cells.gene_search import FoundGenes, find_genes
 from tahoex1_hf.cells.genes import GeneOptions
 from tahoex1_hf.cells.looking import places_to_look
-from tahoex1_hf.cells.readers.base import INDEX, BadInput, Block, CellInput, gene_rows
+from tahoex1_hf.cells.readers.base import INDEX, BadInput, CellInput, gene_rows
 from tahoex1_hf.encoding_tahoe_x1 import GeneMatch, GeneRows, to_csr
 
 if TYPE_CHECKING:
@@ -121,16 +121,16 @@ class AnnDataInput(CellInput):
         parts = {name: (obs.index if name == INDEX else obs[name].array)[start:stop] for name in columns}
         return pd.DataFrame(parts, index=range(stop - start))
 
-    def blocks(
+    def rows(
         self, start: int, stop: int, columns: Sequence[str] = (), elements: int | None = None
-    ) -> Iterator[Block]:
+    ) -> Iterator[GeneRows]:
         """Read a backed CSR matrix like a file; slice any other matrix, a few hundred cells at a time."""
         low = start
         for matrix in self._matrices(start, stop, elements):
             rows, unknown = gene_rows(matrix, self.genes, low, self.tokenizer, self.count_hint)
-            block = Block(low, rows, self._obs(columns, low, low + matrix.shape[0]), unknown)
-            yield block
-            low = block.stop
+            obs = self._obs(columns, low, low + matrix.shape[0])
+            yield rows._replace(first_cell=low, obs=obs, unknown_counts=unknown)
+            low += matrix.shape[0]
 
     def _matrices(self, start: int, stop: int, elements: int | None = None) -> Iterator[Any]:
         if hasattr(self.matrix, "group"):
@@ -282,9 +282,9 @@ class StoredInput(CellInput):
                 return None
             return np.diff(np.asarray(matrix["indptr"][:], dtype=np.int64))
 
-    def blocks(
+    def rows(
         self, start: int, stop: int, columns: Sequence[str] = (), elements: int | None = None
-    ) -> Iterator[Block]:
+    ) -> Iterator[GeneRows]:
         """Read rows; each chunk of a compressed file is read only once."""
         from tahoex1_hf.cells.readers.stores import matrix_blocks, open_store
 
@@ -292,9 +292,9 @@ class StoredInput(CellInput):
             obs, low = _ObsReader(store["obs"], columns, stop), start
             for matrix in matrix_blocks(store[self.place], start, stop, self._spooled, elements):
                 rows, unknown = gene_rows(matrix, self.genes, low, self.tokenizer, self.count_hint)
-                block = Block(low, rows, obs.read(low, low + matrix.shape[0]), unknown)
-                yield block
-                low = block.stop
+                table = obs.read(low, low + matrix.shape[0])
+                yield rows._replace(first_cell=low, obs=table, unknown_counts=unknown)
+                low += matrix.shape[0]
 
     def rows_at(self, numbers: np.ndarray) -> GeneRows:
         """Read some rows; a matrix that is stored by gene is read completely, once."""
@@ -362,7 +362,7 @@ class _Stored:
         self.X = _on_disk(store["X"]) if "X" in store else None
         self.layers = {name: _on_disk(store["layers"][name]) for name in store.get("layers", ())}
 
-    @property
+    @cached_property
     def raw(self) -> Any:
         """Counts and genes of `raw`, if there is one; anndata before 0.7 stored them beside `X`."""
         if "raw.X" in self._store:

@@ -6,7 +6,7 @@ import os
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from tahoex1_hf.cells.errors import BadInput
 from tahoex1_hf.cells.fingerprint import agrees
 from tahoex1_hf.cells.gene_search import FoundGenes
 from tahoex1_hf.cells.looking import MUCH, Seen, look
+from tahoex1_hf.cells.rows import cut_cells, join_cells
 from tahoex1_hf.common.reading import reading
 from tahoex1_hf.encoding_tahoe_x1 import GeneMatch, GeneRows, count_problem, matrix_rows, merge_repeats
 
@@ -34,36 +35,6 @@ INDEX = "_index"
 CHUNK_ELEMENTS = 4_000_000
 
 
-class Block(NamedTuple):
-    """Some consecutive cells of an input.
-
-    Attributes:
-        start: Number of the first cell in the input.
-        rows: Expressed genes of the vocabulary, each once per cell, with float32 counts above zero.
-        obs: Requested columns of obs, one row per cell.
-        unknown_counts: Sum of the counts of genes that are not in the vocabulary.
-    """
-
-    start: int
-    rows: GeneRows
-    obs: "pd.DataFrame"
-    unknown_counts: float
-
-    @property
-    def stop(self) -> int:
-        """Number after the last cell."""
-        return self.start + len(self.rows.offsets) - 1
-
-    def part(self, start: int, stop: int) -> "Block":
-        """Return the part with cells `start` to `stop` of the input; its sum of unknown counts is set to 0."""
-        if (start, stop) == (self.start, self.stop):
-            return self
-        a, b = start - self.start, stop - self.start
-        low, high = self.rows.offsets[a], self.rows.offsets[b]
-        rows = GeneRows(self.rows.tokens[low:high], self.rows.counts[low:high], self.rows.offsets[a : b + 1] - low)
-        return Block(start, rows, self.obs.iloc[a:b], 0.0)
-
-
 class CellInput(ABC):
     """The cells of one file, store, prepared dataset or AnnData, whose genes and counts have been found.
 
@@ -73,7 +44,7 @@ class CellInput(ABC):
         num_cells: Number of cells.
         genes: Token of each gene of the input; None for a prepared dataset, whose genes are tokens.
         fingerprint: Text that changes when the content changes; empty for an AnnData.
-        by_gene: Whether the counts are stored by gene, so that `sort_by_cell` must be called before `blocks`.
+        by_gene: Whether the counts are stored by gene, so that `sort_by_cell` must be called before `rows`.
         found: Result of the search for genes; None for a dataset that has its own table of genes.
         seen: Result of `look`; None before it was called.
         counts_from: Place of the counts: `X`, a layer or `raw`.
@@ -110,16 +81,16 @@ class CellInput(ABC):
         return Counter(dict(self.column(name).astype(object).value_counts(dropna=False)))
 
     @abstractmethod
-    def blocks(
+    def rows(
         self, start: int, stop: int, columns: Sequence[str] = (), elements: int | None = None
-    ) -> Iterator[Block]:
-        """Read cells `start` to `stop` in order, in blocks of bounded memory.
+    ) -> Iterator[GeneRows]:
+        """Read cells `start` to `stop` in order, a bounded number at a time; each gene occurs once in a cell.
 
         Args:
             start: Number of the first cell.
             stop: Number after the last cell.
-            columns: Columns of obs to include in the blocks; `INDEX` for the names of the cells.
-            elements: Approximate largest number of stored counts in a block; `CHUNK_ELEMENTS` by default.
+            columns: Columns of obs to read with the cells; `INDEX` for the names of the cells.
+            elements: Approximate largest number of stored counts read at a time; `CHUNK_ELEMENTS` by default.
 
         Raises:
             BadInput: If the counts cannot be read, or a column does not exist.
@@ -214,26 +185,27 @@ class CellInput(ABC):
             for level, text in notes:
                 logger.log(level, "%s: %s", self.path, text)
 
-    def chunks(self, start: int, stop: int, size: int, columns: Sequence[str] = ()) -> Iterator[Block]:
+    def chunks(self, start: int, stop: int, size: int, columns: Sequence[str] = ()) -> Iterator[GeneRows]:
         """Read cells `start` to `stop`, cut into chunks of `size` cells; the last may have fewer.
 
         Raises:
             ValueError: If the input cannot be read or ends too early; the message names it.
         """
         with reading(self.path):
-            yield from self._cut(self.blocks(start, stop, columns, BLOCK_ELEMENTS), start, stop, size)
+            yield from self._cut(self.rows(start, stop, columns, _ELEMENTS_FOR_CHUNKS), start, stop, size)
 
-    def _cut(self, blocks: Iterator[Block], start: int, stop: int, size: int) -> Iterator[Block]:
+    def _cut(self, read: Iterator[GeneRows], start: int, stop: int, size: int) -> Iterator[GeneRows]:
         first = at = start
-        parts: list[Block] = []
-        for block in blocks:
-            while at < block.stop:
+        parts: list[GeneRows] = []
+        for rows in read:
+            last = rows.first_cell + rows.num_cells
+            while at < last:
                 end = min(first + size, stop)
-                upto = min(end, block.stop)
-                parts.append(block.part(at, upto))
+                upto = min(end, last)
+                parts.append(cut_cells(rows, at, upto))
                 at = upto
                 if at == end:
-                    yield joined(parts)
+                    yield join_cells(parts)
                     first, parts = at, []
         if at != stop:
             raise BadInput(f"it ended after {at} of {self.num_cells} cells: it changed while it was read.")
@@ -241,23 +213,12 @@ class CellInput(ABC):
 
 # Number of stored elements, or of all elements of a dense matrix, that are read at once to make chunks: a few hundred
 # cells, 8 MB.
-BLOCK_ELEMENTS = 1_000_000
+_ELEMENTS_FOR_CHUNKS = 1_000_000
 
 
-def joined(blocks: Sequence[Block]) -> Block:
-    """Join consecutive blocks."""
-    if len(blocks) == 1:
-        return blocks[0]
-    import pandas as pd
-
-    lengths = np.concatenate([np.diff(block.rows.offsets) for block in blocks])
-    rows = GeneRows(
-        np.concatenate([block.rows.tokens for block in blocks]),
-        np.concatenate([block.rows.counts for block in blocks]),
-        np.concatenate([[0], np.cumsum(lengths)]),
-    )
-    obs = pd.concat([block.obs for block in blocks])
-    return Block(blocks[0].start, rows, obs, sum(block.unknown_counts for block in blocks))
+def cell_names(obs: "pd.DataFrame") -> list[str]:
+    """Return the names of cells whose columns of obs were read with `INDEX`."""
+    return obs[INDEX].astype(str).tolist()
 
 
 def token_dtype(tokenizer: "TahoeX1Tokenizer") -> type[np.uint16] | type[np.int32]:

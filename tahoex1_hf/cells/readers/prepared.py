@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import pyarrow as pa
 
-from tahoex1_hf.cells.ragged import CountRows, gather_rows
-from tahoex1_hf.cells.readers.base import INDEX, BadInput, Block, CellInput
+from tahoex1_hf.cells.ragged import RowViews, gather_rows
+from tahoex1_hf.cells.readers.base import INDEX, BadInput, CellInput
 from tahoex1_hf.cells.readers.manifests import check_local, parse_manifest
+from tahoex1_hf.cells.rows import join_cells
 from tahoex1_hf.common.files import WholeFile
 from tahoex1_hf.common.reading import reading
 from tahoex1_hf.encoding_tahoe_x1 import GeneRows
@@ -33,36 +34,24 @@ logger = logging.getLogger(__name__)
 
 _Result = TypeVar("_Result")
 
-# Number of cells in a block of a shard.
-_BLOCK_CELLS = 4096
+# Number of cells of a shard that are copied at a time.
+_COPIED_CELLS = 4096
 _DTYPES = {"uint16": np.uint16, "int32": np.int32, "float": np.float32}
 
 
 @dataclass(frozen=True, eq=False)
 class OpenShard:
-    """The cells of a shard.
+    """An open shard.
 
     Attributes:
-        cells: Genes and counts; the genes of row `i` are `genes[gene_starts[i] : gene_starts[i] + lengths[i]]`, and
-            likewise for counts.
+        cells: Views of the genes and counts of all cells, which lie in the file.
         table: All columns, for metadata.
         drug_ids: `(cells,)` int64 drug ids; None if no drugs were requested.
     """
 
-    cells: CountRows
+    cells: RowViews
     table: pa.Table
     drug_ids: np.ndarray | None
-
-    def rows(self, rows: np.ndarray) -> CountRows:
-        """Return the cells with these row numbers."""
-        all_cells = self.cells
-        return CountRows(
-            all_cells.genes,
-            all_cells.gene_starts[rows],
-            all_cells.counts,
-            all_cells.count_starts[rows],
-            all_cells.lengths[rows],
-        )
 
     def gathered(self, start: int, stop: int) -> GeneRows:
         """Copy cells `start` to `stop` into new arrays, one after the other."""
@@ -105,7 +94,7 @@ def open_shard(path: Path, drug_ids: Callable[[pa.ChunkedArray], np.ndarray] | N
         if "drug" not in table.column_names:
             raise ValueError(f"{path} has no column 'drug', only {table.column_names}: prepare it with drugs.")
         drugs = drug_ids(table.column("drug"))
-    return OpenShard(CountRows(genes, gene_starts, counts, count_starts, lengths), table, drugs)
+    return OpenShard(RowViews(genes, gene_starts, counts, count_starts, lengths), table, drugs)
 
 
 def _flat(table: pa.Table, name: str, whole: pa.Buffer | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -382,9 +371,9 @@ class PreparedInput(CellInput):
             return None
         return np.concatenate([self.dataset.shard(n).cells.lengths for n in range(len(self.dataset.sizes))])
 
-    def blocks(
+    def rows(
         self, start: int, stop: int, columns: Sequence[str] = (), elements: int | None = None
-    ) -> Iterator[Block]:
+    ) -> Iterator[GeneRows]:
         """Copy rows of the shards, a few thousand cells at a time."""
         import pandas as pd
 
@@ -392,11 +381,11 @@ class PreparedInput(CellInput):
         while start < stop:
             self.dataset.prefetch(range(number, min(number + 2, len(self.dataset.sizes))))
             shard, first = self.dataset.shard(number), int(self.starts[number])
-            for low in range(start, min(int(self.starts[number + 1]), stop), _BLOCK_CELLS):
-                high = min(low + _BLOCK_CELLS, int(self.starts[number + 1]), stop)
+            for low in range(start, min(int(self.starts[number + 1]), stop), _COPIED_CELLS):
+                high = min(low + _COPIED_CELLS, int(self.starts[number + 1]), stop)
                 parts = {name: self._column(name, number, low - first, high - first).array for name in columns}
                 obs = pd.DataFrame(parts, index=range(high - low))
-                yield Block(low, shard.gathered(low - first, high - first), obs, 0.0)
+                yield shard.gathered(low - first, high - first)._replace(first_cell=low, obs=obs)
                 start = high
             number += 1
 
@@ -408,12 +397,7 @@ class PreparedInput(CellInput):
             mine = numbers[owners == number] - self.starts[number]
             shard = self.dataset.shard(int(number))
             parts.append(shard.picked(mine))
-        lengths = np.concatenate([np.zeros(0, dtype=np.int64), *(np.diff(part.offsets) for part in parts)])
-        return GeneRows(
-            np.concatenate([part.tokens for part in parts]),
-            np.concatenate([part.counts for part in parts]),
-            np.concatenate([[0], np.cumsum(lengths)]),
-        )
+        return join_cells(parts)
 
 
 def _digest_of(shards: list[dict[str, Any]]) -> str:

@@ -3,6 +3,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from tahoex1_hf.cells.readers.base import CHUNK_ELEMENTS, INDEX, BadInput
 from tahoex1_hf.cells.readers.by_gene import read_spooled
 from tahoex1_hf.cells.readers.csr import AlignedArray, read_rows
 from tahoex1_hf.cells.readers.hdf5_bounds import check_hdf5, check_zarr
+from tahoex1_hf.cells.readers.unreadable import as_bad_input
 
 
 @contextmanager
@@ -21,7 +23,7 @@ def open_store(path: str) -> Iterator[Any]:
     import h5py
     import zarr
 
-    try:
+    with as_bad_input():
         if Path(path).is_dir():
             store: Any = zarr.open_group(path, mode="r")
             _check_parts(store)
@@ -32,8 +34,6 @@ def open_store(path: str) -> Iterator[Any]:
                 check_hdf5(file, path)
                 _check_parts(file)
                 yield file
-    except (OSError, RuntimeError, KeyError, zarr.errors.BaseZarrError) as error:
-        raise BadInput(f"it cannot be read: {type(error).__name__}: {error}") from error
 
 
 def _check_parts(store: Any) -> None:
@@ -111,16 +111,19 @@ def _index_key(frame: Any) -> str:
 
 
 class Frame:
-    """A data frame on disk, whose columns are read when they are requested."""
+    """A data frame on disk, whose columns are read when they are first requested."""
 
     def __init__(self, frame: Any):
         self._frame = frame
+        self._read: dict[str, pd.Series] = {}
         self.columns = column_names(frame)
 
     def __getitem__(self, name: str) -> pd.Series:
-        return read_column(self._frame, name)
+        if name not in self._read:
+            self._read[name] = read_column(self._frame, name)
+        return self._read[name]
 
-    @property
+    @cached_property
     def index(self) -> pd.Index:
         """Names of the rows, as text."""
         return pd.Index(read_column(self._frame, INDEX).astype(str))

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tahoex1_hf.cells.genes import GeneOptions, matched_genes
-from tahoex1_hf.cells.readers.base import CHUNK_ELEMENTS, INDEX, BadInput, Block, CellInput, token_dtype
+from tahoex1_hf.cells.readers.base import CHUNK_ELEMENTS, INDEX, BadInput, CellInput, token_dtype
 from tahoex1_hf.cells.readers.tables import SUFFIXES, find_files, open_table, table_fingerprint
 from tahoex1_hf.encoding_tahoe_x1 import GeneMatch, GeneRows, as_counts, count_problem, merge_repeats
 
@@ -95,9 +95,9 @@ class Tahoe100MInput(CellInput):
             raise BadInput(f"it has no columns {missing}, only {self._columns}.")
         return wanted
 
-    def blocks(
+    def rows(
         self, start: int, stop: int, columns: Sequence[str] = (), elements: int | None = None
-    ) -> Iterator[Block]:
+    ) -> Iterator[GeneRows]:
         """Read cells; only the necessary row groups and columns are read."""
         most = CHUNK_ELEMENTS if elements is None else elements
         if not 0 <= start <= stop <= self.num_cells:
@@ -107,12 +107,12 @@ class Tahoe100MInput(CellInput):
         with open_table(self.path, self._spool) as reader:
             for batch in reader.batches(start, stop, wanted, most):
                 for piece in _bounded(batch, most):
-                    yield self._block(piece, first, columns)
+                    yield self._rows_of(piece, first, columns)
                     first += piece.num_rows
         if first < stop:
             raise BadInput(f"it ends after {first} cells: it has changed, or it is damaged.")
 
-    def _block(self, batch: "pa.RecordBatch", first_cell: int, columns: Sequence[str]) -> Block:
+    def _rows_of(self, batch: "pa.RecordBatch", first_cell: int, columns: Sequence[str]) -> GeneRows:
         tokens, counts, offsets = _without_cls(batch, first_cell)
         ours = self.table.translate(tokens, offsets, first_cell)
         problem, _ = count_problem(GeneRows(tokens, counts, offsets), first_cell, self.table.names)
@@ -122,8 +122,8 @@ class Tahoe100MInput(CellInput):
         unknown = float(counts[~known].sum(dtype=np.float64))
         rows = GeneRows(ours, counts, offsets).select(known & (counts > 0))
         rows = merge_repeats(rows) if _may_repeat(rows) else rows
-        rows = rows._replace(tokens=rows.tokens.astype(token_dtype(self.tokenizer)))
-        return Block(first_cell, rows, _metadata(batch, columns), unknown)
+        tokens = rows.tokens.astype(token_dtype(self.tokenizer))
+        return GeneRows(tokens, rows.counts, rows.offsets, first_cell, _metadata(batch, columns), unknown)
 
 
 # The gene table ---------------------------------------------------------------------------------------

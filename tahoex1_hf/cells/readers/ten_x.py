@@ -23,12 +23,13 @@ from tahoex1_hf.cells.fingerprint import content_fingerprint
 from tahoex1_hf.cells.gene_search import FoundGenes, find_genes
 from tahoex1_hf.cells.genes import GeneOptions
 from tahoex1_hf.cells.looking import places_to_look
-from tahoex1_hf.cells.readers.base import CHUNK_ELEMENTS, INDEX, BadInput, Block, CellInput, gene_rows
+from tahoex1_hf.cells.readers.base import CHUNK_ELEMENTS, INDEX, BadInput, CellInput, gene_rows
 from tahoex1_hf.cells.readers.by_gene import read_spooled, spool_entries
 from tahoex1_hf.cells.readers.csr import check_indptr, read_rows
 from tahoex1_hf.cells.readers.hdf5_bounds import check_hdf5
+from tahoex1_hf.cells.readers.unreadable import as_bad_input
 from tahoex1_hf.common.bounded import BoundedGzip
-from tahoex1_hf.encoding_tahoe_x1 import GeneMatch
+from tahoex1_hf.encoding_tahoe_x1 import GeneMatch, GeneRows
 
 if TYPE_CHECKING:
     from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
@@ -63,7 +64,7 @@ class TenXInput(CellInput):
         if options.layer is not None:
             raise BadInput(f"layer={options.layer!r} was given, but it is a 10x file, which has no layers.")
         self.by_gene = _is_mtx(path)
-        with _reading():
+        with as_bad_input():
             shape, features, barcodes = _shape(path), _features(path), _barcodes(path)
             # Some programs write a header line above the features or barcodes.
             self._heads = int(len(barcodes) - 1 in shape and _is_head(barcodes[0]))
@@ -88,7 +89,7 @@ class TenXInput(CellInput):
     def column(self, name: str) -> pd.Series:
         """Return the barcodes."""
         _check_columns([name])
-        with _reading():
+        with as_bad_input():
             return pd.Series(_barcodes(self.path)[self._heads :])
 
     def fingerprint_now(self) -> str:
@@ -98,36 +99,37 @@ class TenXInput(CellInput):
     def check(self) -> None:
         """Check the index of an `.h5` file."""
         if not self.by_gene:
-            with _reading(), _matrix_group(self.path) as group:
+            with as_bad_input(), _matrix_group(self.path) as group:
                 check_indptr(group, self.num_cells)
 
     def sort_by_cell(self, piece_cells: int = 16384) -> None:
         """Sort the lines of a `matrix.mtx` by cell, since they can be in any order."""
         if self.by_gene:
-            with _reading():
+            with as_bad_input():
                 spool_entries(_mtx_entries(self.path, self._by_cell), self.num_cells, piece_cells, self._spooled())
             self._is_sorted = True
             self.look()
 
     def some_matrices(self) -> Iterator[csr_matrix]:
         """Read the rows of the cells to check."""
-        with _reading():
+        with as_bad_input():
             for start, stop in places_to_look(self.num_cells):
                 yield from self._rows(start, stop, None)
 
-    def blocks(
+    def rows(
         self, start: int, stop: int, columns: Sequence[str] = (), elements: int | None = None
-    ) -> Iterator[Block]:
+    ) -> Iterator[GeneRows]:
         """Read rows of the matrix; the only column is `INDEX`."""
         _check_columns(columns)
-        with _reading():
+        with as_bad_input():
             barcodes = _barcodes(self.path)[self._heads :][start:stop] if columns else None
             low = start
             for matrix in self._rows(start, stop, elements):
                 high = low + matrix.shape[0]
                 names = {} if barcodes is None else {INDEX: barcodes[low - start : high - start]}
                 rows, unknown = gene_rows(matrix, self.genes, low, self.tokenizer)
-                yield Block(low, rows, pd.DataFrame(names, index=range(high - low)), unknown)
+                obs = pd.DataFrame(names, index=range(high - low))
+                yield rows._replace(first_cell=low, obs=obs, unknown_counts=unknown)
                 low = high
 
     def _rows(self, start: int, stop: int, elements: int | None) -> Iterator[csr_matrix]:
@@ -170,16 +172,6 @@ def is_ten_x(path: Path) -> bool:
     if path.is_dir():
         return _prefix(path) is not None
     return path.is_file() and (path.suffix == ".h5" or bool(_MATRIX.fullmatch(path.name)))
-
-
-@contextmanager
-def _reading() -> Iterator[None]:
-    try:
-        yield
-    except BadInput:
-        raise
-    except (OSError, EOFError, RuntimeError, KeyError, ValueError) as error:
-        raise BadInput(f"it cannot be read: {type(error).__name__}: {error}") from error
 
 
 def _is_mtx(path: str) -> bool:

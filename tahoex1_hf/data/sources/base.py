@@ -1,5 +1,5 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""The interface of sources for `prepare`: a source lists files, reports on each, and reads blocks of cells."""
+"""The interface of sources for `prepare`: a source lists files, reports on each, and reads its cells."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tahoex1_hf.cells import compilation
-from tahoex1_hf.cells.readers.base import Block
+from tahoex1_hf.encoding_tahoe_x1 import GeneRows
 
 if TYPE_CHECKING:
     from tahoex1_hf.data.config import CommonSourceConfig
@@ -22,12 +22,12 @@ class FileReport:
     """Facts about a file that are known before its counts are read.
 
     Attributes:
-        num_cells: number of cells in it, before any filter.
-        fingerprint: text that changes when the content does: size and time of change, an etag or a version.
-        num_genes: number of gene columns (or of entries of its gene table).
-        num_genes_known: number of genes that are in the vocabulary.
-        unknown_genes: names of up to five of the other genes.
-        by_gene: whether counts are stored by gene, and `CellSource.spool` must sort them by cell before `read`.
+        num_cells: Number of cells in it, before any filter.
+        fingerprint: Text that changes when the content does: size and time of change, an etag or a version.
+        num_genes: Number of gene columns (or of entries of its gene table).
+        num_genes_known: Number of genes that are in the vocabulary.
+        unknown_genes: Names of up to five of the other genes.
+        by_gene: Whether counts are stored by gene, and `SourceReader.spool` must sort them by cell before `read`.
     """
 
     num_cells: int
@@ -42,16 +42,16 @@ class FileReport:
         return asdict(self)
 
 
-class CellSource(ABC):
+class SourceReader(ABC):
     """Files with cells of one kind. The constructor opens nothing; objects live in worker processes."""
 
     def __init__(self, config: "CommonSourceConfig", tokenizer: "TahoeX1Tokenizer", spool: Path) -> None:
         """Take the settings.
 
         Args:
-            config: the source's part of the configuration.
-            tokenizer: tokenizer that knows the genes of the vocabulary (`match_genes`).
-            spool: folder for intermediate files, which need not exist yet.
+            config: The source's part of the configuration.
+            tokenizer: Tokenizer that knows the genes of the vocabulary (`match_genes`).
+            spool: Folder for intermediate files, which need not exist yet.
         """
         compilation.use_now()
         self.config, self.tokenizer, self.spool_folder = config, tokenizer, spool
@@ -65,21 +65,21 @@ class CellSource(ABC):
         """Look at a file without reading its counts.
 
         Raises:
-            BadInput: where it is corrupt, empty, or its genes are not the vocabulary's.
+            BadInput: If it is corrupt, empty, or its genes are not the vocabulary's.
         """
 
     @abstractmethod
-    def read(self, path: str, start: int, stop: int, columns: Sequence[str]) -> Iterator[Block]:
-        """Yield cells `start` to `stop` of a file in order, in blocks of bounded memory.
+    def read(self, path: str, start: int, stop: int, columns: Sequence[str]) -> Iterator[GeneRows]:
+        """Yield cells `start` to `stop` of a file in order, a bounded number at a time.
 
         Args:
-            path: path, one of those that `list_files` returns.
-            start: number of the first cell.
-            stop: number behind the last cell.
-            columns: metadata columns that the blocks must have; `INDEX` for the names of the cells.
+            path: Path, one of those that `list_files` returns.
+            start: Number of the first cell.
+            stop: Number behind the last cell.
+            columns: Metadata columns to read with the cells; `INDEX` for the names of the cells.
 
         Raises:
-            BadInput: where the counts cannot be read, or a column is not there.
+            BadInput: If the counts cannot be read, or a column is not there.
         """
 
     def fingerprint_now(self, path: str) -> str | None:

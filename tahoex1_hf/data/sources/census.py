@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tahoex1_hf.cells.genes import GeneOptions, matched_genes
-from tahoex1_hf.cells.readers.base import CHUNK_ELEMENTS, INDEX, BadInput, Block, gene_rows
+from tahoex1_hf.cells.readers.base import CHUNK_ELEMENTS, INDEX, BadInput, gene_rows
 from tahoex1_hf.common.files import WholeFile
-from tahoex1_hf.data.sources.base import CellSource, FileReport
-from tahoex1_hf.encoding_tahoe_x1 import GeneMatch
+from tahoex1_hf.data.sources.base import FileReport, SourceReader
+from tahoex1_hf.encoding_tahoe_x1 import GeneMatch, GeneRows
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -36,7 +36,7 @@ _BUFFER_BYTES = 2**25
 _INHERITED: list[Any] = []
 
 
-class CensusExperiment(CellSource):
+class CensusExperiment(SourceReader):
     """One experiment, as one file: its address, or `census:RELEASE/ORGANISM`.
 
     The cells are those that `value_filter` keeps, in the order of their `soma_joinid`. The name of a cell is its
@@ -47,7 +47,7 @@ class CensusExperiment(CellSource):
     config: "CensusSource"
 
     def __init__(self, config: "CensusSource", tokenizer: "TahoeX1Tokenizer", spool: Path) -> None:
-        """Take the settings, as `CellSource` does, and open nothing."""
+        """Take the settings, as `SourceReader` does, and open nothing."""
         super().__init__(config, tokenizer, spool)
         self._experiment: tuple[int, _Experiment] | None = None
 
@@ -75,7 +75,7 @@ class CensusExperiment(CellSource):
                 unknown_genes=list(match.unknown_examples),
             )
 
-    def read(self, path: str, start: int, stop: int, columns: Sequence[str]) -> Iterator[Block]:
+    def read(self, path: str, start: int, stop: int, columns: Sequence[str]) -> Iterator[GeneRows]:
         """Yield cells `start` to `stop` of those that `value_filter` keeps."""
         with _soma_errors(self.config):
             experiment = self._opened()
@@ -89,7 +89,7 @@ class CensusExperiment(CellSource):
                     size = matrix.shape[0]
                     part = metadata.iloc[done : done + size].reset_index(drop=True)
                     rows, unknown = gene_rows(matrix, experiment.genes.match, first + done, self.tokenizer)
-                    yield Block(first + done, rows, part, unknown)
+                    yield rows._replace(first_cell=first + done, obs=part, unknown_counts=unknown)
                     done += size
 
     def _opened(self) -> "_Experiment":
@@ -106,9 +106,9 @@ class _Genes:
     """Genes that `var_filter` keeps.
 
     Attributes:
-        joinids: rising `soma_joinid` of the genes.
-        match: tokens of the genes.
-        are_all: whether these are all genes of the experiment.
+        joinids: Rising `soma_joinid` of the genes.
+        match: Tokens of the genes.
+        are_all: Whether these are all genes of the experiment.
     """
 
     joinids: np.ndarray

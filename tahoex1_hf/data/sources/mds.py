@@ -15,9 +15,9 @@ import pandas as pd
 
 from tahoex1_hf.cells.fingerprint import content_fingerprint
 from tahoex1_hf.cells.genes import GeneOptions, matched_genes
-from tahoex1_hf.cells.readers.base import CHUNK_ELEMENTS, INDEX, BadInput, Block, check_counts, token_dtype
+from tahoex1_hf.cells.readers.base import CHUNK_ELEMENTS, INDEX, BadInput, check_counts, token_dtype
 from tahoex1_hf.data.config import MDSSource
-from tahoex1_hf.data.sources.base import CellSource, FileReport
+from tahoex1_hf.data.sources.base import FileReport, SourceReader
 from tahoex1_hf.data.sources.mds_format import (
     INDEX_FILE,
     Shard,
@@ -46,7 +46,7 @@ class _Vocabulary(NamedTuple):
     match: GeneMatch
 
 
-class MDSFiles(CellSource):
+class MDSFiles(SourceReader):
     """Shards that mosaicml-streaming wrote. A file is a shard: its folder and the `basename` of its raw form."""
 
     config: MDSSource
@@ -63,8 +63,8 @@ class MDSFiles(CellSource):
         """List the shards that every `index.json` in and below the paths lists, each once.
 
         Raises:
-            FileNotFoundError: where a path does not exist, or has no index.
-            BadInput: for an index that is damaged.
+            FileNotFoundError: If a path does not exist, or has no index.
+            BadInput: For an index that is damaged.
         """
         for root in self._roots:
             folders = self._store.folders_with(root, INDEX_FILE)
@@ -97,7 +97,7 @@ class MDSFiles(CellSource):
             unknown_genes=list(genes.unknown_examples),
         )
 
-    def read(self, path: str, start: int, stop: int, columns: Sequence[str]) -> Iterator[Block]:
+    def read(self, path: str, start: int, stop: int, columns: Sequence[str]) -> Iterator[GeneRows]:
         """Check a shard's hashes, decompress it into the spool folder for as long as it is read, and decode it."""
         folder, shard = self._shard(path)
         wanted = {name: CELL_ID if name == INDEX else name for name in columns}
@@ -113,9 +113,10 @@ class MDSFiles(CellSource):
             places = reader.places(start, stop)
             for first, arrays in _gathered(reader, places, start):
                 rows, unknown = self._translate(*arrays, start + first)
-                here = places[:, first : first + len(rows.offsets) - 1]
+                here = places[:, first : first + rows.num_cells]
                 values = {name: _metadata(name, reader.column(column, here)) for name, column in wanted.items()}
-                yield Block(start + first, rows, pd.DataFrame(values, index=range(here.shape[1])), unknown)
+                obs = pd.DataFrame(values, index=range(here.shape[1]))
+                yield rows._replace(first_cell=start + first, obs=obs, unknown_counts=unknown)
 
     def _translate(
         self, ids: np.ndarray, counts: np.ndarray, offsets: np.ndarray, first_cell: int
@@ -208,7 +209,7 @@ class MDSFiles(CellSource):
             if (size := self._store.size(f"{folder}/{form.basename}")) is not None:
                 if size != form.size:
                     raise BadInput(
-                        f"{form.basename} has {size} bytes, and {form.size} by {INDEX_FILE}: copy it again."
+                        f"{form.basename} has {size} bytes, but {INDEX_FILE} says {form.size}: copy it again."
                     )
                 return f"{folder}/{form.basename}", form
         names = " and ".join(form.basename for form in forms)

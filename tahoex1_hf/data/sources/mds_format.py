@@ -49,12 +49,12 @@ class Shard:
     """An entry of an index.
 
     Attributes:
-        raw: the shard itself.
-        packed: its compressed form, None where it has none.
+        raw: The shard itself.
+        packed: Its compressed form, None where it has none.
         compression: `zstd`, `gz`, `bz2`, ...; None where it has none.
-        samples: number of samples.
-        columns: column -> encoding, in the order of storage.
-        sizes: fixed length of each column, 0 where it varies.
+        samples: Number of samples.
+        columns: Column -> encoding, in the order of storage.
+        sizes: Fixed length of each column, 0 where it varies.
     """
 
     raw: StoredFile
@@ -69,7 +69,7 @@ def parse_index(content: bytes) -> list[Shard]:
     """Read the shards that an `index.json` lists.
 
     Raises:
-        BadInput: where it is not an index of MDS shards of version 2.
+        BadInput: If it is not an index of MDS shards of version 2.
     """
     try:
         index = json.loads(content)
@@ -116,12 +116,12 @@ def check_stored(path: Path, stored: StoredFile) -> None:
     """Compare a file with its size and all digests in the index.
 
     Raises:
-        BadInput: where one differs.
-        ImportError: where xxhash is needed and missing.
+        BadInput: If one differs.
+        ImportError: If xxhash is needed and missing.
     """
     size = path.stat().st_size
     if size != stored.size:
-        raise BadInput(f"{stored.basename} has {size} bytes, and {stored.size} by {INDEX_FILE}: copy it again.")
+        raise BadInput(f"{stored.basename} has {size} bytes, but {INDEX_FILE} says {stored.size}: copy it again.")
     sums = {name: digest for name in stored.hashes if (digest := _new_hash(name, stored.basename)) is not None}
     if stored.hashes and not sums:
         logger.warning("%s cannot be checked: its hashes %s are not known.", stored.basename, sorted(stored.hashes))
@@ -132,8 +132,8 @@ def check_stored(path: Path, stored: StoredFile) -> None:
     for name, digest in sums.items():
         if digest.hexdigest() != stored.hashes[name].lower():
             raise BadInput(
-                f"{stored.basename} is damaged: its {name} is {digest.hexdigest()}, and {stored.hashes[name]} by "
-                f"{INDEX_FILE}. Copy it again."
+                f"{stored.basename} is damaged: its {name} is {digest.hexdigest()}, but {INDEX_FILE} says "
+                f"{stored.hashes[name]}. Copy it again."
             )
 
 
@@ -153,8 +153,8 @@ def decompress(path: Path, shard: Shard, target: Path) -> None:
     """Write the decompressed shard, block by block.
 
     Raises:
-        BadInput: where the compression is not known, or the content damaged or not as long as the index says.
-        ImportError: where zstandard is needed and missing.
+        BadInput: If the compression is not known, or the content damaged or not as long as the index says.
+        ImportError: If zstandard is needed and missing.
     """
     written = 0
     opened, errors = _decompressor(path, shard.compression)
@@ -203,7 +203,7 @@ class ShardReader:
         """Open and check the shard.
 
         Raises:
-            BadInput: where it is truncated, or its offsets make no sense.
+            BadInput: If it is truncated, or its offsets make no sense.
         """
         self._shard = shard
         size = path.stat().st_size
@@ -214,7 +214,7 @@ class ShardReader:
         numbers = self._bytes[:head].view("<u4")
         if numbers[0] != shard.samples:
             raise BadInput(
-                f"{shard.raw.basename} has {numbers[0]} samples, and {shard.samples} by {INDEX_FILE}: they do not "
+                f"{shard.raw.basename} has {numbers[0]} samples, but {INDEX_FILE} says {shard.samples}: they do not "
                 "belong together."
             )
         self._offsets = numbers[1:].astype(np.int64)
@@ -228,7 +228,7 @@ class ShardReader:
             `(columns + 1, stop - start)` int64: first byte of every column, and the end of the last one.
 
         Raises:
-            BadInput: where they do not add up to the sample.
+            BadInput: If they do not add up to the sample.
         """
         begins, ends = self._offsets[start:stop], self._offsets[start + 1 : stop + 1]
         varying = [number for number, size in enumerate(self._shard.sizes) if not size]
@@ -255,7 +255,7 @@ class ShardReader:
         """Return a function that gives the value of a column in the i-th sample of `places`.
 
         Raises:
-            BadInput: where the encoding is not known, or a value does not have it.
+            BadInput: If the encoding is not known, or a value does not have it.
         """
         encoding, number = self._shard.columns[column], list(self._shard.columns).index(column)
         decode, size = decoder_of(encoding)
@@ -278,7 +278,7 @@ class ShardReader:
         """Return the values of a column in the samples of `places`.
 
         Raises:
-            BadInput: as `decoder`.
+            BadInput: As for `decoder`.
         """
         value = self.decoder(column, places)
         dtype = _SCALARS.get(self._shard.columns[column])
@@ -313,7 +313,7 @@ def decoder_of(encoding: str) -> tuple[Callable[[bytes], Any], int]:
     """Return the function that decodes a value, and the value's length in bytes, 0 where that varies.
 
     Raises:
-        BadInput: for encodings that are not known, and for pictures.
+        BadInput: For encodings that are not known, and for pictures.
     """
     if encoding in _SCALARS:
         dtype = np.dtype(_SCALARS[encoding])

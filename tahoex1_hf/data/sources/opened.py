@@ -10,9 +10,10 @@ import numpy as np
 from tahoex1_hf.cells.fingerprint import content_fingerprint
 from tahoex1_hf.cells.genes import GeneOptions
 from tahoex1_hf.cells.opening import Source, find_files, open_source
-from tahoex1_hf.cells.readers.base import INDEX, Block, CellInput
+from tahoex1_hf.cells.readers.base import INDEX, CellInput
 from tahoex1_hf.data.config import AnnDataSource, Tahoe100MSource, TenXSource
-from tahoex1_hf.data.sources.base import CellSource, FileReport
+from tahoex1_hf.data.sources.base import FileReport, SourceReader
+from tahoex1_hf.encoding_tahoe_x1 import GeneRows
 
 if TYPE_CHECKING:
     from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
@@ -21,13 +22,13 @@ if TYPE_CHECKING:
 _OPTIONS = (*("gene_id_column", "gene_symbols", "layer", "gene_metadata", "min_known_genes", "species", "orthologs"),)
 
 
-class OpenedFiles(CellSource):
+class OpenedFiles(SourceReader):
     """Files of one kind.
 
     Args:
-        config: the source's part of the configuration.
-        tokenizer: the tokenizer that knows the genes.
-        spool: folder for counts that are sorted by cell.
+        config: The source's part of the configuration.
+        tokenizer: The tokenizer that knows the genes.
+        spool: Folder for counts that are sorted by cell.
     """
 
     config: AnnDataSource | TenXSource | Tahoe100MSource
@@ -86,6 +87,6 @@ class OpenedFiles(CellSource):
         """Sort counts that are stored by gene."""
         self._open(path).sort_by_cell(piece_cells)
 
-    def read(self, path: str, start: int, stop: int, columns: Sequence[str]) -> Iterator[Block]:
-        """Read blocks of the file."""
-        yield from self._open(path).blocks(start, stop, columns)
+    def read(self, path: str, start: int, stop: int, columns: Sequence[str]) -> Iterator[GeneRows]:
+        """Read cells of the file."""
+        yield from self._open(path).rows(start, stop, columns)

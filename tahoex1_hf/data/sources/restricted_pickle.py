@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from tahoex1_hf.cells.readers.base import BadInput
-from tahoex1_hf.common.pickles import check_notes, may_note_far
+from tahoex1_hf.common.pickles import check_memo, may_fill_memo
 
 # Plain numbers and strings. Objects (O) would be unpickled inside numpy, and structures have no use here.
 _DTYPE = re.compile(r"b1|\?|[iu][1248]|f[248]|[SU]\d{1,9}")
@@ -53,20 +53,20 @@ def load_restricted(data: bytes) -> Any:
     """Unpickle a value.
 
     Args:
-        data: result of `pickle.dumps`, of any protocol.
+        data: Result of `pickle.dumps`, of any protocol.
 
     Returns:
         An array (for a tensor too; bfloat16 as float32), a scalar, or a list of arrays and scalars. A list that
         holds only a list becomes that list.
 
     Raises:
-        BadInput: for anything else, with the name of the class or function that the pickle asks for, which is not run;
+        BadInput: For anything else, with the name of the class or function that the pickle asks for, which is not run;
             and for damaged bytes.
     """
     try:
         file = io.BytesIO(data)
-        if may_note_far(data):
-            check_notes(file, len(data))
+        if may_fill_memo(data):
+            check_memo(file, len(data))
         return _plain(_Unpickler(file).load())
     except BadInput:
         raise
@@ -219,10 +219,10 @@ def _storage(data: Any) -> _Storage:
     """
     if not isinstance(data, bytes):
         raise pickle.UnpicklingError("torch storage without bytes")
-    file, head, suspicious = io.BytesIO(data), [], may_note_far(data)
+    file, head, suspicious = io.BytesIO(data), [], may_fill_memo(data)
     for _ in range(5):
         if suspicious:
-            check_notes(file, len(data))
+            check_memo(file, len(data))
         head.append(_StorageUnpickler(file).load())
     (kind, key, length), keys = head[3], head[4]
     if head[:2] != [_TORCH_MAGIC, _TORCH_PROTOCOL] or head[2].get("little_endian") is not True or keys != [key]:

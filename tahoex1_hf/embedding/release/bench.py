@@ -33,17 +33,17 @@ class Bench:
     """Cells with their public embeddings and ours.
 
     Attributes:
-        folder: folder for files that a trial needs.
-        cells: the cells, as in Tahoe-100M.
+        folder: Folder for files that a trial needs.
+        cells: The cells, as in Tahoe-100M.
         public: `(cells, width)` public embeddings.
         samples: `(cells, width)` embeddings of ours in float32, for each seed of the sampling.
-        other_run: the same in bfloat16, with the first seed.
-        model: the model.
-        tokenizer: its tokenizer.
-        gene_metadata: gene table of the cells.
-        drugs: column of the drugs; None for a model without drugs.
-        seed: seed of the second of the samples, which trials have, too.
-        run: arguments of `CellEncoder` (device, batch_tokens).
+        other_run: The same in bfloat16, with the first seed.
+        model: The model.
+        tokenizer: Its tokenizer.
+        gene_metadata: Gene table of the cells.
+        drugs: Column of the drugs; None for a model without drugs.
+        seed: Seed of the second of the samples, which trials have, too.
+        run: Arguments of `CellEncoder` (device, batch_tokens).
     """
 
     folder: Path
@@ -95,12 +95,12 @@ class Bench:
         """Embed the cells in float32, with what is not given as in our own runs.
 
         Args:
-            cells: other cells.
-            model: another model.
-            tokenizer: another tokenizer.
-            drugs: another column, one drug per cell, or None for no drug token.
-            gene_metadata: another gene table.
-            hidden_layer: layer whose output is taken.
+            cells: Other cells.
+            model: Another model.
+            tokenizer: Another tokenizer.
+            drugs: Another column, one drug per cell, or None for no drug token.
+            gene_metadata: Another gene table.
+            hidden_layer: Layer whose output is taken.
 
         Returns:
             `(cells, width)` float32.

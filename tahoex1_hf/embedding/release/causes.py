@@ -40,9 +40,9 @@ class Trial:
     """Embeddings under another assumption.
 
     Attributes:
-        assumption: what was assumed.
-        mean: mean cosine with the public embeddings.
-        closed: share of the gap to our floor that it closes; below 0 where it widens it.
+        assumption: What was assumed.
+        mean: Mean cosine with the public embeddings.
+        closed: Share of the gap to our floor that it closes; below 0 where it widens it.
     """
 
     assumption: str
@@ -55,10 +55,10 @@ class Cause:
     """A cause that was tried.
 
     Attributes:
-        name: name of the cause.
-        doubt: share of what we know of it that is of no use for the public embeddings, 0 to 1; None where that
+        name: Name of the cause.
+        doubt: Share of what we know of it that is of no use for the public embeddings, 0 to 1; None where that
             cannot be asked.
-        trials: other assumptions, the best first.
+        trials: Other assumptions, the best first.
     """
 
     name: str

@@ -39,9 +39,9 @@ class Summary:
     """How near embeddings are to others.
 
     Attributes:
-        median: median cosine over the cells.
-        mean: mean cosine.
-        below: share of the cells below `LOW`.
+        median: Median cosine over the cells.
+        mean: Mean cosine.
+        below: Share of the cells below `LOW`.
     """
 
     median: float
@@ -138,9 +138,9 @@ def compare(
 
     Args:
         public: `(cells, width)` public embeddings.
-        samples: the same of ours, in float32, for at least two seeds of the sampling.
-        low_precision: the same in bfloat16, with the first seed.
-        without_drug: the same in float32, with the first seed and without the drug token; None for a model without
+        samples: The same of ours, in float32, for at least two seeds of the sampling.
+        low_precision: The same in bfloat16, with the first seed.
+        without_drug: The same in float32, with the first seed and without the drug token; None for a model without
             drugs.
     """
     first, others = samples[0], samples[1:]

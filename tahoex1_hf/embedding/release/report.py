@@ -89,12 +89,12 @@ def write_report(
     """Write `report.json`, `report.md`, `scores.csv`, `scores.png`, `cosines.csv` and `cosines.png`.
 
     Args:
-        folder: folder, which exists.
-        comparison: cosines of every cell.
+        folder: Folder, which exists.
+        comparison: Cosines of every cell.
         cells: `key`, `drug`, `genes` and `fits` of every cell.
-        causes: causes that were tried, the likeliest first; None where there was no need to.
-        facts: how the comparison was made.
-        dataset: name of the public embeddings.
+        causes: Causes that were tried, the likeliest first; None where there was no need to.
+        facts: How the comparison was made.
+        dataset: Name of the public embeddings.
 
     Returns:
         The verdict, in a sentence.

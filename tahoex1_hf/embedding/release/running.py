@@ -71,26 +71,26 @@ def verify_release(
     they are farther, causes are tried and ranked. A run that was stopped resumes when it is called again.
 
     Args:
-        output: folder for the report (`report.md`, `report.json`, `cosines.csv`, `cosines.png`, `scores.csv`) and for
+        output: Folder for the report (`report.md`, `report.json`, `cosines.csv`, `cosines.png`, `scores.csv`) and for
             what a resumed run goes on with (`work`).
-        model: folder or Hub name of the model.
-        size: size of a model by name; by default `3b` for a Hub repository.
-        revision: branch, tag or commit of the Hub repository.
-        data: the public cells and embeddings.
-        num_cells: number of cells to compare.
-        samples: number of samples of each cell longer than the context, at least 2.
-        seed: seed of the choice of cells and of the first sample.
-        batch_tokens: most tokens of a batch.
-        device: device to compute on; by default the fastest there is.
-        restart: whether to discard what a run with other settings left.
-        progress: whether to show progress bars.
+        model: Folder or Hub name of the model.
+        size: Size of a model by name; by default `3b` for a Hub repository.
+        revision: Branch, tag or commit of the Hub repository.
+        data: The public cells and embeddings.
+        num_cells: Number of cells to compare.
+        samples: Number of samples of each cell longer than the context, at least 2.
+        seed: Seed of the choice of cells and of the first sample.
+        batch_tokens: Most tokens of a batch.
+        device: Device to compute on; by default the fastest there is.
+        restart: Whether to discard what a run with other settings left.
+        progress: Whether to show progress bars.
 
     Returns:
         The verdict, in a sentence.
 
     Raises:
-        FileNotFoundError: where cells, embeddings or model cannot be reached; the message says what to download.
-        ValueError: for data and arguments that cannot be used.
+        FileNotFoundError: If cells, embeddings or model cannot be reached; the message says what to download.
+        ValueError: For data and arguments that cannot be used.
     """
     if num_cells < 2 or samples < 2:
         raise ValueError(f"num_cells={num_cells}, samples={samples}: pass at least 2 of each.")
@@ -123,7 +123,7 @@ def _claimed(folder: Path, settings: dict[str, Any], restart: bool) -> Iterator[
     """Take the folder for a run with these settings.
 
     Raises:
-        ValueError: where it holds a run with other settings, or another run is at work in it.
+        ValueError: If it holds a run with other settings, or another run is at work in it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock")
@@ -188,12 +188,12 @@ class _Embedder:
     """Our embeddings of the cells, each kind computed once and kept.
 
     Args:
-        work: folder that they are kept in.
-        model: the model.
-        tokenizer: its tokenizer.
-        data: names of the columns.
-        run: arguments of `embed_files`: `batch_tokens`, `device`.
-        progress: whether to show progress bars.
+        work: Folder that they are kept in.
+        model: The model.
+        tokenizer: Its tokenizer.
+        data: Names of the columns.
+        run: Arguments of `embed_files`: `batch_tokens`, `device`.
+        progress: Whether to show progress bars.
     """
 
     def __init__(self, work: Path, model: Any, tokenizer: Any, data: PublicData, run: dict[str, Any], progress: bool):

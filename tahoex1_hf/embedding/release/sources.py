@@ -44,11 +44,11 @@ class PublicData:
 
     Attributes:
         cells: Hub dataset in the form of Tahoe-100M, or a folder, file or address of its Parquet files.
-        embeddings: the same of the embeddings.
-        column: column of the embeddings.
-        key: column that names the cell in both.
-        gene_metadata: gene table of the cells.
-        drugs: column of the cells that holds the drugs.
+        embeddings: The same of the embeddings.
+        column: Column of the embeddings.
+        key: Column that names the cell in both.
+        gene_metadata: Gene table of the cells.
+        drugs: Column of the cells that holds the drugs.
     """
 
     cells: str = CELLS
@@ -64,9 +64,9 @@ class Found:
     """The files of the public data.
 
     Attributes:
-        cells: files of cells.
-        embeddings: files of embeddings.
-        width: length of the embeddings; None where the column does not say.
+        cells: Files of cells.
+        embeddings: Files of embeddings.
+        width: Length of the embeddings; None where the column does not say.
     """
 
     cells: list[str]
@@ -78,13 +78,13 @@ def find_public_data(data: PublicData, spool: Path, problems: Sequence[str] = ()
     """Look whether all that is needed can be read, and return the files.
 
     Args:
-        data: where the public data are.
-        spool: folder for copies of remote files.
-        problems: what is known to be missing already.
+        data: Where the public data are.
+        spool: Folder for copies of remote files.
+        problems: What is known to be missing already.
 
     Raises:
-        FileNotFoundError: where something cannot be reached; the message says what to download.
-        ValueError: for files without the columns that are needed, naming those that are there.
+        FileNotFoundError: If something cannot be reached; the message says what to download.
+        ValueError: For files without the columns that are needed, naming those that are there.
     """
     problems = list(problems)
     cells = _files(data.cells, "data", "cells", problems)
@@ -158,18 +158,18 @@ def choose_cells(
     """Choose cells that are in both, spread over files and row groups.
 
     Args:
-        found: files of the public data.
-        data: names of the columns.
-        num_cells: number of cells.
-        seed: seed of the choice.
-        spool: folder for copies of remote files.
-        progress: whether to show progress bars.
+        found: Files of the public data.
+        data: Names of the columns.
+        num_cells: Number of cells.
+        seed: Seed of the choice.
+        spool: Folder for copies of remote files.
+        progress: Whether to show progress bars.
 
     Returns:
         A row per cell: `key`; `file` and `row`, where the cell is; `shard` and `place`, where its embedding is.
 
     Raises:
-        ValueError: where no cell is in both.
+        ValueError: If no cell is in both.
     """
     import pandas as pd
 
@@ -184,7 +184,7 @@ def choose_cells(
     matched = pd.concat(both, ignore_index=True) if both else pd.DataFrame()
     twice = matched["key"].duplicated(keep=False) if len(matched) else np.zeros(0, dtype=bool)
     if np.any(twice):
-        logger.warning("%d cells stand twice under one key and are left out.", int(np.sum(twice)))
+        logger.warning("%d cells share their key with another and are left out.", int(np.sum(twice)))
         matched = matched[~twice]
     if not len(matched):
         raise ValueError(
@@ -265,7 +265,7 @@ def read_chosen(
         The cells as in the files, with the columns that are needed; and `(cells, width)` float32, in the same order.
 
     Raises:
-        ValueError: for embeddings that are missing, of different lengths or not finite.
+        ValueError: For embeddings that are missing, of different lengths or not finite.
     """
     import pyarrow as pa
 

@@ -51,6 +51,22 @@ def log_normalized(counts: "csr_matrix") -> "csr_matrix":
     return csr_matrix((values, counts.indices, counts.indptr), shape=counts.shape)
 
 
+def sparse_pca(values: "csr_matrix", seed: int) -> Any:
+    """Return an unfitted PCA with at most 50 components for sparse values, which it centres as it goes.
+
+    Args:
+        values: Values that it will be fitted to, shape `(cells, genes)`.
+        seed: Seed of the solver's start.
+
+    Returns:
+        scikit-learn's `PCA`; None if there are too few cells or genes for one component.
+    """
+    from sklearn.decomposition import PCA
+
+    number = min(COMPONENTS, min(values.shape) - 1)
+    return PCA(number, svd_solver="arpack", random_state=seed) if number > 0 else None
+
+
 class Components:
     """Principal components of log-normalised counts, centred and scaled to unit variance.
 
@@ -60,23 +76,22 @@ class Components:
     """
 
     def __init__(self, values: "csr_matrix", seed: int):
-        from sklearn.decomposition import PCA
         from sklearn.preprocessing import StandardScaler
 
         # Genes that no training cell expresses have no variance; left out, they cost nothing.
         self._genes = np.flatnonzero(values.getnnz(axis=0))
-        self._number = min(COMPONENTS, len(self._genes) - 1, values.shape[0] - 1)
-        if self._number < 1:
+        expressed = values[:, self._genes]
+        self._pca = sparse_pca(expressed, seed)
+        if self._pca is None:
             self.train = np.zeros((values.shape[0], 1))
             return
-        self._pca = PCA(self._number, svd_solver="arpack", random_state=seed)  # centres sparse values as it goes
-        scores = self._pca.fit_transform(values[:, self._genes])
+        scores = self._pca.fit_transform(expressed)
         self._scaler = StandardScaler().fit(scores)
         self.train = self._scaler.transform(scores)
 
     def transform(self, values: "csr_matrix") -> np.ndarray:
         """Return the components of other cells, `(cells, components)`."""
-        if self._number < 1 or not values.shape[0]:
+        if self._pca is None or not values.shape[0]:
             return np.zeros((values.shape[0], self.train.shape[1]))
         return np.asarray(self._scaler.transform(self._pca.transform(values[:, self._genes])))
 

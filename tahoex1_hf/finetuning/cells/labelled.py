@@ -19,8 +19,9 @@ import torch
 from tahoex1_hf.cells.encoding import CHUNK_CELLS, DrugIds, EncodeOptions, report_unknown_drugs
 from tahoex1_hf.cells.genes import GeneOptions
 from tahoex1_hf.cells.opening import open_cells, read_obs_column
-from tahoex1_hf.cells.ragged import CountRows
+from tahoex1_hf.cells.ragged import RowViews
 from tahoex1_hf.cells.readers.base import INDEX, CellInput
+from tahoex1_hf.cells.rows import pick_cells
 from tahoex1_hf.data.collator import CellCollator
 from tahoex1_hf.encoding_tahoe_x1 import GeneRows, content_numbers, count_problem, mix64
 from tahoex1_hf.finetuning.cells.labels import class_labels, group_names, number_labels
@@ -41,59 +42,48 @@ SAMPLE_SEED = 0
 _ENCODED_CELLS = 256  # cells encoded at a time, outside of training
 
 
-class StoredCounts:
-    """Counts of the cells of a file, in their order, as flat arrays on disk.
+def store_counts(source: CellInput, drugs_of: DrugIds, folder: Path) -> tuple[GeneRows, np.ndarray | None]:
+    """Copy the counts of all cells of a file to arrays on disk.
 
     The genes of a cell are sorted by token id, so that what is learnt does not depend on the order of a file's genes.
 
-    Attributes:
-        tokens: Token ids of the expressed genes, shape `(total,)`, int32.
-        counts: Their counts, shape `(total,)`, float32.
-        offsets: Boundaries of the cells, shape `(cells + 1,)`, int64.
-        drug_ids: Drugs of the cells, shape `(cells,)`, int64; None without drugs.
+    Args:
+        source: Cells, sorted by cell.
+        drugs_of: Drugs of the cells.
+        folder: Folder for the arrays, which disappear with the process.
+
+    Returns:
+        The cells in the order of the file, with int32 tokens and float32 counts; and their drugs, shape `(cells,)`,
+        int64, or None without drugs.
     """
-
-    def __init__(self, source: CellInput, drugs_of: DrugIds, folder: Path):
-        # These files have no name in the folder, so they disappear when the process ends, however it ends.
-        with tempfile.TemporaryFile(dir=folder) as tokens, tempfile.TemporaryFile(dir=folder) as counts:
-            lengths, drugs = [np.zeros(0, dtype=np.int64)], list[np.ndarray | None]()
-            warned = False
-            for chunk in source.chunks(0, source.num_cells, CHUNK_CELLS, drugs_of.columns):
-                rows = _sorted_by_token(chunk.rows)
-                rows.tokens.astype(np.int32).tofile(tokens)
-                rows.counts.astype(np.float32).tofile(counts)
-                lengths.append(np.diff(rows.offsets))
-                drugs.append(drugs_of.of_block(chunk))
-                warning = None if warned else count_problem(rows, chunk.start, {})[1]
-                if warning is not None:
-                    logger.warning("%s: %s", source.path, warning)
-                    warned = True
-            empty = np.flatnonzero(np.concatenate(lengths) == 0)
-            if len(empty):
-                logger.warning(
-                    "%s: %d of %d cells express no gene of the vocabulary (the first: %s).",
-                    source.path,
-                    len(empty),
-                    source.num_cells,
-                    empty[:5].tolist(),
-                )
-            self.offsets = np.concatenate([[0], np.cumsum(np.concatenate(lengths))])
-            self.tokens = _mapped(tokens, np.int32, int(self.offsets[-1]))
-            self.counts = _mapped(counts, np.float32, int(self.offsets[-1]))
-        given = [ids for ids in drugs if ids is not None]
-        self.drug_ids = np.concatenate(given) if given else None
-
-    def rows(self, numbers: np.ndarray) -> GeneRows:
-        """Return the genes and counts of some cells, by number."""
-        starts, lengths = self.offsets[numbers], self.offsets[numbers + 1] - self.offsets[numbers]
-        offsets = np.concatenate([[0], np.cumsum(lengths)])
-        index = np.repeat(starts - offsets[:-1], lengths) + np.arange(offsets[-1])
-        return GeneRows(self.tokens[index].astype(np.int64), self.counts[index], offsets)
-
-    def views(self, numbers: np.ndarray) -> CountRows:
-        """Return the genes and counts of some cells for the collator, without a copy."""
-        starts = self.offsets[numbers]
-        return CountRows(self.tokens, starts, self.counts, starts, self.offsets[numbers + 1] - starts)
+    # These files have no name in the folder, so they disappear when the process ends, however it ends.
+    with tempfile.TemporaryFile(dir=folder) as tokens, tempfile.TemporaryFile(dir=folder) as counts:
+        lengths, drugs = [np.zeros(0, dtype=np.int64)], list[np.ndarray | None]()
+        warned = False
+        for chunk in source.chunks(0, source.num_cells, CHUNK_CELLS, drugs_of.columns):
+            rows = _sorted_by_token(chunk)
+            rows.tokens.astype(np.int32).tofile(tokens)
+            rows.counts.astype(np.float32).tofile(counts)
+            lengths.append(np.diff(rows.offsets))
+            drugs.append(drugs_of.of_rows(chunk))
+            warning = None if warned else count_problem(rows, chunk.first_cell, {})[1]
+            if warning is not None:
+                logger.warning("%s: %s", source.path, warning)
+                warned = True
+        empty = np.flatnonzero(np.concatenate(lengths) == 0)
+        if len(empty):
+            logger.warning(
+                "%s: %d of %d cells express no gene of the vocabulary (the first: %s).",
+                source.path,
+                len(empty),
+                source.num_cells,
+                empty[:5].tolist(),
+            )
+        offsets = np.concatenate([[0], np.cumsum(np.concatenate(lengths))])
+        size = int(offsets[-1])
+        stored = GeneRows(_mapped(tokens, np.int32, size), _mapped(counts, np.float32, size), offsets)
+    given = [ids for ids in drugs if ids is not None]
+    return stored, np.concatenate(given) if given else None
 
 
 def _sorted_by_token(rows: GeneRows) -> GeneRows:
@@ -110,11 +100,14 @@ def _mapped(file: Any, dtype: type, size: int) -> np.ndarray:
 
 
 @dataclass(eq=False)
-class LabelledCells:
-    """Cells to learn from; a row is a number among these, 0 to `len - 1`.
+class FinetuningData:
+    """The data of a fine-tuning run: counts and labels of the cells to learn from.
+
+    A row is a number among these cells, 0 to `len - 1`.
 
     Attributes:
-        stored: Counts of all cells of the file.
+        stored: Counts of all cells of the file, on disk.
+        drug_ids: Drugs of all cells of the file, shape `(cells of the file,)`, int64; None without drugs.
         tokenizer: Tokenizer of the model.
         numbers: Number of each cell in the file, rising, shape `(cells,)`.
         labels: Classes (int64) or numbers (float64), shape `(cells,)`; None without labels.
@@ -125,7 +118,8 @@ class LabelledCells:
         fingerprint: Text that changes when the file does.
     """
 
-    stored: StoredCounts
+    stored: GeneRows
+    drug_ids: np.ndarray | None
     tokenizer: TahoeX1Tokenizer
     numbers: np.ndarray
     labels: np.ndarray | None
@@ -142,17 +136,21 @@ class LabelledCells:
     def lengths(self) -> np.ndarray:
         """Number of tokens of each cell, shape `(cells,)`, int64."""
         genes = np.diff(self.stored.offsets)[self.numbers]
-        special = 1 if self.stored.drug_ids is None else 2
+        special = 1 if self.drug_ids is None else 2
         room = self.tokenizer.context_length
         return genes + special if room is None else np.minimum(genes + special, room)
+
+    def rows_at(self, numbers: np.ndarray) -> GeneRows:
+        """Return the genes and counts of the cells with these numbers in the file."""
+        rows = pick_cells(self.stored, numbers)
+        return rows._replace(tokens=rows.tokens.astype(np.int64))
 
     def encoded(self, rows: np.ndarray) -> EncodedCells:
         """Encode cells; the result for a cell depends neither on the other cells nor on its place in the file."""
         numbers = self.numbers[rows]
-        drugs, counts = self.stored.drug_ids, self.stored.rows(numbers)
         return self.tokenizer.encode_rows(
-            counts,
-            drug_ids=None if drugs is None else drugs[numbers],
+            self.rows_at(numbers),
+            drug_ids=None if self.drug_ids is None else self.drug_ids[numbers],
             seed=SAMPLE_SEED,
             warn=lambda _: None,  # warnings were given when the cells were read
         )
@@ -177,17 +175,17 @@ class LabelledCells:
         """Return the arguments of a model for cells with masked genes, by seed, epoch and the cell's counts alone."""
         numbers = self.numbers[rows]
         key = mix64(mix64(np.array([seed], dtype=np.uint64)) + np.uint64(epoch))
-        streams = mix64(key + content_numbers(self.stored.rows(numbers)))
+        streams = mix64(key + content_numbers(self.rows_at(numbers)))
         drugs = None
         if collator.drug_token:
-            drugs = np.zeros(len(rows), np.int64) if self.stored.drug_ids is None else self.stored.drug_ids[numbers]
-        return collator.collate([(np.arange(len(rows)), self.stored.views(numbers))], streams, drugs)
+            drugs = np.zeros(len(rows), np.int64) if self.drug_ids is None else self.drug_ids[numbers]
+        return collator.collate([(np.arange(len(rows)), RowViews.of(self.stored, numbers))], streams, drugs)
 
     def contents(self) -> np.ndarray:
         """Return numbers that are equal for cells with the same counts, shape `(cells,)`."""
         parts = [np.zeros(0, dtype=np.uint64)]
         for start in range(0, len(self), _ENCODED_CELLS):
-            rows = self.stored.rows(self.numbers[start : start + _ENCODED_CELLS])
+            rows = self.rows_at(self.numbers[start : start + _ENCODED_CELLS])
             # `content_numbers`, of which a few in millions of cells may be equal by chance, would not do here.
             hashes = mix64((rows.tokens.astype(np.uint64) << np.uint64(32)) | rows.counts.view(np.uint32))
             sums = np.concatenate([np.zeros(1, dtype=np.uint64), np.cumsum(hashes)])
@@ -198,11 +196,11 @@ class LabelledCells:
         """Return the counts of all known genes as a `(cells, vocabulary)` CSR matrix, a column per token."""
         from scipy.sparse import csr_matrix
 
-        rows = self.stored.rows(self.numbers)
+        rows = self.rows_at(self.numbers)
         return csr_matrix((rows.counts, rows.tokens, rows.offsets), shape=(len(self), len(self.tokenizer)))
 
 
-def read_cells(config: FinetuneConfig, tokenizer: TahoeX1Tokenizer, folder: Path) -> LabelledCells:
+def read_cells(config: FinetuneConfig, tokenizer: TahoeX1Tokenizer, folder: Path) -> FinetuningData:
     """Read the cells of a run: first the columns of obs, where most errors are, then the counts.
 
     Args:
@@ -250,12 +248,12 @@ def read_cells(config: FinetuneConfig, tokenizer: TahoeX1Tokenizer, folder: Path
         source.sort_by_cell()
         drug_ids = DrugIds(source, encoding, rows)
         report_unknown_drugs([drug_ids])
-        stored = StoredCounts(source, drug_ids, folder)
+        stored, drugs = store_counts(source, drug_ids, folder)
     try:
         names = read_obs_column(config.data, INDEX, "name").astype(str).to_numpy(dtype=object)[rows]
     except ValueError:  # other files than AnnData have no names that can be read alone
         names = np.array([str(row) for row in rows], dtype=object)
     source.check_unchanged()
-    return LabelledCells(
-        stored, tokenizer, rows, labels, classes, groups, parts, names, fingerprint=source.fingerprint
+    return FinetuningData(
+        stored, drugs, tokenizer, rows, labels, classes, groups, parts, names, fingerprint=source.fingerprint
     )

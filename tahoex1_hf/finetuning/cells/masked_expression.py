@@ -13,7 +13,7 @@ from tahoex1_hf.configuration_tahoe_x1 import TahoeX1Config
 from tahoex1_hf.data.collator import CellCollator
 from tahoex1_hf.finetuning.adapters import add_results
 from tahoex1_hf.finetuning.bases import load_base
-from tahoex1_hf.finetuning.cells.labelled import LabelledCells
+from tahoex1_hf.finetuning.cells.labelled import FinetuningData
 from tahoex1_hf.finetuning.cells.task import CellTask
 from tahoex1_hf.finetuning.config import MaskedExpressionConfig
 from tahoex1_hf.finetuning.objectives import HELD_OUT, Objective
@@ -31,7 +31,7 @@ _BASELINE_CELLS = 20_000  # most training cells that the constants are learnt fr
 
 @torch.no_grad()
 def model_errors(
-    config: MaskedExpressionConfig, cells: LabelledCells, split: Split, model: Any
+    config: MaskedExpressionConfig, cells: FinetuningData, split: Split, model: Any
 ) -> tuple[float, float]:
     """Return a model's mean squared errors at the hidden genes of the test cells, in the unit of the loss.
 
@@ -51,7 +51,7 @@ def model_errors(
 
 
 def constant_errors(
-    config: MaskedExpressionConfig, cells: LabelledCells, split: Split, model: TahoeX1Config
+    config: MaskedExpressionConfig, cells: FinetuningData, split: Split, model: TahoeX1Config
 ) -> tuple[float, float]:
     """Return the errors of two constants learnt from the training cells: the mean value, and each gene's mean."""
     means, mean = _gene_means(config, cells, split)
@@ -66,14 +66,14 @@ def constant_errors(
     return float(constant), float(per_gene)
 
 
-def _test_batches(config: MaskedExpressionConfig, cells: LabelledCells, split: Split) -> Iterator[dict[str, Any]]:
+def _test_batches(config: MaskedExpressionConfig, cells: FinetuningData, split: Split) -> Iterator[dict[str, Any]]:
     """Yield batches of the test cells, always with the same genes hidden."""
     objective = Objective(config, cells, split.train)
     for rows in length_sorted_batches(cells.lengths[split.test], _BATCH_TOKENS):
         yield objective.batch(split.test[rows], HELD_OUT)
 
 
-def _gene_means(config: MaskedExpressionConfig, cells: LabelledCells, split: Split) -> tuple[np.ndarray, float]:
+def _gene_means(config: MaskedExpressionConfig, cells: FinetuningData, split: Split) -> tuple[np.ndarray, float]:
     """Return the mean value of each token in the training cells, `(vocabulary,)`, and the mean over all tokens."""
     everything = CellCollator(cells.tokenizer, mlm_probability=1.0)
     size = len(cells.tokenizer)

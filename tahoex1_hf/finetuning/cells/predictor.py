@@ -196,13 +196,13 @@ class CellPredictor:
             on_batch: Function called after each batch with its number of cells.
 
         Raises:
-            ValueError: Where a prediction is not finite; the message names the cell.
+            ValueError: If a prediction is not finite; the message names the cell.
         """
         drug_ids = DrugIds(cells, options)
         report_unknown_drugs([drug_ids])
         chunks = cells.chunks(0, cells.num_cells, encoding.CHUNK_CELLS, drug_ids.columns)
         done = 0
-        for encoded in prefetch(self.encode(chunk.rows, drug_ids.of_block(chunk)) for chunk in chunks):
+        for encoded in prefetch(self.encode(chunk, drug_ids.of_rows(chunk)) for chunk in chunks):
             outputs = self.predict(encoded, on_batch)
             check_results(outputs, range(done, done + len(outputs)), cells, self.encoder.dtype_name)
             yield encoded, outputs

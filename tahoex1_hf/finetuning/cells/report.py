@@ -89,7 +89,7 @@ def write_cell_report(folder: Path, results: CellResults, scores: Report, ours: 
         Content of `report.json`.
 
     Raises:
-        ValueError: Where no split has test cells, or predictions are not of the test cells.
+        ValueError: If no split has test cells, or predictions are not of the test cells.
     """
     results.check()
     metrics = {"model" if name == ours else name: each for name, each in scores.summaries().items()}

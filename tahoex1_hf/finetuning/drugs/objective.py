@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from tahoex1_hf.encoding_tahoe_x1 import mix64
-from tahoex1_hf.finetuning.cells.labelled import LabelledCells
+from tahoex1_hf.finetuning.cells.labelled import FinetuningData
 from tahoex1_hf.finetuning.config import DrugResponseConfig
 from tahoex1_hf.finetuning.drugs.screen import Screen
 from tahoex1_hf.finetuning.objectives import Objective
@@ -48,7 +48,7 @@ class DrugObjective(Objective):
     def __init__(
         self,
         config: DrugResponseConfig,
-        cells: LabelledCells,
+        cells: FinetuningData,
         screen: Screen,
         ids: tuple[np.ndarray, int],
         train: np.ndarray,
@@ -60,7 +60,7 @@ class DrugObjective(Objective):
         lengths = cells.lengths + 1  # the drug token
         of_group = np.array([lengths[group].mean() if len(group) else 0.0 for group in screen.control_cells])
         per_row = np.repeat(of_group[screen.controls], config.controls_per_condition)
-        self.cells = cast(LabelledCells, SimpleNamespace(lengths=np.ceil(per_row).astype(np.int64)))
+        self.cells = cast(FinetuningData, SimpleNamespace(lengths=np.ceil(per_row).astype(np.int64)))
 
     def samples(self, conditions: np.ndarray) -> np.ndarray:
         """Return the rows of some conditions."""
@@ -114,7 +114,7 @@ class DrugTrainer(FinetuneTrainer):
         return (loss, {}) if return_outputs else loss
 
 
-def encode_cells(cells: LabelledCells, numbers: np.ndarray, drug_ids: np.ndarray, seed: int = 0) -> EncodedCells:
+def encode_cells(cells: FinetuningData, numbers: np.ndarray, drug_ids: np.ndarray, seed: int = 0) -> EncodedCells:
     """Encode cells of the file with a drug each."""
-    rows = cells.stored.rows(numbers)
+    rows = cells.rows_at(numbers)
     return cells.tokenizer.encode_rows(rows, drug_ids=drug_ids, seed=seed, warn=lambda _: None)

@@ -67,7 +67,7 @@ def predict_drug_response(
     def mean(drug_id: int) -> torch.Tensor:
         total = torch.zeros(encoder.width, dtype=torch.float64)
         for chunk in source.chunks(0, source.num_cells, _ENCODED_CELLS):
-            cells = _with_drug(tokenizer, chunk.rows, drug_id)
+            cells = _with_drug(tokenizer, chunk, drug_id)
             total += mean_embedding(encoder, cells) * cells.num_cells
         return total / source.num_cells
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from tahoex1_hf.cells.opening import read_obs_column
 from tahoex1_hf.encoding_tahoe_x1 import log_normalize
-from tahoex1_hf.finetuning.cells.labelled import LabelledCells
+from tahoex1_hf.finetuning.cells.labelled import FinetuningData
 from tahoex1_hf.finetuning.config import DrugResponseConfig
 
 logger = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ class Screen:
         return self.drugs if kind == "drug" else self.contexts
 
 
-def read_screen(config: DrugResponseConfig, cells: LabelledCells) -> Screen:
+def read_screen(config: DrugResponseConfig, cells: FinetuningData) -> Screen:
     """Group the cells of a run into conditions.
 
     Args:
@@ -141,7 +141,7 @@ def _units(keys: np.ndarray, chosen: np.ndarray) -> tuple[list[tuple[Any, ...]],
     return distinct, np.array([-1 if key is None else numbers[key] for key in texts], dtype=np.int64)
 
 
-def most_variable(cells: LabelledCells, used: np.ndarray, number: int) -> np.ndarray:
+def most_variable(cells: FinetuningData, used: np.ndarray, number: int) -> np.ndarray:
     """Return the genes whose log-normalised expression varies most over the used cells: token ids, rising.
 
     The model and the baselines are scored on these genes. Their choice reveals nothing about a drug's effect on them.
@@ -150,7 +150,7 @@ def most_variable(cells: LabelledCells, used: np.ndarray, number: int) -> np.nda
     sums, squares = np.zeros(size), np.zeros(size)
     rows = np.flatnonzero(used)
     for start in range(0, len(rows), _CHUNK_CELLS):
-        chunk = cells.stored.rows(cells.numbers[rows[start : start + _CHUNK_CELLS]])
+        chunk = cells.rows_at(cells.numbers[rows[start : start + _CHUNK_CELLS]])
         values = log_normalize(chunk.counts, chunk.offsets).astype(np.float64)
         sums += np.bincount(chunk.tokens, values, minlength=size)
         squares += np.bincount(chunk.tokens, values**2, minlength=size)
@@ -159,7 +159,7 @@ def most_variable(cells: LabelledCells, used: np.ndarray, number: int) -> np.nda
     return np.sort(order[variances[order] > 1e-12])
 
 
-def mean_profiles(cells: LabelledCells, units: np.ndarray, num_units: int, genes: np.ndarray) -> np.ndarray:
+def mean_profiles(cells: FinetuningData, units: np.ndarray, num_units: int, genes: np.ndarray) -> np.ndarray:
     """Compute mean log-normalised expression over the cells of each unit.
 
     Args:
@@ -177,7 +177,7 @@ def mean_profiles(cells: LabelledCells, units: np.ndarray, num_units: int, genes
     rows = np.flatnonzero(units >= 0)
     for start in range(0, len(rows), _CHUNK_CELLS):
         part = rows[start : start + _CHUNK_CELLS]
-        chunk = cells.stored.rows(cells.numbers[part])
+        chunk = cells.rows_at(cells.numbers[part])
         values = log_normalize(chunk.counts, chunk.offsets)
         slot = slots[chunk.tokens]
         known = slot >= 0

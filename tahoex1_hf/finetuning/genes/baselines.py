@@ -7,14 +7,14 @@ from typing import Any
 import numpy as np
 
 from tahoex1_hf.encoding_tahoe_x1 import log_normalize
-from tahoex1_hf.finetuning.cells.labelled import LabelledCells
+from tahoex1_hf.finetuning.cells.labelled import FinetuningData
 from tahoex1_hf.finetuning.splits import Split
 
 MAJORITY = "majority class"
 _CHUNK_CELLS = 4096  # cells read at once
 
 
-def expression_features(cells: LabelledCells, tokens: np.ndarray) -> np.ndarray:
+def expression_features(cells: FinetuningData, tokens: np.ndarray) -> np.ndarray:
     """Compute how strongly genes are expressed.
 
     Args:
@@ -27,7 +27,7 @@ def expression_features(cells: LabelledCells, tokens: np.ndarray) -> np.ndarray:
     """
     sums, counts = np.zeros(len(cells.tokenizer)), np.zeros(len(cells.tokenizer))
     for start in range(0, len(cells), _CHUNK_CELLS):
-        rows = cells.stored.rows(cells.numbers[start : start + _CHUNK_CELLS])
+        rows = cells.rows_at(cells.numbers[start : start + _CHUNK_CELLS])
         sums += np.bincount(rows.tokens, log_normalize(rows.counts, rows.offsets), minlength=len(sums))
         counts += np.bincount(rows.tokens, minlength=len(sums))
     return np.stack([sums[tokens], counts[tokens]], axis=1) / len(cells)

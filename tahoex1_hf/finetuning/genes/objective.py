@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from tahoex1_hf.encoding_tahoe_x1 import mix64
-from tahoex1_hf.finetuning.cells.labelled import LabelledCells
+from tahoex1_hf.finetuning.cells.labelled import FinetuningData
 from tahoex1_hf.finetuning.config import GeneClassificationConfig
 from tahoex1_hf.finetuning.genes.table import GeneTable
 from tahoex1_hf.finetuning.objectives import HELD_OUT, Objective, class_weights
@@ -27,7 +27,7 @@ class GeneObjective(Objective):
         split: Split of the genes.
     """
 
-    def __init__(self, config: GeneClassificationConfig, cells: LabelledCells, genes: GeneTable, split: Split):
+    def __init__(self, config: GeneClassificationConfig, cells: FinetuningData, genes: GeneTable, split: Split):
         self.config, self.cells, self.collator = config, cells, None
         size = len(cells.tokenizer)
         self.classes = torch.full((size,), -100)
@@ -50,9 +50,9 @@ class GeneObjective(Objective):
         the epoch `HELD_OUT` to the validation genes.
         """
         cells, tokenizer = self.cells, self.cells.tokenizer
-        numbers, drugs = cells.numbers[rows], cells.stored.drug_ids
+        numbers, drugs = cells.numbers[rows], cells.drug_ids
         encoded = tokenizer.encode_rows(
-            cells.stored.rows(numbers),
+            cells.rows_at(numbers),
             drug_ids=None if drugs is None else drugs[numbers],
             seed=int(mix64(np.array([self.config.seed], dtype=np.uint64))[0] >> np.uint64(2)) + epoch,
             warn=lambda _: None,

@@ -12,7 +12,7 @@ from tahoex1_hf.cells.encoding import DrugIds, EncodeOptions
 from tahoex1_hf.cells.genes import GeneOptions
 from tahoex1_hf.cells.opening import open_cells
 from tahoex1_hf.encoding_tahoe_x1 import GeneRows
-from tahoex1_hf.finetuning.cells.labelled import LabelledCells
+from tahoex1_hf.finetuning.cells.labelled import FinetuningData
 from tahoex1_hf.finetuning.cells.long_cells import split_long_cells
 from tahoex1_hf.finetuning.methods import trained_head
 from tahoex1_hf.hub.adapters import find_adapter, load_adapter, read_record
@@ -28,11 +28,11 @@ if TYPE_CHECKING:
 _ENCODED_CELLS = 256  # cells encoded at a time
 
 
-def cell_chunks(cells: LabelledCells, numbers: np.ndarray) -> Iterator[tuple[GeneRows, np.ndarray | None]]:
+def cell_chunks(cells: FinetuningData, numbers: np.ndarray) -> Iterator[tuple[GeneRows, np.ndarray | None]]:
     """Yield the genes and drugs of some cells of a file, a few hundred cells at a time."""
     for start in range(0, len(numbers), _ENCODED_CELLS):
-        part, drugs = numbers[start : start + _ENCODED_CELLS], cells.stored.drug_ids
-        yield cells.stored.rows(part), None if drugs is None else drugs[part]
+        part, drugs = numbers[start : start + _ENCODED_CELLS], cells.drug_ids
+        yield cells.rows_at(part), None if drugs is None else drugs[part]
 
 
 @torch.no_grad()
@@ -120,8 +120,8 @@ def predict_gene_classes(
 
     def chunks() -> Iterator[tuple[GeneRows, np.ndarray | None]]:
         for chunk in cells.chunks(0, cells.num_cells, _ENCODED_CELLS, drug_ids.columns):
-            expressing[:] += np.bincount(chunk.rows.tokens, minlength=len(expressing))
-            yield chunk.rows, drug_ids.of_block(chunk)
+            expressing[:] += np.bincount(chunk.tokens, minlength=len(expressing))
+            yield chunk, drug_ids.of_rows(chunk)
 
     inner: Any = without_peft(model)
     known = cells.genes.token_ids  # type: ignore[union-attr]  # an AnnData has genes

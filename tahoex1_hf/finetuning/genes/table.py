@@ -131,7 +131,7 @@ def _without_repeats(
     """Keep one row of each gene.
 
     Raises:
-        ValueError: Where the rows of a gene contradict each other.
+        ValueError: If the rows of a gene contradict each other.
     """
     import pandas as pd
 
@@ -143,7 +143,7 @@ def _without_repeats(
         differs = values.to_numpy() != values.to_numpy()[first][row]
         if differs.any():
             name = table[config.genes_id_column].iloc[int(np.flatnonzero(differs)[0])]
-            raise ValueError(f"genes={config.genes}: {name} stands twice, with another {column}: keep one row.")
+            raise ValueError(f"genes={config.genes}: {name} occurs twice, with another {column}: keep one row.")
     keep = np.sort(first)
     left_out["repeated"] = len(tokens) - len(keep)
     return table.iloc[keep], tokens[keep]

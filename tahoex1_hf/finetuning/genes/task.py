@@ -23,7 +23,7 @@ from scipy.special import softmax
 
 from tahoex1_hf.finetuning.adapters import save_adapter
 from tahoex1_hf.finetuning.bases import base_name, load_base, load_tokenizer
-from tahoex1_hf.finetuning.cells.labelled import LabelledCells, read_cells
+from tahoex1_hf.finetuning.cells.labelled import FinetuningData, read_cells
 from tahoex1_hf.finetuning.cells.task import COSTS, settings_of
 from tahoex1_hf.finetuning.config import GeneClassificationConfig
 from tahoex1_hf.finetuning.fitting import computes_in, fit
@@ -151,7 +151,7 @@ class GeneTask:
 
     def fitted_head(self, split: Split) -> tuple[np.ndarray, np.ndarray]:
         """Return weights and biases of a logistic regression on the base's embeddings of the training genes."""
-        return fit_probe(self.contextual, cast(LabelledCells, self.genes), split, self.config)
+        return fit_probe(self.contextual, cast(FinetuningData, self.genes), split, self.config)
 
     def predict(self, model: Any, split: Split, facts: dict[str, Any]) -> dict[str, np.ndarray]:
         """Return the mean logits of the test genes."""

@@ -13,12 +13,12 @@ def check_facts(facts: Facts, source: Path, folder: Path) -> None:
     """Check that a checkpoint has the shape and the number of parameters that its card will name.
 
     Args:
-        facts: facts of the card.
-        source: file that they come from.
-        folder: converted checkpoint.
+        facts: Facts of the card.
+        source: File that the facts were read from.
+        folder: Converted checkpoint.
 
     Raises:
-        ValueError: naming what differs.
+        ValueError: The message names what differs.
     """
     config = TahoeX1Config.from_pretrained(folder)
     shapes = open_weights(weights_file(folder)).shapes.values()

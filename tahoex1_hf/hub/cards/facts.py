@@ -44,7 +44,7 @@ class Shape:
         feed-forward block four times as wide as the model.
 
         Args:
-            tokens: number of tokens of the cell.
+            tokens: Number of tokens of the cell.
         """
         d, layers = self.hidden_size, self.num_hidden_layers
         return 2.0 * (tokens * (layers * 12 * d * d + d * d) + tokens**2 * layers * 2 * d)
@@ -136,7 +136,7 @@ def load_facts(path: str | Path) -> Facts:
     """Read a facts file.
 
     Raises:
-        ValueError: naming the file and the key that is unknown, missing or of the wrong type.
+        ValueError: The message names the file and the key that is unknown, missing or of the wrong type.
     """
     path = Path(path)
     mapping = yaml.safe_load(path.read_text(encoding="utf-8"))

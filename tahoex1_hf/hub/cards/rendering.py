@@ -21,21 +21,21 @@ LIBRARY, PIPELINE_TAG = "transformers", "feature-extraction"
 
 
 def card_text(size: str, folder: Path, card: Path | None, *, subfolder: str, repo_id: str | None) -> str | None:
-    """Return the text of a size's README.md, or None where nothing is known of the size.
+    """Return the text of a size's README.md; None if nothing is known about the size.
 
     It comes from the first of these that exists: `card`; the facts of the released size of that name; the README.md in
     `folder`.
 
     Args:
-        size: name of the size.
-        folder: converted checkpoint.
-        card: facts (`.yaml`), or a ready README.
-        subfolder: folder of this size in the repository; "" for its root.
+        size: Name of the size.
+        folder: Converted checkpoint.
+        card: Facts (`.yaml`), or a ready README.
+        subfolder: Folder of this size in the repository; "" for its root.
         repo_id: Hub repository that the card is for; by default that of the original.
 
     Raises:
-        FileNotFoundError: where `card` is not there.
-        ValueError: as `render_card`, and for facts of a model of another shape, or another number of parameters.
+        FileNotFoundError: If `card` does not exist.
+        ValueError: As for `render_card`, and for facts of a model of another shape, or another number of parameters.
     """
     card = card or RELEASED_FACTS.get(size)
     if card is None:
@@ -53,12 +53,12 @@ def render_card(facts: str | Path, *, repo_id: str = ORIGINAL_REPO, subfolder: s
     """Return a model card's text, metadata included.
 
     Args:
-        facts: path of the facts file.
+        facts: Path of the facts file.
         repo_id: Hub repository that the card is for, which its examples name.
-        subfolder: folder of this size in the repository; "" for its root.
+        subfolder: Folder of this size in the repository; "" for its root.
 
     Raises:
-        ValueError: for facts, names or metadata that can't be used.
+        ValueError: For facts, names or metadata that can't be used.
     """
     import jinja2  # imported here, so that looking a model up does not wait for it
 
@@ -137,7 +137,7 @@ def check_card(text: str) -> ModelCard:
     Only `ModelCard.validate` can tell whether the Hub knows the license, the tags and the datasets.
 
     Raises:
-        ValueError: naming the fault.
+        ValueError: The message names the fault.
     """
     card = ModelCard(text)
     data: Any = card.data  # a ModelCardData, which huggingface_hub types as its base class
@@ -160,11 +160,11 @@ def check_card(text: str) -> ModelCard:
 
 
 def to_html(text: str) -> str:
-    """Return an HTML page that shows the card about as the Hub does: the metadata as chips, then the text.
+    """Return an HTML page that shows the card much as the Hub does: the metadata as chips, then the text.
 
     Raises:
-        ImportError: where markdown-it-py is not installed.
-        ValueError: as `check_card`.
+        ImportError: If markdown-it-py is not installed.
+        ValueError: As for `check_card`.
     """
     from markdown_it import MarkdownIt
 

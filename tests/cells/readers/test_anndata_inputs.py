@@ -29,12 +29,11 @@ def rows(cells: Any) -> list[np.ndarray]:
 
 
 def same_rows(cells: Any, adata: anndata.AnnData, tokenizer: TahoeX1Tokenizer) -> bool:
-    """Whether cells are those of an AnnData, read block by block as well as by number."""
+    """Whether cells are those of an AnnData, read a few at a time as well as by number."""
     expected = rows(open_cells(adata, tokenizer))
-    blocks = [block.rows for block in cells.blocks(0, cells.num_cells, elements=100)]
-    by_block = np.concatenate([block.counts for block in blocks])
+    in_order = np.concatenate([part.counts for part in cells.rows(0, cells.num_cells, elements=100)])
     by_number = all(np.array_equal(*pair) for pair in zip(rows(cells), expected, strict=True))
-    return by_number and np.array_equal(by_block, expected[1])
+    return by_number and np.array_equal(in_order, expected[1])
 
 
 def write_legacy(adata: anndata.AnnData, path: Path, raw: bool = False) -> None:

@@ -20,9 +20,10 @@ from tahoe_100m import NUM_CELLS, NUM_GENES, SHA256, cell_table, fill_cache, wri
 
 from tahoex1_hf import TahoeX1Tokenizer
 from tahoex1_hf.cells.readers import tables, tahoe_100m
-from tahoex1_hf.cells.readers.base import INDEX, BadInput, Block, gene_rows
+from tahoex1_hf.cells.readers.base import INDEX, BadInput, gene_rows
 from tahoex1_hf.data.config import Tahoe100MSource
 from tahoex1_hf.data.sources.opened import OpenedFiles
+from tahoex1_hf.encoding_tahoe_x1 import GeneRows
 
 GENES = [f"ENSG{number:011d}" for number in range(NUM_GENES)]
 IN_VOCABULARY = GENES[:-3]
@@ -96,12 +97,11 @@ WRITERS = {
 }
 
 
-def together(chunks: Iterator[Block], tokenizer: TahoeX1Tokenizer) -> tuple[np.ndarray, pd.DataFrame, float]:
+def together(chunks: Iterator[GeneRows], tokenizer: TahoeX1Tokenizer) -> tuple[np.ndarray, pd.DataFrame, float]:
     """Return cells x genes in the order of `IN_VOCABULARY`, the metadata, and the sum of unknown counts."""
     parts = list(chunks)
     dense = []
-    for part in parts:
-        rows = part.rows
+    for rows in parts:
         assert len(np.unique(rows.cells() * 10**6 + rows.tokens)) == len(rows.tokens), "a gene stands twice"
         assert (rows.counts > 0).all()
         shape = (len(rows.offsets) - 1, tokenizer.vocab_size)
@@ -149,9 +149,9 @@ def test_chunks_are_bounded(tmp_path: Path, source, counts, kind: str, monkeypat
     path = WRITERS[kind](cell_table(counts), tmp_path)
     monkeypatch.setattr(tahoe_100m, "CHUNK_ELEMENTS", 60)
     chunks = list(source(path).read(path, 0, NUM_CELLS, []))
-    assert all(chunk.rows.offsets[-1] <= 60 for chunk in chunks)
+    assert all(chunk.offsets[-1] <= 60 for chunk in chunks)
     assert 8 < len(chunks) < NUM_CELLS
-    assert all(chunk.obs.shape == (len(chunk.rows.offsets) - 1, 0) for chunk in chunks)
+    assert all(chunk.obs.shape == (len(chunk.offsets) - 1, 0) for chunk in chunks)
 
 
 def test_real_cells_equal_those_of_the_h5ad_file(tmp_path: Path, shared_data) -> None:
@@ -167,11 +167,11 @@ def test_real_cells_equal_those_of_the_h5ad_file(tmp_path: Path, shared_data) ->
     assert (report.num_cells, report.num_genes, report.num_genes_known) == (100, 62710, 62710)
     expected, _ = gene_rows(adata.X, tokenizer.match_genes(adata.var_names), 0, tokenizer)
     [chunk] = cells.read(path, 0, 100, [])
-    assert np.array_equal(chunk.rows.offsets, expected.offsets)
-    assert np.array_equal(chunk.rows.tokens, expected.tokens)
-    assert np.array_equal(chunk.rows.counts, expected.counts)
+    assert np.array_equal(chunk.offsets, expected.offsets)
+    assert np.array_equal(chunk.tokens, expected.tokens)
+    assert np.array_equal(chunk.counts, expected.counts)
     assert chunk.unknown_counts == 0
-    assert chunk.rows.counts.sum() == adata.X.sum() > 1e5
+    assert chunk.counts.sum() == adata.X.sum() > 1e5
 
 
 def test_what_datasets_saves_is_read(tmp_path: Path, source, counts, tokenizer) -> None:
@@ -189,8 +189,8 @@ def test_zeros_are_dropped_and_repeated_genes_added_up(tmp_path: Path, source, c
     table = replaced(table, "expressions", 1, [-2, 2, 3, 4, 0, 1, 5])
     path = write_parquet(table, tmp_path / "cells.parquet")
     [chunk] = source(path).read(path, 1, 2, [])
-    names = source(path).tokenizer.convert_ids_to_tokens(chunk.rows.tokens.tolist())
-    assert dict(zip(names, chunk.rows.counts.tolist(), strict=True)) == {GENES[6]: 6, GENES[2]: 3}
+    names = source(path).tokenizer.convert_ids_to_tokens(chunk.tokens.tolist())
+    assert dict(zip(names, chunk.counts.tolist(), strict=True)) == {GENES[6]: 6, GENES[2]: 3}
     assert chunk.unknown_counts == 6
 
 

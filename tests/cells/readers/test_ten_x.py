@@ -26,9 +26,8 @@ def counts(source: object, tokenizer: TahoeX1Tokenizer, spool: Path | None = Non
     cells = open_cells(source, tokenizer, spool=spool)
     cells.sort_by_cell()
     found: dict[str, dict[int, float]] = {}
-    for block in cells.blocks(0, cells.num_cells, [INDEX]):
-        rows = block.rows
-        for name, a, b in zip(block.obs[INDEX], rows.offsets, rows.offsets[1:], strict=False):
+    for rows in cells.rows(0, cells.num_cells, [INDEX]):
+        for name, a, b in zip(rows.obs[INDEX], rows.offsets, rows.offsets[1:], strict=False):
             found[name] = dict(zip(rows.tokens[a:b].tolist(), rows.counts[a:b].tolist(), strict=True))
     assert len(found) == cells.num_cells
     return found
@@ -135,7 +134,7 @@ def test_losses_are_said_once_the_cells_are_sorted(
     with caplog.at_level(logging.INFO, "tahoex1_hf"):
         cells = open_cells(path, tokenizer, spool=tmp_path / "spool")
         cells.sort_by_cell()
-        list(cells.blocks(0, 9))
+        list(cells.rows(0, 9))
     (record,) = caplog.records
     assert record.message.startswith(f"{path}: 30 of 60 genes (50.0%) are not in the vocabulary")
     assert cells.seen is not None

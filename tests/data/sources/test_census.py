@@ -17,10 +17,11 @@ import pytest
 from scipy.sparse import csr_matrix
 
 from tahoex1_hf import TahoeX1Tokenizer
-from tahoex1_hf.cells.readers.base import INDEX, BadInput, Block
+from tahoex1_hf.cells.readers.base import INDEX, BadInput
 from tahoex1_hf.data.config import CensusSource
 from tahoex1_hf.data.sources import census
 from tahoex1_hf.data.sources.census import CensusExperiment
+from tahoex1_hf.encoding_tahoe_x1 import GeneRows
 
 tiledbsoma = pytest.importorskip("tiledbsoma", reason="tiledbsoma is not installed (extra census)")
 soma_io = pytest.importorskip("tiledbsoma.io")
@@ -78,12 +79,12 @@ def source(tmp_path: Path, tokenizer: TahoeX1Tokenizer) -> Make:
     return make
 
 
-def together(chunks: Iterator[Block], tokenizer: TahoeX1Tokenizer) -> tuple[np.ndarray, pd.DataFrame, float]:
+def together(chunks: Iterator[GeneRows], tokenizer: TahoeX1Tokenizer) -> tuple[np.ndarray, pd.DataFrame, float]:
     """Return cells x genes of the vocabulary, the metadata, and the sum of unknown counts."""
     parts = list(chunks)
-    shapes = [(len(part.rows.offsets) - 1, tokenizer.vocab_size) for part in parts]
+    shapes = [(len(part.offsets) - 1, tokenizer.vocab_size) for part in parts]
     dense = [
-        csr_matrix((part.rows.counts, part.rows.tokens, part.rows.offsets), shape=shape).toarray()
+        csr_matrix((part.counts, part.tokens, part.offsets), shape=shape).toarray()
         for part, shape in zip(parts, shapes, strict=True)
     ]
     metadata = pd.concat([part.obs for part in parts], ignore_index=True)
@@ -135,7 +136,7 @@ def test_every_range_equals_that_part_of_the_whole_and_chunks_are_bounded(
             assert stored <= elements or len(chunk.obs) == 1
             assert chunk.obs.index[0] == 0
     assert list(experiment.read(uri, 20, 20, [])) == []
-    assert all(chunk.obs.shape == (len(chunk.rows.offsets) - 1, 0) for chunk in experiment.read(uri, 3, 30, []))
+    assert all(chunk.obs.shape == (len(chunk.offsets) - 1, 0) for chunk in experiment.read(uri, 3, 30, []))
 
 
 def test_the_source_uses_the_given_buffer(uri: str, source: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -293,13 +294,13 @@ def test_nothing_is_opened_by_the_constructor_nor_by_listing_and_nothing_travels
 
 
 def _sum_of_counts(experiment: CensusExperiment, uri: str, answers: Any) -> None:
-    answers.put(sum(float(chunk.rows.counts.sum()) for chunk in experiment.read(uri, 10, 50, [INDEX])))
+    answers.put(sum(float(chunk.counts.sum()) for chunk in experiment.read(uri, 10, 50, [INDEX])))
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_forked_process_reads_after_its_parent_did(uri: str, source: Make, cells) -> None:
     experiment = source(uri)
-    expected = sum(float(chunk.rows.counts.sum()) for chunk in experiment.read(uri, 10, 50, []))
+    expected = sum(float(chunk.counts.sum()) for chunk in experiment.read(uri, 10, 50, []))
     assert expected == cells.X.toarray()[10:50, :-3].sum()
     context = multiprocessing.get_context("fork")
     answers = context.SimpleQueue()

@@ -17,11 +17,12 @@ import numpy as np
 import pytest
 
 from tahoex1_hf import TahoeX1Tokenizer
-from tahoex1_hf.cells.readers.base import INDEX, BadInput, Block
+from tahoex1_hf.cells.readers.base import INDEX, BadInput
 from tahoex1_hf.data.config import MDSSource
 from tahoex1_hf.data.sources import mds
 from tahoex1_hf.data.sources.mds import MDSFiles
 from tahoex1_hf.data.sources.mds_format import decompress, parse_index
+from tahoex1_hf.encoding_tahoe_x1 import GeneRows
 
 SHARDS = Path(__file__).parents[2] / "mds"
 CELLS: list[dict[str, Any]] = json.loads((SHARDS / "cells.json").read_text())
@@ -74,16 +75,16 @@ def unknown_sum(cells: list[dict[str, Any]]) -> float:
     return sum(count for i, count in pairs if SOURCE_NAMES[i] in UNKNOWN)
 
 
-def read_whole(files: MDSFiles, path: str, columns: tuple[str, ...] = ()) -> list[Block]:
+def read_whole(files: MDSFiles, path: str, columns: tuple[str, ...] = ()) -> list[GeneRows]:
     return list(files.read(path, 0, files.inspect(path).num_cells, columns))
 
 
-def cells_of(chunks: list[Block], tokenizer: TahoeX1Tokenizer) -> list[list[tuple[str, float]]]:
+def cells_of(chunks: list[GeneRows], tokenizer: TahoeX1Tokenizer) -> list[list[tuple[str, float]]]:
     cells = []
     for chunk in chunks:
-        names = tokenizer.convert_ids_to_tokens(chunk.rows.tokens.tolist())
-        pairs = list(zip(names, chunk.rows.counts.tolist(), strict=True))
-        bounds = chunk.rows.offsets.tolist()
+        names = tokenizer.convert_ids_to_tokens(chunk.tokens.tolist())
+        pairs = list(zip(names, chunk.counts.tolist(), strict=True))
+        bounds = chunk.offsets.tolist()
         cells += [pairs[a:b] for a, b in pairwise(bounds)]
     return cells
 
@@ -102,8 +103,8 @@ def test_every_shard_gives_the_cells_that_were_written(
     assert dict(cells[2]) == {SOURCE_NAMES[9]: 4.0}
     assert sum(chunk.unknown_counts for chunk in chunks) == unknown_sum(CELLS) > 0
     for chunk in chunks:
-        assert chunk.rows.counts.dtype == np.float32
-        assert chunk.rows.tokens.dtype == np.uint16  # as in a prepared dataset
+        assert chunk.counts.dtype == np.float32
+        assert chunk.tokens.dtype == np.uint16  # as in a prepared dataset
     assert list((tmp_path / "spool").iterdir()) == []
 
 
@@ -277,7 +278,7 @@ def test_missing_and_truncated_shards(source: Callable[..., MDSFiles], tmp_path:
     path = files.list_files()[1]
     content = shard.read_bytes()
     shard.write_bytes(content[:-9])
-    with pytest.raises(BadInput, match=rf"has {len(content) - 9} bytes, and {len(content)} by index\.json"):
+    with pytest.raises(BadInput, match=rf"has {len(content) - 9} bytes, but index\.json says {len(content)}"):
         files.inspect(path)
     with pytest.raises(BadInput, match="copy it again"):
         list(files.read(path, 0, 10, []))
@@ -479,7 +480,7 @@ def test_impossible_cells(
     with pytest.raises(BadInput, match=message):  # cells are numbered in the shard, wherever reading starts
         list(source(tmp_path / "made", vocab=vocab).read(path, 1, 2, []))
     (chunk,) = source(tmp_path / "made").read(path, 0, 1, [])
-    assert chunk.rows.counts.tolist() == [1.0]
+    assert chunk.counts.tolist() == [1.0]
 
 
 def test_another_vocabulary_is_noticed(source: Callable[..., MDSFiles], tmp_path: Path) -> None:

@@ -156,7 +156,7 @@ def test_a_note_under_a_large_number_is_refused(note: bytes, place: str) -> None
     bomb = b"\x80\x02K\x01" + note + b"."
     if place == "in_storage":
         bomb = pickle.dumps(Calls(torch.storage._load_from_bytes, bomb), protocol=2)
-    with pytest.raises(BadInput, match="notes a value under the number 2147483647"):
+    with pytest.raises(BadInput, match="numbers an entry of its memo 2147483647"):
         load_restricted(bomb)
 
 

@@ -116,7 +116,7 @@ def test_cells_with_one_key_are_left_out(tmp_path: Path, caplog: pytest.LogCaptu
     write_embeddings(tmp_path / "embeddings" / "a.parquet", ["c1", "c2", "c3", "c3", "c4"])
     cells, _, _ = joined(tmp_path, 10)
     assert cells["BARCODE_SUB_LIB_ID"].to_pylist() == ["c1"]
-    assert "4 cells stand twice" in caplog.text
+    assert "4 cells share their key" in caplog.text
 
 
 def test_further_files_of_cells_are_looked_at_until_there_are_enough(tmp_path: Path) -> None:

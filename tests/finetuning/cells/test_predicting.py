@@ -140,7 +140,7 @@ def test_order_and_other_cells_change_nothing(
     order = np.random.default_rng(0).permutation(100)[:60]
     source[order].copy().write_h5ad(tmp_path / "shuffled.h5ad")
     monkeypatch.setattr("tahoex1_hf.cells.encoding.CHUNK_CELLS", 7)
-    monkeypatch.setattr("tahoex1_hf.cells.readers.base.BLOCK_ELEMENTS", 300)
+    monkeypatch.setattr("tahoex1_hf.cells.readers.base._ELEMENTS_FOR_CHUNKS", 300)
     shuffled = predict(tmp_path / "shuffled.h5ad", tmp_path / "b.h5ad", "--adapter", adapter)
     np.testing.assert_allclose(probabilities(shuffled), expected[order], atol=1e-6)
 

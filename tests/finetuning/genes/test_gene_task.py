@@ -161,7 +161,7 @@ def test_a_column_gives_the_split(place: Path, tmp_path: Path) -> None:
         ({"label": "same"}, "has the one value 'x'"),
         ({"label": "number"}, "holds numbers with .* set task=regression"),
         ({"label": "rare"}, "1 classes have fewer than 2 genes: once"),
-        ({"genes": "twice.csv"}, "ENSG00000000003.9 stands twice, with another level: keep one row"),
+        ({"genes": "twice.csv"}, "ENSG00000000003.9 occurs twice, with another level: keep one row"),
         ({"genes": "none.csv"}, "no gene with a label is expressed in"),
     ],
 )
