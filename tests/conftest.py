@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 # Syncing a file takes milliseconds, and guards against a loss of power, which no test can cause: a process that is
-# killed loses nothing that it has written. Tests with watched functions show that files are synced, and in which order.
+# killed loses nothing that it has written. That files are synced, and in which order, is shown by watched functions.
 os.fsync = lambda handle: None
 
 REPO_ROOT = Path(__file__).resolve().parents[1]
