@@ -48,9 +48,9 @@ from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
 
 logger = logging.getLogger(__name__)
 
-# A shard is written when this many seconds have passed since the last one, or when it has this many values (32 MB).
+# A shard is written when this many seconds have passed since the last one, or when it has this many values (8 MB).
 _SHARD_SECONDS = 30.0
-_SHARD_VALUES = 2**23
+_SHARD_VALUES = 2**21
 # Values of settings that runs of earlier versions did not record.
 _FORMERLY = {
     "sampled_by": "number",
@@ -347,9 +347,11 @@ class _Run:
         """Yield the shards of chunks `start` to `stop`, each with its first chunk and the chunk after its last."""
         number, low, high = self.plan.cells(start, stop)
         source = self.plan.encoders[number]
+        # One array for all shards, filled and used again: small pieces would lie scattered among what is freed.
+        room = min(high - low, _SHARD_VALUES // self.encoder.width + encoding.CHUNK_CELLS)
+        embeddings, deviations = np.empty((room, self.encoder.width), dtype=np.float32), np.empty(room, np.float32)
         names: list[str] = []
-        parts: list[np.ndarray] = []
-        spreads: list[np.ndarray] = []
+        size = 0
         empty, first, since = 0, start, time.monotonic()
         columns = [name for name in self.output.shard_columns if name in source.cells.obs_columns]
         tables: list[pa.Table] = []
@@ -364,17 +366,17 @@ class _Run:
         embedded = embed_chunks(self.encoder, chunks, source.cells, gene_means, bar.update, sink_of)
         for done, (chunk, part, spread) in enumerate(embedded, start + 1):
             names.extend(cell_names(chunk.obs) if self.output.names else [])
-            parts.append(part)
-            spreads.append(spread)
+            embeddings[size : size + len(part)], deviations[size : size + len(part)] = part, spread
+            size += len(part)
             tables.append(as_arrow(chunk.obs[columns]))
             empty += len(chunk.empty_cells)
-            full = sum(each.size for each in parts) >= _SHARD_VALUES or time.monotonic() - since >= _SHARD_SECONDS
+            full = embeddings[:size].size >= _SHARD_VALUES or time.monotonic() - since >= _SHARD_SECONDS
             if full or done == stop:
-                deviations = np.concatenate(spreads) if self.options.draws > 1 else None
+                spreads = deviations[:size] if self.options.draws > 1 else None
                 obs = pa.concat_tables(tables, promote_options="permissive") if columns else None
-                yield first, done, Shard(names, np.concatenate(parts), empty, deviations, obs)
-                names, parts, spreads, tables = [], [], [], []
-                empty, first, since = 0, done, time.monotonic()
+                yield first, done, Shard(names, embeddings[:size], empty, spreads, obs)
+                names, tables = [], []
+                size, empty, first, since = 0, 0, done, time.monotonic()
 
     def write(self, writer: EmbeddingWriter, model_name: str) -> None:
         """Write the output from the shards, in the order of the cells."""
