@@ -1,7 +1,7 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
 """Tahoe-x1: a bidirectional transformer over the expressed genes of single cells.
 
-A cell is a set of (gene, expression) tokens behind a `<cls>` token; there is no positional encoding. Decisions that
+A cell is a set of (gene, expression) tokens after a `<cls>` token; there is no positional encoding. Decisions that
 hold for the whole file:
 
 - Padding is never a key, on any attention backend, so a cell's result does not depend on its batch.
@@ -356,7 +356,7 @@ class TahoeX1Model(TahoeX1PreTrainedModel):
         """Embed cells.
 
         Args:
-            input_ids: `(batch, length)` int64, token ids of the genes behind `<cls>`.
+            input_ids: `(batch, length)` int64, token ids of the genes after `<cls>`.
             expression_values: `(batch, length)` float, encoded expression of the genes.
             attention_mask: `(batch, length)`, nonzero at tokens, zero at padding; by default where `input_ids` is not
                 `config.pad_token_id`. Or `(batch, 1, queries, keys)`, what each token sees besides: nonzero, or 0

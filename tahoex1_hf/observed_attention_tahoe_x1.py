@@ -347,7 +347,7 @@ def _with_itself(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return output and log-sum-exp of the targets, with each target's attention to itself.
 
-    `dim` is that of the tokens; behind it comes, in all but `logsumexp`, the width of a head.
+    `dim` is that of the tokens; after it comes, in all but `logsumexp`, the width of a head.
     """
     q, k, v, of_others = (
         _at_least_float32(tensor.index_select(dim, targets)) for tensor in (query, key, value, output)

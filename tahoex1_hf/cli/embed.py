@@ -73,7 +73,7 @@ def embed(
         str | None,
         typer.Option(
             metavar="KINDS",
-            help="Gene embeddings to write, with commas between: GE, the input table; TE, behind the layers without "
+            help="Gene embeddings to write, with commas between: GE, the input table; TE, after the layers without "
             "any cell; EA, the mean over the cells, as --gene-embeddings.",
         ),
     ] = None,

@@ -94,7 +94,7 @@ def _is_ours(error: ModuleNotFoundError) -> bool:
 
 
 def _unforeseen(error: Exception, values: tuple[Any, ...]) -> str:
-    """Return a sentence about an error that no one foresaw, with the files among a command's arguments."""
+    """Return a sentence about an unforeseen error, with the files among a command's arguments."""
     texts = [text for value in values for text in (value if isinstance(value, (list, tuple)) else [value])]
     files = [str(text) for text in texts if isinstance(text, (str, Path)) and os.path.exists(text)]
     where = f"{', '.join(files)}: " if files else ""

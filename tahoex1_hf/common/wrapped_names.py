@@ -49,7 +49,7 @@ def unwrapping(names: Iterable[str]) -> dict[str, str]:
         front = _front(name)
         fronts.add(front)
         for number, wrapper in enumerate(_INSIDE.findall(name.removeprefix(front))):
-            # A rule is applied once to a name. With empty groups behind, it is another rule that does the same.
+            # A rule is applied once to a name. With empty groups at its end, it is another rule that does the same.
             rules[rf"\.{re.escape(wrapper)}{'(?:)' * number}"] = "."
     # The longest first: where one begins with another, it must not lose that part alone.
     longest = sorted(fronts - {""}, key=len, reverse=True)

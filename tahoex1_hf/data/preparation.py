@@ -17,12 +17,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-from filelock import FileLock, Timeout
 
 from tahoex1_hf.cells.fingerprint import agrees
 from tahoex1_hf.cells.readers.base import BadInput
 from tahoex1_hf.cells.readers.unreadable import as_bad_input
 from tahoex1_hf.common.files import WholeFile
+from tahoex1_hf.common.locks import RunLock
 from tahoex1_hf.data.columns import MAX_CATEGORIES, check_joins, common_type
 from tahoex1_hf.data.config import PrepareConfig
 from tahoex1_hf.data.manifest import FileOutcome, build_manifest, write_card
@@ -141,16 +141,8 @@ def prepare(
         raise ValueError(f"num_proc={num_proc}: pass at least 1.")
     output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(output / LOCK)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise ValueError(f"output={config.output!r}: another process is writing there.") from None
-    try:
+    with RunLock(output / LOCK, f"output={config.output!r}", "output"):
         return _prepare_locked(config, output, num_proc, overwrite, full_paths)
-    finally:
-        (output / LOCK).unlink(missing_ok=True)
-        lock.release()
 
 
 def _prepare_locked(

@@ -53,7 +53,7 @@ def build_vocabulary(
             A version (`.12`) is left out.
         pad_to_multiple_of: Number whose next multiple the size is filled up to with `<junk0>`, `<junk1>`, ..., since
             matrix products of round sizes are faster.
-        drug_token: Whether to add `<drug>` behind the special tokens, for models that take a drug.
+        drug_token: Whether to add `<drug>` after the special tokens, for models that take a drug.
         overwrite: Whether to replace a file that holds something else.
 
     Returns:

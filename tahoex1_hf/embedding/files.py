@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
-from filelock import FileLock, Timeout
 
 from tahoex1_hf.cells import encoding
 from tahoex1_hf.cells.encoding import ChunkEncoder, DrugIds, EncodeOptions, report_unknown_drugs
@@ -29,6 +28,7 @@ from tahoex1_hf.cells.genes import TAHOE_100M_GENES, GeneOptions
 from tahoex1_hf.cells.opening import open_all
 from tahoex1_hf.cells.readers.base import INDEX, CellInput, cell_names
 from tahoex1_hf.common.digests import json_digest, some_weights_digest, tokenizer_digest, weights_digest
+from tahoex1_hf.common.locks import RunLock
 from tahoex1_hf.common.processes import Processes
 from tahoex1_hf.common.progress import progress_bar
 from tahoex1_hf.common.reading import reading
@@ -241,7 +241,9 @@ def embed_files(
         run = _Run(inputs, shards, encoder, options, made, new_drugs)
         identity = _identity(run, loaded, {"layer": layer})
         identity["batch_tokens"] = batch_tokens  # changes the last digits; its default depends on device and precision
-        todo = run.begin(stack.enter_context(_Lock(shards)), identity, restart, processes)
+        lock = RunLock(f"{shards.location}.lock" if shards.is_local else None, shards.location, "output")
+        stack.callback(lock.release)
+        todo = run.begin(lock, identity, restart, processes)
         run.carry_out(todo, processes, model_name(model, loaded), progress)
 
 
@@ -266,7 +268,7 @@ class _Run:
         genes = self.plan.inputs[0].genes
         return self.encoder.gene_means(genes) if "EA" in self.kinds and genes is not None else None
 
-    def begin(self, lock: "_Lock", identity: dict[str, Any], restart: bool, processes: Processes) -> np.ndarray:
+    def begin(self, lock: RunLock, identity: dict[str, Any], restart: bool, processes: Processes) -> np.ndarray:
         """Claim the folder of the shards, and return the chunks that this process must embed."""
 
         def first() -> list[np.ndarray]:
@@ -452,29 +454,3 @@ def _identity(run: _Run, model: TahoeX1PreTrainedModel, more: dict[str, Any]) ->
         **run.output.identity,
         **more,
     }
-
-
-class _Lock:
-    """A lock that keeps a second run out of a folder; on many file systems it works only within one machine."""
-
-    def __init__(self, shards: ShardFolder):
-        self.location = shards.location
-        self.lock = FileLock(f"{shards.location}.lock") if shards.is_local else None
-
-    def acquire(self) -> None:
-        """Take the lock, or raise ValueError if another run holds it."""
-        if self.lock is not None:
-            try:
-                self.lock.acquire(timeout=0)
-            except Timeout:
-                raise ValueError(
-                    f"{self.location}: another run is writing there; wait for it to end, or choose another output."
-                ) from None
-
-    def __enter__(self) -> "_Lock":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self.lock is not None and self.lock.is_locked:
-            Path(self.lock.lock_file).unlink(missing_ok=True)
-            self.lock.release()

@@ -192,7 +192,7 @@ class CellEncoder:
             loaded in, which is the highest; bfloat16 multiplies those of float32 under autocast, and int8 quantises
             the layers of a copy.
         hidden_layer: Number of the layer whose output is taken, as in the model's `hidden_states`: 0 is what enters
-            the first layer, -1 the last layer's output behind the final norm, the default. Outputs of other layers
+            the first layer, -1 the last layer's output after the final norm, the default. Outputs of other layers
             are taken as they are, without the final norm.
 
     Attributes:

@@ -1,5 +1,5 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""A sum into the residual stream and the norm behind it in one pass over memory, on GPUs where Triton is installed.
+"""Add to the residual stream and normalise it in one pass over memory, on GPUs where Triton is installed.
 
 torch's CUDA packages for Linux bring Triton. Its kernel is compiled in a second; `torch.compile` would need several.
 """

@@ -1,8 +1,8 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
 """Gene embeddings of the three kinds that the original's benchmarks know.
 
-- GE, gene encoder: the gene's row of the input table, behind the table's norm.
-- TE, transformer encoder: the output of the layers without any cell. Genes stand together as targets, which say
+- GE, gene encoder: the gene's row of the input table, after the table's norm.
+- TE, transformer encoder: the output of the layers without any cell. Genes are put together as targets, which say
   nothing about expression, in rows of 30,000 tokens of the vocabulary in its own order, special tokens included.
 - EA, expression aware: the mean output of the layers over the cells that express the gene; TE for genes that no cell
   expresses.

@@ -7,9 +7,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from filelock import FileLock, Timeout
-
 from tahoex1_hf.common.files import sync
+from tahoex1_hf.common.locks import RunLock
 from tahoex1_hf.perturbation.plan import Task
 
 # Settings that runs of earlier versions did not record; they are taken to be the same.
@@ -38,18 +37,12 @@ class Journal:
             json.dumps(settings)
         )  # makes lists of tuples, as reading the file does
         self._restart = restart
-        self._lock: FileLock | None = None
+        self._lock = RunLock(None if path is None else f"{path}.lock", path, "file")
 
     def __enter__(self) -> Self:
         if self.path is None:
             return self
-        self._lock = FileLock(f"{self.path}.lock")
-        try:
-            self._lock.acquire(timeout=0)
-        except Timeout:
-            raise ValueError(
-                f"{self.path}: another run is writing there; wait for it, or choose another file."
-            ) from None
+        self._lock.acquire()
         try:
             if self.path.exists():
                 self._read(self.path)
@@ -62,9 +55,7 @@ class Journal:
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._lock is not None:
-            Path(self._lock.lock_file).unlink(missing_ok=True)
-            self._lock.release()
+        self._lock.release()
 
     def _read(self, path: Path) -> None:
         complete = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line[-1] == "\n"]

@@ -57,7 +57,7 @@ class PretrainConfig(Strict):
     mlm_probability: float | list[float] = 0.5
     """Share of a cell's genes to predict; of several, one is chosen at random for every cell."""
     packed: bool = True
-    """Whether the cells of a microbatch lie behind each other in one row, without padding."""
+    """Whether the cells of a microbatch follow one another in one row, without padding."""
     unexpressed_padding: bool = False
     """Whether cells are filled up to the context length with genes that they do not express; needs `packed: false`."""
     pad_to_multiple_of: int | None = Field(None, gt=0)

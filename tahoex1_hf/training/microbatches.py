@@ -60,7 +60,7 @@ def longest_cells(context_length: int, cells: int, *, packed: bool, vocab_size: 
     Args:
         context_length: Number of tokens of each cell.
         cells: Number of cells.
-        packed: Whether the cells lie behind each other in one row.
+        packed: Whether the cells follow one another in one row.
         vocab_size: Number of tokens in the vocabulary.
         drugs: Whether each cell has a drug.
     """

@@ -284,7 +284,7 @@ def only_computing(policy: MixedPrecisionPolicy) -> MixedPrecisionPolicy:
 
     Accelerate's own policy uses it for labels too, for losses, which would be logged with three digits, and for the
     sum of gradients over processes, which would lose its digits with 512 of them. `output_dtype` stays unset, since it
-    holds for every unit: float32 from the gene table or a layer does not fit the half-precision norm behind it.
+    holds for every unit: float32 from the gene table or a layer does not fit the half-precision norm after it.
     """
     return dataclasses.replace(policy, reduce_dtype=torch.float32, output_dtype=None, cast_forward_inputs=False)
 

@@ -11,6 +11,8 @@ from cells import NUM_GENES, make_cells, write_vocab
 from helpers import tiny_config, tiny_model
 
 from tahoex1_hf import TahoeX1Model, TahoeX1Tokenizer, embed_anndata, embed_files
+from tahoex1_hf.cells.encoding import ChunkEncoder, EncodeOptions
+from tahoex1_hf.cells.opening import open_cells
 
 KEY = "X_tahoe_x1"
 
@@ -48,3 +50,23 @@ def test_unknown_drugs_are_told_once_for_all_files(tmp_path: Path, caplog: pytes
     with pytest.raises(ValueError, match=r"is not in the drug table.*--unknown-drugs pad"):
         embed_files(files, tmp_path / "x.npy", *parts, drugs="drug", unknown_drugs="error", progress=False)
     assert not (tmp_path / "x.npy.shards").exists()
+
+
+def test_further_samples_are_those_of_long_cells(tmp_path: Path) -> None:
+    cells = make_cells(300)
+    expressed = np.asarray((cells.X > 0).sum(axis=1)).ravel()
+    tokenizer = TahoeX1Tokenizer(str(write_vocab(tmp_path)), context_length=1 + int(np.median(expressed)))
+    chunks = ChunkEncoder(open_cells(cells, tokenizer), EncodeOptions(tokenizer, draws=3)).chunks(0, 300)
+    done = 0
+    for chunk in chunks:
+        mine = expressed[done : done + chunk.num_cells]
+        assert chunk.cell_numbers.tolist() == list(range(done, done + len(mine)))
+        long = np.flatnonzero(mine >= tokenizer.context_length)
+        assert 0 < len(long) < len(mine)
+        assert len(chunk.samples) == 2
+        for sample in chunk.samples:
+            assert np.array_equal(sample.cell_numbers, chunk.cell_numbers[long])
+            assert not np.array_equal(sample.input_ids, chunk.samples[0].input_ids) or sample is chunk.samples[0]
+        done += len(mine)
+    assert done == 300
+    assert not next(ChunkEncoder(open_cells(cells, tokenizer), EncodeOptions(tokenizer)).chunks(0, 256)).samples

@@ -69,10 +69,11 @@ def test_public_names() -> None:
         _ = tahoex1_hf.no_such_name
 
 
-def test_the_app_is_found_in_the_package_too() -> None:
-    code = "from tahoex1_hf.cli import app; from tahoex1_hf.cli.app import app as same; assert app is same, app"
+@pytest.mark.parametrize("first", ["from tahoex1_hf.cli import app", "import tahoex1_hf.cli.app"])
+def test_the_app_is_found_in_the_package_too(first: str) -> None:
+    code = f"{first}\nfrom tahoex1_hf.cli import app\nfrom tahoex1_hf.cli.app import app as same"
     environment = {**os.environ, "PYTHONPATH": str(REPO_ROOT)}
-    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+    subprocess.run([sys.executable, "-c", f"{code}\nassert app is same, app"], env=environment, check=True)
 
 
 def test_version() -> None:
@@ -80,8 +81,8 @@ def test_version() -> None:
 
 
 def test_completion_knows_the_commands_and_imports_no_torch() -> None:
-    code = "import sys; sys.argv = ['tahoex1']; import tahoex1_hf.cli.app as cli\n"
-    code += "try: cli.app(prog_name='tahoex1')\nfinally: assert 'torch' not in sys.modules, 'torch'"
+    code = "import sys; sys.argv = ['tahoex1']; from tahoex1_hf.cli import app\n"
+    code += "try: app(prog_name='tahoex1')\nfinally: assert 'torch' not in sys.modules, 'torch'"
     completion = {"_TAHOEX1_COMPLETE": "complete_bash", "COMP_WORDS": "tahoex1 pre", "COMP_CWORD": "1"}
     environment = {**os.environ, "PYTHONPATH": str(REPO_ROOT), **completion}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)

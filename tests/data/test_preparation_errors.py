@@ -224,7 +224,7 @@ def test_two_runs_cannot_write_to_one_folder(tmp_path: Path) -> None:
 
     make_cells(20).write_h5ad(tmp_path / "a.h5ad")
     (tmp_path / "out").mkdir()
-    with FileLock(tmp_path / "out" / ".prepare.lock"), pytest.raises(ValueError, match="another process is writing"):
+    with FileLock(tmp_path / "out" / ".prepare.lock"), pytest.raises(ValueError, match="another run is writing"):
         run(tmp_path, [source(tmp_path / "a.h5ad")])
 
 

@@ -50,10 +50,10 @@ class Case(NamedTuple):
     """A malformed input and what became of it.
 
     Attributes:
-        kind: kind of input.
-        change: how it was damaged.
-        outcome: one of `OUTCOMES`.
-        said: what the command printed.
+        kind: Kind of input.
+        change: How it was damaged.
+        outcome: One of `OUTCOMES`.
+        said: What the command printed.
     """
 
     kind: str
@@ -66,8 +66,8 @@ class Kind(NamedTuple):
     """A kind of input.
 
     Attributes:
-        make: writes a whole input into an empty folder.
-        arguments: returns the command line, given the folder of the input, a vocabulary, a model and an output.
+        make: Writes a whole input into an empty folder.
+        arguments: Returns the command line, given the folder of the input, a vocabulary, a model and an output.
     """
 
     make: Callable[[Path], None]
@@ -264,7 +264,7 @@ class Fuzzer:
     """Whole inputs in a folder, and damaged copies of them given to the commands.
 
     Args:
-        folder: empty folder to work in.
+        folder: Empty folder to work in.
     """
 
     def __init__(self, folder: Path) -> None:

@@ -25,9 +25,9 @@ class OriginalProgram:
     """The program with a checkpoint of its own layout.
 
     Args:
-        folder: folder with `model_config.yml`, `collator_config.yml`, `vocab.json`, `model.safetensors` and
+        folder: Folder with `model_config.yml`, `collator_config.yml`, `vocab.json`, `model.safetensors` and
             `drug_to_id_pad.json`.
-        dtype: precision of the matrix products.
+        dtype: Precision of the matrix products.
     """
 
     def __init__(self, folder: Path, dtype: torch.dtype = torch.bfloat16):
@@ -50,11 +50,11 @@ class OriginalProgram:
         """Return `(cells, width)` embeddings of length 1.
 
         Args:
-            cells: token ids and counts of each cell's genes.
-            drugs: drug of each cell; one that the table lacks is no drug.
-            layer: layer whose output is taken, without the final norm; by default the last, with it.
-            kind: kind of values, `"bins"`, or `"log1p"` of counts that add up to 10,000.
-            batch: cells of a batch.
+            cells: Token ids and counts of each cell's genes.
+            drugs: Drug of each cell; one that the table lacks is no drug.
+            layer: Layer whose output is taken, without the final norm; by default the last, with it.
+            kind: Kind of values, `"bins"`, or `"log1p"` of counts that add up to 10,000.
+            batch: Cells of a batch.
         """
         found, encode = [], self._bins if kind == "bins" else _log
         for start in range(0, len(cells), batch):

@@ -75,7 +75,7 @@ class SourceReader(ABC):
         Args:
             path: Path, one of those that `list_files` returns.
             start: Number of the first cell.
-            stop: Number behind the last cell.
+            stop: Number after the last cell.
             columns: Metadata columns to read with the cells; `INDEX` for the names of the cells.
 
         Raises:

@@ -40,7 +40,7 @@ class CensusExperiment(SourceReader):
     """One experiment, as one file: its address, or `census:RELEASE/ORGANISM`.
 
     The cells are those that `value_filter` keeps, in the order of their `soma_joinid`. The name of a cell is its
-    `observation_joinid`, behind the `dataset_id` where there is one, since only both together identify a cell of the
+    `observation_joinid`, after the `dataset_id` where there is one, since only both together identify a cell of the
     census; in an experiment without `observation_joinid` the name is the `soma_joinid`.
     """
 

@@ -75,7 +75,7 @@ class Bench:
         return self.near(self.other_run)
 
     def near(self, embeddings: np.ndarray) -> float:
-        """Return the mean cosine of embeddings with the samples behind the first."""
+        """Return the mean cosine of embeddings with all samples but the first."""
         return float(np.mean([cosines(embeddings, each) for each in self.samples[1:]]))
 
     def closed(self, mean: float) -> float:

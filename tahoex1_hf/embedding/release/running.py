@@ -16,12 +16,12 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from filelock import FileLock, Timeout
 from huggingface_hub import constants
 
 from tahoex1_hf.cells.readers.tahoe_100m import GENES
 from tahoex1_hf.common.digests import json_digest, tokenizer_digest, weights_digest
 from tahoex1_hf.common.files import WholeFile, write_json
+from tahoex1_hf.common.locks import RunLock
 from tahoex1_hf.common.names import public_name
 from tahoex1_hf.embedding.files import embed_files
 from tahoex1_hf.embedding.release.bench import Bench
@@ -126,12 +126,7 @@ def _claimed(folder: Path, settings: dict[str, Any], restart: bool) -> Iterator[
         ValueError: If it holds a run with other settings, or another run is at work in it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise ValueError(f"{folder}: another run is writing there; wait for it, or choose another folder.") from None
-    try:
+    with RunLock(folder / ".lock", folder, "folder"):
         path = folder / _WORK / _RUN
         begun = path.is_file() and (path.parent / _CELLS).is_file()
         before = json.loads(path.read_text(encoding="utf-8")) if begun else None
@@ -146,9 +141,6 @@ def _claimed(folder: Path, settings: dict[str, Any], restart: bool) -> Iterator[
         path.parent.mkdir(exist_ok=True)
         write_json(path, settings)
         yield
-    finally:
-        lock.release()
-        Path(lock.lock_file).unlink(missing_ok=True)
 
 
 def _missing_model(model: str | Path, size: str | None, revision: str | None) -> list[str]:
