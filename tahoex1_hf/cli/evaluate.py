@@ -16,6 +16,14 @@ class Task(StrEnum):
 
     essentiality = "essentiality"
     cell_types = "cell-types"
+    perturbation = "perturbation"
+
+
+_OPTIONS = {
+    Task.essentiality: ("--labels", "--families"),
+    Task.cell_types: ("--label", "--batch"),
+    Task.perturbation: ("--label", "--control", "--line"),
+}
 
 
 @command(extra="evaluate,data")
@@ -31,12 +39,25 @@ def evaluate(
         ),
     ],
     cells: Annotated[
-        list[Path], typer.Option(help="Cells with raw counts in X and Ensembl ids, .h5ad. Essentiality takes several.")
+        list[Path],
+        typer.Option(
+            help="Cells with raw counts in X and Ensembl ids, .h5ad. Essentiality takes several; perturbation the "
+            "screen, then cells for embeddings of genes (by default the screen's controls)."
+        ),
     ],
     output: Annotated[Path, typer.Option(help="Folder of the report.")],
-    label: Annotated[str | None, typer.Option(help="Column of obs with the cell types.", show_default=False)] = None,
+    label: Annotated[
+        str | None, typer.Option(help="Column of obs with the cell types, or the perturbations.", show_default=False)
+    ] = None,
     batch: Annotated[
         str | None, typer.Option(help="Column of obs with batches, each left out once.", show_default=False)
+    ] = None,
+    control: Annotated[
+        str | None, typer.Option(help="Value of --label of cells without a perturbation.", show_default=False)
+    ] = None,
+    line: Annotated[
+        str | None,
+        typer.Option(help="Column of obs with cell lines, each with its own controls.", show_default=False),
     ] = None,
     labels: Annotated[
         list[Path] | None,
@@ -48,7 +69,7 @@ def evaluate(
     families: Annotated[
         Path | None, typer.Option(help="Table with the protein family, cluster_id, of each gene.", show_default=False)
     ] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Number of times that the folds are made.")] = 1,
+    seeds: Annotated[int, typer.Option(min=1, help="Number of times that the folds or halves are made.")] = 1,
     dtype: Annotated[
         options.FloatDtype, typer.Option(help="Precision of the model; float32 gives the same scores everywhere.")
     ] = options.FloatDtype.float32,
@@ -66,12 +87,15 @@ def evaluate(
     from tahoex1_hf.benchmarking.cells import read_cells
     from tahoex1_hf.benchmarking.essentiality import Essentiality
     from tahoex1_hf.benchmarking.gene_labels import read_gene_labels
+    from tahoex1_hf.benchmarking.perturbation import Perturbation, with_predictors
     from tahoex1_hf.benchmarking.running import run_benchmark
+    from tahoex1_hf.benchmarking.screens import read_screen
     from tahoex1_hf.benchmarking.sources import read_sources
     from tahoex1_hf.benchmarking.task import Benchmark
 
-    of_cells, of_genes = {"--label": label, "--batch": batch}, {"--labels": labels, "--families": families}
-    if strange := [name for name, value in (of_genes if task is Task.cell_types else of_cells).items() if value]:
+    given = {"--label": label, "--batch": batch, "--control": control, "--line": line}
+    given |= {"--labels": labels, "--families": families}
+    if strange := [name for name, value in given.items() if value and name not in _OPTIONS[task]]:
         raise ValueError(f"{', '.join(strange)} is not an option of {task.value}: leave it out.")
     sources = read_sources(source)
     computing = Computing(dtype.value, batch_tokens, device)
@@ -81,6 +105,11 @@ def evaluate(
         if label is None or len(sets) != 1:
             raise ValueError(f"{task.value} needs --label and one file of --cells.")
         benchmark = CellTypes(sets[0], label, batch, seeds, computing)
+    elif task is Task.perturbation:
+        if label is None or control is None:
+            raise ValueError(f"{task.value} needs --label and --control.")
+        sources = with_predictors(sources)
+        benchmark = Perturbation(read_screen(sets[0], label, control, line), sets[1:], seeds, computing)
     else:
         if not labels or families is None:
             raise ValueError(f"{task.value} needs --labels and --families.")
