@@ -3,12 +3,15 @@
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from tahoex1_hf.cli import options
 from tahoex1_hf.cli.running import command
+
+if TYPE_CHECKING:
+    from tahoex1_hf.benchmarking.cell_embeddings import Computing
 
 
 class Task(StrEnum):
@@ -17,12 +20,14 @@ class Task(StrEnum):
     essentiality = "essentiality"
     cell_types = "cell-types"
     perturbation = "perturbation"
+    state = "state"
 
 
 _OPTIONS = {
     Task.essentiality: ("--labels", "--families"),
     Task.cell_types: ("--label", "--batch"),
     Task.perturbation: ("--label", "--control", "--line"),
+    Task.state: ("--label", "--control", "--line", "--zero-shot", "--few-shot", "--state-python"),
 }
 
 
@@ -59,6 +64,18 @@ def evaluate(
         str | None,
         typer.Option(help="Column of obs with cell lines, each with its own controls.", show_default=False),
     ] = None,
+    zero_shot: Annotated[
+        list[str] | None, typer.Option(help="Line of which STATE sees the controls alone.", show_default=False)
+    ] = None,
+    few_shot: Annotated[
+        list[str] | None,
+        typer.Option(help="Line of which STATE is tested on a fifth of the perturbations.", show_default=False),
+    ] = None,
+    state_python: Annotated[
+        Path | None,
+        typer.Option(help="Python of an environment with arc-state (`make evaluate`).", show_default=False),
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Number of training steps of STATE.")] = 20,
     labels: Annotated[
         list[Path] | None,
         typer.Option(
@@ -95,8 +112,12 @@ def evaluate(
 
     given = {"--label": label, "--batch": batch, "--control": control, "--line": line}
     given |= {"--labels": labels, "--families": families}
+    given |= {"--zero-shot": zero_shot, "--few-shot": few_shot, "--state-python": state_python}
     if strange := [name for name, value in given.items() if value and name not in _OPTIONS[task]]:
         raise ValueError(f"{', '.join(strange)} is not an option of {task.value}: leave it out.")
+    if task is Task.state:
+        place = (cells, label, control, line, zero_shot or [], few_shot or [])
+        return _state(source, *place, state_python, steps, Computing(dtype.value, batch_tokens, device), output)
     sources = read_sources(source)
     computing = Computing(dtype.value, batch_tokens, device)
     sets = [read_cells(path) for path in cells]
@@ -116,3 +137,33 @@ def evaluate(
         benchmark = Essentiality(sets, read_gene_labels(labels, families), seeds, computing)
     verdicts = run_benchmark(benchmark, sources, output, restart)
     return f"{verdicts}\nThe report is in {output}."
+
+
+def _state(
+    source: list[str],
+    cells: list[Path],
+    label: str | None,
+    control: str | None,
+    line: str | None,
+    zero_shot: list[str],
+    few_shot: list[str],
+    python: Path | None,
+    steps: int,
+    computing: "Computing",
+    output: Path,
+) -> str:
+    """Hand one source over to STATE, and return what came of it."""
+    from tahoex1_hf.benchmarking.cells import read_cells
+    from tahoex1_hf.benchmarking.screens import read_screen
+    from tahoex1_hf.benchmarking.sources import read_sources
+    from tahoex1_hf.benchmarking.state import make_split
+    from tahoex1_hf.benchmarking.state_runs import StateRun, evaluate_state
+
+    if label is None or control is None or line is None or python is None:
+        raise ValueError("state needs --label, --control, --line and --state-python.")
+    if len(source) != 1 or len(cells) != 1:
+        raise ValueError("state takes one --source and one file of --cells.")
+    screen = read_screen(read_cells(cells[0]), label, control, line)
+    split = make_split(screen, zero_shot, few_shot, seed=0)
+    table = evaluate_state(screen, read_sources(source)[0], split, StateRun(python, steps), computing, output)
+    return f"{table}\nThe report is in {output}."
