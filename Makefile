@@ -6,7 +6,7 @@ BIN := $(CURDIR)/.venv/bin
 PIP_INSTALL := "$(BIN)/python" -m pip install -q -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-cpu test-census test-times test-lowest test-newest test-upstream test-gpu check-beside check-wheel lint benchmark clean
+.PHONY: help demo evaluate test test-cpu test-census test-times test-lowest test-newest test-upstream test-gpu check-beside check-wheel lint benchmark clean
 
 help: ## list the targets
 	@echo 'Usage: make TARGET [PYTHON=python3.11]    (Python >= 3.11; the first run installs into .venv)'
@@ -97,6 +97,15 @@ build/upstream/.unpacked: .venv/.installed
 	cd build/upstream && for each in *.tar.gz; do tar -xzf "$$each" || exit 1; done
 	@touch $@
 
+# STATE pins other versions than constraints.txt has, so it gets an environment of its own.
+evaluate: .venv-evaluate/.installed ## an environment with Arc's STATE, for `tahoex1 evaluate state`
+	@echo "--state-python $(CURDIR)/.venv-evaluate/bin/python"
+
+.venv-evaluate/.installed: .venv/.installed
+	"$(BIN)/python" -m uv venv -q --clear --python "$(BIN)/python" .venv-evaluate
+	"$(BIN)/python" -m uv pip install -q --python .venv-evaluate/bin/python arc-state==0.11.1 cell-eval==0.8.2 torch==2.13.0
+	@touch $@
+
 test-gpu: export HF_HUB_OFFLINE = 1
 test-gpu: .venv/.installed .venv/.int8 ## the tests that need a CUDA device
 	"$(BIN)/python" -m pytest -m gpu
@@ -110,7 +119,7 @@ benchmark: .venv/.installed .venv/.int8 ## measure speed and memory, write the r
 	"$(BIN)/python" -m benchmarks
 
 clean: ## remove .venv, caches and build output
-	rm -rf .venv .venv-lowest .venv-newest .venv-upstream build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .venv .venv-evaluate .venv-lowest .venv-newest .venv-upstream build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
 	find . -name .git -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamp is written last. An install that was cut short leaves .incomplete, and the next one starts afresh.

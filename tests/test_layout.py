@@ -23,6 +23,8 @@ TESTED_IN: dict[str, set[str]] = {
         "cli/evaluate",
     },
     "benchmarking/test_essentiality.py": {"benchmarking/gene_embeddings"},
+    "benchmarking/test_perturbation.py": {"benchmarking/perturbed_genes", "benchmarking/screens"},
+    "benchmarking/test_state.py": {"benchmarking/state_runs"},
     "cells/test_opening.py": {
         "cells/compilation",
         "cells/errors",

@@ -16,6 +16,7 @@ logger = logging.getLogger(__name__)
 
 MODEL_INDEX = "model-index.yaml"
 TITLES = {"macro_f1": "macro-F1", "auroc": "AUROC", "auprc": "AUPRC", "ari": "ARI", "nmi": "NMI"}
+TITLES |= {"pearson": "Pearson r", "explained": "share explained"}
 
 
 def write_report(
@@ -46,7 +47,7 @@ def write_report(
         for measurement in found[source.name]:
             report.scores += _rows(report, source, measurement)
     verdicts = verdicts_of(task.headline, sources, found)
-    lines = _sentences(task, verdicts)
+    lines = verdict_sentences(task.headline, verdicts)
     spent = [f"{name}: {cost['seconds']:.0f} s, peak {cost['peak_memory_gb']:.1f} GB" for name, cost in costs.items()]
     parts = [
         f"# {task.name}: {task.dataset}",
@@ -76,7 +77,7 @@ def write_report(
 
 def method(source: str, measurement: Measurement) -> str:
     """Return the name of a row: the source, its kind of embedding, and what reads it."""
-    return ", ".join([" ".join(filter(None, [source, measurement.representation])), measurement.reader])
+    return ", ".join(filter(None, [" ".join(filter(None, [source, measurement.representation])), measurement.reader]))
 
 
 def titled(metric: str) -> str:
@@ -112,13 +113,15 @@ def verdicts_of(
         found: Scores of each source.
 
     Returns:
-        For each source its `method`, `value`, the baseline `against` which it stands, and what `compare` returns.
+        For each source with such a score its `method`, `value`, the baseline `against` which it stands, and what
+        `compare` returns.
     """
     best: dict[str, Measurement] = {}
     for source in sources:
         rows = [m for m in found[source.name] if (m.split, m.reader, m.metric) == headline]
-        best[source.name] = max(rows, key=lambda m: m.value)
-    simple = [source.name for source in sources if source.simple]
+        if rows:
+            best[source.name] = max(rows, key=lambda m: m.value)
+    simple = [source.name for source in sources if source.simple and source.name in best]
     verdicts = {}
     for name, ours in best.items():
         against = max((other for other in simple if other != name), key=lambda other: best[other].value)
@@ -132,8 +135,9 @@ def verdicts_of(
     return verdicts
 
 
-def _sentences(task: Benchmark, verdicts: Mapping[str, Mapping[str, Any]]) -> str:
-    split, _, metric = task.headline
+def verdict_sentences(headline: tuple[str, str, str], verdicts: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return the verdicts as a list, a sentence each."""
+    split, _, metric = headline
     return "\n".join(
         f"- {each['method']}: {TITLES[metric]} {each['value']:.3f} ({split}), **{each['verdict']}** against "
         f"{each['against']}, {each['baseline']:.3f}: {each['difference']:+.3f} "
@@ -154,7 +158,7 @@ def _tables(sources: Sequence[Source], found: Mapping[str, Sequence[Measurement]
             title = " ".join(filter(None, [name, m.representation]))
             spread = "" if m.spread is None else f" ± {m.spread:.3f}"
             rows.setdefault(title, {})[m.reader, m.metric] = format_value(m.value, *m.bounds()) + spread
-        header = [split, *(f"{reader} {titled(metric)}" for reader, metric in columns)]
+        header = [split, *(f"{reader} {titled(metric)}".strip() for reader, metric in columns)]
         tables.append(
             markdown_table(header, ([title, *(row.get(key, "-") for key in columns)] for title, row in rows.items()))
         )

@@ -11,6 +11,7 @@ from tahoex1_hf.hub.adapter_weights import ADAPTER_CONFIG
 from tahoex1_hf.hub.loading import find_model
 
 BASELINES = ("pca", "random", "expression")
+CEILING = "ceiling"  # the reliability of the truth, which no baseline is
 _FILES = (".h5ad", ".npz", ".parquet")
 _NAME = re.compile(r"[\w][\w .+-]*")
 
@@ -21,7 +22,7 @@ class Source:
 
     Attributes:
         name: Name in the tables.
-        kind: `model`, `untrained`, `file`, or one of `BASELINES`.
+        kind: `model`, `untrained`, `file`, one of `BASELINES`, or what a task adds.
         what: Folder or Hub name of the model, or path of the file; for PCA, the model to whose genes it is kept, or
             empty for PCA of all cells' genes.
         key: Slot of `obsm` or `varm` in an `.h5ad` file.
@@ -35,7 +36,7 @@ class Source:
     @property
     def simple(self) -> bool:
         """Whether it is a simple baseline, which a model has to beat."""
-        return self.kind not in ("model", "file")
+        return self.kind not in ("model", "file", CEILING)
 
     def fingerprint(self) -> str:
         """Return a text that changes with the content of the model or file; empty for baselines without one.

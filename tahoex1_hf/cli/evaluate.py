@@ -3,12 +3,15 @@
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from tahoex1_hf.cli import options
 from tahoex1_hf.cli.running import command
+
+if TYPE_CHECKING:
+    from tahoex1_hf.benchmarking.cell_embeddings import Computing
 
 
 class Task(StrEnum):
@@ -16,6 +19,16 @@ class Task(StrEnum):
 
     essentiality = "essentiality"
     cell_types = "cell-types"
+    perturbation = "perturbation"
+    state = "state"
+
+
+_OPTIONS = {
+    Task.essentiality: ("--labels", "--families"),
+    Task.cell_types: ("--label", "--batch"),
+    Task.perturbation: ("--label", "--control", "--line"),
+    Task.state: ("--label", "--control", "--line", "--zero-shot", "--few-shot", "--state-python"),
+}
 
 
 @command(extra="evaluate,data")
@@ -31,13 +44,38 @@ def evaluate(
         ),
     ],
     cells: Annotated[
-        list[Path], typer.Option(help="Cells with raw counts in X and Ensembl ids, .h5ad. Essentiality takes several.")
+        list[Path],
+        typer.Option(
+            help="Cells with raw counts in X and Ensembl ids, .h5ad. Essentiality takes several; perturbation the "
+            "screen, then cells for embeddings of genes (by default the screen's controls)."
+        ),
     ],
     output: Annotated[Path, typer.Option(help="Folder of the report.")],
-    label: Annotated[str | None, typer.Option(help="Column of obs with the cell types.", show_default=False)] = None,
+    label: Annotated[
+        str | None, typer.Option(help="Column of obs with the cell types, or the perturbations.", show_default=False)
+    ] = None,
     batch: Annotated[
         str | None, typer.Option(help="Column of obs with batches, each left out once.", show_default=False)
     ] = None,
+    control: Annotated[
+        str | None, typer.Option(help="Value of --label of cells without a perturbation.", show_default=False)
+    ] = None,
+    line: Annotated[
+        str | None,
+        typer.Option(help="Column of obs with cell lines, each with its own controls.", show_default=False),
+    ] = None,
+    zero_shot: Annotated[
+        list[str] | None, typer.Option(help="Line of which STATE sees the controls alone.", show_default=False)
+    ] = None,
+    few_shot: Annotated[
+        list[str] | None,
+        typer.Option(help="Line of which STATE is tested on a fifth of the perturbations.", show_default=False),
+    ] = None,
+    state_python: Annotated[
+        Path | None,
+        typer.Option(help="Python of an environment with arc-state (`make evaluate`).", show_default=False),
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Number of training steps of STATE.")] = 20,
     labels: Annotated[
         list[Path] | None,
         typer.Option(
@@ -48,7 +86,7 @@ def evaluate(
     families: Annotated[
         Path | None, typer.Option(help="Table with the protein family, cluster_id, of each gene.", show_default=False)
     ] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Number of times that the folds are made.")] = 1,
+    seeds: Annotated[int, typer.Option(min=1, help="Number of times that the folds or halves are made.")] = 1,
     dtype: Annotated[
         options.FloatDtype, typer.Option(help="Precision of the model; float32 gives the same scores everywhere.")
     ] = options.FloatDtype.float32,
@@ -66,13 +104,20 @@ def evaluate(
     from tahoex1_hf.benchmarking.cells import read_cells
     from tahoex1_hf.benchmarking.essentiality import Essentiality
     from tahoex1_hf.benchmarking.gene_labels import read_gene_labels
+    from tahoex1_hf.benchmarking.perturbation import Perturbation, with_predictors
     from tahoex1_hf.benchmarking.running import run_benchmark
+    from tahoex1_hf.benchmarking.screens import read_screen
     from tahoex1_hf.benchmarking.sources import read_sources
     from tahoex1_hf.benchmarking.task import Benchmark
 
-    of_cells, of_genes = {"--label": label, "--batch": batch}, {"--labels": labels, "--families": families}
-    if strange := [name for name, value in (of_genes if task is Task.cell_types else of_cells).items() if value]:
+    given = {"--label": label, "--batch": batch, "--control": control, "--line": line}
+    given |= {"--labels": labels, "--families": families}
+    given |= {"--zero-shot": zero_shot, "--few-shot": few_shot, "--state-python": state_python}
+    if strange := [name for name, value in given.items() if value and name not in _OPTIONS[task]]:
         raise ValueError(f"{', '.join(strange)} is not an option of {task.value}: leave it out.")
+    if task is Task.state:
+        place = (cells, label, control, line, zero_shot or [], few_shot or [])
+        return _state(source, *place, state_python, steps, Computing(dtype.value, batch_tokens, device), output)
     sources = read_sources(source)
     computing = Computing(dtype.value, batch_tokens, device)
     sets = [read_cells(path) for path in cells]
@@ -81,9 +126,44 @@ def evaluate(
         if label is None or len(sets) != 1:
             raise ValueError(f"{task.value} needs --label and one file of --cells.")
         benchmark = CellTypes(sets[0], label, batch, seeds, computing)
+    elif task is Task.perturbation:
+        if label is None or control is None:
+            raise ValueError(f"{task.value} needs --label and --control.")
+        sources = with_predictors(sources)
+        benchmark = Perturbation(read_screen(sets[0], label, control, line), sets[1:], seeds, computing)
     else:
         if not labels or families is None:
             raise ValueError(f"{task.value} needs --labels and --families.")
         benchmark = Essentiality(sets, read_gene_labels(labels, families), seeds, computing)
     verdicts = run_benchmark(benchmark, sources, output, restart)
     return f"{verdicts}\nThe report is in {output}."
+
+
+def _state(
+    source: list[str],
+    cells: list[Path],
+    label: str | None,
+    control: str | None,
+    line: str | None,
+    zero_shot: list[str],
+    few_shot: list[str],
+    python: Path | None,
+    steps: int,
+    computing: "Computing",
+    output: Path,
+) -> str:
+    """Hand one source over to STATE, and return what came of it."""
+    from tahoex1_hf.benchmarking.cells import read_cells
+    from tahoex1_hf.benchmarking.screens import read_screen
+    from tahoex1_hf.benchmarking.sources import read_sources
+    from tahoex1_hf.benchmarking.state import make_split
+    from tahoex1_hf.benchmarking.state_runs import StateRun, evaluate_state
+
+    if label is None or control is None or line is None or python is None:
+        raise ValueError("state needs --label, --control, --line and --state-python.")
+    if len(source) != 1 or len(cells) != 1:
+        raise ValueError("state takes one --source and one file of --cells.")
+    screen = read_screen(read_cells(cells[0]), label, control, line)
+    split = make_split(screen, zero_shot, few_shot, seed=0)
+    table = evaluate_state(screen, read_sources(source)[0], split, StateRun(python, steps), computing, output)
+    return f"{table}\nThe report is in {output}."
