@@ -263,6 +263,13 @@ def test_the_command_with_a_configuration(tmp_path: Path) -> None:
     assert CliRunner().invoke(app, arguments).exit_code == 0
     assert len(read_dataset(tmp_path / "out")) == 20
     assert read_config(tmp_path / "config.yaml", seed=4).seed == 4
+    # What is wrong with a file, as the configuration has it read, names both.
+    config["sources"][0]["layer"] = "spliced"
+    (tmp_path / "config.yaml").write_text(json.dumps(config))
+    refused = CliRunner().invoke(app, [*arguments[:4], str(tmp_path / "other")])
+    assert refused.exit_code == 1
+    assert "a.h5ad: it has no layers/spliced" in refused.output
+    assert f"The settings are those of {tmp_path / 'config.yaml'}" in refused.output
 
 
 @pytest.mark.parametrize(
