@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cells import as_mouse
 from finetuning_runs import (
     labelled_cells,
     make_config,
@@ -104,6 +105,15 @@ def test_counts_stored_by_gene_or_dense_are_the_same_cells(base: Path, data: Pat
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         f"{k}.h5ad" for k in ("compressed", "csc", "csr", "dense")
     ]
+
+
+def test_cells_of_a_mouse_by_a_table_of_orthologues(base: Path, data: Path, tmp_path: Path) -> None:
+    mouse, translated = as_mouse(labelled_cells(120), tmp_path)
+    mouse.write_h5ad(tmp_path / "mouse.h5ad")
+    configs = (make_config(base, data, tmp_path), make_config(base, tmp_path / "mouse.h5ad", tmp_path, **translated))
+    human, read = (read_cells(config, load_tokenizer(config), tmp_path).encoded(np.arange(120)) for config in configs)
+    assert np.array_equal(read.input_ids, human.input_ids)
+    assert np.array_equal(read.expression_values, human.expression_values)
 
 
 def test_the_order_of_genes_in_a_file_changes_no_bit(base: Path, data: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from cells import GENES
+from cells import GENES, as_mouse
 from finetuning_runs import KINDS, labelled_cells, make_config, write_base
 from helpers import tiny_model
 from scipy.sparse import csc_matrix, csr_matrix
@@ -256,6 +256,18 @@ def test_cells_in_memory_are_predicted_like_those_of_a_file(
         with pytest.raises(ValueError, match="tokenizer is missing"):
             predict_anndata(adata, model, **options)
     np.testing.assert_allclose(found, probabilities(expected), atol=1e-5)
+
+
+def test_cells_of_a_mouse_by_a_table_of_orthologues(data: Path, adapter: Path, tmp_path: Path) -> None:
+    expected = probabilities(predict(data, tmp_path / "a.h5ad", "--adapter", adapter))
+    mouse, translated = as_mouse(anndata.read_h5ad(data), tmp_path)
+    mouse.write_h5ad(tmp_path / "mouse.h5ad")
+    options = [part for name, value in translated.items() for part in (f"--{name}", value)]
+    found = predict(tmp_path / "mouse.h5ad", tmp_path / "b.h5ad", "--adapter", adapter, *options)
+    np.testing.assert_array_equal(probabilities(found), expected)
+    refused = run(tmp_path / "mouse.h5ad", tmp_path / "c.h5ad", "--adapter", adapter)
+    assert refused.exit_code == 1
+    assert "--species mouse" in " ".join(refused.output.split())
 
 
 def test_samples_of_long_cells_are_averaged(data: Path, adapter: Path, tmp_path: Path) -> None:
