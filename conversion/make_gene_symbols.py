@@ -20,8 +20,8 @@ import typer
 from tahoex1_hf.cells.gene_symbols import RELEASED, read_gene_symbols
 
 HEADER = (
-    "# Gene symbols of Tahoe-100M's gene metadata (CC0), and of GENCODE 44 and some old ones where they mean one gene; "
-    "conversion/make_gene_symbols.py\n"
+    "# Gene symbols of Tahoe-100M's gene metadata (CC0), and of GENCODE 44 and some old ones where they mean one "
+    "gene; conversion/make_gene_symbols.py\n"
 )
 
 

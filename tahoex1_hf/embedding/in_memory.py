@@ -153,7 +153,9 @@ def embed_anndata(
         return (embeddings, deviations) if return_deviations else embeddings
     made_by = provenance(model_name(model, loaded), encoder, options, [cells], num_empty)
     made_by |= {} if new_drugs is None else new_drugs.provenance()
-    found = embed_genes(encoder, match.token_ids, kinds, gene_means) if kinds and match is not None else None
+    found = None
+    if kinds and match is not None:
+        found = embed_genes(encoder, match.token_ids, kinds, gene_means, progress)
     # All results are written together at the end, so that an interrupted run leaves adata unchanged.
     adata.obsm[key_added] = embeddings
     if draws > 1:
