@@ -139,7 +139,7 @@ def test_a_wrong_number_of_targets_is_refused() -> None:
     number = int(batch["target_mask"].sum())
     model = tiny_model(tiny_config(**SHAPES["observed_or_self"]))
     model(**batch, num_targets=number)
-    with pytest.raises(ValueError, match=f"num_targets={number + 1} is not the number of tokens in target_mask"):
+    with pytest.raises(ValueError, match=f"num_targets={number + 1} is not the number of targets"):
         model(**batch, num_targets=number + 1)
 
 

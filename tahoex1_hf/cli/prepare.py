@@ -90,10 +90,11 @@ def prepare(
         parsed = parse_config({**given, "sources": simple_sources(inputs or [], **simple)}, "tahoex1 prepare")
     try:
         manifest = prepare_dataset(parsed, num_proc, overwrite, full_paths)
-    except ValueError as error:
+    except (ValueError, FileNotFoundError) as error:
         if config is None or Path(config).name in str(error):
             raise
-        raise ValueError(f"{error}\nThe settings are those of {config}.") from error
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+        raise kind(f"{error}\nThe settings are those of {config}.") from error
     return _summary(parsed.output, manifest)
 
 
