@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from cells import as_mouse
@@ -17,6 +18,7 @@ from scipy.sparse import csc_matrix
 from tahoex1_hf.data.collator import CellCollator
 from tahoex1_hf.finetuning.bases import load_tokenizer
 from tahoex1_hf.finetuning.cells.labelled import read_cells
+from tahoex1_hf.finetuning.cells.labels import class_labels
 from tahoex1_hf.finetuning.running import finetune
 
 
@@ -130,3 +132,15 @@ def test_the_order_of_genes_in_a_file_changes_no_bit(base: Path, data: Path, tmp
     assert batches[0].keys() == batches[1].keys()
     for name, tensor in batches[0].items():
         assert torch.equal(tensor, batches[1][name]), name
+
+
+def test_classes_that_differ_in_blanks_or_case_alone_are_told_of(
+    base: Path, data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = make_config(base, data, tmp_path)
+    named = class_labels(pd.Series(["T cell", "T cell ", "t  cell", "B", "B cell"] * 2), config)
+    assert named.classes == ["B", "B cell", "T cell", "T cell ", "t  cell"]
+    assert "'T cell'/'T cell '/'t  cell' are taken for classes of their own" in caplog.text
+    caplog.clear()
+    class_labels(pd.Series(["T cell", "B"] * 2), config)
+    assert not caplog.text
