@@ -4,7 +4,9 @@ python conversion/make_gene_symbols.py GENE_METADATA.parquet [ALIASES.csv ...]
 
 The first table is Tahoe-100M's `metadata/gene_metadata.parquet` (CC0), the genes of the released vocabulary. Further
 tables (a symbol and an Ensembl id in each line) add other symbols of these genes, where they mean one gene only and
-are no symbol of another: for the table in the repository examples/pbmc68k_symbol_to_ensembl.csv, old symbols.
+are no symbol of another. For the table in the repository: examples/pbmc68k_symbol_to_ensembl.csv, which has 43 old
+symbols, and GENCODE 44's genes (`Gene_id2name.csv` in the wheel of celltypist 1.7.1), which has 599 newer ones. HGNC's
+lists of aliases and previous symbols would be the third: no package that can be installed carries them.
 """
 
 import gzip
@@ -17,7 +19,10 @@ import typer
 
 from tahoex1_hf.cells.gene_symbols import RELEASED, read_gene_symbols
 
-HEADER = "# Gene symbols of Tahoe-100M's gene metadata (CC0), and old symbols; conversion/make_gene_symbols.py\n"
+HEADER = (
+    "# Gene symbols of Tahoe-100M's gene metadata (CC0), and of GENCODE 44 and some old ones where they mean one "
+    "gene; conversion/make_gene_symbols.py\n"
+)
 
 
 def make(

@@ -494,6 +494,7 @@ def check_tokenizer_settings(options: Mapping[str, Any]) -> None:
     require("value_encoding", options["value_encoding"] in VALUE_ENCODINGS, f"one of {VALUE_ENCODINGS}")
     require("overflow", options["overflow"] in OVERFLOWS, f"one of {OVERFLOWS}")
     require("num_bins", is_int(options["num_bins"], 3), "a whole number of at least 3")
+    require("num_bins", options["num_bins"] <= LARGEST["num_bins"], f"at most {LARGEST['num_bins']}")
     length = options["context_length"]
     require(
         "context_length", length is None or is_int(length, 3), "a whole number of at least 3, or None for whole cells"

@@ -148,6 +148,9 @@ def check_arguments(
     _check_ids("input_ids", input_ids, config.vocab_size, "config.vocab_size")
     if drug_ids is not None and config.num_drugs:
         _check_ids("drug_ids", drug_ids, config.num_drugs, "config.num_drugs")
+    stated = kwargs.get("num_targets")
+    if stated is not None and target_mask is not None:
+        _check(target_mask.sum() == stated, lambda: f"num_targets={stated} is not the number of targets.")
     if attention_mask is not None and attention_mask.dim() == 2:
         _refuse_left_padding("attention_mask", attention_mask.bool())
     elif kwargs.get("cu_seq_lens_q") is None and config.pad_token_id is not None:

@@ -156,11 +156,12 @@ class TahoeX1Tokenizer(TravelsWithCode, PreTrainedTokenizer):
                 f"drug_to_id needs the token {DRUG_TOKEN!r}, which {vocab_file} lacks: use the vocabulary of a model "
                 "with drug token, or leave drug_to_id out."
             )
-        if eos_token is not None and str(eos_token) not in self._vocabulary.ids:
-            eos_token = None
+        eos_token = eos_token if str(eos_token) in self._vocabulary.ids else None
         # transformers saves the arguments that reach its constructor, and no others
         kwargs |= {"pad_token": pad_token, "cls_token": cls_token, "eos_token": eos_token, **options}
         super().__init__(model_max_length=context_length, **kwargs)
+        # <cls> comes before the genes of every cell: so transformers counts it (`num_special_tokens_to_add`).
+        self.special_tokens_pattern, self.prefix_tokens = "prefix_suffix", [self._vocabulary.ids[str(cls_token)]]
         check_padding_side(self.padding_side)
 
     # What transformers asks of a tokenizer --------------------------------------------------------
@@ -220,8 +221,7 @@ class TahoeX1Tokenizer(TravelsWithCode, PreTrainedTokenizer):
 
     def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str, ...]:
         """Write `vocab.json`, and return its path."""
-        name = f"{filename_prefix}-" if filename_prefix else ""
-        path = os.path.join(save_directory, name + self.vocab_files_names["vocab_file"])
+        path = os.path.join(save_directory, f"{filename_prefix}-vocab.json" if filename_prefix else "vocab.json")
         with open(path, "w", encoding="utf-8") as file:
             json.dump(dict(sorted(self._vocabulary.ids.items(), key=lambda item: item[1])), file, indent=0)
         return (path,)

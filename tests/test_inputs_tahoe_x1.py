@@ -48,6 +48,18 @@ def test_the_two_names_of_the_length_limit_are_one(tokenizer, cells) -> None:
     assert lengths(tokenizer(cells)) == [31, 13, 4]
 
 
+def test_cls_is_counted_among_the_tokens_that_are_added(tokenizer, cells) -> None:
+    """transformers' own ways of asking agree with what a cell becomes; there are no pairs of cells."""
+    genes = tokenizer.convert_tokens_to_ids(list(cells[2][0]))
+    assert tokenizer(cells[2])["input_ids"] == tokenizer.build_inputs_with_special_tokens(genes)
+    assert tokenizer.num_special_tokens_to_add() == tokenizer.num_special_tokens_to_add(pair=True) == 1
+    assert tokenizer.max_len_single_sentence == 1023
+    ids = tokenizer.build_inputs_with_special_tokens(genes)
+    asked = tokenizer(cells[2], return_special_tokens_mask=True)["special_tokens_mask"]
+    assert asked == tokenizer.get_special_tokens_mask(genes) == [1, 0, 0, 0]
+    assert asked == tokenizer.get_special_tokens_mask(ids, already_has_special_tokens=True)
+
+
 @pytest.mark.parametrize("name", ["model_max_length", "context_length"])
 def test_either_name_is_loaded_and_saved(tokenizer, vocab_file, cells, tmp_path, name) -> None:
     assert TahoeX1Tokenizer(vocab_file, **{name: 8}).context_length == 8

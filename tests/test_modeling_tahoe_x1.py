@@ -133,6 +133,16 @@ def test_ids_out_of_range_and_padding_on_the_left(name: str, row: Any, value: in
         tiny_model(config)(**batch)
 
 
+def test_a_wrong_number_of_targets_is_refused() -> None:
+    """Attention would take seen genes for targets, or targets for seen ones, without a word."""
+    batch = packed(make_batch(tiny_config()))
+    number = int(batch["target_mask"].sum())
+    model = tiny_model(tiny_config(**SHAPES["observed_or_self"]))
+    model(**batch, num_targets=number)
+    with pytest.raises(ValueError, match=f"num_targets={number + 1} is not the number of targets"):
+        model(**batch, num_targets=number + 1)
+
+
 def test_padding_on_the_left_is_seen_without_a_mask() -> None:
     batch = make_batch(tiny_config())
     del batch["attention_mask"]

@@ -2,13 +2,16 @@
 
 import json
 import logging
+import sys
+import textwrap
 from pathlib import Path
 
 import datasets
+import forked
 import numpy as np
 import pytest
 import torch
-from helpers import tiny_config
+from helpers import SHAPES, tiny_config, tiny_model
 from tiny_tokenizer import GENES, write_tokenizer
 from transformers import (
     AutoModel,
@@ -22,7 +25,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from tahoex1_hf import TahoeX1ForPreTraining
+from tahoex1_hf import TahoeX1ForPreTraining, TahoeX1ForSequenceClassification
 
 
 @pytest.fixture(scope="module")
@@ -176,3 +179,51 @@ def test_pretraining_with_labels_beside_the_targets(checkpoint, cells, tmp_path)
         processing_class=tokenizer,
     )
     assert np.isfinite(trainer.train().training_loss)
+
+
+# Several processes -----------------------------------------------------------------------------------------
+
+CHECKPOINTED = """
+    import os, sys
+    import torch
+    from transformers import Trainer, TrainingArguments
+    from helpers import SHAPES, make_batch, tiny_config, tiny_model
+    from tahoex1_hf import TahoeX1ForSequenceClassification
+
+    config = tiny_config(**SHAPES["drugs"], num_labels=3, expression_encoder_dropout=0.0)
+    model = tiny_model(config, TahoeX1ForSequenceClassification)
+    batch = make_batch(config, lengths=(9, 14, 6, 12, 5, 11, 8, 7), targets=False)
+    cells = [{**{name: value[row] for name, value in batch.items()}, "labels": row % 3} for row in range(8)]
+    arguments = TrainingArguments(
+        sys.argv[1] + ".run", per_device_train_batch_size=int(sys.argv[2]), gradient_checkpointing=True, use_cpu=True,
+        ddp_backend="gloo", optim="sgd", learning_rate=0.1, lr_scheduler_type="constant", max_steps=4, seed=1,
+        report_to=[], disable_tqdm=True, save_strategy="no", remove_unused_columns=False,
+    )
+    trainer = Trainer(model, arguments, train_dataset=cells)
+    trainer.train()
+    assert any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+    assert isinstance(trainer.model_wrapped, torch.nn.parallel.DistributedDataParallel)
+    assert not trainer.model_wrapped.find_unused_parameters
+    if arguments.process_index == 0:
+        torch.save(model.state_dict(), sys.argv[1])
+    os._exit(0)  # at once: taking gloo's group down may wait for a thread that waits for the interpreter
+"""
+
+
+def test_checkpointing_under_ddp_trains_what_one_process_trains(tmp_path: Path) -> None:
+    """A head on cells leaves the embedding of targets unused, which DDP would otherwise wait for."""
+    command = [sys.executable, "-c", textwrap.dedent(CHECKPOINTED)]
+    for processes, size in ((1, 4), (2, 2)):  # four cells a step
+        place = tmp_path / f"{processes}.pt"
+        done = forked.launch(processes, [*command, place, size], forked.environment())
+        assert done.returncode == 0, done.stderr
+    one, two = (torch.load(tmp_path / f"{processes}.pt") for processes in (1, 2))
+    begun = tiny_model(
+        tiny_config(**SHAPES["drugs"], num_labels=3, expression_encoder_dropout=0.0), TahoeX1ForSequenceClassification
+    ).state_dict()
+    moved = [name for name in begun if not torch.equal(begun[name], one[name])]
+    assert "tahoe.layers.0.mlp.up_proj.weight" in moved
+    assert "tahoe.embeddings.flag_embedding.weight" not in moved
+    for name, tensor in one.items():
+        # Sums of four cells' gradients in another order: roundings of float32, over four steps of 0.1.
+        torch.testing.assert_close(two[name], tensor, atol=1e-6, rtol=1e-5)

@@ -58,6 +58,7 @@ def log(caplog):
         ({"value_encoding": "rank"}, r"value_encoding='rank': pass one of \('bins', 'log1p', 'raw'\)"),
         ({"overflow": "random"}, r"overflow='random': pass one of \('sample', 'first', 'highest'\)"),
         ({"num_bins": 2}, "num_bins=2: pass a whole number of at least 3"),
+        ({"num_bins": 10**30}, "num_bins=10{30}: pass at most 1048576"),
         ({"num_bins": 51.0}, "num_bins=51.0: pass a whole number"),
         ({"num_bins": True}, "num_bins=True: pass a whole number"),
         ({"context_length": 2}, "context_length=2: .*at least 3, or None for whole cells"),

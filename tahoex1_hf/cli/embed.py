@@ -45,14 +45,7 @@ def embed(
     drug_table: options.DrugTable = None,
     max_length: options.MaxLength = None,
     overflow: options.Overflow = None,
-    draws: Annotated[
-        int,
-        typer.Option(
-            min=1,
-            help="Samples of each cell longer than the context: their embeddings are averaged, and obs['tahoe_x1_sd'] "
-            "says how far one sample's lies from the mean.",
-        ),
-    ] = 1,
+    draws: options.Draws = 1,
     dtype: Annotated[
         Dtype, typer.Option(help="auto: bfloat16 where the hardware is faster at it. int8: weights of 8 bits.")
     ] = Dtype.auto,

@@ -122,6 +122,14 @@ Overflow = Annotated[
         show_default="the model's, sample",
     ),
 ]
+Draws = Annotated[
+    int,
+    typer.Option(
+        min=1,
+        help="Samples of each cell longer than the context. What is written is their mean, and a column of obs that "
+        "ends in _sd says how far one sample lies from it.",
+    ),
+]
 Seed = Annotated[int, typer.Option(help="Seed of the sampling of cells longer than the context.")]
 
 # The work ------------------------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ def predict(
         str | None,
         typer.Option(help="Folder or Hub repository of the adapter's base.", show_default="that of the adapter"),
     ] = None,
+    size: options.Size = None,
     gene_id_column: Annotated[
         str | None,
         typer.Option(help='Column of var that holds the Ensembl ids; "" for var_names.', show_default="as trained"),
@@ -52,6 +53,8 @@ def predict(
         ),
     ] = None,
     drug_table: options.DrugTable = None,
+    overflow: options.Overflow = None,
+    draws: options.Draws = 1,
     dtype: Annotated[
         FloatDtype, typer.Option(help="auto: bfloat16 where the hardware is faster at it.")
     ] = FloatDtype.auto,
@@ -77,6 +80,7 @@ def predict(
         output,
         adapter or str(model),
         base=base,
+        size=size,
         layer=layer,
         gene_id_column=gene_id_column,
         gene_symbols=gene_symbols,
@@ -85,6 +89,8 @@ def predict(
         drugs=drugs,
         unknown_drugs=unknown_drugs and unknown_drugs.value,
         drug_table=drug_table,
+        overflow=overflow and overflow.value,
+        draws=draws,
         batch_tokens=batch_tokens,
         device=device,
         dtype=dtype.value,

@@ -88,7 +88,14 @@ def prepare(
     else:
         given = {key: value for key, value in common.items() if value is not None}
         parsed = parse_config({**given, "sources": simple_sources(inputs or [], **simple)}, "tahoex1 prepare")
-    return _summary(parsed.output, prepare_dataset(parsed, num_proc, overwrite, full_paths))
+    try:
+        manifest = prepare_dataset(parsed, num_proc, overwrite, full_paths)
+    except (ValueError, FileNotFoundError) as error:
+        if config is None or Path(config).name in str(error):
+            raise
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+        raise kind(f"{error}\nThe settings are those of {config}.") from error
+    return _summary(parsed.output, manifest)
 
 
 def simple_sources(

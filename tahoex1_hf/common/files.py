@@ -77,13 +77,15 @@ class WholeFolder:
 
     def __init__(self, path: Path, replace: bool = False):
         self.path, self.replace = path, replace
+        put_back(path)
         self.partial = partial_path(path)
         self.partial.mkdir(parents=True)
 
     def finish(self) -> None:
         """Wait until the disk has all files, and move the folder into place.
 
-        A kill between the two moves of a replacement leaves the old folder as a hidden one beside the place.
+        A kill between the two moves of a replacement leaves the old folder as a hidden one beside the place, which
+        `put_back` moves there again.
 
         Raises:
             OSError: If something else is at the folder's place.
@@ -92,16 +94,41 @@ class WholeFolder:
             for name in names:
                 sync(Path(folder, name))
             sync(Path(folder))
-        old = partial_path(self.path)
-        if self.replace and self.path.exists():
+        replaced, old = self.replace and self.path.exists(), _replaced(self.path)
+        if replaced:
             self.path.rename(old)
-        self.partial.rename(self.path)
+        try:
+            self.partial.rename(self.path)
+        except OSError:
+            if replaced:
+                old.rename(self.path)
+            raise
         sync(self.path.parent)
         shutil.rmtree(old, ignore_errors=True)
 
     def discard(self) -> None:
         """Remove the partial folder, if there is one; what is at the folder's place stays."""
         shutil.rmtree(self.partial, ignore_errors=True)
+
+
+def put_back(path: Path) -> None:
+    """Put back the folder that a killed process was about to replace; where the new one is in place, remove the old.
+
+    Args:
+        path: place of the folder.
+    """
+    old = _replaced(path)
+    if not old.exists():
+        return
+    if path.exists():
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        with suppress(FileNotFoundError):  # another process of the same run has put it back
+            old.rename(path)
+
+
+def _replaced(path: Path) -> Path:
+    return path.with_name(f".{path.name}.replaced")
 
 
 @contextmanager

@@ -209,7 +209,7 @@ def inspect_file(task: _InspectTask) -> _Inspected:
             names = None if rule == "keep" else source.cell_names(task.file.path)
         if names is None:
             return _Inspected(report, nothing, "")
-        repeated = np.flatnonzero(pd.Index(names).duplicated())
+        repeated = np.flatnonzero(pd.Index(names, dtype=object).duplicated())
         if rule == "error" and len(repeated):
             raise BadInput(
                 f"{len(repeated)} cells have the name of another, the first {names[repeated[0]]!r}. Set "

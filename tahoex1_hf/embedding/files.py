@@ -318,7 +318,7 @@ class _Run:
                 self._check_unchanged()
                 with reading(*(each.path for each in self.plan.inputs)):  # one of them may be copied
                     writer = self.output.open()
-                self.write(writer, model_name)
+                self.write(writer, model_name, progress)
                 self.shards.remove()
             processes.wait()
         except BaseException:
@@ -380,7 +380,7 @@ class _Run:
                 names, tables = [], []
                 size, empty, first, since = 0, 0, done, time.monotonic()
 
-    def write(self, writer: EmbeddingWriter, model_name: str) -> None:
+    def write(self, writer: EmbeddingWriter, model_name: str, progress: bool) -> None:
         """Write the output from the shards, in the order of the cells."""
         try:
             num_empty = self._write_cells(writer)
@@ -388,7 +388,7 @@ class _Run:
             made_by |= {} if self.new_drugs is None else self.new_drugs.provenance()
             if self.cell_genes is not None:
                 self.cell_genes.write(self.plan.num_chunks, {provenance_key(writer.layout.key_added): made_by})
-            made_by |= self._write_genes(writer)
+            made_by |= self._write_genes(writer, progress)
             with reading(*(each.path for each in self.plan.inputs)):  # the uns of a copied source is changed
                 writer.write_provenance(made_by)
             self._check_unchanged()  # a source may have changed while it was copied
@@ -397,7 +397,7 @@ class _Run:
             writer.abandon()
             raise
 
-    def _write_genes(self, writer: EmbeddingWriter) -> dict[str, Any]:
+    def _write_genes(self, writer: EmbeddingWriter, progress: bool) -> dict[str, Any]:
         """Write the gene embeddings, and return the record of how they were made."""
         cells, gene_means = self.plan.inputs[0], self._gene_means()
         if not self.kinds or cells.genes is None:
@@ -405,7 +405,7 @@ class _Run:
         if gene_means is not None:
             for _, _, sums in self.shards.read_sums():
                 gene_means.add_state(sums)
-        found = embed_genes(self.encoder, cells.genes.token_ids, self.kinds, gene_means)
+        found = embed_genes(self.encoder, cells.genes.token_ids, self.kinds, gene_means, progress)
         for kind, embeddings in found.kinds.items():
             writer.write_genes(gene_slot(writer.layout.key_added, kind), embeddings)
         return found.provenance(cells.var.index)

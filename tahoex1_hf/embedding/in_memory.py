@@ -51,8 +51,9 @@ def embed_anndata(
     dtype: Dtype = "auto",
     hidden_layer: int | None = None,
     return_array: bool = False,
+    return_deviations: bool = False,
     progress: bool = True,
-) -> np.ndarray | None:
+) -> np.ndarray | tuple[np.ndarray, np.ndarray] | None:
     """Write the cells' embeddings into `adata.obsm[key_added]`, float32 rows of length 1, or return them.
 
     A record of how they were made is written into `adata.uns`, under `key_added` without its `X_`, by default
@@ -108,16 +109,20 @@ def embed_anndata(
             `hidden_states`: 0 is the input of the first layer, and -1, the default, the last layer's output after the
             final norm. Outputs of other layers are taken without that norm.
         return_array: Whether to return the embeddings instead of writing anything into `adata`.
+        return_deviations: Whether to return the deviations of `draws`, too; goes with `return_array`.
         progress: Whether to show a progress bar.
 
     Returns:
-        `(cells, width)` float32 with `return_array`, in the order of the cells; else None.
+        `(cells, width)` float32 with `return_array`, in the order of the cells; with `return_deviations` a pair of
+        that and of `(cells,)` float32, what else would be in `obs["tahoe_x1_sd"]`; else None.
 
     Raises:
         ValueError: If counts, genes or arguments cannot be used; the message says what to do.
     """
     kinds = gene_kinds(gene_embeddings)
     check_key(key_added)
+    if return_deviations and not return_array:
+        raise ValueError("return_deviations goes with return_array=True; without it, deviations are written into obs.")
     if not return_array:
         check_writable(adata)
     elif kinds:
@@ -145,10 +150,12 @@ def embed_anndata(
     gene_means = encoder.gene_means(match) if "EA" in kinds and match is not None else None
     embeddings, deviations, num_empty = embed_input(encoder, ChunkEncoder(cells, options), gene_means, progress)
     if return_array:
-        return embeddings
+        return (embeddings, deviations) if return_deviations else embeddings
     made_by = provenance(model_name(model, loaded), encoder, options, [cells], num_empty)
     made_by |= {} if new_drugs is None else new_drugs.provenance()
-    found = embed_genes(encoder, match.token_ids, kinds, gene_means) if kinds and match is not None else None
+    found = None
+    if kinds and match is not None:
+        found = embed_genes(encoder, match.token_ids, kinds, gene_means, progress)
     # All results are written together at the end, so that an interrupted run leaves adata unchanged.
     adata.obsm[key_added] = embeddings
     if draws > 1:

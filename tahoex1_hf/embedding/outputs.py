@@ -10,6 +10,7 @@ from typing import Any
 
 from tahoex1_hf.cells.readers.base import BadInput, CellInput
 from tahoex1_hf.cells.readers.paths import is_zarr_store
+from tahoex1_hf.common.files import put_back
 from tahoex1_hf.common.names import short_names
 from tahoex1_hf.embedding.anndata_writer import H5adWriter, ZarrWriter
 from tahoex1_hf.embedding.cell_genes import CellGenes, check_cell_gene_output
@@ -46,7 +47,12 @@ class OutputOptions:
     full_paths: bool = False
 
     def check(self) -> None:
-        """Raise ValueError before any work is done if the output cannot be written."""
+        """Raise ValueError before any work is done if the output cannot be written.
+
+        A store that a killed run was about to replace is put back first, since it may be the source, too.
+        """
+        if "://" not in self.path:
+            put_back(Path(self.path))
         check_output(self.path, bool(self.kinds), self.key_added, self.draws, self.wide, self.obs)
         if self.cell_genes is not None:
             check_cell_gene_output(self.cell_genes, self.path)

@@ -88,13 +88,15 @@ def find_adapter(adapter: str | Path) -> Path:
 
 
 def load_adapter(
-    adapter: str | Path, base: "str | Path | PreTrainedModel | None" = None
+    adapter: str | Path, base: "str | Path | PreTrainedModel | None" = None, *, size: str | None = None
 ) -> tuple[Any, TahoeX1Tokenizer]:
     """Load an adapter on its base, or a model that was trained as a whole.
 
     Args:
         adapter: Folder or Hub name of the adapter.
         base: Folder, Hub name or loaded model to put the adapter on; by default the base that the adapter names.
+        size: Name of the base's size, such as `"70m"`, where a folder or repository holds several; by default the
+            size that the adapter names.
 
     Returns:
         A `PeftModel` (or the whole model) in eval mode, whose `config.id2label` names the classes, and its tokenizer.
@@ -108,14 +110,17 @@ def load_adapter(
     record = read_record(folder)
     kind = getattr(modeling_tahoe_x1, record["model_class"])
     if not (folder / ADAPTER_CONFIG).is_file():
+        folder = folder if size is None else find_model(folder, size=size)
         return load_folder(folder, kind).eval(), load_tokenizer(folder)
     tensors = read_adapter(folder)
     model: Any
     if isinstance(base, PreTrainedModel):
+        if size is not None:
+            raise ValueError(f"size={size!r} chooses among bases by name, and base is loaded already: leave it out.")
         model, place = base, Path(str(base.name_or_path))
         check_fits(folder, record, model.config)
     else:
-        place = _base_folder(record, base)
+        place = _base_folder(record, base, size)
         with reading(place / "config.json"):
             config = TahoeX1Config.from_pretrained(place)
         check_fits(folder, record, config, load_tokenizer(place))
@@ -135,10 +140,10 @@ def _model_options(record: dict[str, Any]) -> dict[str, Any]:
     return options
 
 
-def _base_folder(record: dict[str, Any], base: str | Path | None) -> Path:
+def _base_folder(record: dict[str, Any], base: str | Path | None, size: str | None) -> Path:
     name = record["model"] if base is None else base
     try:
-        return find_model(name, size=record.get("size") if base is None else None)
+        return find_model(name, size=record.get("size") if base is None and size is None else size)
     except OSError as error:
         error.add_note(f"The adapter was trained on {record['model']}: pass base= to say where that is now.")
         raise

@@ -25,7 +25,7 @@ def model_and_tokenizer(
     Args:
         model: Loaded model, which is returned as it is, or a folder (of a model or of an adapter) or Hub name.
         tokenizer: Tokenizer to use; by default the one in the model's folder or repository.
-        size: Size of a model by name, where there are several, as for `find_model`.
+        size: Size of a model by name, or of an adapter's base, where there are several, as for `find_model`.
         revision: Branch, tag or commit of a Hub repository.
         expression: Whether to load the pretraining head, which predicts expression.
 
@@ -50,7 +50,7 @@ def model_and_tokenizer(
 
 def _load(model: str | Path, size: str | None, revision: str | None, expression: bool) -> tuple[Any, TahoeX1Tokenizer]:
     if (Path(model) / ADAPTER_CONFIG).is_file():
-        return load_adapter(model)
+        return load_adapter(model, size=size)
     if not expression:
         return load_model_and_tokenizer(model, size=size, revision=revision)
     folder = find_model(model, size=size, revision=revision)

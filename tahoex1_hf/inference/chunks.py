@@ -38,7 +38,7 @@ def embed_chunks(
 
     Yields:
         Every chunk; its `(cells, width)` float32 embeddings, each row of length 1; and `(cells,)` float32, how far
-        they vary with the sample (see `_average`), 0 for cells of which there is one sample.
+        they vary with the sample (see `average`), 0 for cells of which there is one sample.
 
     Raises:
         ValueError: If an embedding is not finite; the message names the cell.
@@ -50,22 +50,23 @@ def embed_chunks(
         if chunk.samples:
             others = (encoder.embed(sample) for sample in chunk.samples)
             long = chunk.samples[0].cell_numbers - chunk.cell_numbers[0]
-            embeddings[long], deviations[long] = _average(embeddings[long], others)
+            means, deviations[long] = average(embeddings[long], others)
+            embeddings[long] = means / np.linalg.norm(means, axis=1, keepdims=True)
         check_results(embeddings, chunk.cell_numbers, cells, encoder.dtype_name)
         yield chunk, embeddings, deviations
 
 
-def _average(first: np.ndarray, others: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Average the embeddings of several samples of the same cells.
+def average(first: np.ndarray, others: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Average what was computed of several samples of the same cells.
 
     Args:
-        first: `(cells, width)` embeddings of the first sample, each of length 1.
+        first: `(cells, width)` outputs for the first sample of each cell.
         others: The same of the other samples.
 
     Returns:
-        `(cells, width)` means, scaled to length 1; and `(cells,)` standard deviations: the root of the variances over
-        the samples (with n - 1), summed over the dimensions. That is the root mean square distance of one sample's
-        embedding from the mean, where embeddings have length 1.
+        `(cells, width)` float64 means; and `(cells,)` float32 standard deviations: the root of the variances over the
+        samples (with n - 1), summed over the columns. That is the root mean square distance of one sample's output
+        from the mean.
     """
     sums, number = first.astype(np.float64), 1
     squares = (sums**2).sum(1)
@@ -74,8 +75,7 @@ def _average(first: np.ndarray, others: Iterable[np.ndarray]) -> tuple[np.ndarra
         sums, squares, number = sums + values, squares + (values**2).sum(1), number + 1
     means = sums / number
     variances = np.maximum(squares - number * (means**2).sum(1), 0) / (number - 1)
-    means /= np.linalg.norm(means, axis=1, keepdims=True)
-    return means.astype(np.float32), np.sqrt(variances).astype(np.float32)
+    return means, np.sqrt(variances).astype(np.float32)
 
 
 def embed_input(
@@ -91,7 +91,7 @@ def embed_input(
 
     Returns:
         `(cells, width)` float32 embeddings, each row of length 1; `(cells,)` float32, how far they vary with the
-        sample (see `_average`); and the number of cells in which no known gene is expressed.
+        sample (see `average`); and the number of cells in which no known gene is expressed.
     """
     report_unknown_drugs([chunks.drug_ids])
     num_cells = chunks.cells.num_cells

@@ -17,7 +17,7 @@ from tahoex1_hf.common.cuda_memory import arriving, let_segments_grow, sent
 from tahoex1_hf.common.dtypes import dtype_name
 from tahoex1_hf.configuration_tahoe_x1 import TahoeX1Config
 from tahoex1_hf.encoding_tahoe_x1 import GeneMatch
-from tahoex1_hf.inference.prepared_layers import PreparedLayer, packs_weights, prepare_layers
+from tahoex1_hf.inference.prepared_layers import KeptLayers, PreparedLayer, packs_weights
 from tahoex1_hf.inference.quantization import quantised_by, with_int8_weights
 from tahoex1_hf.inference.ragged import can_run_ragged, ragged_forward
 from tahoex1_hf.modeling_tahoe_x1 import TahoeX1Model, TahoeX1PreTrainedModel
@@ -247,6 +247,7 @@ class CellEncoder:
         elif self.dtype != torch.float32 and quantised_by(self.model) == "torch":
             self.dtype, self.dtype_name = torch.float32, "int8 weights, float32"  # its layers take no other type
         self.tokenizer = tokenizer
+        self._kept_layers = KeptLayers(self.model, self.dtype)
         usual = _PACKED_BATCH_TOKENS if self._packs else _DEFAULT_BATCH_TOKENS.get(self.device.type, 16384)
         self.batch_tokens = batch_tokens or usual
 
@@ -342,7 +343,7 @@ class CellEncoder:
         serves = self._packs or (self.device.type == "cuda" and self.dtype != torch.float32)
         if not serves or is_flash_attention_requested(self.config):
             return None
-        return prepare_layers(self.model, self.dtype)
+        return self._kept_layers.current()
 
     def _embed_padded(
         self, cells: EncodedCells, rows: np.ndarray, all_tokens: bool

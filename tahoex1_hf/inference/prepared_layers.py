@@ -108,9 +108,7 @@ class PreparedLayer:
     @classmethod
     def make(cls, layer: TahoeX1Layer, dtype: torch.dtype) -> "PreparedLayer | None":
         """Cast the weights to `dtype`; return None if a part is not the model's own, such as an adapter."""
-        attention, mlp = layer.self_attn, layer.mlp
-        linears = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj, mlp.up_proj, mlp.down_proj]
-        linears += [] if mlp.gate_proj is None else [mlp.gate_proj]
+        linears = linears_of(layer)
         norms = (layer.attention_norm, layer.mlp_norm)
         if not all(is_plain(module) for module in linears) or any(type(norm) is not nn.LayerNorm for norm in norms):
             return None
@@ -191,6 +189,46 @@ def prepare_layers(model: TahoeX1Model, dtype: torch.dtype) -> list[PreparedLaye
     prepared = [PreparedLayer.make(cast(TahoeX1Layer, layer), dtype) for layer in model.layers]
     made = [layer for layer in prepared if layer is not None]
     return made if len(made) == len(prepared) else None
+
+
+class KeptLayers:
+    """The prepared layers of a model, which are made again when its weights have changed.
+
+    For the 70M model, making them takes as long as embedding some cells. A change of a weight's values, another tensor
+    in its place and another module around it are noticed. What is written through `tensor.data` is not: PyTorch does
+    not count it.
+
+    Args:
+        model: model whose layers are prepared.
+        dtype: type of the products.
+    """
+
+    def __init__(self, model: TahoeX1Model, dtype: torch.dtype):
+        self.model, self.dtype = model, dtype
+        self._layers: list[PreparedLayer] | None = None
+        self._state: list[tuple[int, int, int]] = []
+        self._held: list[tuple[nn.Linear, torch.Tensor]] = []
+
+    def current(self) -> list[PreparedLayer] | None:
+        """Return the prepared layers; None where one of them cannot be prepared."""
+        linears = [linear for layer in self.model.layers for linear in linears_of(cast(TahoeX1Layer, layer))]
+        weights = [(one, tensor) for one in linears if is_plain(one) for tensor in one.parameters()]
+        if any(tensor.is_inference() for _, tensor in weights):  # which have no count of their changes
+            return prepare_layers(self.model, self.dtype)
+        state = [(id(one), tensor.data_ptr(), tensor._version) for one, tensor in weights]
+        if self._layers is None or state != self._state:
+            self._layers = None  # so that old copies and new ones are never in memory together
+            self._layers = prepare_layers(self.model, self.dtype)
+            # What the state was taken of is held, so that its addresses are not given to others.
+            self._state, self._held = state, [(one, tensor.detach()) for one, tensor in weights]
+        return self._layers
+
+
+def linears_of(layer: TahoeX1Layer) -> list[nn.Linear]:
+    """Return the linear layers of a transformer layer: queries, keys, values, output, up, down, and a gate."""
+    attention, mlp = layer.self_attn, layer.mlp
+    linears = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj, mlp.up_proj, mlp.down_proj]
+    return linears + ([] if mlp.gate_proj is None else [mlp.gate_proj])
 
 
 def is_plain(module: nn.Module) -> bool:

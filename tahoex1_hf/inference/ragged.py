@@ -11,6 +11,7 @@ the other; attention runs within each cell. Three steps are left out or replaced
 Numbers are those of the padded forward pass, up to the rounding of sums in another order.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -80,7 +81,9 @@ def ragged_forward(
 
 
 @torch.inference_mode()
-def targets_forward(model: TahoeX1Model, input_ids: torch.Tensor) -> torch.Tensor:
+def targets_forward(
+    model: TahoeX1Model, input_ids: torch.Tensor, on_layer: Callable[[], object] = lambda: None
+) -> torch.Tensor:
     """Return the embeddings of genes that are put together like one cell, all of them targets.
 
     Each attends to all of them, as in a model without the mask of `attention_mask_style="observed_or_self"`.
@@ -88,6 +91,7 @@ def targets_forward(model: TahoeX1Model, input_ids: torch.Tensor) -> torch.Tenso
     Args:
         model: A model in eval mode.
         input_ids: `(tokens,)` int64.
+        on_layer: Function called after each layer.
 
     Returns:
         `(tokens, hidden_size)`.
@@ -99,6 +103,7 @@ def targets_forward(model: TahoeX1Model, input_ids: torch.Tensor) -> torch.Tenso
     layers: list[Any] = list(model.layers)
     for layer in layers:
         hidden_states = _whole_layer(layer, hidden_states, cells)
+        on_layer()
     return model.norm(hidden_states)
 
 

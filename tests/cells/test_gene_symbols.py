@@ -76,6 +76,7 @@ def test_the_packages_table_names_the_genes_of_the_released_vocabulary() -> None
     assert {symbol: int(table[symbol].removeprefix("ENSG")) for symbol in known} == known
     assert 41_000 < len(table) < 43_000
     assert table["SEPT7"] == table["SEPTIN7"]  # an old symbol
+    assert table["CFAP144"] == table["FAM183A"] == "ENSG00000186973"  # a newer one
     assert all(len(gene) == 15 for gene in table.values())
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tahoex1_hf.common.files import WholeFile, WholeFolder, whole_folder, write_json
+from tahoex1_hf.common.files import WholeFile, WholeFolder, put_back, whole_folder, write_json
 
 
 @pytest.fixture
@@ -188,3 +188,50 @@ def test_a_folder_takes_the_place_of_another_as_a_whole(tmp_path: Path) -> None:
         other.finish()
     other.discard()
     assert [path.name for path in place.iterdir()] == ["new"]
+
+
+def test_a_folder_that_was_being_replaced_is_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = tmp_path / "store"
+    place.mkdir()
+    (place / "old").write_text("1")
+    real = Path.rename
+
+    def interrupted(self: Path, target: Path) -> Path:
+        if self.name.endswith(".partial"):
+            raise KeyboardInterrupt
+        return real(self, target)
+
+    folder = WholeFolder(place, replace=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", interrupted)
+        with pytest.raises(KeyboardInterrupt):  # as a kill, after which nothing is tidied up
+            folder.finish()
+    assert not place.exists()
+    put_back(place)
+    assert [path.name for path in place.iterdir()] == ["old"]
+    folder.finish()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["store"]
+    # A kill while the old one is removed leaves a part of it.
+    (tmp_path / ".store.replaced" / "rest").mkdir(parents=True)
+    put_back(place)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["store"]
+    put_back(tmp_path / "nothing")
+
+
+def test_a_folder_that_cannot_be_replaced_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = tmp_path / "store"
+    place.mkdir()
+    (place / "old").write_text("1")
+    folder, real = WholeFolder(place, replace=True), Path.rename
+
+    def refused(self: Path, target: Path) -> Path:
+        if self == folder.partial:
+            raise PermissionError("no")
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "rename", refused)
+    with pytest.raises(PermissionError, match="no"):
+        folder.finish()
+    folder.discard()
+    assert [path.name for path in place.iterdir()] == ["old"]
+    assert [path.name for path in tmp_path.iterdir()] == ["store"]

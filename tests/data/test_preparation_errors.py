@@ -263,6 +263,29 @@ def test_the_command_with_a_configuration(tmp_path: Path) -> None:
     assert CliRunner().invoke(app, arguments).exit_code == 0
     assert len(read_dataset(tmp_path / "out")) == 20
     assert read_config(tmp_path / "config.yaml", seed=4).seed == 4
+    # What is wrong with a file, as the configuration has it read, names both.
+    config["sources"][0]["layer"] = "spliced"
+    (tmp_path / "config.yaml").write_text(json.dumps(config))
+    refused = CliRunner().invoke(app, [*arguments[:4], str(tmp_path / "other")])
+    assert refused.exit_code == 1
+    assert "a.h5ad: it has no layers/spliced" in refused.output
+    assert f"The settings are those of {tmp_path / 'config.yaml'}" in refused.output
+    config["sources"] = [{"kind": "mds", "paths": [str(tmp_path / "a.h5ad")], "source_vocab": config["vocab"]}]
+    (tmp_path / "config.yaml").write_text(json.dumps(config))
+    refused = CliRunner().invoke(app, [*arguments[:4], str(tmp_path / "third")])
+    assert "a.h5ad is not a folder" in refused.output
+    assert "The settings are those of" in refused.output
+
+
+def test_names_of_cells_may_be_numbers_of_any_kind(tmp_path: Path) -> None:
+    import h5py
+
+    make_cells(20).write_h5ad(tmp_path / "a.h5ad")
+    with h5py.File(tmp_path / "a.h5ad", "r+") as file:
+        del file["obs/_index"]
+        file["obs/_index"] = np.arange(20, dtype=np.float16)  # of which pandas makes no index
+        file["obs/_index"].attrs["encoding-type"] = "array"
+    assert len(read_dataset(run(tmp_path, [source(tmp_path / "a.h5ad")]))) == 20
 
 
 @pytest.mark.parametrize(

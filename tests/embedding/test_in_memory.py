@@ -270,6 +270,24 @@ def test_embeddings_are_returned_and_nothing_is_written(checkpoint, tmp_path) ->
         embed_anndata(adata, *checkpoint("a_70m_like"), **options, gene_embeddings="GE")
 
 
+def test_deviations_are_returned_where_they_are_asked_for(checkpoint) -> None:
+    adata = golden_cells("a_70m_like")
+    options = {"gene_id_column": "ensembl_id", "dtype": "float32", "progress": False, "max_length": 64, "draws": 3}
+    embeddings, deviations = embed_anndata(
+        adata, *checkpoint("a_70m_like"), return_array=True, return_deviations=True, **options
+    )
+    assert "tahoe_x1_sd" not in adata.obs
+    alone = embed_anndata(adata, *checkpoint("a_70m_like"), return_array=True, **options)
+    with pytest.raises(ValueError, match="return_deviations goes with return_array=True"):
+        embed_anndata(adata, *checkpoint("a_70m_like"), return_deviations=True, **options)
+    embed_anndata(adata, *checkpoint("a_70m_like"), **options)
+    for found in (embeddings, alone):
+        np.testing.assert_array_equal(found, adata.obsm["X_tahoe_x1"])
+    np.testing.assert_array_equal(deviations, adata.obs["tahoe_x1_sd"])
+    assert deviations.dtype == np.float32
+    assert deviations.max() > 0
+
+
 def test_attention_backends_agree(checkpoint) -> None:
     model, tokenizer = checkpoint("a_70m_like")
     reference = embedded(golden_cells("a_70m_like"), (model, tokenizer))

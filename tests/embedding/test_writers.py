@@ -1,11 +1,14 @@
 """Outputs of embedding files, opened with pandas, datasets, pyarrow and anndata."""
 
 import json
+import sys
+import textwrap
 import warnings
 from pathlib import Path
 from typing import Any
 
 import anndata
+import forked
 import fsspec
 import h5py
 import numpy as np
@@ -285,6 +288,102 @@ def test_an_output_that_fails_at_the_end_is_not_there(
     assert sorted(entry.name for entry in tmp_path.iterdir()) == sorted(["cells.h5", f"out{ending}.shards", "vocab"])
     embed_files(path, output, *parts, progress=False)
     assert output.exists()
+
+
+# What the processes of a run do, and what a kill leaves: embed the sources of a folder into all forms of outputs.
+EVERY_OUTPUT = """
+    import os, signal, sys
+    from pathlib import Path
+    import torch
+    from helpers import tiny_config, tiny_model
+    from tahoex1_hf import TahoeX1Model, TahoeX1Tokenizer, embed_files
+    from tahoex1_hf.cells import encoding
+    from tahoex1_hf.embedding import files
+
+    torch.set_num_threads(1)
+    vocab, place, kill = sys.argv[1], Path(sys.argv[2]), sys.argv[3:]
+    encoding.CHUNK_CELLS, files._SHARD_SECONDS = 16, 0.0
+    one, *_ = sources = [place.parent / name for name in ("0.h5ad", "1.zarr", "2.h5ad")]
+    parts = tiny_model(tiny_config(vocab_size=64), TahoeX1Model), TahoeX1Tokenizer(vocab, context_length=16)
+    if kill:
+        rename = Path.rename
+
+        def killed(self, target):
+            if self.name.endswith(".partial") and Path(target).name == "copy.zarr":
+                os.kill(os.getpid(), signal.SIGKILL)
+            return rename(self, target)
+
+        Path.rename = killed
+    for name, given, options in (
+        ("list.parquet", one, {"obs": "cell_type,score", "cell_gene_embeddings": place / "genes.parquet"}),
+        ("wide.parquet", sources, {"wide": True, "draws": 2, "obs": "sample"}),
+        ("copy.zarr", sources[1], {"gene_embeddings": "GE,TE,EA", "hidden_layer": 1, "overflow": "highest"}),
+        ("all.h5ad", sources, {"draws": 3}),
+    ):
+        if not kill or name == "copy.zarr":
+            embed_files(given, place / name, *parts, device="cpu", progress=False, **options)
+"""
+
+
+@pytest.fixture
+def every_output(tmp_path: Path, cells: anndata.AnnData, others: list[anndata.AnnData], parts: Parts) -> list[Any]:
+    """A command that embeds three sources into every form of output; the folder of the outputs comes behind it."""
+    write_three(tmp_path, [cells, *others])
+    return [sys.executable, "-c", textwrap.dedent(EVERY_OUTPUT), tmp_path / "vocab" / "vocab.json"]
+
+
+def contents(folder: Path) -> dict[str, Any]:
+    """Return all values of the outputs in a folder, by their names."""
+    found: dict[str, Any] = {}
+    for name in ("list", "wide", "genes"):
+        found[name] = pq.read_table(folder / f"{name}.parquet")
+    for name, read in (("copy.zarr", anndata.read_zarr), ("all.h5ad", anndata.read_h5ad)):
+        adata = read(folder / name)
+        found[f"{name} obs"] = pa.Table.from_pandas(adata.obs)
+        slots = {**adata.obsm, **adata.varm}
+        found |= {f"{name} {slot}": values for slot, values in slots.items()}
+    return found
+
+
+def test_two_processes_write_what_one_writes(tmp_path: Path, every_output: list[Any]) -> None:
+    found = []
+    for processes in (1, 2):
+        place = tmp_path / f"by {processes}"
+        place.mkdir()
+        done = forked.launch(processes, [*every_output, place], forked.environment())
+        assert done.returncode == 0, done.stderr
+        names = ["all.h5ad", "copy.zarr", "genes.parquet", "list.parquet", "wide.parquet"]
+        assert sorted(path.name for path in place.iterdir()) == names
+        found.append(contents(place))
+    one, two = found
+    assert one.keys() == two.keys() >= {f"copy.zarr {KEY}", f"copy.zarr {KEY}_TE", f"all.h5ad {KEY}"}
+    for name, values in one.items():
+        if isinstance(values, pa.Table):
+            assert values.num_rows > 30
+            assert values.equals(two[name]), name
+        else:
+            np.testing.assert_array_equal(two[name], values, err_msg=name)
+
+
+def test_a_kill_while_a_store_is_replaced_loses_nothing(
+    tmp_path: Path, every_output: list[Any], parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, source = tmp_path / "outputs" / "copy.zarr", tmp_path / "1.zarr"
+    output.parent.mkdir()
+    embed_files(source, output, *parts, seed=5, progress=False)
+    done = forked.run([*every_output, output.parent, "kill"])
+    assert done.returncode == -9, done.stderr
+    assert not output.exists()
+    monkeypatch.setattr("tahoex1_hf.common.files._cleared", set())  # as in a process of its own
+    # Another command, whatever it is, finds the earlier store in its place again; the same one finishes its work.
+    with pytest.raises(ValueError, match=r"holds an unfinished run with other settings"):
+        embed_files(source, output, *parts, seed=5, progress=False)
+    assert anndata.read_zarr(output).uns["tahoe_x1"]["seed"] == 5
+    options = {"gene_embeddings": "GE,TE,EA", "hidden_layer": 1, "overflow": "highest"}
+    result = embed(source, output, parts, **options)
+    assert result.uns["tahoe_x1"]["overflow"] == "highest"
+    assert set(result.varm) == {KEY, f"{KEY}_GE", f"{KEY}_TE"}
+    assert [path.name for path in output.parent.iterdir()] == ["copy.zarr"]
 
 
 def test_an_unfinished_object_is_removed_from_its_store() -> None:

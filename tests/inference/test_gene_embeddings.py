@@ -62,6 +62,20 @@ def test_te_is_the_originals(golden: Path, load, monkeypatch: pytest.MonkeyPatch
         assert largest_difference(torch.from_numpy(ours), theirs) < CLOSE
 
 
+def test_te_shows_its_progress_by_layer(load, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """For the released vocabulary it takes minutes on a CPU; rows without a gene that is wanted are left out."""
+    monkeypatch.setattr(gene_embeddings, "_ROW_TOKENS", 250)
+    encoder = load("a_70m_like")
+    vocabulary = np.array(list(encoder.tokenizer.get_vocab().values()))
+    embed_genes(encoder, vocabulary[[5, 249, 600]], ["GE", "TE"], None, progress=True)
+    layers = 2 * encoder.config.num_hidden_layers
+    said = capsys.readouterr().err
+    assert "Genes without cells: 100%" in said
+    assert f"{layers}/{layers}" in said
+    embed_genes(encoder, vocabulary[[5]], ["TE"], None)
+    assert not capsys.readouterr().err
+
+
 def test_te_does_not_depend_on_the_attention_backend(load) -> None:
     genes = np.arange(3, 20)
     eager, sdpa = (embed_genes(load("a_70m_like", name), genes, ["TE"], None) for name in ("eager", "sdpa"))

@@ -8,7 +8,7 @@ from torch import nn
 
 from tahoex1_hf import TahoeX1Config, TahoeX1Model
 from tahoex1_hf.inference import encoder, prepared_layers
-from tahoex1_hf.inference.prepared_layers import blocks_on_cpu, packs_weights, prepare_layers
+from tahoex1_hf.inference.prepared_layers import KeptLayers, blocks_on_cpu, packs_weights, prepare_layers
 from tahoex1_hf.inference.ragged import ragged_forward
 from tahoex1_hf.padding_tahoe_x1 import EncodedCells
 
@@ -114,6 +114,96 @@ def test_an_encoder_on_a_cpu_takes_them_where_they_are_packed(shape: str) -> Non
     assert (ours._prepared() is not None) == packs_weights(torch.bfloat16)
     assert ours.batch_tokens == (4096 if packs_weights(torch.bfloat16) else 8192)
     assert (exact.embed(encoded(config)) * ours.embed(encoded(config))).sum(1).min() > 0.999
+
+
+def scale_in_place(model: TahoeX1Model) -> None:
+    with torch.no_grad():
+        model.layers[0].mlp.down_proj.weight.mul_(1.5)
+
+
+def scale_a_bias(model: TahoeX1Model) -> None:
+    with torch.inference_mode():
+        model.layers[1].self_attn.q_proj.bias.add_(1)
+
+
+def put_another_tensor(model: TahoeX1Model) -> None:
+    projection = model.layers[0].self_attn.o_proj
+    projection.weight = nn.Parameter(projection.weight.detach() * 2)
+
+
+def set_data(model: TahoeX1Model) -> None:
+    weight = model.layers[0].mlp.up_proj.weight
+    weight.data = weight.data * 2
+
+
+def load_others(model: TahoeX1Model) -> None:
+    model.load_state_dict({name: tensor * 1.1 for name, tensor in model.state_dict().items()})
+
+
+def put_another_layer(model: TahoeX1Model) -> None:
+    first, second = model.layers
+    model.layers = nn.ModuleList([second, first])
+
+
+CHANGES = (scale_in_place, scale_a_bias, put_another_tensor, set_data, load_others, put_another_layer)
+
+
+def test_prepared_layers_are_kept_until_a_weight_changes() -> None:
+    model = tiny_model(tiny_config(), TahoeX1Model)
+    kept = KeptLayers(model, torch.bfloat16)
+    for change in CHANGES:
+        before = kept.current()
+        assert before is kept.current()
+        change(model)
+        after, expected = kept.current(), prepare_layers(model, torch.bfloat16)
+        assert after is not before, change.__name__
+        for ours, anew in zip(after, expected, strict=True):
+            assert ours.layer is anew.layer
+            for name in ("query_key_value", "output", "up", "down"):
+                one, other = getattr(ours, name), getattr(anew, name)
+                assert torch.equal(_dense(one), _dense(other)), change.__name__
+                assert torch.equal(one.bias, other.bias), change.__name__
+
+
+def _dense(product: prepared_layers.Product) -> torch.Tensor:
+    return product.weight.to_dense() if product.packed else product.weight
+
+
+def test_layers_with_an_adapter_are_not_taken_for_kept_ones() -> None:
+    class Adapted(nn.Linear):
+        pass
+
+    model = tiny_model(tiny_config(), TahoeX1Model)
+    kept = KeptLayers(model, torch.bfloat16)
+    assert kept.current() is not None
+    model.layers[0].mlp.up_proj.__class__ = Adapted
+    assert kept.current() is None
+    model.layers[0].mlp.up_proj.__class__ = nn.Linear
+    assert kept.current() is not None
+
+
+def test_weights_made_in_inference_mode_are_prepared_each_time() -> None:
+    with torch.inference_mode():
+        model = tiny_model(tiny_config(), TahoeX1Model)
+    kept = KeptLayers(model, torch.bfloat16)
+    before = kept.current()
+    assert before is not None
+    assert kept.current() is not before
+
+
+@pytest.mark.parametrize("shape", list(SHAPES)[:2])
+def test_an_encoder_gives_the_same_bits_with_kept_layers(shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny_config(hidden_size=64, **SHAPES[shape])
+    model = tiny_model(config, TahoeX1Model)
+    monkeypatch.setattr(encoder.CellEncoder, "_packs", True)
+    ours = encoder.CellEncoder(model, Tokens(config.vocab_size), device="cpu", dtype="bfloat16")
+    first, second = ours.embed(encoded(config)), ours.embed(encoded(config))
+    assert np.array_equal(first, second)
+    load_others(model)
+    changed = ours.embed(encoded(config))
+    anew = encoder.CellEncoder(model, Tokens(config.vocab_size), device="cpu", dtype="bfloat16")
+    assert np.array_equal(changed, anew.embed(encoded(config)))
+    assert not np.array_equal(changed, first)
 
 
 @pytest.mark.gpu

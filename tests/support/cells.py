@@ -122,3 +122,14 @@ def expressed_in(adata: anndata.AnnData, cell: int) -> dict[str, float]:
 def file_bytes(folder: Path) -> dict[str, bytes]:
     """Return the bytes of every file of a folder."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def as_mouse(adata: anndata.AnnData, folder: Path) -> tuple[anndata.AnnData, dict[str, str]]:
+    """Return the cells with genes of a mouse, and the arguments that translate them by a table in a folder."""
+    mouse = adata.copy()
+    mouse.var_names = [f"ENSMUSG{name.removeprefix('ENSG')}" for name in adata.var_names]
+    table = folder / "orthologs.csv"
+    table.write_text(
+        "".join(f"{ours},{theirs}\n" for ours, theirs in zip(mouse.var_names, adata.var_names, strict=True))
+    )
+    return mouse, {"species": "mouse", "orthologs": str(table)}

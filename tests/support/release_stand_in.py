@@ -7,7 +7,7 @@ samples that no seed decides, as the public ones were.
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +79,7 @@ def make_stand_in(
     public_layer: int | None = None,
     public_values: str = "bins",
     public_weights: int = 0,
+    public_depth: int | None = None,
     seed: int = 0,
 ) -> StandIn:
     """Make a stand-in.
@@ -91,6 +92,7 @@ def make_stand_in(
         public_layer: layer whose output the public embeddings are.
         public_values: kind of values that they are made from.
         public_weights: seed of the weights that they are made with; 0 for those of the model.
+        public_depth: number of layers of the model with these weights; by default as many as the model has.
         seed: seed of the cells.
     """
     shape = shape or Shape()
@@ -107,7 +109,8 @@ def make_stand_in(
     keys = [f"{1 + number % 96:02d}_{number // 96:02d}_{number:02d}-lib_{number}" for number in range(shape.cells)]
     _write_cells(folder / "cells" / "data", counts, drugs, lines, keys)
     if public_weights:
-        program = OriginalProgram(write_weights(folder / "other", shape, public_weights))
+        other = replace(shape, layers=public_depth or shape.layers)
+        program = OriginalProgram(write_weights(folder / "other", other, public_weights))
     ids = np.array([program.vocabulary[gene] for gene in (genes if public_genes is None else public_genes(genes))])
     cells = [(ids[columns], values) for columns, values in counts]
     drugs_then = drugs if public_drugs is None else public_drugs(drugs)

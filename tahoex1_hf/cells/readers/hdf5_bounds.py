@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from tahoex1_hf.cells.readers.base import BadInput
+from tahoex1_hf.cells.readers.hdf5_heaps import check_heaps
 
 # An array above this size must store at least a ten-thousandth of its size; zeros compress to a thousandth.
 _LARGE_BYTES, _MOST_TIMES = 2**30, 10_000
@@ -16,16 +17,19 @@ def check_hdf5(file: Any, path: str) -> None:
     """Check a file opened by h5py; a file that has not changed is checked only once.
 
     Raises:
-        BadInput: If the file has links to other files, data stored in other files, virtual datasets, or arrays that
-            would fill the memory.
+        BadInput: If the file has links to other files, data stored in other files, virtual datasets, arrays that
+            would fill the memory, or heaps of strings that the library would read forever.
     """
     key = _key(path)
     if key in _checked:
         return
+    datasets = []
     for name, dataset in _datasets(file):
         if dataset.external or dataset.is_virtual:
             raise _outside(name)
         _check_size(name, dataset.size * dataset.dtype.itemsize, dataset.id.get_storage_size())
+        datasets.append(dataset)
+    check_heaps(file, path, datasets)
     _checked.add(key)
 
 

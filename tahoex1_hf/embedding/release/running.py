@@ -37,6 +37,7 @@ from tahoex1_hf.embedding.release.sources import (
     find_public_data,
     read_chosen,
 )
+from tahoex1_hf.hub.cards.facts import RELEASED_FACTS, load_facts
 from tahoex1_hf.hub.loading import find_model
 from tahoex1_hf.hub.models import model_and_tokenizer, model_name
 from tahoex1_hf.inference.encoder import choose_device
@@ -169,10 +170,15 @@ def _join(work: Path, found: Found, data: PublicData, num_cells: int, seed: int,
 
 def _check_width(own: int, public: int | None, settings: dict[str, Any]) -> None:
     if public is not None and own != public:
+        sizes = [
+            f", as the {size} is"
+            for size in ("70m", "1b", "3b")
+            if load_facts(RELEASED_FACTS[size]).shape.hidden_size == public
+        ]
         raise ValueError(
             f"The column {settings['column']!r} has embeddings of {public} numbers, the model {settings['model']} "
-            f"({settings['size'] or 'its only size'}) of {own}: it is of another size. Name the size with --size, or "
-            "the column of this size with --column."
+            f"({settings['size'] or 'its only size'}) of {own}: it is of another size{''.join(sizes)}. Name the "
+            "size with --size, or the column of this size with --column."
         )
 
 

@@ -70,8 +70,23 @@ def class_labels(column: "pd.Series", config: ClassesConfig, of: str = "cells") 
             f"label={config.label} has the one value {', '.join(map(repr, kinds)) or 'none'}: there is nothing to "
             "tell apart. Choose a column with two classes or more."
         )
+    _tell_of_alike(kinds, config.label)
     order = _sorted_classes(kinds)
     return Labels(rows, np.argsort(order)[codes], [str(kind) for kind in kinds[order]])
+
+
+def _tell_of_alike(kinds: np.ndarray, label: str | None) -> None:
+    """Warn of classes whose names differ in blanks or case alone, which hardly anyone means."""
+    spellings: dict[str, list[str]] = {}
+    for kind in map(str, kinds):
+        spellings.setdefault(" ".join(kind.split()).casefold(), []).append(kind)
+    alike = ["/".join(map(repr, names)) for names in spellings.values() if len(names) > 1]
+    if alike:
+        logger.warning(
+            "label=%s: %s are taken for classes of their own, though they differ in blanks or case alone.",
+            label,
+            ", ".join(alike[:5]) + (", ..." if len(alike) > 5 else ""),
+        )
 
 
 def number_labels(column: "pd.Series", label: str) -> Labels:

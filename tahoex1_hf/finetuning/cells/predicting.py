@@ -19,8 +19,8 @@ from tahoex1_hf.cells.readers.base import CellInput
 from tahoex1_hf.common.progress import progress_bar
 from tahoex1_hf.common.reading import reading
 from tahoex1_hf.finetuning.cells.labelled import SAMPLE_SEED
-from tahoex1_hf.finetuning.cells.prediction_output import PredictionWriter
-from tahoex1_hf.finetuning.cells.predictor import CellPredictor, Predictor, load_predictor
+from tahoex1_hf.finetuning.cells.prediction_output import PredictionWriter, deviation_column
+from tahoex1_hf.finetuning.cells.predictor import CellPredictor, Predictor, load_predictor, with_overflow
 from tahoex1_hf.inference.encoder import Dtype
 from tahoex1_hf.inference.provenance import provenance
 from tahoex1_hf.runs.new_drugs import SmilesTable, with_new_drugs
@@ -37,6 +37,7 @@ def predict_anndata(
     *,
     tokenizer: TahoeX1Tokenizer | None = None,
     base: str | Path | None = None,
+    size: str | None = None,
     layer: str | None = None,
     gene_id_column: str | None = None,
     gene_symbols: Table | str | Path | None = None,
@@ -45,6 +46,8 @@ def predict_anndata(
     drugs: str | None = None,
     unknown_drugs: str | None = None,
     drug_table: SmilesTable | None = None,
+    overflow: str | None = None,
+    draws: int = 1,
     batch_tokens: int | None = None,
     device: str | torch.device | None = None,
     dtype: Dtype = "auto",
@@ -62,6 +65,8 @@ def predict_anndata(
         model: Folder or Hub id of an adapter, or of a model that was fine-tuned as a whole; or a loaded model.
         tokenizer: Tokenizer of a loaded model; by default the one in the model's folder or repository.
         base: Folder or Hub id of an adapter's base; by default the one that the adapter names.
+        size: Name of the size to load, such as `"70m"`, where the base, or the model, is one of several in a folder or
+            repository; by default the size that the adapter names.
         layer: Layer with the counts. Here and in `gene_id_column` and `drugs`, None means the setting of the training,
             and "" the default (`adata.X`).
         gene_id_column: Column of `adata.var` with Ensembl ids; the default is `adata.var_names`.
@@ -72,6 +77,12 @@ def predict_anndata(
         drugs: For models with a drug encoder: a column of `adata.obs`, or one drug for all cells.
         unknown_drugs: As in `embed_anndata`; by default as the model was trained, or `"error"`.
         drug_table: As in `embed_anndata`: drugs that the model's table lacks, and their SMILES.
+        overflow: Choice of the genes of a cell longer than the context, `"sample"`, `"highest"` or `"first"`, as in
+            `embed_anndata`; by default as the model was trained.
+        draws: Number of samples of each cell longer than the context. With more than one, a prediction is the mean of
+            the numbers, or of the probabilities, over the samples, and `adata.obs["tahoex1_<label>_sd"]` says how far
+            that of one sample lies from it: the root of the variances over the samples, summed over the classes. It
+            is 0 for cells that fit.
         batch_tokens: Most tokens of a batch; changes speed and memory, not the result.
         device: Device to compute on; by default the fastest there is.
         dtype: Precision of the matrix products, as in `embed_anndata`.
@@ -85,21 +96,22 @@ def predict_anndata(
         ValueError: For counts, genes or arguments that cannot be used; the message says what to do.
     """
     check_writable(adata)
-    predictor = load_predictor(model, base, tokenizer)
+    predictor = with_overflow(load_predictor(model, base, tokenizer, size), overflow)
     options, drugs = _settings(predictor, layer, gene_id_column, drugs)
     predictor, new_drugs = _with_new_drugs(predictor, drug_table, drugs)
     ready = CellPredictor(predictor, batch_tokens=batch_tokens, device=device, dtype=dtype)
     options = replace(options, gene_symbols=gene_symbols, species=species, orthologs=orthologs)
-    encoding = _encoding(predictor, ready, drugs, unknown_drugs)
+    encoding = _encoding(predictor, ready, drugs, unknown_drugs, draws)
     cells = open_cells(adata, ready.tokenizer, options)
     width = () if ready.classes is None else (ready.head_width,)
     outputs = np.empty((cells.num_cells, *width), dtype=np.float32)
-    done = num_empty = 0
+    deviations, num_empty = np.zeros(cells.num_cells, dtype=np.float32), 0
     with progress_bar(progress, total=cells.num_cells, unit="cell", desc="Predicting") as bar:
-        for part, predictions in ready.predict_chunks(cells, encoding, bar.update):
-            outputs[done : done + len(predictions)] = predictions
-            done += len(predictions)
-            num_empty += len(part.empty_cells)
+        for chunk, predictions, spread in ready.predict_chunks(cells, encoding, bar.update):
+            outputs[chunk.cell_numbers], deviations[chunk.cell_numbers] = predictions, spread
+            num_empty += len(chunk.empty_cells)
+    if draws > 1:
+        adata.obs[deviation_column(predictor.column)] = deviations
     _add_predictions(adata, predictor, outputs, _provenance(predictor, ready, encoding, cells, num_empty) | new_drugs)
     return predictor.column
 
@@ -125,6 +137,7 @@ def predict_files(
     *,
     tokenizer: TahoeX1Tokenizer | None = None,
     base: str | Path | None = None,
+    size: str | None = None,
     layer: str | None = None,
     gene_id_column: str | None = None,
     gene_symbols: Table | str | Path | None = None,
@@ -133,6 +146,8 @@ def predict_files(
     drugs: str | None = None,
     unknown_drugs: str | None = None,
     drug_table: SmilesTable | None = None,
+    overflow: str | None = None,
+    draws: int = 1,
     batch_tokens: int | None = None,
     device: str | torch.device | None = None,
     dtype: Dtype = "auto",
@@ -148,6 +163,7 @@ def predict_files(
         model: As in `predict_anndata`, like all arguments below.
         tokenizer: Tokenizer of a loaded model.
         base: Folder or Hub id of an adapter's base.
+        size: Name of the size of the base, or the model, where there are several.
         layer: Layer with the counts.
         gene_id_column: Column of `var` with Ensembl ids.
         gene_symbols: Gene symbol -> Ensembl id, or the path of a table with both.
@@ -156,6 +172,8 @@ def predict_files(
         drugs: Column of `obs` with drugs, or one drug for all cells.
         unknown_drugs: `"pad"` or `"error"`.
         drug_table: Drugs that the model's table lacks, and their SMILES.
+        overflow: Choice of the genes of a cell longer than the context.
+        draws: Number of samples of each cell longer than the context.
         batch_tokens: Most tokens of a batch.
         device: Device to compute on.
         dtype: Precision of the matrix products.
@@ -170,17 +188,19 @@ def predict_files(
     """
     source, output = Path(source), Path(output)
     check_files(source, output)
-    predictor = load_predictor(model, base, tokenizer)
+    predictor = with_overflow(load_predictor(model, base, tokenizer, size), overflow)
     options, drugs = _settings(predictor, layer, gene_id_column, drugs)
     predictor, new_drugs = _with_new_drugs(predictor, drug_table, drugs)
     ready = CellPredictor(predictor, batch_tokens=batch_tokens, device=device, dtype=dtype)
     options = replace(options, gene_symbols=gene_symbols, species=species, orthologs=orthologs)
-    encoding = _encoding(predictor, ready, drugs, unknown_drugs)
+    encoding = _encoding(predictor, ready, drugs, unknown_drugs, draws)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as spool:
         cells = open_cells(Source(str(source), "anndata"), ready.tokenizer, options, spool=spool)
         with reading(source):
             cells.sort_by_cell()
-        writer = PredictionWriter(source, output, predictor.column, cells.num_cells, predictor.classes)
+        writer = PredictionWriter(
+            source, output, predictor.column, cells.num_cells, predictor.classes, with_deviations=draws > 1
+        )
         try:
             num_empty = _write_predictions(writer, ready, cells, encoding, progress)
             cells.check_unchanged()
@@ -197,9 +217,9 @@ def _write_predictions(
     """Write the predictions of all cells; return the number of cells without a known gene."""
     num_empty = 0
     with progress_bar(progress, total=cells.num_cells, unit="cell", desc="Predicting") as bar:
-        for part, predictions in ready.predict_chunks(cells, encoding, bar.update):
-            writer.write(predictions)
-            num_empty += len(part.empty_cells)
+        for chunk, predictions, spread in ready.predict_chunks(cells, encoding, bar.update):
+            writer.write(predictions, spread)
+            num_empty += len(chunk.empty_cells)
     return num_empty
 
 
@@ -239,10 +259,10 @@ def _with_new_drugs(
 
 
 def _encoding(
-    predictor: Predictor, ready: CellPredictor, drugs: str | None, unknown_drugs: str | None
+    predictor: Predictor, ready: CellPredictor, drugs: str | None, unknown_drugs: str | None, draws: int
 ) -> EncodeOptions:
     rule = unknown_drugs or predictor.record.get("unknown_drugs") or "error"
-    return EncodeOptions(ready.tokenizer, drugs, SAMPLE_SEED, rule)
+    return EncodeOptions(ready.tokenizer, drugs, SAMPLE_SEED, rule, draws)
 
 
 def _provenance(

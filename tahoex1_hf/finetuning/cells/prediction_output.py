@@ -17,6 +17,11 @@ from tahoex1_hf.inference.h5ad_columns import add_to_column_order, make_array
 logger = logging.getLogger(__name__)
 
 
+def deviation_column(column: str) -> str:
+    """Return the column of obs that says how far a prediction varies with the sample."""
+    return f"{column}_sd"
+
+
 class PredictionWriter:
     """A copy of an `.h5ad` file, to which predictions are added in the order of its cells.
 
@@ -27,9 +32,18 @@ class PredictionWriter:
             `uns[column]`. Slots of these names in the source are replaced.
         num_cells: Number of cells of the source.
         classes: Names of the classes; None where numbers are predicted.
+        with_deviations: Whether there is a column for the deviations between samples.
     """
 
-    def __init__(self, source: Path, output: Path, column: str, num_cells: int, classes: Sequence[str] | None):
+    def __init__(
+        self,
+        source: Path,
+        output: Path,
+        column: str,
+        num_cells: int,
+        classes: Sequence[str] | None,
+        with_deviations: bool = False,
+    ):
         import h5py
 
         self.output, self.column, self.classes = output, column, classes
@@ -39,6 +53,10 @@ class PredictionWriter:
             shutil.copyfile(source, self.whole.partial)
             self.file = h5py.File(self.whole.partial, "r+")
             self._make_column(num_cells)
+            self.deviations: Any = None
+            if with_deviations:
+                name = deviation_column(column)
+                self.deviations = self._array(add_to_column_order(self.file, name), name, (num_cells,), np.float32)
             if classes is not None:
                 shape = (num_cells, len(classes))
                 self.probabilities = self._array(
@@ -70,14 +88,16 @@ class PredictionWriter:
             logger.warning("%s has %s[%r], which is replaced in the output.", self.output, group.name[1:], name)
             del group[name]
 
-    def write(self, predictions: np.ndarray) -> None:
-        """Write the next cells: `(cells, classes)` probabilities, or `(cells,)` numbers."""
+    def write(self, predictions: np.ndarray, deviations: np.ndarray) -> None:
+        """Write the next cells: `(cells, classes)` probabilities, or `(cells,)` numbers, and `(cells,)` deviations."""
         rows = slice(self.done, self.done + len(predictions))
         if self.classes is None:
             self.values[rows] = predictions
         else:
             self.values[rows] = predictions.argmax(1)
             self.probabilities[rows] = predictions
+        if self.deviations is not None:
+            self.deviations[rows] = deviations
         self.done += len(predictions)
 
     def finish(self, provenance: dict[str, Any]) -> None:

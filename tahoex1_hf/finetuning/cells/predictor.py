@@ -5,36 +5,31 @@ The prediction for a cell depends on the cell alone, not on its place in the fil
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel
-from transformers.utils import logging
 
-from tahoex1_hf.cells import encoding
-from tahoex1_hf.cells.encoding import DrugIds, EncodeOptions, report_unknown_drugs
+from tahoex1_hf.cells.encoding import ChunkEncoder, EncodeOptions, report_unknown_drugs
 from tahoex1_hf.cells.readers.base import CellInput
 from tahoex1_hf.common.prefetch import prefetch
-from tahoex1_hf.encoding_tahoe_x1 import GeneRows
-from tahoex1_hf.finetuning.cells.labelled import SAMPLE_SEED
 from tahoex1_hf.hub.adapter_weights import ADAPTER_CONFIG
 from tahoex1_hf.hub.adapters import RECORD, find_adapter, load_adapter, read_record
-from tahoex1_hf.hub.loading import load_folder, load_tokenizer
+from tahoex1_hf.hub.loading import find_model, load_folder, load_tokenizer
 from tahoex1_hf.hub.models import without_peft
 from tahoex1_hf.hub.whole_weights import has_part
+from tahoex1_hf.inference.chunks import average, with_settings
 from tahoex1_hf.inference.encoder import CellEncoder, Dtype
 from tahoex1_hf.inference.finite import check_results
 from tahoex1_hf.modeling_tahoe_x1 import TahoeX1ForSequenceClassification
-from tahoex1_hf.padding_tahoe_x1 import EncodedCells, report_empty
+from tahoex1_hf.padding_tahoe_x1 import EncodedCells
 from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
 
 if TYPE_CHECKING:
     from peft import PeftModel
-
-logger = logging.get_logger(__name__)
 
 PREFIX = "tahoex1_"
 
@@ -74,6 +69,7 @@ def load_predictor(
     source: "str | Path | PreTrainedModel | PeftModel | Predictor",
     base: str | Path | None = None,
     tokenizer: TahoeX1Tokenizer | None = None,
+    size: str | None = None,
 ) -> Predictor:
     """Load a model that predicts a class or a number for a cell.
 
@@ -81,18 +77,23 @@ def load_predictor(
         source: Folder or Hub id of an adapter, or of a model that was fine-tuned as a whole; or a loaded model.
         base: Folder or Hub id of an adapter's base; by default the one that the adapter names.
         tokenizer: Tokenizer of a loaded model; by default the one in the model's folder or repository.
+        size: Name of the size of the base, or of the model, where a folder or repository holds several.
 
     Raises:
         FileNotFoundError: For an adapter, a model or a base that cannot be found.
         ValueError: For a model without a head for cells, a base of another size or vocabulary, and a loaded model
             without its tokenizer.
     """
+    if size is not None and not isinstance(source, (str, Path)):
+        raise ValueError(f"size={size!r} chooses among models by name, and model is loaded already: leave it out.")
     if isinstance(source, Predictor):
         return source
     if isinstance(source, torch.nn.Module):
         return _loaded_model(source, tokenizer)
     folder = find_adapter(source)
-    if not (folder / RECORD).is_file() and not (folder / ADAPTER_CONFIG).is_file():
+    if size is not None and not _is_tuned(folder):
+        folder, size = find_model(folder, size=size), None
+    if not _is_tuned(folder):
         return Predictor(_whole_model(folder), tokenizer or load_tokenizer(folder), {}, str(source))
     record = read_record(folder)
     if record["model_class"] != TahoeX1ForSequenceClassification.__name__:
@@ -100,8 +101,17 @@ def load_predictor(
         raise ValueError(
             f"{source} was trained for {trained_for}: predict serves the classification and regression of cells."
         )
-    loaded, own = load_adapter(folder, base)
+    loaded, own = load_adapter(folder, base, size=size)
     return Predictor(without_peft(loaded), tokenizer or own, record, str(source))
+
+
+def _is_tuned(folder: Path) -> bool:
+    return (folder / RECORD).is_file() or (folder / ADAPTER_CONFIG).is_file()
+
+
+def with_overflow(predictor: Predictor, overflow: str | None) -> Predictor:
+    """Return a predictor that takes other genes of long cells; None means as the model was trained."""
+    return replace(predictor, tokenizer=with_settings(predictor.tokenizer, None, overflow))
 
 
 def _loaded_model(model: Any, tokenizer: TahoeX1Tokenizer | None) -> Predictor:
@@ -151,23 +161,12 @@ class CellPredictor:
         )
         self.head = predictor.model.classifier.to(self.encoder.device).float().eval()
 
-    def encode(self, rows: GeneRows, drug_ids: np.ndarray | None) -> EncodedCells:
-        """Encode cells; which genes of long cells are kept follows from their counts."""
-        encoded = self.tokenizer.encode_rows(
-            rows,
-            drug_ids=drug_ids,
-            seed=SAMPLE_SEED,
-            warn=logger.warning_once,
-        )
-        report_empty(encoded)
-        return encoded
-
     @torch.inference_mode()
     def predict(self, cells: EncodedCells, on_batch: Any = lambda num_cells: None) -> np.ndarray:
         """Predict classes or numbers.
 
         Args:
-            cells: Cells from `encode`.
+            cells: Encoded cells.
             on_batch: Function called after each batch with its number of cells.
 
         Returns:
@@ -187,23 +186,33 @@ class CellPredictor:
 
     def predict_chunks(
         self, cells: CellInput, options: EncodeOptions, on_batch: Any = lambda num_cells: None
-    ) -> Iterator[tuple[EncodedCells, np.ndarray]]:
-        """Yield encoded cells and predictions, chunk after chunk; the next is read while the model computes.
+    ) -> Iterator[tuple[EncodedCells, np.ndarray, np.ndarray]]:
+        """Predict chunk after chunk; the next is read while the model computes.
 
         Args:
             cells: Cells to predict for, sorted by cell.
-            options: Drugs of the cells, and what becomes of unknown ones.
+            options: Drugs of the cells, what becomes of unknown ones, and the number of samples of long cells.
             on_batch: Function called after each batch with its number of cells.
+
+        Yields:
+            A chunk; its predictions, as `predict` returns them, means where there are several samples of a cell; and
+            `(cells,)` float32, how far they vary with the sample (see `average`), 0 for cells with one sample.
 
         Raises:
             ValueError: If a prediction is not finite; the message names the cell.
         """
-        drug_ids = DrugIds(cells, options)
-        report_unknown_drugs([drug_ids])
-        chunks = cells.chunks(0, cells.num_cells, encoding.CHUNK_CELLS, drug_ids.columns)
-        done = 0
-        for encoded in prefetch(self.encode(chunk, drug_ids.of_rows(chunk)) for chunk in chunks):
-            outputs = self.predict(encoded, on_batch)
-            check_results(outputs, range(done, done + len(outputs)), cells, self.encoder.dtype_name)
-            yield encoded, outputs
-            done += len(outputs)
+        chunks = ChunkEncoder(cells, options)
+        report_unknown_drugs([chunks.drug_ids])
+        for chunk in prefetch(chunks.chunks(0, cells.num_cells)):
+            outputs = self.predict(chunk, on_batch)
+            deviations = np.zeros(len(outputs), dtype=np.float32)
+            if chunk.samples:
+                others = (self.predict(sample) for sample in chunk.samples)
+                long = chunk.samples[0].cell_numbers - chunk.cell_numbers[0]
+                columns = (len(long), self.head_width)
+                means, deviations[long] = average(
+                    outputs[long].reshape(columns), (other.reshape(columns) for other in others)
+                )
+                outputs[long] = means.reshape(outputs[long].shape)
+            check_results(outputs, chunk.cell_numbers, cells, self.encoder.dtype_name)
+            yield chunk, outputs, deviations

@@ -1,12 +1,14 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
 """Predicted responses to drugs, from control cells in memory."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
+from tahoex1_hf.cells.gene_symbols import Table
 from tahoex1_hf.cells.genes import GeneOptions
 from tahoex1_hf.cells.opening import open_cells
 from tahoex1_hf.encoding_tahoe_x1 import GeneRows
@@ -34,7 +36,15 @@ def mean_embedding(encoder: CellEncoder, cells: EncodedCells) -> torch.Tensor:
 
 @torch.no_grad()
 def predict_drug_response(
-    adapter: str | Path, controls: "AnnData", drugs: list[str], base: str | Path | None = None
+    adapter: str | Path,
+    controls: "AnnData",
+    drugs: list[str],
+    base: str | Path | None = None,
+    *,
+    size: str | None = None,
+    gene_symbols: Table | str | Path | None = None,
+    species: str = "human",
+    orthologs: Mapping[str, Sequence[str]] | str | Path | None = None,
 ) -> "pd.DataFrame":
     """Predict the changes that drugs make in a population of cells.
 
@@ -43,6 +53,10 @@ def predict_drug_response(
         controls: Untreated cells of one context, with raw counts; all of them are used.
         drugs: Names in the tokenizer's drug table; also the control, which changes nothing.
         base: Folder or Hub id of the base; by default the one that the adapter names.
+        size: Name of the base's size, where a folder or repository holds several.
+        gene_symbols: Gene symbol -> Ensembl id, or the path of a table with both; by default the package's table.
+        species: "human" or "mouse"; genes of a mouse need `orthologs`.
+        orthologs: Mouse gene -> Ensembl ids of human orthologues, or the path of a table.
 
     Returns:
         Drugs x genes (Ensembl ids): change of the mean of log(1 + counts per 10,000).
@@ -56,10 +70,12 @@ def predict_drug_response(
     record = read_record(folder)
     if record.get("task") != "drug_response":
         raise ValueError(f"adapter={adapter} was trained for {record.get('task')}, not for drug_response.")
-    loaded, tokenizer = load_adapter(folder, base)
+    loaded, tokenizer = load_adapter(folder, base, size=size)
     model = inner_model(loaded)
     encoder = CellEncoder(model, tokenizer, dtype="float32")
-    options = GeneOptions(record.get("gene_id_column"), layer=record.get("layer"))
+    options = GeneOptions(
+        record.get("gene_id_column"), gene_symbols, record.get("layer"), species=species, orthologs=orthologs
+    )
     source = open_cells(controls, tokenizer, options)
     vocabulary = tokenizer.get_vocab()
     genes = torch.tensor([vocabulary[gene] for gene in record["response_genes"]], device=encoder.device)

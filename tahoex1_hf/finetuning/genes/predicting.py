@@ -1,7 +1,7 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
 """Predicted classes of genes: the mean of a gene's logits over all cells that express it."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from tahoex1_hf.cells.encoding import DrugIds, EncodeOptions
+from tahoex1_hf.cells.gene_symbols import Table
 from tahoex1_hf.cells.genes import GeneOptions
 from tahoex1_hf.cells.opening import open_cells
 from tahoex1_hf.encoding_tahoe_x1 import GeneRows
@@ -84,7 +85,11 @@ def predict_gene_classes(
     adata: "AnnData",
     base: str | Path | None = None,
     *,
+    size: str | None = None,
     gene_id_column: str | None = None,
+    gene_symbols: Table | str | Path | None = None,
+    species: str = "human",
+    orthologs: Mapping[str, Sequence[str]] | str | Path | None = None,
     layer: str | None = None,
     drugs: str | None = None,
 ) -> "pd.DataFrame":
@@ -94,7 +99,11 @@ def predict_gene_classes(
         adapter: Folder or Hub id of a model trained with `task=gene_classification`.
         adata: Cells with raw counts, in memory or backed.
         base: Folder or Hub id of the base; by default the one that the adapter names.
-        gene_id_column: Column of `var` with Ensembl ids; by default `var_names`.
+        size: Name of the base's size, where a folder or repository holds several.
+        gene_id_column: Column of `var` with Ensembl ids; by default they are looked for.
+        gene_symbols: Gene symbol -> Ensembl id, or the path of a table with both; by default the package's table.
+        species: "human" or "mouse"; genes of a mouse need `orthologs`.
+        orthologs: Mouse gene -> Ensembl ids of human orthologues, or the path of a table. The rows are the human ones.
         layer: Layer with the counts; by default `X`.
         drugs: For models with a drug encoder: the drug of all cells.
 
@@ -113,8 +122,9 @@ def predict_gene_classes(
     task = record.get("task")
     if task != "gene_classification":
         raise ValueError(f"adapter={adapter} was trained for {task}, not for gene_classification.")
-    model, tokenizer = load_adapter(folder, base)
-    cells = open_cells(adata, tokenizer, GeneOptions(gene_id_column, layer=layer))
+    model, tokenizer = load_adapter(folder, base, size=size)
+    options = GeneOptions(gene_id_column, gene_symbols, layer, species=species, orthologs=orthologs)
+    cells = open_cells(adata, tokenizer, options)
     drug_ids = DrugIds(cells, EncodeOptions(tokenizer, drugs, unknown_drugs=record.get("unknown_drugs") or "error"))
     expressing = np.zeros(len(tokenizer), dtype=np.int64)
 

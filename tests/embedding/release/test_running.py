@@ -109,7 +109,7 @@ def test_right_weights_are_as_near_as_our_own_floor(right: StandIn, tmp_path: Pa
         ({"public_genes": shuffled}, "gene table", "of what we take for true is of no use"),
         ({"public_layer": 2}, "layer", "layer 2 of 3"),
         ({"public_values": "log1p"}, "normalisation", "log1p of normalised counts"),
-        ({"public_weights": 7}, "size or weights", "of no use"),
+        ({"public_weights": 7, "public_depth": 2}, "size or weights", "of no use"),  # of another size
     ],
 )
 def test_wrong_ones_are_found_out_and_the_cause_is_named(
@@ -207,3 +207,11 @@ def test_what_is_missing_or_does_not_fit_is_said_in_a_sentence(
     result = run(tmp_path / "another", *here, "--column", "other")
     assert "have no column 'other', only" in result.stderr
     assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize(("width", "said"), [(512, "another size, as the 70m is. "), (2048, "1b"), (48, "size. Name")])
+def test_the_size_that_public_embeddings_are_of_is_told_by_their_width(width: int, said: str) -> None:
+    settings = {"column": "mosaicfm", "model": "tahoebio/Tahoe-x1", "size": "3b"}
+    running._check_width(2560, 2560, settings)
+    with pytest.raises(ValueError, match=f"mosaicfm' has embeddings of {width} numbers.*of 2560.*{said}"):
+        running._check_width(2560, width, settings)

@@ -4,8 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from cells import as_mouse
 from finetuning_runs import (
     labelled_cells,
     make_config,
@@ -16,6 +18,7 @@ from scipy.sparse import csc_matrix
 from tahoex1_hf.data.collator import CellCollator
 from tahoex1_hf.finetuning.bases import load_tokenizer
 from tahoex1_hf.finetuning.cells.labelled import read_cells
+from tahoex1_hf.finetuning.cells.labels import class_labels
 from tahoex1_hf.finetuning.running import finetune
 
 
@@ -106,6 +109,15 @@ def test_counts_stored_by_gene_or_dense_are_the_same_cells(base: Path, data: Pat
     ]
 
 
+def test_cells_of_a_mouse_by_a_table_of_orthologues(base: Path, data: Path, tmp_path: Path) -> None:
+    mouse, translated = as_mouse(labelled_cells(120), tmp_path)
+    mouse.write_h5ad(tmp_path / "mouse.h5ad")
+    configs = (make_config(base, data, tmp_path), make_config(base, tmp_path / "mouse.h5ad", tmp_path, **translated))
+    human, read = (read_cells(config, load_tokenizer(config), tmp_path).encoded(np.arange(120)) for config in configs)
+    assert np.array_equal(read.input_ids, human.input_ids)
+    assert np.array_equal(read.expression_values, human.expression_values)
+
+
 def test_the_order_of_genes_in_a_file_changes_no_bit(base: Path, data: Path, tmp_path: Path) -> None:
     cells = labelled_cells(120)
     order = np.random.default_rng(0).permutation(cells.n_vars)
@@ -120,3 +132,15 @@ def test_the_order_of_genes_in_a_file_changes_no_bit(base: Path, data: Path, tmp
     assert batches[0].keys() == batches[1].keys()
     for name, tensor in batches[0].items():
         assert torch.equal(tensor, batches[1][name]), name
+
+
+def test_classes_that_differ_in_blanks_or_case_alone_are_told_of(
+    base: Path, data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = make_config(base, data, tmp_path)
+    named = class_labels(pd.Series(["T cell", "T cell ", "t  cell", "B", "B cell"] * 2), config)
+    assert named.classes == ["B", "B cell", "T cell", "T cell ", "t  cell"]
+    assert "'T cell'/'T cell '/'t  cell' are taken for classes of their own" in caplog.text
+    caplog.clear()
+    class_labels(pd.Series(["T cell", "B"] * 2), config)
+    assert not caplog.text

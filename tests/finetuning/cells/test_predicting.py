@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from cells import GENES
+from cells import GENES, as_mouse
 from finetuning_runs import KINDS, labelled_cells, make_config, write_base
 from helpers import tiny_model
 from scipy.sparse import csc_matrix, csr_matrix
@@ -19,7 +19,7 @@ from typer.testing import CliRunner, Result
 
 from tahoex1_hf import TahoeX1Config, TahoeX1ForSequenceClassification, TahoeX1Tokenizer
 from tahoex1_hf.cli.app import app
-from tahoex1_hf.encoding_tahoe_x1 import GeneRows
+from tahoex1_hf.encoding_tahoe_x1 import GeneRows, sample_seed
 from tahoex1_hf.finetuning.cells.predicting import predict_anndata, predict_files
 from tahoex1_hf.finetuning.cells.predictor import load_predictor
 from tahoex1_hf.finetuning.running import finetune
@@ -256,6 +256,113 @@ def test_cells_in_memory_are_predicted_like_those_of_a_file(
         with pytest.raises(ValueError, match="tokenizer is missing"):
             predict_anndata(adata, model, **options)
     np.testing.assert_allclose(found, probabilities(expected), atol=1e-5)
+
+
+def test_cells_of_a_mouse_by_a_table_of_orthologues(data: Path, adapter: Path, tmp_path: Path) -> None:
+    expected = probabilities(predict(data, tmp_path / "a.h5ad", "--adapter", adapter))
+    mouse, translated = as_mouse(anndata.read_h5ad(data), tmp_path)
+    mouse.write_h5ad(tmp_path / "mouse.h5ad")
+    options = [part for name, value in translated.items() for part in (f"--{name}", value)]
+    found = predict(tmp_path / "mouse.h5ad", tmp_path / "b.h5ad", "--adapter", adapter, *options)
+    np.testing.assert_array_equal(probabilities(found), expected)
+    refused = run(tmp_path / "mouse.h5ad", tmp_path / "c.h5ad", "--adapter", adapter)
+    assert refused.exit_code == 1
+    assert "--species mouse" in " ".join(refused.output.split())
+
+
+def test_samples_of_long_cells_are_averaged(data: Path, adapter: Path, tmp_path: Path) -> None:
+    """What is written is the mean of the predictions for each sample, which the seed of each gives by itself."""
+    found = predict(data, tmp_path / "a.h5ad", "--adapter", adapter, "--draws", 3)
+    source, options = anndata.read_h5ad(data), {"dtype": "float32", "progress": False}
+    one = source.copy()
+    predict_anndata(one, adapter, **options)
+    assert f"{COLUMN}_sd" not in one.obs
+    predict_anndata(source, adapter, draws=3, **options)
+    np.testing.assert_array_equal(probabilities(source), probabilities(found))
+    deviations = source.obs[f"{COLUMN}_sd"].to_numpy()
+    np.testing.assert_array_equal(deviations, found.obs[f"{COLUMN}_sd"])
+    assert found.uns[COLUMN]["draws"] == 3
+    long = np.diff(source.X.indptr) > 15
+    assert 0 < long.sum() < len(long)
+    np.testing.assert_array_equal(probabilities(source)[~long], probabilities(one)[~long])
+    assert (deviations[~long] == 0).all()
+    assert (deviations[long] > 0).mean() > 0.9
+    samples = []
+    for number in range(3):
+        model, tokenizer = load_adapter(adapter)
+        genes, counts = tokenizer.match_genes(GENES), csr_matrix(source.X)[long]
+        tokens, keep = genes.token_ids[counts.indices], genes.token_ids[counts.indices] >= 0
+        assert keep.all()
+        rows = GeneRows(tokens, counts.data, counts.indptr.astype(np.int64))
+        encoded = tokenizer.encode_rows(rows, seed=sample_seed(0, number))
+        batch = encoded.padded(pad_token_id=tokenizer.pad_token_id, pad_value=tokenizer.pad_value)
+        with torch.no_grad():
+            samples.append(model(**batch).logits.double().softmax(1).numpy())
+    np.testing.assert_allclose(probabilities(source)[long], np.mean(samples, 0), atol=1e-5)
+    expected = np.sqrt(np.var(samples, 0, ddof=1).sum(1))
+    np.testing.assert_allclose(deviations[long], expected, atol=1e-5)
+
+
+def test_the_samples_of_a_number_are_averaged(data: Path, adapter: Path, tmp_path: Path) -> None:
+    """A head of one output predicts a number, whose mean and deviation are written."""
+    base = load_predictor(adapter)
+    config = TahoeX1Config(**{**base.model.config.to_dict(), "num_labels": 1, "problem_type": "regression"})
+    model = tiny_model(config, TahoeX1ForSequenceClassification)
+    cells = anndata.read_h5ad(data)
+    options = {"tokenizer": base.tokenizer, "dtype": "float32", "progress": False}
+    column = predict_anndata(cells, model, draws=4, **options)
+    assert cells.obs[column].dtype == cells.obs[f"{column}_sd"].dtype == np.float32
+    long = np.diff(cells.X.indptr) > 15
+    assert (cells.obs[f"{column}_sd"][long] > 0).mean() > 0.9
+    again = cells.copy()
+    predict_anndata(again, model, **options)
+    off = np.abs(again.obs[column] - cells.obs[column])
+    assert (off[~long] == 0).all()
+    assert 0 < off[long].max() < 4 * cells.obs[f"{column}_sd"].max()
+
+
+@pytest.mark.parametrize("overflow", ["highest", "first"])
+def test_other_genes_of_long_cells(overflow: str, data: Path, adapter: Path, tmp_path: Path) -> None:
+    found = predict(data, tmp_path / "a.h5ad", "--adapter", adapter, "--overflow", overflow)
+    sampled = predict(data, tmp_path / "b.h5ad", "--adapter", adapter, "--overflow", "sample")
+    assert found.uns[COLUMN]["overflow"] == overflow
+    model, tokenizer = load_adapter(adapter)
+    tokenizer.overflow = overflow
+    cells = anndata.read_h5ad(data)
+    predict_anndata(cells, model, tokenizer=tokenizer, dtype="float32", progress=False)
+    expected = probabilities(cells, "tahoex1_prediction")
+    np.testing.assert_allclose(probabilities(found), expected, atol=1e-6)
+    assert np.abs(probabilities(sampled) - expected).max() > 1e-3
+    refused = run(data, tmp_path / "c.h5ad", "--adapter", adapter, "--overflow", overflow, "--draws", 2)
+    assert refused.exit_code == 1
+    assert f"draws=2 averages random samples, and overflow='{overflow}' takes none" in refused.output
+
+
+def test_the_size_of_a_base_by_name(base: Path, data: Path, adapter: Path, tmp_path: Path) -> None:
+    """An adapter's base may be one of several sizes in a folder or repository."""
+    several = tmp_path / "several"
+    shutil.copytree(base, several / "70m")
+    write_base(several / "3b", hidden_size=64)
+    expected = probabilities(predict(data, tmp_path / "a.h5ad", "--adapter", adapter))
+    options = ["--adapter", adapter, "--base", several, "--size"]
+    found = predict(data, tmp_path / "b.h5ad", *options, "70m")
+    np.testing.assert_array_equal(probabilities(found), expected)
+    model, _ = load_adapter(adapter, several, size="70m")
+    assert model.config.hidden_size == 32
+    cells = anndata.read_h5ad(data)
+    predict_anndata(cells, adapter, base=several, size="70m", dtype="float32", progress=False)
+    np.testing.assert_array_equal(probabilities(cells), expected)
+    for size, message in (("3b", "another size or vocabulary"), ("1b", "has the sizes 3b, 70m")):
+        refused = run(data, tmp_path / "c.h5ad", *options, size)
+        assert refused.exit_code == 1
+        assert message in " ".join(refused.output.split())
+    loaded = TahoeX1ForSequenceClassification.from_pretrained(base, num_labels=3)
+    for given in (
+        lambda: predict_anndata(cells, model, size="70m"),
+        lambda: load_adapter(adapter, loaded, size="70m"),
+    ):
+        with pytest.raises(ValueError, match="is loaded already: leave it out"):
+            given()
 
 
 # Errors -----------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 import torch
 from alone import Alone
+from cells import as_mouse
 from drug_screens import (
     CONTROL,
     DRUGS,
@@ -321,6 +322,10 @@ def test_a_planted_effect_is_learnt_for_drugs_that_the_base_never_saw(place: Pat
     row = np.flatnonzero((screen.drugs[split.test] == NEW[1]) & (screen.contexts[split.test] == "A"))
     assert largest_difference(found.to_numpy()[:1], changes[row]) < 1e-4
     assert np.abs(found.loc[CONTROL]).max() == 0
+    mouse, translated = as_mouse(controls, tmp_path)
+    pd.testing.assert_frame_equal(
+        predict_drug_response(tmp_path / "run", mouse, list(found.index), **translated), found
+    )
     assert list(found.columns) == genes_of(place, screen)
     weights = load_file(tmp_path / "run" / "adapter_model.safetensors")
     assert {name.split(".")[-2] for name in weights if "lora" not in name} == {"gene_query", "cell_proj"}

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 import torch
 from alone import Alone
-from cells import GENES
+from cells import GENES, as_mouse
 from finetuning_runs import digest, write_base
 from helpers import largest_difference
 from scipy.sparse import csr_matrix
@@ -348,6 +348,8 @@ def test_a_run_learns_what_can_be_learnt(method: str, place: Path, tmp_path: Pat
     order = np.random.default_rng(0).permutation(60)
     shuffled = predict_gene_classes(tmp_path / "run", gene_cells()[order])
     assert np.allclose(shuffled["probability_high"], found["probability_high"], atol=CLOSE)
+    mouse, translated = as_mouse(gene_cells(), tmp_path)
+    pd.testing.assert_frame_equal(predict_gene_classes(tmp_path / "run", mouse, **translated), found)
     assert tokenizer.context_length == 48
 
 
