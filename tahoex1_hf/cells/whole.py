@@ -1,15 +1,29 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
 """Read files of cells as they are, for comparisons that know no vocabulary: all genes, or embeddings in slots."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from tahoex1_hf.cells.readers.hdf5_bounds import check_hdf5
 from tahoex1_hf.common.reading import reading
 
 if TYPE_CHECKING:
     from anndata import AnnData
+
+
+@contextmanager
+def _checked(path: Path) -> Iterator[None]:
+    """Check a file as `open_cells` does, and make the errors of the block name it."""
+    import h5py
+
+    with reading(path):
+        with h5py.File(path, "r") as file:
+            check_hdf5(file, str(path))
+        yield
 
 
 def read_all_genes(path: Path) -> "AnnData":
@@ -20,7 +34,7 @@ def read_all_genes(path: Path) -> "AnnData":
     """
     from anndata import read_h5ad
 
-    with reading(path):
+    with _checked(path):
         return read_h5ad(path)
 
 
@@ -40,7 +54,7 @@ def read_slot(path: Path, key: str, axis: str) -> tuple[np.ndarray, np.ndarray]:
     """
     from anndata import read_h5ad
 
-    with reading(path):
+    with _checked(path):
         adata = read_h5ad(path, backed="r")
         try:
             slots, names = (adata.obsm, adata.obs_names) if axis == "obs" else (adata.varm, adata.var_names)

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 from cells import make_cells
@@ -35,3 +36,19 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "cells.h5ad").write_bytes(b"no HDF5 at all" * 100)
     with pytest.raises(ValueError, match=r"cells\.h5ad cannot be read"):
         read_all_genes(tmp_path / "cells.h5ad")
+
+
+@pytest.mark.parametrize("name", ["obs/_index", "obsm/mine"])
+def test_files_that_would_fill_the_memory_are_refused(tmp_path: Path, name: str) -> None:
+    cells = make_cells(9)
+    cells.obsm["mine"] = np.ones((9, 2), dtype=np.float32)
+    path = tmp_path / "cells.h5ad"
+    cells.write_h5ad(path)
+    with h5py.File(path, "r+") as file:
+        attributes, dtype = dict(file[name].attrs), file[name].dtype
+        del file[name]
+        made = file.create_dataset(name, shape=(10**11,), dtype=dtype, chunks=(1000,), compression="gzip")
+        made.attrs.update(attributes)
+    for read in (read_all_genes, lambda file: read_slot(file, "mine", "obs")):
+        with pytest.raises(ValueError, match=rf"cells\.h5ad: /{name} declares \d+ bytes, and stores"):
+            read(path)
