@@ -100,10 +100,10 @@ def _write(folder: Path, source: Source, identity: str, done: Done) -> None:
 
 
 def _read(folder: Path, source: Source, identity: str) -> Done | None:
-    """Return what an earlier run found about a source; None where it did not come to it.
+    """Return the scores of a source by an earlier run; None if that run did not get to it.
 
     Raises:
-        ValueError: If it found it of other inputs.
+        ValueError: If that run had other inputs.
     """
     path = _place(folder, source)
     if not path.is_file():

@@ -28,7 +28,7 @@ def check_finite(tensors: Iterable[tuple[str, torch.Tensor]], what: str) -> None
         what: Description of their origin, for the message.
 
     Raises:
-        ValueError: The message names the first tensor that holds NaN or infinite values.
+        ValueError: If a tensor holds NaN or infinite values; the message names the first.
     """
     for name, tensor in tensors:
         if tensor.is_meta or not tensor.is_floating_point() or not tensor.numel() or tensor.dtype.itemsize < 2:

@@ -246,7 +246,7 @@ def validated(kind: type[Config], values: dict[str, Any], origin: str) -> Config
     """Make a configuration from plain values.
 
     Raises:
-        ValueError: The message names `origin` and every key that is unknown, missing or of the wrong type.
+        ValueError: If keys are unknown, missing or of the wrong type; the message names `origin` and all such keys.
     """
     try:
         return kind.model_validate(values)

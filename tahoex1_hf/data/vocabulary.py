@@ -172,7 +172,7 @@ def write_files(contents: dict[Path, bytes], overwrite: bool) -> None:
     """Write files, each whole or not at all; existing files with the same content are left alone.
 
     Raises:
-        FileExistsError: Before anything is written, where a file holds something else and `overwrite` is not set.
+        FileExistsError: If a file holds something else and `overwrite` is not set; nothing is written then.
     """
     changed = {path: data for path, data in contents.items() if not (path.is_file() and path.read_bytes() == data)}
     for path in changed:

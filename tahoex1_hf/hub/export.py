@@ -167,7 +167,7 @@ def check_converted(folder: Path) -> None:
     """Check that a folder is a complete converted checkpoint.
 
     Raises:
-        FileNotFoundError: The message names the file that is missing.
+        FileNotFoundError: If a file is missing; the message names it.
         ValueError: If it is another kind of model, or its weights are not those that its configuration describes.
     """
     for name in (CONFIG, TOKENIZER_CONFIG, VOCAB):

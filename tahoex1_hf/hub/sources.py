@@ -116,7 +116,7 @@ def choose_size(configs: Iterable[str], size: str | None, source: str) -> str:
         source: Name of the source in errors.
 
     Raises:
-        FileNotFoundError: Listing the sizes that there are.
+        FileNotFoundError: If there is no such size, or `size` is None and there are several; the message lists them.
     """
     folders = {config.removesuffix(MODEL_CONFIG).rstrip("/") for config in configs}
     names = {folder.removesuffix("-model"): folder for folder in sorted(folders) if folder.count("/") == 0}

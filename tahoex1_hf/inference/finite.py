@@ -16,7 +16,7 @@ def check_results(values: np.ndarray, numbers: np.ndarray | range, cells: CellIn
         precision: The precision of the computation, for the message.
 
     Raises:
-        ValueError: The message names the first cell whose result is not finite.
+        ValueError: If a result is not finite; the message names the first such cell.
     """
     # A sum is finite only if all its terms are; in float64, no sum of these is too large.
     with np.errstate(invalid="ignore"):

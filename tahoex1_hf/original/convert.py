@@ -103,7 +103,7 @@ def open_original(source: str | Path) -> OriginalCheckpoint:
     """Open a checkpoint of the original: a folder, or its `*.pt` file or sharded folder with the settings beside it.
 
     Raises:
-        FileNotFoundError: The message names the file that is missing.
+        FileNotFoundError: If a file is missing; the message names it.
         ValueError: If a setting is unknown, the weights are not those of the settings, or a pickle holds more
             than data.
     """

@@ -48,7 +48,7 @@ def restore_original_folder(
 
     Raises:
         FileExistsError: If `destination` exists and is neither an empty folder nor that checkpoint.
-        FileNotFoundError: The message names the file that is missing.
+        FileNotFoundError: If a file is missing; the message names it.
         ValueError: If the original has no setting for a property of the model or its tokenizer.
     """
     source, destination = Path(source), Path(destination)
@@ -84,7 +84,7 @@ def restore_settings(config: TahoeX1Config, tokenizer: TahoeX1Tokenizer) -> tupl
     """Return the contents of `model_config.yml` and `collator_config.yml` for a model and its tokenizer.
 
     Raises:
-        ValueError: The message names the setting that the original lacks.
+        ValueError: If the original lacks a setting; the message names it.
     """
     model, collator = _model_settings(config), _collator_settings(config, tokenizer)
     vocab, drugs = tokenizer.get_vocab(), tokenizer.drug_to_id

@@ -84,7 +84,7 @@ def find_public_data(data: PublicData, spool: Path, problems: Sequence[str] = ()
 
     Raises:
         FileNotFoundError: If something cannot be reached; the message says what to download.
-        ValueError: For files without the columns that are needed, naming those that are there.
+        ValueError: If files lack needed columns; the message names those that there are.
     """
     problems = list(problems)
     cells = _files(data.cells, "data", "cells", problems)

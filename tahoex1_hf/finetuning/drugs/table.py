@@ -29,7 +29,7 @@ def new_fingerprints(
         Drug -> fingerprint, shape `(bits,)`, float32.
 
     Raises:
-        ValueError: For drugs without a fingerprint, naming them.
+        ValueError: If drugs have no fingerprint; the message names them.
     """
     known = tokenizer.drug_table or DrugTable({})
     new = [drug for drug in drugs if known.find(drug) is None]

@@ -18,7 +18,7 @@ def check_facts(facts: Facts, source: Path, folder: Path) -> None:
         folder: Converted checkpoint.
 
     Raises:
-        ValueError: The message names what differs.
+        ValueError: If they differ; the message says in what.
     """
     config = TahoeX1Config.from_pretrained(folder)
     shapes = open_weights(weights_file(folder)).shapes.values()

@@ -136,7 +136,7 @@ def load_facts(path: str | Path) -> Facts:
     """Read a facts file.
 
     Raises:
-        ValueError: The message names the file and the key that is unknown, missing or of the wrong type.
+        ValueError: If a key is unknown, missing or of the wrong type; the message names file and key.
     """
     path = Path(path)
     mapping = yaml.safe_load(path.read_text(encoding="utf-8"))

@@ -137,7 +137,7 @@ def check_card(text: str) -> ModelCard:
     Only `ModelCard.validate` can tell whether the Hub knows the license, the tags and the datasets.
 
     Raises:
-        ValueError: The message names the fault.
+        ValueError: If the metadata or the heading have a fault; the message names it.
     """
     card = ModelCard(text)
     data: Any = card.data  # a ModelCardData, which huggingface_hub types as its base class
