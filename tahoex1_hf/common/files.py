@@ -115,7 +115,7 @@ def put_back(path: Path) -> None:
     """Put back the folder that a killed process was about to replace; where the new one is in place, remove the old.
 
     Args:
-        path: place of the folder.
+        path: Place of the folder.
     """
     old = _replaced(path)
     if not old.exists():

@@ -199,8 +199,8 @@ class KeptLayers:
     not count it.
 
     Args:
-        model: model whose layers are prepared.
-        dtype: type of the products.
+        model: Model whose layers are prepared.
+        dtype: Type of the products.
     """
 
     def __init__(self, model: TahoeX1Model, dtype: torch.dtype):
