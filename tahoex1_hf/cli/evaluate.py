@@ -110,7 +110,7 @@ def evaluate(
     from tahoex1_hf.benchmarking.sources import read_sources
     from tahoex1_hf.benchmarking.task import Benchmark
 
-    given = {"--label": label, "--batch": batch, "--control": control, "--line": line}
+    given: dict[str, object] = {"--label": label, "--batch": batch, "--control": control, "--line": line}
     given |= {"--labels": labels, "--families": families}
     given |= {"--zero-shot": zero_shot, "--few-shot": few_shot, "--state-python": state_python}
     if strange := [name for name, value in given.items() if value and name not in _OPTIONS[task]]:
