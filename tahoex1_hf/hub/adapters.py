@@ -68,8 +68,12 @@ def read_record(folder: str | Path) -> dict[str, Any]:
     return {"model": model, "model_class": kind, "model_options": {"num_labels": len(head[0])} if head else {}}
 
 
-def find_adapter(adapter: str | Path) -> Path:
+def find_adapter(adapter: str | Path, revision: str | None = None) -> Path:
     """Return the folder of an adapter: the folder itself, or the local copy of a Hub repository.
+
+    Args:
+        adapter: Folder or Hub name.
+        revision: Branch, tag or commit of a Hub repository.
 
     Raises:
         FileNotFoundError: For a name that is neither a folder nor a Hub repository within reach.
@@ -80,7 +84,7 @@ def find_adapter(adapter: str | Path) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(str(adapter)))
+        return Path(snapshot_download(str(adapter), revision=revision))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise FileNotFoundError(
             f"adapter={str(adapter)!r} is neither a folder nor a Hub repository that can be downloaded: {error}"

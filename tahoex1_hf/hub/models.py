@@ -4,8 +4,11 @@
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import try_to_load_from_cache
+
 from tahoex1_hf.hub.adapter_weights import ADAPTER_CONFIG
-from tahoex1_hf.hub.adapters import is_peft, load_adapter
+from tahoex1_hf.hub.adapters import find_adapter, is_peft, load_adapter
+from tahoex1_hf.hub.download import is_repo_id
 from tahoex1_hf.hub.loading import find_model, load_folder, load_model_and_tokenizer, load_tokenizer
 from tahoex1_hf.hub.whole_weights import has_part
 from tahoex1_hf.modeling_tahoe_x1 import TahoeX1ForPreTraining, TahoeX1PreTrainedModel
@@ -51,13 +54,25 @@ def model_and_tokenizer(
 def _load(model: str | Path, size: str | None, revision: str | None, expression: bool) -> tuple[Any, TahoeX1Tokenizer]:
     if (Path(model) / ADAPTER_CONFIG).is_file():
         return load_adapter(model, size=size)
-    if not expression:
-        return load_model_and_tokenizer(model, size=size, revision=revision)
-    folder = find_model(model, size=size, revision=revision)
+    try:
+        if not expression:
+            return load_model_and_tokenizer(model, size=size, revision=revision)
+        folder = find_model(model, size=size, revision=revision)
+    except FileNotFoundError:
+        if not _is_adapter_on_hub(model, revision):
+            raise
+        return load_adapter(find_adapter(model, revision), size=size)
     if not has_part(folder, "expression_decoder"):
         raise ValueError(no_expression_head(f"the checkpoint {model}"))
     # What a cell decoder predicts is not asked for.
     return load_folder(folder, TahoeX1ForPreTraining, ["cell_decoder."]), load_tokenizer(folder)
+
+
+def _is_adapter_on_hub(model: str | Path, revision: str | None) -> bool:
+    """Return whether a Hub repository, whose small files `find_model` has just fetched, holds an adapter."""
+    if Path(model).exists() or not is_repo_id(str(model)):
+        return False
+    return isinstance(try_to_load_from_cache(str(model), ADAPTER_CONFIG, revision=revision), str)
 
 
 def no_expression_head(what: str) -> str:

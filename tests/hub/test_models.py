@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from cells import GENES, NUM_GENES, make_cells, write_vocab
 from helpers import tiny_config, tiny_model
+from hub_server import fill_cache
 
 from tahoex1_hf import TahoeX1ForPreTraining, TahoeX1Model, TahoeX1Tokenizer, embed_anndata, embed_files, perturb_genes
 from tahoex1_hf.hub import loading
@@ -87,7 +88,9 @@ def test_a_loaded_model_needs_its_tokenizer(loaded: tuple[Any, TahoeX1Tokenizer]
         embed_anndata(cells.copy(), loaded[0])
 
 
-def test_a_folder_with_an_adapter(folder: Path, cells: anndata.AnnData, tmp_path: Path, expected: np.ndarray) -> None:
+def test_an_adapter_in_a_folder_and_on_the_hub(
+    folder: Path, cells: anndata.AnnData, tmp_path: Path, expected: np.ndarray, hub_cache: Path
+) -> None:
     peft = pytest.importorskip("peft")
     base = TahoeX1ForPreTraining.from_pretrained(folder)
     settings = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
@@ -100,6 +103,17 @@ def test_a_folder_with_an_adapter(folder: Path, cells: anndata.AnnData, tmp_path
     np.testing.assert_array_equal(copies[1].obsm[KEY], copies[0].obsm[KEY])
     assert not np.allclose(copies[1].obsm[KEY], expected, atol=1e-4)
     assert copies[1].uns["tahoe_x1"]["model"] == "adapter"
+    # The same on the Hub, by name and revision; its base is one of several sizes there.
+    several = tmp_path / "several"
+    shutil.copytree(folder, several / "70m")
+    settings.base_model_name_or_path = "someone/bases"
+    adapted.save_pretrained(tmp_path / "published")
+    fill_cache(hub_cache, "someone/bases", {"main": several})
+    fill_cache(hub_cache, "someone/adapter", {"v1": tmp_path / "published"})
+    found = embed_anndata(cells, "someone/adapter", size="70m", revision="v1", return_array=True, progress=False)
+    np.testing.assert_array_equal(found, copies[0].obsm[KEY])
+    with pytest.raises(FileNotFoundError, match="someone/bases has no model at its root; it has the sizes 70m"):
+        embed_anndata(cells, "someone/adapter", revision="v1", return_array=True, progress=False)
 
 
 def test_a_size_by_name(folder: Path, cells: anndata.AnnData, expected: np.ndarray, tmp_path: Path) -> None:

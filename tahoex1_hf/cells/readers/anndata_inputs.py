@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tahoex1_hf.cells.counts import Place, counts_elsewhere, find_counts, in_memory
+from tahoex1_hf.cells.counts import NAMED, Place, counts_elsewhere, find_counts, in_memory
 from tahoex1_hf.cells.fingerprint import content_fingerprint
 from tahoex1_hf.cells.gene_names import text_of
 from tahoex1_hf.cells.gene_search import FoundGenes, find_genes
@@ -179,7 +179,15 @@ class StoredInput(CellInput):
     found: FoundGenes
 
     def __init__(self, path: str, tokenizer: "TahoeX1Tokenizer", options: GeneOptions, spool: Path | None):
-        from tahoex1_hf.cells.readers.stores import column_names, matrix_format, matrix_shape, num_rows, open_store
+        from tahoex1_hf.cells.readers.missing_chunks import check_name_chunks, check_sparse_chunks
+        from tahoex1_hf.cells.readers.stores import (
+            column_names,
+            index_of,
+            matrix_format,
+            matrix_shape,
+            num_rows,
+            open_store,
+        )
 
         self.path, self.tokenizer, self.options, self._spool = path, tokenizer, options, spool
         if Path(path).is_file():
@@ -188,6 +196,12 @@ class StoredInput(CellInput):
             if not h5py.is_hdf5(path):
                 raise BadInput("it cannot be read: it is not an .h5ad file (not HDF5).")
         with open_store(path) as store:
+            for frame in (store["obs"], store["var"]):
+                check_name_chunks(index_of(frame), path)
+            # Layers that lack chunks would not look like counts.
+            for place in [f"layers/{name}" for name in NAMED] if options.layer is None else []:
+                if place in store and not hasattr(store[place], "shape"):
+                    check_sparse_chunks(store[place], path)
             self.num_cells = num_rows(store["obs"])
             self._columns = column_names(store["obs"])
             stored = _Stored(store)
@@ -236,13 +250,15 @@ class StoredInput(CellInput):
         return content_fingerprint(self.path)
 
     def check(self) -> None:
-        """Check the index of a sparse matrix."""
+        """Check the index of a sparse matrix, and that none of its chunks is missing."""
         from tahoex1_hf.cells.readers.csr import check_indptr
+        from tahoex1_hf.cells.readers.missing_chunks import check_sparse_chunks
         from tahoex1_hf.cells.readers.stores import matrix_format, open_store
 
         with open_store(self.path) as store:
             if matrix_format(store[self.place]) != "dense":
                 check_indptr(store[self.place], self.genes.num_genes if self.by_gene else self.num_cells)
+                check_sparse_chunks(store[self.place], self.path)
 
     @cached_property
     def _spooled(self) -> Path | None:

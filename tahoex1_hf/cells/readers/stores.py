@@ -105,6 +105,11 @@ def is_legacy(frame: Any) -> bool:
     return hasattr(frame, "dtype") and bool(frame.dtype.names)
 
 
+def index_of(frame: Any) -> Any:
+    """Return the names of a data frame's rows, as they are on disk; None if they are no element of their own."""
+    return None if is_legacy(frame) or _index_key(frame) not in frame else frame[_index_key(frame)]
+
+
 def _index_key(frame: Any) -> str:
     key = frame.attrs.get("_index", "_index")
     return key.decode() if isinstance(key, bytes) else str(key)
