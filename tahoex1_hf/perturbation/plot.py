@@ -111,7 +111,7 @@ def _volcano(axis: Any, table: "DataFrame", measure: str) -> None:
             axis.scatter(rows[measure][chosen], heights[chosen], s=10, color=color, alpha=0.7, label=label)
     if measure == "cosine_distance":
         axis.set_xscale("log")
-    strongest = np.lexsort((-rows["z_score"].abs().fillna(0).to_numpy(), -heights))[:10]
+    strongest = np.lexsort((-rows["z_score"].abs().fillna(0).to_numpy(), -heights))[:6]
     for number, place in enumerate(strongest[np.argsort(heights[strongest], kind="stable")].tolist()):
         offset = 3 if number % 2 else -8  # above and below in turn, so that neighbouring names do not overlap
         where = (rows[measure].iloc[place], heights[place])

@@ -315,7 +315,7 @@ class Rounds:
     """How many controls are measured.
 
     Attributes:
-        finder: finder of controls.
+        finder: Finder of controls.
         first: number of controls of each perturbation.
         most: most controls of a perturbation that few controls match.
         min_cells: fewest changed cells of a perturbation that is compared with controls.
