@@ -90,15 +90,21 @@ class PerturbationBatch:
             overflow, seed = source.tokenizer.overflow, source.options.seed
             keep = kept_genes(rows, seed, source.room, overflow, contents=self.contents)
         self.keep = np.ones(len(rows.tokens), dtype=bool) if keep is None else keep
+        self._percentiles: dict[float, np.ndarray] = {}
 
     def percentile(self, percent: float) -> np.ndarray:
         """Return the `(cells,)` percentile of each cell's counts, one that the cell has; 0 for a cell without."""
-        ordered = self.rows.counts[np.lexsort((self.rows.counts, self.rows.cells()))]
-        lengths = np.diff(self.rows.offsets)
-        places = self.rows.offsets[:-1] + np.ceil((lengths - 1) * percent / 100).astype(np.int64)
-        found = np.zeros(self.num_cells, dtype=np.float32)
-        found[lengths > 0] = ordered[places[lengths > 0]]
-        return found
+        if percent not in self._percentiles:
+            found = np.zeros(self.num_cells, dtype=np.float32)
+            if percent == 100:
+                np.maximum.at(found, self.rows.cells(), self.rows.counts)
+            else:
+                ordered = self.rows.counts[np.lexsort((self.rows.counts, self.rows.cells()))]
+                lengths = np.diff(self.rows.offsets)
+                places = self.rows.offsets[:-1] + np.ceil((lengths - 1) * percent / 100).astype(np.int64)
+                found[lengths > 0] = ordered[places[lengths > 0]]
+            self._percentiles[percent] = found
+        return self._percentiles[percent]
 
     @property
     def num_cells(self) -> int:
