@@ -97,7 +97,7 @@ build/upstream/.unpacked: .venv/.installed
 	cd build/upstream && for each in *.tar.gz; do tar -xzf "$$each" || exit 1; done
 	@touch $@
 
-# STATE pins other versions than constraints.txt has, so it gets an environment of its own.
+# STATE draws in Lightning, Hydra and wandb, which nothing else here needs, so it gets an environment of its own.
 evaluate: .venv-evaluate/.installed ## an environment with Arc's STATE, for `tahoex1 evaluate state`
 	@echo "--state-python $(CURDIR)/.venv-evaluate/bin/python"
 

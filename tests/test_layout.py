@@ -128,6 +128,7 @@ TESTED_IN: dict[str, set[str]] = {
     "model_cards/test_model_cards.py": {"hub/cards/facts", "hub/cards/rendering", "training/flops"},
     "original/test_convert.py": {"original/finished"},
     "original/test_verify.py": {"original/config", "original/reference"},
+    "perturbation/test_interactions.py": {"perturbation/heat_map"},
     "perturbation/test_journal.py": {"perturbation/plot", "perturbation/tables"},
     "perturbation/test_run.py": {"perturbation/cells", "perturbation/measures", "perturbation/plan"},
     "runs/test_report.py": {"common/plots", "finetuning/verdicts"},

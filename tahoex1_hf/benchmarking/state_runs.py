@@ -29,8 +29,8 @@ HEADLINE = "pearson_delta"
 _MOST_GENES = 200  # variable genes, so that a short run on a CPU is short
 _RESULTS = "*_agg_results.csv"
 _IDENTITY = "identity.txt"
-# A small model: two layers of width 64 over sets of 32 cells.
-_MODEL = {
+# A small model: two layers of width 64 over sets of 32 cells, and a decoder from embeddings to genes.
+_MODEL: dict[str, Any] = {
     "cell_set_len": 32,
     "hidden_dim": 64,
     "n_encoder_layers": 1,
@@ -40,6 +40,7 @@ _MODEL = {
     "transformer_backbone_kwargs.num_attention_heads": 4,
     "transformer_backbone_kwargs.num_key_value_heads": 4,
     "transformer_backbone_kwargs.head_dim": 16,
+    "gene_decoder_bool": "true",
 }
 
 
@@ -89,7 +90,13 @@ class StateRun:
         options = {f"data.kwargs.{name}": value for name, value in data.items()}
         options |= {f"training.{name}": value for name, value in training.items()}
         options |= {"model": "state_sm"} | {f"model.kwargs.{name}": value for name, value in _MODEL.items()}
-        options |= {"use_wandb": "false", "output_dir": folder, "name": slot, "overwrite": "true"}
+        options |= {
+            "+model.kwargs.decoder_hidden_dims": "[128]",
+            "use_wandb": "false",
+            "output_dir": folder,
+            "name": slot,
+            "overwrite": "true",
+        }
         return [
             str(self.python),
             "-m",
@@ -129,8 +136,8 @@ def evaluate_state(
         The table as text.
 
     Raises:
-        ValueError: If there is no such Python, or the model was trained on the cells.
-        RuntimeError: If STATE fails; the message has its last lines.
+        ValueError: If there is no such Python, the model was trained on the cells, or STATE fails: the message has its
+            last lines.
     """
     how.check()
     notes = []
@@ -189,7 +196,7 @@ def _call(command: Sequence[str], log: Path) -> None:
         done = subprocess.run(command, stdout=file, stderr=file, cwd=log.parent, env=environment, check=False)
     if done.returncode:
         last = log.read_text(encoding="utf-8", errors="replace").splitlines()[-15:]
-        raise RuntimeError("STATE failed, as said in " + "\n".join([f"{log}:", *last]))
+        raise ValueError("STATE failed, as said in " + "\n".join([f"{log}:", *last]))
 
 
 def read_scores(report: Report, method: str, folder: Path) -> list[Score]:
@@ -207,7 +214,7 @@ def read_scores(report: Report, method: str, folder: Path) -> list[Score]:
                     Score(report.task, report.dataset, line, None, method, metric, float(value), n=int(number))
                 )
     if not rows:
-        raise RuntimeError(f"{folder}: STATE wrote no scores.")
+        raise ValueError(f"{folder}: STATE wrote no scores.")
     return rows
 
 

@@ -17,6 +17,7 @@ class Mode(StrEnum):
 
     delete = "delete"
     overexpress = "overexpress"
+    percentile = "percentile"
     set = "set"
 
 
@@ -52,14 +53,28 @@ def perturb(
     revision: options.Revision = None,
     mode: Annotated[
         Mode,
-        typer.Option(help="New count: 0 (delete), the largest of the cell (overexpress), or --value (set)."),
+        typer.Option(
+            help="New count: 0 (delete), the largest of the cell (overexpress), the percentile --value of the cell's "
+            "counts where the gene's is lower (percentile), or --value (set)."
+        ),
     ] = Mode.delete,
-    value: Annotated[float | None, typer.Option(help="Raw count for --mode set.")] = None,
+    value: Annotated[
+        float | None, typer.Option(help="Raw count for --mode set, percentile for --mode percentile.")
+    ] = None,
     together: Annotated[bool, typer.Option("--together", help="Perturb all the genes at once.")] = False,
+    pairs: Annotated[
+        Path | None,
+        typer.Option(
+            help="Perturb each two of the genes as well, and write here how far the two go beyond the sum of each: "
+            ".csv or .parquet."
+        ),
+    ] = None,
     cells: Annotated[
         str | None,
         typer.Option(
-            help="Cells to perturb: a comparison over columns of obs, as in 'cell_type == \"B\"'.", show_default="all"
+            help="Cells to perturb: a comparison over columns of obs, as in 'cell_type == \"B\"'; names with blanks "
+            "stand between backticks.",
+            show_default="all",
         ),
     ] = None,
     groupby: Annotated[str | None, typer.Option(help="Column of obs: rank the genes in each group.")] = None,
@@ -79,9 +94,20 @@ def perturb(
     ] = None,
     num_affected: Annotated[int, typer.Option(help="Number of affected genes to list for each perturbation.")] = 20,
     plot: Annotated[Path | None, typer.Option(help="File for a picture of the ranking, .png.")] = None,
+    heat_map: Annotated[
+        Path | None,
+        typer.Option(help="File for a heat map of genes and groups, or with --pairs of genes and genes, .png."),
+    ] = None,
     null_genes: Annotated[
         int, typer.Option(help="Number of genes of similar expression to perturb for comparison; 0 for none.")
     ] = 50,
+    most_null_genes: Annotated[
+        int | None,
+        typer.Option(
+            help="Most such genes for a gene that few of them match; their number is doubled until ten do.",
+            show_default="20 times --null-genes",
+        ),
+    ] = None,
     min_cells: Annotated[
         int, typer.Option(help="Fewest cells that express a gene; rarer genes are not compared, nor part of 'all'.")
     ] = 10,
@@ -108,17 +134,16 @@ def perturb(
     """
     from tahoex1_hf.hub.models import model_and_tokenizer
     from tahoex1_hf.inference.encoder import choose_device
+    from tahoex1_hf.perturbation.heat_map import plot_heat_map
+    from tahoex1_hf.perturbation.plot import check_plot, plot_ranking
     from tahoex1_hf.perturbation.run import perturb_genes
     from tahoex1_hf.perturbation.tables import check_table, write_table
 
     partial = output.with_name(f"{output.name}.partial")
-    for table in (output, affected):
-        if table is not None:
-            check_table(table)
-    if plot is not None:
-        from tahoex1_hf.perturbation.plot import check_plot, plot_ranking
-
-        check_plot(plot)
+    for table in filter(None, (output, affected, pairs)):
+        check_table(table)
+    for figure in filter(None, (plot, heat_map)):
+        check_plot(figure)
     if affected is not None and not expression:
         raise ValueError("--affected needs --expression.")
     choose_device(device)
@@ -131,12 +156,14 @@ def perturb(
         mode=mode.value,
         value=value,
         together=together,
+        pairs=pairs is not None,
         cells=cells,
         groupby=groupby,
         target=target,
         expression=expression,
         num_affected=num_affected,
         null_genes=null_genes,
+        most_null_genes=most_null_genes,
         min_cells=min_cells,
         layer=layer,
         gene_id_column=gene_id_column,
@@ -154,10 +181,13 @@ def perturb(
         partial=partial,
         restart=restart,
     )
-    write_table(result.table, output)
-    if affected is not None and result.affected is not None:
-        write_table(result.affected, affected)
+    places = {output: result.table, affected: result.affected, pairs: result.interactions}
+    for place, made in places.items():
+        if place is not None and made is not None:
+            write_table(made, place)
     if plot is not None:
         plot_ranking(result.table, plot)
+    if heat_map is not None:
+        plot_heat_map(result.table, heat_map, result.interactions)
     partial.unlink(missing_ok=True)
-    return f"Wrote {', '.join(str(path) for path in (output, affected, plot) if path is not None)}"
+    return f"Wrote {', '.join(str(path) for path in (output, affected, pairs, plot, heat_map) if path is not None)}"

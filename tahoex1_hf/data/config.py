@@ -5,6 +5,7 @@
 """
 
 import ast
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
@@ -223,23 +224,38 @@ _FILTER_NODES = (
 )
 
 
+# A text in quotation marks, which may hold backticks of its own, or a name between backticks.
+_QUOTED_NAME = re.compile(r""""(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*'|`([^`\n]+)`""")
+
+
 def filter_columns(expression: str) -> list[str]:
-    """Return the columns that a filter reads.
+    """Return the columns that a filter reads; names with blanks and the like are written between backticks.
 
     Raises:
         ValueError: For anything but comparisons of columns with values (calls, attributes and arithmetic are refused).
     """
+    quoted: dict[str, str] = {}
+
+    def plain(match: re.Match[str]) -> str:
+        if match[1] is None:
+            return match[0]
+        return quoted.setdefault(match[1], f" _quoted_name_{len(quoted)} ")
+
     try:
-        tree = ast.parse(expression, mode="eval")
+        tree = ast.parse(_QUOTED_NAME.sub(plain, expression).strip(), mode="eval")
     except SyntaxError as error:
-        raise ValueError(f"filter={expression!r} is not an expression: {error.msg}.") from None
+        raise ValueError(
+            f"filter={expression!r} is not an expression: {error.msg}. The name of a column with blanks stands "
+            'between backticks: `cell type` == "B".'
+        ) from None
     for node in ast.walk(tree):
         if not isinstance(node, _FILTER_NODES):
             raise ValueError(
                 f"filter={expression!r} has a {type(node).__name__}: compare columns with values, joined by and, or "
                 'and not, for example pass_filter == "full" and n_genes > 500.'
             )
-    return sorted({node.id for node in ast.walk(tree) if isinstance(node, ast.Name)})
+    names = {place.strip(): name for name, place in quoted.items()}
+    return sorted({names.get(node.id, node.id) for node in ast.walk(tree) if isinstance(node, ast.Name)})
 
 
 def validated(kind: type[Config], values: dict[str, Any], origin: str) -> Config:

@@ -27,7 +27,7 @@ from tahoex1_hf.encoding_tahoe_x1 import (
 )
 from tahoex1_hf.padding_tahoe_x1 import EncodedCells
 
-PerturbationMode = Literal["delete", "overexpress", "set"]
+PerturbationMode = Literal["delete", "overexpress", "percentile", "set"]
 
 logger = logging.get_logger(__name__)
 
@@ -38,26 +38,36 @@ class Change:
 
     Attributes:
         mode: `"delete"` sets the count to 0; `"overexpress"` to the largest count of the cell, so that the gene is in
-            the top bin, whether the cell expressed it or not; `"set"` to `value`.
-        value: Raw count for `"set"`; None for the other modes.
+            the top bin, whether the cell expressed it or not; `"percentile"` to that percentile of the counts of the
+            genes that the cell expresses, where the gene's count is lower; `"set"` to `value`.
+        value: Raw count for `"set"`, percentile for `"percentile"`; None for the other modes.
     """
 
     mode: PerturbationMode
     value: float | None = None
 
     def __post_init__(self) -> None:
-        if self.mode not in ("delete", "overexpress", "set"):
-            raise ValueError(f'mode={self.mode!r}: pass "delete", "overexpress" or "set".')
-        if (self.mode == "set") != (self.value is not None):
-            raise ValueError(f'value={self.value}: pass a raw count with mode="set", and only then.')
+        if self.mode not in ("delete", "overexpress", "percentile", "set"):
+            raise ValueError(f'mode={self.mode!r}: pass "delete", "overexpress", "percentile" or "set".')
+        if (self.mode in ("set", "percentile")) != (self.value is not None):
+            raise ValueError(
+                f'value={self.value}: pass a raw count with mode="set", or a percentile with mode="percentile", and '
+                "only then."
+            )
         if self.value is not None and not 0 <= self.value < np.inf:
             raise ValueError(f"value={self.value}: pass a raw count, zero or more.")
+        if self.mode == "percentile" and not 0 < self.value <= 100:  # type: ignore[operator]
+            raise ValueError(f'value={self.value}: pass a percentile above 0, up to 100, with mode="percentile".')
 
-    def counts(self, highest: np.ndarray) -> np.ndarray:
-        """Return the new float32 counts in cells with these largest counts."""
-        if self.mode == "overexpress":
-            return highest.astype(np.float32)
-        return np.full(len(highest), self.value or 0.0, dtype=np.float32)
+    def counts(self, cells: "PerturbationBatch") -> np.ndarray:
+        """Return the new float32 count of a perturbed gene in each cell."""
+        if self.mode in ("overexpress", "percentile"):
+            return cells.percentile(100.0 if self.value is None else self.value)
+        return np.full(cells.num_cells, self.value or 0.0, dtype=np.float32)
+
+    def applied(self, before: np.ndarray, new: np.ndarray) -> np.ndarray:
+        """Return what becomes of counts: `new`, but a percentile lowers no count."""
+        return np.maximum(before, new) if self.mode == "percentile" else np.broadcast_to(new, before.shape)
 
 
 class PerturbationBatch:
@@ -69,7 +79,6 @@ class PerturbationBatch:
         contents: `(cells,)` content number of each cell, by which it is sampled.
         drug_ids: `(cells,)` drug of each cell, or None.
         keep: `(total genes,)` bool, the genes that the tokenizer takes into its sample.
-        highest: `(cells,)` largest count of each cell, 0 for a cell without counts.
     """
 
     def __init__(
@@ -81,8 +90,21 @@ class PerturbationBatch:
             overflow, seed = source.tokenizer.overflow, source.options.seed
             keep = kept_genes(rows, seed, source.room, overflow, contents=self.contents)
         self.keep = np.ones(len(rows.tokens), dtype=bool) if keep is None else keep
-        self.highest = np.zeros(len(numbers), dtype=np.float32)
-        np.maximum.at(self.highest, rows.cells(), rows.counts)
+        self._percentiles: dict[float, np.ndarray] = {}
+
+    def percentile(self, percent: float) -> np.ndarray:
+        """Return the `(cells,)` percentile of each cell's counts, one that the cell has; 0 for a cell without."""
+        if percent not in self._percentiles:
+            found = np.zeros(self.num_cells, dtype=np.float32)
+            if percent == 100:
+                np.maximum.at(found, self.rows.cells(), self.rows.counts)
+            else:
+                ordered = self.rows.counts[np.lexsort((self.rows.counts, self.rows.cells()))]
+                lengths = np.diff(self.rows.offsets)
+                places = self.rows.offsets[:-1] + np.ceil((lengths - 1) * percent / 100).astype(np.int64)
+                found[lengths > 0] = ordered[places[lengths > 0]]
+            self._percentiles[percent] = found
+        return self._percentiles[percent]
 
     @property
     def num_cells(self) -> int:
@@ -222,14 +244,15 @@ class Pairs:
 
     def __init__(self, cells: PerturbationBatch, chosen: np.ndarray, members: np.ndarray, change: Change):
         self.cells, self.chosen, self.members = cells, chosen, members
-        self._join(change.counts(cells.highest[chosen]))
+        self._join(change)
         self.keep = self._sample()
         sampled = np.where(self.index >= 0, cells.keep[self.index], False) if len(cells.keep) else self.index >= 0
         own = (self.keep & (self.before > 0)) != sampled
         self.own_before = np.bincount(self.pair[own], minlength=len(chosen)) > 0
 
-    def _join(self, new: np.ndarray) -> None:
+    def _join(self, change: Change) -> None:
         rows, chosen = self.cells.rows, self.chosen
+        new = change.counts(self.cells)[chosen]
         lengths = np.diff(rows.offsets)[chosen]
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         pair = np.repeat(np.arange(len(chosen)), lengths)
@@ -239,7 +262,7 @@ class Pairs:
         added_pairs, added_tokens = [], []
         for member in self.members.T:
             hits = np.flatnonzero(tokens == member[pair])
-            touched[hits], after[hits] = True, new[pair[hits]]
+            touched[hits], after[hits] = True, change.applied(before[hits], new[pair[hits]])
             missing = new > 0
             missing[pair[hits]] = False
             added_pairs.append(np.flatnonzero(missing))

@@ -12,7 +12,7 @@ from tahoex1_hf.common.locks import RunLock
 from tahoex1_hf.perturbation.plan import Task
 
 # Settings that runs of earlier versions did not record; they are taken to be the same.
-_ADDED = ("weights",)
+_ADDED = ("weights", "most_null_genes", "pairs")
 
 
 class Journal:

@@ -188,6 +188,7 @@ class BlockMeasures:
         target: `(width,)` embedding of length 1 toward which shifts are measured; None for none.
         affected: `(tokens,)` slot of every gene whose predicted change is summed, -1 for other tokens; None for no
             predictions.
+        shifts: Whether to sum the shifts of embeddings of length 1, as vectors.
     """
 
     def __init__(
@@ -197,6 +198,7 @@ class BlockMeasures:
         forward: Forward,
         target: np.ndarray | None,
         affected: np.ndarray | None,
+        shifts: bool = False,
     ):
         self.members, self.change, self.forward, self.target = members, change, forward, target
         size = len(members)
@@ -204,6 +206,7 @@ class BlockMeasures:
         self.num_expressing = np.zeros(size, dtype=np.int64)
         self.cosine, self.euclidean, self.toward = Moments(size), Moments(size), Moments(size)
         self.absolute, self.signed = Moments(size), Moments(size)
+        self.shifts = np.zeros((size, forward.encoder.width)) if shifts else None
         self.slots = affected
         self.num_slots = 0 if affected is None else int(affected.max()) + 1
         self.by_gene = Moments(size * self.num_slots)
@@ -234,9 +237,9 @@ class BlockMeasures:
         for chunk in chunks:
             cells = read(chunk.numbers)
             counts = cells.counts_of(genes)
-            new = self.change.counts(cells.highest)[:, None]
+            new = self.change.applied(counts, self.change.counts(cells)[:, None])
             self.num_expressing += np.array([(counts[:, own] > 0).any(1).sum() for own in slots], dtype=np.int64)
-            changed = np.array([(counts[:, own] != new).any(1) for own in slots])  # (perturbations, cells)
+            changed = np.array([(counts[:, own] != new[:, own]).any(1) for own in slots])  # (perturbations, cells)
             tasks, chosen = np.nonzero(changed)
             upto = np.cumsum(np.diff(cells.rows.offsets)[chosen] + 1) // PIECE_TOKENS
             for part in np.split(np.arange(len(tasks)), np.flatnonzero(np.diff(upto)) + 1):
@@ -256,6 +259,8 @@ class BlockMeasures:
         unit_before, unit_after = unit(before), unit(after)
         # 1 - cos = |u - v|^2 / 2 for vectors of length 1, without the cancellation.
         self.cosine.add(piece.tasks, ((unit_after - unit_before) ** 2).sum(1) / 2)
+        if self.shifts is not None:
+            np.add.at(self.shifts, piece.tasks, unit_after - unit_before)
         shift = after.astype(np.float64) - before
         self.euclidean.add(piece.tasks, np.linalg.norm(shift, axis=1))
         if self.target is not None:

@@ -252,8 +252,15 @@ class Controls:
         self.free = np.ones(levels.expressing.shape[1], dtype=bool)
         self.free[tested] = False
 
-    def of(self, group: int, columns: Sequence[int]) -> list[tuple[int, ...]]:
-        """Return up to `number` controls, the nearest first; each is as many columns as there are in `columns`."""
+    def of(self, group: int, columns: Sequence[int], number: int | None = None) -> list[tuple[int, ...]]:
+        """Return the columns of controls, each with as many genes as `columns`, the nearest first.
+
+        Args:
+            group: Number of the group.
+            columns: Columns of the genes of the perturbation.
+            number: Most controls; by default the class's. Fewer are the first of more.
+        """
+        number = self.number if number is None else number
         allowed = self.free & self.expressed[group]
         allowed[list(columns)] = False
         candidates, places = np.flatnonzero(allowed), self.levels.coordinates(group)
@@ -262,7 +269,7 @@ class Controls:
             distance = ((places[candidates] - places[column]) ** 2).sum(1)
             nearest.append(candidates[np.lexsort((self.ties[candidates], distance))].tolist())
         sets: list[tuple[int, ...]] = []
-        for start in range(min(self.number, len(candidates) // max(1, len(columns)))):
+        for start in range(min(number, len(candidates) // max(1, len(columns)))):
             chosen: list[int] = []
             for order in nearest:  # of each gene, the start-th nearest that is not in the set yet
                 chosen.append(next(gene for gene in order[start:] + order[:start] if gene not in chosen))

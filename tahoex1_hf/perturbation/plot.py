@@ -30,7 +30,7 @@ def plot_ranking(table: "DataFrame", path: str | Path, most: int = 20) -> None:
     """Draw the genes that shift each group of cells most, as bars, with the null distribution beside each bar.
 
     Perturbations of too few cells to be compared with controls are left out if others were compared. A single group
-    also gets a scatter plot of all its genes: shift against z score, with the names of the most extreme.
+    also gets a volcano plot of all its genes: shift against p value, with the names of the most extreme.
 
     Args:
         table: Table that `perturb_genes` returns.
@@ -50,7 +50,7 @@ def plot_ranking(table: "DataFrame", path: str | Path, most: int = 20) -> None:
         raise ValueError("There is nothing to draw: no perturbation changed a cell.")
     groups = list(dict.fromkeys(table["group"]))[:_MOST_GROUPS]
     alone = len(groups) == 1
-    points = alone and len(table) > 2 and table["z_score"].notna().sum() > 2
+    points = alone and len(table) > 2 and table["p_value"].notna().sum() > 2
     columns = (2 if points else 1) if alone else min(4, len(groups))
     rows = 1 if alone else math.ceil(len(groups) / columns)
     shown = most if alone else most // 2
@@ -60,7 +60,7 @@ def plot_ranking(table: "DataFrame", path: str | Path, most: int = 20) -> None:
     for axis, group in zip(axes, groups, strict=False):
         _bars(axis, _strongest(table[table["group"] == group], measure, shown), measure, str(group))
     if points:
-        _points(axes[1], table, measure)
+        _volcano(axes[1], table, measure)
     for axis in axes[len(groups) + points :]:
         axis.set_visible(False)
     figure.savefig(path, dpi=130)
@@ -102,25 +102,22 @@ def _bars(axis: Any, rows: "DataFrame", measure: str, title: str) -> None:
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def _points(axis: Any, table: "DataFrame", measure: str) -> None:
-    rows = table[table["z_score"].notna()]
+def _volcano(axis: Any, table: "DataFrame", measure: str) -> None:
+    rows = table[table["p_value"].notna()]
+    heights = -np.log10(rows["p_value"].to_numpy())
     extreme = rows["q_value"].lt(0.1).to_numpy()
     for chosen, color, label in ((~extreme, _GREY, "q ≥ 0.1"), (extreme, _BLUE, "q < 0.1")):
         if chosen.any():
-            axis.scatter(rows[measure][chosen], rows["z_score"][chosen], s=10, color=color, alpha=0.7, label=label)
+            axis.scatter(rows[measure][chosen], heights[chosen], s=10, color=color, alpha=0.7, label=label)
     if measure == "cosine_distance":
         axis.set_xscale("log")
-    strongest = rows.iloc[np.argsort(-rows["z_score"].abs().to_numpy(), kind="stable")[:10]].sort_values("z_score")
-    for place in range(len(strongest)):
-        row, offset = (
-            strongest.iloc[place],
-            3 if place % 2 else -8,
-        )  # above and below in turn, so that neighbouring names do not overlap
-        where = (row[measure], row["z_score"])
-        axis.annotate(row["gene"], where, fontsize=7, xytext=(3, offset), textcoords="offset points")
-    axis.axhline(0, color="black", linewidth=0.6)
+    strongest = np.lexsort((-rows["z_score"].abs().fillna(0).to_numpy(), -heights))[:6]
+    for number, place in enumerate(strongest[np.argsort(heights[strongest], kind="stable")].tolist()):
+        offset = 3 if number % 2 else -8  # above and below in turn, so that neighbouring names do not overlap
+        where = (rows[measure].iloc[place], heights[place])
+        axis.annotate(rows["gene"].iloc[place], where, fontsize=7, xytext=(3, offset), textcoords="offset points")
     axis.set_xlabel(_axis_label(measure), fontsize=8)
-    axis.set_ylabel("z score against genes of similar expression", fontsize=8)
+    axis.set_ylabel("−log10 p value against genes of similar expression", fontsize=8)
     axis.tick_params(labelsize=8)
     axis.legend(fontsize=7, frameon=False)
     axis.spines[["top", "right"]].set_visible(False)

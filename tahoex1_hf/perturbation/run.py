@@ -5,6 +5,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -25,8 +26,10 @@ from tahoex1_hf.inference.chunks import with_settings
 from tahoex1_hf.inference.encoder import CellEncoder, Dtype
 from tahoex1_hf.modeling_tahoe_x1 import TahoeX1PreTrainedModel
 from tahoex1_hf.perturbation.cells import Change, PerturbationEncoder, PerturbationMode
+from tahoex1_hf.perturbation.interactions import SHIFT, interaction_table
 from tahoex1_hf.perturbation.journal import Journal
 from tahoex1_hf.perturbation.measures import BlockMeasures, Forward, Unperturbed, unit, unperturbed
+from tahoex1_hf.perturbation.nulls import Pools, ranking_of
 from tahoex1_hf.perturbation.plan import (
     Controls,
     GeneNames,
@@ -47,6 +50,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_MOST_TIMES = 20  # times as many controls as at first are measured for a perturbation that few of them match
+
 
 @dataclass
 class PerturbationResult:
@@ -64,18 +69,28 @@ class PerturbationResult:
               cells; columns with `_se` have their standard errors.
             - with `expression`, `predicted_abs_change` and `predicted_change`, the change of the predicted expression
               of the other genes, in bins: the mean over a cell's genes, then over cells.
+            - `lower` and `upper`: 95 % interval over cells of the measure by which the rows are ranked.
             - `n_null`, `null_mean`, `null_sd`, `z_score`, `p_value` and `q_value`: comparison with the controls, by
               `target_change` where there is a target and by `cosine_distance` otherwise, which is also the order of
-              the rows. `p_value` is (1 + number of controls that are as extreme) / (1 + number of controls): one-sided
-              for the distance, two-sided about the controls' median for the target. `q_value` is Benjamini and
-              Hochberg's, over the table.
+              the rows. `n_null` to `z_score` are about the `null_genes` nearest controls.
+            - `p_value`: (1 + number of controls that are as extreme) / (1 + number of controls), one-sided for the
+              distance, two-sided about the controls' median for the target. From 100 controls in the group on, all of
+              them count, pooled over strata of similar expression (see `NullEffects`); a control as extreme as few
+              others may have its p value from a fitted tail. `n_pooled` is the number of controls behind it, and
+              `p_method` is `count` or `tail`. `q_value` is Benjamini and Hochberg's, over the table.
         affected: With `expression`, one row per perturbation and gene whose predicted expression changes most, with
             the columns `group`, `gene`, `gene_id`, `affected_gene`, `affected_gene_id`, `mean_change` and
             `standard_error` (over cells, in bins) and `n_cells` (number of cells in which the gene was predicted).
+        interactions: With `pairs`, one row per pair and group, those that differ most from the sum first: `group`,
+            `gene`, `gene_id`; `interaction`, how far the mean shift of the group's cells goes beyond the sum of the
+            shifts by each gene alone, along that sum and as a share of it (0 where effects add up, -1 where nothing is
+            left); `interaction_size`, the length of the difference from the sum, as a share of it; and `n_null`,
+            `null_mean`, `p_value`, `q_value` by the sizes of control pairs.
     """
 
     table: "DataFrame"
     affected: "DataFrame | None"
+    interactions: "DataFrame | None" = None
 
 
 def perturb_genes(
@@ -89,12 +104,14 @@ def perturb_genes(
     mode: PerturbationMode = "delete",
     value: float | None = None,
     together: bool = False,
+    pairs: bool = False,
     cells: Any = None,
     groupby: str | None = None,
     target: Any = None,
     expression: bool = False,
     num_affected: int = 20,
     null_genes: int = 50,
+    most_null_genes: int | None = None,
     min_cells: int = 10,
     layer: str | None = None,
     gene_id_column: str | None = None,
@@ -137,17 +154,21 @@ def perturb_genes(
         size: As in `embed_anndata`.
         revision: As in `embed_anndata`.
         mode: `"delete"` sets the count to 0. `"overexpress"` sets it to the cell's largest count, so that the gene is
-            in the top bin, whether the cell expressed it or not. `"set"` sets it to `value`.
-        value: Raw count for `"set"`.
+            in the top bin, whether the cell expressed it or not. `"percentile"` raises it to the percentile `value` of
+            the counts of the genes that the cell expresses. `"set"` sets it to `value`.
+        value: Raw count for `"set"`, percentile for `"percentile"`.
         together: Whether to perturb all genes at once, as one perturbation.
-        cells: Cells to perturb: a comparison over columns of `obs` (`'cell_type == "B" and n_genes > 500'`), or a
-            mask; by default all.
+        pairs: Whether to perturb each two of the named genes as well, and compare them with the sum of the two.
+        cells: Cells to perturb: a comparison over columns of `obs` (`'cell_type == "B" and n_genes > 500'`; names with
+            blanks stand between backticks), or a mask; by default all.
         groupby: Column of `obs`; the genes are ranked in each of its groups.
         target: Cells, chosen like `cells`, toward whose mean embedding the shift is measured.
         expression: Whether to measure predicted expression too. It needs the pretraining head, and takes about four
             times as long.
         num_affected: With `expression`, number of most affected genes to list per perturbation.
         null_genes: Number of controls per perturbation; 0 for none.
+        most_null_genes: Most controls of a named perturbation that fewer than ten controls match: their number is
+            doubled until ten do, or these are measured. By default 20 times `null_genes`.
         min_cells: Fewest cells that must express a gene for it to be a control, or one of `"all"`: cells of the group
             where genes are deleted, of all groups otherwise. Also the fewest changed cells of a perturbation that is
             compared with controls.
@@ -178,10 +199,14 @@ def perturb_genes(
             that cannot be used.
     """
     change = Change(mode, value)
-    if null_genes < 0 or min_cells < 1 or num_affected < 1:
+    most_null_genes = _MOST_TIMES * null_genes if most_null_genes is None else most_null_genes
+    if min(null_genes, most_null_genes) < 0 or min_cells < 1 or num_affected < 1:
         raise ValueError(
-            f"null_genes={null_genes}, min_cells={min_cells}, num_affected={num_affected}: pass at least 0, 1 and 1."
+            f"null_genes={null_genes}, most_null_genes={most_null_genes}, min_cells={min_cells}, "
+            f"num_affected={num_affected}: pass at least 0, 0, 1 and 1."
         )
+    if pairs and (together or isinstance(genes, str) or len(genes) < 2):
+        raise ValueError("pairs: name two genes or more, and do not perturb all of them together.")
     with ExitStack() as stack:
         loaded, tokenizer = model_and_tokenizer(model, tokenizer, size=size, revision=revision, expression=expression)
         options = EncodeOptions(with_settings(tokenizer, max_length, overflow), drugs, seed, unknown_drugs)
@@ -194,13 +219,16 @@ def perturb_genes(
         source = PerturbationEncoder(opened, options, used)
         levels = Levels.measure(source, groups)
         names = GeneNames(source, known_symbols(options.tokenizer, place))
-        controls = _plan(genes, names, groups, levels, change, together, null_genes, min_cells)
-        run = _Run(source, groups, levels, forward, change, controls, num_affected)
+        combined = "together" if together else "pairs" if pairs else "alone"
+        controls, finder = _plan(genes, names, groups, levels, change, combined, null_genes, min_cells)
+        rounds = Rounds(finder, null_genes, 0 if genes == "all" else most_null_genes, min_cells)
+        run = _Run(source, groups, levels, forward, change, controls, rounds, num_affected, pairs)
         settings = {"mode": mode, "value": value, "expression": expression, "num_affected": num_affected}
+        settings |= {"most_null_genes": most_null_genes, "pairs": pairs}
         journal = stack.enter_context(Journal(partial, {**settings, **run.identity(loaded, toward)}, restart))
         run.carry_out(journal, toward, progress)
         opened.check_unchanged()
-    return run.result(journal.finished, names.labels(genes), min_cells)
+    return run.result(journal.finished, names.labels(genes))
 
 
 def _forward(
@@ -236,16 +264,16 @@ def _plan(
     groups: Groups,
     levels: Levels,
     change: Change,
-    together: bool,
+    combined: Literal["alone", "together", "pairs"],
     null_genes: int,
     min_cells: int,
-) -> dict[Task, list[Task]]:
-    """Return the perturbations asked for, and the controls of each."""
+) -> tuple[dict[Task, list[Task]], Controls]:
+    """Return the perturbations asked for with the controls of each, and what finds controls."""
     source, all_genes = names.source, isinstance(genes, str)
     members: list[list[tuple[int, ...]]]
     if all_genes:
-        if genes != "all" or together:
-            raise ValueError(f'genes={genes!r}, together={together}: pass a list of genes, or "all" one at a time.')
+        if genes != "all" or combined != "alone":
+            raise ValueError(f'genes={genes!r}, perturbed {combined}: pass a list of genes, or "all" one at a time.')
         tested = np.zeros(0, dtype=np.int64)
     else:
         tested = source.column_of[names.tokens(genes)]
@@ -265,7 +293,10 @@ def _plan(
         ]
         if silent and deleting:
             raise ValueError(f"None of the chosen cells expresses {silent}: there is nothing to delete.")
-        each: list[tuple[int, ...]] = [tuple(tested.tolist())] if together else [(n,) for n in tested.tolist()]
+        each: list[tuple[int, ...]] = [(column,) for column in tested.tolist()]
+        if combined != "alone":
+            together = combinations(tested.tolist(), len(each) if combined == "together" else 2)
+            each = [*(each if combined == "pairs" else []), *together]
         members = [each] * len(groups.names)
     controls: dict[Task, list[Task]] = {}
     for group, perturbations in enumerate(members):
@@ -276,7 +307,24 @@ def _plan(
                 Task(group, tuple(source.tokens[list(control)].tolist()), control=not all_genes)
                 for control in ([] if few else finder.of(group, columns))
             ]
-    return controls
+    return controls, finder
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """How many controls are measured.
+
+    Attributes:
+        finder: Finder of controls.
+        first: number of controls of each perturbation.
+        most: most controls of a perturbation that few controls match.
+        min_cells: fewest changed cells of a perturbation that is compared with controls.
+    """
+
+    finder: Controls
+    first: int
+    most: int
+    min_cells: int
 
 
 class _Run:
@@ -290,11 +338,16 @@ class _Run:
         forward: Forward,
         change: Change,
         controls: dict[Task, list[Task]],
+        rounds: Rounds,
         num_affected: int,
+        pairs: bool,
     ):
         self.source, self.groups, self.levels, self.forward, self.change = source, groups, levels, forward, change
-        self.controls, self.num_affected = controls, num_affected
-        self.tasks = list(dict.fromkeys([*controls, *(other for others in controls.values() for other in others)]))
+        self.controls, self.rounds, self.num_affected, self.pairs = controls, rounds, num_affected, pairs
+        self.tasks = self._all_tasks()
+
+    def _all_tasks(self) -> list[Task]:
+        return list(dict.fromkeys([*self.controls, *(task for others in self.controls.values() for task in others)]))
 
     def identity(self, model: torch.nn.Module, toward: np.ndarray | None) -> dict[str, Any]:
         """Return everything that decides the result, apart from the kind of device."""
@@ -319,18 +372,53 @@ class _Run:
         """Measure the perturbations that the journal lacks, and add them to it."""
         total, done = sum(map(self._most_changed, self.tasks)), sum(map(self._most_changed, journal.finished))
         with progress_bar(progress, total=total, initial=done, unit="cell", desc="Perturbing") as bar:
-            unfinished = len(journal.finished) < len(self.tasks)
-            target = self._mean_embedding(toward) if toward is not None and unfinished else None
-            for group in range(len(self.groups.names)):
-                todo = [block for block in self._blocks(group) if any(task not in journal.finished for task in block)]
-                cells = self._unperturbed(group) if todo else []
-                for block in todo:
-                    journal.add(self._measure(block, cells, target, bar))
+            number, target, tasks = self.rounds.first, None, self.tasks
+            while True:
+                if target is None and toward is not None and any(task not in journal.finished for task in tasks):
+                    target = self._mean_embedding(toward)
+                self._carry_out_round(tasks, journal, target, bar)
+                if not 0 < number < self.rounds.most:
+                    break
+                number = min(2 * number, self.rounds.most)
+                tasks = self._add_controls(journal, number)
+                bar.total = (bar.total or 0) + sum(map(self._most_changed, tasks))
+                bar.update(sum(self._most_changed(task) for task in tasks if task in journal.finished))
 
-    def _blocks(self, group: int) -> Iterator[Sequence[Task]]:
-        for control in (False, True):
-            tasks = [task for task in self.tasks if task.group == group and task.control == control]
-            yield from blocks(tasks, [self._most_changed(task) for task in tasks], self._predicts(control))
+    def _carry_out_round(self, tasks: Sequence[Task], journal: Journal, target: np.ndarray | None, bar: tqdm) -> None:
+        for group in range(len(self.groups.names)):
+            blocks_of_group = list(self._blocks(group, tasks))
+            todo = [block for block in blocks_of_group if any(task not in journal.finished for task in block)]
+            cells = self._unperturbed(group) if todo else []
+            for block in todo:
+                journal.add(self._measure(block, cells, target, bar))
+
+    def _add_controls(self, journal: Journal, number: int) -> list[Task]:
+        """Add controls to the perturbations that few controls match; return those that are new."""
+        for task in self._pools(journal.finished).promising(self.controls, self.rounds.min_cells):
+            columns = self.source.column_of[list(task.genes)].tolist()
+            self.controls[task] = [
+                Task(task.group, tuple(self.source.tokens[list(control)].tolist()), control=True)
+                for control in self.rounds.finder.of(task.group, columns, number)
+            ]
+        before = set(self.tasks)
+        new = [task for task in self._all_tasks() if task not in before]
+        self.tasks = [*self.tasks, *new]
+        return new
+
+    def _pools(self, finished: Mapping[Task, Mapping[str, Any]]) -> Pools:
+        places = [self.levels.coordinates(group) for group in range(len(self.groups.names))]
+
+        def coordinates(task: Task) -> np.ndarray:
+            return np.asarray(places[task.group][self.source.column_of[list(task.genes)]].mean(axis=0))
+
+        return Pools(finished, self.controls, coordinates, ranking_of(finished, list(self.controls)))
+
+    def _blocks(self, group: int, tasks: Sequence[Task]) -> Iterator[Sequence[Task]]:
+        """Yield blocks of perturbations of equally many genes, of those asked for and of controls."""
+        of_group = [task for task in tasks if task.group == group]
+        for control, size in sorted({(task.control, len(task.genes)) for task in of_group}):
+            own = [task for task in of_group if (task.control, len(task.genes)) == (control, size)]
+            yield from blocks(own, [self._most_changed(task) for task in own], self._predicts(control))
 
     def _most_changed(self, task: Task) -> int:
         """Return the most cells that a perturbation can change."""
@@ -359,7 +447,7 @@ class _Run:
     ) -> dict[Task, dict[str, Any]]:
         members = np.array([task.genes for task in block])
         slots = self.source.column_of if self._predicts(block[0].control) else None
-        measures = BlockMeasures(members, self.change, self.forward, toward, slots)
+        measures = BlockMeasures(members, self.change, self.forward, toward, slots, self.pairs)
         expected = sum(map(self._most_changed, block))
         for num_cells in measures.add(self.source.read, cells):
             expected -= num_cells
@@ -376,6 +464,8 @@ class _Run:
             }
             if toward is not None:
                 record["target_change"] = measures.toward.of(number)
+            if measures.shifts is not None:
+                record[SHIFT] = (measures.shifts[number] / measures.num_cells).tolist()
             if slots is not None:
                 record["predicted_abs_change"] = measures.absolute.of(number)
                 record["predicted_change"] = measures.signed.of(number)
@@ -386,22 +476,25 @@ class _Run:
             records[task] = record
         return records
 
-    def result(
-        self, finished: Mapping[Task, Mapping[str, Any]], labels: Mapping[int, str], min_cells: int
-    ) -> PerturbationResult:
+    def result(self, finished: Mapping[Task, Mapping[str, Any]], labels: Mapping[int, str]) -> PerturbationResult:
         """Make the tables of finished perturbations.
 
         Args:
             finished: Measures of each perturbation.
             labels: Names of the genes by token.
-            min_cells: Fewest changed cells of a perturbation that is compared with controls.
         """
         groups, tokenizer = self.groups.names, self.source.tokenizer
-        table = ranked_table(finished, self.controls, groups, labels, tokenizer, min_cells)
+        first, min_cells = self.rounds.first, self.rounds.min_cells
+        table = ranked_table(
+            finished, self.controls, groups, labels, tokenizer, first, min_cells, self._pools(finished)
+        )
         affected = None
         if self.forward.decoder is not None:
             affected = affected_table(finished, list(self.controls), groups, labels, tokenizer)
-        return PerturbationResult(table, affected)
+        interactions = None
+        if self.pairs:
+            interactions = interaction_table(finished, self.controls, groups, labels, tokenizer, min_cells)
+        return PerturbationResult(table, affected, interactions)
 
 
 __all__ = ["PerturbationResult", "perturb_genes"]

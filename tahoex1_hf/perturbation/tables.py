@@ -13,6 +13,7 @@ from tahoex1_hf.perturbation.plan import Task
 if TYPE_CHECKING:
     from pandas import DataFrame
 
+    from tahoex1_hf.perturbation.nulls import Pools
     from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
 
 _MEASURES = ("cosine_distance", "euclidean_shift", "target_change", "predicted_abs_change", "predicted_change")
@@ -48,13 +49,23 @@ def compared(observed: float, null: np.ndarray, two_sided: bool) -> dict[str, fl
     return values
 
 
+def interval(mean: float, error: float, number: int) -> dict[str, float]:
+    """Return `lower` and `upper`, the 95 % interval of a mean over cells by Student's t; NaN for fewer than two."""
+    from scipy.stats import t
+
+    half = float(t.ppf(0.975, number - 1)) * error if number > 1 else float("nan")
+    return {"lower": mean - half, "upper": mean + half}
+
+
 def ranked_table(
     finished: Mapping[Task, Mapping[str, Any]],
     controls: Mapping[Task, Sequence[Task]],
     group_names: Sequence[str],
     labels: Mapping[int, str],
     tokenizer: "TahoeX1Tokenizer",
+    nearest: int,
     min_cells: int,
+    pools: "Pools",
 ) -> "DataFrame":
     """Make the table that `PerturbationResult` describes.
 
@@ -64,13 +75,14 @@ def ranked_table(
         group_names: Names of the groups.
         labels: Mapping from token to name of the gene.
         tokenizer: Tokenizer, for the Ensembl ids.
+        nearest: Number of controls, the nearest, whose mean and standard deviation the table has.
         min_cells: Fewest changed cells of a perturbation that is compared with controls.
+        pools: Null effects, from which the p values are.
     """
     import pandas as pd
     from scipy.stats import false_discovery_control
 
-    toward = any("target_change" in finished[task] for task in controls)
-    ranking = "target_change" if toward else "cosine_distance"
+    ranking = pools.ranking
     rows = []
     for task, others in controls.items():
         record = finished[task]
@@ -86,8 +98,16 @@ def ranked_table(
             if name in record:
                 row[name], row[f"{name}_se"] = record[name]
         # The mean over a few cells scatters more than the controls' means over many: the two are not compared.
-        null = np.array([finished[other][ranking][0] for other in ([] if row["_few"] else others)], dtype=np.float64)
-        rows.append(row | compared(row[ranking], null, two_sided=toward))
+        others = [] if row["_few"] else others
+        null = np.array([finished[other][ranking][0] for other in others[:nearest]], dtype=np.float64)
+        row |= interval(row[ranking], row[f"{ranking}_se"], record["n_cells_changed"])
+        row |= compared(row[ranking], null, two_sided=ranking == "target_change")
+        if others:
+            tested = pools.test(task, others)
+            row |= {"p_value": tested.p_value, "n_pooled": tested.n_null, "p_method": tested.method}
+        else:
+            row |= {"n_pooled": 0, "p_method": ""}
+        rows.append(row)
     table = pd.DataFrame(rows).sort_values(["_group", "_few", ranking], ascending=[True, True, False])
     table = table.reset_index(drop=True)
     table.insert(3, "rank", table.groupby("_group").cumcount() + 1)

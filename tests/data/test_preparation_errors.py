@@ -206,6 +206,15 @@ def test_filters_are_comparisons_only(expression: str) -> None:
         filter_columns(expression)
 
 
+def test_names_with_blanks_stand_between_backticks() -> None:
+    assert filter_columns("`cell type` == 'B `x` cell' and n > 5 and not `cell type` == \"it's\"") == [
+        "cell type",
+        "n",
+    ]
+    with pytest.raises(ValueError, match="between backticks"):
+        filter_columns("cell type == 'B'")
+
+
 def test_tables_to_join_are_checked_first(tmp_path: Path) -> None:
     make_cells(20).write_h5ad(tmp_path / "a.h5ad")
     table = tmp_path / "samples.csv"

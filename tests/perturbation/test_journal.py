@@ -279,6 +279,11 @@ def test_cells_by_mask_query_and_group(tokenizer: TahoeX1Tokenizer, model: Any) 
         perturb_genes(adata, model, tokenizer, GENES[:4], cells=query, **QUIET).table, by_mask
     )
     assert (by_mask["n_cells"] == mask.sum()).all()
+    adata.obs["cell type"] = adata.obs["cell_type"]
+    blanks = 'n_genes > 15 and `cell type` == "B"'
+    pd.testing.assert_frame_equal(
+        perturb_genes(adata, model, tokenizer, GENES[:4], cells=blanks, **QUIET).table, by_mask
+    )
     adata.obs["group"] = pd.Categorical(np.where(mask, "in", None))
     by_group = perturb_genes(adata, model, tokenizer, GENES[:4], groupby="group", **QUIET).table
     assert set(by_group["group"]) == {"in"}
@@ -377,7 +382,19 @@ def test_command_on_real_cells(pbmc: Path, tmp_path: Path) -> None:
     names = tmp_path / "genes.txt"
     names.write_text("CD79A\nLYZ\nMS4A1\nCD3D\n")
     options = ["--genes", names, "--cells", 'bulk_labels in ["CD19+ B", "CD56+ NK"]', "--groupby", "bulk_labels"]
-    options += ["--null-genes", 3, "--expression", "--affected", affected, "--num-affected", 5, "--plot", plot]
+    options += [
+        "--null-genes",
+        3,
+        "--most-null-genes",
+        3,
+        "--expression",
+        "--affected",
+        affected,
+        "--num-affected",
+        5,
+        "--plot",
+        plot,
+    ]
     result = run_command(pbmc, output, *options)
     assert result.exit_code == 0, result.output
     table = pd.read_csv(output)
@@ -397,7 +414,7 @@ def test_command_on_real_cells(pbmc: Path, tmp_path: Path) -> None:
     assert not output.with_name("out.csv.partial").exists()
     assert pbmc.read_bytes() == before
     again = tmp_path / "again.parquet"
-    assert run_command(pbmc, again, *options[:8], "--expression", "--batch-tokens", 1000).exit_code == 0
+    assert run_command(pbmc, again, *options[:10], "--expression", "--batch-tokens", 1000).exit_code == 0
     np.testing.assert_allclose(pd.read_parquet(again)["cosine_distance"], table["cosine_distance"], rtol=1e-3)
 
 

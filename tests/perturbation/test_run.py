@@ -60,6 +60,10 @@ def embedded(counts: np.ndarray, model: Any, tokenizer: TahoeX1Tokenizer) -> tup
 
 def changed_counts(counts: np.ndarray, genes: list[int], mode: str, value: float | None) -> np.ndarray:
     counts = counts.copy()
+    if mode == "percentile":
+        levels = [np.percentile(row[row > 0], value, method="higher") if row.any() else 0 for row in counts]
+        counts[:, genes] = np.maximum(counts[:, genes], np.array(levels)[:, None])
+        return counts
     new = {"delete": 0, "overexpress": counts.max(1, keepdims=True), "set": value}[mode]
     counts[:, genes] = new
     return counts
@@ -142,6 +146,7 @@ def test_planted_gene_can_be_switched_on(tokenizer: TahoeX1Tokenizer, mode: Any,
         ("csr", "delete", None),
         ("csr", "overexpress", None),
         ("csr", "set", 7.0),
+        ("csr", "percentile", 60.0),
         ("csc", "delete", None),
         ("dense", "overexpress", None),
         ("backed", "overexpress", None),
