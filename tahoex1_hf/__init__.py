@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from tahoex1_hf.perturbation.run import perturb_genes
     from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "TahoeX1Config",
