@@ -63,7 +63,10 @@ def main() -> None:
         run("the wheel's contents", "check_wheel_contents", wheel)
         target = tmp / "target"
         run("installs", "pip", "install", "-q", "--no-deps", "--no-index", "--target", target, wheel)
-        (tmp / "mypy.ini").write_text(f"[mypy]\nmypy_path = {target}\nignore_missing_imports = True\n")
+        # Installed packages are read, not judged, as where they lie in site-packages.
+        settings = {"mypy": f"mypy_path = {target}\nignore_missing_imports = True"}
+        settings["mypy-tahoex1_hf.*"] = "follow_imports = silent"
+        (tmp / "mypy.ini").write_text("".join(f"[{name}]\n{text}\n" for name, text in settings.items()))
         (tmp / "script.py").write_bytes(SCRIPT.read_bytes())
         said = run("mypy finds what is wrong in a user's script", "mypy", "script.py", fails=True, cwd=tmp)
         missing = [mistake for mistake in MISTAKES if mistake not in said]
