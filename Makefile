@@ -6,7 +6,7 @@ BIN := $(CURDIR)/.venv/bin
 PIP_INSTALL := "$(BIN)/python" -m pip install -q -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo evaluate test test-cpu test-census test-times test-lowest test-newest test-upstream test-gpu check-beside check-wheel lint benchmark clean
+.PHONY: help demo evaluate test test-cpu test-census test-times test-lowest test-newest test-upstream test-gpu check-beside check-wheel check-dist check-docker lint docs notebooks benchmark clean
 
 help: ## list the targets
 	@echo 'Usage: make TARGET [PYTHON=python3.11]    (Python >= 3.11; the first run installs into .venv)'
@@ -18,7 +18,7 @@ demo: .venv/.installed ## embed real cells and draw them; MODEL=<id or folder> a
 
 # Tests and checks run without downloads and with one thread each (OMP_NUM_THREADS=2 for two). Waiting threads sleep, so
 # that they do not take a core from other processes.
-CHECKS := test test-cpu test-census check-wheel test-times test-lowest test-newest test-upstream
+CHECKS := test test-cpu test-census check-wheel check-dist check-docker docs notebooks test-times test-lowest test-newest test-upstream
 $(CHECKS): export HF_HUB_OFFLINE = 1
 $(CHECKS): export OMP_NUM_THREADS ?= 1
 $(CHECKS): export OMP_WAIT_POLICY = PASSIVE
@@ -106,6 +106,28 @@ evaluate: .venv-evaluate/.installed ## an environment with Arc's STATE, for `tah
 	"$(BIN)/python" -m uv pip install -q --python .venv-evaluate/bin/python arc-state==0.11.1 cell-eval==0.8.2 torch==2.13.0
 	@touch $@
 
+# Tools for pages and packages share the packages of .venv, too.
+TOOLS_PYTHON := $(CURDIR)/.venv-tools/bin/python
+.venv-tools/.installed: .venv/.installed
+	"$(BIN)/python" -m uv venv -q --clear --python "$(BIN)/python" .venv-tools
+	"$(BIN)/python" -c 'import site; print(site.getsitepackages()[0])' > \
+	  "$$("$(TOOLS_PYTHON)" -c 'import site; print(site.getsitepackages()[0])')/shared.pth"
+	"$(BIN)/python" -m pip --python .venv-tools install -q -c constraints.txt --no-build-isolation -e '.[docs,dist]'
+	@touch $@
+
+docs: export NO_MKDOCS_2_WARNING = 1
+docs: .venv-tools/.installed ## the documentation as a site, in build/site; fails at a warning or a broken link
+	"$(TOOLS_PYTHON)" -m mkdocs build --strict --quiet --site-dir build/site
+
+notebooks: .venv/.int8 ## run the notebooks of examples/notebooks, and store their outputs
+	TAHOEX1_STORE_NOTEBOOKS=1 "$(BIN)/python" -m pytest -q tests/examples/test_notebooks.py
+
+check-dist: .venv-tools/.installed ## build wheel and source distribution into dist/, and check what would go to PyPI
+	"$(TOOLS_PYTHON)" tests/check_dist.py
+
+check-docker: .venv/.installed ## the steps of the Dockerfile in an environment of its own, without Docker (downloads)
+	"$(BIN)/python" tests/check_docker.py
+
 test-gpu: export HF_HUB_OFFLINE = 1
 test-gpu: .venv/.installed .venv/.int8 ## the tests that need a CUDA device
 	"$(BIN)/python" -m pytest -m gpu
@@ -119,7 +141,7 @@ benchmark: .venv/.installed .venv/.int8 ## measure speed and memory, write the r
 	"$(BIN)/python" -m benchmarks
 
 clean: ## remove .venv, caches and build output
-	rm -rf .venv .venv-evaluate .venv-lowest .venv-newest .venv-upstream build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .venv .venv-evaluate .venv-lowest .venv-newest .venv-upstream .venv-tools build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
 	find . -name .git -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamp is written last. An install that was cut short leaves .incomplete, and the next one starts afresh.

@@ -36,6 +36,7 @@ LONG_FILES = (
     "training/test_resuming.py",
     "hub/test_loading.py",
     "examples/test_demo.py",
+    "examples/test_notebooks.py",
     "embedding/test_files.py",
     "finetuning/genes/test_gene_task.py",
     "finetuning/drugs/test_drug_task.py",

@@ -1,70 +1,29 @@
 """Every snippet of docs/from-transformers.md runs, on a small checkpoint under the names that the page uses."""
 
-import json
-import re
 import shutil
 from pathlib import Path
 from typing import Any
 
-import anndata as ad
-import numpy as np
-import pandas as pd
 import pytest
-import scipy.sparse as sp
 import torch
-from helpers import GOLDEN, REPO_ROOT, tiny_config
+from helpers import GOLDEN, REPO_ROOT
 from hub_server import fill_cache
+from snippets import run, titled_snippets, write_cells, write_model
 from transformers import TrainingArguments
 
-from tahoex1_hf import TahoeX1ForPreTraining, TahoeX1Tokenizer
-
 PAGE = REPO_ROOT / "docs" / "from-transformers.md"
-_TITLE_OR_CODE = re.compile(r"^#+ (?P<title>[^\n]+)$|^```python\n(?P<code>.*?)^```$", flags=re.MULTILINE | re.DOTALL)
-
-
-def snippets() -> dict[str, str]:
-    """Return the page's snippets by the titles above them."""
-    found: dict[str, str] = {}
-    title = ""
-    for match in _TITLE_OR_CODE.finditer(PAGE.read_text(encoding="utf-8")):
-        title = match["title"] or title
-        if match["code"]:
-            assert title not in found, f"{title}: one snippet under a title"
-            found[title] = match["code"]
-    return found
-
-
-SNIPPETS = snippets()
+SNIPPETS = titled_snippets(PAGE)
 FIRST = "From transformers"
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a tiny model with its code, as `tahoex1 export` builds a repository."""
-    place = tmp_path_factory.mktemp("checkpoint")
-    genes = [f"ENSG{number:011d}" for number in (3, 5, *range(100, 160))]
-    tokens = {token: number for number, token in enumerate(["<pad>", "<cls>", *genes])}
-    (place / "vocab.json").write_text(json.dumps(tokens))
-    torch.manual_seed(0)
-    model = TahoeX1ForPreTraining(tiny_config(vocab_size=len(tokens)))
-    model.save_pretrained(place, with_code=True)
-    TahoeX1Tokenizer(place / "vocab.json", context_length=64).save_pretrained(place, with_code=True)
-    return place
+    return write_model(tmp_path_factory.mktemp("checkpoint"))
 
 
 @pytest.fixture(scope="module")
 def cells(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    vocabularies = (folder / "vocab.json", GOLDEN / "a_70m_like" / "model" / "vocab.json")  # one for each name
-    known = [[token for token in json.loads(path.read_text()) if token.startswith("ENSG")] for path in vocabularies]
-    genes = list(dict.fromkeys([*known[0], *known[1][:40]]))
-    random = np.random.default_rng(0)
-    counts = random.integers(1, 30, (12, len(genes))) * (random.random((12, len(genes))) < 0.4)
-    adata = ad.AnnData(sp.csr_matrix(counts.astype(np.float32)))
-    adata.var_names = genes
-    adata.obs["cell_type"] = pd.Categorical(["B", "NK", "T"] * 4)
-    path = tmp_path_factory.mktemp("cells") / "cells.h5ad"
-    adata.write_h5ad(path)
-    return path
+    return write_cells(tmp_path_factory.mktemp("cells") / "cells.h5ad", folder)
 
 
 @pytest.fixture
@@ -81,7 +40,7 @@ def page_names(
     (work / "cells.h5ad").symlink_to(cells)
     monkeypatch.chdir(work)
     names: dict[str, Any] = {"__name__": "page"}
-    exec(compile(SNIPPETS[FIRST], f"{PAGE}: {FIRST}", "exec"), names)
+    run(SNIPPETS[FIRST], f"{PAGE}: {FIRST}", names)
     return names
 
 
@@ -102,4 +61,4 @@ def test_it_runs(title: str, page_names: dict[str, Any], monkeypatch: pytest.Mon
     usual = TrainingArguments.__init__
     # The page's reader has a GPU or not; here there is none to be found busy.
     monkeypatch.setattr(TrainingArguments, "__init__", lambda self, *a, **k: usual(self, *a, **{"use_cpu": True, **k}))
-    exec(compile(code, f"{PAGE}: {title}", "exec"), page_names)
+    run(code, f"{PAGE}: {title}", page_names)
