@@ -106,7 +106,7 @@ def put_on(base: "PreTrainedModel", folder: Path, tensors: dict[str, torch.Tenso
 
 @contextmanager
 def without_warnings_of_old_names() -> Iterator[None]:
-    """Ignore that PEFT asks for an attribute by the name that it had before transformers 5.23: users cannot mend it."""
+    """Ignore that PEFT asks for an attribute by its name before transformers 5.23, which users cannot mend."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
         yield
