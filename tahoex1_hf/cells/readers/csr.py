@@ -46,6 +46,11 @@ def check_indptr(group: Any, num_lines: int) -> None:
     Raises:
         BadInput: If the index does not fit, because the file is cut off or corrupt.
     """
+    for name in ("indices", "indptr"):
+        kind = np.dtype(group[name].dtype)
+        # R and MATLAB write whole numbers as float64, too; float16 holds none above 2,048.
+        if kind.kind not in "iuf" or kind == np.float16:
+            raise BadInput(f"{name} of its sparse counts are stored as {kind}, not as whole numbers: it is corrupt.")
     indptr = np.asarray(group["indptr"][:], dtype=np.int64)
     total = group["data"].shape[0]
     good = len(indptr) == num_lines + 1 and indptr[0] == 0 and indptr[-1] == total and (np.diff(indptr) >= 0).all()

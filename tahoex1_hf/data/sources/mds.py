@@ -340,8 +340,13 @@ class _Store:
             return sorted(path.removesuffix("/" + name) for path in found if path.endswith("/" + name))
         if not os.path.isdir(root):
             raise FileNotFoundError(f"{root} is not a folder: name a folder with MDS shards and their {name}.")
-        folders = []
+        folders, seen = [], set[tuple[int, int]]()
         for folder, below, files in os.walk(root, followlinks=True):
+            state = os.stat(folder)
+            if (state.st_dev, state.st_ino) in seen:  # by a link, which may lead up and so round in a circle
+                below.clear()
+                continue
+            seen.add((state.st_dev, state.st_ino))
             below[:] = sorted(entry for entry in below if not entry.startswith("."))
             if name in files:
                 folders.append(folder)

@@ -2,13 +2,15 @@
 
 import itertools
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
 import pytest
 import zarr
 
-from tahoex1_hf.cells.readers.csr import AlignedArray
+from tahoex1_hf.cells.readers.base import BadInput
+from tahoex1_hf.cells.readers.csr import AlignedArray, check_indptr
 
 
 class Counting:
@@ -62,3 +64,12 @@ def test_real_files(tmp_path: Path) -> None:
     aligned = AlignedArray(store)
     assert aligned.step == 21
     np.testing.assert_array_equal(np.concatenate([aligned.read(i, i + 10) for i in range(0, 90, 10)]), values)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("indices", np.float16), ("indices", bool), ("indptr", "S4")])
+def test_an_index_of_another_type_is_refused(name: str, kind: Any) -> None:
+    group = {"data": np.ones(3), "indices": np.array([0, 2, 1]), "indptr": np.array([0, 2, 3])}
+    for whole in (np.int32, np.uint64, np.float64):
+        check_indptr({**group, name: group[name].astype(whole)}, 2)
+    with pytest.raises(BadInput, match=f"{name} of its sparse counts are stored as .*, not as whole numbers"):
+        check_indptr({**group, name: group[name].astype(kind)}, 2)

@@ -118,6 +118,16 @@ def test_shards_of_a_merged_index_are_listed_once(source: Callable[..., MDSFiles
     assert source(parts).list_files() == [path.replace(str(folder), str(parts)) for path in expected]
 
 
+def test_links_that_lead_round_in_a_circle_end(source: Callable[..., MDSFiles], tmp_path: Path) -> None:
+    shutil.copytree(SHARDS / "upstream", tmp_path / "data" / "elsewhere")
+    (tmp_path / "data" / "linked").symlink_to(tmp_path / "data" / "elsewhere")  # the same shards under two names
+    for name in ("up", "again"):
+        (tmp_path / "data" / name).symlink_to(tmp_path)
+        (tmp_path / "data" / "elsewhere" / name).symlink_to(tmp_path / "data")
+    found = source(tmp_path / "data").list_files()
+    assert len(found) == len(source(SHARDS / "upstream").list_files())
+
+
 def test_a_shard_is_found_without_listing_first(source: Callable[..., MDSFiles], tmp_path: Path) -> None:
     """A worker process gets only the path; the shard is found even where only the merged index is left."""
     path = str(SHARDS / "upstream" / "chunk_1" / "shard.00001.mds")
