@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from tahoex1_hf.finetuning.config import FinetuneConfig
+from tahoex1_hf.hub.adapter_weights import without_warnings_of_old_names
 from tahoex1_hf.modeling_tahoe_x1 import TahoeX1ExpressionEncoder
 
 if TYPE_CHECKING:
@@ -68,7 +69,8 @@ def adapt(model: PreTrainedModel, config: FinetuneConfig) -> "PreTrainedModel | 
         target_modules=target_modules(model, config) if low_rank else DUMMY_TARGET_MODULES,
         modules_to_save=list(HEADS[config.task]) or None,
     )
-    return get_peft_model(model, settings)
+    with without_warnings_of_old_names():
+        return get_peft_model(model, settings)
 
 
 def target_modules(model: torch.nn.Module, config: FinetuneConfig) -> list[str]:

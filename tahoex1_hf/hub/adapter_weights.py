@@ -4,6 +4,7 @@
 import json
 import logging
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -97,9 +98,18 @@ def put_on(base: "PreTrainedModel", folder: Path, tensors: dict[str, torch.Tenso
             source = Path(place)
             (source / ADAPTER_CONFIG).write_bytes((folder / ADAPTER_CONFIG).read_bytes())
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, source / ADAPTER_WEIGHTS)
-        adapted: PeftModel = PeftModel.from_pretrained(base, str(source))
+        with without_warnings_of_old_names():
+            adapted: PeftModel = PeftModel.from_pretrained(base, str(source))
     fill(adapted, folder, tensors, _NAME)
     return adapted
+
+
+@contextmanager
+def without_warnings_of_old_names() -> Iterator[None]:
+    """Ignore that PEFT asks for an attribute by its name before transformers 5.23, which users cannot mend."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        yield
 
 
 def fill(model: "PeftModel", folder: Path, tensors: dict[str, torch.Tensor], name: str) -> None:

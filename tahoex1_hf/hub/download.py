@@ -127,6 +127,6 @@ def _hub_error(repo_id: str, revision: str | None, error: Exception) -> OSError:
         offline = " (HF_HUB_OFFLINE is set)" if constants.is_offline_mode() else ""
         return ConnectionError(
             f"The Hub repository {repo_id} could not be reached{offline} and is not in the cache, or not all of it "
-            f"({constants.HF_HUB_CACHE})."
+            f"({constants.HF_HUB_CACHE}): fetch it where there is a network (hf download {repo_id}), or name a folder."
         )
     return ConnectionError(f"The Hub could not give {repo_id} now: {error}")

@@ -14,7 +14,7 @@ from finetuning_runs import (
 )
 from helpers import gradients, largest_relative_difference
 
-from tahoex1_hf import TahoeX1ForSequenceClassification
+from tahoex1_hf import TahoeX1ForSequenceClassification, load_adapter
 from tahoex1_hf.finetuning.bases import load_base, load_tokenizer
 from tahoex1_hf.finetuning.cells.labelled import read_cells
 from tahoex1_hf.finetuning.methods import (
@@ -55,6 +55,15 @@ def test_adapters_are_where_they_belong(base: Path, data: Path, tmp_path: Path) 
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert all(".lora_" in name or ".classifier.modules_to_save." in name for name in trained)
     assert trainable_parameters(model) == sum(dict(model.named_parameters())[name].numel() for name in trained)
+
+
+def test_no_warning_that_users_cannot_heed(
+    base: Path, data: Path, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    config = make_config(base, data, tmp_path, epochs=1)
+    assert finetune(config) == 0
+    load_adapter(tmp_path)
+    assert [str(warning.message) for warning in recwarn if issubclass(warning.category, FutureWarning)] == []
 
 
 @pytest.mark.parametrize("method", ["lora", "dora", "full"])
