@@ -53,6 +53,10 @@ def make_tokenizer(config: PretrainConfig) -> TahoeX1Tokenizer:
     vocab = location
     if "://" in location:
         vocab = fsspec.open_local(f"simplecache::{location}")
+    elif not Path(vocab).is_file():
+        raise FileNotFoundError(
+            f"dataset={config.datasets[0]!r} is no folder that tahoex1 prepare made: it has no vocab.json."
+        )
     return TahoeX1Tokenizer(vocab, context_length=config.context_length, drug_to_id=table, unknown_drugs=rule)
 
 

@@ -20,7 +20,8 @@ from torch._dynamo.eval_frame import OptimizedModule
 from training_runs import RECIPE, ROOT, command, curve, environment, finished, run, status
 
 from tahoex1_hf import TahoeX1ForPreTraining
-from tahoex1_hf.training.pretraining import training_arguments
+from tahoex1_hf.training.config import read_pretrain_config
+from tahoex1_hf.training.pretraining import make_tokenizer, training_arguments
 from tahoex1_hf.training.trainer import PretrainingTrainer
 
 CONFIGS = ROOT / "examples" / "configs" / "accelerate"
@@ -171,6 +172,13 @@ def test_a_damaged_shard_ends_the_run_and_is_named(training_dataset: Path, tmp_p
     assert shard.name in "".join(done.stderr.replace("│", "").split())
     assert not list((tmp_path / "run").glob("checkpoint-*"))
     assert status(tmp_path / "run")["status"] == "running"
+
+
+def test_a_dataset_that_is_not_there_is_called_that(tmp_path: Path) -> None:
+    """The message names the key of the recipe, not the file that was looked for first."""
+    config = read_pretrain_config(RECIPE, [f"dataset={tmp_path / 'nowhere'}"])
+    with pytest.raises(FileNotFoundError, match=r"^dataset='.*nowhere' is no folder that tahoex1 prepare made"):
+        make_tokenizer(config)
 
 
 def test_trackers_get_the_log(training_dataset: Path, tmp_path: Path) -> None:
