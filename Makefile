@@ -6,7 +6,7 @@ BIN := $(CURDIR)/.venv/bin
 PIP_INSTALL := "$(BIN)/python" -m pip install -q -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo evaluate test test-cpu test-census test-times test-lowest test-newest test-upstream test-gpu check-beside check-wheel check-dist check-docker lint docs notebooks benchmark clean
+.PHONY: help demo evaluate test test-cpu test-census test-times test-lowest test-newest test-upstream test-evaluate test-gpu check-beside check-wheel check-dist check-docker lint docs notebooks benchmark clean
 
 help: ## list the targets
 	@echo 'Usage: make TARGET [PYTHON=python3.11]    (Python >= 3.11; the first run installs into .venv)'
@@ -18,7 +18,7 @@ demo: .venv/.installed ## embed real cells and draw them; MODEL=<id or folder> a
 
 # Tests and checks run without downloads and with one thread each (OMP_NUM_THREADS=2 for two). Waiting threads sleep, so
 # that they do not take a core from other processes.
-CHECKS := test test-cpu test-census check-wheel check-dist check-docker docs notebooks test-times test-lowest test-newest test-upstream
+CHECKS := test test-cpu test-census check-wheel check-dist check-docker docs notebooks test-times test-lowest test-newest test-upstream test-evaluate
 $(CHECKS): export HF_HUB_OFFLINE = 1
 $(CHECKS): export OMP_NUM_THREADS ?= 1
 $(CHECKS): export OMP_WAIT_POLICY = PASSIVE
@@ -128,6 +128,17 @@ check-dist: .venv-tools/.installed ## build wheel and source distribution into d
 check-docker: .venv/.installed ## the steps of the Dockerfile in an environment of its own, without Docker (downloads)
 	"$(BIN)/python" tests/check_docker.py
 
+# cz-benchmarks asks for an older numcodecs than ours: its environment leaves that pin out, and zarr's, which needs it.
+test-evaluate: .venv-cz/.installed ## the tests that need scib-metrics or cz-benchmarks
+	.venv-cz/bin/python -m pytest -q tests/benchmarking/test_cz_benchmarks.py tests/benchmarking/test_integration.py
+
+.venv-cz/.installed: .venv/.installed
+	"$(BIN)/python" -m uv venv -q --clear --python "$(BIN)/python" .venv-cz
+	mkdir -p build && grep -v -E '^(numcodecs|zarr)==' constraints.txt > build/constraints-cz.txt
+	"$(BIN)/python" -m uv pip install -q --python .venv-cz/bin/python -c build/constraints-cz.txt \
+	  -e '.[data,evaluate,train]' pytest cz-benchmarks==0.15.1
+	@touch $@
+
 test-gpu: export HF_HUB_OFFLINE = 1
 test-gpu: .venv/.installed .venv/.int8 ## the tests that need a CUDA device
 	"$(BIN)/python" -m pytest -m gpu
@@ -141,7 +152,7 @@ benchmark: .venv/.installed .venv/.int8 ## measure speed and memory, write the r
 	"$(BIN)/python" -m benchmarks
 
 clean: ## remove .venv, caches and build output
-	rm -rf .venv .venv-evaluate .venv-lowest .venv-newest .venv-upstream .venv-tools build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .venv .venv-cz .venv-evaluate .venv-lowest .venv-newest .venv-upstream .venv-tools build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
 	find . -name .git -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamp is written last. An install that was cut short leaves .incomplete, and the next one starts afresh.

@@ -17,11 +17,13 @@ TESTED_IN: dict[str, set[str]] = {
     "benchmarking/test_cell_types.py": {
         "benchmarking/cell_embeddings",
         "benchmarking/cells",
+        "benchmarking/clusters",
         "benchmarking/report",
         "benchmarking/running",
         "benchmarking/task",
         "cli/evaluate",
     },
+    "benchmarking/test_contextual_essentiality.py": {"benchmarking/line_genes", "benchmarking/tissue"},
     "benchmarking/test_essentiality.py": {"benchmarking/gene_embeddings"},
     "benchmarking/test_perturbation.py": {"benchmarking/perturbed_genes", "benchmarking/screens"},
     "benchmarking/test_state.py": {"benchmarking/state_runs"},

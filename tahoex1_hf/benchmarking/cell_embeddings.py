@@ -2,12 +2,13 @@
 """Embeddings of cells from every kind of source."""
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from tahoex1_hf.benchmarking.cells import CellSet, fitted_pca, variable_genes
+from tahoex1_hf.benchmarking.cells import CellSet, aligned_values, fitted_pca, read_cells, stacked, variable_genes
 from tahoex1_hf.benchmarking.files import aligned, read_embeddings
 from tahoex1_hf.benchmarking.sources import Source, model_folder
 from tahoex1_hf.cells.opening import open_cells
@@ -28,11 +29,21 @@ class Computing:
         dtype: Precision of the matrix products; float32 gives the same scores on all machines.
         batch_tokens: Most tokens of a batch; by default suited to the device.
         device: Device; by default the fastest there is.
+        max_length: Largest number of tokens of a cell; by default the context length of the model.
     """
 
     dtype: DtypeName = "float32"
     batch_tokens: int | None = None
     device: str | None = None
+    max_length: int | None = None
+
+    def settings(self) -> dict[str, Any]:
+        """Return everything on which embeddings depend by more than roundings."""
+        return {"dtype": self.dtype} | ({"max_length": self.max_length} if self.max_length else {})
+
+    def of_encoder(self) -> dict[str, Any]:
+        """Return the arguments of a `CellEncoder`."""
+        return {"dtype": self.dtype, "batch_tokens": self.batch_tokens, "device": self.device}
 
 
 def loaded(source: Source, seed: int) -> tuple[Any, TahoeX1Tokenizer]:
@@ -65,7 +76,7 @@ def embed_cells(source: Source, cells: CellSet, seed: int, computing: Computing)
         `(cells, width)`, float32 for models; CSR for expression.
 
     Raises:
-        ValueError: If a file lacks a cell.
+        ValueError: If a file lacks a cell, or the cells that PCA is fitted to are these.
     """
     if source.kind in ("model", "untrained"):
         model, tokenizer = loaded(source, seed)
@@ -82,6 +93,8 @@ def embed_cells(source: Source, cells: CellSet, seed: int, computing: Computing)
         return found
     if source.kind == "random":
         return np.random.default_rng(seed).standard_normal((cells.adata.n_obs, COMPONENTS))
+    if source.kind == "projected":
+        return projected(source, cells, seed)
     if source.what:
         # All genes that the model knows, since the model is given all of them.
         values = cells.values[:, known_genes(source.what, cells)]
@@ -89,3 +102,36 @@ def embed_cells(source: Source, cells: CellSet, seed: int, computing: Computing)
         return fitted_pca(values, seed).transform(values)
     values = cells.values[:, variable_genes(cells.values)]
     return values if source.kind == "expression" else fitted_pca(values, seed).transform(values)
+
+
+def projected(source: Source, cells: CellSet, seed: int) -> np.ndarray:
+    """Return the components of cells on the axes of PCA that was fitted to other cells, `(cells, components)`.
+
+    PCA is fitted to the most variable genes of the other cells among those that both have.
+    """
+    others = read_cells(Path(source.what))
+    if others.fingerprint() == cells.fingerprint():
+        raise ValueError(f"--source {source.name}: {source.what} holds the cells of {cells.path}: name other cells.")
+    shared = np.intersect1d(others.genes, cells.genes)
+    if len(shared) < 2:
+        raise ValueError(f"--source {source.name}: {source.what} shares {len(shared)} genes with {cells.path}.")
+    training = stacked([others], shared, seed)
+    chosen = variable_genes(training)
+    return np.asarray(fitted_pca(training[:, chosen], seed).transform(aligned_values(cells, shared[chosen])))
+
+
+def harmonized(cells: CellSet, batches: np.ndarray, seed: int) -> np.ndarray:
+    """Return the principal components of cells from which Harmony has removed the batches, `(cells, components)`.
+
+    Args:
+        cells: Cells.
+        batches: Number of each cell's batch, shape `(cells,)`.
+        seed: Seed of PCA's solver and of Harmony's clusters.
+    """
+    import pandas as pd
+    from harmonypy import run_harmony
+
+    values = embed_cells(Source("PCA", "pca"), cells, seed, Computing())
+    table = pd.DataFrame({"batch": batches.astype(str)})
+    found = np.asarray(run_harmony(values, table, "batch", verbose=False, random_state=seed, ncores=1).Z_corr)
+    return found if len(found) == len(batches) else found.T

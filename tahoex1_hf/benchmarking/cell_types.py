@@ -6,13 +6,17 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 
-from tahoex1_hf.benchmarking.cell_embeddings import Computing, embed_cells
+from tahoex1_hf.benchmarking.cell_embeddings import Computing, embed_cells, harmonized
 from tahoex1_hf.benchmarking.cells import CellSet
+from tahoex1_hf.benchmarking.clusters import NEIGHBOURS, leiden
+from tahoex1_hf.benchmarking.cz_benchmarks import cz_scores
+from tahoex1_hf.benchmarking.integration import integration
 from tahoex1_hf.benchmarking.overlap import check_not_trained_on
 from tahoex1_hf.benchmarking.resampling import Measurement, bootstrapped, macro_f1
 from tahoex1_hf.benchmarking.sources import Source
@@ -20,7 +24,7 @@ from tahoex1_hf.finetuning.splits import make_splits
 
 logger = logging.getLogger(__name__)
 
-FOLDS, NEIGHBOURS, SHOTS, SHOT_SAMPLES = 5, 15, 3, 5
+FOLDS, SHOTS, SHOT_SAMPLES = 5, 3, 5
 RANDOM, BATCH, FEW, ALL = "random folds", "batch left out", f"{SHOTS} cells a class", "all cells"
 _MOST_DISTANCES = 10_000  # cells among which all distances are computed
 _PERMUTATIONS = 3
@@ -64,7 +68,7 @@ class CellTypes:
     def settings(self) -> dict[str, Any]:
         """Return everything on which the scores depend but the source."""
         names = {name: getattr(self, name) for name in ("label", "batch", "seeds")}
-        return names | {"dtype": self.computing.dtype, "cells": self.cells.fingerprint()}
+        return names | {"cells": self.cells.fingerprint()} | self.computing.settings()
 
     def prepare(self, sources: Sequence[Source]) -> None:
         """Check before any work is done that no model was trained on the cells."""
@@ -73,6 +77,12 @@ class CellTypes:
                 self.notes.append(note)
         if not find_spec("igraph"):
             self.notes.append("Leiden clusters are left out, for want of igraph: pip install 'tahoex1_hf[evaluate]'.")
+        if self.batch is not None and find_spec("scib_metrics"):
+            self.notes.append("The intervals of scib-metrics are from random halves of the cells, not from resamples.")
+        elif self.batch is not None:
+            self.notes.append(
+                "Batch integration is left out, for want of scib-metrics: pip install 'tahoex1_hf[evaluate]'."
+            )
 
     # Splits -----------------------------------------------------------------------------------------
 
@@ -93,13 +103,31 @@ class CellTypes:
 
     def evaluate(self, source: Source) -> list[Measurement]:
         """Return the scores of a source."""
-        features = embed_cells(source, self.cells, 0, self.computing)
+        features = self.embed(source)
+        found = [*self.scores(features), *cz_scores(features, self.labels)]
+        if self.batches is not None and find_spec("scib_metrics"):
+            found += integration(features, self._plain, self.labels, self.batches)
+        return found
+
+    def embed(self, source: Source) -> Any:
+        """Return the embeddings of a source, shape `(cells, width)`."""
+        if source.kind == "harmony" and self.batches is not None:
+            return harmonized(self.cells, self.batches, 0)
+        return embed_cells(source, self.cells, 0, self.computing)
+
+    def scores(self, features: Any) -> list[Measurement]:
+        """Return the scores of embeddings, shape `(cells, width)`, in this benchmark's own splits."""
         found = [
             self.read(features, split, folds, reader)
             for split, folds in self.folds().items()
             for reader in ("kNN", "logistic regression")
         ]
         return [*found, *self._clusters(features)]
+
+    @cached_property
+    def _plain(self) -> np.ndarray:
+        """PCA of the cells."""
+        return np.asarray(embed_cells(Source("PCA", "pca"), self.cells, 0, self.computing))
 
     def read(self, features: Any, split: str, folds: list[Fold], reader: str) -> Measurement:
         """Return the macro-F1 of the labels that a reader reads from features, shape `(cells, width)`."""
@@ -208,14 +236,3 @@ def read_classes(
         warnings.filterwarnings("ignore", message="lbfgs failed to converge")
         model.fit(features[train], labels[train])
     return np.asarray(model.predict(features[test]))
-
-
-def leiden(features: Any, seed: int) -> np.ndarray:
-    """Return the Leiden clusters of a graph of 15 neighbours, by scanpy at resolution 1."""
-    import scanpy
-    from anndata import AnnData
-
-    graph = AnnData(features)
-    scanpy.pp.neighbors(graph, use_rep="X", n_neighbors=NEIGHBOURS, random_state=seed)
-    scanpy.tl.leiden(graph, flavor="igraph", n_iterations=2, directed=False, random_state=seed)
-    return np.asarray(graph.obs["leiden"].cat.codes)

@@ -76,11 +76,19 @@ def read_cells(path: Path) -> CellSet:
         FileNotFoundError: If there is no such file.
         ValueError: If `X` does not hold raw counts, or two columns are the same gene.
     """
-    from scipy.sparse import csr_matrix
-
     if not path.is_file():
         raise FileNotFoundError(f"--cells {path} does not exist.")
-    adata = read_all_genes(path)
+    return checked_cells(path, read_all_genes(path))
+
+
+def checked_cells(path: Path, adata: "AnnData") -> CellSet:
+    """Return cells, whose counts become sparse.
+
+    Raises:
+        ValueError: If `X` does not hold raw counts, or two columns are the same gene.
+    """
+    from scipy.sparse import csr_matrix
+
     adata.X = csr_matrix(adata.X, dtype=np.float32)
     data = adata.X.data
     if not (np.isfinite(data).all() and (data >= 0).all() and (data == np.rint(data)).all()):
@@ -111,18 +119,22 @@ def fitted_pca(values: "csr_matrix", seed: int) -> Any:
     return pca.fit(values)
 
 
+def aligned_values(cells: CellSet, genes: np.ndarray) -> "csr_matrix":
+    """Return log-normalised counts for some genes, in this order; zeros for genes that the cells do not have."""
+    from scipy.sparse import csr_matrix
+
+    place = {name: number for number, name in enumerate(genes.tolist())}
+    columns = np.array([place.get(name, -1) for name in cells.genes.tolist()], dtype=np.int64)
+    kept = cells.values[:, np.flatnonzero(columns >= 0)].tocoo()
+    to = columns[columns >= 0][kept.col]
+    return csr_matrix((kept.data, (kept.row, to)), shape=(cells.adata.n_obs, len(genes)))
+
+
 def stacked(sets: Sequence[CellSet], genes: np.ndarray, seed: int) -> "csr_matrix":
     """Return the log-normalised counts of all cells for some genes, in this order; at most 50,000 random cells."""
-    from scipy.sparse import csr_matrix, vstack
+    from scipy.sparse import vstack
 
-    parts = []
-    for each in sets:
-        place = {name: number for number, name in enumerate(genes.tolist())}
-        columns = np.array([place.get(name, -1) for name in each.genes.tolist()], dtype=np.int64)
-        kept = each.values[:, np.flatnonzero(columns >= 0)].tocoo()
-        to = columns[columns >= 0][kept.col]
-        parts.append(csr_matrix((kept.data, (kept.row, to)), shape=(each.adata.n_obs, len(genes))))
-    every = vstack(parts, format="csr")
+    every = vstack([aligned_values(each, genes) for each in sets], format="csr")
     if every.shape[0] > MOST_CELLS:
         every = every[np.sort(np.random.default_rng(seed).choice(every.shape[0], MOST_CELLS, replace=False))]
     return every

@@ -11,7 +11,7 @@ import numpy as np
 
 from tahoex1_hf.benchmarking.cell_embeddings import Computing
 from tahoex1_hf.benchmarking.cells import CellSet
-from tahoex1_hf.benchmarking.gene_embeddings import gene_embeddings, genes_known_to
+from tahoex1_hf.benchmarking.gene_embeddings import common_genes, expressed_genes, finite_embeddings, left_out
 from tahoex1_hf.benchmarking.gene_labels import LabelledGenes
 from tahoex1_hf.benchmarking.resampling import Measurement, auprc, auroc, bootstrapped
 from tahoex1_hf.benchmarking.sources import Source
@@ -46,8 +46,7 @@ class Essentiality:
     axis = "genes"
 
     def __post_init__(self) -> None:
-        expressed = [each.genes[each.values.getnnz(axis=0) > 0] for each in self.sets]
-        self.genes = self.genes.some(np.isin(self.genes.names, np.concatenate(expressed)), "expressed in no cell")
+        self.genes = expressed_genes(self.genes, self.sets)
         self.notes: list[str] = []
 
     @property
@@ -60,21 +59,17 @@ class Essentiality:
         genes = [self.genes.names.tolist(), self.genes.labels.tolist(), self.genes.families.tolist()]
         return {
             "seeds": self.seeds,
-            "dtype": self.computing.dtype,
             "cells": [each.fingerprint() for each in self.sets],
             "genes": json_digest(genes),
+            **self.computing.settings(),
         }
 
     def prepare(self, sources: Sequence[Source]) -> None:
         """Keep to the genes that all sources know, so that they are compared on the same genes."""
-        for source in sources:
-            known = genes_known_to(source, self.sets)
-            if known is not None:
-                self.genes = self.genes.some(np.isin(self.genes.names, known), f"unknown to {source.name}")
-        left_out = ", ".join(f"{number} {reason}" for reason, number in self.genes.left_out.items() if number)
+        self.genes = common_genes(self.genes, sources, self.sets)
         self.notes.append(
             f"{len(self.genes.labels)} genes, {int(self.genes.labels.sum())} of them essential; left out: "
-            f"{left_out or 'none'}."
+            f"{left_out(self.genes)}."
         )
 
     def folds(self) -> dict[str, list[Split]]:
@@ -88,11 +83,9 @@ class Essentiality:
 
     def evaluate(self, source: Source) -> list[Measurement]:
         """Return the scores of a source."""
-        found = gene_embeddings(source, self.sets, self.genes.names, 0, self.computing)
+        found = finite_embeddings(source, self.sets, self.genes.names, 0, self.computing)
         measured = []
         for kind, features in found.items():
-            if not np.isfinite(features).all():
-                raise ValueError(f"--source {source.name}: an embedding of a gene holds NaN or infinite values.")
             for split, folds in self.folds().items():
                 for reader in (FOREST, LOGISTIC):
                     measured += self.read(kind, features, split, folds, reader)

@@ -2,7 +2,7 @@
 """Embeddings of genes from every kind of source."""
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from typing import Protocol, Self, TypeVar
 
 import numpy as np
 
@@ -17,6 +17,44 @@ from tahoex1_hf.hub.models import without_peft
 from tahoex1_hf.inference.chunks import embed_input
 from tahoex1_hf.inference.encoder import CellEncoder, GeneMeans
 from tahoex1_hf.inference.gene_embeddings import KINDS, embed_genes
+
+
+class Genes(Protocol):
+    """Genes that a benchmark scores, with what is known about each."""
+
+    @property
+    def names(self) -> np.ndarray:
+        """Ensembl ids, shape `(genes,)`."""
+
+    @property
+    def left_out(self) -> dict[str, int]:
+        """Reason -> number of genes that are left out."""
+
+    def some(self, kept: np.ndarray, reason: str) -> Self:
+        """Return the genes for which `kept` is true; the others are counted under a reason."""
+
+
+AnyGenes = TypeVar("AnyGenes", bound=Genes)
+
+
+def expressed_genes(genes: AnyGenes, sets: Sequence[CellSet]) -> AnyGenes:
+    """Return the genes that some cell expresses."""
+    expressed = [each.genes[each.values.getnnz(axis=0) > 0] for each in sets]
+    return genes.some(np.isin(genes.names, np.concatenate(expressed)), "expressed in no cell")
+
+
+def common_genes(genes: AnyGenes, sources: Sequence[Source], sets: Sequence[CellSet]) -> AnyGenes:
+    """Return the genes that every source knows, so that all are compared on the same genes."""
+    for source in sources:
+        known = genes_known_to(source, sets)
+        if known is not None:
+            genes = genes.some(np.isin(genes.names, known), f"unknown to {source.name}")
+    return genes
+
+
+def left_out(genes: Genes) -> str:
+    """Return how many genes are left out for which reasons, as text."""
+    return ", ".join(f"{number} {reason}" for reason, number in genes.left_out.items() if number) or "none"
 
 
 def genes_known_to(source: Source, sets: Sequence[CellSet]) -> np.ndarray | None:
@@ -53,6 +91,20 @@ def gene_embeddings(
         return {"": np.concatenate([expression(each, genes) for each in sets], axis=1)}
     known = genes_known_to(Source(source.name, "model", source.what), sets) if source.what else None
     return {"": loadings(sets, genes, known, seed)}
+
+
+def finite_embeddings(
+    source: Source, sets: Sequence[CellSet], genes: np.ndarray, seed: int, computing: Computing
+) -> dict[str, np.ndarray]:
+    """Return what `gene_embeddings` does, where all of it is finite.
+
+    Raises:
+        ValueError: If a value is not finite.
+    """
+    found = gene_embeddings(source, sets, genes, seed, computing)
+    if not all(np.isfinite(values).all() for values in found.values()):
+        raise ValueError(f"--source {source.name}: an embedding of a gene holds NaN or infinite values.")
+    return found
 
 
 def expression(cells: CellSet, genes: np.ndarray) -> np.ndarray:
@@ -92,7 +144,7 @@ def _of_model(
     source: Source, sets: Sequence[CellSet], genes: np.ndarray, seed: int, computing: Computing
 ) -> dict[str, np.ndarray]:
     model, tokenizer = loaded(source, seed)
-    encoder = CellEncoder(without_peft(model), tokenizer, **asdict(computing))
+    encoder = CellEncoder(without_peft(model), tokenizer, **computing.of_encoder())
     tokens = np.array([tokenizer.gene_token(name) for name in genes.tolist()], dtype=np.int64)
     means = GeneMeans(tokens, encoder.config.vocab_size, encoder.width, encoder.device)
     for each in sets:

@@ -15,7 +15,16 @@ from tahoex1_hf.runs.report import Report, Score, format_value, markdown_table
 logger = logging.getLogger(__name__)
 
 MODEL_INDEX = "model-index.yaml"
-TITLES = {"macro_f1": "macro-F1", "auroc": "AUROC", "auprc": "AUPRC", "ari": "ARI", "nmi": "NMI"}
+TITLES = {
+    "macro_f1": "macro-F1",
+    "auroc": "AUROC",
+    "auprc": "AUPRC",
+    "macro_auprc": "macro AUPRC",
+    "gene_auroc": "gene AUROC",
+    "r2": "R²",
+    "ari": "ARI",
+    "nmi": "NMI",
+}
 TITLES |= {"pearson": "Pearson r", "explained": "share explained"}
 
 
@@ -69,7 +78,7 @@ def write_report(
         "cost": {name: dict(cost) for name, cost in costs.items()},
     }
     metric = task.headline[2]
-    report.write(folder, facts, "\n\n".join(parts) + "\n", metric, TITLES[metric])
+    report.write(folder, facts, "\n\n".join(parts) + "\n", metric, TITLES[metric], task.headline[0])
     _write_model_index(task, sources, found, folder / MODEL_INDEX)
     logger.info("%s", "\n\n".join(parts))
     return lines

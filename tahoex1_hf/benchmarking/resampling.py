@@ -15,7 +15,7 @@ from tahoex1_hf.runs.report import CONFIDENCE
 REPLICATES = 500
 
 Metric = Callable[[np.ndarray, np.ndarray], float]
-"""Function of the truth and of what was predicted, both of shape `(rows,)`."""
+"""Function of the truth and of what was predicted, both of shape `(rows,)` or `(rows, columns)`."""
 
 
 def bootstrapped(metric: Metric, truth: np.ndarray, predicted: np.ndarray, rows: np.ndarray, total: int) -> np.ndarray:
@@ -26,8 +26,8 @@ def bootstrapped(metric: Metric, truth: np.ndarray, predicted: np.ndarray, rows:
 
     Args:
         metric: Function that computes the metric; NaN where it is not defined.
-        truth: Labels of the test rows, shape `(rows,)`.
-        predicted: Their predictions, shape `(rows,)`.
+        truth: Labels of the test rows, shape `(rows,)` or `(rows, columns)`.
+        predicted: Their predictions, of the same shape.
         rows: Numbers of the test rows in the data, shape `(rows,)`.
         total: Number of rows of the data.
 
@@ -77,7 +77,14 @@ class Measurement:
 
     def bounds(self) -> tuple[float, float]:
         """Return the bootstrap interval of the mean over the folds."""
-        return ends(self.replicates.mean(axis=0))
+        return ends(_over_folds(self.replicates))
+
+
+def _over_folds(replicates: np.ndarray) -> np.ndarray:
+    """Return the mean over the folds, shape `(1 + replicates,)`; of a resample, over those in which it is defined."""
+    known = np.isfinite(replicates)
+    sums, numbers = np.where(known, replicates, 0).sum(axis=0), known.sum(axis=0)
+    return np.divide(sums, numbers, out=np.full(len(sums), np.nan), where=numbers > 0)
 
 
 def ends(replicates: np.ndarray) -> tuple[float, float]:
@@ -103,7 +110,7 @@ def compare(ours: Measurement, theirs: Measurement) -> dict[str, float | str]:
     """
     if ours.numbers != theirs.numbers:
         raise ValueError(f"folds of {ours.numbers} and {theirs.numbers} rows cannot be compared.")
-    differences = (ours.replicates - theirs.replicates).mean(axis=0)
+    differences = _over_folds(ours.replicates - theirs.replicates)
     low, high = ends(differences)
     verdict = "better" if low > 0 else "worse" if high < 0 else "equal within the interval"
     return {"difference": float(differences[0]), "lower": low, "upper": high, "verdict": verdict}
@@ -134,3 +141,29 @@ def auprc(truth: np.ndarray, scores: np.ndarray) -> float:
     from sklearn.metrics import average_precision_score
 
     return float(average_precision_score(truth, scores)) if truth.any() else float("nan")
+
+
+def macro_auprc(truth: np.ndarray, scores: np.ndarray) -> float:
+    """Compute the mean average precision of the columns in which a row is positive.
+
+    Args:
+        truth: Whether a row is positive, shape `(rows, columns)`.
+        scores: Scores, shape `(rows, columns)`.
+
+    Returns:
+        Mean; NaN where no column has a positive row.
+    """
+    if not truth.any():
+        return float("nan")
+    order = np.argsort(-scores, axis=0, kind="stable")
+    ordered = np.take_along_axis(scores, order, axis=0)
+    positive = np.take_along_axis(truth, order, axis=0).astype(bool)
+    # Rows of equal scores share the precision behind the last of them.
+    rows = np.arange(len(truth))[:, None]
+    last = np.ones(truth.shape, dtype=bool)
+    last[:-1] = ordered[1:] != ordered[:-1]
+    behind = np.minimum.accumulate(np.where(last, rows, len(truth))[::-1], axis=0)[::-1]
+    precision = np.take_along_axis(np.cumsum(positive, axis=0), behind, axis=0) / (behind + 1)
+    numbers = positive.sum(axis=0)
+    there = numbers > 0
+    return float(((precision * positive).sum(axis=0)[there] / numbers[there]).mean())

@@ -12,6 +12,8 @@ from tahoex1_hf.hub.loading import find_model
 
 BASELINES = ("pca", "random", "expression")
 CEILING = "ceiling"  # the reliability of the truth, which no baseline is
+# Baselines of some tasks, with their names: of cells with batches, and of dependencies of cell lines.
+MORE_BASELINES = {"harmony": "Harmony", "mean": "mean of the training lines"}
 _FILES = (".h5ad", ".npz", ".parquet")
 _NAME = re.compile(r"[\w][\w .+-]*")
 
@@ -22,9 +24,10 @@ class Source:
 
     Attributes:
         name: Name in the tables.
-        kind: `model`, `untrained`, `file`, one of `BASELINES`, or what a task adds.
-        what: Folder or Hub name of the model, or path of the file; for PCA, the model to whose genes it is kept, or
-            empty for PCA of all cells' genes.
+        kind: `model`, `untrained`, `file`, `projected` (PCA of other cells), one of `BASELINES` and
+            `MORE_BASELINES`, or what a task adds.
+        what: Folder or Hub name of the model, or path of the file or of the other cells; for PCA, the model to whose
+            genes it is kept, or empty for PCA of all cells' genes.
         key: Slot of `obsm` or `varm` in an `.h5ad` file.
     """
 
@@ -46,7 +49,8 @@ class Source:
         """
         if not self.what:
             return ""
-        return content_fingerprint(Path(self.what) if self.kind == "file" else model_folder(self.what))
+        is_file = self.kind in ("file", "projected")
+        return content_fingerprint(Path(self.what) if is_file else model_folder(self.what))
 
 
 def model_folder(model: str) -> Path:
@@ -54,12 +58,13 @@ def model_folder(model: str) -> Path:
     return Path(model) if (Path(model) / ADAPTER_CONFIG).is_file() else find_model(model)
 
 
-def read_sources(texts: Sequence[str]) -> list[Source]:
+def read_sources(texts: Sequence[str], more: Sequence[str] = ()) -> list[Source]:
     """Read sources that are written as `NAME=WHAT`.
 
     Args:
-        texts: Sources; WHAT is `pca`, `random`, `expression`, `untrained:MODEL`, a file with embeddings
-            (`FILE.h5ad:KEY`, `FILE.npz`, `FILE.parquet`), or the folder or Hub name of a model or adapter.
+        texts: Sources; WHAT is `pca`, `random`, `expression`, `untrained:MODEL`, `projected:CELLS.h5ad`, a file with
+            embeddings (`FILE.h5ad:KEY`, `FILE.npz`, `FILE.parquet`), or the folder or Hub name of a model or adapter.
+        more: Baselines of `MORE_BASELINES` that the task has.
 
     Raises:
         ValueError: For a source that is written otherwise, or a name that is there twice.
@@ -69,8 +74,8 @@ def read_sources(texts: Sequence[str]) -> list[Source]:
         name, equals, what = text.partition("=")
         if not (equals and what and _NAME.fullmatch(name)):
             raise ValueError(f"--source {text}: write NAME=WHAT, where NAME has letters, digits, spaces, +, - and _.")
-        found.append(_source(name, what))
-    return with_baselines(found)
+        found.append(Source(name, what) if what in more else _source(name, what))
+    return with_baselines(found, more)
 
 
 def _source(name: str, what: str) -> Source:
@@ -79,6 +84,8 @@ def _source(name: str, what: str) -> Source:
         return Source(name, what)
     if what.startswith("untrained:"):
         return Source(name, "untrained", what.removeprefix("untrained:"))
+    if what.startswith("projected:"):
+        return Source(name, "projected", what.removeprefix("projected:"))
     if colon and path.endswith(".h5ad"):
         return Source(name, "file", path, key)
     if what.endswith(".h5ad"):
@@ -86,16 +93,16 @@ def _source(name: str, what: str) -> Source:
     return Source(name, "file" if what.endswith(_FILES) else "model", what)
 
 
-def with_baselines(sources: Sequence[Source]) -> list[Source]:
+def with_baselines(sources: Sequence[Source], more: Sequence[str] = ()) -> list[Source]:
     """Add the baselines that are not among the sources, since without them a score says nothing about a model.
 
     These are PCA, random numbers and expression, and for each model its untrained twin and PCA on the genes that it
     knows: without the last, a good choice of genes passes for a good model.
     """
     every = list(sources)
-    for kind in BASELINES:
-        if not any(source.kind == kind for source in every):
-            every.append(Source({"pca": "PCA"}.get(kind, kind), kind))
+    for kind in (*BASELINES, *more):
+        if not any(source.kind == kind and not source.what for source in every):
+            every.append(Source({"pca": "PCA", **MORE_BASELINES}.get(kind, kind), kind))
     for source in sources:
         if source.kind != "model":
             continue

@@ -227,19 +227,21 @@ class Report:
         ]
         return markdown_table([corner, *(titles[name] for name in shown)], rows)
 
-    def draw(self, path: Path, metric: str, title: str = "") -> None:
+    def draw(self, path: Path, metric: str, title: str = "", split: str | None = None) -> None:
         """Draw a metric of every method as a PNG: mean, interval and folds.
 
         Args:
             path: File to write.
             metric: Name of the metric.
             title: Label of the axis; by default the metric's name.
+            split: Part of the data; by default all.
         """
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
-        splits = list(dict.fromkeys(score.split for score in self.scores if score.metric == metric))
-        rows = [score for score in self.scores if score.metric == metric and score.fold is None]
+        drawn = [s for s in self.scores if s.metric == metric and split in (None, s.split)]
+        splits = list(dict.fromkeys(score.split for score in drawn))
+        rows = [score for score in drawn if score.fold is None]
         rows.reverse()  # so that the first stands at the top
         figure = Figure(figsize=(7, 1.2 + 0.4 * len(rows)), layout="constrained")
         FigureCanvasAgg(figure)
@@ -258,7 +260,15 @@ class Report:
         axes.spines[["top", "right"]].set_visible(False)
         figure.savefig(path, dpi=120)
 
-    def write(self, folder: Path, facts: Mapping[str, Any], text: str, headline: str, title: str = "") -> None:
+    def write(
+        self,
+        folder: Path,
+        facts: Mapping[str, Any],
+        text: str,
+        headline: str,
+        title: str = "",
+        split: str | None = None,
+    ) -> None:
         """Write `report.json`, `report.md`, `scores.csv` and `scores.png` into a folder.
 
         Args:
@@ -267,9 +277,10 @@ class Report:
             text: Content of `report.md`.
             headline: Metric that is drawn.
             title: Label of its axis; by default the metric's name.
+            split: Part of the data that is drawn; by default all.
         """
         write_json(folder / REPORT, {**facts, "scores": [asdict(score) for score in self.scores]})
         for name, content in ((TEXT, text), (TABLE, self.csv())):
             with WholeFile(folder / name) as partial:
                 partial.write_text(content, encoding="utf-8")
-        self.draw(folder / FIGURE, headline, title)
+        self.draw(folder / FIGURE, headline, title, split)

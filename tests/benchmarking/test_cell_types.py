@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from scipy.sparse import csr_matrix
 from typer.testing import CliRunner, Result
 
-from tahoex1_hf.benchmarking import resampling
+from tahoex1_hf.benchmarking import cz_benchmarks, resampling
 from tahoex1_hf.benchmarking.cell_embeddings import Computing, embed_cells
 from tahoex1_hf.benchmarking.cell_types import RANDOM, CellTypes, few_cells, needed
 from tahoex1_hf.benchmarking.cells import read_cells
@@ -28,6 +28,7 @@ TYPES, EACH, GENES = 4, 30, 80
 @pytest.fixture(autouse=True)
 def few_replicates(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resampling, "REPLICATES", 40)
+    monkeypatch.setattr(cz_benchmarks, "TREES", 5)
 
 
 @pytest.fixture
@@ -184,3 +185,21 @@ def test_pca_on_real_cells(shared_data: Callable[[str], Path], name: str, expect
     value = task.read(features, RANDOM, task.folds()[RANDOM], "kNN").value
     assert value == pytest.approx(expected, abs=0.03)
     assert value > needed(task.chance(features))
+
+
+def test_pca_of_other_cells_is_projected(cells: Path, tmp_path: Path) -> None:
+    """The axes are the other cells'; genes that these cells lack, and the cells themselves, do not count."""
+    read = read_cells(cells)
+    others = read.adata[::2, 5:].copy()
+    extra = anndata.AnnData(csr_matrix(np.ones((others.n_obs, 1), dtype=np.float32)), obs=others.obs)
+    extra.var_names = ["ENSG09999999999"]
+    anndata.concat([others, extra], axis=1, merge="same").write_h5ad(tmp_path / "others.h5ad")
+    (source,) = (each for each in read_sources([f"p=projected:{tmp_path / 'others.h5ad'}"]) if each.name == "p")
+    assert source.simple
+    found = embed_cells(source, read, 0, Computing())
+    training = read_cells(tmp_path / "others.h5ad").values[:, :-1].toarray().astype(np.float64)
+    axes = np.linalg.svd(training - training.mean(axis=0), full_matrices=False)[2]
+    expected = (read.values[:, 5:].toarray() - training.mean(axis=0)) @ axes[0]
+    assert np.abs(np.abs(found[:, 0]) - np.abs(expected)).max() < 1e-3
+    with pytest.raises(ValueError, match="holds the cells of"):
+        embed_cells(Source("p", "projected", str(cells)), read, 0, Computing())

@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-from sklearn.metrics import f1_score, normalized_mutual_info_score, roc_auc_score
+from sklearn.metrics import average_precision_score, f1_score, normalized_mutual_info_score, roc_auc_score
 
-from tahoex1_hf.benchmarking.resampling import Measurement, auroc, bootstrapped, compare, ends, macro_f1
+from tahoex1_hf.benchmarking.resampling import Measurement, auroc, bootstrapped, compare, ends, macro_auprc, macro_f1
 
 TRUTH = np.random.default_rng(0).integers(0, 2, 400)
 
@@ -22,6 +22,11 @@ def test_metrics_are_scikit_learns() -> None:
     scores = random.integers(0, 4, len(TRUTH)) / 4  # with ties, as a forest's are
     assert auroc(TRUTH, scores) == pytest.approx(roc_auc_score(TRUTH, scores), abs=1e-12)
     assert np.isnan(auroc(np.ones(3), scores[:3]))
+    members, odds = random.random((50, 6)) < 0.2, random.integers(0, 5, (50, 6))
+    members[:, 4] = False  # a column without a positive row does not count
+    each = [average_precision_score(members[:, n], odds[:, n]) for n in (0, 1, 2, 3, 5)]
+    assert macro_auprc(members, odds) == pytest.approx(np.mean(each), abs=1e-12)
+    assert np.isnan(macro_auprc(members[:, 4:5], odds[:, 4:5]))
 
 
 def test_interval_is_that_of_a_share() -> None:
@@ -72,3 +77,9 @@ def test_folds_that_test_the_same_rows_do_not_pass_for_independent() -> None:
     # Folds of other rows together are the whole data.
     apart = measurement([every[:200], every[200:]]).bounds()
     assert apart == pytest.approx(once, abs=0.01)
+
+
+def test_resample_in_which_a_fold_is_not_defined_is_the_mean_of_the_others() -> None:
+    replicates = np.array([[1.0, 2.0, np.nan], [3.0, np.nan, np.nan]])
+    low, high = Measurement("", "", "", "", replicates, [1, 1], [0.0, 0.0]).bounds()
+    assert (low, high) == (2, 2)  # the one resample that there is, moved onto the value

@@ -1,0 +1,19 @@
+# Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
+"""Clusters of cells."""
+
+from typing import Any
+
+import numpy as np
+
+NEIGHBOURS = 15
+
+
+def leiden(features: Any, seed: int) -> np.ndarray:
+    """Return the Leiden clusters of a graph of 15 neighbours, by scanpy at resolution 1."""
+    import scanpy
+    from anndata import AnnData
+
+    graph = AnnData(features)
+    scanpy.pp.neighbors(graph, use_rep="X", n_neighbors=NEIGHBOURS, random_state=seed)
+    scanpy.tl.leiden(graph, flavor="igraph", n_iterations=2, directed=False, random_state=seed)
+    return np.asarray(graph.obs["leiden"].cat.codes)
