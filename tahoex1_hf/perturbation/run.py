@@ -50,6 +50,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+Combined = Literal["alone", "together", "pairs"]
 _MOST_TIMES = 20  # times as many controls as at first are measured for a perturbation that few of them match
 
 
@@ -219,7 +220,7 @@ def perturb_genes(
         source = PerturbationEncoder(opened, options, used)
         levels = Levels.measure(source, groups)
         names = GeneNames(source, known_symbols(options.tokenizer, place))
-        combined = "together" if together else "pairs" if pairs else "alone"
+        combined: Combined = "together" if together else "pairs" if pairs else "alone"
         controls, finder = _plan(genes, names, groups, levels, change, combined, null_genes, min_cells)
         rounds = Rounds(finder, null_genes, 0 if genes == "all" else most_null_genes, min_cells)
         run = _Run(source, groups, levels, forward, change, controls, rounds, num_affected, pairs)
@@ -264,7 +265,7 @@ def _plan(
     groups: Groups,
     levels: Levels,
     change: Change,
-    combined: Literal["alone", "together", "pairs"],
+    combined: Combined,
     null_genes: int,
     min_cells: int,
 ) -> tuple[dict[Task, list[Task]], Controls]:
