@@ -14,7 +14,7 @@ _SIGNIFICANT = 0.1
 
 
 def plot_heat_map(table: "DataFrame", path: str | Path, interactions: "DataFrame | None" = None) -> None:
-    """Draw the z scores of the strongest genes in every group, or, of pairs, the interaction of each two genes.
+    """Draw the p values of the strongest genes in every group, or, of pairs, the interaction of each two genes.
 
     A dot marks what has q < 0.1.
 
@@ -30,16 +30,16 @@ def plot_heat_map(table: "DataFrame", path: str | Path, interactions: "DataFrame
 
     if interactions is not None:
         panels = _of_pairs(interactions)
-        label = "interaction: share of the sum"
+        label = "interaction,\nshare of the sum"
     else:
         panels = _of_groups(table)
-        label = "z score against genes of similar expression"
+        label = "−log10 p, negative for\nless than similar genes"
     if not panels:
         raise ValueError(
             "There is nothing to draw: no perturbation was compared with controls, nor a pair with its sum."
         )
     rows, columns = (max(panel[1].shape[axis] for panel in panels) for axis in (0, 1))
-    size = (len(panels) * (2.0 + 0.32 * columns), 1.6 + 0.26 * rows)
+    size = (len(panels) * (2.0 + 0.32 * columns), max(3.4, 1.6 + 0.26 * rows))
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     largest = max(float(np.nanmax(np.abs(panel[1]))) for panel in panels) or 1.0
@@ -51,7 +51,7 @@ def plot_heat_map(table: "DataFrame", path: str | Path, interactions: "DataFrame
         axis.set_title(title, fontsize=9)
         axis.set_facecolor("#dddddd")
     bar = figure.colorbar(image, ax=axes.tolist(), shrink=0.8)
-    bar.set_label(f"{label}; dots: q < {_SIGNIFICANT}", fontsize=7)
+    bar.set_label(f"{label} (dots: q < {_SIGNIFICANT})", fontsize=7)
     bar.ax.tick_params(labelsize=7)
     figure.savefig(path, dpi=130)
 
@@ -60,8 +60,9 @@ _Panel = tuple[str, np.ndarray, np.ndarray, list[str], list[str]]
 
 
 def _of_groups(table: "DataFrame") -> list[_Panel]:
-    known = table[np.isfinite(table["z_score"])]
-    strongest = known["z_score"].abs().groupby(known["gene"]).max().sort_values(ascending=False)
+    known = table[np.isfinite(table["p_value"])]
+    known = known.assign(height=-np.log10(known["p_value"]) * np.where(known["z_score"] < 0, -1, 1))
+    strongest = known["height"].groupby(known["gene"]).max().sort_values(ascending=False, kind="stable")
     genes, groups = strongest.index[:_MOST_GENES].tolist(), list(dict.fromkeys(known["group"]))
     if not genes:
         return []
@@ -69,7 +70,7 @@ def _of_groups(table: "DataFrame") -> list[_Panel]:
     of_group = {group: column for column, group in enumerate(groups)}
     rows = known[known["gene"].isin(genes)]
     places = rows["gene"].map(of_gene).to_numpy(), rows["group"].map(of_group).to_numpy()
-    return [("", *_filled((len(genes), len(groups)), places, rows, "z_score"), genes, list(map(str, groups)))]
+    return [("", *_filled((len(genes), len(groups)), places, rows, "height"), genes, list(map(str, groups)))]
 
 
 def _of_pairs(interactions: "DataFrame") -> list[_Panel]:

@@ -78,15 +78,15 @@ def test_pairs_that_cannot_be_are_refused(folder: Path, options: dict[str, Any])
 
 
 def test_heat_map_of_groups(tmp_path: Path) -> None:
-    table = pd.DataFrame(
-        [(group, gene, z, 0.01 if z > 3 else 0.5) for group in ("B", "T") for gene, z in (("x", 4.0), ("y", -1.0))],
-        columns=["group", "gene", "z_score", "q_value"],
-    )
+    rows = [
+        (group, gene, z, p, q) for group in ("B", "T") for gene, z, p, q in (("x", 4, 0.001, 0.01), ("y", -1, 0.1, 1))
+    ]
+    table = pd.DataFrame(rows, columns=["group", "gene", "z_score", "p_value", "q_value"])
     ((_, values, marked, genes, groups),) = _of_groups(table)
     assert (genes, groups) == (["x", "y"], ["B", "T"])
-    assert values.tolist() == [[4, 4], [-1, -1]]
+    assert values == pytest.approx(np.array([[3, 3], [-1, -1]]))
     assert marked.tolist() == [[True, True], [False, False]]
     plot_heat_map(table, tmp_path / "map.png")
     assert (tmp_path / "map.png").stat().st_size > 1000
     with pytest.raises(ValueError, match="nothing to draw"):
-        plot_heat_map(table.assign(z_score=np.nan), tmp_path / "map.png")
+        plot_heat_map(table.assign(p_value=np.nan), tmp_path / "map.png")
