@@ -52,7 +52,6 @@ logger = logging.getLogger(__name__)
 
 Combined = Literal["alone", "together", "pairs"]
 _MOST_TIMES = 20  # times as many controls as at first are measured for a perturbation that few of them match
-Combined = Literal["alone", "together", "pairs"]  # the genes one at a time, all at once, or also by twos
 
 
 @dataclass
