@@ -14,6 +14,7 @@ import torch
 
 from tahoex1_hf.annotation.embeddings import Embedder, check_record, embed_inputs, forget_embeddings, read_stored
 from tahoex1_hf.annotation.labels import (
+    UNKNOWN_NAME,
     check_classes,
     check_label_map,
     joined_names,
@@ -31,6 +32,7 @@ from tahoex1_hf.annotation.transfer import (
     Transferred,
     transfer,
 )
+from tahoex1_hf.annotation.validation import make_folds, unscored_classes
 from tahoex1_hf.cells.gene_symbols import Table
 from tahoex1_hf.cells.genes import GeneOptions
 from tahoex1_hf.cells.opening import Source, check_writable, open_cells, read_obs_column
@@ -116,10 +118,11 @@ class _Plan:
         self.labels = np.searchsorted(self.classes, names[self.rows].astype(str))
         self.reference, self.query = reference, query
         self.batches = self._batches(labelling.batch)
+        self._check_folds(labelling, seed)
         self.truth: np.ndarray | None = None
         if truth is not None:
             given = joined_names(truth, labelling.label_map)
-            self.scored = _sample(np.flatnonzero(given != ""), MOST_CELLS, seed)
+            self.scored = _sample(np.flatnonzero((given != "") & (given != UNKNOWN_NAME)), MOST_CELLS, seed)
             self.truth = given[self.scored].astype(str) if len(self.scored) else None
         self.notes = self._notes(labelling, len(kept))
 
@@ -131,6 +134,24 @@ class _Plan:
             logger.info("%s has no column %s: batches of the two are not compared.", self.query.where, batch)
         names = np.asarray(column.iloc[self.rows].astype(object).fillna("missing").astype(str).to_numpy(dtype=str))
         return names if len(np.unique(names)) > 1 else None
+
+    def _check_folds(self, labelling: _Labelling, seed: int) -> None:
+        """Raise ValueError where the cross-validation could score no class; tell of classes that it cannot score."""
+        alone = unscored_classes(self.labels, make_folds(self.labels, self.batches, seed))
+        names = [self.classes[number] for number in alone]
+        if len(names) == len(self.classes):
+            raise ValueError(
+                f"batch={labelling.batch} of {self.reference.where}: every class lies in one batch alone, so no class "
+                "can be told from its batch, nor anything be expected. Name another column, or leave batch (--batch) "
+                "out to leave out random cells."
+            )
+        if names:
+            logger.warning(
+                "%s: nothing can be expected of %d classes, each of which lies in one batch or fold: %s.",
+                self.reference.where,
+                len(names),
+                ", ".join(names[:5]) + (", ..." if len(names) > 5 else ""),
+            )
 
     def _notes(self, labelling: _Labelling, labelled: int) -> list[str]:
         notes = [

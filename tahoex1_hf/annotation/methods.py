@@ -147,7 +147,7 @@ class Regression:
     """Logistic regression on log-normalised counts, after the manner of celltypist.
 
     It reads the 2,000 most variable genes of the reference, scaled to unit variance but not centred, so that they
-    stay sparse. Classes have equal weights.
+    stay sparse. Classes have equal weights. Where the cells to learn from have one class, that is the answer.
     """
 
     def __init__(self, cells: Features, labels: np.ndarray, num_classes: int):
@@ -158,6 +158,9 @@ class Regression:
         self._num_classes = num_classes
         self._genes = variable_genes(cells.values)
         self._scaler: Any = StandardScaler(with_mean=False)
+        self._only = int(labels[0]) if len(np.unique(labels)) == 1 else None
+        if self._only is not None:
+            return
         values = self._scaler.fit_transform(cells.values[:, self._genes])
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="lbfgs failed to converge")
@@ -167,9 +170,11 @@ class Regression:
         """Return what the regression says of cells."""
         assert cells.values is not None
         probabilities = np.zeros((len(cells), self._num_classes), dtype=np.float32)
-        probabilities[:, self._model.classes_] = self._model.predict_proba(
-            self._scaler.transform(cells.values[:, self._genes])
-        )
+        if self._only is not None:
+            probabilities[:, self._only] = 1
+        else:
+            values = self._scaler.transform(cells.values[:, self._genes])
+            probabilities[:, self._model.classes_] = self._model.predict_proba(values)
         return Votes(probabilities, 1 - probabilities.max(1), np.ones(len(cells), dtype=np.float32))
 
     def without(self, kind: int) -> None:

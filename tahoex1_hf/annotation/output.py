@@ -13,7 +13,7 @@ from tahoex1_hf.annotation.labels import UNKNOWN_NAME
 from tahoex1_hf.cells.readers.stores import writable_group
 from tahoex1_hf.common.files import WholeFile
 from tahoex1_hf.inference.h5ad_columns import add_to_column_order
-from tahoex1_hf.inference.provenance import check_key, provenance_key
+from tahoex1_hf.inference.provenance import provenance_key
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -23,8 +23,11 @@ logger = logging.getLogger(__name__)
 
 def check_column(label: str) -> str:
     """Return the name of the column of obs that annotation writes; raise ValueError where no file can have it."""
-    check_key(column := f"tahoex1_{label}")
-    return column
+    if not label or "/" in label:
+        raise ValueError(
+            f"label={label!r}: .h5ad files take a slash for a folder. Copy the column to a name without one."
+        )
+    return f"tahoex1_{label}"
 
 
 @dataclass(frozen=True, eq=False)

@@ -68,7 +68,13 @@ def make_folds(labels: np.ndarray, batches: np.ndarray | None, seed: int) -> lis
         names = np.unique(batches)
         if len(names) <= FOLDS:
             return [np.flatnonzero(batches == name) for name in names]
-    return [split.test for split in make_splits(labels, batches, folds=FOLDS, seed=seed)]
+    return [split.test for split in make_splits(labels, batches, folds=FOLDS, seed=seed) if len(split.test)]
+
+
+def unscored_classes(labels: np.ndarray, folds: list[np.ndarray]) -> np.ndarray:
+    """Return the numbers of the classes that lie in one fold alone: without it, nothing can be learnt of them."""
+    kinds, times = np.unique(np.concatenate([np.unique(labels[fold]) for fold in folds]), return_counts=True)
+    return np.asarray(kinds[times < 2])
 
 
 def cross_validate(

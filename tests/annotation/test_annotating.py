@@ -193,6 +193,10 @@ def _few(adata: anndata.AnnData) -> None:
     adata.obs.iloc[:2, adata.obs.columns.get_loc("kind")] = "rare"
 
 
+def _confounded(adata: anndata.AnnData) -> None:
+    adata.obs["donor"] = adata.obs["kind"].astype(str)
+
+
 def _values(adata: anndata.AnnData) -> None:
     adata.X = csr_matrix(np.log1p(adata.X.toarray()))
 
@@ -208,6 +212,8 @@ def _other_genes(adata: anndata.AnnData) -> None:
         (None, {"label": "type"}, "label=type is not a column of obs of .*; there are .*kind"),
         (None, {"label": "kind", "batch": "plate"}, "batch=plate is not a column of obs"),
         (None, {"label": "kind", "query_label": "type"}, "query_label=type is not a column of obs"),
+        (_confounded, {"label": "kind", "batch": "donor"}, "every class lies in one batch alone"),
+        (None, {"label": "a/b"}, "label='a/b': .h5ad files take a slash for a folder"),
         (None, {"label": "kind", "neighbours": 0}, "neighbours=0: pass at least 1"),
         (None, {"label": "kind", "unknown_share": 1.0}, "unknown_share=1.0: pass a share"),
         (_few, {"label": "kind"}, r"1 classes have fewer than 5 cells: rare \(2\)"),

@@ -13,6 +13,7 @@ from tahoex1_hf.annotation.validation import (
     find_threshold,
     make_folds,
     share,
+    unscored_classes,
 )
 
 
@@ -90,6 +91,17 @@ def test_batches_are_left_out_whole_and_a_class_of_one_batch_is_not_scored() -> 
     assert len(folds) == 5
     assert sorted(np.concatenate(folds).tolist()) == list(range(90))
     assert sum(len(set(many[fold])) for fold in folds) == 11
+
+
+def test_a_fold_that_leaves_one_class_to_learn_from_is_no_error() -> None:
+    cells, labels = planted(60, classes=2)
+    batches = np.where((labels == 1) | (np.arange(60) < 20), "a", "b")
+    folds = make_folds(labels, batches, 0)
+    assert unscored_classes(labels, folds).tolist() == [1]
+    for method in methods(5, 0).values():
+        held_out = cross_validate(method, cells, labels, 2, folds)
+        assert (held_out.votes.probabilities[batches == "a"].argmax(1) == 0).all()  # of b there is class 0 alone
+        assert held_out.scored.sum() == (labels == 0).sum()
 
 
 def test_neighbours_do_not_depend_on_the_order_of_the_reference() -> None:
