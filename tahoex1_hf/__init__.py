@@ -18,6 +18,7 @@ if "torch" not in sys.modules:  # OpenMP reads the variable once, when torch is 
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 if TYPE_CHECKING:
+    from tahoex1_hf.annotation.annotating import annotate_anndata, annotate_files
     from tahoex1_hf.configuration_tahoe_x1 import TahoeX1Config
     from tahoex1_hf.embedding.files import embed_files
     from tahoex1_hf.embedding.in_memory import embed_anndata
@@ -42,6 +43,8 @@ __all__ = [
     "TahoeX1ForTokenClassification",
     "TahoeX1Model",
     "TahoeX1Tokenizer",
+    "annotate_anndata",
+    "annotate_files",
     "convert_checkpoint",
     "embed_anndata",
     "embed_files",
@@ -59,6 +62,8 @@ _MODULES = {
     "TahoeX1ForTokenClassification": "modeling_tahoe_x1",
     "TahoeX1Model": "modeling_tahoe_x1",
     "TahoeX1Tokenizer": "tokenization_tahoe_x1",
+    "annotate_anndata": "annotation.annotating",
+    "annotate_files": "annotation.annotating",
     "convert_checkpoint": "hub.sources",
     "embed_anndata": "embedding.in_memory",
     "embed_files": "embedding.files",

@@ -24,6 +24,7 @@ ALLOWED |= {
     job: {*ALLOWED["runs"], "runs", "original"} for job in ("embedding", "perturbation", "training", "finetuning")
 }
 ALLOWED["benchmarking"] = {*ALLOWED["finetuning"], "embedding", "finetuning"}
+ALLOWED["annotation"] = {*ALLOWED["benchmarking"], "benchmarking"}
 ALLOWED["cli"] = {*ALLOWED, "cli"}
 
 

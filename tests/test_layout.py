@@ -14,6 +14,16 @@ LONGEST_FILE, LONGEST_FUNCTION = 600, 60
 
 # Modules without a test file of their name, listed under the file that tests them: it covers more than one module.
 TESTED_IN: dict[str, set[str]] = {
+    "annotation/test_annotating.py": {
+        "annotation/embeddings",
+        "annotation/labels",
+        "annotation/output",
+        "annotation/report",
+        "annotation/sides",
+        "annotation/transfer",
+        "cli/annotate",
+    },
+    "annotation/test_validation.py": {"annotation/methods"},
     "benchmarking/test_cell_types.py": {
         "benchmarking/cell_embeddings",
         "benchmarking/cells",

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from tahoex1_hf import __version__
+from tahoex1_hf.cli.annotate import annotate
 from tahoex1_hf.cli.convert import convert
 from tahoex1_hf.cli.embed import embed
 from tahoex1_hf.cli.evaluate import evaluate
@@ -44,6 +45,7 @@ for name, function in {
     "embed": embed,
     "perturb": perturb,
     "predict": predict,
+    "annotate": annotate,
     "prepare": prepare,
     "pretrain": pretrain,
     "finetune": finetune,

@@ -65,6 +65,33 @@ def draw_umaps(
     figure.savefig(path, dpi=120)
 
 
+def draw_joint_umap(embeddings: np.ndarray, panels: Sequence[tuple[str, np.ndarray]], path: Path, seed: int) -> None:
+    """Draw one UMAP of cells several times, each time coloured by other names.
+
+    Args:
+        embeddings: Embeddings of the cells, `(cells, width)`.
+        panels: Heading and names `(cells,)` of each drawing.
+        path: Path of the PNG.
+        seed: Seed of UMAP, and of the order in which the cells are drawn, so that none hides the others.
+    """
+    places = umap_places(embeddings, seed)
+    order = np.random.default_rng(seed).permutation(len(places))
+    every = [np.unique(names.astype(str)) for _, names in panels]
+    columns = [1 + len(names) // 25 for names in every]
+    figure = _figure((sum(5.0 + 1.9 * number for number in columns), 5.2))
+    axes = np.atleast_1d(figure.subplots(1, len(panels), width_ratios=[5.0 + 1.9 * number for number in columns]))
+    for each, (heading, names), kinds, number in zip(axes, panels, every, columns, strict=True):
+        colors = np.array(class_colors(len(kinds)))
+        numbers = np.searchsorted(kinds, names.astype(str))
+        each.scatter(*places[order].T, s=_dot(len(places)), c=colors[numbers[order]], linewidths=0)
+        for kind, color in zip(kinds, colors, strict=True):
+            each.scatter([], [], s=18, color=color, label=kind)
+        each.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=7, frameon=False, ncols=number)
+        each.set(title=heading, xlabel="UMAP 1", ylabel="UMAP 2", xticks=[], yticks=[])
+        each.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=120)
+
+
 def draw_confusion(counts: np.ndarray, classes: Sequence[str], title: str, path: Path, of: str = "cells") -> None:
     """Draw a confusion matrix; the colours of a row are the shares of its class predicted as each class.
 

@@ -24,7 +24,7 @@ from tahoex1_hf.cli.running import command
 CELLS, MODEL = GOLDEN / "a_70m_like" / "adata.h5ad", REPO_ROOT / "examples" / "demo_checkpoint"
 COMMANDS = {
     *("embed", "perturb", "predict", "prepare", "pretrain", "finetune", "recipes", "convert", "export"),
-    *("build-vocab", "drug-fingerprints", "evaluate", "verify-release"),
+    *("annotate", "build-vocab", "drug-fingerprints", "evaluate", "verify-release"),
 }
 
 
