@@ -29,8 +29,12 @@ def test_what_is_right(run: Check) -> None:
 
 def test_what_is_wrong_is_found(run: Check, monkeypatch: pytest.MonkeyPatch) -> None:
     packed = RandomCells.packed
-    wrong = {"target_mask": torch.zeros(1, 32, dtype=torch.bool)}
-    monkeypatch.setattr(RandomCells, "packed", lambda cells, device: packed(cells, device) | wrong)
+
+    def with_other_targets(cells: RandomCells, device: torch.device) -> dict[str, torch.Tensor]:
+        row = packed(cells, device)
+        return row | {"target_mask": row["target_mask"].roll(1, dims=1)}
+
+    monkeypatch.setattr(RandomCells, "packed", with_other_targets)
     gpu_right.training(run, "observed_or_self", 4, [20, 12])
     assert [(row["ok"], "failed" in row) for row in kept(run)] == [(False, False)] * 3
     assert relative_error(torch.tensor([1.0, float("nan")]), torch.ones(2)) == float("inf")

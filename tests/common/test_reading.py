@@ -16,7 +16,7 @@ from tahoex1_hf.common.reading import reading
         (KeyError("shape"), ValueError, "data/a.h5ad cannot be read (KeyError: 'shape'): it is damaged"),
         (TypeError("one\ntwo"), ValueError, "data/a.h5ad cannot be read (TypeError: one): it is damaged"),
         (TypeError("of a:\n  b\nc"), ValueError, "data/a.h5ad cannot be read (TypeError: of a: b): it is damaged"),
-        (MemoryError(), ValueError, "data/a.h5ad cannot be read (there is not enough memory"),
+        (MemoryError(), ValueError, "data/a.h5ad cannot be read (what it declares does not fit into memory"),
         (ValueError("a row is short"), ValueError, "data/a.h5ad: a row is short"),
         (ValueError("a.h5ad: a row is short"), ValueError, "a.h5ad: a row is short"),
         (OSError("no signature"), ValueError, "data/a.h5ad cannot be read (OSError: no signature)"),
