@@ -2,7 +2,7 @@
 """Annotate cells by an annotated reference: neighbours among embeddings vote, and nothing is trained."""
 
 import logging
-import tempfile
+import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -458,7 +458,7 @@ def annotate_files(
     embedder = Embedder(loaded, model, tokenizer, genes, seed, batch_tokens, device, dtype)
     folder = output.with_name(f"{output.name}.annotation") if report is None else Path(report)
     with ExitStack() as stack:
-        spool = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.")))
+        spool = folder / "by_cell"  # made where counts are stored by gene; what a killed run leaves is taken up
         sides = [
             Side(
                 role,
@@ -472,6 +472,7 @@ def annotate_files(
         stored = [_stored(path, key, made) for path in (reference, query)]
         folder.mkdir(parents=True, exist_ok=True)
         stack.enter_context(RunLock(folder / ".lock", folder, "output"))
+        stack.callback(shutil.rmtree, spool, ignore_errors=True)
         missing = [side.cells for side, there in zip(sides, stored, strict=True) if there is None]
         new = iter(embed_inputs(embedder, missing, folder, restart, progress))
         ours, theirs = (next(new) if there is None else there for there in stored)

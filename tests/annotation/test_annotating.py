@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from cells import GENES
 from finetuning_runs import labelled_cells, write_base
-from scipy.sparse import csr_matrix
+from scipy.sparse import csc_matrix, csr_matrix
 from typer.testing import CliRunner
 
 from tahoex1_hf import annotate_anndata, annotate_files, embed_files
@@ -114,8 +114,11 @@ def test_a_kind_that_the_reference_lacks_is_unknown(
 
 
 def test_a_stopped_run_resumes_to_the_same_result(
-    base: Path, files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    base: Path, reference: anndata.AnnData, files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    by_gene = reference.copy()
+    by_gene.X = csc_matrix(by_gene.X)
+    by_gene.write_h5ad(files["reference"])
     given = (files["query"], files["reference"], files["output"], base, "kind")
 
     def stop(*_: Any, **__: Any) -> None:
@@ -136,6 +139,7 @@ def test_a_stopped_run_resumes_to_the_same_result(
     annotate_files(*given, **QUIET)
     whole = anndata.read_h5ad(files["output"])
     assert resumed.obs.equals(whole.obs)
+    assert not files["output"].with_name("out.h5ad.annotation").joinpath("by_cell").exists()
     assert (resumed.obsm["X_tahoe_x1"] == whole.obsm["X_tahoe_x1"]).all()
 
 
