@@ -94,6 +94,17 @@ def pytest_runtest_call(item: pytest.Item) -> Any:
         raise
 
 
+@pytest.fixture(autouse=True)
+def progress_bars() -> Iterator[None]:
+    """Show progress bars again after a test that ran a command with `--quiet`, which is meant for a whole process."""
+    before = os.environ.get("TQDM_DISABLE")
+    yield
+    if before is None:
+        os.environ.pop("TQDM_DISABLE", None)
+    else:
+        os.environ["TQDM_DISABLE"] = before
+
+
 @pytest.fixture(scope="session")
 def golden() -> Path:
     """Return the folder of the original's recorded results."""

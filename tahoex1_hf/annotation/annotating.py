@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from tahoex1_hf.annotation.embeddings import Embedder, check_record, embed_inputs, forget_embeddings, read_stored
+from tahoex1_hf.annotation.embeddings import Embedder, check_record, embed_inputs, forget_embeddings
 from tahoex1_hf.annotation.labels import (
     UNKNOWN_NAME,
     check_classes,
@@ -36,6 +36,7 @@ from tahoex1_hf.annotation.validation import make_folds, unscored_classes
 from tahoex1_hf.cells.gene_symbols import Table
 from tahoex1_hf.cells.genes import GeneOptions
 from tahoex1_hf.cells.opening import Source, check_writable, open_cells, read_obs_column
+from tahoex1_hf.cells.whole import read_stored
 from tahoex1_hf.common.locks import RunLock
 from tahoex1_hf.embedding.in_memory import embed_anndata
 from tahoex1_hf.finetuning.cells.baselines import MOST_CELLS
@@ -488,7 +489,7 @@ def annotate_files(
 
 def _stored(path: Path, key: str | None, made: Mapping[str, Any]) -> np.ndarray | None:
     """Return a file's own embeddings, where `key` names a slot that it has."""
-    found = None if key is None else read_stored(str(path), key)
+    found = None if key is None else read_stored(Path(path), key, provenance_key(key))
     if found is None or key is None:
         return None
     check_record(found[1], made, str(path), key)

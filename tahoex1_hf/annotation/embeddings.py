@@ -16,7 +16,6 @@ from tahoex1_hf.cells.readers.base import CellInput
 from tahoex1_hf.common.digests import json_digest, tokenizer_digest, weights_digest
 from tahoex1_hf.common.files import write_json
 from tahoex1_hf.common.names import public_name
-from tahoex1_hf.common.reading import reading
 from tahoex1_hf.embedding.files import embed_files
 from tahoex1_hf.hub.models import model_name, without_peft
 from tahoex1_hf.inference.encoder import Dtype, choose_device, choose_dtype
@@ -118,19 +117,6 @@ def check_record(record: Mapping[str, Any] | None, wanted: Mapping[str, Any], wh
 def _plain(value: Any) -> str:
     value = value.item() if hasattr(value, "item") else value
     return value.decode() if isinstance(value, bytes) else str(value)
-
-
-def read_stored(path: str, key: str) -> tuple[np.ndarray, dict[str, Any] | None] | None:
-    """Return the embeddings and their record that an `.h5ad` file has under a key; None where it has none."""
-    import h5py
-    from anndata.io import read_elem
-
-    with reading(path), h5py.File(path, "r") as file:
-        if key not in file.get("obsm", {}):
-            return None
-        slot = provenance_key(key)
-        record = read_elem(file["uns"][slot]) if slot in file.get("uns", {}) else None
-        return np.asarray(read_elem(file["obsm"][key]), dtype=np.float32), record
 
 
 def embed_inputs(

@@ -10,7 +10,7 @@ import numpy as np
 
 from tahoex1_hf.annotation.labels import ORIGINS
 from tahoex1_hf.cells.encoding import CHUNK_CELLS
-from tahoex1_hf.cells.opening import read_obs_column
+from tahoex1_hf.cells.opening import read_obs_column, read_obs_names
 from tahoex1_hf.cells.readers.base import INDEX, CellInput
 from tahoex1_hf.cells.rows import pick_cells
 from tahoex1_hf.common.reading import reading
@@ -63,10 +63,7 @@ def read_obs(path: str, wanted: Sequence[str]) -> "pd.DataFrame":
     """Read columns of obs of a file, and those of `ORIGINS`, as far as they are there; the index holds the names."""
     import pandas as pd
 
-    from tahoex1_hf.cells.readers.stores import column_names, open_store
-
-    with reading(path), open_store(path) as store:
-        there = set(column_names(store["obs"]))
+    there = read_obs_names(path)
     names = [name for name in dict.fromkeys([*wanted, *ORIGINS]) if name in there]
     index = pd.Index(read_obs_column(path, INDEX, "name").astype(str))
     columns = {name: read_obs_column(path, name, "obs").array for name in names}

@@ -116,6 +116,18 @@ def open_source(source: Source, tokenizer: "TahoeX1Tokenizer", options: GeneOpti
     return PreparedInput(source.path, str(source.split), tokenizer)
 
 
+def read_obs_names(path: str) -> set[str]:
+    """Read the names of the columns of obs of an `.h5ad` file or `.zarr` store.
+
+    Raises:
+        ValueError: If the file cannot be read.
+    """
+    from tahoex1_hf.cells.readers.stores import column_names, open_store
+
+    with reading(path), open_store(path) as store:
+        return set(column_names(store["obs"]))
+
+
 def read_obs_column(path: str, name: str, argument: str) -> "pd.Series":
     """Read a column of obs of a file, without reading its genes and counts.
 

@@ -4,7 +4,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -36,6 +36,31 @@ def read_all_genes(path: Path) -> "AnnData":
 
     with _checked(path):
         return read_h5ad(path)
+
+
+def read_stored(path: Path, key: str, record: str) -> tuple[np.ndarray, dict[str, Any] | None] | None:
+    """Read embeddings that an `.h5ad` file has, without its counts, and the record of how they were made.
+
+    Args:
+        path: Path of the file.
+        key: Key of the embeddings in obsm.
+        record: Key of the record in uns.
+
+    Returns:
+        The embeddings, shape `(cells, width)` float32, and the record, None where there is none; or None if obsm lacks
+        the key.
+
+    Raises:
+        ValueError: If the file cannot be read.
+    """
+    import h5py
+    from anndata.io import read_elem
+
+    with _checked(path), h5py.File(path, "r") as file:
+        if key not in file.get("obsm", {}):
+            return None
+        made_by = read_elem(file["uns"][record]) if record in file.get("uns", {}) else None
+        return np.asarray(read_elem(file["obsm"][key]), dtype=np.float32), made_by
 
 
 def read_slot(path: Path, key: str, axis: str) -> tuple[np.ndarray, np.ndarray]:

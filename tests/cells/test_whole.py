@@ -45,6 +45,8 @@ def test_files_that_would_fill_the_memory_are_refused(tmp_path: Path, name: str)
     path = tmp_path / "cells.h5ad"
     cells.write_h5ad(path)
     with h5py.File(path, "r+") as file:
+        if isinstance(file[name], h5py.Group):  # anndata 0.13 writes nullable strings
+            name += "/values"
         attributes, dtype = dict(file[name].attrs), file[name].dtype
         del file[name]
         made = file.create_dataset(name, shape=(10**11,), dtype=dtype, chunks=(1000,), compression="gzip")

@@ -34,11 +34,18 @@ def check_sparse_chunks(group: Any, path: str) -> None:
 
 
 def check_name_chunks(names: Any, path: str) -> None:
-    """Check the names of cells or genes on disk, an array of h5py or zarr, or a group, which is not checked.
+    """Check the names of cells or genes on disk.
+
+    Args:
+        names: Array of h5py or zarr; or a group, of which the `values` of nullable strings are checked. Codes of
+            categories are not, since zarr leaves out chunks of nothing but zeros. None where an old file has none.
+        path: Path of the file or store.
 
     Raises:
         BadInput: If a chunk is missing.
     """
+    if names is not None and not hasattr(names, "shape") and "values" in names:
+        names = names["values"]
     if hasattr(names, "shape"):
         _refuse(names, missing_chunks(names, path))
 

@@ -1,6 +1,7 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
 """Reading of `.h5ad` files and `.zarr` stores of anndata, piece by piece: matrices, and columns of obs and var."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -151,7 +152,11 @@ def zarr_for_writing(path: Any, new: bool) -> Any:
     import zarr
 
     if new:
-        return zarr.open_group(path, mode="w", zarr_format=anndata.settings.zarr_write_format)
+        with warnings.catch_warnings():
+            # anndata 0.13 announces that the setting will go, and that it will then write zarr's format 3 alone.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            zarr_format = getattr(anndata.settings, "zarr_write_format", 3)
+        return zarr.open_group(path, mode="w", zarr_format=zarr_format)
     return zarr.open_group(path, mode="r+", use_consolidated=False)
 
 

@@ -67,6 +67,8 @@ def test_links_within_the_file_are_followed(tmp_path: Path, tokenizer: TahoeX1To
 def test_arrays_that_would_fill_the_memory(tmp_path: Path, tokenizer: TahoeX1Tokenizer, name: str) -> None:
     path = write_cells(make_cells(6), tmp_path / "cells", "csr")
     with h5py.File(path, "r+") as file:
+        if isinstance(file[name], h5py.Group):  # anndata 0.13 writes nullable strings
+            name += "/values"
         attributes: dict[str, Any] = dict(file[name].attrs)
         dtype = file[name].dtype
         del file[name]
@@ -81,6 +83,6 @@ def test_arrays_of_zarr_that_would_fill_the_memory(tmp_path: Path, tokenizer: Ta
     store = zarr.open_group(path, mode="r+", use_consolidated=False)
     del store["X"]["indptr"]
     store["X"].create_array("indptr", shape=(10**11,), dtype="int64", chunks=(10**6,))
-    (path / ".zmetadata").unlink(missing_ok=True)
+    zarr.consolidate_metadata(path)
     with pytest.raises(ValueError, match=r"cells\.zarr: /X/indptr declares \d+ bytes, and stores"):
         open_cells(path, tokenizer)

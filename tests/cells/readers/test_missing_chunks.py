@@ -50,6 +50,8 @@ def test_a_store_that_lacks_a_chunk_is_refused(
         adata.layers[layer], adata.X = csc_matrix(adata.X), adata.X * 0.5
     path = write(adata, tmp_path / "cells.zarr", zarr_format)
     assert open_cells(path, tokenizer).num_cells == 60
+    if (path / element / "values").is_dir():  # anndata 0.13 writes names as nullable strings
+        element += "/values"
     chunks_of(path / element)[0].unlink()
     with pytest.raises(ValueError, match=rf"cells.zarr: 1 chunks of {element} are missing, the first .*copy it again"):
         open_cells(path, tokenizer)
