@@ -22,7 +22,6 @@ from tahoex1_hf import TahoeX1ForPreTraining, TahoeX1Model
 from tahoex1_hf.packing_tahoe_x1 import observed_or_self
 
 CLOSE = 1e-5  # absolute, on float32 outputs of order one
-CLOSE_GRADIENTS = 2e-5  # relative to the largest of each tensor
 
 pytestmark = pytest.mark.usefixtures("uncompiled")
 every_shape = pytest.mark.parametrize("shape", SHAPES)
@@ -81,9 +80,10 @@ def test_backends_agree_on_packed_rows(shape: str, attention: str) -> None:
 def test_eager_and_sdpa_gradients_agree(shape: str) -> None:
     config = tiny_config(**SHAPES[shape])
     batch = make_batch(config)
-    expected = gradients(tiny_model(config), [batch])
-    ours = gradients(tiny_model(config, attention="eager"), [batch])
-    assert largest_relative_difference(ours, expected) < CLOSE_GRADIENTS
+    # In float64, since roundings of float32 differ from one kind of CPU to another.
+    expected = gradients(tiny_model(config).double(), [batch])
+    ours = gradients(tiny_model(config, attention="eager").double(), [batch])
+    assert largest_relative_difference(ours, expected) < 1e-9
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
