@@ -25,6 +25,7 @@ from tahoex1_hf.training.pretraining import make_tokenizer, training_arguments
 from tahoex1_hf.training.trainer import PretrainingTrainer
 
 CONFIGS = ROOT / "examples" / "configs" / "accelerate"
+NO_FP8 = "could not create a primitive descriptor for the matmul primitive"  # oneDNN's words on CPUs without AVX-512
 WITHOUT_DROPOUT = {"model__expression_encoder_dropout": 0.0}
 
 
@@ -82,6 +83,8 @@ def test_half_precision_and_the_examples_of_fsdp_and_fp8(
     finished("single", tmp_path / "bf16", training_dataset, precision="bf16", **WITHOUT_DROPOUT)
     for name in ("fsdp2", "fp8_fsdp2"):
         done = launched(name, tmp_path / name, training_dataset, precision="launcher", **WITHOUT_DROPOUT)
+        if name == "fp8_fsdp2" and NO_FP8 in done.stderr:
+            pytest.skip("torch computes no FP8 products on this CPU, or the one that is imitated")
         assert done.returncode == 0, done.stderr[-3000:]
     losses = {
         name: [line[key] for line in curve(tmp_path / name) for key in ("loss", "eval_loss") if key in line]
@@ -115,8 +118,13 @@ def test_fp8_takes_the_layers_that_it_can() -> None:
         assert {f"tahoe.layers.{layer}.mlp.{part}_proj" for part in ("up", "down")} <= converted
     # The layers that read and write values keep their digits.
     assert not converted & {"tahoe.embeddings.expression_encoder.linear1", "expression_decoder.output"}
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = model(**batch).loss
+    try:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = model(**batch).loss
+    except RuntimeError as error:
+        if NO_FP8 not in str(error):
+            raise
+        pytest.skip("torch computes no FP8 products on this CPU, or the one that is imitated")
     loss.backward()
     assert loss.item() == pytest.approx(expected(**batch).loss.item(), rel=0.05)
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
