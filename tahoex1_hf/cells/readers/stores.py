@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -155,7 +155,7 @@ def zarr_for_writing(path: Any, new: bool) -> Any:
         with warnings.catch_warnings():
             # anndata 0.13 announces that the setting will go, and that it will then write zarr's format 3 alone.
             warnings.simplefilter("ignore", DeprecationWarning)
-            zarr_format = getattr(anndata.settings, "zarr_write_format", 3)
+            zarr_format: Literal[2, 3] = 2 if getattr(anndata.settings, "zarr_write_format", 3) == 2 else 3
         return zarr.open_group(path, mode="w", zarr_format=zarr_format)
     return zarr.open_group(path, mode="r+", use_consolidated=False)
 
