@@ -8,7 +8,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from tahoex1_hf.benchmarking.cells import CellSet, aligned_values, fitted_pca, read_cells, stacked, variable_genes
+from tahoex1_hf.benchmarking.cells import (
+    EvaluationFile,
+    aligned_values,
+    fitted_pca,
+    read_cells,
+    stacked,
+    variable_genes,
+)
 from tahoex1_hf.benchmarking.files import aligned, read_embeddings
 from tahoex1_hf.benchmarking.sources import Source, model_folder
 from tahoex1_hf.cells.opening import open_cells
@@ -56,14 +63,14 @@ def loaded(source: Source, seed: int) -> tuple[Any, TahoeX1Tokenizer]:
     return model, tokenizer
 
 
-def known_genes(model: str, cells: CellSet) -> np.ndarray:
+def known_genes(model: str, cells: EvaluationFile) -> np.ndarray:
     """Return whether a model's vocabulary has the genes of some cells, shape `(genes,)`."""
     opened = open_cells(cells.adata, load_tokenizer(model_folder(model)))
     assert opened.genes is not None  # an AnnData has genes
     return np.asarray(opened.genes.token_ids >= 0)
 
 
-def embed_cells(source: Source, cells: CellSet, seed: int, computing: Computing) -> Any:
+def embed_cells(source: Source, cells: EvaluationFile, seed: int, computing: Computing) -> Any:
     """Return the embeddings of cells.
 
     Args:
@@ -104,7 +111,7 @@ def embed_cells(source: Source, cells: CellSet, seed: int, computing: Computing)
     return values if source.kind == "expression" else fitted_pca(values, seed).transform(values)
 
 
-def projected(source: Source, cells: CellSet, seed: int) -> np.ndarray:
+def projected(source: Source, cells: EvaluationFile, seed: int) -> np.ndarray:
     """Return the components of cells on the axes of PCA that was fitted to other cells, `(cells, components)`.
 
     PCA is fitted to the most variable genes of the other cells among those that both have.
@@ -120,7 +127,7 @@ def projected(source: Source, cells: CellSet, seed: int) -> np.ndarray:
     return np.asarray(fitted_pca(training[:, chosen], seed).transform(aligned_values(cells, shared[chosen])))
 
 
-def harmonized(cells: CellSet, batches: np.ndarray, seed: int) -> np.ndarray:
+def harmonized(cells: EvaluationFile, batches: np.ndarray, seed: int) -> np.ndarray:
     """Return the principal components of cells from which Harmony has removed the batches, `(cells, components)`.
 
     Args:

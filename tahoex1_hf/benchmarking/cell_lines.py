@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tahoex1_hf.benchmarking.cells import CellSet, checked_cells
+from tahoex1_hf.benchmarking.cells import EvaluationFile, checked_cells
 from tahoex1_hf.cells.fingerprint import content_fingerprint
 from tahoex1_hf.cells.gene_names import plain_id
 from tahoex1_hf.common.reading import reading
@@ -24,7 +24,7 @@ _SYMBOL = re.compile(r"(\S+) \(\S+\)")
 _GENE_SYMBOL = "gene_symbol"
 
 
-def read_lines(counts: Path, facts: Path) -> CellSet:
+def read_lines(counts: Path, facts: Path) -> EvaluationFile:
     """Read the counts of cell lines that DepMap's table of models knows.
 
     Args:
@@ -127,7 +127,7 @@ class Dependencies:
 _FEWEST_KNOWN = 0.9  # share of the lines in which a gene's dependency is known, as in the original
 
 
-def read_dependencies(path: Path, lines: CellSet) -> tuple[Dependencies, CellSet]:
+def read_dependencies(path: Path, lines: EvaluationFile) -> tuple[Dependencies, EvaluationFile]:
     """Read dependencies of cell lines on genes.
 
     Args:
@@ -166,7 +166,7 @@ def read_dependencies(path: Path, lines: CellSet) -> tuple[Dependencies, CellSet
     rows = table.index.get_indexer(models[known])
     found = Dependencies(path, values[rows], genes, means, {"without counts": len(symbols) - len(columns)})
     found = found.some(np.isfinite(values).mean(axis=0) > _FEWEST_KNOWN, "of unknown dependency in 10 % of the lines")
-    return found, CellSet(lines.path, lines.adata[known].copy())
+    return found, EvaluationFile(lines.path, lines.adata[known].copy())
 
 
 def _ids_of(adata: "AnnData") -> dict[Any, str]:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from tahoex1_hf.benchmarking.cell_embeddings import Computing, embed_cells, harmonized
-from tahoex1_hf.benchmarking.cells import CellSet
+from tahoex1_hf.benchmarking.cells import EvaluationFile
 from tahoex1_hf.benchmarking.clusters import NEIGHBOURS, leiden
 from tahoex1_hf.benchmarking.cz_benchmarks import cz_scores
 from tahoex1_hf.benchmarking.integration import integration
@@ -45,7 +45,7 @@ class CellTypes:
         computing: How models are run.
     """
 
-    cells: CellSet
+    cells: EvaluationFile
     label: str
     batch: str | None = None
     seeds: int = 1

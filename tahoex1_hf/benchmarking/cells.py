@@ -22,8 +22,8 @@ VARIABLE_GENES = 2000
 
 
 @dataclass(frozen=True, eq=False)
-class CellSet:
-    """The cells of a file.
+class EvaluationFile:
+    """A file whose cells are evaluated, read whole; baselines know no vocabulary.
 
     Attributes:
         path: Path of the file.
@@ -69,7 +69,7 @@ class CellSet:
         return numbers, names.tolist()
 
 
-def read_cells(path: Path) -> CellSet:
+def read_cells(path: Path) -> EvaluationFile:
     """Read the cells of an `.h5ad` file; their counts stay sparse.
 
     Raises:
@@ -81,7 +81,7 @@ def read_cells(path: Path) -> CellSet:
     return checked_cells(path, read_all_genes(path))
 
 
-def checked_cells(path: Path, adata: "AnnData") -> CellSet:
+def checked_cells(path: Path, adata: "AnnData") -> EvaluationFile:
     """Return cells, whose counts become sparse.
 
     Raises:
@@ -93,7 +93,7 @@ def checked_cells(path: Path, adata: "AnnData") -> CellSet:
     data = adata.X.data
     if not (np.isfinite(data).all() and (data >= 0).all() and (data == np.rint(data)).all()):
         raise ValueError(f"{path}: X does not hold raw counts, from which the baselines are made: put them there.")
-    found = CellSet(path, adata)
+    found = EvaluationFile(path, adata)
     if len(np.unique(found.genes)) != len(found.genes):
         raise ValueError(f"{path}: two columns are the same gene: add their counts up.")
     return found
@@ -119,7 +119,7 @@ def fitted_pca(values: "csr_matrix", seed: int) -> Any:
     return pca.fit(values)
 
 
-def aligned_values(cells: CellSet, genes: np.ndarray) -> "csr_matrix":
+def aligned_values(cells: EvaluationFile, genes: np.ndarray) -> "csr_matrix":
     """Return log-normalised counts for some genes, in this order; zeros for genes that the cells do not have."""
     from scipy.sparse import csr_matrix
 
@@ -130,7 +130,7 @@ def aligned_values(cells: CellSet, genes: np.ndarray) -> "csr_matrix":
     return csr_matrix((kept.data, (kept.row, to)), shape=(cells.adata.n_obs, len(genes)))
 
 
-def stacked(sets: Sequence[CellSet], genes: np.ndarray, seed: int) -> "csr_matrix":
+def stacked(sets: Sequence[EvaluationFile], genes: np.ndarray, seed: int) -> "csr_matrix":
     """Return the log-normalised counts of all cells for some genes, in this order; at most 50,000 random cells."""
     from scipy.sparse import vstack
 

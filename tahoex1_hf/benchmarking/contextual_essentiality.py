@@ -10,7 +10,7 @@ import numpy as np
 
 from tahoex1_hf.benchmarking.cell_embeddings import Computing
 from tahoex1_hf.benchmarking.cell_lines import Dependencies
-from tahoex1_hf.benchmarking.cells import CellSet
+from tahoex1_hf.benchmarking.cells import EvaluationFile
 from tahoex1_hf.benchmarking.gene_embeddings import common_genes, left_out
 from tahoex1_hf.benchmarking.line_genes import PairsOf, pair_embeddings
 from tahoex1_hf.benchmarking.overlap import check_not_trained_on
@@ -81,7 +81,7 @@ class ContextualEssentiality:
         computing: How models are run.
     """
 
-    lines: CellSet
+    lines: EvaluationFile
     genes: Dependencies
     seeds: int = 1
     computing: Computing = field(default_factory=Computing)

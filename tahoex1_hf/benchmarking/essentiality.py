@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from tahoex1_hf.benchmarking.cell_embeddings import Computing
-from tahoex1_hf.benchmarking.cells import CellSet
+from tahoex1_hf.benchmarking.cells import EvaluationFile
 from tahoex1_hf.benchmarking.gene_embeddings import common_genes, expressed_genes, finite_embeddings, left_out
 from tahoex1_hf.benchmarking.gene_labels import LabelledGenes
 from tahoex1_hf.benchmarking.resampling import Measurement, auprc, auroc, bootstrapped
@@ -36,7 +36,7 @@ class Essentiality:
         computing: How models are run.
     """
 
-    sets: Sequence[CellSet]
+    sets: Sequence[EvaluationFile]
     genes: LabelledGenes
     seeds: int = 1
     computing: Computing = field(default_factory=Computing)

@@ -7,7 +7,7 @@ from typing import Protocol, Self, TypeVar
 import numpy as np
 
 from tahoex1_hf.benchmarking.cell_embeddings import Computing, known_genes, loaded
-from tahoex1_hf.benchmarking.cells import CellSet, fitted_pca, stacked
+from tahoex1_hf.benchmarking.cells import EvaluationFile, fitted_pca, stacked
 from tahoex1_hf.benchmarking.files import aligned, read_embeddings
 from tahoex1_hf.benchmarking.sources import Source
 from tahoex1_hf.cells.encoding import ChunkEncoder, EncodeOptions
@@ -37,13 +37,13 @@ class Genes(Protocol):
 AnyGenes = TypeVar("AnyGenes", bound=Genes)
 
 
-def expressed_genes(genes: AnyGenes, sets: Sequence[CellSet]) -> AnyGenes:
+def expressed_genes(genes: AnyGenes, sets: Sequence[EvaluationFile]) -> AnyGenes:
     """Return the genes that some cell expresses."""
     expressed = [each.genes[each.values.getnnz(axis=0) > 0] for each in sets]
     return genes.some(np.isin(genes.names, np.concatenate(expressed)), "expressed in no cell")
 
 
-def common_genes(genes: AnyGenes, sources: Sequence[Source], sets: Sequence[CellSet]) -> AnyGenes:
+def common_genes(genes: AnyGenes, sources: Sequence[Source], sets: Sequence[EvaluationFile]) -> AnyGenes:
     """Return the genes that every source knows, so that all are compared on the same genes."""
     for source in sources:
         known = genes_known_to(source, sets)
@@ -57,7 +57,7 @@ def left_out(genes: Genes) -> str:
     return ", ".join(f"{number} {reason}" for reason, number in genes.left_out.items() if number) or "none"
 
 
-def genes_known_to(source: Source, sets: Sequence[CellSet]) -> np.ndarray | None:
+def genes_known_to(source: Source, sets: Sequence[EvaluationFile]) -> np.ndarray | None:
     """Return the names of the genes that a model or a file knows; None for baselines, which know all of the cells."""
     if source.kind == "file":
         return read_embeddings(source, "var")[0]
@@ -67,7 +67,7 @@ def genes_known_to(source: Source, sets: Sequence[CellSet]) -> np.ndarray | None
 
 
 def gene_embeddings(
-    source: Source, sets: Sequence[CellSet], genes: np.ndarray, seed: int, computing: Computing
+    source: Source, sets: Sequence[EvaluationFile], genes: np.ndarray, seed: int, computing: Computing
 ) -> dict[str, np.ndarray]:
     """Return the embeddings of genes.
 
@@ -94,7 +94,7 @@ def gene_embeddings(
 
 
 def finite_embeddings(
-    source: Source, sets: Sequence[CellSet], genes: np.ndarray, seed: int, computing: Computing
+    source: Source, sets: Sequence[EvaluationFile], genes: np.ndarray, seed: int, computing: Computing
 ) -> dict[str, np.ndarray]:
     """Return what `gene_embeddings` does, where all of it is finite.
 
@@ -107,7 +107,7 @@ def finite_embeddings(
     return found
 
 
-def expression(cells: CellSet, genes: np.ndarray) -> np.ndarray:
+def expression(cells: EvaluationFile, genes: np.ndarray) -> np.ndarray:
     """Return how strongly genes are expressed, `(genes, 2)`.
 
     The two numbers are the mean of the log-normalised counts and the fraction of the cells that express the gene; both
@@ -118,7 +118,7 @@ def expression(cells: CellSet, genes: np.ndarray) -> np.ndarray:
     return aligned_or_zero(cells.genes, np.stack([means, fractions], axis=1), genes)
 
 
-def loadings(sets: Sequence[CellSet], genes: np.ndarray, known: np.ndarray | None, seed: int) -> np.ndarray:
+def loadings(sets: Sequence[EvaluationFile], genes: np.ndarray, known: np.ndarray | None, seed: int) -> np.ndarray:
     """Return the loadings of genes on the principal components of all cells, `(genes, components)`.
 
     Args:
@@ -141,7 +141,7 @@ def aligned_or_zero(names: np.ndarray, values: np.ndarray, wanted: np.ndarray) -
 
 
 def _of_model(
-    source: Source, sets: Sequence[CellSet], genes: np.ndarray, seed: int, computing: Computing
+    source: Source, sets: Sequence[EvaluationFile], genes: np.ndarray, seed: int, computing: Computing
 ) -> dict[str, np.ndarray]:
     model, tokenizer = loaded(source, seed)
     encoder = CellEncoder(without_peft(model), tokenizer, **computing.of_encoder())

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from tahoex1_hf.benchmarking.cell_embeddings import Computing
-from tahoex1_hf.benchmarking.cells import CellSet
+from tahoex1_hf.benchmarking.cells import EvaluationFile
 from tahoex1_hf.benchmarking.gene_embeddings import common_genes, expressed_genes, finite_embeddings, left_out
 from tahoex1_hf.benchmarking.gene_sets import GeneSets
 from tahoex1_hf.benchmarking.heads import GRIDS, Part, logistic_scores, mlp_scores
@@ -43,7 +43,7 @@ class Hallmark:
         computing: How models are run.
     """
 
-    sets: Sequence[CellSet]
+    sets: Sequence[EvaluationFile]
     genes: GeneSets
     seeds: int = SEEDS
     grid: str = "small"

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from tahoex1_hf.benchmarking.cell_embeddings import Computing, embed_cells, loaded
-from tahoex1_hf.benchmarking.cells import CellSet
+from tahoex1_hf.benchmarking.cells import EvaluationFile
 from tahoex1_hf.benchmarking.sources import Source
 from tahoex1_hf.cells.encoding import ChunkEncoder, EncodeOptions
 from tahoex1_hf.cells.opening import open_cells
@@ -29,7 +29,7 @@ _COMPONENTS = 15  # of a line, as in the original
 
 @contextmanager
 def pair_embeddings(
-    source: Source, lines: CellSet, genes: np.ndarray, seed: int, computing: Computing
+    source: Source, lines: EvaluationFile, genes: np.ndarray, seed: int, computing: Computing
 ) -> Iterator[PairsOf]:
     """Yield a function that returns the embeddings of some genes in some lines.
 
@@ -74,7 +74,7 @@ def _with_numbers(values: np.ndarray, columns: np.ndarray) -> np.ndarray:
 
 
 def _contextual(
-    file: Any, source: Source, lines: CellSet, genes: np.ndarray, seed: int, computing: Computing
+    file: Any, source: Source, lines: EvaluationFile, genes: np.ndarray, seed: int, computing: Computing
 ) -> np.ndarray:
     """Write the contextual embeddings of genes into a file, and return it as an array, `(lines, genes, width)`."""
     model, tokenizer = loaded(source, seed)

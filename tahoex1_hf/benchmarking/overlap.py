@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tahoex1_hf.benchmarking.cells import CellSet
+from tahoex1_hf.benchmarking.cells import EvaluationFile
 from tahoex1_hf.benchmarking.sources import Source, model_folder
 from tahoex1_hf.cells.fingerprint import agrees
 from tahoex1_hf.common.reading import reading
@@ -23,7 +23,7 @@ _TRAINING = re.compile(r"^## Training( data)?$(.*?)(?=^## |\Z)", re.MULTILINE | 
 _PUBLICATION = re.compile(r"([A-Z][\w'-]+) et al\.?,? \(?(\d{4})")
 
 
-def check_not_trained_on(source: Source, cells: CellSet) -> str | None:
+def check_not_trained_on(source: Source, cells: EvaluationFile) -> str | None:
     """Check that a model was not trained on the cells of a benchmark.
 
     Returns:
@@ -47,7 +47,7 @@ def check_not_trained_on(source: Source, cells: CellSet) -> str | None:
     return None
 
 
-def _named(text: str, cells: CellSet) -> str | None:
+def _named(text: str, cells: EvaluationFile) -> str | None:
     """Return what a record names that belongs to the cells; None where there is nothing."""
     # A name of one word (cells.h5ad) is only looked for with its ending: the word itself may stand for anything.
     names = [cells.path.name, *([cells.name] if "_" in cells.name else [])]

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from tahoex1_hf.benchmarking.cell_embeddings import Computing
-from tahoex1_hf.benchmarking.cells import CellSet
+from tahoex1_hf.benchmarking.cells import EvaluationFile
 from tahoex1_hf.benchmarking.overlap import check_not_trained_on
 from tahoex1_hf.benchmarking.perturbed_genes import (
     embeddings_of_perturbed,
@@ -175,7 +175,7 @@ class Perturbation:
     """
 
     screen: Screen
-    others: Sequence[CellSet] = ()
+    others: Sequence[EvaluationFile] = ()
     seeds: int = 1
     computing: Computing = field(default_factory=Computing)
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from tahoex1_hf.benchmarking.cell_embeddings import Computing
-from tahoex1_hf.benchmarking.cells import CellSet
+from tahoex1_hf.benchmarking.cells import EvaluationFile
 from tahoex1_hf.benchmarking.gene_embeddings import gene_embeddings
 from tahoex1_hf.benchmarking.screens import Screen
 from tahoex1_hf.benchmarking.sources import Source, model_folder
@@ -38,7 +38,7 @@ def known_to_model(source: Source, ids: Sequence[str]) -> list[int]:
 
 
 def embeddings_of_perturbed(
-    source: Source, screen: Screen, sets: Sequence[CellSet], computing: Computing
+    source: Source, screen: Screen, sets: Sequence[EvaluationFile], computing: Computing
 ) -> dict[str, np.ndarray]:
     """Return the embedding of each group's genes.
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tahoex1_hf.benchmarking.cells import CellSet
+from tahoex1_hf.benchmarking.cells import EvaluationFile
 
 QUARTERS = 4
 _CHUNK = 20_000  # cells whose values are computed at a time
@@ -26,7 +26,7 @@ class Screen:
         tested: Groups of perturbed cells that have a cell in each quarter, shape `(tested,)`.
     """
 
-    cells: CellSet
+    cells: EvaluationFile
     control: str
     lines: list[str]
     names: list[str]
@@ -38,12 +38,12 @@ class Screen:
         """Return the names of the genes that are perturbed in a group; pairs are written as `A+B`."""
         return frozenset(name for name in self.names[group].split("+") if name != self.control)
 
-    def controls(self) -> CellSet:
+    def controls(self) -> EvaluationFile:
         """Return the controls of all lines."""
-        return CellSet(self.cells.path, self.cells.adata[self.groups < len(self.lines)].copy())
+        return EvaluationFile(self.cells.path, self.cells.adata[self.groups < len(self.lines)].copy())
 
 
-def read_screen(cells: CellSet, perturbation: str, control: str, line: str | None = None) -> Screen:
+def read_screen(cells: EvaluationFile, perturbation: str, control: str, line: str | None = None) -> Screen:
     """Find the perturbations of cells.
 
     Args:
@@ -118,7 +118,7 @@ def _quarters(groups: np.ndarray, size: int, seed: int) -> np.ndarray:
     return found
 
 
-def _values(cells: CellSet) -> Iterator[tuple[int, "np.ndarray"]]:
+def _values(cells: EvaluationFile) -> Iterator[tuple[int, "np.ndarray"]]:
     """Yield the first cell of a chunk and the chunk's log-normalised counts, CSR."""
     from scipy.sparse import diags
 

@@ -9,7 +9,7 @@ from scipy.sparse import csr_matrix
 
 from tahoex1_hf.benchmarking import integration as module
 from tahoex1_hf.benchmarking.cell_embeddings import Computing, embed_cells, harmonized
-from tahoex1_hf.benchmarking.cells import CellSet
+from tahoex1_hf.benchmarking.cells import EvaluationFile
 from tahoex1_hf.benchmarking.integration import SPLIT, integration
 from tahoex1_hf.benchmarking.sources import Source
 
@@ -55,7 +55,7 @@ def test_harmony_mixes_batches() -> None:
     rates = np.full((200, 40), 0.5)
     rates[labels == 1, :10] = 4
     rates[batches == 1, 10:20] = 1
-    cells = CellSet(Path("made up"), anndata.AnnData(csr_matrix(random.poisson(rates).astype(np.float32))))
+    cells = EvaluationFile(Path("made up"), anndata.AnnData(csr_matrix(random.poisson(rates).astype(np.float32))))
     plain = embed_cells(Source("PCA", "pca"), cells, 0, Computing())
     found = harmonized(cells, batches, 0)
     assert found.shape == plain.shape

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import yaml
 
-from tahoex1_hf.benchmarking.cells import CellSet, read_cells
+from tahoex1_hf.benchmarking.cells import EvaluationFile, read_cells
 from tahoex1_hf.benchmarking.overlap import check_not_trained_on
 from tahoex1_hf.benchmarking.sources import Source
 from tahoex1_hf.cells.fingerprint import content_fingerprint
@@ -16,7 +16,7 @@ from tahoex1_hf.cells.fingerprint import content_fingerprint
 DEMO = Path(__file__).parents[2] / "examples" / "demo_checkpoint"
 
 
-def cells(folder: Path, reference: str = "", name: str = "gut_cells") -> CellSet:
+def cells(folder: Path, reference: str = "", name: str = "gut_cells") -> EvaluationFile:
     adata = anndata.AnnData(np.ones((2, 2), dtype=np.float32), uns={"reference": reference})
     adata.var_names = ["ENSG00000141510", "ENSG00000146648"]
     adata.write_h5ad(folder / f"{name}.h5ad")

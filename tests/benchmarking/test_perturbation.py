@@ -12,7 +12,7 @@ from scipy.sparse import csr_matrix
 from typer.testing import CliRunner, Result
 
 from tahoex1_hf.benchmarking import perturbation, resampling
-from tahoex1_hf.benchmarking.cells import CellSet, read_cells
+from tahoex1_hf.benchmarking.cells import EvaluationFile, read_cells
 from tahoex1_hf.benchmarking.perturbation import EVERY, PAIRS, UNSEEN, Half, Perturbation, reliability
 from tahoex1_hf.benchmarking.perturbed_genes import ensembl_ids
 from tahoex1_hf.benchmarking.screens import Screen, quarter_sums, read_screen
@@ -95,7 +95,7 @@ def test_screen_without_shifts_is_unfit(made_up: Path, tmp_path: Path) -> None:
 def test_controls_of_prediction_and_truth_share_no_cell(made_up: Path) -> None:
     """Controls that are shared make a mean shift agree with the truth where there is no shift at all."""
     cells = read_cells(made_up)
-    null = CellSet(cells.path, cells.adata[cells.adata.obs["line"] == "b"].copy())
+    null = EvaluationFile(cells.path, cells.adata[cells.adata.obs["line"] == "b"].copy())
     task = Perturbation(read_screen(null, "gene", "control"), seeds=2)
     apart = next(m for m in task.read("mean shift", "", None, EVERY) if m.metric == "pearson").value
     assert apart < 0.15
@@ -168,9 +168,9 @@ def test_faults_of_screens_are_told(made_up: Path, tmp_path: Path) -> None:
         read_screen(read_cells(tmp_path / "few.h5ad"), "gene", "control", "line")
 
 
-def of_lines(cells: CellSet, lines: list[str]) -> Screen:
+def of_lines(cells: EvaluationFile, lines: list[str]) -> Screen:
     kept = cells.adata.obs["cell_type"].isin(lines).to_numpy()
-    return read_screen(CellSet(cells.path, cells.adata[kept].copy()), "perturbation", "control", "cell_type")
+    return read_screen(EvaluationFile(cells.path, cells.adata[kept].copy()), "perturbation", "control", "cell_type")
 
 
 def value(task: Perturbation, predictor: str, split: str) -> float:
@@ -187,7 +187,7 @@ def test_norman(shared_data: Callable[[str], Path]) -> None:
     """Issue 17 has 0.86 and 0.88 for pairs; the first is met where the noise of the truth is taken out."""
     cells = read_cells(shared_data("h5ad/perturb_norman_mcfaline.h5ad"))
     kept = (cells.adata.obs["cell_type"] == "k562").to_numpy()
-    screen = read_screen(CellSet(cells.path, cells.adata[kept].copy()), "perturbation", "control")
+    screen = read_screen(EvaluationFile(cells.path, cells.adata[kept].copy()), "perturbation", "control")
     task = Perturbation(screen, seeds=20)
     additive, ceiling = value(task, "additive", PAIRS), value(task, "ceiling", PAIRS)
     assert ceiling == pytest.approx(0.88, abs=0.03)
