@@ -16,7 +16,7 @@ HEADS, WIDTH, BUCKET = 8, 64, 8  # the 70M shape has such heads
 
 
 class Cells:
-    """Queries, keys and values of cells behind each other, the longest first."""
+    """Queries, keys and values of cells one after another, the longest first."""
 
     def __init__(self, low: int, high: int, number: int) -> None:
         rng = np.random.default_rng(0)

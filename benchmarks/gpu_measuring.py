@@ -45,7 +45,7 @@ class Check:
 
     @contextlib.contextmanager
     def attempt(self, what: str) -> Iterator[None]:
-        """Take a failure for a finding."""
+        """Run a measurement, and record an exception as its result."""
         try:
             yield
         except Exception as error:
@@ -71,7 +71,7 @@ class Check:
             torch.cuda.synchronize()
 
     def peak_gb(self) -> float:
-        """Return the most memory since the last call, and begin anew."""
+        """Return the peak of memory since the last call in GB, and reset it."""
         if not self.on_gpu:
             return 0.0
         most = torch.cuda.max_memory_allocated() / 1e9
@@ -79,7 +79,7 @@ class Check:
         return most
 
     def median_seconds(self, work: Callable[[], object], budget: float = 0.5) -> float:
-        """Return the median seconds of some repetitions, after two for nothing."""
+        """Return the median seconds of some repetitions, after two that do not count."""
         for _ in range(2):
             work()
         times: list[float] = []
@@ -100,7 +100,7 @@ def rendered(row: dict[str, Any]) -> str:
 
 @dataclass
 class RandomCells:
-    """Cells behind each other, half of whose genes are targets.
+    """Cells one after another, half of whose genes are targets.
 
     Args:
         lengths: Tokens of each cell, `<cls>` included.
