@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from tahoex1_hf.annotation.classifier import Classifier, read_classifier
 from tahoex1_hf.annotation.embeddings import Embedder, check_record, embed_inputs, forget_embeddings
 from tahoex1_hf.annotation.labels import (
     UNKNOWN_NAME,
@@ -21,7 +22,7 @@ from tahoex1_hf.annotation.labels import (
     read_label_map,
     shared_origins,
 )
-from tahoex1_hf.annotation.methods import Features
+from tahoex1_hf.annotation.methods import Features, Votes
 from tahoex1_hf.annotation.output import Slots, add_to_anndata, check_column, make_slots, write_copy
 from tahoex1_hf.annotation.report import make_report, write_report
 from tahoex1_hf.annotation.sides import Side, check_sides, read_obs, read_values
@@ -86,6 +87,7 @@ class _Labelling:
     batch: str | None
     min_cells: int
     drop_rare: bool
+    classifier: Classifier | None
 
     def columns(self) -> list[str]:
         return [name for name in (self.label, self.query_label, self.batch) if name is not None]
@@ -108,7 +110,8 @@ class _Plan:
         column = reference.column(labelling.label, "label")
         of_query = labelling.query_label or (labelling.label if labelling.label in query.obs else None)
         truth = None if of_query is None else query.column(of_query, "query_label")
-        check_label_map(labelling.label_map, column, truth)
+        self.classifier = labelling.classifier
+        check_label_map(labelling.label_map, column, truth, others=self.classifier.labels if self.classifier else ())
         names = joined_names(column, labelling.label_map)
         self.classes = check_classes(names, labelling.label, reference.where, labelling.min_cells, labelling.drop_rare)
         self.tokens = check_sides(reference, query)
@@ -125,6 +128,8 @@ class _Plan:
             given = joined_names(truth, labelling.label_map)
             self.scored = _sample(np.flatnonzero((given != "") & (given != UNKNOWN_NAME)), MOST_CELLS, seed)
             self.truth = given[self.scored].astype(str) if len(self.scored) else None
+        if self.classifier is not None:
+            self.classifier.check([*self.classes, *([] if self.truth is None else np.unique(self.truth).tolist())])
         self.notes = self._notes(labelling, len(kept))
 
     def _batches(self, batch: str | None) -> np.ndarray | None:
@@ -157,8 +162,8 @@ class _Plan:
     def _notes(self, labelling: _Labelling, labelled: int) -> list[str]:
         notes = [
             f"Reference: {len(self.rows)} of {labelled} labelled cells, {len(self.classes)} classes; query: "
-            f"{self.query.cells.num_cells} cells. PCA and logistic regression read the {len(self.tokens)} genes that "
-            "the model knows and that both have."
+            f"{self.query.cells.num_cells} cells. PCA and logistic regression of counts read the "
+            f"{len(self.tokens)} genes that the model knows and that both have."
         ]
         if self.batches is None:
             notes.append(
@@ -170,9 +175,24 @@ class _Plan:
             logger.warning("%s", each)
         return [*notes, *(f"**Warning**: {each}" for each in warnings)]
 
+    def classify(self, source: Any, embedder: Embedder, progress: bool, spool: Path | None = None) -> Votes | None:
+        """Return what the fine-tuned classifier says of the query; None where there is none.
+
+        Args:
+            source: Query, as `open_cells` takes it.
+            embedder: Settings with which models run, and where genes and counts are.
+            progress: Whether to show a progress bar.
+            spool: Folder for counts that are stored by gene.
+        """
+        if self.classifier is None:
+            return None
+        cells = open_cells(source, self.classifier.predictor.tokenizer, embedder.genes, spool=spool)
+        return self.classifier.votes(cells, self.classes, embedder, progress)
+
     def finish(
         self,
         embeddings: tuple[np.ndarray, np.ndarray],
+        classified: Votes | None,
         options: TransferOptions,
         folder: Path | None,
         facts: dict[str, Any],
@@ -188,7 +208,7 @@ class _Plan:
             number_of = {name: number for number, name in enumerate(self.classes)}
             truth = np.array([number_of.get(name, -1) for name in self.truth.tolist()])
             scored = ScoredQuery(self.scored, Features(np.array(theirs[self.scored]), values), truth)
-        found = transfer(reference, Features(theirs), scored, options, progress)
+        found = transfer(reference, Features(theirs), scored, options, classified, progress)
         report = make_report(found, Path(self.query.where).stem)
         for each in _doubts(found, options):
             logger.warning("%s", each)
@@ -222,6 +242,8 @@ class _Plan:
             votes.distance,
             facts,
             (key, embeddings, made),
+            None if self.classifier is None else self.classifier.columns(self.classes),
+            found.classified,
         )
 
 
@@ -267,6 +289,7 @@ def annotate_anndata(
     min_cells: int = 5,
     drop_rare: bool = False,
     key: str | None = None,
+    classifier: Any = None,
     report: str | Path | None = None,
     size: str | None = None,
     revision: str | None = None,
@@ -308,6 +331,9 @@ def annotate_anndata(
         drop_rare: Whether classes with fewer cells are left out; otherwise they are an error.
         key: Slot of obsm whose embeddings are used, of each side that has it, if the same model made them with the
             same settings; by default both sides are embedded.
+        classifier: Folder or Hub name of a fine-tuned classifier of cells (an adapter, a probe or a whole model), or a
+            loaded one. Its classes go into `adata.obs["tahoex1_L_classifier"]` and `_classifier_probability`. It is
+            scored in the same table, on the query alone. `label_map` joins its names, too.
         report: Folder for the report, its tables and figures; by default none is written.
         size: As in `embed_anndata`, as all arguments below.
         revision: Branch, tag or commit.
@@ -334,7 +360,9 @@ def annotate_anndata(
     options.check()
     column = check_column(label)
     check_writable(adata)
-    labelling = _Labelling(label, query_label, read_label_map(label_map), batch, min_cells, drop_rare)
+    names = read_label_map(label_map)
+    tuned = read_classifier(classifier, names)
+    labelling = _Labelling(label, query_label, names, batch, min_cells, drop_rare, tuned)
     loaded, tokenizer = model_and_tokenizer(model, tokenizer, size=size, revision=revision)
     tokenizer = with_settings(tokenizer, max_length, overflow)
     genes = GeneOptions(gene_id_column, gene_symbols, layer, species=species, orthologs=orthologs)
@@ -362,7 +390,8 @@ def annotate_anndata(
         folder.mkdir(parents=True, exist_ok=True)
     facts = {"label": label, "batch": batch or "", "model": made["model"], **asdict(options)}
     ours, theirs = (np.asarray(each) for each in embeddings)
-    found, scores, text = plan.finish((ours, theirs), options, folder, facts, progress)
+    classified = plan.classify(adata, embedder, progress)
+    found, scores, text = plan.finish((ours, theirs), classified, options, folder, facts, progress)
     add_to_anndata(adata, plan.slots(found, column, key or KEY, theirs, facts, made))
     return Annotation(column, scores, text, plan.notes, found.threshold)
 
@@ -383,6 +412,7 @@ def annotate_files(
     min_cells: int = 5,
     drop_rare: bool = False,
     key: str | None = None,
+    classifier: Any = None,
     report: str | Path | None = None,
     size: str | None = None,
     revision: str | None = None,
@@ -420,6 +450,7 @@ def annotate_files(
         min_cells: Fewest cells of a class.
         drop_rare: Whether to leave out classes with fewer cells.
         key: Slot of obsm whose embeddings are used.
+        classifier: Fine-tuned classifier of cells.
         report: Folder for the report; by default the output's name followed by `.annotation`.
         size: Name of the size.
         revision: Branch, tag or commit.
@@ -451,7 +482,9 @@ def annotate_files(
     column = check_column(label)
     if key is not None:
         check_key(key)
-    labelling = _Labelling(label, query_label, read_label_map(label_map), batch, min_cells, drop_rare)
+    names = read_label_map(label_map)
+    tuned = read_classifier(classifier, names)
+    labelling = _Labelling(label, query_label, names, batch, min_cells, drop_rare, tuned)
     _check_columns(reference, query, labelling)
     loaded, tokenizer = model_and_tokenizer(model, tokenizer, size=size, revision=revision)
     tokenizer = with_settings(tokenizer, max_length, overflow)
@@ -478,7 +511,8 @@ def annotate_files(
         new = iter(embed_inputs(embedder, missing, folder, restart, progress))
         ours, theirs = (next(new) if there is None else there for there in stored)
         facts = {"label": label, "batch": batch or "", "model": made["model"], **asdict(options)}
-        found, scores, text = plan.finish((ours, theirs), options, folder, facts, progress)
+        classified = plan.classify(Source(str(query), "anndata"), embedder, progress, spool / "classifier")
+        found, scores, text = plan.finish((ours, theirs), classified, options, folder, facts, progress)
         for side in sides:
             side.cells.check_unchanged()
         write_copy(query, output, plan.slots(found, column, key or KEY, theirs, facts, made))

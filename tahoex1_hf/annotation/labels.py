@@ -2,7 +2,7 @@
 """Labels of reference and query, the table that joins their names, and batches that both have."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -61,9 +61,10 @@ def joined_names(column: "pd.Series", label_map: Mapping[str, str]) -> np.ndarra
     return np.array([label_map.get(name, name) for name in names], dtype=object)
 
 
-def check_label_map(label_map: Mapping[str, str], *columns: "pd.Series | None") -> None:
-    """Raise ValueError for a label of the table that no cell has, which is a slip of the pen."""
+def check_label_map(label_map: Mapping[str, str], *columns: "pd.Series | None", others: Collection[str] = ()) -> None:
+    """Raise ValueError for a label of the table that is in no column, nor among the others: a slip of the pen."""
     known = {str(value) for column in columns if column is not None for value in column.dropna().unique()}
+    known |= set(others)
     lost = sorted(set(label_map) - known)
     if lost:
         raise ValueError(

@@ -1,5 +1,5 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""Three ways to transfer labels: neighbours among embeddings, and two that every embedding must be compared with."""
+"""Four ways to transfer labels: neighbours among embeddings, and three that they must be compared with."""
 
 import warnings
 from collections.abc import Callable
@@ -13,7 +13,8 @@ from tahoex1_hf.benchmarking.cells import fitted_pca, variable_genes
 if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
 
-EMBEDDING, PCA, LOGISTIC = "Tahoe-x1 + kNN", "PCA + kNN", "logistic regression"
+EMBEDDING, PROBE = "Tahoe-x1 + kNN", "Tahoe-x1 + logistic regression"
+PCA, LOGISTIC = "PCA + kNN", "logistic regression"
 _CHUNK = 4096  # cells whose neighbours are looked for at a time
 
 
@@ -144,43 +145,78 @@ def pca_neighbours(number: int, seed: int) -> Method:
 
 
 class Regression:
-    """Logistic regression on log-normalised counts, after the manner of celltypist.
+    """Logistic regression, in which classes have equal weights.
 
-    It reads the 2,000 most variable genes of the reference, scaled to unit variance but not centred, so that they
-    stay sparse. Classes have equal weights. Where the cells to learn from have one class, that is the answer.
+    Where the cells to learn from have one class, that is the answer.
+
+    Args:
+        read: Function that returns what the regression reads of cells, `(cells, features)`.
+        cells: Cells to learn from.
+        labels: Their class numbers, `(cells,)`.
+        num_classes: Number of classes.
+        centred: Whether features are centred; sparse ones would become dense.
     """
 
-    def __init__(self, cells: Features, labels: np.ndarray, num_classes: int):
+    def __init__(
+        self,
+        read: Callable[[Features], Any],
+        cells: Features,
+        labels: np.ndarray,
+        num_classes: int,
+        centred: bool,
+    ):
         from sklearn.linear_model import LogisticRegression
+        from sklearn.pipeline import make_pipeline
         from sklearn.preprocessing import StandardScaler
 
-        assert cells.values is not None  # only methods of counts are given cells with them
-        self._num_classes = num_classes
-        self._genes = variable_genes(cells.values)
-        self._scaler: Any = StandardScaler(with_mean=False)
+        self._read, self._num_classes = read, num_classes
         self._only = int(labels[0]) if len(np.unique(labels)) == 1 else None
         if self._only is not None:
             return
-        values = self._scaler.fit_transform(cells.values[:, self._genes])
+        model = LogisticRegression(max_iter=200, class_weight="balanced")
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="lbfgs failed to converge")
-            self._model = LogisticRegression(max_iter=200, class_weight="balanced").fit(values, labels)
+            self._model = make_pipeline(StandardScaler(with_mean=centred), model).fit(read(cells), labels)
 
     def votes(self, cells: Features) -> Votes:
         """Return what the regression says of cells."""
-        assert cells.values is not None
         probabilities = np.zeros((len(cells), self._num_classes), dtype=np.float32)
         if self._only is not None:
             probabilities[:, self._only] = 1
         else:
-            values = self._scaler.transform(cells.values[:, self._genes])
-            probabilities[:, self._model.classes_] = self._model.predict_proba(values)
+            probabilities[:, self._model.classes_] = self._model.predict_proba(self._read(cells))
         return Votes(probabilities, 1 - probabilities.max(1), np.ones(len(cells), dtype=np.float32))
 
     def without(self, kind: int) -> None:
         """Return None, since the regression would have to be fitted anew for each class."""
 
 
+def count_regression(cells: Features, labels: np.ndarray, num_classes: int) -> Fitted:
+    """Fit a logistic regression to log-normalised counts, after the manner of celltypist.
+
+    It reads the 2,000 most variable genes of the reference, scaled to unit variance but not centred, so that they
+    stay sparse.
+    """
+    assert cells.values is not None  # only methods of counts are given cells with them
+    genes = variable_genes(cells.values)
+
+    def read(others: Features) -> Any:
+        assert others.values is not None
+        return others.values[:, genes]
+
+    return Regression(read, cells, labels, num_classes, centred=False)
+
+
+def embedding_probe(cells: Features, labels: np.ndarray, num_classes: int) -> Fitted:
+    """Fit a logistic regression to embeddings: what can be read from them where a little is trained after all."""
+    return Regression(lambda others: others.embeddings, cells, labels, num_classes, centred=True)
+
+
 def methods(number: int, seed: int) -> dict[str, Method]:
     """Return all methods by name, that of the embeddings first."""
-    return {EMBEDDING: embedding_neighbours(number), PCA: pca_neighbours(number, seed), LOGISTIC: Regression}
+    return {
+        EMBEDDING: embedding_neighbours(number),
+        PROBE: embedding_probe,
+        PCA: pca_neighbours(number, seed),
+        LOGISTIC: count_regression,
+    }

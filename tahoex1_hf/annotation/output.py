@@ -18,6 +18,8 @@ from tahoex1_hf.inference.provenance import provenance_key
 if TYPE_CHECKING:
     from anndata import AnnData
 
+    from tahoex1_hf.annotation.methods import Votes
+
 logger = logging.getLogger(__name__)
 
 
@@ -53,6 +55,8 @@ def make_slots(
     distance: np.ndarray,
     facts: dict[str, Any],
     embeddings: tuple[str, np.ndarray, dict[str, Any]],
+    names: list[str] | None = None,
+    classified: "Votes | None" = None,
 ) -> Slots:
     """Return what is added to the query.
 
@@ -64,18 +68,26 @@ def make_slots(
         distance: Mean distance to the neighbours, `(cells,)`.
         facts: Record of how the labels were made.
         embeddings: Slot of obsm, embeddings, and the record of how they were made.
+        names: Names of the classes of a fine-tuned classifier; None where there is none.
+        classified: What it says of the cells.
     """
     import pandas as pd
 
     key, values, record = embeddings
     numbers = np.where(called < 0, len(classes), called)
     best = probabilities.argmax(1)
+    further = {}
+    if names is not None and classified is not None:
+        said = classified.probabilities
+        further[f"{column}_classifier"] = pd.Categorical.from_codes(said.argmax(1), categories=names)
+        further[f"{column}_classifier_probability"] = said.max(1)
     return Slots(
         obs={
             column: pd.Categorical.from_codes(numbers, categories=[*classes, UNKNOWN_NAME]),
             f"{column}_nearest": pd.Categorical.from_codes(best, categories=classes),
             f"{column}_probability": probabilities.max(1).astype(np.float32),
             f"{column}_distance": distance.astype(np.float32),
+            **further,
         },
         obsm={f"{column}_probabilities": probabilities, key: values},
         uns={column: {"classes": np.array(classes, dtype=object), **facts}, provenance_key(key): record},

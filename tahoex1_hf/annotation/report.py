@@ -39,9 +39,8 @@ def make_report(found: Transferred, dataset: str) -> Report:
     for name, measurements in found.scores.items():
         for each in measurements:
             place = (report.task, dataset, each.split, None, name, each.metric)
-            report.scores.append(
-                Score(*place, each.value, *each.bounds(), sum(each.numbers), sum(each.seconds) / len(each.seconds))
-            )
+            seconds = sum(each.seconds) / len(each.seconds) if each.seconds else None
+            report.scores.append(Score(*place, each.value, *each.bounds(), sum(each.numbers), seconds))
         if areas := found.left_out[name]:
             mean = interval(areas)
             place = (report.task, dataset, found.split, None, name, "left_out_auroc")

@@ -1,6 +1,7 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
 """Transfer of the labels of a reference to a query by every method, with the scores of each."""
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from tahoex1_hf.benchmarking.resampling import Measurement, auroc, bootstrapped,
 from tahoex1_hf.common.progress import progress_bar
 
 QUERY = "query"
+CLASSIFIER = "fine-tuned classifier"
 TWIN = 1e-5  # embeddings have length 1: cells nearer than this to one of the reference hold the same counts
 
 
@@ -93,6 +95,7 @@ class Transferred:
         scores: Method -> its scores.
         left_out: Method -> for each class, the area under the ROC curve by which it is told from others if the
             reference lacks it.
+        classified: What a fine-tuned classifier says of every cell of the query; None where there is none.
     """
 
     votes: Votes
@@ -103,6 +106,7 @@ class Transferred:
     split: str
     scores: dict[str, list[Measurement]]
     left_out: dict[str, list[float]]
+    classified: Votes | None = None
 
 
 def transfer(
@@ -110,6 +114,7 @@ def transfer(
     query: Features,
     scored: ScoredQuery | None,
     options: TransferOptions,
+    classified: Votes | None = None,
     progress: bool | None = True,
 ) -> Transferred:
     """Transfer labels.
@@ -119,6 +124,8 @@ def transfer(
         query: Embeddings of all cells of the query, which may lie on disk; counts are not needed.
         scored: Cells of the query that have a label; None where there are none.
         options: How labels are transferred.
+        classified: What a fine-tuned classifier says of every cell of the query, to be scored beside; None where there
+            is none. It is not fitted to the reference, so it is scored on the query alone.
         progress: Whether to show a progress bar.
     """
     labels, number = reference.labels, len(reference.classes)
@@ -143,12 +150,16 @@ def transfer(
                 if name == EMBEDDING:
                     called = decide(votes, threshold)
                     twins = int((votes.nearest < TWIN).sum())
-                    found = Transferred(votes, called, threshold, expected, twins, split, scores, left_out)
+                    found = Transferred(votes, called, threshold, expected, twins, split, scores, left_out, classified)
                 if scored is not None:
                     mine = _pick(votes, scored.rows) if name == EMBEDDING else votes
                     seconds = time.perf_counter() - started
                     scores[name] += _scores(QUERY, mine, scored.truth, threshold, scored.rows, len(query), seconds)
             bar.update()
+    if classified is not None and scored is not None:
+        said = _pick(classified, scored.rows)
+        scores[CLASSIFIER] = _scores(QUERY, said, scored.truth, math.inf, scored.rows, len(query), None)
+        left_out[CLASSIFIER] = []
     assert found is not None  # the method of the embeddings is one of them
     return found
 
@@ -189,7 +200,7 @@ def _scores(
     threshold: float,
     rows: np.ndarray,
     total: int,
-    seconds: float,
+    seconds: float | None,
 ) -> list[Measurement]:
     """Return the scores of some cells, with bootstrap replicates over cells.
 
@@ -200,7 +211,7 @@ def _scores(
         threshold: Distance beyond which a cell is unknown.
         rows: Their numbers in the data, rising, `(cells,)`.
         total: Number of cells of the data.
-        seconds: Time that it took.
+        seconds: Time that it took; None where it was not measured.
     """
     forced, called = votes.probabilities.argmax(1), decide(votes, threshold)
     known = truth != UNKNOWN
@@ -221,7 +232,10 @@ def _scores(
             measured["novel_auroc"] = (auroc, (~known).astype(np.int64), votes.distance, every)
     return [
         Measurement(
-            "", "", split, name, bootstrapped(metric, given, said, rows[on], total)[None], [int(on.sum())], [seconds]
+            *("", "", split, name),
+            bootstrapped(metric, given, said, rows[on], total)[None],
+            [int(on.sum())],
+            [] if seconds is None else [seconds],
         )
         for name, (metric, given, said, on) in measured.items()
     ]

@@ -62,6 +62,14 @@ def annotate(
             show_default="embed both files",
         ),
     ] = None,
+    classifier: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FOLDER|NAME",
+            help="Fine-tuned classifier of cells (adapter, probe or model), whose classes are written beside, and "
+            "which is scored in the same table.",
+        ),
+    ] = None,
     report: Annotated[
         Path | None,
         typer.Option(help="Folder for the report, tables and figures.", show_default="OUT.h5ad.annotation"),
@@ -107,6 +115,7 @@ def annotate(
         min_cells=min_cells,
         drop_rare=drop_rare,
         key=key,
+        classifier=classifier,
         report=report,
         size=size,
         revision=revision,

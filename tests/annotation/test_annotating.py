@@ -10,14 +10,16 @@ import anndata
 import numpy as np
 import pytest
 from cells import GENES
-from finetuning_runs import labelled_cells, write_base
+from finetuning_runs import labelled_cells, make_config, write_base
 from scipy.sparse import csc_matrix, csr_matrix
 from typer.testing import CliRunner
 
-from tahoex1_hf import annotate_anndata, annotate_files, embed_files
+from tahoex1_hf import annotate_anndata, annotate_files, embed_files, predict_anndata
 from tahoex1_hf.annotation import annotating
 from tahoex1_hf.annotation.labels import read_label_map
+from tahoex1_hf.annotation.methods import methods
 from tahoex1_hf.cli.app import app
+from tahoex1_hf.finetuning.running import finetune
 
 QUIET: dict[str, Any] = {"dtype": "float32", "progress": False}
 
@@ -78,13 +80,42 @@ def test_planted_kinds_are_found_in_files_as_in_memory(
         *("expected.csv", "confusion.csv", "confusion.png", "umap.png"),
     }
     scores = json.loads((folder / "report.json").read_text())["scores"]
-    assert {score["method"] for score in scores} == {"Tahoe-x1 + kNN", "PCA + kNN", "logistic regression"}
+    assert {score["method"] for score in scores} == set(methods(15, 0))
     assert {score["split"] for score in scores} == {"batches left out", "query"}
     mine = query.copy()
     annotate_anndata(mine, reference, base, "kind", batch="donor", **QUIET)
     for column in ("tahoex1_kind", "tahoex1_kind_nearest"):
         assert mine.obs[column].tolist() == written.obs[column].tolist()
     np.testing.assert_allclose(mine.obsm["tahoex1_kind_probabilities"], written.obsm["tahoex1_kind_probabilities"])
+
+
+def test_a_classifier_is_written_beside_and_scored_in_the_same_table(
+    base: Path, files: dict[str, Path], reference: anndata.AnnData, query: anndata.AnnData, tmp_path: Path
+) -> None:
+    """A probe that was fitted to the reference says of the query what `predict` says, under the joined names."""
+    probe = tmp_path / "probe"
+    finetune(make_config(base, files["reference"], probe, method="linear_probe", folds=1, head_start=None))
+    mine, predicted = query.copy(), query.copy()
+    predict_anndata(predicted, probe, **QUIET)
+    joined = {"NK": "natural killer"}
+    found = annotate_anndata(mine, reference, base, "kind", classifier=probe, label_map=joined, **QUIET)
+    said = predicted.obs["tahoex1_kind"].astype(str).map(lambda name: joined.get(name, name))
+    assert mine.obs["tahoex1_kind_classifier"].tolist() == said.tolist()
+    assert "natural killer" in set(said)
+    truth = mine.obs["kind"].astype(str).map(lambda name: joined.get(name, name))
+    scores = found.report.means("query")["fine-tuned classifier"]
+    assert scores["accuracy"].value == pytest.approx((said == truth).mean())
+    assert scores["assigned"].value == 1
+    annotate_files(
+        *(files[name] for name in ("query", "reference", "output")), base, "kind", classifier=probe, **QUIET
+    )
+    written = anndata.read_h5ad(files["output"])
+    assert written.obs["tahoex1_kind_classifier"].tolist() == predicted.obs["tahoex1_kind"].tolist()
+    other = {name: f"{name}!" for name in set(reference.obs["kind"])}
+    renamed = reference.copy()
+    renamed.obs["kind"] = renamed.obs["kind"].astype(str).map(other)
+    with pytest.raises(ValueError, match=r"classifier=.* knows the classes .*: none is the same"):
+        annotate_anndata(mine, renamed, base, "kind", query_label="donor", classifier=probe, **QUIET)
 
 
 def test_order_and_batch_change_nothing(base: Path, reference: anndata.AnnData, query: anndata.AnnData) -> None:

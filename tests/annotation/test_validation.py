@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.sparse import csr_matrix
 
-from tahoex1_hf.annotation.methods import EMBEDDING, LOGISTIC, PCA, Features, methods
+from tahoex1_hf.annotation.methods import EMBEDDING, LOGISTIC, PCA, PROBE, Features, methods
 from tahoex1_hf.annotation.validation import (
     UNKNOWN,
     cross_validate,
@@ -27,7 +27,7 @@ def planted(number: int, seed: int = 0, classes: int = 3) -> tuple[Features, np.
     return Features(points.astype(np.float32), csr_matrix(values.astype(np.float32))), labels
 
 
-@pytest.mark.parametrize("name", [EMBEDDING, PCA, LOGISTIC])
+@pytest.mark.parametrize("name", [EMBEDDING, PROBE, PCA, LOGISTIC])
 def test_planted_classes_are_found_in_cells_that_were_left_out(name: str) -> None:
     cells, labels = planted(150)
     held_out = cross_validate(methods(15, 0)[name], cells, labels, 3, make_folds(labels, None, 0))

@@ -69,8 +69,11 @@ def test_the_rendering_equals_the_originals_recorded_embeddings() -> None:
     rows = [adata.X[[cell]] for cell in range(adata.n_obs)]
     found = program.embed([(tokens[row.indices], row.data) for row in rows], [""] * adata.n_obs, batch=8)
     difference = np.abs(found - np.load(folder / "emb_flash.npz")["cell_embs"]).max(1)
-    # In each batch the longest cell loses a gene, which no seed decides.
-    assert (difference < 1e-5).sum() == 43
+    # In each batch the longest cell loses a gene, which no seed decides, and moves by 8e-4 or more. Where a CPU rounds
+    # the edges of bins otherwise than that of the recording (in two cells, without AVX), genes on an edge are a bin
+    # lower or higher, and cells move by 2e-5.
+    assert (difference < 1e-4).sum() == 43
+    assert np.median(difference) < 1e-6
     again = program.embed([(tokens[row.indices], row.data) for row in rows], [""] * adata.n_obs, batch=8)
     assert (np.abs(again - found).max(1) > 1e-5).any()
 
