@@ -135,6 +135,39 @@ def draw_predicted(truth: np.ndarray, predicted: np.ndarray, label: str, title: 
     figure.savefig(path, dpi=120)
 
 
+def label_points(axis: Any, names: Sequence[str], places: np.ndarray, size: float = 7) -> list[Any]:
+    """Write names beside points, so that none lies on another or outside the axes.
+
+    Call it when the limits of the axes are final.
+
+    Args:
+        axis: Axes with the points.
+        names: Names, the most important first; those for which there is no room are left out.
+        places: Places of the points, `(names, 2)`, in the units of the axes.
+        size: Size of the letters, in points.
+
+    Returns:
+        The texts that were written.
+    """
+    axis.figure.canvas.draw()  # a constrained layout moves the axes when it is drawn
+    frame, written, taken = axis.get_window_extent(), [], []
+    sides = [(4, 0, "left", "center"), (-4, 0, "right", "center")]
+    sides += [(0, 4, "center", "bottom"), (0, -4, "center", "top")]
+    for name, place in zip(names, places, strict=True):
+        for right, up, horizontal, vertical in sides:
+            text = axis.annotate(
+                *(name, place, (right, up)), textcoords="offset points", ha=horizontal, va=vertical, fontsize=size
+            )
+            box = text.get_window_extent()
+            inside = frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1
+            if inside and not any(box.overlaps(other) for other in taken):
+                written.append(text)
+                taken.append(box)
+                break
+            text.remove()
+    return written
+
+
 def class_colors(number: int) -> list[Any]:
     """Return a colour for each of `number` classes; the first sixty differ."""
     import matplotlib as mpl

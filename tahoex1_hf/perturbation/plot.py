@@ -7,10 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tahoex1_hf.common.plots import label_points
+
 if TYPE_CHECKING:
     from pandas import DataFrame
 
 _MOST_GROUPS = 12
+_MOST_NAMES = 10  # in the volcano
 _BLUE, _ORANGE, _GREY = "#4e79a7", "#f28e2b", "#9a9a9a"
 
 
@@ -111,13 +114,11 @@ def _volcano(axis: Any, table: "DataFrame", measure: str) -> None:
             axis.scatter(rows[measure][chosen], heights[chosen], s=10, color=color, alpha=0.7, label=label)
     if measure == "cosine_distance":
         axis.set_xscale("log")
-    strongest = np.lexsort((-rows["z_score"].abs().fillna(0).to_numpy(), -heights))[:6]
-    for number, place in enumerate(strongest[np.argsort(heights[strongest], kind="stable")].tolist()):
-        offset = 3 if number % 2 else -8  # above and below in turn, so that neighbouring names do not overlap
-        where = (rows[measure].iloc[place], heights[place])
-        axis.annotate(rows["gene"].iloc[place], where, fontsize=7, xytext=(3, offset), textcoords="offset points")
     axis.set_xlabel(_axis_label(measure), fontsize=8)
     axis.set_ylabel("−log10 p value against genes of similar expression", fontsize=8)
     axis.tick_params(labelsize=8)
     axis.legend(fontsize=7, frameon=False)
     axis.spines[["top", "right"]].set_visible(False)
+    strongest = np.lexsort((-rows["z_score"].abs().fillna(0).to_numpy(), -heights))[:_MOST_NAMES]
+    places = np.column_stack([rows[measure].to_numpy()[strongest], heights[strongest]])
+    label_points(axis, rows["gene"].iloc[strongest].tolist(), places)
