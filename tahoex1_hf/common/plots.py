@@ -149,10 +149,10 @@ def label_points(axis: Any, names: Sequence[str], places: np.ndarray, size: floa
     Returns:
         The texts that were written.
     """
-    axis.figure.canvas.draw()  # a constrained layout moves the axes when it is drawn
+    axis.figure.draw_without_rendering()  # a constrained layout moves the axes when it is drawn
     frame, written, taken = axis.get_window_extent(), [], []
-    sides = [(4, 0, "left", "center"), (-4, 0, "right", "center")]
-    sides += [(0, 4, "center", "bottom"), (0, -4, "center", "top")]
+    sides: list[tuple[float, float, str, str]] = [(4, 0, "left", "center"), (-4, 0, "right", "center")]
+    sides += [(0, size, "center", "bottom"), (0, -size, "center", "top")]
     for name, place in zip(names, places, strict=True):
         for right, up, horizontal, vertical in sides:
             text = axis.annotate(
