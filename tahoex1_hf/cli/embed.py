@@ -59,6 +59,18 @@ def embed(
             show_default="the last, with the norm",
         ),
     ] = None,
+    score: Annotated[
+        bool,
+        typer.Option(
+            "--score",
+            help="Score how surprising each cell is to the model, in columns of obs that end in _score and _score_sd: "
+            "the error at hidden genes, as a share of the cell's variance. Needs the pretraining head.",
+        ),
+    ] = False,
+    score_masks: Annotated[
+        int | None,
+        typer.Option(metavar="K", min=1, help="Number of masks of --score, each a further pass.", show_default="4"),
+    ] = None,
     gene_embeddings: Annotated[
         bool, typer.Option("--gene-embeddings", help="Write mean gene embeddings as well.")
     ] = False,
@@ -106,13 +118,20 @@ def embed(
     from tahoex1_hf.hub.models import model_and_tokenizer
     from tahoex1_hf.inference.encoder import choose_device
     from tahoex1_hf.inference.gene_embeddings import gene_kinds as kinds_of
+    from tahoex1_hf.inference.scoring import num_masks
 
     asked = [*(["EA"] if gene_embeddings else []), *(gene_kinds.split(",") if gene_kinds else [])]
     kinds = kinds_of(asked or False)
-    OutputOptions(output, key_added, kinds, draws, split_columns(obs), wide, cell_gene_embeddings).check()
+    if score_masks is not None and not score:
+        raise ValueError(f"score_masks={score_masks} (--score-masks) goes with --score: pass both, or leave it out.")
+    masks = num_masks(score_masks or score)
+    wanted = OutputOptions(
+        output, key_added, kinds, draws, split_columns(obs), wide, cell_gene_embeddings, score_masks=masks
+    )
+    wanted.check()
     check_paths(sources)
     choose_device(device)
-    loaded, tokenizer = model_and_tokenizer(model, size=size, revision=revision)
+    loaded, tokenizer = model_and_tokenizer(model, size=size, revision=revision, expression=masks > 0)
     embed_files(
         sources,
         output,
@@ -140,6 +159,7 @@ def embed(
         device=device,
         dtype=dtype.value,
         hidden_layer=hidden_layer,
+        score=masks,
         restart=restart,
         full_paths=full_paths,
     )

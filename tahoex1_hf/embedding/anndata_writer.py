@@ -18,7 +18,7 @@ from tahoex1_hf.embedding.obs_columns import free_name
 from tahoex1_hf.embedding.shards import Shard
 from tahoex1_hf.embedding.writers import EmbeddingWriter, Layout
 from tahoex1_hf.inference.h5ad_columns import add_to_column_order, make_array, make_names, set_column_order
-from tahoex1_hf.inference.provenance import deviation_key, provenance_key
+from tahoex1_hf.inference.provenance import provenance_key
 
 logger = logging.getLogger(__name__)
 
@@ -56,11 +56,11 @@ class AnnDataWriter(EmbeddingWriter):
             self._make_frames(obs)
         self._remove("obsm", key)
         self.dataset = make_array(writable_group(self.file, "obsm"), key, shape, np.float32)
-        if self.layout.with_deviations:
-            column = deviation_key(key)
+        self.numbers: dict[str, Any] = {}
+        for name, column in self.layout.numbers.items():
             group = add_to_column_order(self.file, column)
             self._remove("obs", column)
-            self.deviations = make_array(group, column, shape[:1], np.float32)
+            self.numbers[name] = make_array(group, column, shape[:1], np.float32)
 
     def _make_frames(self, columns: Mapping[str, Callable[[], Any]]) -> None:
         """Make `obs` and `var` in the format of anndata; the names of the cells are filled in later."""
@@ -96,8 +96,8 @@ class AnnDataWriter(EmbeddingWriter):
         """Write the rows of a shard."""
         rows = slice(self.done, self.done + len(shard.embeddings))
         self.dataset[rows] = shard.embeddings
-        if shard.deviations is not None:
-            self.deviations[rows] = shard.deviations
+        for name, values in self.numbers.items():
+            values[rows] = shard.numbers[name]
         if self.copied is None:
             self.names[rows] = np.array(shard.names, dtype=object)
             if self.layout.several:

@@ -34,6 +34,7 @@ from tahoex1_hf.common.progress import progress_bar
 from tahoex1_hf.common.reading import reading
 from tahoex1_hf.embedding.obs_columns import as_arrow, split_columns
 from tahoex1_hf.embedding.outputs import Output, OutputOptions
+from tahoex1_hf.embedding.scores import scorer_of
 from tahoex1_hf.embedding.shards import Shard, ShardFolder
 from tahoex1_hf.embedding.writers import EmbeddingWriter
 from tahoex1_hf.hub.models import model_and_tokenizer, model_name, without_peft
@@ -41,6 +42,7 @@ from tahoex1_hf.inference.chunks import embed_chunks, with_settings
 from tahoex1_hf.inference.encoder import CellEncoder, Dtype, GeneMeans, TokenSink
 from tahoex1_hf.inference.gene_embeddings import embed_genes, gene_kinds, gene_slot
 from tahoex1_hf.inference.provenance import provenance, provenance_key
+from tahoex1_hf.inference.scoring import CellScorer, num_masks
 from tahoex1_hf.modeling_tahoe_x1 import TahoeX1PreTrainedModel
 from tahoex1_hf.padding_tahoe_x1 import EncodedCells
 from tahoex1_hf.runs.new_drugs import NewDrugs, SmilesTable, with_new_drugs
@@ -60,6 +62,7 @@ _FORMERLY = {
     "obs": None,
     "drug_table": None,
     "full_paths": False,
+    "score_masks": 0,
 }
 
 
@@ -141,6 +144,7 @@ def embed_files(
     device: str | torch.device | None = None,
     dtype: Dtype = "auto",
     hidden_layer: int | None = None,
+    score: bool | int = False,
     restart: bool = False,
     full_paths: bool = False,
     progress: bool = True,
@@ -191,6 +195,7 @@ def embed_files(
         device: As in `embed_anndata`; by default, each of several processes on a machine uses a GPU of its own.
         dtype: As in `embed_anndata`.
         hidden_layer: As in `embed_anndata`.
+        score: As in `embed_anndata`; the scores are columns of obs or of the table.
         restart: Whether to discard the files of an unfinished run, which may have had other arguments.
         full_paths: Whether the output names its sources by their full paths; otherwise it uses short names.
         progress: Whether to show a progress bar.
@@ -209,10 +214,13 @@ def embed_files(
         wide,
         None if cell_gene_embeddings is None else str(cell_gene_embeddings),
         full_paths,
+        num_masks(score),
     )
     wanted.check()
     processes = Processes.current()
-    loaded, tokenizer = model_and_tokenizer(model, tokenizer, size=size, revision=revision)
+    loaded, tokenizer = model_and_tokenizer(
+        model, tokenizer, size=size, revision=revision, expression=wanted.score_masks > 0
+    )
     used, tokenizer, new_drugs = with_new_drugs(without_peft(loaded), tokenizer, drug_table, drugs)
     options = EncodeOptions(with_settings(tokenizer, max_length, overflow), drugs, seed, unknown_drugs, draws)
     genes = GeneOptions(
@@ -238,7 +246,8 @@ def embed_files(
             hidden_layer=hidden_layer,
         )
         made = Output(wanted, inputs, shards, options.tokenizer, encoder.width)
-        run = _Run(inputs, shards, encoder, options, made, new_drugs)
+        scorer = scorer_of(encoder, used, wanted.score_masks, seed)
+        run = _Run(inputs, shards, encoder, options, made, new_drugs, scorer)
         identity = _identity(run, loaded, {"layer": layer})
         identity["batch_tokens"] = batch_tokens  # changes the last digits; its default depends on device and precision
         lock = RunLock(f"{shards.location}.lock" if shards.is_local else None, shards.location, "output")
@@ -258,10 +267,11 @@ class _Run:
         options: EncodeOptions,
         output: Output,
         new_drugs: NewDrugs | None,
+        scorer: CellScorer | None,
     ):
         self.plan = Plan([ChunkEncoder(each, options) for each in inputs])
         self.shards, self.encoder, self.options = shards, encoder, options
-        self.new_drugs = new_drugs
+        self.new_drugs, self.scorer = new_drugs, scorer
         self.output, self.kinds, self.cell_genes = output, output.options.kinds, output.cell_genes
 
     def _gene_means(self) -> GeneMeans | None:
@@ -351,7 +361,8 @@ class _Run:
         source = self.plan.encoders[number]
         # One array for all shards, filled and used again: small pieces would lie scattered among what is freed.
         room = min(high - low, _SHARD_VALUES // self.encoder.width + encoding.CHUNK_CELLS)
-        embeddings, deviations = np.empty((room, self.encoder.width), dtype=np.float32), np.empty(room, np.float32)
+        embeddings = np.empty((room, self.encoder.width), dtype=np.float32)
+        numbers = {name: np.empty(room, dtype=np.float32) for name in self.output.options.numbers}
         names: list[str] = []
         size = 0
         empty, first, since = 0, start, time.monotonic()
@@ -365,18 +376,20 @@ class _Run:
             place = start + int(chunk.cell_numbers[0] - low) // encoding.CHUNK_CELLS
             return self.cell_genes.of_chunk(place, self.output.source_names[number], chunk)
 
-        embedded = embed_chunks(self.encoder, chunks, source.cells, gene_means, bar.update, sink_of)
-        for done, (chunk, part, spread) in enumerate(embedded, start + 1):
+        embedded = embed_chunks(self.encoder, chunks, source.cells, gene_means, bar.update, sink_of, self.scorer)
+        for done, (chunk, part, computed) in enumerate(embedded, start + 1):
             names.extend(cell_names(chunk.obs) if self.output.names else [])
-            embeddings[size : size + len(part)], deviations[size : size + len(part)] = part, spread
+            embeddings[size : size + len(part)] = part
+            for name, values in numbers.items():
+                values[size : size + len(part)] = computed[name]
             size += len(part)
             tables.append(as_arrow(chunk.obs[columns]))
             empty += len(chunk.empty_cells)
             full = embeddings[:size].size >= _SHARD_VALUES or time.monotonic() - since >= _SHARD_SECONDS
             if full or done == stop:
-                spreads = deviations[:size] if self.options.draws > 1 else None
+                made = {name: values[:size] for name, values in numbers.items()}
                 obs = pa.concat_tables(tables, promote_options="permissive") if columns else None
-                yield first, done, Shard(names, embeddings[:size], empty, spreads, obs)
+                yield first, done, Shard(names, embeddings[:size], empty, made, obs)
                 names, tables = [], []
                 size, empty, first, since = 0, 0, done, time.monotonic()
 
@@ -386,6 +399,7 @@ class _Run:
             num_empty = self._write_cells(writer)
             made_by = provenance(model_name, self.encoder, self.options, self.plan.inputs, num_empty)
             made_by |= {} if self.new_drugs is None else self.new_drugs.provenance()
+            made_by |= {} if self.scorer is None else {"score_masks": self.scorer.masks}
             if self.cell_genes is not None:
                 self.cell_genes.write(self.plan.num_chunks, {provenance_key(writer.layout.key_added): made_by})
             made_by |= self._write_genes(writer, progress)

@@ -12,11 +12,13 @@ from tahoex1_hf.cells.encoding import ChunkEncoder, EncodeOptions
 from tahoex1_hf.cells.gene_symbols import Table
 from tahoex1_hf.cells.genes import GeneOptions
 from tahoex1_hf.cells.opening import check_writable, open_cells
+from tahoex1_hf.embedding.scores import scorer_of
 from tahoex1_hf.hub.models import model_and_tokenizer, model_name, without_peft
 from tahoex1_hf.inference.chunks import embed_input, with_settings
 from tahoex1_hf.inference.encoder import CellEncoder, Dtype
 from tahoex1_hf.inference.gene_embeddings import embed_genes, gene_kinds, gene_slot
-from tahoex1_hf.inference.provenance import check_key, deviation_key, provenance, provenance_key
+from tahoex1_hf.inference.provenance import check_key, number_columns, provenance, provenance_key
+from tahoex1_hf.inference.scoring import num_masks
 from tahoex1_hf.modeling_tahoe_x1 import TahoeX1PreTrainedModel
 from tahoex1_hf.runs.new_drugs import SmilesTable, with_new_drugs
 from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
@@ -50,6 +52,7 @@ def embed_anndata(
     device: str | torch.device | None = None,
     dtype: Dtype = "auto",
     hidden_layer: int | None = None,
+    score: bool | int = False,
     return_array: bool = False,
     return_deviations: bool = False,
     progress: bool = True,
@@ -108,6 +111,13 @@ def embed_anndata(
         hidden_layer: Number of the layer from whose output all embeddings are taken, as in the model's
             `hidden_states`: 0 is the input of the first layer, and -1, the default, the last layer's output after the
             final norm. Outputs of other layers are taken without that norm.
+        score: Whether to score how surprising each cell is to the model, or by how many masks; True is 4. Half of a
+            cell's genes are hidden, as in the model's training, and predicted from the others; `obs["tahoe_x1_score"]`
+            (or with the name of another `key_added`) has the squared error as a share of the variance of the cell's
+            values, 0 for a perfect prediction and 1 for what the cell's mean alone gives, and
+            `obs["tahoe_x1_score_sd"]` how far one mask's score lies from their mean. A score depends on the cell's
+            content and the seed alone. The model must have its pretraining head. Each mask takes a further pass over
+            the cells. Of several samples, the first is scored.
         return_array: Whether to return the embeddings instead of writing anything into `adata`.
         return_deviations: Whether to return the deviations of `draws`, too; goes with `return_array`.
         progress: Whether to show a progress bar.
@@ -130,7 +140,10 @@ def embed_anndata(
             f"gene_embeddings={gene_embeddings!r} are written into varm, and return_array=True writes nothing: leave "
             "one of them out."
         )
-    loaded, tokenizer = model_and_tokenizer(model, tokenizer, size=size, revision=revision)
+    masks = num_masks(score)
+    if masks and return_array:
+        raise ValueError(f"score={score!r} is written into obs, and return_array=True writes nothing: leave one out.")
+    loaded, tokenizer = model_and_tokenizer(model, tokenizer, size=size, revision=revision, expression=masks > 0)
     used, tokenizer, new_drugs = with_new_drugs(without_peft(loaded), tokenizer, drug_table, drugs)
     tokenizer = with_settings(tokenizer, max_length, overflow)
     options = EncodeOptions(tokenizer, drugs, seed, unknown_drugs, draws)
@@ -148,18 +161,20 @@ def embed_anndata(
     if kinds:
         cells.check_gene_slots()
     gene_means = encoder.gene_means(match) if "EA" in kinds and match is not None else None
-    embeddings, deviations, num_empty = embed_input(encoder, ChunkEncoder(cells, options), gene_means, progress)
+    scorer = scorer_of(encoder, used, masks, seed)
+    embeddings, numbers, num_empty = embed_input(encoder, ChunkEncoder(cells, options), gene_means, progress, scorer)
     if return_array:
-        return (embeddings, deviations) if return_deviations else embeddings
+        return (embeddings, numbers["deviation"]) if return_deviations else embeddings
     made_by = provenance(model_name(model, loaded), encoder, options, [cells], num_empty)
     made_by |= {} if new_drugs is None else new_drugs.provenance()
+    made_by |= {"score_masks": masks} if masks else {}
     found = None
     if kinds and match is not None:
         found = embed_genes(encoder, match.token_ids, kinds, gene_means, progress)
     # All results are written together at the end, so that an interrupted run leaves adata unchanged.
     adata.obsm[key_added] = embeddings
-    if draws > 1:
-        adata.obs[deviation_key(key_added)] = deviations
+    for name, column in number_columns(key_added, draws, masks).items():
+        adata.obs[column] = numbers[name]
     if found is not None:
         for kind, values in found.kinds.items():
             adata.varm[gene_slot(key_added, kind)] = values

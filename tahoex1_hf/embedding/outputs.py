@@ -17,6 +17,7 @@ from tahoex1_hf.embedding.cell_genes import CellGenes, check_cell_gene_output
 from tahoex1_hf.embedding.obs_columns import choose_columns, common_types, joined_column
 from tahoex1_hf.embedding.shards import ShardFolder
 from tahoex1_hf.embedding.writers import EmbeddingWriter, Layout, NpyWriter, ParquetWriter, check_output
+from tahoex1_hf.inference.provenance import number_columns
 from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -35,6 +36,7 @@ class OutputOptions:
         wide: Whether a table has a column for each dimension.
         cell_genes: Path or URL of the table of every cell's gene embeddings; None for no such table.
         full_paths: Whether sources are named by their full paths; otherwise they have short names.
+        score_masks: Number of masks by which each cell is scored; 0 for no scores.
     """
 
     path: str
@@ -45,6 +47,12 @@ class OutputOptions:
     wide: bool = False
     cell_genes: str | None = None
     full_paths: bool = False
+    score_masks: int = 0
+
+    @property
+    def numbers(self) -> dict[str, str]:
+        """Names of what is computed of each cell beside its embedding, with their columns."""
+        return number_columns(self.key_added, self.draws, self.score_masks)
 
     def check(self) -> None:
         """Raise ValueError before any work is done if the output cannot be written.
@@ -53,7 +61,7 @@ class OutputOptions:
         """
         if "://" not in self.path:
             put_back(Path(self.path))
-        check_output(self.path, bool(self.kinds), self.key_added, self.draws, self.wide, self.obs)
+        check_output(self.path, bool(self.kinds), self.key_added, [*self.numbers.values()], self.wide, self.obs)
         if self.cell_genes is not None:
             check_cell_gene_output(self.cell_genes, self.path)
 
@@ -119,6 +127,7 @@ class Output:
             "cell_gene_embeddings": self.cell_genes is not None,
             "obs": None if options.obs is None else list(options.obs),
             "wide": options.wide,
+            "score_masks": options.score_masks,
             "names": self.names,
             # Only the files with every cell's gene embeddings hold the names of the sources.
             "full_paths": options.full_paths and self.cell_genes is not None,
@@ -148,7 +157,7 @@ class Output:
         """Open the writer; the shards must hold all cells."""
         options = self.options
         shape = sum(cells.num_cells for cells in self.inputs), self.width
-        layout = Layout(shape, options.key_added, self.source_names, options.draws > 1)
+        layout = Layout(shape, options.key_added, self.source_names, options.numbers)
         if options.path.endswith(".npy"):
             return NpyWriter(options.path, layout)
         if options.path.endswith(".parquet"):

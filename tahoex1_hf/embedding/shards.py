@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,6 +26,8 @@ _SHARD = re.compile(r"chunks-(\d{12})-(\d{12})\.parquet")
 _RUN = "run.json"
 # Prefix of the columns of obs, which tells them from the shard's own columns.
 _OBS = "obs:"
+NUMBERS = ("deviation", "score", "score_sd")
+"""Names of what may be computed of each cell beside its embedding, see `EmbeddedChunk`."""
 
 
 class Shard(NamedTuple):
@@ -34,14 +37,14 @@ class Shard(NamedTuple):
         names: Names of the cells; empty for outputs without names.
         embeddings: `(cells, width)` float32.
         num_empty: Number of cells in which no known gene is expressed.
-        deviations: `(cells,)` float32 deviations of the embeddings between samples; None if there is one sample.
+        numbers: `(cells,)` float32 numbers beside the embeddings, by their names in `NUMBERS`.
         obs: Columns of obs; None if none were requested.
     """
 
     names: list[str]
     embeddings: np.ndarray
     num_empty: int
-    deviations: np.ndarray | None = None
+    numbers: Mapping[str, np.ndarray] = MappingProxyType({})
     obs: pa.Table | None = None
 
 
@@ -155,8 +158,7 @@ class ShardFolder:
         width = shard.embeddings.shape[1]
         values = pa.array(np.ascontiguousarray(shard.embeddings, dtype=np.float32).ravel())
         columns = {"embedding": pa.FixedSizeListArray.from_arrays(values, width)}
-        if shard.deviations is not None:
-            columns["deviation"] = pa.array(shard.deviations, pa.float32())
+        columns |= {name: pa.array(values, pa.float32()) for name, values in shard.numbers.items()}
         if shard.names:
             columns = {"cell": pa.array(shard.names, pa.string()), **columns}
         for name, values in zip(shard.obs.column_names, shard.obs.columns, strict=True) if shard.obs else ():
@@ -172,10 +174,10 @@ class ShardFolder:
         column = table.column("embedding").combine_chunks()
         flat = column.flatten().to_numpy(zero_copy_only=False)
         names = table.column("cell").to_pylist() if "cell" in table.column_names else []
-        deviations = table.column("deviation").to_numpy() if "deviation" in table.column_names else None
+        numbers = {name: table.column(name).to_numpy() for name in NUMBERS if name in table.column_names}
         metadata = table.schema.metadata or {}
         embeddings = flat.reshape(table.num_rows, -1)
-        return Shard(names, embeddings, int(metadata[b"num_empty"]), deviations, _obs_of(table))
+        return Shard(names, embeddings, int(metadata[b"num_empty"]), numbers, _obs_of(table))
 
     def obs_schemas(self) -> list[pa.Schema]:
         """Return the columns of obs of each shard, with their types."""

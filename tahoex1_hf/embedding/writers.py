@@ -4,9 +4,9 @@
 import json
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from tahoex1_hf.cells.readers.paths import is_zarr_store
 from tahoex1_hf.embedding.obs_columns import conformed, free_name
 from tahoex1_hf.embedding.shards import Shard
 from tahoex1_hf.embedding.streams import WholeStream
-from tahoex1_hf.inference.provenance import check_key, deviation_key, provenance_key
+from tahoex1_hf.inference.provenance import check_key, provenance_key
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -31,7 +31,7 @@ def check_output(
     output: str,
     gene_embeddings: bool,
     key_added: str,
-    draws: int = 1,
+    numbers: Sequence[str] = (),
     wide: bool = False,
     obs: Sequence[str] | None = None,
 ) -> None:
@@ -42,8 +42,11 @@ def check_output(
         raise ValueError(f"The output must end in .h5ad, .zarr, .parquet or .npy, got {name!r}.")
     if gene_embeddings and not output.endswith(_ANNDATA):
         raise ValueError(f"Gene embeddings need an output that ends in .h5ad or .zarr, got {name!r}.")
-    if draws > 1 and output.endswith(".npy"):
-        raise ValueError(f"draws={draws} gives a deviation per cell, which {name!r} cannot hold: name an .h5ad.")
+    if numbers and output.endswith(".npy"):
+        raise ValueError(
+            f"draws and score give each cell further numbers ({', '.join(numbers)}), which {name!r} cannot hold: name "
+            "an .h5ad."
+        )
     if wide and not output.endswith(".parquet"):
         raise ValueError(f"wide (--wide) needs an output that ends in .parquet, got {name!r}.")
     if obs is not None and output.endswith(".npy"):
@@ -66,13 +69,13 @@ class Layout:
         shape: Numbers of cells and dimensions.
         key_added: Slot of `obsm`, or name of the column of embeddings.
         sources: Names of the sources; if there are several, a column holds the source of each cell.
-        with_deviations: Whether there is a column for the deviation of the embeddings between samples.
+        numbers: Names of the numbers of each cell (see `Shard`), with their columns in the output.
     """
 
     shape: tuple[int, int]
     key_added: str
     sources: list[str]
-    with_deviations: bool = False
+    numbers: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def several(self) -> bool:
@@ -82,8 +85,7 @@ class Layout:
     @property
     def own_columns(self) -> list[str]:
         """Names of the columns other than embeddings, columns of obs, and names of the cells."""
-        deviation = [deviation_key(self.key_added)] if self.with_deviations else []
-        return [*(["source"] if self.several else []), *deviation]
+        return [*(["source"] if self.several else []), *self.numbers.values()]
 
 
 class EmbeddingWriter(ABC):
@@ -116,7 +118,7 @@ class ParquetWriter(EmbeddingWriter):
     """Writer of a Parquet table: `cell` (the name), `source` (if several), columns of obs, and the embedding.
 
     The embedding is one column of lists of fixed size, named `key_added`; or, with `wide`, one column per dimension.
-    If embeddings are means over samples, the column before them holds their deviations.
+    The columns before them hold the numbers of each cell, if there are any.
 
     Args:
         output: Path or URL.
@@ -134,16 +136,16 @@ class ParquetWriter(EmbeddingWriter):
         dimensions = [pa.field(f"{key}_{i}", pa.float32()) for i in range(width)]
         if not wide:
             dimensions = [pa.field(key, pa.list_(pa.float32(), width))]
-        own = {"cell", *layout.own_columns, *(field.name for field in dimensions)}
+        own = {"cell", *layout.own_columns, *(each.name for each in dimensions)}
         source = [pa.field("source", pa.string())] if layout.several else []
-        deviation = [pa.field(deviation_key(key), pa.float32())] if layout.with_deviations else []
+        numbers = [pa.field(column, pa.float32()) for column in layout.numbers.values()]
         columns = []
         for name, kind in obs.items():
             columns.append(pa.field(free_name(name, own), kind))
             own.add(columns[-1].name)
-        self.schema = pa.schema([pa.field("cell", pa.string()), *source, *columns, *deviation, *dimensions])
+        self.schema = pa.schema([pa.field("cell", pa.string()), *source, *columns, *numbers, *dimensions])
         self.stream = WholeStream(output)
-        labels = ["cell", *(field.name for field in (*source, *columns) if not pa.types.is_nested(field.type))]
+        labels = ["cell", *(each.name for each in (*source, *columns) if not pa.types.is_nested(each.type))]
         # Values of embeddings hardly ever repeat, so a dictionary or statistics of them would be useless.
         options: dict[str, Any] = {"use_dictionary": labels, "write_statistics": labels}
         self.file = pq.ParquetWriter(self.stream.file, self.schema, **options)
@@ -156,8 +158,7 @@ class ParquetWriter(EmbeddingWriter):
         if self.layout.several:
             columns.append(pa.array([source] * len(shard.names), pa.string()))
         columns += conformed(shard.obs, self.obs, len(shard.names))
-        if self.layout.with_deviations:
-            columns.append(pa.array(shard.deviations, pa.float32()))
+        columns += [pa.array(shard.numbers[name], pa.float32()) for name in self.layout.numbers]
         if self.wide:
             columns += [pa.array(column) for column in shard.embeddings.T]
         else:

@@ -79,8 +79,16 @@ def no_expression_head(what: str) -> str:
     """Return the message for a model or checkpoint, described by `what`, that cannot predict expression."""
     return (
         f"expression needs the pretraining head, which {what} lacks: pass a TahoeX1ForPreTraining "
-        "(AutoModelForPreTraining), or leave expression out."
+        "(AutoModelForPreTraining), or leave out what needs it (expression, score)."
     )
+
+
+def expression_decoder(model: TahoeX1PreTrainedModel) -> Any:
+    """Return the expression decoder of a loaded model; raise ValueError if it has none."""
+    decoder = getattr(model, "expression_decoder", None)
+    if decoder is None:
+        raise ValueError(no_expression_head(f"a {type(model).__name__}"))
+    return decoder
 
 
 def without_peft(model: Any) -> Any:

@@ -4,6 +4,7 @@
 import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
 
 import numpy as np
 
@@ -14,8 +15,25 @@ from tahoex1_hf.common.progress import progress_bar
 from tahoex1_hf.configuration_tahoe_x1 import OVERFLOWS
 from tahoex1_hf.inference.encoder import CellEncoder, GeneMeans, TokenSink
 from tahoex1_hf.inference.finite import check_results
+from tahoex1_hf.inference.scoring import CellScorer
 from tahoex1_hf.padding_tahoe_x1 import EncodedCells
 from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
+
+
+class EmbeddedChunk(NamedTuple):
+    """A chunk of cells and what was computed of it.
+
+    Attributes:
+        cells: Encoded cells.
+        embeddings: `(cells, width)` float32, each row of length 1.
+        numbers: `(cells,)` float32 numbers by name: `deviation`, how far the embedding varies with the sample (see
+            `average`), 0 for cells of which there is one sample; with a scorer `score` and `score_sd` (see
+            `CellScorer`).
+    """
+
+    cells: EncodedCells
+    embeddings: np.ndarray
+    numbers: dict[str, np.ndarray]
 
 
 def embed_chunks(
@@ -25,7 +43,8 @@ def embed_chunks(
     gene_means: GeneMeans | None = None,
     on_batch: Callable[[int], object] = lambda num_cells: None,
     sink_of: Callable[[EncodedCells], AbstractContextManager[TokenSink | None]] = lambda chunk: nullcontext(),
-) -> Iterator[tuple[EncodedCells, np.ndarray, np.ndarray]]:
+    scorer: CellScorer | None = None,
+) -> Iterator[EmbeddedChunk]:
     """Embed chunk after chunk; the next chunk is read and encoded while the model works on this one.
 
     Args:
@@ -35,10 +54,10 @@ def embed_chunks(
         gene_means: Running means to which the cells' gene embeddings are added; of several samples, the first's.
         on_batch: Function called after each batch with its number of cells.
         sink_of: Function that makes of a chunk a context manager, which gives what takes the chunk's gene embeddings.
+        scorer: Scorer of the cells; of several samples, the first is scored. None for no scores.
 
     Yields:
-        Every chunk; its `(cells, width)` float32 embeddings, each row of length 1; and `(cells,)` float32, how far
-        they vary with the sample (see `average`), 0 for cells of which there is one sample.
+        Every chunk with its embeddings.
 
     Raises:
         ValueError: If an embedding is not finite; the message names the cell.
@@ -53,7 +72,10 @@ def embed_chunks(
             means, deviations[long] = average(embeddings[long], others)
             embeddings[long] = means / np.linalg.norm(means, axis=1, keepdims=True)
         check_results(embeddings, chunk.cell_numbers, cells, encoder.dtype_name)
-        yield chunk, embeddings, deviations
+        numbers = {"deviation": deviations}
+        if scorer is not None:
+            numbers["score"], numbers["score_sd"] = scorer.score(chunk)
+        yield EmbeddedChunk(chunk, embeddings, numbers)
 
 
 def average(first: np.ndarray, others: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
@@ -79,8 +101,12 @@ def average(first: np.ndarray, others: Iterable[np.ndarray]) -> tuple[np.ndarray
 
 
 def embed_input(
-    encoder: CellEncoder, chunks: ChunkEncoder, gene_means: GeneMeans | None = None, progress: bool = False
-) -> tuple[np.ndarray, np.ndarray, int]:
+    encoder: CellEncoder,
+    chunks: ChunkEncoder,
+    gene_means: GeneMeans | None = None,
+    progress: bool = False,
+    scorer: CellScorer | None = None,
+) -> tuple[np.ndarray, dict[str, np.ndarray], int]:
     """Embed all cells of an input.
 
     Args:
@@ -88,21 +114,25 @@ def embed_input(
         chunks: Input with the cells, and how they are encoded.
         gene_means: Running means to which the cells' gene embeddings are added.
         progress: Whether to show a progress bar.
+        scorer: Scorer of the cells; None for no scores.
 
     Returns:
-        `(cells, width)` float32 embeddings, each row of length 1; `(cells,)` float32, how far they vary with the
-        sample (see `average`); and the number of cells in which no known gene is expressed.
+        `(cells, width)` float32 embeddings, each row of length 1; the numbers of `EmbeddedChunk` for all cells; and
+        the number of cells in which no known gene is expressed.
     """
     report_unknown_drugs([chunks.drug_ids])
     num_cells = chunks.cells.num_cells
     embeddings = np.empty((num_cells, encoder.width), dtype=np.float32)
-    deviations, num_empty = np.zeros(num_cells, dtype=np.float32), 0
+    names = ["deviation"] if scorer is None else ["deviation", "score", "score_sd"]
+    numbers, num_empty = {name: np.zeros(num_cells, dtype=np.float32) for name in names}, 0
     with progress_bar(progress, total=num_cells, unit="cell", desc="Embedding") as bar:
         encoded = chunks.chunks(0, num_cells)
-        for chunk, part, spread in embed_chunks(encoder, encoded, chunks.cells, gene_means, bar.update):
-            embeddings[chunk.cell_numbers], deviations[chunk.cell_numbers] = part, spread
-            num_empty += len(chunk.empty_cells)
-    return embeddings, deviations, num_empty
+        for made in embed_chunks(encoder, encoded, chunks.cells, gene_means, bar.update, scorer=scorer):
+            embeddings[made.cells.cell_numbers] = made.embeddings
+            for name, values in numbers.items():
+                values[made.cells.cell_numbers] = made.numbers[name]
+            num_empty += len(made.cells.empty_cells)
+    return embeddings, numbers, num_empty
 
 
 def with_settings(

@@ -72,6 +72,21 @@ def deviation_key(key_added: str) -> str:
     return f"{provenance_key(key_added)}_sd"
 
 
+def number_columns(key_added: str, draws: int, score_masks: int) -> dict[str, str]:
+    """Return the numbers that a run computes of each cell beside its embedding, with their columns of `obs`.
+
+    Args:
+        key_added: Slot of the embeddings.
+        draws: Number of samples of a long cell; with several, a cell has a deviation.
+        score_masks: Number of masks of the scores; 0 for no scores.
+    """
+    columns = {"deviation": deviation_key(key_added)} if draws > 1 else {}
+    if score_masks:
+        score = f"{provenance_key(key_added)}_score"
+        columns |= {"score": score, "score_sd": f"{score}_sd"}
+    return columns
+
+
 def check_key(key_added: str) -> None:
     """Raise ValueError for a name of a slot that `.h5ad` files cannot have."""
     if not key_added or "/" in key_added:

@@ -19,12 +19,11 @@ from tahoex1_hf.cells.readers.base import CellInput
 from tahoex1_hf.encoding_tahoe_x1 import (
     GeneMatch,
     GeneRows,
-    cell_streams,
     content_numbers,
     count_problem,
     kept_genes,
-    mix64,
 )
+from tahoex1_hf.inference.expression import halves
 from tahoex1_hf.padding_tahoe_x1 import EncodedCells
 
 PerturbationMode = Literal["delete", "overexpress", "percentile", "set"]
@@ -211,11 +210,6 @@ def gene_places(offsets: np.ndarray, special: int) -> np.ndarray:
     """Return the index of every gene when each cell has `special` tokens in front; `offsets` do not count these."""
     cells = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
     return np.arange(offsets[-1]) + special * (cells + 1)
-
-
-def halves(cells: np.ndarray, tokens: np.ndarray, contents: np.ndarray, seed: int) -> np.ndarray:
-    """Return 0 or 1 for each gene: its half of the cell, by a hash of seed, cell content and gene alone."""
-    return (mix64(cell_streams(contents, seed)[cells] + tokens.astype(np.uint64)) & np.uint64(1)).astype(np.int64)
 
 
 class Pairs:

@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from tahoex1_hf.common.prefetch import prefetch
-from tahoex1_hf.inference.encoder import CellEncoder, length_sorted_batches
+from tahoex1_hf.inference.encoder import CellEncoder
+from tahoex1_hf.inference.expression import ExpressionPredictor, halves
 from tahoex1_hf.inference.finite import check_results
 from tahoex1_hf.padding_tahoe_x1 import EncodedCells
-from tahoex1_hf.perturbation.cells import Change, Pairs, PerturbationBatch, gene_places, halves
+from tahoex1_hf.perturbation.cells import Change, Pairs, PerturbationBatch, gene_places
 
 # Number of genes of perturbed cells that are encoded together: tens of megabytes, intermediate arrays included.
 PIECE_TOKENS = 2**19
@@ -51,17 +51,15 @@ class Moments:
 
 
 class Forward:
-    """A model that embeds encoded cells, and predicts expression if it has the decoder.
+    """A model that embeds encoded cells, and predicts expression if that was asked for.
 
     Args:
         encoder: Model that embeds the cells.
-        decoder: Expression decoder; None for no predictions.
-        bins_per_unit: Number of bins in one unit of the decoder's output.
+        predictor: Predictor of expression; None for no predictions.
     """
 
-    def __init__(self, encoder: CellEncoder, decoder: torch.nn.Module | None = None, bins_per_unit: float = 1.0):
-        self.encoder, self.bins_per_unit = encoder, bins_per_unit
-        self.decoder = None if decoder is None else decoder.to(encoder.device).eval()
+    def __init__(self, encoder: CellEncoder, predictor: ExpressionPredictor | None = None):
+        self.encoder, self.predictor = encoder, predictor
 
     def pooled(self, cells: EncodedCells, of: PerturbationBatch, numbers: np.ndarray) -> np.ndarray:
         """Embed cells.
@@ -83,38 +81,6 @@ class Forward:
         check_results(embeddings, numbers, of.source.cells, self.encoder.dtype_name)
         return embeddings
 
-    @torch.inference_mode()
-    def predictions(self, cells: EncodedCells, hidden: np.ndarray) -> np.ndarray:
-        """Predict the expression of hidden genes, as in the model's training.
-
-        Args:
-            cells: Encoded cells.
-            hidden: `(tokens,)` bool, the tokens whose expression is hidden from the model.
-
-        Returns:
-            `(tokens,)` float32 expression of the hidden tokens, in bins if the model has bins; NaN elsewhere.
-        """
-        if self.decoder is None:
-            raise ValueError("there is no expression decoder")
-        predicted = np.full(len(hidden), np.nan, dtype=np.float32)
-        device = self.encoder.device
-        for rows in length_sorted_batches(cells.lengths, self.encoder.batch_tokens, padded=False):
-            lengths = cells.lengths[rows]
-            offsets = np.concatenate([[0], np.cumsum(lengths)])
-            index = np.repeat(cells.offsets[rows] - offsets[:-1], lengths) + np.arange(offsets[-1])
-            drug_ids = None if cells.drug_ids is None else torch.from_numpy(cells.drug_ids[rows]).to(device)
-            with self.encoder.precision():
-                states = self.encoder.model(
-                    torch.from_numpy(cells.input_ids[index]).to(device).unsqueeze(0),
-                    torch.from_numpy(cells.expression_values[index]).to(device).unsqueeze(0),
-                    target_mask=torch.from_numpy(hidden[index]).to(device).unsqueeze(0),
-                    drug_ids=drug_ids,
-                    cu_seq_lens_q=torch.from_numpy(offsets).to(device),
-                ).last_hidden_state
-                values = self.decoder(states)[0].float().cpu().numpy()
-            predicted[index[hidden[index]]] = values[hidden[index]] * self.bins_per_unit
-        return predicted
-
 
 @dataclass
 class Unperturbed:
@@ -135,22 +101,22 @@ def unperturbed(cells: PerturbationBatch, forward: Forward) -> Unperturbed:
     """Run the model over unperturbed cells."""
     encoded = cells.encoded()
     predicted = None
-    if forward.decoder is not None:
+    if forward.predictor is not None:
         predicted = np.full(len(cells.rows.tokens), np.nan, dtype=np.float32)
         places = np.flatnonzero(cells.keep)
         half = halves(cells.rows.cells(), cells.rows.tokens, cells.contents, cells.source.options.seed)[places]
         for side in (0, 1):
-            predicted[places[half == side]] = predict_genes(forward, encoded, half == side)[half == side]
+            predicted[places[half == side]] = predict_genes(forward.predictor, encoded, half == side)[half == side]
     return Unperturbed(cells.numbers, forward.pooled(encoded, cells, cells.numbers), predicted)
 
 
-def predict_genes(forward: Forward, cells: EncodedCells, hidden: np.ndarray) -> np.ndarray:
-    """Return `Forward.predictions` for arrays over the genes of the cells, without the special tokens."""
+def predict_genes(predictor: ExpressionPredictor, cells: EncodedCells, hidden: np.ndarray) -> np.ndarray:
+    """Return `ExpressionPredictor.predict` for arrays over the genes of the cells, without the special tokens."""
     special = 1 if cells.drug_ids is None else 2
     places = gene_places(cells.offsets - special * np.arange(cells.num_cells + 1), special)
     everywhere = np.zeros(len(cells.input_ids), dtype=bool)
     everywhere[places] = hidden
-    return forward.predictions(cells, everywhere)[places]
+    return predictor.predict(cells, everywhere)[places]
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:
@@ -249,7 +215,8 @@ class BlockMeasures:
             yield chunk
 
     def _measure(self, piece: Piece) -> None:
-        pairs, expression = piece.pairs, self.forward.decoder is not None and self.slots is not None
+        pairs, predictor = piece.pairs, self.forward.predictor
+        expression = predictor is not None and self.slots is not None
         before, numbers = piece.chunk.pooled[pairs.chosen], pairs.cells.numbers[pairs.chosen]
         hidden, own = pairs.hidden() if expression else (None, pairs.own_before)
         encoded_own, own_genes = pairs.unperturbed(own)
@@ -265,15 +232,15 @@ class BlockMeasures:
         self.euclidean.add(piece.tasks, np.linalg.norm(shift, axis=1))
         if self.target is not None:
             self.toward.add(piece.tasks, (unit_after - unit_before) @ self.target)
-        if hidden is None or piece.chunk.predicted is None:
+        if hidden is None or piece.chunk.predicted is None or predictor is None:
             return
         known = pairs.index >= 0
         predicted = np.full(len(pairs.tokens), np.nan, dtype=np.float32)
         predicted[known] = piece.chunk.predicted[pairs.index[known]]
         if own.any():
-            predicted[own_genes] = predict_genes(self.forward, encoded_own, hidden[own_genes])
+            predicted[own_genes] = predict_genes(predictor, encoded_own, hidden[own_genes])
         genes = piece.perturbed_genes
-        now = predict_genes(self.forward, piece.perturbed, hidden[genes])
+        now = predict_genes(predictor, piece.perturbed, hidden[genes])
         places = np.flatnonzero(hidden[genes])
         self._add_predictions(
             piece, genes[places], now[places].astype(np.float64) - predicted[genes[places]].astype(np.float64)

@@ -21,9 +21,10 @@ from tahoex1_hf.common.digests import json_digest, some_weights_digest, tokenize
 from tahoex1_hf.common.prefetch import prefetch
 from tahoex1_hf.common.progress import progress_bar
 from tahoex1_hf.encoding_tahoe_x1 import mix64
-from tahoex1_hf.hub.models import model_and_tokenizer, no_expression_head, without_peft
+from tahoex1_hf.hub.models import expression_decoder, model_and_tokenizer, without_peft
 from tahoex1_hf.inference.chunks import with_settings
 from tahoex1_hf.inference.encoder import CellEncoder, Dtype
+from tahoex1_hf.inference.expression import ExpressionPredictor
 from tahoex1_hf.modeling_tahoe_x1 import TahoeX1PreTrainedModel
 from tahoex1_hf.perturbation.cells import Change, PerturbationEncoder, PerturbationMode
 from tahoex1_hf.perturbation.interactions import SHIFT, interaction_table
@@ -245,18 +246,9 @@ def _forward(
             'cell_pooling="mean_with_padding" makes an embedding depend on the cells it shares a batch with, more '
             'than on a gene: set model.config.cell_pooling = "mean".'
         )
-    decoder = getattr(model, "expression_decoder", None)
-    if expression and decoder is None:
-        raise ValueError(no_expression_head(f"a {type(model).__name__}"))
-    if expression and model.config._attn_implementation != "sdpa":
-        raise ValueError(
-            f"expression with attn_implementation={model.config._attn_implementation!r}: load the model with "
-            'attn_implementation="sdpa".'
-        )
+    decoder = expression_decoder(model) if expression else None
     encoder = CellEncoder(model, tokenizer, batch_tokens=batch_tokens, device=device, dtype=dtype)
-    # Scaled targets run from -1 to 1 over the bins 1 to num_bins - 1.
-    bins_per_unit = (model.config.num_bins - 2) / 2 if model.config.scale_targets else 1.0
-    return Forward(encoder, decoder if expression else None, bins_per_unit)
+    return Forward(encoder, None if decoder is None else ExpressionPredictor(encoder, decoder))
 
 
 def _plan(
@@ -429,7 +421,7 @@ class _Run:
         return min(int(expressing.sum()), len(self.groups.numbers[task.group]))
 
     def _predicts(self, control: bool) -> bool:
-        return self.forward.decoder is not None and not control
+        return self.forward.predictor is not None and not control
 
     def _mean_embedding(self, numbers: np.ndarray) -> np.ndarray:
         """Return the `(width,)` mean of the cells' embeddings of length 1, scaled to length 1."""
@@ -490,7 +482,7 @@ class _Run:
             finished, self.controls, groups, labels, tokenizer, first, min_cells, self._pools(finished)
         )
         affected = None
-        if self.forward.decoder is not None:
+        if self.forward.predictor is not None:
             affected = affected_table(finished, list(self.controls), groups, labels, tokenizer)
         interactions = None
         if self.pairs:

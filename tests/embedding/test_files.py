@@ -381,7 +381,7 @@ def test_means_over_samples(tmp_path: Path, cells: anndata.AnnData, parts, stopp
     np.testing.assert_array_equal(found, np.concatenate([values] * repeat))
     np.testing.assert_array_equal(spread, np.concatenate([deviations] * repeat))
     assert spread.dtype == np.float32
-    with pytest.raises(ValueError, match=r"draws=3 gives a deviation per cell, which 'x.npy' cannot hold"):
+    with pytest.raises(ValueError, match=r"further numbers \(tahoe_x1_sd\), which 'x.npy' cannot hold"):
         run(sources, tmp_path / "x.npy", *parts, draws=3, progress=False)
 
 

@@ -22,7 +22,8 @@ from tahoex1_hf import (
 from tahoex1_hf.cells.encoding import EncodeOptions
 from tahoex1_hf.cells.opening import open_cells
 from tahoex1_hf.inference.chunks import with_settings
-from tahoex1_hf.perturbation.cells import Change, Pairs, PerturbationEncoder, halves
+from tahoex1_hf.inference.expression import halves
+from tahoex1_hf.perturbation.cells import Change, Pairs, PerturbationEncoder
 
 QUIET: dict[str, Any] = {"null_genes": 0, "device": "cpu", "progress": False}
 CLOSE: dict[str, float] = {"rel": 1e-3, "abs": 1e-9}  # of cosine distances, from 1e-5 to 0.1
