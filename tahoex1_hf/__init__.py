@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from tahoex1_hf.finetuning.cells.predicting import predict_anndata, predict_files
     from tahoex1_hf.hub.adapters import load_adapter
     from tahoex1_hf.hub.sources import convert_checkpoint
+    from tahoex1_hf.imputation.running import impute_file
     from tahoex1_hf.modeling_tahoe_x1 import (
         TahoeX1ForPreTraining,
         TahoeX1ForSequenceClassification,
@@ -48,6 +49,7 @@ __all__ = [
     "convert_checkpoint",
     "embed_anndata",
     "embed_files",
+    "impute_file",
     "load_adapter",
     "perturb_genes",
     "predict_anndata",
@@ -67,6 +69,7 @@ _MODULES = {
     "convert_checkpoint": "hub.sources",
     "embed_anndata": "embedding.in_memory",
     "embed_files": "embedding.files",
+    "impute_file": "imputation.running",
     "load_adapter": "hub.adapters",
     "perturb_genes": "perturbation.run",
     "predict_anndata": "finetuning.cells.predicting",

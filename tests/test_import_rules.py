@@ -25,6 +25,8 @@ ALLOWED |= {
 }
 ALLOWED["benchmarking"] = {*ALLOWED["finetuning"], "embedding", "finetuning"}
 ALLOWED["annotation"] = {*ALLOWED["benchmarking"], "benchmarking"}
+ALLOWED["imputation"] = {*ALLOWED["benchmarking"], "benchmarking", "perturbation"}
+ALLOWED["reporting"] = {*ALLOWED["annotation"], "annotation"}
 ALLOWED["cli"] = {*ALLOWED, "cli"}
 
 

@@ -138,6 +138,7 @@ TESTED_IN: dict[str, set[str]] = {
         "common/wrapped_names",
         "inference/finite",
     },
+    "imputation/test_running.py": {"cli/impute", "imputation/layer", "imputation/targets"},
     "model_cards/test_model_cards.py": {"hub/cards/facts", "hub/cards/rendering", "training/flops"},
     "original/test_convert.py": {"original/finished"},
     "original/test_verify.py": {"original/config", "original/reference"},

@@ -2,7 +2,13 @@
 """Gene names as files spell them: recognise Ensembl ids and symbols, whatever was added to them."""
 
 import re
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 _BYTES = re.compile(r"""^b(['"])(.*)\1$""")
 # An id, after an optional genome or symbol (GRCh38_ENSG..., TSPAN6|ENSG...), and before anything `_BEHIND` matches.
@@ -20,6 +26,25 @@ _PART = re.compile(
 # the underscores into hyphens.
 _GENOME = re.compile(r"(?P<genome>(?:GRCh|hg|GRCm|mm|rn|mRatBN)\d+)(?:\.p\d+)?[_-]+(?P<symbol>\S.*)")
 _HUMAN_GENOME = ("GRCh", "hg")
+# Columns of `var` in which files usually keep symbols beside Ensembl ids.
+_SYMBOL_COLUMNS = ("gene_symbol", "gene_symbols", "feature_name", "gene_name", "gene_names", "symbol", "SYMBOL")
+
+
+def shown_names(var: "pd.DataFrame", symbols: Mapping[str, str] | None) -> np.ndarray:
+    """Return the names by which people know genes, `(genes,)`: symbols where ids are the names and symbols are known.
+
+    Args:
+        var: Table of the genes.
+        symbols: Gene symbol -> Ensembl id, for tables without symbols; None for none.
+    """
+    shown = var.index.astype(str).to_numpy()
+    if not all(name.startswith("ENS") for name in shown[:20]):
+        return shown
+    column = next((name for name in _SYMBOL_COLUMNS if name in var.columns), None)
+    if column is not None:
+        return var[column].astype(str).to_numpy()
+    reverse = {gene: symbol for symbol, gene in (symbols or {}).items()}
+    return np.array([reverse.get(name, name) for name in shown], dtype=object)
 
 
 def text_of(name: Any) -> str:

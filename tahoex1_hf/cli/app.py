@@ -15,6 +15,7 @@ from tahoex1_hf.cli.embed import embed
 from tahoex1_hf.cli.evaluate import evaluate
 from tahoex1_hf.cli.export import export
 from tahoex1_hf.cli.finetune import finetune
+from tahoex1_hf.cli.impute import impute
 from tahoex1_hf.cli.perturb import perturb
 from tahoex1_hf.cli.predict import predict
 from tahoex1_hf.cli.prepare import prepare
@@ -46,6 +47,7 @@ for name, function in {
     "perturb": perturb,
     "predict": predict,
     "annotate": annotate,
+    "impute": impute,
     "prepare": prepare,
     "pretrain": pretrain,
     "finetune": finetune,

@@ -54,6 +54,9 @@ class ExpressionPredictor:
         Returns:
             `(tokens,)` float32 expression of the hidden tokens, in the tokenizer's unit (bins, or the logarithm of
             scaled counts); NaN elsewhere.
+
+        Raises:
+            ValueError: If a prediction is not finite.
         """
         predicted = np.full(len(hidden), np.nan, dtype=np.float32)
         device = self.encoder.device
@@ -74,6 +77,11 @@ class ExpressionPredictor:
                 ).last_hidden_state
                 values = self.decoder(states)[0].float().cpu().numpy()
             predicted[index[hidden[index]]] = values[hidden[index]] * self._scale + self._shift
+        if not np.isfinite(predicted[hidden]).all():
+            raise ValueError(
+                f"the model predicts NaN or infinite expression, in {self.encoder.dtype_name}: pass "
+                'dtype="float32" (--dtype float32), or use another checkpoint.'
+            )
         return predicted
 
 

@@ -52,9 +52,6 @@ class CellScorer:
             `(cells,)` float32 scores, means over the masks: the squared error at hidden genes, as a share of the
             variance of the cell's values; and `(cells,)` float32, the standard deviation of one mask's score. Both
             are NaN for cells whose values are all equal, and the latter for a single mask.
-
-        Raises:
-            ValueError: If a prediction is not finite.
         """
         size = cells.num_cells
         owners = np.repeat(np.arange(size), cells.lengths)
@@ -67,11 +64,6 @@ class CellScorer:
             half = halves(owners, cells.input_ids, contents, sample_seed(self.seed, mask // 2))
             hidden = genes & (half == mask % 2) & (variance > 0)[owners]
             errors = (self.predictor.predict(cells, hidden)[hidden] - values[hidden]) ** 2
-            if not np.isfinite(errors).all():
-                raise ValueError(
-                    f"the model predicts NaN or infinite expression, in {self.predictor.encoder.dtype_name}: pass "
-                    'dtype="float32" (--dtype float32), or use another checkpoint.'
-                )
             number = np.bincount(owners[hidden], minlength=size)
             some = number > 0
             sums = np.bincount(owners[hidden], weights=errors, minlength=size)

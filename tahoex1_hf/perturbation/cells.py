@@ -8,14 +8,16 @@ difference between the two samples is then due to the perturbation alone.
 """
 
 import copy
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 from transformers.utils import logging
 
-from tahoex1_hf.cells.encoding import DrugIds, EncodeOptions, report_unknown_drugs
+from tahoex1_hf.cells.encoding import CHUNK_CELLS, DrugIds, EncodeOptions, report_unknown_drugs
 from tahoex1_hf.cells.readers.base import CellInput
+from tahoex1_hf.cells.rows import pick_cells
 from tahoex1_hf.encoding_tahoe_x1 import (
     GeneMatch,
     GeneRows,
@@ -114,6 +116,11 @@ class PerturbationBatch:
         """Encode the unchanged cells, as the tokenizer does."""
         return self.source.encode(self.rows, self.keep, self.numbers, self.drug_ids)
 
+    def pick(self, chosen: np.ndarray) -> "PerturbationBatch":
+        """Return some of the cells, by their rising row numbers."""
+        drugs = None if self.drug_ids is None else self.drug_ids[chosen]
+        return PerturbationBatch(self.source, pick_cells(self.rows, chosen), self.numbers[chosen], drugs)
+
     def counts_of(self, tokens: np.ndarray) -> np.ndarray:
         """Return the `(cells, tokens)` counts of a few genes, given by distinct tokens."""
         slots = np.full(self.source.num_tokens, -1)
@@ -170,6 +177,13 @@ class PerturbationEncoder:
         rows = self.cells.rows_at(numbers)
         rows = rows._replace(tokens=rows.tokens.astype(np.int64))
         return PerturbationBatch(self, rows, numbers, self._drug_ids.of_cells(numbers))
+
+    def stream(self, start: int, stop: int) -> Iterator[PerturbationBatch]:
+        """Read cells `start` to `stop` in order, in chunks as for embedding."""
+        for rows in self.cells.chunks(start, stop, CHUNK_CELLS, self._drug_ids.columns):
+            numbers = rows.first_cell + np.arange(rows.num_cells)
+            drug_ids = self._drug_ids.of_rows(rows)
+            yield PerturbationBatch(self, rows._replace(tokens=rows.tokens.astype(np.int64)), numbers, drug_ids)
 
     def check(self, cells: PerturbationBatch) -> None:
         """Raise ValueError for counts that cannot be encoded; warn once of counts that look wrong."""

@@ -8,14 +8,13 @@ from typing import Any
 import numpy as np
 
 from tahoex1_hf.cells.encoding import CHUNK_CELLS
+from tahoex1_hf.cells.gene_names import shown_names
 from tahoex1_hf.cells.readers.base import CellInput
 from tahoex1_hf.perturbation.cells import PerturbationEncoder
 
 # A block of perturbations is measured together, and kept when it is done. A block has at most this many perturbed
 # cells, enough for full batches, and at most this many perturbations, fewer where the change of every gene is summed.
 _BLOCK_CELLS, _BLOCK, _BLOCK_EVERY_GENE = 2048, 512, 32
-# Columns of `var` in which files usually keep symbols beside Ensembl ids.
-_SYMBOL_COLUMNS = ("gene_symbol", "gene_symbols", "feature_name", "gene_name", "gene_names", "symbol", "SYMBOL")
 
 
 @dataclass(frozen=True)
@@ -169,14 +168,7 @@ class GeneNames:
         Args:
             asked: Genes that the user named, which keep these names; or `"all"`.
         """
-        shown = self.var.index.astype(str).to_numpy()
-        if all(name.startswith("ENS") for name in shown[:20]):
-            column = next((name for name in _SYMBOL_COLUMNS if name in self.var.columns), None)
-            if column is not None:
-                shown = self.var[column].astype(str).to_numpy()
-            elif self.symbols:
-                reverse = {gene: symbol for symbol, gene in self.symbols.items()}
-                shown = np.array([reverse.get(name, name) for name in shown], dtype=object)
+        shown = shown_names(self.var, self.symbols)
         labels: dict[int, str] = {}
         for token, name in zip(self.source.genes.token_ids.tolist(), shown, strict=True):
             if token >= 0:
