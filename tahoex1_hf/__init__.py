@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from tahoex1_hf.hub.adapters import load_adapter
     from tahoex1_hf.hub.sources import convert_checkpoint
     from tahoex1_hf.imputation.running import impute_file
+    from tahoex1_hf.indexing.building import build_index
+    from tahoex1_hf.indexing.querying import query_index
     from tahoex1_hf.modeling_tahoe_x1 import (
         TahoeX1ForPreTraining,
         TahoeX1ForSequenceClassification,
@@ -46,6 +48,7 @@ __all__ = [
     "TahoeX1Tokenizer",
     "annotate_anndata",
     "annotate_files",
+    "build_index",
     "convert_checkpoint",
     "embed_anndata",
     "embed_files",
@@ -54,6 +57,7 @@ __all__ = [
     "perturb_genes",
     "predict_anndata",
     "predict_files",
+    "query_index",
 ]
 
 # Public name -> module, for __getattr__; the imports above say the same to type checkers.
@@ -66,6 +70,7 @@ _MODULES = {
     "TahoeX1Tokenizer": "tokenization_tahoe_x1",
     "annotate_anndata": "annotation.annotating",
     "annotate_files": "annotation.annotating",
+    "build_index": "indexing.building",
     "convert_checkpoint": "hub.sources",
     "embed_anndata": "embedding.in_memory",
     "embed_files": "embedding.files",
@@ -74,6 +79,7 @@ _MODULES = {
     "perturb_genes": "perturbation.run",
     "predict_anndata": "finetuning.cells.predicting",
     "predict_files": "finetuning.cells.predicting",
+    "query_index": "indexing.querying",
 }
 
 register_when_used()

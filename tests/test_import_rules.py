@@ -24,6 +24,7 @@ ALLOWED |= {
     job: {*ALLOWED["runs"], "runs", "original"} for job in ("embedding", "perturbation", "training", "finetuning")
 }
 ALLOWED["benchmarking"] = {*ALLOWED["finetuning"], "embedding", "finetuning"}
+ALLOWED["indexing"] = {*ALLOWED["finetuning"], "embedding"}
 ALLOWED["annotation"] = {*ALLOWED["benchmarking"], "benchmarking"}
 ALLOWED["imputation"] = {*ALLOWED["benchmarking"], "benchmarking", "perturbation"}
 ALLOWED["reporting"] = {*ALLOWED["annotation"], "annotation"}

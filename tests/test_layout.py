@@ -16,13 +16,13 @@ LONGEST_FILE, LONGEST_FUNCTION = 600, 60
 TESTED_IN: dict[str, set[str]] = {
     "annotation/test_annotating.py": {
         "annotation/classifier",
-        "annotation/embeddings",
         "annotation/labels",
         "annotation/output",
         "annotation/report",
         "annotation/sides",
         "annotation/transfer",
         "cli/annotate",
+        "embedding/embedder",
     },
     "annotation/test_validation.py": {"annotation/methods"},
     "benchmarking/test_cell_types.py": {
@@ -139,6 +139,8 @@ TESTED_IN: dict[str, set[str]] = {
         "inference/finite",
     },
     "imputation/test_running.py": {"cli/impute", "imputation/layer", "imputation/targets"},
+    "indexing/test_building.py": {"indexing/store"},
+    "indexing/test_querying.py": {"cli/index", "indexing/searching", "indexing/summary"},
     "model_cards/test_model_cards.py": {"hub/cards/facts", "hub/cards/rendering", "training/flops"},
     "original/test_convert.py": {"original/finished"},
     "original/test_verify.py": {"original/config", "original/reference"},

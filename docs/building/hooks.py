@@ -51,8 +51,15 @@ def commands_page() -> str:
         "`python -m tahoex1_hf` is the same command.",
         "",
     ]
-    for name in [command.name for command in app.registered_commands]:
-        result = CliRunner().invoke(app, [str(name), "--help"], prog_name="tahoex1")
+    names = [[str(command.name)] for command in app.registered_commands]
+    names += [
+        [str(g.name), str(command.name)]
+        for g in app.registered_groups
+        for command in g.typer_instance.registered_commands
+    ]
+    for words in names:
+        name = " ".join(words)
+        result = CliRunner().invoke(app, [*words, "--help"], prog_name="tahoex1")
         if result.exit_code or "Usage: tahoex1" not in result.output:
             raise PluginError(f"tahoex1 {name} --help: {result.output}")
         lines += [f"## tahoex1 {name}", "", "```text", result.output.strip(), "```", ""]

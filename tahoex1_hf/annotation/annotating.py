@@ -13,7 +13,6 @@ import numpy as np
 import torch
 
 from tahoex1_hf.annotation.classifier import Classifier, read_classifier
-from tahoex1_hf.annotation.embeddings import Embedder, check_record, embed_inputs, forget_embeddings
 from tahoex1_hf.annotation.labels import (
     UNKNOWN_NAME,
     check_classes,
@@ -39,6 +38,7 @@ from tahoex1_hf.cells.genes import GeneOptions
 from tahoex1_hf.cells.opening import Source, check_writable, open_cells, read_obs_column
 from tahoex1_hf.cells.whole import read_stored
 from tahoex1_hf.common.locks import RunLock
+from tahoex1_hf.embedding.embedder import Embedder, check_record, embed_inputs, forget_embeddings
 from tahoex1_hf.embedding.in_memory import embed_anndata
 from tahoex1_hf.finetuning.cells.baselines import MOST_CELLS
 from tahoex1_hf.hub.models import model_and_tokenizer

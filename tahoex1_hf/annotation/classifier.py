@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from tahoex1_hf.annotation.embeddings import Embedder
 from tahoex1_hf.annotation.methods import Votes
 from tahoex1_hf.cells.encoding import EncodeOptions
 from tahoex1_hf.cells.readers.base import CellInput
 from tahoex1_hf.common.progress import progress_bar
+from tahoex1_hf.embedding.embedder import Embedder
 from tahoex1_hf.finetuning.cells.labelled import SAMPLE_SEED
 from tahoex1_hf.finetuning.cells.predictor import CellPredictor, Predictor, load_predictor
 

@@ -16,6 +16,7 @@ from tahoex1_hf.cli.evaluate import evaluate
 from tahoex1_hf.cli.export import export
 from tahoex1_hf.cli.finetune import finetune
 from tahoex1_hf.cli.impute import impute
+from tahoex1_hf.cli.index import index
 from tahoex1_hf.cli.perturb import perturb
 from tahoex1_hf.cli.predict import predict
 from tahoex1_hf.cli.prepare import prepare
@@ -60,3 +61,5 @@ for name, function in {
     "drug-fingerprints": drug_fingerprints,
 }.items():
     app.command(name)(function)
+
+app.add_typer(index, name="index")

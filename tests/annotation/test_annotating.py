@@ -161,7 +161,7 @@ def test_a_stopped_run_resumes_to_the_same_result(
             annotate_files(*given, **QUIET)
     assert not files["output"].exists()
     with monkeypatch.context() as patch:  # what is embedded is not embedded again
-        patch.setattr("tahoex1_hf.annotation.embeddings.embed_files", stop)
+        patch.setattr("tahoex1_hf.embedding.embedder.embed_files", stop)
         annotate_files(*given, **QUIET)
         resumed = anndata.read_h5ad(files["output"])
         with pytest.raises(KeyboardInterrupt):  # and is forgotten when the run has ended
@@ -269,7 +269,7 @@ def test_slips_are_told_before_any_computing(
     def computing(*_: Any, **__: Any) -> None:
         raise AssertionError("embedded before the slip was told")
 
-    monkeypatch.setattr("tahoex1_hf.annotation.embeddings.embed_files", computing)
+    monkeypatch.setattr("tahoex1_hf.embedding.embedder.embed_files", computing)
     monkeypatch.setattr(annotating, "embed_anndata", computing)
     changed = reference.copy()
     if change is not None:

@@ -12,8 +12,10 @@ import pandas as pd
 import scipy.sparse as sp
 import torch
 from helpers import GOLDEN, tiny_config
+from typer.main import get_command
 
 from tahoex1_hf import TahoeX1ForPreTraining, TahoeX1Tokenizer
+from tahoex1_hf.cli.app import app
 
 _BLOCK = re.compile(r"^( *)```(?P<kind>python|sh)\n(?P<code>.*?)^\1```$", flags=re.MULTILINE | re.DOTALL)
 _TITLE_OR_CODE = re.compile(r"^#+ (?P<title>[^\n]+)$|^```python\n(?P<code>.*?)^```$", flags=re.MULTILINE | re.DOTALL)
@@ -52,6 +54,15 @@ def commands(page: Path) -> list[list[str]]:
                 elif words[:2] == ["docker", "run"]:
                     image = next(i for i, word in enumerate(words) if word.startswith("tahoex1"))
                     found.append(words[image + 1 :])
+    return found
+
+
+def every_command() -> dict[str, Any]:
+    """Return the commands by their words: `embed`, `index build`."""
+    found: dict[str, Any] = {}
+    for name, each in get_command(app).commands.items():  # type: ignore[attr-defined]
+        inner = getattr(each, "commands", None)
+        found |= {name: each} if inner is None else {f"{name} {word}": command for word, command in inner.items()}
     return found
 
 

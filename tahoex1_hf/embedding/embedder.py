@@ -1,5 +1,5 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""Embeddings of reference and query: those that are there, if they were made alike, and those that must be made."""
+"""A model with its settings, the record that its embeddings have, and embeddings that a run keeps until it ends."""
 
 import json
 import logging
@@ -17,6 +17,7 @@ from tahoex1_hf.common.digests import json_digest, tokenizer_digest, weights_dig
 from tahoex1_hf.common.files import write_json
 from tahoex1_hf.common.names import public_name
 from tahoex1_hf.embedding.files import embed_files
+from tahoex1_hf.embedding.stored import differences
 from tahoex1_hf.hub.models import model_name, without_peft
 from tahoex1_hf.inference.encoder import Dtype, choose_device, choose_dtype
 from tahoex1_hf.inference.provenance import model_revision, provenance_key
@@ -100,23 +101,13 @@ def check_record(record: Mapping[str, Any] | None, wanted: Mapping[str, Any], wh
             f'{where} has obsm["{key}"], but no {slot} that says how it was made, so it cannot be known whether '
             "reference and query go together: leave key (--key) out to embed both."
         )
-    there = {name: _plain(value) for name, value in record.items()}
-    other = [
-        f"{name} {there.get(name, 'not recorded')!s} where this run has {value!s}"
-        for name, value in wanted.items()
-        if there.get(name) != _plain(value)
-    ]
+    other = differences(record, wanted, tuple(wanted), "this run has")
     if other:
         raise ValueError(
             f'{where}: obsm["{key}"] was made otherwise ({"; ".join(other)}). Distances between embeddings of '
             "different models or settings mean nothing: leave key (--key) out to embed both, or pass the same model "
             "and settings."
         )
-
-
-def _plain(value: Any) -> str:
-    value = value.item() if hasattr(value, "item") else value
-    return value.decode() if isinstance(value, bytes) else str(value)
 
 
 def embed_inputs(

@@ -1,0 +1,184 @@
+# Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
+"""Find the cells nearest to others: exactly, or through the search index with a recall that is measured."""
+
+import logging
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from tahoex1_hf.indexing.store import CELL, ROW_ID, VECTOR, CellIndex
+
+logger = logging.getLogger(__name__)
+
+QUERIES = 256  # cells that are looked for at a time
+MANY = 2048  # cells that are looked for at a time where every cell of the index is read for them
+SAMPLE = 100  # cells by which recall is measured
+_SCANNED = 2**13  # cells that are compared at a time
+_REFINED = 2  # times k cells of the search index whose distances are computed anew from the whole embeddings
+_FEW = 100_000  # cells that are compared one by one rather than through the search index
+_SAME = 1e-6  # squared distances that differ by less count as equal: embeddings have length 1 and 24 bits
+
+
+@dataclass(frozen=True, eq=False)
+class Neighbours:
+    """The nearest cells of some cells.
+
+    Attributes:
+        ids: Row ids, nearest first, `(cells, k)`; where `distances` is infinite there is no such neighbour.
+        distances: Euclidean distances, `(cells, k)` float32.
+    """
+
+    ids: np.ndarray
+    distances: np.ndarray
+
+
+def exact_neighbours(index: CellIndex, queries: np.ndarray, k: int, where: str | None = None) -> Neighbours:
+    """Compare cells with every cell of an index; the index is read once, a piece at a time.
+
+    Args:
+        index: Index.
+        queries: Embeddings, `(cells, width)` float32.
+        k: Number of neighbours.
+        where: Filter of the index's cells.
+    """
+    ids = np.zeros((len(queries), k), dtype=np.uint64)
+    squares = np.full((len(queries), k), np.inf, dtype=np.float32)
+    own = np.square(queries).sum(axis=1)[:, None]
+    scan = index.table.search()
+    if where is not None:
+        scan = scan.where(where)
+    for batch in scan.select([VECTOR]).with_row_id(True).to_batches(_SCANNED):
+        vectors = _matrix(batch[VECTOR])
+        found = own + np.square(vectors).sum(axis=1) - 2 * (queries @ vectors.T)
+        if found.shape[1] > k:
+            best = np.argpartition(found, k - 1, axis=1)[:, :k]
+        else:
+            best = np.broadcast_to(np.arange(found.shape[1]), found.shape)
+        both = np.concatenate([squares, np.take_along_axis(found, best, axis=1)], axis=1)
+        numbers = np.concatenate([ids, batch[ROW_ID].to_numpy()[best]], axis=1)
+        order = np.argsort(both, axis=1, kind="stable")[:, :k]
+        squares, ids = np.take_along_axis(both, order, axis=1), np.take_along_axis(numbers, order, axis=1)
+    return _refined(index, queries, ids, np.isfinite(squares))
+
+
+def _refined(index: CellIndex, queries: np.ndarray, ids: np.ndarray, there: np.ndarray) -> Neighbours:
+    """Compute the distances of the nearest cells anew, since differences of squares lose digits."""
+    distances = np.full(ids.shape, np.inf, dtype=np.float32)
+    for low in range(0, len(ids), QUERIES):
+        part = slice(low, low + QUERIES)
+        mine = there[part]
+        if mine.any():
+            vectors = _matrix(index.rows(ids[part][mine], [VECTOR])[VECTOR].combine_chunks())
+            distances[part][mine] = np.linalg.norm(vectors - queries[part][np.nonzero(mine)[0]], axis=1)
+    order = np.argsort(distances, axis=1, kind="stable")
+    return Neighbours(np.take_along_axis(ids, order, axis=1), np.take_along_axis(distances, order, axis=1))
+
+
+def _matrix(vectors: pa.FixedSizeListArray) -> np.ndarray:
+    return np.asarray(vectors.flatten().to_numpy(zero_copy_only=False)).reshape(len(vectors), -1)
+
+
+def indexed_neighbours(
+    index: CellIndex, queries: np.ndarray, k: int, probes: int, where: str | None = None
+) -> Neighbours:
+    """Look for the nearest cells in the parts of the search index that are nearest to each cell.
+
+    The search index holds embeddings in 8 bits; the distances of twice k candidates are computed from the whole ones.
+
+    Args:
+        index: Index.
+        queries: Embeddings, `(cells, width)` float32.
+        k: Number of neighbours.
+        probes: Number of parts that are read.
+        where: Filter of the index's cells.
+    """
+    search = index.table.search(list(queries)).limit(k).nprobes(probes).refine_factor(_REFINED)
+    if where is not None:
+        search = search.where(where, prefilter=True)
+    found = search.select([CELL, "_distance"]).with_row_id(True).to_arrow()
+    rows = found["query_index"].to_numpy() if len(queries) > 1 else np.zeros(len(found), dtype=np.int64)
+    squares = found["_distance"].to_numpy()
+    order = np.lexsort((found[ROW_ID].to_numpy(), squares, rows))
+    starts = np.searchsorted(rows[order], np.arange(len(queries)))
+    places = np.arange(len(order)) - starts[rows[order]]
+    ids = np.zeros((len(queries), k), dtype=np.uint64)
+    distances = np.full((len(queries), k), np.inf, dtype=np.float32)
+    ids[rows[order], places] = found[ROW_ID].to_numpy()[order]
+    distances[rows[order], places] = np.sqrt(np.maximum(squares[order], 0))
+    return Neighbours(ids, distances)
+
+
+def recall_of(found: Neighbours, truth: Neighbours) -> float:
+    """Return the share of the true neighbours that were found; one that is as near as the farthest of them counts."""
+    farthest = np.where(np.isfinite(truth.distances), truth.distances, 0).max(axis=1, keepdims=True)
+    right = np.square(found.distances) <= np.square(farthest) + _SAME
+    return float(right.sum() / max(1, np.isfinite(truth.distances).sum()))
+
+
+def find_probes(
+    index: CellIndex, queries: np.ndarray, k: int, least: float, where: str | None = None, start: int = 1
+) -> tuple[int, float]:
+    """Return the number of parts to read so that the recall of some cells is high enough, and that recall.
+
+    Args:
+        index: Index.
+        queries: Embeddings of the cells, `(cells, width)` float32.
+        k: Number of neighbours.
+        least: Least recall.
+        where: Filter of the index's cells.
+        start: Number of parts that is tried first; it is doubled until the recall is high enough.
+    """
+    truth, partitions = exact_neighbours(index, queries, k, where), index.manifest.partitions
+    probes = max(1, min(start, partitions))
+    while True:
+        recall = recall_of(indexed_neighbours(index, queries, k, probes, where), truth)
+        if recall >= least or probes >= partitions:
+            return probes, recall
+        probes = min(2 * probes, partitions)
+
+
+class Search:
+    """A search for the nearest cells, whose way depends on the number of cells that pass its filter.
+
+    Args:
+        index: Complete index.
+        k: Number of neighbours.
+        where: Filter of the index's cells.
+        exact: Whether every cell is compared.
+        least: Least recall under a filter.
+        seed: Seed of the sample by which the recall under a filter is measured.
+
+    Attributes:
+        passing: Number of the index's cells that pass the filter.
+        recall: Share of the true neighbours that are found; measured when the index was built or, under a filter, by a
+            sample of the queries.
+    """
+
+    def __init__(self, index: CellIndex, k: int, where: str | None, exact: bool, least: float, seed: int = 0):
+        self.index, self.k, self.where, self.least, self.seed = index, k, where, least, seed
+        self.passing = index.count(where)
+        self.probes = 0 if exact or (where is not None and self.passing <= _FEW) else index.manifest.probes
+        self.recall = 1.0 if not self.probes else index.manifest.recall or 0.0
+        self._measured = where is None
+
+    def measure(self, queries: np.ndarray) -> None:
+        """Under a filter, find how many parts must be read for a sample of the cells to be looked for."""
+        if not self.probes or self._measured:
+            return
+        self._measured = True
+        start = round(self.probes * self.index.manifest.num_cells / self.passing)
+        rows = np.random.default_rng(self.seed).permutation(len(queries))[:SAMPLE]
+        self.probes, self.recall = find_probes(self.index, queries[rows], self.k, self.least, self.where, start)
+
+    def __call__(self, queries: np.ndarray) -> Neighbours:
+        """Return the nearest cells of some cells, whose embeddings are `(cells, width)`."""
+        if not self.probes:
+            return exact_neighbours(self.index, queries, self.k, self.where)
+        self.measure(queries)
+        found = indexed_neighbours(self.index, queries, self.k, self.probes, self.where)
+        short = np.flatnonzero(~np.isfinite(found.distances[:, min(self.k, self.passing) - 1]))
+        if len(short):  # too few of the cells that pass the filter lie in these parts
+            rest = exact_neighbours(self.index, queries[short], self.k, self.where)
+            found.ids[short], found.distances[short] = rest.ids, rest.distances
+        return found
