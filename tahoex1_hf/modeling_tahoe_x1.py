@@ -31,15 +31,17 @@ from .packing_tahoe_x1 import (
     UNREAD_BY_LAYERS,
     CellLayout,
     TahoeX1ForPreTrainingOutput,
+    TahoeX1HeadLinear,
     TahoeX1ModelOutput,
     check_arguments,
     check_shape,
     dummy_batch,
+    every_gene_mse,
     lay_out_cells,
     make_attention_mask,
     masked_mse,
-    multiplied_as,
     refuse_to_generate,
+    scaled_labels,
     token_cross_entropy,
 )
 
@@ -68,13 +70,6 @@ class TahoeX1ValueLinear(nn.Module):
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
         return nn.functional.linear(values.to(self.bias.dtype), self.weight, self.bias)
-
-
-class TahoeX1HeadLinear(nn.Linear):
-    """Linear layer that predicts. It stays in float32 in float16 models, and as it is in quantised ones."""
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return super().forward(hidden_states.to(multiplied_as(hidden_states, self.bias.dtype)))
 
 
 class TahoeX1DrugTable(nn.Embedding):
@@ -412,8 +407,7 @@ class TahoeX1ExpressionDecoder(nn.Module):
 class TahoeX1CellDecoder(nn.Module):
     """Expression of a gene from the cell embedding alone: `query(gene) · project(cell)`.
 
-    The original projects each gene's query instead of the cell; the product is the same with the matrix transposed,
-    at 1/length of the work.
+    The original projects each gene's query instead of the cell: the same product, at length times the work.
     """
 
     def __init__(self, config: TahoeX1Config):
@@ -424,9 +418,11 @@ class TahoeX1CellDecoder(nn.Module):
         self.scaling = config.hidden_size**-0.5 if config.cell_decoder_scaled else 1.0
 
     def forward(
-        self, cell_embeddings: torch.Tensor, gene_embeddings: torch.Tensor, layout: CellLayout
+        self, cell_embeddings: torch.Tensor, gene_embeddings: torch.Tensor, layout: CellLayout | None
     ) -> torch.Tensor:
         queries = self.act_fn(self.gene_query(gene_embeddings))
+        if layout is None:  # the same genes for all cells: (cells, genes)
+            return torch.matmul(self.cell_proj(cell_embeddings), queries.transpose(0, 1)) * self.scaling
         cells = layout.per_token(self.cell_proj(cell_embeddings))
         if layout.token_cells is None:
             return torch.matmul(queries, cells.transpose(1, 2)).squeeze(-1) * self.scaling
@@ -455,11 +451,11 @@ class TahoeX1ForPreTraining(TahoeX1PreTrainedModel):
         labels: torch.Tensor | None = None,
         drug_ids: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
+        cell_labels: torch.Tensor | None = None,
+        num_cell_labels: torch.Tensor | int | None = None,
         **kwargs: Any,
     ) -> TahoeX1ForPreTrainingOutput:
-        """Predict the hidden expression of the targets.
-
-        The other arguments, and the errors, are as for `TahoeX1Model.forward`.
+        """Predict the hidden expression of the targets. Other arguments and errors are `TahoeX1Model.forward`'s.
 
         Args:
             labels: `(batch, length)` float, expression at the targets; other values are not read. The loss is the mean
@@ -467,6 +463,9 @@ class TahoeX1ForPreTraining(TahoeX1PreTrainedModel):
                 none.
             num_items_in_batch: Number of targets over which the loss is averaged, by default the targets of this call;
                 with gradient accumulation, pass the targets of all microbatches.
+            cell_labels: `(cells, tokens)` float, expression of every gene by token id, -100 at ids that are no gene's:
+                the cell decoder's loss is then over these, and not over the targets as in the original.
+            num_cell_labels: As `num_items_in_batch`, for `cell_labels`.
         """
         if labels is not None and target_mask is None:
             raise ValueError("labels was given without target_mask, which marks the positions to predict.")
@@ -477,12 +476,14 @@ class TahoeX1ForPreTraining(TahoeX1PreTrainedModel):
         cell_expression_predictions = self.cell_decoder(outputs.pooler_output, outputs.gene_embeddings, layout)
         loss = expression_loss = cell_expression_loss = None
         if labels is not None and target_mask is not None:
-            if self.config.scale_targets:
-                labels = 2 * (labels.float() - 1) / (self.config.num_bins - 2) - 1
             targets = target_mask if valid is None else target_mask & valid
             num_targets = targets.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-            expression_loss = masked_mse(expression_predictions, labels, targets, num_targets)
-            cell_expression_loss = masked_mse(cell_expression_predictions, labels, targets, num_targets)
+            scaled = scaled_labels(self.config, labels)
+            expression_loss = masked_mse(expression_predictions, scaled, targets, num_targets)
+            if cell_labels is None:
+                cell_expression_loss = masked_mse(cell_expression_predictions, scaled, targets, num_targets)
+            else:
+                cell_expression_loss = every_gene_mse(self, outputs.pooler_output, cell_labels, num_cell_labels)
             loss = (expression_loss + cell_expression_loss.to(expression_loss.device)) / 2
         # Built last, since the order of assignment is also the order of the tuple for return_dict=False.
         return TahoeX1ForPreTrainingOutput(

@@ -293,6 +293,14 @@ def multiplied_as(states: torch.Tensor, otherwise: torch.dtype | None = None) ->
     return torch.get_autocast_dtype(kind) if automatic else otherwise or states.dtype
 
 
+class TahoeX1HeadLinear(nn.Linear):
+    """Linear layer that predicts. It stays in float32 in float16 models, and as it is in quantised ones."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Multiply in the precision of the layer, or of autocast: `(..., in_features)` to `(..., out_features)`."""
+        return super().forward(hidden_states.to(multiplied_as(hidden_states, self.bias.dtype)))
+
+
 def make_attention_mask(
     config: TahoeX1Config,
     hidden_states: torch.Tensor,
@@ -406,6 +414,31 @@ def masked_mse(
     zero = predictions.new_zeros(())
     difference = torch.where(target_mask, predictions, zero) - torch.where(target_mask, labels.float(), zero)
     return _shared_by(difference.square().sum(), num_targets)
+
+
+def scaled_labels(config: TahoeX1Config, labels: torch.Tensor) -> torch.Tensor:
+    """Return labels in the unit of the loss: with `scale_targets` bins `1..num_bins-1` become [-1, 1]."""
+    return 2 * (labels.float() - 1) / (config.num_bins - 2) - 1 if config.scale_targets else labels
+
+
+def every_gene_mse(
+    model: Any, cell_embeddings: torch.Tensor, labels: torch.Tensor, number: torch.Tensor | int | None
+) -> torch.Tensor:
+    """Return the mean squared error with which a model's cell decoder predicts every gene from the cell embeddings.
+
+    Args:
+        model: A `TahoeX1ForPreTraining`.
+        cell_embeddings: `(cells, hidden_size)`.
+        labels: `(cells, tokens)` by token id, -100 at ids that are no gene's.
+        number: Divisor of the sum of squares; by default the number of labels.
+    """
+    cells, tokens = len(cell_embeddings), model.config.vocab_size
+    if labels.shape[0] != cells or not 0 < labels.shape[-1] <= tokens or labels.dim() != 2:
+        raise ValueError(f"cell_labels has shape {tuple(labels.shape)}, for {cells} cells and {tokens} tokens.")
+    genes = model.tahoe.embeddings.gene_encoder(torch.arange(labels.shape[1], device=cell_embeddings.device))
+    predictions, known = model.cell_decoder(cell_embeddings, genes, None), labels != -100
+    number = known.sum().clamp(min=1) if number is None else number
+    return masked_mse(predictions, scaled_labels(model.config, labels), known, number)
 
 
 def token_cross_entropy(

@@ -278,3 +278,40 @@ def test_each_cell_gets_its_own_drug(pack: bool) -> None:
     assert moved[1] > 1e-2
     assert moved[[0, 2, 3]].max() == 0
     assert torch.equal(cells(None), cells([0, 0, 0, 0]))  # row 0: no or unknown drug
+
+
+# Every gene from the cell embedding ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_the_loss_over_every_gene(scaled: bool) -> None:
+    config = tiny_config(num_drugs=0, scale_targets=scaled)
+    model, batch = tiny_model(config), make_batch(config)
+    number = len(batch["input_ids"])
+    labels = torch.arange(float(number * config.vocab_size)).view(number, -1).remainder(50)
+    labels[:, :4] = -100
+    every: dict[str, torch.Tensor] = {}
+
+    def keep(_: Any, arguments: tuple, output: torch.Tensor) -> None:
+        every["given" if arguments[2] is None else "tokens"] = output
+
+    model.cell_decoder.register_forward_hook(keep)
+    with torch.no_grad():
+        usual, found = model(**batch), model(**batch, cell_labels=labels)
+        in_row = model(**packed(batch), cell_labels=labels)
+    # The prediction of a gene is the one that its token would have.
+    at_tokens = every["given"].gather(1, batch["input_ids"])
+    assert largest_difference(at_tokens, usual.cell_expression_predictions) < CLOSE
+    wanted = 2 * (labels - 1) / (config.num_bins - 2) - 1 if scaled else labels
+    expected = (every["given"] - wanted)[:, 4:].double().square().mean().item()
+    assert found.cell_expression_loss.item() == pytest.approx(expected, rel=1e-5)
+    assert in_row.cell_expression_loss.item() == pytest.approx(expected, rel=1e-5)
+    assert torch.equal(found.expression_loss, usual.expression_loss)
+    assert found.loss.item() == pytest.approx((found.expression_loss.item() + expected) / 2, rel=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(3, 64), (4, 0), (4, 10**6)])
+def test_labels_of_every_gene_in_a_wrong_shape(shape: tuple[int, int]) -> None:
+    config = tiny_config(num_drugs=0)
+    with pytest.raises(ValueError, match="cell_labels has shape"):
+        tiny_model(config)(**make_batch(config), cell_labels=torch.zeros(shape))

@@ -106,5 +106,6 @@ def _settings(tokenizer: TahoeX1Tokenizer, special: list[int], room: int) -> Any
         target_sum=float(tokenizer.target_sum),
         mask_probabilities=np.zeros(0),
         unexpressed=np.zeros(0, dtype=np.int64),
+        absent_ratio=0.0,
         num_tokens=0,
     )

@@ -43,7 +43,8 @@ class Settings(NamedTuple):
         target_sum: Sum of a cell before the logarithm.
         mask_probabilities: Float64 shares of the genes to predict, one of which is chosen at random for each cell;
             empty for no targets.
-        unexpressed: Int64 ids of all genes, to fill up cells with genes that they do not express; empty for none.
+        unexpressed: Int64 ids of all genes, to add genes that a cell does not express; empty for none.
+        absent_ratio: Number of such genes per kept gene, all of them targets; 0 to fill cells up to their stop.
         num_tokens: Number of token ids, larger than every id.
     """
 
@@ -60,6 +61,7 @@ class Settings(NamedTuple):
     target_sum: float
     mask_probabilities: np.ndarray
     unexpressed: np.ndarray
+    absent_ratio: float
     num_tokens: int
 
 
@@ -443,22 +445,24 @@ def encode_cells(
         start, stop, state = starts[cell], stops[cell], streams[cell]
         place = start + len(settings.special_tokens)
         kept = min(length, settings.room)
-        filled = 0
-        if len(settings.unexpressed):
-            filled = max(min(stop - place - kept, len(settings.unexpressed) - length), 0)
+        added = np.int64(settings.absent_ratio * kept + 0.5) if settings.absent_ratio > 0 else stop - place - kept
+        filled = max(min(added, len(settings.unexpressed) - length), 0)
         used = kept + filled
+        choosable = kept if settings.absent_ratio > 0 else used
         targets = 0
         if len(settings.mask_probabilities):
             state += _GAMMA
             choice = _below(state, len(settings.mask_probabilities))
-            targets = np.int64(settings.mask_probabilities[choice] * used)
+            targets = np.int64(settings.mask_probabilities[choice] * choosable)
         whole, total = _value_rule(
             counts, first_count, length, whole_counts, settings, histogram, tail, values, upto, edges, table
         )
         for i in range(np.uint64(length)):  # in order, so that memory is read ahead and chosen genes are in the cache
             tokens[i] = genes[np.uint64(first_gene) + i]
         # A cell that is filled up keeps all of its genes, and targets are chosen among its own and the added genes.
-        state = _choose(length + filled, used, targets, settings.sample, state, chosen)
+        # With a ratio they are chosen among its own, and all added genes are targets besides.
+        state = _choose(length + choosable - kept, choosable, targets, settings.sample, state, chosen)
+        chosen[choosable:used] = 2 * length + 1
         ids = output.input_ids[place : place + used]
         cell_values = output.expression_values[place : place + used]
         if filled:
@@ -468,12 +472,9 @@ def encode_cells(
             ids, cell_values
         )  # fmt: skip
         _hide_targets(
-            chosen,
-            settings.mask_value,
-            cell_values,
-            output.target_mask[place : place + used],
-            output.labels[place : place + used],
-        )
+            chosen, settings.mask_value, cell_values, output.target_mask[place : place + used],
+            output.labels[place : place + used]
+        )  # fmt: skip
         _finish(settings, output, start, place, place + used, stop)
 
 

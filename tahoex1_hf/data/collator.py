@@ -2,7 +2,7 @@
 """Batches for pretraining from counts of cells: values, sampling, targets, drugs, padding or packing."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -34,6 +34,11 @@ class CellCollator:
         unexpressed_padding: Whether to fill every cell up to the context with random genes that it does not express
             (value 0), instead of padding. (The original's `unexp_padding` fills up to the longest cell of the batch,
             which makes a cell depend on its batch.)
+        absent_targets: Share of a cell's genes that it does not express, all of them targets (value 0), below 1. A
+            cell keeps at most the rest of the context of its own genes, and `mlm_probability` is a share of these; so
+            it sees only genes that it expresses, as when it is embedded.
+        cell_targets: Genes that are predicted from the cell embedding: `"hidden"`, the targets, as in the original; or
+            `"all"`, every gene of the vocabulary, expressed or not, whose values a batch then holds.
         pad_to_multiple_of: Number of which the padded length is a multiple.
         drug_token: Whether cells begin with `<cls>`, `<drug>`; by default if the tokenizer has drugs. The tokenizer's
             `unknown_drugs` decides about drugs that its table lacks.
@@ -54,6 +59,8 @@ class CellCollator:
         context_length: int | None = None,
         packed: bool = False,
         unexpressed_padding: bool = False,
+        absent_targets: float = 0.0,
+        cell_targets: Literal["hidden", "all"] = "hidden",
         pad_to_multiple_of: int | None = None,
         drug_token: bool | None = None,
         mask_value: float = -1.0,
@@ -78,6 +85,12 @@ class CellCollator:
             )
         if packed and (unexpressed_padding or pad_to_multiple_of):
             raise ValueError("packed=True leaves no padding: leave out unexpressed_padding and pad_to_multiple_of.")
+        if not 0 <= absent_targets < 1:
+            raise ValueError(f"absent_targets={absent_targets}: pass a share of at least 0 and below 1.")
+        if absent_targets and (unexpressed_padding or mlm_probability is None):
+            raise ValueError(
+                "absent_targets adds targets of its own: leave out unexpressed_padding, and pass an mlm_probability."
+            )
         if seed is not None and not 0 <= seed < 2**63:
             raise ValueError(f"seed={seed}: pass a non-negative integer, or None.")
         self.tokenizer, self.context_length, self.seed = tokenizer, length, seed
@@ -86,14 +99,24 @@ class CellCollator:
             unexpressed_padding,
             pad_to_multiple_of,
         )
+        if cell_targets not in ("hidden", "all"):
+            raise ValueError(f'cell_targets={cell_targets!r}: pass "hidden" or "all".')
+        self.cell_targets = cell_targets
+        self.absent_targets, absent_ratio = absent_targets, absent_targets / (1 - absent_targets)
+        room = length - len(special)
+        own = int(room / (1 + absent_ratio))
+        own -= own + int(absent_ratio * own + 0.5) > room  # rounding may add one gene too many
+        if own < 1:
+            raise ValueError(f"absent_targets={absent_targets} leaves no room for a cell's own genes among {room}.")
         vocabulary = tokenizer.get_vocab()
         ids = [vocabulary[str(tokenizer.cls_token)], *([vocabulary["<drug>"]] if self.drug_token else [])]
+        adds_genes = unexpressed_padding or absent_targets > 0
         self._settings = kernels.Settings(
             special_tokens=np.array(ids, dtype=np.int64),
             pad_token=vocabulary[str(tokenizer.pad_token)],
             pad_value=np.float32(tokenizer.pad_value),
             mask_value=np.float32(mask_value),
-            room=length - len(ids),
+            room=own,
             sample=tokenizer.overflow == "sample",
             highest=False,
             encoding=_ENCODINGS[tokenizer.value_encoding],
@@ -101,7 +124,8 @@ class CellCollator:
             right=tokenizer.right_binning,
             target_sum=float(tokenizer.target_sum),
             mask_probabilities=probabilities,
-            unexpressed=np.flatnonzero(tokenizer.is_gene) if unexpressed_padding else np.zeros(0, dtype=np.int64),
+            unexpressed=np.flatnonzero(tokenizer.is_gene) if adds_genes else np.zeros(0, dtype=np.int64),
+            absent_ratio=absent_ratio,
             num_tokens=max(vocabulary.values()) + 1,
         )
 
@@ -109,7 +133,11 @@ class CellCollator:
         """Return the numbers of tokens of cells with `num_genes` genes, before padding."""
         if self.unexpressed_padding:
             return np.full(len(num_genes), self.context_length, dtype=np.int64)
-        return np.minimum(num_genes, self._settings.room) + len(self._settings.special_tokens)
+        kept = np.minimum(num_genes, self._settings.room)
+        if self.absent_targets:
+            wanted = (self._settings.absent_ratio * kept + 0.5).astype(np.int64)
+            kept += np.minimum(wanted, np.maximum(len(self._settings.unexpressed) - num_genes, 0))
+        return kept + len(self._settings.special_tokens)
 
     def collate(
         self,
@@ -126,7 +154,8 @@ class CellCollator:
 
         Returns:
             `input_ids`, `expression_values` and, with targets, `target_mask` and `labels` (the targets' values, -100
-            elsewhere), each `(batch, length)`, with `attention_mask` (bool); `drug_ids` `(batch,)` with `drug_token`.
+            elsewhere), each `(batch, length)`, with `attention_mask` (bool); `drug_ids` `(batch,)` with `drug_token`;
+            `cell_labels` `(batch, tokens of the vocabulary)` with `cell_targets="all"`.
             With `packed`, `(1, tokens)` each, with `cu_seq_lens_q`, `cu_seq_lens_k`, `max_length_q` and
             `max_length_k` instead of the mask. The genes of a sampled cell are in no particular order.
         """
@@ -149,7 +178,7 @@ class CellCollator:
             labels=np.empty(shape, dtype=np.float32),
             attention_mask=np.empty((0, 0) if self.packed else shape, dtype=np.bool_),
         )
-        self._encode(parts, streams, starts, stops, arrays)
+        self._encode(parts, streams, starts, stops, self._settings, arrays)
         batch: dict[str, Any] = {"input_ids": arrays.input_ids, "expression_values": arrays.expression_values}
         if len(self._settings.mask_probabilities):
             batch |= {"target_mask": arrays.target_mask, "labels": arrays.labels}
@@ -158,6 +187,8 @@ class CellCollator:
             batch |= {"cu_seq_lens_q": boundaries, "cu_seq_lens_k": boundaries}
         else:
             batch["attention_mask"] = arrays.attention_mask
+        if self.cell_targets == "all":
+            batch["cell_labels"] = self._values_of_all_genes(parts, streams, num_genes)
         if self.drug_token:
             if drug_ids is None:
                 raise ValueError("drug_ids is missing: a collator with drug_token needs a drug, or 0, for each cell.")
@@ -168,12 +199,35 @@ class CellCollator:
             tensors |= {"max_length_q": longest, "max_length_k": longest}
         return tensors
 
+    def _values_of_all_genes(
+        self, parts: Sequence[tuple[np.ndarray, RowViews]], streams: np.ndarray, num_genes: np.ndarray
+    ) -> np.ndarray:
+        """Return the values of whole cells by token id, 0 for absent genes, `(cells, tokens)`."""
+        nothing = np.zeros(0, dtype=np.int64)
+        settings = self._settings._replace(
+            special_tokens=nothing, room=2**31, unexpressed=nothing, absent_ratio=0.0, mask_probabilities=np.zeros(0)
+        )
+        stops, total = np.cumsum(num_genes), int(num_genes.sum())
+        whole = kernels.Output(
+            input_ids=np.empty(total, dtype=np.int64),
+            expression_values=np.empty(total, dtype=np.float32),
+            target_mask=np.empty(total, dtype=np.bool_),
+            labels=np.empty(total, dtype=np.float32),
+            attention_mask=np.empty(0, dtype=np.bool_),
+        )
+        self._encode(parts, streams, stops - num_genes, stops, settings, whole)
+        absent = np.where(self.tokenizer.is_gene, np.float32(0), np.float32(kernels.NO_LABEL))
+        found = np.tile(absent, (len(num_genes), 1))
+        found[np.repeat(np.arange(len(num_genes)), num_genes), whole.input_ids] = whole.expression_values
+        return found
+
     def _encode(
         self,
         parts: Sequence[tuple[np.ndarray, RowViews]],
         streams: np.ndarray,
         starts: np.ndarray,
         stops: np.ndarray,
+        settings: kernels.Settings,
         arrays: kernels.Output,
     ) -> None:
         """Fill the arrays of a batch, in which each cell has the places from `starts` to `stops`."""
@@ -189,7 +243,7 @@ class CellCollator:
                 streams[rows],
                 starts[rows],
                 stops[rows],
-                self._settings,
+                settings,
                 flat,
             )
 

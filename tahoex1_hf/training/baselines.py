@@ -28,7 +28,12 @@ def baseline_losses(
         is the mean bin of the gene.
     """
     everything = CellCollator(
-        collator.tokenizer, mlm_probability=1.0, context_length=collator.context_length, drug_token=collator.drug_token
+        collator.tokenizer,
+        mlm_probability=1.0,
+        context_length=collator.context_length,
+        unexpressed_padding=collator.unexpressed_padding,
+        absent_targets=collator.absent_targets,
+        drug_token=collator.drug_token,
     )
     sums, counts = np.zeros(model.vocab_size), np.zeros(model.vocab_size)
     seen = 0

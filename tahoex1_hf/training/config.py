@@ -52,6 +52,9 @@ class PretrainConfig(Strict):
     """Rule for drugs that the drug table lacks, such as the solvent of Tahoe-100M: their cells count as cells without
     a drug, as in the original, with one warning that lists them; or they are refused."""
 
+    value_encoding: Literal["bins", "log1p", "raw"] | None = None
+    """Values that counts become, of a new tokenizer: quantile bins (by default, as in the original), logarithms of
+    counts per 10,000, or counts. A tokenizer that is given has its own."""
     context_length: int = Field(1024, gt=1)
     """Largest number of tokens of a cell."""
     mlm_probability: float | list[float] = 0.5
@@ -60,6 +63,12 @@ class PretrainConfig(Strict):
     """Whether the cells of a microbatch follow one another in one row, without padding."""
     unexpressed_padding: bool = False
     """Whether cells are filled up to the context length with genes that they do not express; needs `packed: false`."""
+    absent_targets: float = Field(0.0, ge=0, lt=1)
+    """Share of a cell's genes in a step that it does not express: targets with the value 0, beside those of its own
+    genes that `mlm_probability` hides. A cell sees only genes that it expresses, as when it is embedded."""
+    cell_targets: Literal["hidden", "all"] = "hidden"
+    """Genes that are predicted from the cell embedding: those that are hidden, as in the original, or all genes of the
+    vocabulary, expressed or not. `all` needs an unsharded model."""
     pad_to_multiple_of: int | None = Field(None, gt=0)
     """Number whose next multiple padded lengths are rounded up to, for `compile`; needs `packed: false`."""
 
@@ -77,12 +86,15 @@ class PretrainConfig(Strict):
 
     learning_rate: float = Field(gt=0)
     """Largest learning rate."""
-    schedule: Literal["cosine", "constant"] = "cosine"
-    """Course of the learning rate after the warm-up."""
+    schedule: Literal["cosine", "constant", "stable"] = "cosine"
+    """Course of the learning rate after the warm-up. `stable` stays at the largest, and falls to the lowest in the
+    last `decay_fraction` of the steps: a checkpoint before its fall can be gone on from with more (`resume_from`)."""
     warmup_fraction: float = Field(0.05, ge=0, lt=1)
     """Share of the steps in which the learning rate rises from 0."""
     min_learning_rate_fraction: float = Field(0.1, ge=0, le=1)
-    """Learning rate at the end of the cosine, as a share of `learning_rate`."""
+    """Learning rate at the end of the cosine, or of the fall, as a share of `learning_rate`."""
+    decay_fraction: float = Field(0.2, gt=0, le=1)
+    """Share of the steps in which the learning rate falls, with `schedule: stable`."""
     decoupled_weight_decay: float = Field(0.0, ge=0)
     """Share by which all parameters shrink in a step, times learning rate / `learning_rate`, as in the original."""
     betas: tuple[float, float] = (0.9, 0.95)
@@ -154,6 +166,12 @@ class PretrainConfig(Strict):
             raise ValueError(f"microbatch_size={self.microbatch_size}: pass a number of cells, or auto.")
         if self.packed and (self.unexpressed_padding or self.pad_to_multiple_of):
             raise ValueError("packed leaves no padding: unexpressed_padding and pad_to_multiple_of need packed=false.")
+        if self.absent_targets and self.unexpressed_padding:
+            raise ValueError(
+                "absent_targets and unexpressed_padding both add genes that a cell does not express: set one."
+            )
+        if self.value_encoding and (self.tokenizer or self.init_from):
+            raise ValueError("value_encoding is for a new tokenizer: that of tokenizer or init_from has its own.")
         if (self.drug_fingerprints is None) != (self.drug_table is None):
             raise ValueError("drug_table and drug_fingerprints belong together: set both or neither.")
         return self

@@ -30,7 +30,8 @@ def microbatches(batch: Batch, cells: int) -> Iterator[Batch]:
         for start in range(0, len(batch["input_ids"]), cells):
             part = {name: tensor[start : start + cells] for name, tensor in batch.items()}
             longest = int(part["attention_mask"].any(0).nonzero().max()) + 1
-            yield {name: tensor[:, :longest] if tensor.ndim == 2 else tensor for name, tensor in part.items()}
+            of_tokens = {name for name, tensor in part.items() if tensor.ndim == 2} - {"cell_labels"}
+            yield {name: tensor[:, :longest] if name in of_tokens else tensor for name, tensor in part.items()}
         return
     boundaries = batch["cu_seq_lens_q"].tolist()
     for start in range(0, len(boundaries) - 1, cells):
@@ -39,10 +40,11 @@ def microbatches(batch: Batch, cells: int) -> Iterator[Batch]:
         inside = boundaries[start : start + cells + 1]
         longest = max(b - a for a, b in pairwise(inside))
         part = {
-            name: value[:, low:high] for name, value in batch.items() if torch.is_tensor(value) and value.ndim == 2
+            name: value[:, low:high]
+            for name, value in batch.items()
+            if torch.is_tensor(value) and value.ndim == 2 and name != "cell_labels"
         }
-        if "drug_ids" in batch:
-            part["drug_ids"] = batch["drug_ids"][start : start + cells]
+        part |= {name: batch[name][start : start + cells] for name in ("drug_ids", "cell_labels") if name in batch}
         part |= {"cu_seq_lens_q": edges - low, "cu_seq_lens_k": edges - low}
         if "target_mask" in part:
             part["num_targets"] = int(part["target_mask"].sum())
@@ -54,7 +56,9 @@ def num_cells(batch: Batch) -> int:
     return len(batch["cu_seq_lens_q"]) - 1 if "cu_seq_lens_q" in batch else len(batch["input_ids"])
 
 
-def longest_cells(context_length: int, cells: int, *, packed: bool, vocab_size: int, drugs: bool) -> Batch:
+def longest_cells(
+    context_length: int, cells: int, *, packed: bool, vocab_size: int, drugs: bool, cell_labels: bool = False
+) -> Batch:
     """Return a batch of cells that fill the context, which needs the most memory.
 
     Args:
@@ -63,6 +67,7 @@ def longest_cells(context_length: int, cells: int, *, packed: bool, vocab_size: 
         packed: Whether the cells follow one another in one row.
         vocab_size: Number of tokens in the vocabulary.
         drugs: Whether each cell has a drug.
+        cell_labels: Whether the expression of all genes is predicted from the cell embedding.
     """
     ids = torch.arange(cells * context_length).remainder(vocab_size - 3).add(3).view(cells, context_length)
     target_mask = torch.zeros(ids.shape, dtype=torch.bool)
@@ -79,6 +84,8 @@ def longest_cells(context_length: int, cells: int, *, packed: bool, vocab_size: 
         batch["attention_mask"] = torch.ones(ids.shape, dtype=torch.bool)
     if drugs:
         batch["drug_ids"] = torch.zeros(cells, dtype=torch.int64)
+    if cell_labels:
+        batch["cell_labels"] = torch.ones(cells, vocab_size)
     return batch
 
 

@@ -57,7 +57,13 @@ def make_tokenizer(config: PretrainConfig) -> TahoeX1Tokenizer:
         raise FileNotFoundError(
             f"dataset={config.datasets[0]!r} is no folder that tahoex1 prepare made: it has no vocab.json."
         )
-    return TahoeX1Tokenizer(vocab, context_length=config.context_length, drug_to_id=table, unknown_drugs=rule)
+    return TahoeX1Tokenizer(
+        vocab,
+        value_encoding=config.value_encoding or "bins",
+        context_length=config.context_length,
+        drug_to_id=table,
+        unknown_drugs=rule,
+    )
 
 
 def make_model(config: PretrainConfig, tokenizer: TahoeX1Tokenizer) -> TahoeX1ForPreTraining:
@@ -100,8 +106,13 @@ def compile_layers(model: TahoeX1ForPreTraining, **options: Any) -> None:
 
 def training_arguments(config: PretrainConfig, max_steps: int) -> TrainingArguments:
     """Return Trainer's options for a run of `max_steps` steps."""
-    schedule = {"cosine": "cosine_with_min_lr", "constant": "constant_with_warmup"}[config.schedule]
-    floor = {"min_lr_rate": config.min_learning_rate_fraction} if config.schedule == "cosine" else {}
+    warmup = round(config.warmup_fraction * max_steps)
+    lowest = config.min_learning_rate_fraction
+    schedule, options = {
+        "cosine": ("cosine_with_min_lr", {"min_lr_rate": lowest}),
+        "constant": ("constant_with_warmup", {}),
+        "stable": ("warmup_stable_decay", _fall(config, max_steps, warmup)),
+    }[config.schedule]
     return run_arguments(
         precision=config.precision,
         activation_checkpointing=config.activation_checkpointing,
@@ -109,8 +120,8 @@ def training_arguments(config: PretrainConfig, max_steps: int) -> TrainingArgume
         max_steps=max_steps,
         learning_rate=config.learning_rate,
         lr_scheduler_type=schedule,
-        lr_scheduler_kwargs=floor,
-        warmup_steps=round(config.warmup_fraction * max_steps),
+        lr_scheduler_kwargs=options,
+        warmup_steps=warmup,
         # Composer's rule, p *= 1 - (lr / highest lr) * decay, in torch's terms: p *= 1 - lr * weight_decay.
         weight_decay=config.decoupled_weight_decay / config.learning_rate,
         adam_beta1=config.betas[0],
@@ -128,6 +139,12 @@ def training_arguments(config: PretrainConfig, max_steps: int) -> TrainingArgume
         run_name=config.run_name,
         ddp_find_unused_parameters=False,
     )
+
+
+def _fall(config: PretrainConfig, max_steps: int, warmup: int) -> dict[str, Any]:
+    """Return the options of a learning rate that is constant until its last, linear fall."""
+    decay = min(max(round(config.decay_fraction * max_steps), 1), max_steps - warmup)
+    return {"num_decay_steps": decay, "decay_type": "linear", "min_lr_ratio": config.min_learning_rate_fraction}
 
 
 def pretrain(config: PretrainConfig) -> int:
@@ -154,9 +171,9 @@ def pretrain(config: PretrainConfig) -> int:
         disable_progress_bar()
     set_seed(config.seed)
     tokenizer = make_tokenizer(config)
-    collator = _collator(config, tokenizer)
+    collator = _collator(config, tokenizer, cell_targets=config.cell_targets)
     cells = training_cells(config, collator, processes.process_index, processes.num_processes)
-    validation = _validation(config, collator)
+    validation = _validation(config, tokenizer)
     model = make_model(config, tokenizer)
     if config.compile == "layers":
         compile_layers(model)
@@ -174,21 +191,24 @@ def pretrain(config: PretrainConfig) -> int:
     return 0
 
 
-def _collator(config: PretrainConfig, tokenizer: TahoeX1Tokenizer) -> CellCollator:
+def _collator(config: PretrainConfig, tokenizer: TahoeX1Tokenizer, **options: Any) -> CellCollator:
     return CellCollator(
         tokenizer,
         mlm_probability=config.mlm_probability,
         context_length=config.context_length,
         packed=config.packed,
         unexpressed_padding=config.unexpressed_padding,
+        absent_targets=config.absent_targets,
         pad_to_multiple_of=config.pad_to_multiple_of,
+        **options,
     )
 
 
-def _validation(config: PretrainConfig, collator: CellCollator) -> ValidationBatches | None:
+def _validation(config: PretrainConfig, tokenizer: TahoeX1Tokenizer) -> ValidationBatches | None:
     if not config.eval_cells:
         return None
-    raw = copy.copy(collator.tokenizer)  # a copy does not warn again of unknown drugs
+    collator = _collator(config, tokenizer)
+    raw = copy.copy(tokenizer)  # a copy does not warn again of unknown drugs
     raw.value_encoding = "raw"
     return ValidationBatches(config, collator, _collator(config, raw), min(_VALIDATION_BATCH, config.eval_cells))
 

@@ -26,6 +26,8 @@ _DECIDE_MEMORY = (
     "context_length",
     "packed",
     "unexpressed_padding",
+    "absent_targets",
+    "cell_targets",
     "pad_to_multiple_of",
     "global_batch_size",
     "precision",

@@ -77,6 +77,10 @@ class PretrainingTrainer(ResumableTrainer):
         self.validation, self.microbatch_size, self.tokenizer = validation, microbatch_size, tokenizer
         self.report: Callable[[dict[str, float]], dict[str, float]] = lambda logs: logs
         self.on_microbatch: Callable[[int], None] = discard
+        if self.is_fsdp_enabled and getattr(getattr(batches.cells, "collator", None), "cell_targets", None) == "all":
+            raise ValueError(
+                "cell_targets=all reads the whole table of genes, of which shards (FSDP) hold parts: use DDP."
+            )
 
     # Set-up -----------------------------------------------------------------------------------------
 
@@ -131,13 +135,16 @@ class PretrainingTrainer(ResumableTrainer):
         parts = list(microbatches(inputs, size))  # of tensors that are not on the device yet: nothing waits for it
         targets = num_items_in_batch if num_items_in_batch is not None else (inputs["labels"] != -100).sum()
         targets = torch.as_tensor(targets, device=self.args.device).clamp(min=1)
+        totals = {"num_items_in_batch": targets}
+        if "cell_labels" in inputs:  # all processes have equally many cells
+            totals["num_cell_labels"] = (inputs["cell_labels"] != -100).sum() * self.args.world_size
         losses = torch.zeros(2, device=self.args.device)
         for number, part in enumerate(parts):
-            losses += self._pass(model, self._prepare_inputs(part), targets, last=number == len(parts) - 1)
+            losses += self._pass(model, self._prepare_inputs({**part, **totals}), last=number == len(parts) - 1)
         self.window.add_losses(losses)
         return losses.mean()
 
-    def _pass(self, model: torch.nn.Module, part: dict[str, Any], targets: torch.Tensor, last: bool) -> torch.Tensor:
+    def _pass(self, model: torch.nn.Module, part: dict[str, Any], last: bool) -> torch.Tensor:
         """Return the two losses of a microbatch after adding its gradients; the last adds those of all processes."""
         together: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if self.accelerator.is_fsdp2:
@@ -148,7 +155,7 @@ class PretrainingTrainer(ResumableTrainer):
         elif not last:
             together = self.accelerator.no_sync(model)
         with together:
-            outputs = self._outputs(model, {**part, "num_items_in_batch": targets})
+            outputs = self._outputs(model, part)
             # Gradients are averaged over the processes, whose losses are parts of one mean.
             self.accelerator.backward(outputs.loss * self.args.world_size)
         return torch.stack([outputs.expression_loss.detach(), outputs.cell_expression_loss.detach()])
@@ -177,10 +184,12 @@ class PretrainingTrainer(ResumableTrainer):
                 packed=collator.packed,
                 vocab_size=config.vocab_size,
                 drugs=collator.drug_token,
+                cell_labels=collator.cell_targets == "all",
             )
-            batch, one = self._prepare_inputs(batch), torch.tensor(1.0, device=self.args.device)
+            one = torch.tensor(1.0, device=self.args.device)
+            batch = self._prepare_inputs({**batch, "num_items_in_batch": one})
             # FSDP2 keeps gradients that wait for the last pass where zero_grad does not find them.
-            needed = memory(lambda: discard(self._pass(model, batch, one, last=self.accelerator.is_fsdp2)))
+            needed = memory(lambda: discard(self._pass(model, batch, last=self.accelerator.is_fsdp2)))
             model.zero_grad(set_to_none=True)
             return self._most(needed)
 

@@ -239,6 +239,47 @@ def test_a_small_vocabulary_leaves_some_padding(tmp_path: Path) -> None:
     assert sorted(batch["input_ids"][0, 1:31].tolist()) == list(range(3, 33))
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_absent_genes_are_targets_and_nothing_else(vocab: Path, packed: bool) -> None:
+    cells = cells_of([20, 200, 0, 2990])
+    collator = CellCollator(tokenizer(vocab), absent_targets=0.25, mlm_probability=0.5, packed=packed)
+    batch = collate(collator, cells)
+    num_own, num_absent = [20, 47, 0, 47], [7, 16, 0, 10]  # the last cell lacks only ten genes
+    lengths = collator.lengths(cells.lengths).tolist()
+    assert lengths == [1 + a + b for a, b in zip(num_own, num_absent, strict=True)]
+    names = ("input_ids", "expression_values", "labels", "target_mask")
+    for row, (start, length) in enumerate(zip(cells.gene_starts, cells.lengths, strict=True)):
+        own = cells.genes[start : start + length]
+        low, line = (int(batch["cu_seq_lens_q"][row]), 0) if packed else (0, row)
+        tokens, values, labels, targets = (batch[name][line, low + 1 : low + lengths[row]].numpy() for name in names)
+        expressed = np.isin(tokens, own)
+        assert len(set(tokens)) == len(tokens) == num_own[row] + num_absent[row]
+        assert expressed.sum() == num_own[row]
+        assert targets[~expressed].all()
+        assert (labels[~expressed] == 0).all()
+        assert (targets & expressed).sum() == num_own[row] // 2
+        assert (values[~targets] > 0).all()  # a cell sees only what it expresses
+        assert (labels[targets & expressed] > 0).all()
+    alone = collate(collator, cells_of([20]))
+    assert batch["input_ids"][0, :28].equal(alone["input_ids"][0, :28])
+
+
+@pytest.mark.parametrize("encoding", ["bins", "log1p"])
+def test_labels_of_all_genes_are_the_whole_cells(vocab: Path, encoding: str) -> None:
+    cells = cells_of([20, 500, 0])
+    settings = {"value_encoding": encoding, "context_length": 3000}
+    whole = collate(CellCollator(tokenizer(vocab, **settings), mlm_probability=None), cells)
+    for form in ({"packed": True}, {"absent_targets": 0.3}):
+        short = CellCollator(tokenizer(vocab, **settings), context_length=64, cell_targets="all", **form)
+        labels = collate(short, cells)["cell_labels"]
+        assert labels.shape == (3, 4 + len(GENES))
+        assert (labels[:, :4] == NO_LABEL).all()
+        for row, expected in enumerate(as_dicts(whole, "expression_values")):
+            genes = torch.tensor(list(expected), dtype=torch.int64)
+            assert labels[row, genes].tolist() == list(expected.values())
+            assert (labels[row, 4:] != 0).sum() == len(expected)
+
+
 # Cells depend on nothing else ---------------------------------------------------------------------
 
 
@@ -414,6 +455,10 @@ def test_wrong_rows_are_refused(vocab: Path, row: dict[str, Any], said: str) -> 
         ({"packed": True, "unexpressed_padding": True}, "packed=True"),
         ({"packed": True, "pad_to_multiple_of": 8}, "packed=True"),
         ({"drug_token": True}, "drug_to_id"),
+        ({"absent_targets": 1.0}, "absent_targets=1.0"),
+        ({"absent_targets": 0.5, "unexpressed_padding": True}, "leave out unexpressed_padding"),
+        ({"absent_targets": 0.999}, "no room"),
+        ({"cell_targets": "every"}, "cell_targets='every'"),
     ],
 )
 def test_settings_that_cannot_be_used(vocab: Path, settings: dict[str, Any], said: str) -> None:

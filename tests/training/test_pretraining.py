@@ -57,7 +57,7 @@ def test_recipes_hold_the_originals_values() -> None:
         "3b-stage1": (10240, 3e-4, "cosine", 3e-6, 4, 1024),
         "3b-stage2": (10240, 3e-5, "constant", 3e-6, 1, 2048),
     }
-    assert {path.stem for path in RECIPES} == {*table, "debug"}
+    assert {path.stem for path in RECIPES} == {*table, "debug", "absent-genes"}
     for name, values in table.items():
         c = read_pretrain_config(RECIPE.with_name(f"{name}.yaml"))
         found = (
@@ -87,6 +87,8 @@ def test_recipes_hold_the_originals_values() -> None:
         ("epochs=2", "set one of them"),
         ("microbatch_size=0", "pass a number of cells, or auto"),
         ("unexpressed_padding=true", "packed leaves no padding"),
+        ("packed=false unexpressed_padding=true absent_targets=0.5", "both add genes"),
+        ("tokenizer=a value_encoding=log1p", "value_encoding is for a new tokenizer"),
         ("learning_rate=-1", "learning_rate: Input should be greater than 0"),
         ("resume_from=a init_from=b", "exclude each other"),
     ],
@@ -139,6 +141,23 @@ def test_schedule_and_decay_groups(tmp_path: Path) -> None:
     assert rates == pytest.approx(expected, abs=1e-9)
 
 
+def test_a_stable_learning_rate_falls_at_the_end(tmp_path: Path) -> None:
+    changes = {"schedule": "stable", "warmup_fraction": 0.1, "decay_fraction": 0.2, "min_learning_rate_fraction": 0}
+    args = training_arguments(tiny(Path("unused"), tmp_path, learning_rate=1e-3, **changes), 50)
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
+    from transformers import get_scheduler
+
+    schedule = get_scheduler(
+        args.lr_scheduler_type, optimizer, args.warmup_steps, 50, scheduler_specific_kwargs=args.lr_scheduler_kwargs
+    )
+    rates = []
+    for _ in range(50):
+        rates.append(schedule.get_last_lr()[0] / 1e-3)
+        schedule.step()
+    expected = [s / 5 if s < 5 else min(1.0, (50 - s) / 10) for s in range(50)]
+    assert rates == pytest.approx(expected, abs=1e-9)
+
+
 # Steps --------------------------------------------------------------------------------------------------
 
 
@@ -179,18 +198,24 @@ def test_sixteen_cells_at_once_or_four_by_four(form: str, tmp_path: Path) -> Non
         np.testing.assert_allclose(curves[size], curves[16], rtol=2e-5)
 
 
+@pytest.mark.parametrize("every_gene", [False, True])
 @pytest.mark.parametrize("form", ["padded", "packed"])
-def test_parts_hold_every_cell_once(form: str) -> None:
+def test_parts_hold_every_cell_once(form: str, every_gene: bool) -> None:
     config = tiny_config(num_drugs=0)
     batch = make_batch(config, lengths=[5, 9, 2, 7, 3])
+    labels = torch.arange(5.0 * config.vocab_size).view(5, -1).remainder(7)
+    labels[:, :4] = -100
     whole = tiny_model(config)
     if form == "packed":
         batch = packed(batch)
+    if every_gene:
+        batch["cell_labels"] = labels
     parts = list(microbatches(batch, 2))
     assert [num_cells(part) for part in parts] == [2, 2, 1]
     targets = batch["target_mask"].sum()
     alone = gradients(whole, [batch])
-    divided = gradients(whole, [{**part, "num_items_in_batch": targets} for part in parts])
+    totals = {"num_items_in_batch": targets} | ({"num_cell_labels": (labels != -100).sum()} if every_gene else {})
+    divided = gradients(whole, [{**part, **totals} for part in parts])
     assert largest_relative_difference(divided, alone) < 2e-5
 
 
@@ -213,7 +238,7 @@ def test_the_largest_microbatch_that_fits() -> None:
 def test_the_model_takes_the_batch_of_the_search() -> None:
     model = tiny_model(tiny_config())
     for form in (True, False):
-        batch = longest_cells(16, 3, packed=form, vocab_size=model.config.vocab_size, drugs=False)
+        batch = longest_cells(16, 3, packed=form, vocab_size=model.config.vocab_size, drugs=False, cell_labels=form)
         assert num_cells(batch) == 3
         assert torch.isfinite(model(**batch).loss)
 
@@ -306,6 +331,20 @@ def test_a_run_leaves_a_model_that_loads(training_dataset: Path, tmp_path: Path)
         training[0]
     )
     assert [line["step"] for line in lines if "eval_spearman" in line] == [4, 8]
+
+
+def test_a_run_goes_on_from_a_checkpoint_before_its_fall(training_dataset: Path, tmp_path: Path) -> None:
+    absent = {"value_encoding": "log1p", "absent_targets": 0.3, "cell_targets": "all", "eval_cells": 4}
+    changes = {**absent, "schedule": "stable", "warmup_fraction": 0, "save_steps": 2, "eval_steps": 99}
+    made = {
+        "short": {"max_steps": 6, "decay_fraction": 1 / 3},  # falls in steps 5 and 6
+        "long": {"max_steps": 8, "decay_fraction": 1 / 4},
+        "gone on": {"max_steps": 8, "decay_fraction": 1 / 4, "resume_from": tmp_path / "short" / "checkpoint-4"},
+    }
+    for name, own in made.items():
+        assert pretrain(tiny(training_dataset, tmp_path / name, **changes, **own)) == 0
+    assert same_weights(tmp_path / "long", tmp_path / "gone on")
+    assert AutoTokenizer.from_pretrained(tmp_path / "long").value_encoding == "log1p"
 
 
 def test_the_loss_on_real_cells_falls_below_a_constant(tmp_path: Path) -> None:
