@@ -2,7 +2,7 @@
 
     python -m benchmarks [--quick] [--rounds 3] [--only PART]... [--output benchmarks/results]
     python -m benchmarks gpu right|cost [--tiny]      the check of a machine with a GPU (gpu.py)
-    python -m benchmarks absent-genes prepare|ablate|table      absent genes as targets (absent_genes.py)
+    python -m benchmarks absent-genes prepare|ablate|table|train      absent genes as targets (absent_genes.py)
 
 The machine may be shared and noisy, so each round measures in turn the hardware's limit, the reference (the original's
 algorithm, `reference.py`) and ours. Read the medians of the ratios within rounds; absolute rates only show the state

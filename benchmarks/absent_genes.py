@@ -1,9 +1,9 @@
-"""Genes that a cell does not express as targets: `python -m benchmarks absent-genes prepare|ablate|table`.
+"""Genes that a cell does not express as targets: `python -m benchmarks absent-genes prepare|ablate|table|train`.
 
 `prepare` makes the dataset of the recipe `absent-genes` from the whole-transcriptome sets of ../shared/data that no
 benchmark of docs/absent-genes.md is made of. `ablate` trains a small model with each encoding, share of absent genes
 and seed, on the same number of tokens, and reads cell types from it in sets that it has not seen; what is done is not
-done again. `table` prints what was found.
+done again. `table` prints what was found. `train` makes the checkpoint of examples/absent_genes_checkpoint.
 """
 
 import json
@@ -65,6 +65,12 @@ ARMS: dict[str, tuple[str, ...]] = {
 }
 """Name of each trial, and what it changes of the recipe without absent genes."""
 
+STAGES: dict[int, tuple[str, ...]] = {
+    2000: ("context_length=320", "absent_targets=0.2", "mlm_probability=[0.2, 0.4]"),
+    4500: ("context_length=512", "absent_targets=0.1", "mlm_probability=[0.1, 0.3]"),
+    5000: ("context_length=1024", "absent_targets=0.1", "mlm_probability=[0.1, 0.3]", "microbatch_size=8"),
+}
+"""Last step of each stage of the long training, and its settings: many steps with few genes, then fewer with more."""
 _FIRST = tuple(next(arm for arm in ARMS if arm.startswith(encoding)) for encoding in ("bins", "log1p"))
 
 
@@ -74,6 +80,7 @@ class Piece(StrEnum):
     prepare = "prepare"
     ablate = "ablate"
     table = "table"
+    train = "train"
 
 
 def write_vocabulary(files: list[Path], path: Path, least_cells: int) -> int:
@@ -124,6 +131,20 @@ def train_and_score(
     return found
 
 
+def train(folder: Path) -> None:
+    """Train the small checkpoint in all stages, of which those that are done are not done again."""
+    before, start = None, 0
+    for end, changes in STAGES.items():
+        at = folder / f"until-{end}"
+        last = end == max(STAGES)
+        fall = (f"schedule={'stable' if last else 'constant'}", f"decay_fraction={(end - start) / end}")
+        steps = (f"max_steps={end}", f"warmup_fraction={100 / end}", "save_steps=100", "save_total_limit=5")
+        where = (f"dataset={folder / 'cells'}", f"output_dir={at}", *((f"resume_from={before}",) if before else ()))
+        if pretrain(read_pretrain_config("absent-genes", [*changes, *fall, *steps, *where])):
+            raise typer.Exit(75)  # stopped, after a checkpoint: the same command goes on
+        before, start = at / f"checkpoint-{end}", end
+
+
 def interval(values: list[float]) -> tuple[float, float]:
     """Return the mean of the seeds, and half the width of its 95 % interval (Student's t)."""
     half = (
@@ -152,7 +173,10 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main(
-    piece: Annotated[Piece, typer.Argument(help="prepare: dataset. ablate: train and score. table: what was found.")],
+    piece: Annotated[
+        Piece,
+        typer.Argument(help="prepare: dataset. ablate: train and score. table: what was found. train: long training."),
+    ],
     folder: Annotated[Path, typer.Argument(help="Folder of the dataset and of the results.")] = Path(
         "data/absent-genes"
     ),
@@ -162,6 +186,9 @@ def main(
     results = folder / "ablation.jsonl"
     if piece is Piece.prepare:
         make_dataset(folder, [SHARED / f"{name}.h5ad" for name in CORPUS])
+        return
+    if piece is Piece.train:
+        train(folder)
         return
     rows = [json.loads(line) for line in results.read_text().splitlines()] if results.is_file() else []
     if piece is Piece.ablate:
