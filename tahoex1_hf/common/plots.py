@@ -150,7 +150,9 @@ def label_points(axis: Any, names: Sequence[str], places: np.ndarray, size: floa
         The texts that were written.
     """
     axis.figure.draw_without_rendering()  # a constrained layout moves the axes when it is drawn
-    frame, written, taken = axis.get_window_extent(), [], []
+    frame = axis.get_window_extent()
+    written: list[Any] = []
+    taken: list[Any] = []
     sides: list[tuple[float, float, str, str]] = [(4, 0, "left", "center"), (-4, 0, "right", "center")]
     sides += [(0, size, "center", "bottom"), (0, -size, "center", "top")]
     for name, place in zip(names, places, strict=True):
