@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         TahoeX1Model,
     )
     from tahoex1_hf.perturbation.run import perturb_genes
+    from tahoex1_hf.reporting.making import write_page
     from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
 
 __version__ = "0.2.0"
@@ -58,6 +59,7 @@ __all__ = [
     "predict_anndata",
     "predict_files",
     "query_index",
+    "write_page",
 ]
 
 # Public name -> module, for __getattr__; the imports above say the same to type checkers.
@@ -80,6 +82,7 @@ _MODULES = {
     "predict_anndata": "finetuning.cells.predicting",
     "predict_files": "finetuning.cells.predicting",
     "query_index": "indexing.querying",
+    "write_page": "reporting.making",
 }
 
 register_when_used()

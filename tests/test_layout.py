@@ -147,6 +147,7 @@ TESTED_IN: dict[str, set[str]] = {
     "perturbation/test_interactions.py": {"perturbation/heat_map"},
     "perturbation/test_journal.py": {"perturbation/plot", "perturbation/tables"},
     "perturbation/test_run.py": {"perturbation/cells", "perturbation/measures", "perturbation/plan"},
+    "reporting/test_making.py": {"cli/report", "reporting/figures", "reporting/page", "reporting/sections"},
     "runs/test_report.py": {"finetuning/verdicts"},
     "test_padding_and_packing.py": {"packing_tahoe_x1"},
     "training/test_config.py": {"training/trainer"},

@@ -38,6 +38,34 @@ def read_all_genes(path: Path) -> "AnnData":
         return read_h5ad(path)
 
 
+def read_sample(path: Path, most: int, seed: int) -> tuple["AnnData", int]:
+    """Read a random sample of the cells of an `.h5ad` file, in the order of the file.
+
+    Args:
+        path: Path of the file.
+        most: Most cells to read.
+        seed: Seed of the sample.
+
+    Returns:
+        The cells, and the number of cells of the file.
+
+    Raises:
+        ValueError: If the file cannot be read.
+    """
+    from anndata import read_h5ad
+
+    with _checked(path):
+        adata = read_h5ad(path, backed="r")
+        try:
+            total = adata.n_obs
+            chosen = np.arange(total)
+            if total > most:
+                chosen = np.sort(np.random.default_rng(seed).choice(total, most, replace=False))
+            return adata[chosen].to_memory(), total
+        finally:
+            adata.file.close()
+
+
 def read_stored(path: Path, key: str, record: str) -> tuple[np.ndarray, dict[str, Any] | None] | None:
     """Read embeddings that an `.h5ad` file has, without its counts, and the record of how they were made.
 

@@ -22,6 +22,7 @@ from tahoex1_hf.cli.predict import predict
 from tahoex1_hf.cli.prepare import prepare
 from tahoex1_hf.cli.pretrain import pretrain
 from tahoex1_hf.cli.recipes import recipes
+from tahoex1_hf.cli.report import report
 from tahoex1_hf.cli.verify_release import verify_release
 from tahoex1_hf.cli.vocabulary import build_vocab, drug_fingerprints
 
@@ -49,6 +50,7 @@ for name, function in {
     "predict": predict,
     "annotate": annotate,
     "impute": impute,
+    "report": report,
     "prepare": prepare,
     "pretrain": pretrain,
     "finetune": finetune,
