@@ -1,10 +1,32 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""Progress bars that can be switched off from outside."""
+"""Progress bars that can be switched off from outside, and watched by a program that shows progress in its own way."""
 
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from tqdm.auto import tqdm
+
+# A function that is told the title of a bar, how much is done, and of how much.
+Watcher = Callable[[str, int, int], object]
+_watcher: ContextVar[Watcher | None] = ContextVar("watcher", default=None)
+
+
+@contextmanager
+def watch_progress(watcher: Watcher) -> Iterator[None]:
+    """Call a function with the progress of everything that is computed in the block, shown as a bar or not.
+
+    Args:
+        watcher: Function of a title such as "Embedding", the number of units done, and that of all units; it is called
+            in the thread that computes, after each batch.
+    """
+    token = _watcher.set(watcher)
+    try:
+        yield
+    finally:
+        _watcher.reset(token)
 
 
 def progress_bar(shown: bool | None, **options: Any) -> tqdm:
@@ -16,4 +38,30 @@ def progress_bar(shown: bool | None, **options: Any) -> tqdm:
     """
     if os.environ.get("TQDM_DISABLE", "0") not in ("", "0"):
         shown = False  # in tqdm itself, the argument overrides the variable
-    return tqdm(disable=None if shown is None else not shown, **options)
+    disable = None if shown is None else not shown
+    watcher = _watcher.get()
+    if watcher is None:
+        return tqdm(disable=disable, **options)
+    return _WatchedBar(watcher, disable=disable, **options)
+
+
+class _WatchedBar(tqdm):
+    """A bar that tells a function of its progress, also where it is not shown.
+
+    Args:
+        watcher: Function to call.
+        **options: Options of tqdm.
+    """
+
+    def __init__(self, watcher: Watcher, **options: Any):
+        super().__init__(**options)
+        self._watcher, self._title = watcher, str(options.get("desc", ""))
+        self._done, self._all = int(options.get("initial", 0)), int(options["total"])
+        watcher(self._title, self._done, self._all)
+
+    def update(self, n: float | None = 1) -> bool | None:
+        """Count `n` more units."""
+        self._done += int(n or 0)
+        self._watcher(self._title, self._done, self._all)
+        shown: bool | None = super().update(n)
+        return shown
