@@ -27,6 +27,7 @@ from sklearn.preprocessing import StandardScaler
 from transformers.utils import logging
 
 from tahoex1_hf import TahoeX1Model, TahoeX1Tokenizer, embed_anndata
+from tahoex1_hf.common.plots import class_marks
 from tahoex1_hf.hub.loading import load_model_and_tokenizer
 from tahoex1_hf.inference.encoder import DtypeName
 
@@ -35,20 +36,6 @@ KEY = "X_tahoe_x1"
 COMPONENTS = 50
 FOLDS = 5
 NEIGHBOURS = 15
-# Ten colours that are easy to tell apart (Tableau 10 with a darker grey); scanpy's for these cells have three greens.
-PALETTE = [
-    "#4e79a7",
-    "#f28e2b",
-    "#e15759",
-    "#76b7b2",
-    "#59a14f",
-    "#edc948",
-    "#b07aa1",
-    "#ff9da7",
-    "#9c755f",
-    "#555555",
-]
-
 # The scores of one method in each fold, by classifier and metric.
 Scores = dict[tuple[str, str], np.ndarray]
 
@@ -163,9 +150,9 @@ def draw_umaps(cells: AnnData, path: Path, title: str, num_genes: int) -> None:
         (panels[1], "X_umap_pca", f"UMAP of the PCA baseline ({COMPONENTS} components)"),
     ):
         points = cells.obsm[key]
-        for number, (name, count) in enumerate(types.items()):
-            chosen = labels == name
-            axes.scatter(*points[chosen].T, s=14, color=PALETTE[number], label=f"{name} ({count})", linewidths=0)
+        for (name, count), (color, marker) in zip(types.items(), class_marks(len(types)), strict=True):
+            chosen = points[labels == name].T
+            axes.scatter(*chosen, s=14, color=color, marker=marker, label=f"{name} ({count})", linewidths=0)
         axes.set(title=heading, xlabel="UMAP 1", ylabel="UMAP 2", xticks=[], yticks=[])
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(f"{title}\n{cells.n_obs} human PBMCs, {num_genes} genes, coloured by published cell type")

@@ -8,6 +8,10 @@ from typing import Any
 import numpy as np
 
 _NEIGHBOURS = 15
+_LAYERS = 16  # in which cells of different shapes are drawn, so that none hides the others
+# Without their yellow, which hardly shows on white.
+_COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
+_SHAPES = "o^sDvPX*p"
 _MOST_ANNOTATED = 12  # with more classes, the numbers in a confusion matrix are too small to read
 
 
@@ -47,10 +51,14 @@ def draw_umaps(
         if labels.dtype.kind == "f":
             drawn = each.scatter(places[:, 0], places[:, 1], s=_dot(len(labels)), c=labels, linewidths=0)
         else:
-            for name, color in zip(names, class_colors(len(names)), strict=True):
-                mine = labels == name
+            for name, (color, marker) in zip(names, class_marks(len(names)), strict=True):
                 each.scatter(
-                    places[mine, 0], places[mine, 1], s=_dot(len(labels)), color=color, label=name, linewidths=0
+                    *places[labels == name].T,
+                    s=_dot(len(labels)),
+                    color=color,
+                    marker=marker,
+                    label=name,
+                    linewidths=0,
                 )
         each.set(title=heading, xlabel="UMAP 1", ylabel="UMAP 2", xticks=[], yticks=[])
         each.spines[["top", "right"]].set_visible(False)
@@ -81,11 +89,15 @@ def draw_joint_umap(embeddings: np.ndarray, panels: Sequence[tuple[str, np.ndarr
     figure = _figure((sum(5.0 + 1.9 * number for number in columns), 5.2))
     axes = np.atleast_1d(figure.subplots(1, len(panels), width_ratios=[5.0 + 1.9 * number for number in columns]))
     for each, (heading, names), kinds, number in zip(axes, panels, every, columns, strict=True):
-        colors = np.array(class_colors(len(kinds)))
+        marks = class_marks(len(kinds))
+        colors, shapes = (np.array(column) for column in zip(*marks, strict=True))
         numbers = np.searchsorted(kinds, names.astype(str))
-        each.scatter(*places[order].T, s=_dot(len(places)), c=colors[numbers[order]], linewidths=0)
-        for kind, color in zip(kinds, colors, strict=True):
-            each.scatter([], [], s=18, color=color, label=kind)
+        for some in np.array_split(order, _LAYERS):  # a call draws one shape, so the shapes take turns
+            for shape in dict.fromkeys(shapes):
+                mine = some[shapes[numbers[some]] == shape]
+                each.scatter(*places[mine].T, s=_dot(len(places)), c=colors[numbers[mine]], marker=shape, linewidths=0)
+        for kind, (color, marker) in zip(kinds, marks, strict=True):
+            each.scatter([], [], s=18, color=color, marker=marker, label=kind)
         each.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=7, frameon=False, ncols=number)
         each.set(title=heading, xlabel="UMAP 1", ylabel="UMAP 2", xticks=[], yticks=[])
         each.spines[["top", "right"]].set_visible(False)
@@ -170,13 +182,12 @@ def label_points(axis: Any, names: Sequence[str], places: np.ndarray, size: floa
     return written
 
 
-def class_colors(number: int) -> list[Any]:
-    """Return a colour for each of `number` classes; the first sixty differ."""
-    import matplotlib as mpl
+def class_marks(number: int) -> list[tuple[str, str]]:
+    """Return a colour and a shape of matplotlib for each of `number` classes; the first 63 pairs differ.
 
-    maps = ["tab10"] if number <= 10 else ["tab20"] if number <= 20 else ["tab20", "tab20b", "tab20c"]
-    colors = [color for name in maps for color in mpl.colormaps[name].colors]  # type: ignore[attr-defined]
-    return [colors[place % len(colors)] for place in range(number)]
+    Classes of one shape have colours of Okabe and Ito, which readers with any kind of colour blindness tell apart.
+    """
+    return [(_COLORS[place % len(_COLORS)], _SHAPES[place // len(_COLORS) % len(_SHAPES)]) for place in range(number)]
 
 
 def _dot(num_cells: int) -> float:
