@@ -222,9 +222,13 @@ class _Plan:
         return found, report, text
 
     def slots(
-        self, found: Transferred, column: str, key: str, embeddings: np.ndarray, facts: dict[str, Any], made: Any
+        self,
+        found: Transferred,
+        column: str,
+        facts: dict[str, Any],
+        embeddings: tuple[str, np.ndarray, dict[str, Any]] | None,
     ) -> Slots:
-        """Return what is added to the query."""
+        """Return what is added to the query; the embeddings, with slot and record, only if it does not have them."""
         none = (float("nan"),) * 3
         facts = {
             **facts,
@@ -241,7 +245,7 @@ class _Plan:
             votes.probabilities,
             votes.distance,
             facts,
-            (key, embeddings, made),
+            embeddings,
             None if self.classifier is None else self.classifier.columns(self.classes),
             found.classified,
         )
@@ -392,7 +396,8 @@ def annotate_anndata(
     ours, theirs = (np.asarray(each) for each in embeddings)
     classified = plan.classify(adata, embedder, progress)
     found, scores, text = plan.finish((ours, theirs), classified, options, folder, facts, progress)
-    add_to_anndata(adata, plan.slots(found, column, key or KEY, theirs, facts, made))
+    new = (key or KEY, theirs, made) if stored[1] is None else None
+    add_to_anndata(adata, plan.slots(found, column, facts, new))
     return Annotation(column, scores, text, plan.notes, found.threshold)
 
 
@@ -508,14 +513,15 @@ def annotate_files(
         stack.enter_context(RunLock(folder / ".lock", folder, "output"))
         stack.callback(shutil.rmtree, spool, ignore_errors=True)
         missing = [side.cells for side, there in zip(sides, stored, strict=True) if there is None]
-        new = iter(embed_inputs(embedder, missing, folder, restart, progress))
-        ours, theirs = (next(new) if there is None else there for there in stored)
+        computed = iter(embed_inputs(embedder, missing, folder, restart, progress))
+        ours, theirs = (next(computed) if there is None else there for there in stored)
         facts = {"label": label, "batch": batch or "", "model": made["model"], **asdict(options)}
         classified = plan.classify(Source(str(query), "anndata"), embedder, progress, spool / "classifier")
         found, scores, text = plan.finish((ours, theirs), classified, options, folder, facts, progress)
         for side in sides:
             side.cells.check_unchanged()
-        write_copy(query, output, plan.slots(found, column, key or KEY, theirs, facts, made))
+        new = (key or KEY, theirs, made) if stored[1] is None else None
+        write_copy(query, output, plan.slots(found, column, facts, new))
         forget_embeddings(folder)
     logger.info("%s", text)
     return Annotation(column, scores, text, plan.notes, found.threshold)

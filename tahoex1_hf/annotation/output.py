@@ -54,7 +54,7 @@ def make_slots(
     probabilities: np.ndarray,
     distance: np.ndarray,
     facts: dict[str, Any],
-    embeddings: tuple[str, np.ndarray, dict[str, Any]],
+    embeddings: tuple[str, np.ndarray, dict[str, Any]] | None,
     names: list[str] | None = None,
     classified: "Votes | None" = None,
 ) -> Slots:
@@ -67,13 +67,17 @@ def make_slots(
         probabilities: Probability of each class, `(cells, classes)`.
         distance: Mean distance to the neighbours, `(cells,)`.
         facts: Record of how the labels were made.
-        embeddings: Slot of obsm, embeddings, and the record of how they were made.
+        embeddings: Slot of obsm, embeddings, and the record of how they were made; None if the query has them.
         names: Names of the classes of a fine-tuned classifier; None where there is none.
         classified: What it says of the cells.
     """
     import pandas as pd
 
-    key, values, record = embeddings
+    obsm = {f"{column}_probabilities": probabilities}
+    uns = {column: {"classes": np.array(classes, dtype=object), **facts}}
+    if embeddings is not None:
+        key, values, record = embeddings
+        obsm[key], uns[provenance_key(key)] = values, record
     numbers = np.where(called < 0, len(classes), called)
     best = probabilities.argmax(1)
     further = {}
@@ -89,8 +93,8 @@ def make_slots(
             f"{column}_distance": distance.astype(np.float32),
             **further,
         },
-        obsm={f"{column}_probabilities": probabilities, key: values},
-        uns={column: {"classes": np.array(classes, dtype=object), **facts}, provenance_key(key): record},
+        obsm=obsm,
+        uns=uns,
     )
 
 

@@ -190,6 +190,20 @@ def test_embeddings_that_are_there_are_taken_if_they_were_made_alike(base: Path,
         annotate_files(files["query"], embedded, files["output"], base, "kind", key="X_tahoe_x1", **QUIET)
 
 
+def test_embeddings_of_the_query_stay_as_they_are_with_their_record(
+    base: Path, files: dict[str, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    embedded = files["query"].with_name("embedded.h5ad")
+    embed_files(files["query"], embedded, base, dtype="float32", progress=False)
+    before = anndata.read_h5ad(embedded)
+    annotate_files(embedded, files["reference"], files["output"], base, "kind", key="X_tahoe_x1", **QUIET)
+    after = anndata.read_h5ad(files["output"])
+    assert (after.obsm["X_tahoe_x1"] == before.obsm["X_tahoe_x1"]).all()
+    assert after.uns["tahoe_x1"] == before.uns["tahoe_x1"]
+    assert after.uns["tahoe_x1"]["matched_genes"] > 0
+    assert "is replaced in the output" not in caplog.text
+
+
 def test_shared_donors_and_shared_cells_are_told_of(
     base: Path, reference: anndata.AnnData, query: anndata.AnnData, caplog: pytest.LogCaptureFixture
 ) -> None:
