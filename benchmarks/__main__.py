@@ -1,6 +1,8 @@
-"""Run the whole suite, print one table, and write results.json, results.png and scaling.png into a folder.
+"""Run the whole suite, print one table, and write all that was measured, its charts, and the tables of the pages.
 
-    python -m benchmarks [--quick] [--rounds 3] [--only PART]... [--output benchmarks/results]
+    python -m benchmarks                     writes docs/benchmarks (results.json, charts), README.md and docs/speed.md
+    python -m benchmarks --only PART ...     docs/benchmarks/PART.json, which then stands for that part
+    python -m benchmarks --quick             tiny sizes, in benchmarks/results: to check that all of it works
     python -m benchmarks gpu right|cost [--tiny]      the check of a machine with a GPU (gpu.py)
     python -m benchmarks absent-genes prepare|ablate|table|train      absent genes as targets (absent_genes.py)
 
@@ -28,6 +30,7 @@ from benchmarks import (
     feeding,
     gpu,
     memory,
+    pages,
     profile,
     scaling,
     startup,
@@ -87,13 +90,18 @@ app = typer.Typer(add_completion=False)
 @app.callback(invoke_without_command=True)
 def main(
     context: typer.Context,
-    output: Annotated[Path, typer.Option(help="Folder for results.json and the charts.")] = Path(__file__).parent
-    / "results",
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for what is measured, and the charts. The pages are written for docs/benchmarks alone.",
+            show_default="docs/benchmarks; with --quick benchmarks/results",
+        ),
+    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Use tiny sizes, to check that everything works.")] = False,
     rounds: Annotated[
         int | None, typer.Option(min=1, help="Number of rounds.", show_default="3; with --quick 2")
     ] = None,
-    only: Annotated[list[Part] | None, typer.Option(help="Part to run; may be repeated.")] = None,
+    only: Annotated[list[Part] | None, typer.Option(help="Part to run alone; may be repeated.")] = None,
 ) -> None:
     """Measure speed and memory beside the original's algorithm and the hardware's limits."""
     if context.invoked_subcommand is not None:
@@ -103,26 +111,39 @@ def main(
         torch.set_num_threads(1)
         os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that the suite starts
     machine = description()
+    output = output or (Path(__file__).parent / "results" if quick else pages.RECORD)
+    if quick and output.resolve() == pages.RECORD:
+        raise typer.BadParameter("A quick run says nothing about speed: name another --output than docs/benchmarks.")
     output.mkdir(parents=True, exist_ok=True)
     rows: list[Row] = []
     seconds: dict[str, float] = {}
+    written: dict[str, None] = {}
     for part, measure in PARTS.items():
         if only and part not in only:
             continue
         progress(part.value)
         start = time.perf_counter()
-        rows += measure(suite)
+        found = measure(suite)
+        rows += found
         seconds[part.value] = round(time.perf_counter() - start, 1)
         # Written after every part, so that no figure is lost if a later part stops the run.
-        all_rows = [*machine_rows(suite.limits.values()), *rows]
-        write_json(output / "results.json", suite, machine, all_rows, seconds)
+        limits = machine_rows(suite.limits.values())
+        name, written_rows = (f"{part}.json", found) if only else (pages.RESULTS, rows)
+        write_json(output / name, suite, machine, [*limits, *written_rows], seconds)
+        written[name] = None
     title = f"{machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}; {suite.rounds} rounds"
     title += "; --quick: tiny sizes, 1 thread, no statement about speed" if quick else ""
     print(title + "\n")
+    all_rows = [*limits, *rows]
     print(table.render(all_rows))
-    drawn = {"results.png": charts.draw_results, "scaling.png": charts.draw_scaling}
-    written = ["results.json", *(name for name, draw in drawn.items() if draw(all_rows, output / name, title))]
+    if not only:
+        drawn = {"results.png": charts.draw_results, "scaling.png": charts.draw_scaling}
+        written |= {name: None for name, draw in drawn.items() if draw(all_rows, output / name, title)}
+        for part in PARTS:  # measured before by themselves, perhaps on another machine
+            (output / f"{part}.json").unlink(missing_ok=True)
     print(f"\nwritten to {output}: {', '.join(written)}")
+    if output.resolve() == pages.RECORD:
+        print(f"pages written anew: {', '.join(pages.write_pages()) or 'none, since nothing changed'}")
 
 
 app.command("gpu")(gpu.main)
