@@ -6,7 +6,7 @@ BIN := $(CURDIR)/.venv/bin
 PIP_INSTALL := "$(BIN)/python" -m pip install -q -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo evaluate test test-cpu test-census test-times test-lowest test-newest test-upstream test-evaluate test-gpu check-beside check-wheel check-dist check-docker lint docs notebooks benchmark clean
+.PHONY: help demo evaluate test test-cpu test-census test-times test-lowest test-newest test-upstream test-evaluate test-gpu check-beside check-wheel check-dist check-docker lint docs notebooks space test-space benchmark clean
 
 help: ## list the targets
 	@echo 'Usage: make TARGET [PYTHON=python3.11]    (Python >= 3.11; the first run installs into .venv)'
@@ -18,7 +18,7 @@ demo: .venv/.installed ## embed real cells and draw them; MODEL=<id or folder> a
 
 # Tests and checks run without downloads and with one thread each (OMP_NUM_THREADS=2 for two). Waiting threads sleep, so
 # that they do not take a core from other processes.
-CHECKS := test test-cpu test-census check-wheel check-dist check-docker docs notebooks test-times test-lowest test-newest test-upstream test-evaluate
+CHECKS := test test-cpu test-census check-wheel check-dist check-docker docs notebooks space test-space test-times test-lowest test-newest test-upstream test-evaluate
 $(CHECKS): export HF_HUB_OFFLINE = 1
 $(CHECKS): export OMP_NUM_THREADS ?= 1
 $(CHECKS): export OMP_WAIT_POLICY = PASSIVE
@@ -122,6 +122,25 @@ docs: .venv-tools/.installed ## the documentation as a site, in build/site; fail
 notebooks: .venv/.int8 ## run the notebooks of examples/notebooks, and store their outputs
 	TAHOEX1_STORE_NOTEBOOKS=1 "$(BIN)/python" -m pytest -q tests/examples/test_notebooks.py
 
+# What a Hugging Face Space holds; docs/how-to/space.md says how to publish it. gradio and its tests share the packages of
+# .venv, but gradio needs an older pillow, so they get an environment of their own. The tests drive Debian's chromium.
+space: .venv/.installed ## the folder of a Hugging Face Space, in build/space
+	rm -rf build/space && mkdir -p build && cp -r examples/space build/space
+	"$(BIN)/python" examples/space_cells.py build/space
+
+SPACE_PYTHON := $(CURDIR)/.venv-space/bin/python
+test-space: .venv-space/.installed ## the Space's page in a headless Chromium (apt-get install chromium)
+	"$(SPACE_PYTHON)" -m pytest -q tests/examples/test_space.py tests/examples/test_space_page.py
+
+.venv-space/.installed: .venv/.installed examples/space/requirements.txt
+	"$(BIN)/python" -m uv venv -q --clear --python "$(BIN)/python" .venv-space
+	"$(BIN)/python" -c 'import site; print(site.getsitepackages()[0])' > \
+	  "$$("$(SPACE_PYTHON)" -c 'import site; print(site.getsitepackages()[0])')/shared.pth"
+	mkdir -p build && grep -v '^pillow==' constraints.txt > build/constraints-space.txt
+	"$(BIN)/python" -m pip --python .venv-space install -q -c build/constraints-space.txt \
+	  $$(grep -E '^(gradio|pillow)==' examples/space/requirements.txt) playwright axe-playwright-python
+	@touch $@
+
 check-dist: .venv-tools/.installed ## build wheel and source distribution into dist/, and check what would go to PyPI
 	"$(TOOLS_PYTHON)" tests/check_dist.py
 
@@ -152,7 +171,7 @@ benchmark: .venv/.installed .venv/.int8 ## measure speed and memory, write the r
 	"$(BIN)/python" -m benchmarks
 
 clean: ## remove .venv, caches and build output
-	rm -rf .venv .venv-cz .venv-evaluate .venv-lowest .venv-newest .venv-upstream .venv-tools build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .venv .venv-cz .venv-evaluate .venv-lowest .venv-newest .venv-space .venv-upstream .venv-tools build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
 	find . -name .git -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamp is written last. An install that was cut short leaves .incomplete, and the next one starts afresh.
