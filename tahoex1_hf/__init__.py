@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     )
     from tahoex1_hf.perturbation.run import perturb_genes
     from tahoex1_hf.reporting.making import write_page
+    from tahoex1_hf.signatures.building import make_signatures
+    from tahoex1_hf.signatures.querying import query_signatures
     from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
 
 __version__ = "0.2.0"
@@ -55,11 +57,13 @@ __all__ = [
     "embed_files",
     "impute_file",
     "load_adapter",
+    "make_signatures",
     "perturb_genes",
     "predict_anndata",
     "predict_files",
     "query_index",
     "write_page",
+    "query_signatures",
 ]
 
 # Public name -> module, for __getattr__; the imports above say the same to type checkers.
@@ -78,11 +82,13 @@ _MODULES = {
     "embed_files": "embedding.files",
     "impute_file": "imputation.running",
     "load_adapter": "hub.adapters",
+    "make_signatures": "signatures.building",
     "perturb_genes": "perturbation.run",
     "predict_anndata": "finetuning.cells.predicting",
     "predict_files": "finetuning.cells.predicting",
     "query_index": "indexing.querying",
     "write_page": "reporting.making",
+    "query_signatures": "signatures.querying",
 }
 
 register_when_used()

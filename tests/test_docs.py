@@ -34,7 +34,8 @@ def name_of(page: Path) -> str:
 def name_in(words: list[str]) -> tuple[str, list[str]]:
     """Return the command's words, and the words after them."""
     number = 2 if " ".join(words[:2]) in ALL else 1
-    return " ".join(words[:number]), words[number:]
+    name = " ".join(words[:number])
+    return (name if name in ALL or name.startswith("-") else f"{name} build"), words[number:]  # may be left out
 
 
 @pytest.fixture(scope="module")

@@ -28,6 +28,7 @@ ALLOWED["indexing"] = {*ALLOWED["finetuning"], "embedding"}
 ALLOWED["annotation"] = {*ALLOWED["benchmarking"], "benchmarking"}
 ALLOWED["imputation"] = {*ALLOWED["benchmarking"], "benchmarking", "perturbation"}
 ALLOWED["reporting"] = {*ALLOWED["annotation"], "annotation"}
+ALLOWED["signatures"] = {*ALLOWED["benchmarking"], "benchmarking"}
 ALLOWED["cli"] = {*ALLOWED, "cli"}
 
 

@@ -149,6 +149,8 @@ TESTED_IN: dict[str, set[str]] = {
     "perturbation/test_run.py": {"perturbation/cells", "perturbation/measures", "perturbation/plan"},
     "reporting/test_making.py": {"cli/report", "reporting/figures", "reporting/page", "reporting/sections"},
     "runs/test_report.py": {"finetuning/verdicts"},
+    "signatures/test_building.py": {"cli/signatures", "signatures/figures", "signatures/report", "signatures/screen"},
+    "signatures/test_querying.py": {"signatures/comparing", "signatures/store"},
     "test_padding_and_packing.py": {"packing_tahoe_x1"},
     "training/test_config.py": {"training/trainer"},
     "training/test_pretraining.py": {

@@ -23,6 +23,7 @@ from tahoex1_hf.cli.prepare import prepare
 from tahoex1_hf.cli.pretrain import pretrain
 from tahoex1_hf.cli.recipes import recipes
 from tahoex1_hf.cli.report import report
+from tahoex1_hf.cli.signatures import signatures
 from tahoex1_hf.cli.verify_release import verify_release
 from tahoex1_hf.cli.vocabulary import build_vocab, drug_fingerprints
 
@@ -65,3 +66,4 @@ for name, function in {
     app.command(name)(function)
 
 app.add_typer(index, name="index")
+app.add_typer(signatures, name="signatures")

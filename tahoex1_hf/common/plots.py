@@ -44,7 +44,7 @@ def draw_umaps(
         title: Title above all panels.
     """
     names = np.unique(labels) if labels.dtype.kind != "f" else np.zeros(0)
-    figure = _figure((1.5 + 4.6 * len(panels) + 1.9 * (1 + len(names) // 25), 5.2))
+    figure = new_figure((1.5 + 4.6 * len(panels) + 1.9 * (1 + len(names) // 25), 5.2))
     axes = np.atleast_1d(figure.subplots(1, len(panels)))
     for each, (heading, embeddings) in zip(axes, panels, strict=True):
         places = umap_places(embeddings, seed)
@@ -86,7 +86,7 @@ def draw_joint_umap(embeddings: np.ndarray, panels: Sequence[tuple[str, np.ndarr
     order = np.random.default_rng(seed).permutation(len(places))
     every = [np.unique(names.astype(str)) for _, names in panels]
     columns = [1 + len(names) // 25 for names in every]
-    figure = _figure((sum(5.0 + 1.9 * number for number in columns), 5.2))
+    figure = new_figure((sum(5.0 + 1.9 * number for number in columns), 5.2))
     axes = np.atleast_1d(figure.subplots(1, len(panels), width_ratios=[5.0 + 1.9 * number for number in columns]))
     for each, (heading, names), kinds, number in zip(axes, panels, every, columns, strict=True):
         marks = class_marks(len(kinds))
@@ -117,7 +117,7 @@ def draw_confusion(counts: np.ndarray, classes: Sequence[str], title: str, path:
     number = len(classes)
     shares = counts / counts.sum(axis=1, keepdims=True).clip(min=1)
     side = max(4.5, 0.62 * number if number <= _MOST_ANNOTATED else 0.24 * number + 2)
-    figure = _figure((side + 2.6, side + 1.6))
+    figure = new_figure((side + 2.6, side + 1.6))
     axes = figure.subplots()
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     font = 9 if number <= _MOST_ANNOTATED else 7
@@ -136,7 +136,7 @@ def draw_confusion(counts: np.ndarray, classes: Sequence[str], title: str, path:
 
 def draw_predicted(truth: np.ndarray, predicted: np.ndarray, label: str, title: str, path: Path) -> None:
     """Draw predicted values against the true ones, both `(cells,)`."""
-    figure = _figure((5.6, 5.2))
+    figure = new_figure((5.6, 5.2))
     axes = figure.subplots()
     axes.scatter(truth, predicted, s=_dot(len(truth)), alpha=0.6, linewidths=0)
     ends = [min(truth.min(), predicted.min()), max(truth.max(), predicted.max())]
@@ -194,7 +194,8 @@ def _dot(num_cells: int) -> float:
     return float(np.clip(6000 / num_cells, 3, 18))
 
 
-def _figure(size: tuple[float, float]) -> Any:
+def new_figure(size: tuple[float, float]) -> Any:
+    """Return a figure without pyplot, of a width and height in inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
