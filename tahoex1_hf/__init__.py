@@ -62,8 +62,8 @@ __all__ = [
     "predict_anndata",
     "predict_files",
     "query_index",
-    "write_page",
     "query_signatures",
+    "write_page",
 ]
 
 # Public name -> module, for __getattr__; the imports above say the same to type checkers.
