@@ -138,9 +138,9 @@ def train(folder: Path) -> None:
         at = folder / f"until-{end}"
         last = end == max(STAGES)
         fall = (f"schedule={'stable' if last else 'constant'}", f"decay_fraction={(end - start) / end}")
-        steps = (f"max_steps={end}", f"warmup_fraction={100 / end}", "save_steps=100", "save_total_limit=5")
+        steps = (f"max_steps={end}", f"warmup_fraction={min(100 / end, 0.5)}", "save_steps=100", "save_total_limit=5")
         where = (f"dataset={folder / 'cells'}", f"output_dir={at}", *((f"resume_from={before}",) if before else ()))
-        if pretrain(read_pretrain_config("absent-genes", [*changes, *fall, *steps, *where])):
+        if pretrain(read_pretrain_config("absent-genes", [*fall, *steps, *where, *changes])):
             raise typer.Exit(75)  # stopped, after a checkpoint: the same command goes on
         before, start = at / f"checkpoint-{end}", end
 

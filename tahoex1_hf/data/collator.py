@@ -18,6 +18,26 @@ if TYPE_CHECKING:
 _ENCODINGS = {"bins": kernels.BINS, "log1p": kernels.LOG1P, "raw": kernels.RAW}
 
 
+def share_room(room: int, absent_targets: float) -> tuple[int, float]:
+    """Return the most genes of its own that a cell keeps, and the number of absent genes for each of them.
+
+    Args:
+        room: Most genes of a cell.
+        absent_targets: Share of them that the cell does not express.
+
+    Raises:
+        ValueError: If this is no share, or leaves no room.
+    """
+    if not 0 <= absent_targets < 1:
+        raise ValueError(f"absent_targets={absent_targets}: pass a share of at least 0 and below 1.")
+    ratio = absent_targets / (1 - absent_targets)
+    own = int(room / (1 + ratio))
+    own -= own + int(ratio * own + 0.5) > room  # rounding may add one gene too many
+    if own < 1:
+        raise ValueError(f"absent_targets={absent_targets} leaves no room for a cell's own genes among {room}.")
+    return own, ratio
+
+
 class CellCollator:
     """Maker of batches of training cells.
 
@@ -85,8 +105,6 @@ class CellCollator:
             )
         if packed and (unexpressed_padding or pad_to_multiple_of):
             raise ValueError("packed=True leaves no padding: leave out unexpressed_padding and pad_to_multiple_of.")
-        if not 0 <= absent_targets < 1:
-            raise ValueError(f"absent_targets={absent_targets}: pass a share of at least 0 and below 1.")
         if absent_targets and (unexpressed_padding or mlm_probability is None):
             raise ValueError(
                 "absent_targets adds targets of its own: leave out unexpressed_padding, and pass an mlm_probability."
@@ -101,13 +119,8 @@ class CellCollator:
         )
         if cell_targets not in ("hidden", "all"):
             raise ValueError(f'cell_targets={cell_targets!r}: pass "hidden" or "all".')
-        self.cell_targets = cell_targets
-        self.absent_targets, absent_ratio = absent_targets, absent_targets / (1 - absent_targets)
-        room = length - len(special)
-        own = int(room / (1 + absent_ratio))
-        own -= own + int(absent_ratio * own + 0.5) > room  # rounding may add one gene too many
-        if own < 1:
-            raise ValueError(f"absent_targets={absent_targets} leaves no room for a cell's own genes among {room}.")
+        self.absent_targets, self.cell_targets = absent_targets, cell_targets
+        own, absent_ratio = share_room(length - len(special), absent_targets)
         vocabulary = tokenizer.get_vocab()
         ids = [vocabulary[str(tokenizer.cls_token)], *([vocabulary["<drug>"]] if self.drug_token else [])]
         adds_genes = unexpressed_padding or absent_targets > 0

@@ -7,6 +7,7 @@ import anndata
 import numpy as np
 import pytest
 from scipy.sparse import csr_matrix
+from transformers import AutoTokenizer
 
 from benchmarks import absent_genes
 from tahoex1_hf.training.config import read_pretrain_config
@@ -14,23 +15,45 @@ from tahoex1_hf.training.config import read_pretrain_config
 GENES = [f"ENSG{number:011d}" for number in range(70)]
 
 
-def test_the_vocabulary_has_the_genes_of_enough_cells(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with the dataset of two small files."""
+    path = tmp_path_factory.mktemp("absent")
     counts = np.tile(np.arange(1, 71), (12, 1))
     counts[3:, 60:] = 0  # the last ten genes are in three cells of each file
     files = []
     for name in ("a", "b"):
-        files.append(tmp_path / f"{name}.h5ad")
+        files.append(path / f"{name}.h5ad")
         cells = anndata.AnnData(csr_matrix(counts.astype(np.float32)))
         cells.var_names = GENES
         cells.obs_names = [f"{name}{number}" for number in range(12)]
         cells.write_h5ad(files[-1])
-    absent_genes.make_dataset(tmp_path / "data", files, least_cells=7)
-    tokens = json.loads((tmp_path / "data" / "vocab.json").read_text())
+    absent_genes.make_dataset(path, files, least_cells=7)
+    return path
+
+
+def test_the_vocabulary_has_the_genes_of_enough_cells(folder: Path) -> None:
+    tokens = json.loads((folder / "vocab.json").read_text())
     assert [token for token in tokens if token.startswith("ENSG")] == GENES[:60]
     assert list(tokens)[:3] == ["<pad>", "<cls>", "<eoc>"]
     assert len(tokens) % 64 == 0
-    manifest = json.loads((tmp_path / "data" / "cells" / "manifest.json").read_text())
+    manifest = json.loads((folder / "cells" / "manifest.json").read_text())
     assert manifest["totals"]["cells_out"] == 24
+
+
+def test_training_in_stages_goes_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = ("global_batch_size=4", "microbatch_size=4", "eval_cells=0", "save_steps=1", "model.hidden_size=16")
+    stages = {2: (*small, "context_length=16"), 4: (*small, "context_length=32")}
+    monkeypatch.setattr(absent_genes, "STAGES", stages)
+    absent_genes.train(folder)
+    state = json.loads((folder / "until-4" / "trainer_state.json").read_text())
+    assert state["global_step"] == 4
+    assert state["max_steps"] == 4
+    assert json.loads((folder / "until-4" / "run_status.json").read_text())["status"] == "finished"
+    assert AutoTokenizer.from_pretrained(folder / "until-4").context_length == 32
+    weights = (folder / "until-4" / "model.safetensors").read_bytes()
+    absent_genes.train(folder)
+    assert (folder / "until-4" / "model.safetensors").read_bytes() == weights
 
 
 def test_no_set_is_both_trained_on_and_tested() -> None:
