@@ -105,13 +105,17 @@ def embed(
     seed: options.Seed = 0,
     restart: options.Restart = False,
     full_paths: options.FullPaths = False,
+    ray: options.Ray = None,
+    min_workers: options.MinWorkers = None,
+    max_workers: options.MaxWorkers = None,
 ) -> str:
     """Embed the cells of files of any size.
 
     The same command resumes a run that was stopped. With `accelerate launch -m tahoex1_hf embed ...` several
-    processes, or machines, share the work.
+    processes, or machines, share the work; with --ray, the machines of a Ray cluster, some of which may be lost.
     """
     from tahoex1_hf.cells.opening import check_paths
+    from tahoex1_hf.common.cluster import cluster_options, import_ray
     from tahoex1_hf.embedding.files import embed_files
     from tahoex1_hf.embedding.obs_columns import split_columns
     from tahoex1_hf.embedding.outputs import OutputOptions
@@ -130,7 +134,11 @@ def embed(
     )
     wanted.check()
     check_paths(sources)
-    choose_device(device)
+    cluster = cluster_options(ray, min_workers, max_workers)
+    if cluster is None:
+        choose_device(device)
+    else:
+        import_ray()
     loaded, tokenizer = model_and_tokenizer(model, size=size, revision=revision, expression=masks > 0)
     embed_files(
         sources,
@@ -162,5 +170,6 @@ def embed(
         score=masks,
         restart=restart,
         full_paths=full_paths,
+        cluster=cluster,
     )
     return f"Wrote {output}" if cell_gene_embeddings is None else f"Wrote {output} and {cell_gene_embeddings}"

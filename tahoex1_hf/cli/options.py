@@ -148,3 +148,19 @@ Private = Annotated[bool, typer.Option("--private", help="Create the Hub reposit
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE...", help="Keys of the recipe to change, as in seed=1.")
 ]
+
+Ray = Annotated[
+    str | None,
+    typer.Option(
+        metavar="ADDRESS",
+        help="Work on a Ray cluster: HOST:PORT or ray://HOST:PORT, auto for one that runs on this machine, local to "
+        "start one of this machine alone. The result is the same.",
+    ),
+]
+MinWorkers = Annotated[
+    int | None, typer.Option(help="Least workers on the cluster that hold the model.", show_default="1")
+]
+MaxWorkers = Annotated[
+    int | None,
+    typer.Option(help="Most workers on the cluster that hold the model.", show_default="all there is room for"),
+]

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import typer
 
 from tahoex1_hf.cli.options import Debug, Quiet, Verbose
+from tahoex1_hf.common.progress import PROGRESS
 from tahoex1_hf.common.reading import in_short
 
 logger = logging.getLogger(__name__)
@@ -114,6 +115,8 @@ def set_up_logging(quiet: bool, verbose: bool, timed: bool = False) -> None:
     """Send log messages to standard error; of several processes, all but the first send warnings and errors only."""
     level = logging.WARNING if quiet or not _is_first_process() else logging.INFO
     logging.basicConfig(level=level, format=_TIMED if timed else _SHORT, stream=sys.stderr)
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(_Lines(_TIMED if timed else _SHORT))
     if quiet:
         os.environ["TQDM_DISABLE"] = "1"  # no progress bars, ours or transformers'
     if verbose:
@@ -121,6 +124,13 @@ def set_up_logging(quiet: bool, verbose: bool, timed: bool = False) -> None:
         return
     for name, part in _NOISE:
         logging.getLogger(name).addFilter(functools.partial(_lacks, part))
+
+
+class _Lines(logging.Formatter):
+    """Leave the lines of JSON that tell of a cluster's progress as they are, so that programs can read them."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return record.getMessage() if record.name == PROGRESS else super().format(record)
 
 
 def _lacks(part: str, record: logging.LogRecord) -> bool:

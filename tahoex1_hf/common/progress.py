@@ -9,6 +9,9 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+PROGRESS = "tahoex1_hf.progress"
+"""Name of the logger whose messages are lines of JSON about the progress of a run."""
+
 # A function that is told the title of a bar, how much is done, and of how much.
 Watcher = Callable[[str, int, int], object]
 _watcher: ContextVar[Watcher | None] = ContextVar("watcher", default=None)

@@ -9,16 +9,13 @@ device, however often the run was stopped and however many processes took part.
 
 import logging
 import tempfile
-import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
-from itertools import pairwise
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import torch
 
 from tahoex1_hf.cells import encoding
@@ -26,33 +23,33 @@ from tahoex1_hf.cells.encoding import ChunkEncoder, DrugIds, EncodeOptions, repo
 from tahoex1_hf.cells.gene_symbols import Table
 from tahoex1_hf.cells.genes import TAHOE_100M_GENES, GeneOptions
 from tahoex1_hf.cells.opening import open_all
-from tahoex1_hf.cells.readers.base import INDEX, CellInput, cell_names
+from tahoex1_hf.cells.readers.base import CellInput
+from tahoex1_hf.common.cluster import ClusterOptions, connected
 from tahoex1_hf.common.digests import json_digest, some_weights_digest, tokenizer_digest, weights_digest
 from tahoex1_hf.common.locks import RunLock
 from tahoex1_hf.common.processes import Processes
 from tahoex1_hf.common.progress import progress_bar
 from tahoex1_hf.common.reading import reading
-from tahoex1_hf.embedding.obs_columns import as_arrow, split_columns
+from tahoex1_hf.embedding.making import ShardContent, make_shards
+from tahoex1_hf.embedding.obs_columns import split_columns
+from tahoex1_hf.embedding.on_cluster import ClusterEmbedding, Computing, Reading
 from tahoex1_hf.embedding.outputs import Output, OutputOptions
+from tahoex1_hf.embedding.plan import Plan, Stretch
 from tahoex1_hf.embedding.scores import scorer_of
 from tahoex1_hf.embedding.shards import Shard, ShardFolder
 from tahoex1_hf.embedding.writers import EmbeddingWriter
 from tahoex1_hf.hub.models import model_and_tokenizer, model_name, without_peft
-from tahoex1_hf.inference.chunks import embed_chunks, with_settings
-from tahoex1_hf.inference.encoder import CellEncoder, Dtype, GeneMeans, TokenSink
+from tahoex1_hf.inference.chunks import with_settings
+from tahoex1_hf.inference.encoder import CellEncoder, Dtype, GeneMeans
 from tahoex1_hf.inference.gene_embeddings import embed_genes, gene_kinds, gene_slot
 from tahoex1_hf.inference.provenance import provenance, provenance_key
 from tahoex1_hf.inference.scoring import CellScorer, num_masks
 from tahoex1_hf.modeling_tahoe_x1 import TahoeX1PreTrainedModel
-from tahoex1_hf.padding_tahoe_x1 import EncodedCells
 from tahoex1_hf.runs.new_drugs import NewDrugs, SmilesTable, with_new_drugs
 from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
 
 logger = logging.getLogger(__name__)
 
-# A shard is written when this many seconds have passed since the last one, or when it has this many values (8 MB).
-_SHARD_SECONDS = 30.0
-_SHARD_VALUES = 2**21
 # Values of settings that runs of earlier versions did not record.
 _FORMERLY = {
     "sampled_by": "number",
@@ -64,54 +61,6 @@ _FORMERLY = {
     "full_paths": False,
     "score_masks": 0,
 }
-
-
-class Plan:
-    """The chunks of all inputs, numbered consecutively, and their division among processes.
-
-    Args:
-        encoders: Encoder of each input.
-    """
-
-    def __init__(self, encoders: Sequence[ChunkEncoder]):
-        self.encoders = encoders
-        self.inputs = inputs = [each.cells for each in encoders]
-        counts = [-(-each.num_cells // encoding.CHUNK_CELLS) for each in inputs]
-        self.firsts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
-        self.num_chunks = int(self.firsts[-1])
-        self.num_cells = sum(each.num_cells for each in inputs)
-
-    def cells(self, start: int, stop: int) -> tuple[int, int, int]:
-        """Return the number of the input with chunks `start` to `stop`, their first cell, and the cell after them."""
-        number = int(np.searchsorted(self.firsts, start, side="right")) - 1
-        low = (start - int(self.firsts[number])) * encoding.CHUNK_CELLS
-        high = min((stop - int(self.firsts[number])) * encoding.CHUNK_CELLS, self.inputs[number].num_cells)
-        return number, low, high
-
-    def ranges(self, todo: np.ndarray) -> list[tuple[int, int]]:
-        """Group chunks, which must be in order, into ranges (start, stop) of consecutive chunks of one input."""
-        if not len(todo):
-            return []
-        owners = np.searchsorted(self.firsts, todo, side="right")
-        cuts = np.flatnonzero((np.diff(todo) != 1) | (np.diff(owners) != 0)) + 1
-        bounds = [0, *cuts.tolist(), len(todo)]
-        return [(int(todo[a]), int(todo[b - 1]) + 1) for a, b in pairwise(bounds)]
-
-    def unfinished(self, finished: Sequence[tuple[int, int]]) -> np.ndarray:
-        """Return the numbers of the chunks that are not in a shard."""
-        missing = np.ones(self.num_chunks, dtype=bool)
-        for start, stop in finished:
-            missing[start:stop] = False
-        return np.flatnonzero(missing)
-
-    def shares(self, todo: np.ndarray, processes: int) -> list[np.ndarray]:
-        """Return the chunks of each process, which are consecutive and have about the same number of tokens."""
-        if processes == 1:
-            return [todo]
-        tokens = np.concatenate([each.chunk_tokens() for each in self.encoders])[todo].astype(np.float64)
-        middles = np.cumsum(tokens) - tokens / 2
-        owner = np.minimum((middles * processes / max(tokens.sum(), 1)).astype(np.int64), processes - 1)
-        return [todo[owner == process] for process in range(processes)]
 
 
 def embed_files(
@@ -147,6 +96,7 @@ def embed_files(
     score: bool | int = False,
     restart: bool = False,
     full_paths: bool = False,
+    cluster: ClusterOptions | None = None,
     progress: bool = True,
 ) -> None:
     """Embed the cells of files, which may be larger than memory.
@@ -198,11 +148,15 @@ def embed_files(
         score: As in `embed_anndata`; the scores are columns of obs or of the table.
         restart: Whether to discard the files of an unfinished run, which may have had other arguments.
         full_paths: Whether the output names its sources by their full paths; otherwise it uses short names.
+        cluster: Ray cluster whose workers read, embed and write; None for this process, or those of a launcher. The
+            result is the same. Sources and output must be where all machines of the cluster see them.
         progress: Whether to show a progress bar.
 
     Raises:
         ValueError: If files or arguments cannot be used; the message says what to do.
         FileNotFoundError: If a source or a model does not exist.
+        ImportError: If `cluster` is given and Ray is not installed.
+        ClusterError: If the cluster cannot be reached, or is lost; the same call resumes the run.
     """
     paths = [str(path) for path in ([sources] if isinstance(sources, (str, Path)) else sources)]
     wanted = OutputOptions(
@@ -218,6 +172,8 @@ def embed_files(
     )
     wanted.check()
     processes = Processes.current()
+    if cluster is not None and processes.count > 1:
+        raise ValueError("cluster (--ray) has workers of its own: start the command without `accelerate launch`.")
     loaded, tokenizer = model_and_tokenizer(
         model, tokenizer, size=size, revision=revision, expression=wanted.score_masks > 0
     )
@@ -232,6 +188,7 @@ def embed_files(
         orthologs=orthologs,
     )
     with ExitStack() as stack:
+        engine = None if cluster is None else ClusterEmbedding(stack.enter_context(connected(cluster)), device, dtype)
         shards = ShardFolder(f"{wanted.path}.shards")
         spool = Path(shards.location) / "by_cell"
         if not shards.is_local:  # each machine sorts the counts by cell for itself
@@ -241,8 +198,8 @@ def embed_files(
             used,
             options.tokenizer,
             batch_tokens=batch_tokens,
-            device=device or processes.device(),
-            dtype=dtype,
+            device=(device or processes.device()) if engine is None else "cpu",
+            dtype=dtype if engine is None else engine.dtype,
             hidden_layer=hidden_layer,
         )
         made = Output(wanted, inputs, shards, options.tokenizer, encoder.width)
@@ -253,6 +210,10 @@ def embed_files(
         lock = RunLock(f"{shards.location}.lock" if shards.is_local else None, shards.location, "output")
         stack.callback(lock.release)
         todo = run.begin(lock, identity, restart, processes)
+        if engine is not None:
+            summed = inputs[0].genes if "EA" in run.kinds else None
+            job = Reading.of(paths, inputs, genes, options, spool, run.content, shards)
+            run.use(engine, job, engine.computing(used, batch_tokens, hidden_layer, summed, wanted.score_masks))
         run.carry_out(todo, processes, model_name(model, loaded), progress)
 
 
@@ -272,7 +233,15 @@ class _Run:
         self.plan = Plan([ChunkEncoder(each, options) for each in inputs])
         self.shards, self.encoder, self.options = shards, encoder, options
         self.new_drugs, self.scorer = new_drugs, scorer
+        self.engine: ClusterEmbedding | None = None
         self.output, self.kinds, self.cell_genes = output, output.options.kinds, output.cell_genes
+        self.content = ShardContent(
+            output.names, output.shard_columns, output.options.numbers, output.source_names, output.cell_genes
+        )
+
+    def use(self, engine: ClusterEmbedding, job: Reading, computing: Computing) -> None:
+        """Let a cluster do the work."""
+        self.engine, self.job, self.computing = engine, job, computing
 
     def _gene_means(self) -> GeneMeans | None:
         genes = self.plan.inputs[0].genes
@@ -338,6 +307,13 @@ class _Run:
 
     def embed(self, todo: np.ndarray, progress: bool, processes: Processes) -> None:
         """Embed chunks and write them as shards."""
+        if self.engine is not None:
+            unknown = self.engine.embed(self.plan, self.job, self.computing, progress)
+            counted_late = [each for each in self._drug_ids() if not each.is_counted]
+            if unknown:
+                counted_late[0].unknown.update(unknown)
+            report_unknown_drugs(counted_late)
+            return
         ranges = self.plan.ranges(todo)
         cells = sum(high - low for _, low, high in (self.plan.cells(*stretch) for stretch in ranges))
         title = "Embedding" if processes.count == 1 else f"Embedding ({processes.index + 1}/{processes.count})"
@@ -346,7 +322,7 @@ class _Run:
             progress, total=cells, unit="cell", desc=title, position=processes.index, smoothing=0.05
         ) as bar:
             for start, stop in ranges:
-                for first, last, shard in self._shards(start, stop, gene_means, bar):
+                for first, last, shard in self._shards(self.plan.stretch(start, stop), gene_means, bar.update):
                     self.shards.write(first, last, shard)
                     if gene_means is not None:
                         written.append((first, last))
@@ -354,50 +330,20 @@ class _Run:
         report_unknown_drugs([each for each in self._drug_ids() if not each.is_counted])
 
     def _shards(
-        self, start: int, stop: int, gene_means: GeneMeans | None, bar: Any
+        self, stretch: Stretch, gene_means: GeneMeans | None, on_batch: Callable[[int], object]
     ) -> Iterator[tuple[int, int, Shard]]:
-        """Yield the shards of chunks `start` to `stop`, each with its first chunk and the chunk after its last."""
-        number, low, high = self.plan.cells(start, stop)
-        source = self.plan.encoders[number]
-        # One array for all shards, filled and used again: small pieces would lie scattered among what is freed.
-        room = min(high - low, _SHARD_VALUES // self.encoder.width + encoding.CHUNK_CELLS)
-        embeddings = np.empty((room, self.encoder.width), dtype=np.float32)
-        numbers = {name: np.empty(room, dtype=np.float32) for name in self.output.options.numbers}
-        names: list[str] = []
-        size = 0
-        empty, first, since = 0, start, time.monotonic()
-        columns = [name for name in self.output.shard_columns if name in source.cells.obs_columns]
-        tables: list[pa.Table] = []
-        chunks = source.chunks(low, high, [INDEX, *columns] if self.output.names else columns)
-
-        def sink_of(chunk: EncodedCells) -> AbstractContextManager[TokenSink | None]:
-            if self.cell_genes is None:
-                return nullcontext()
-            place = start + int(chunk.cell_numbers[0] - low) // encoding.CHUNK_CELLS
-            return self.cell_genes.of_chunk(place, self.output.source_names[number], chunk)
-
-        embedded = embed_chunks(self.encoder, chunks, source.cells, gene_means, bar.update, sink_of, self.scorer)
-        for done, (chunk, part, computed) in enumerate(embedded, start + 1):
-            names.extend(cell_names(chunk.obs) if self.output.names else [])
-            embeddings[size : size + len(part)] = part
-            for name, values in numbers.items():
-                values[size : size + len(part)] = computed[name]
-            size += len(part)
-            tables.append(as_arrow(chunk.obs[columns]))
-            empty += len(chunk.empty_cells)
-            full = embeddings[:size].size >= _SHARD_VALUES or time.monotonic() - since >= _SHARD_SECONDS
-            if full or done == stop:
-                made = {name: values[:size] for name, values in numbers.items()}
-                obs = pa.concat_tables(tables, promote_options="permissive") if columns else None
-                yield first, done, Shard(names, embeddings[:size], empty, made, obs)
-                names, tables = [], []
-                size, empty, first, since = 0, 0, done, time.monotonic()
+        source = self.plan.encoders[stretch.number]
+        chunks = source.chunks(stretch.low, stretch.high, self.content.needed(source.cells))
+        return make_shards(
+            self.encoder, self.content, stretch, chunks, source.cells, gene_means, on_batch, self.scorer
+        )
 
     def write(self, writer: EmbeddingWriter, model_name: str, progress: bool) -> None:
         """Write the output from the shards, in the order of the cells."""
         try:
             num_empty = self._write_cells(writer)
             made_by = provenance(model_name, self.encoder, self.options, self.plan.inputs, num_empty)
+            made_by["device"] = self.encoder.device.type if self.engine is None else self.engine.device
             made_by |= {} if self.new_drugs is None else self.new_drugs.provenance()
             made_by |= {} if self.scorer is None else {"score_masks": self.scorer.masks}
             if self.cell_genes is not None:

@@ -149,28 +149,29 @@ class ShardFolder:
     # Shards ----------------------------------------------------------------------------------------
 
     def finished(self) -> list[tuple[int, int]]:
-        """Return the first chunk of every shard and the chunk after its last, in order."""
-        found = (_SHARD.fullmatch(name) for name in self.names())
-        return sorted((int(match[1]), int(match[2])) for match in found if match)
+        """Return the first chunk of every shard and the chunk after its last, in order and without overlaps.
+
+        A shard that overlaps one before it counts as not there: it is what a worker wrote that was taken for lost
+        while another did its work, cut in another way.
+        """
+        matches = (_SHARD.fullmatch(name) for name in self.names())
+        found: list[tuple[int, int]] = []
+        for start, stop in sorted((int(match[1]), int(match[2])) for match in matches if match):
+            if not found or start >= found[-1][1]:
+                found.append((start, stop))
+        return found
 
     def write(self, start: int, stop: int, shard: Shard) -> None:
         """Write the shard of chunks `start` to `stop`."""
-        width = shard.embeddings.shape[1]
-        values = pa.array(np.ascontiguousarray(shard.embeddings, dtype=np.float32).ravel())
-        columns = {"embedding": pa.FixedSizeListArray.from_arrays(values, width)}
-        columns |= {name: pa.array(values, pa.float32()) for name, values in shard.numbers.items()}
-        if shard.names:
-            columns = {"cell": pa.array(shard.names, pa.string()), **columns}
-        for name, values in zip(shard.obs.column_names, shard.obs.columns, strict=True) if shard.obs else ():
-            columns[f"{_OBS}{name}"] = values
-        table = pa.table(columns).replace_schema_metadata({"num_empty": str(shard.num_empty)})
-        buffer = io.BytesIO()
-        pq.write_table(table, buffer, compression="none", use_dictionary=False, write_statistics=False)
-        self._write(f"chunks-{start:012d}-{stop:012d}.parquet", buffer.getvalue())
+        self.write_packed(start, stop, packed(shard))
+
+    def write_packed(self, start: int, stop: int, content: bytes) -> None:
+        """Write the shard of chunks `start` to `stop` that `packed` has put into bytes."""
+        self._write(_name_of(start, stop), content)
 
     def read(self, start: int, stop: int) -> Shard:
         """Read the shard of chunks `start` to `stop`."""
-        table = pq.read_table(pa.BufferReader(self._read(f"chunks-{start:012d}-{stop:012d}.parquet")))
+        table = pq.read_table(pa.BufferReader(self._read(_name_of(start, stop))))
         column = table.column("embedding").combine_chunks()
         flat = column.flatten().to_numpy(zero_copy_only=False)
         names = table.column("cell").to_pylist() if "cell" in table.column_names else []
@@ -183,7 +184,7 @@ class ShardFolder:
         """Return the columns of obs of each shard, with their types."""
         schemas = []
         for start, stop in self.finished():
-            with self.open(f"chunks-{start:012d}-{stop:012d}.parquet") as file:
+            with self.open(_name_of(start, stop)) as file:
                 schemas.append(_obs_of(pq.read_schema(file).empty_table()).schema)
         return schemas
 
@@ -207,7 +208,7 @@ class ShardFolder:
         """Remove shards; their cells must then be embedded again."""
         filesystem, root = self._filesystem()
         for start, stop in shards:
-            filesystem.rm_file(f"{root}/chunks-{start:012d}-{stop:012d}.parquet")
+            filesystem.rm_file(f"{root}/{_name_of(start, stop)}")
 
     # Sums over the cells of shards -----------------------------------------------------------------
 
@@ -225,6 +226,26 @@ class ShardFolder:
                 with np.load(io.BytesIO(self._read(name)), allow_pickle=False) as arrays:
                     sums = {key: arrays[key] for key in arrays.files}
                 yield name, {(int(a), int(b)) for a, b in sums.pop("shards")}, sums
+
+
+def packed(shard: Shard) -> bytes:
+    """Return the content of a shard's file; the same shard gives the same bytes."""
+    width = shard.embeddings.shape[1]
+    values = pa.array(np.ascontiguousarray(shard.embeddings, dtype=np.float32).ravel())
+    columns = {"embedding": pa.FixedSizeListArray.from_arrays(values, width)}
+    columns |= {name: pa.array(values, pa.float32()) for name, values in shard.numbers.items()}
+    if shard.names:
+        columns = {"cell": pa.array(shard.names, pa.string()), **columns}
+    for name, values in zip(shard.obs.column_names, shard.obs.columns, strict=True) if shard.obs else ():
+        columns[f"{_OBS}{name}"] = values
+    table = pa.table(columns).replace_schema_metadata({"num_empty": str(shard.num_empty)})
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression="none", use_dictionary=False, write_statistics=False)
+    return buffer.getvalue()
+
+
+def _name_of(start: int, stop: int) -> str:
+    return f"chunks-{start:012d}-{stop:012d}.parquet"
 
 
 def _obs_of(table: pa.Table) -> pa.Table:

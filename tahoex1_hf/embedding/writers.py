@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 _FORMATS = (".h5ad", ".zarr", ".parquet", ".npy")
 _ANNDATA = (".h5ad", ".zarr")
+# Number of values of a row group of a Parquet table: 8 MB.
+_GROUP_VALUES = 2**21
 
 
 def check_output(
@@ -149,9 +151,10 @@ class ParquetWriter(EmbeddingWriter):
         # Values of embeddings hardly ever repeat, so a dictionary or statistics of them would be useless.
         options: dict[str, Any] = {"use_dictionary": labels, "write_statistics": labels}
         self.file = pq.ParquetWriter(self.stream.file, self.schema, **options)
+        self.group_rows, self.waiting = max(1, _GROUP_VALUES // width), self.schema.empty_table()
 
     def write(self, shard: Shard, source: str) -> None:
-        """Write the rows of a shard as one row group."""
+        """Write the rows of a shard, in row groups that do not depend on how the cells were cut into shards."""
         import pyarrow as pa
 
         columns = [pa.array(shard.names, pa.string())]
@@ -165,14 +168,22 @@ class ParquetWriter(EmbeddingWriter):
             values = pa.array(np.ascontiguousarray(shard.embeddings, dtype=np.float32).ravel())
             columns.append(pa.FixedSizeListArray.from_arrays(values, self.layout.shape[1]))
         arrays = [column.cast(kind) for column, kind in zip(columns, self.schema.types, strict=True)]
-        self.file.write_table(pa.Table.from_arrays(arrays, schema=self.schema))
+        self.waiting = pa.concat_tables([self.waiting, pa.Table.from_arrays(arrays, schema=self.schema)])
+        while len(self.waiting) >= self.group_rows:
+            self._write_group(self.group_rows)
+
+    def _write_group(self, rows: int) -> None:
+        self.file.write_table(self.waiting.slice(0, rows).combine_chunks(), row_group_size=rows)
+        self.waiting = self.waiting.slice(rows).combine_chunks()  # a copy, so that what was written is freed
 
     def write_provenance(self, provenance: dict[str, Any]) -> None:
         """Write the record of how the embeddings were made into the file's metadata, as JSON under `tahoe_x1`."""
         self.file.add_key_value_metadata({provenance_key(self.layout.key_added): json.dumps(provenance)})
 
     def finish(self) -> None:
-        """Write the footer, and move the file into place."""
+        """Write the last rows and the footer, and move the file into place."""
+        if len(self.waiting):
+            self._write_group(len(self.waiting))
         self.file.close()
         self.stream.finish()
 

@@ -1,6 +1,7 @@
 """`tahoex1 embed` as a user runs it, on files."""
 
 import json
+import logging
 import shutil
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from scipy.sparse import csr_matrix
 from typer.testing import CliRunner, Result
 
 from tahoex1_hf.cells.gene_symbols import read_gene_symbols
+from tahoex1_hf.cli import running
 from tahoex1_hf.cli.app import app
 from tahoex1_hf.original.convert import convert_original_folder
 
@@ -236,3 +238,17 @@ def test_a_slot_with_a_slash_is_refused(tmp_path: Path, converted: Path) -> None
     refused = run(CELLS, tmp_path / "out.h5ad", "--model", converted, "--key-added", "a/b")
     assert refused.exit_code == 1
     assert "key_added='a/b' (--key-added)" in refused.output
+
+
+def test_workers_without_a_cluster_are_refused(tmp_path: Path) -> None:
+    result = run(CELLS, tmp_path / "out.npy", "--model", MODEL, "--max-workers", 2)
+    assert result.exit_code == 1
+    assert "--min-workers and --max-workers go with --ray ADDRESS" in result.output
+
+
+def test_lines_of_progress_are_json_by_themselves() -> None:
+    formatter = running._Lines("%(levelname)s: %(message)s")
+    line = logging.makeLogRecord({"name": "tahoex1_hf.progress", "levelname": "INFO", "msg": '{"pieces": 3}'})
+    assert json.loads(formatter.format(line)) == {"pieces": 3}
+    line.name = "tahoex1_hf.embedding.files"
+    assert formatter.format(line) == 'INFO: {"pieces": 3}'

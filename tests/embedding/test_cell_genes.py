@@ -17,8 +17,7 @@ from helpers import tiny_config, tiny_model
 
 from tahoex1_hf import TahoeX1Model, TahoeX1Tokenizer, embed_files
 from tahoex1_hf.cells import encoding
-from tahoex1_hf.embedding import cell_genes
-from tahoex1_hf.embedding import files as module
+from tahoex1_hf.embedding import cell_genes, making
 from tahoex1_hf.embedding.cell_genes import CellGenes
 from tahoex1_hf.inference.encoder import CellEncoder
 
@@ -30,7 +29,7 @@ KEY = "X_tahoe_x1"
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many chunks, each a shard, of few cells, and row groups of a few cells."""
     monkeypatch.setattr(encoding, "CHUNK_CELLS", 8)
-    monkeypatch.setattr(module, "_SHARD_SECONDS", 0.0)
+    monkeypatch.setattr(making, "_SHARD_SECONDS", 0.0)
     monkeypatch.setattr(cell_genes, "_GROUP_VALUES", 50 * 32)
 
 

@@ -30,9 +30,9 @@ from tahoex1_hf.cells.opening import Source, open_cells
 from tahoex1_hf.cells.readers.csr import AlignedArray
 from tahoex1_hf.data.config import parse_config
 from tahoex1_hf.data.preparation import prepare
-from tahoex1_hf.embedding import files as embed_files
-from tahoex1_hf.embedding.files import Plan
+from tahoex1_hf.embedding import making
 from tahoex1_hf.embedding.files import embed_files as run
+from tahoex1_hf.embedding.plan import Plan
 from tahoex1_hf.inference.encoder import CellEncoder
 
 KEY = "X_tahoe_x1"
@@ -43,7 +43,7 @@ CHUNK = 16
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make chunks of few cells, each of which becomes a shard."""
     monkeypatch.setattr(encoding, "CHUNK_CELLS", CHUNK)
-    monkeypatch.setattr(embed_files, "_SHARD_SECONDS", 0.0)
+    monkeypatch.setattr(making, "_SHARD_SECONDS", 0.0)
 
 
 @pytest.fixture(scope="module")
@@ -415,11 +415,11 @@ DRIVER = """
     from helpers import tiny_config, tiny_model
     from tahoex1_hf import TahoeX1Model, TahoeX1Tokenizer
     from tahoex1_hf.cells import encoding
-    from tahoex1_hf.embedding import files as embed_files
+    from tahoex1_hf.embedding import files as embed_files, making
     from tahoex1_hf.inference.encoder import CellEncoder
     torch.set_num_threads(1)
     source, output, vocab, *stop = sys.argv[1:]
-    encoding.CHUNK_CELLS, embed_files._SHARD_SECONDS = 16, 0.0
+    encoding.CHUNK_CELLS, making._SHARD_SECONDS = 16, 0.0
     real, calls = CellEncoder.embed, []
     def counted(*arguments):
         calls.append(1)

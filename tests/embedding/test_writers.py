@@ -23,6 +23,7 @@ from helpers import tiny_config, tiny_model
 from tahoex1_hf import TahoeX1Model, TahoeX1Tokenizer, embed_anndata, embed_files
 from tahoex1_hf.cells import encoding
 from tahoex1_hf.embedding import files as module
+from tahoex1_hf.embedding import making
 from tahoex1_hf.embedding.obs_columns import as_arrow, common_types, conformed
 from tahoex1_hf.embedding.streams import WholeStream
 from tahoex1_hf.inference.encoder import CellEncoder
@@ -39,7 +40,7 @@ class Stop(Exception):
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many chunks, each a shard, of few cells."""
     monkeypatch.setattr(encoding, "CHUNK_CELLS", 16)
-    monkeypatch.setattr(module, "_SHARD_SECONDS", 0.0)
+    monkeypatch.setattr(making, "_SHARD_SECONDS", 0.0)
 
 
 @pytest.fixture
@@ -299,11 +300,11 @@ EVERY_OUTPUT = """
     from helpers import tiny_config, tiny_model
     from tahoex1_hf import TahoeX1Model, TahoeX1Tokenizer, embed_files
     from tahoex1_hf.cells import encoding
-    from tahoex1_hf.embedding import files
+    from tahoex1_hf.embedding import making
 
     torch.set_num_threads(1)
     vocab, place, kill = sys.argv[1], Path(sys.argv[2]), sys.argv[3:]
-    encoding.CHUNK_CELLS, files._SHARD_SECONDS = 16, 0.0
+    encoding.CHUNK_CELLS, making._SHARD_SECONDS = 16, 0.0
     one, *_ = sources = [place.parent / name for name in ("0.h5ad", "1.zarr", "2.h5ad")]
     parts = tiny_model(tiny_config(vocab_size=64), TahoeX1Model), TahoeX1Tokenizer(vocab, context_length=16)
     if kill:

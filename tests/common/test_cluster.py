@@ -1,0 +1,114 @@
+"""Pieces of work on a cluster: what is lost is done again, and errors say what happened."""
+
+import json
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ray_cluster import small_cluster
+
+from tahoex1_hf.common import cluster_progress
+from tahoex1_hf.common.cluster import ClusterError, ClusterOptions, Stage, cluster_options, connected
+from tahoex1_hf.common.cluster_progress import ClusterProgress
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Any:
+    with small_cluster():
+        yield
+
+
+def test_a_lost_worker_is_replaced_and_its_piece_done_again(tmp_path: Path) -> None:
+    """One dies before it has a result, one after it has committed its own: each piece is there once."""
+
+    def double(row: dict[str, Any], place: str) -> dict[str, Any]:
+        if row["number"] == 3 and not (Path(place) / "died early").exists():
+            (Path(place) / "died early").touch()
+            os.kill(os.getpid(), 9)
+        return {**row, "double": 2 * row["number"]}
+
+    class Adding:
+        def __init__(self, amount: int) -> None:
+            self.amount = amount
+
+        def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+            return {**row, "sum": row["double"] + self.amount}
+
+    def write(row: dict[str, Any], place: str) -> dict[str, Any]:
+        target = Path(place) / f"{row['number']}.json"
+        target.with_suffix(f".{os.getpid()}").write_text(json.dumps(row))
+        target.with_suffix(f".{os.getpid()}").rename(target)
+        if row["number"] == 5 and not (Path(place) / "died late").exists():
+            (Path(place) / "died late").touch()
+            os.kill(os.getpid(), 9)
+        return {"number": row["number"]}
+
+    with connected(ClusterOptions("local", 1, 1)) as found:
+        stages = [
+            Stage(double, {"place": str(tmp_path)}, cpus=0.5),
+            Stage(Adding, {"amount": 1}, cpus=0.5),
+            Stage(write, {"place": str(tmp_path)}, cpus=0.5),
+        ]
+        rows = list(found.run([{"number": number} for number in range(8)], stages))
+    assert sorted(row["number"] for row in rows) == list(range(8))
+    assert (tmp_path / "died early").exists()
+    assert (tmp_path / "died late").exists()
+    written = [json.loads((tmp_path / f"{number}.json").read_text())["sum"] for number in range(8)]
+    assert written == [2 * number + 1 for number in range(8)]
+
+
+def test_errors_say_what_happened(tmp_path: Path) -> None:
+    """The error of a piece is that of the worker; a piece that kills every worker ends the run after some tries."""
+
+    def refuse(row: dict[str, Any]) -> dict[str, Any]:
+        raise ValueError("cells.h5ad: cell 7 has a negative count.")
+
+    def die(row: dict[str, Any], place: str) -> dict[str, Any]:
+        with open(f"{place}/tries", "a") as file:
+            file.write("x")
+        os.kill(os.getpid(), 9)
+        return row
+
+    with pytest.raises(ValueError, match=r"^cells.h5ad: cell 7 has a negative count.$"):
+        with connected(ClusterOptions()) as found:
+            list(found.run([{"number": 1}], [Stage(refuse, cpus=0.5)]))
+    with pytest.raises(ClusterError, match=r"lost what it could not replace.*The same command resumes"):
+        with connected(ClusterOptions()) as found:
+            list(found.run([{"number": 1}], [Stage(die, {"place": str(tmp_path)}, cpus=0.5)]))
+    assert len((tmp_path / "tries").read_text()) == 6  # once, and five times again
+
+
+def test_options_of_the_command_line() -> None:
+    assert cluster_options(None, None, None) is None
+    assert cluster_options("auto", None, 4) == ClusterOptions("auto", 1, 4)
+    with pytest.raises(ValueError, match="--min-workers and --max-workers go with --ray ADDRESS"):
+        cluster_options(None, 2, None)
+    with pytest.raises(ValueError, match=r"min_workers=0 \(--min-workers\): pass at least 1"):
+        cluster_options("local", 0, None)
+    with pytest.raises(ValueError, match=r"max_workers=1 \(--max-workers\) is less than min_workers=2"):
+        cluster_options("local", 2, 1)
+
+
+def test_without_ray_one_sentence_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ImportError, match=r"^--ray needs Ray \(ray is missing\): pip install 'tahoex1_hf\[ray\]'.$"):
+        with connected(ClusterOptions()):
+            pass
+
+
+def test_lines_of_progress_come_while_nothing_is_done(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster_progress, "_SECONDS", 0.01)
+    caplog.set_level(logging.INFO, logger="tahoex1_hf.progress")
+    with ClusterProgress("out.npy", "cell", 30, 3, lambda: 2, shown=False) as watch:
+        while not caplog.messages:
+            time.sleep(0.005)
+        watch.update(10)
+    first, last = json.loads(caplog.messages[0]), json.loads(caplog.messages[-1])
+    assert (first["cells_done"], first["pieces_done"], first["machines"]) == (0, 0, 2)
+    assert (last["cells_done"], last["cells"], last["pieces_done"], last["pieces"]) == (10, 30, 1, 3)
