@@ -87,7 +87,6 @@ TESTED_IN: dict[str, set[str]] = {
         "embedding/anndata_writer",
         "embedding/obs_columns",
         "embedding/outputs",
-        "embedding/streams",
     },
     "embedding/release/test_running.py": {
         "cli/verify_release",

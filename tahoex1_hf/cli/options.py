@@ -153,7 +153,7 @@ Ray = Annotated[
     str | None,
     typer.Option(
         metavar="ADDRESS",
-        help="Work on a Ray cluster: HOST:PORT or ray://HOST:PORT, auto for one that runs on this machine, local to "
+        help="Work on a Ray cluster: HOST:PORT, auto for one that runs on this machine, local to "
         "start one of this machine alone. The result is the same.",
     ),
 ]
@@ -163,4 +163,8 @@ MinWorkers = Annotated[
 MaxWorkers = Annotated[
     int | None,
     typer.Option(help="Most workers on the cluster that hold the model.", show_default="all there is room for"),
+]
+MostTasks = Annotated[
+    int | None,
+    typer.Option("--max-workers", help="Most tasks at a time on the cluster.", show_default="all there is room for"),
 ]

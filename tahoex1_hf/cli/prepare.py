@@ -53,14 +53,17 @@ def prepare(
     layer: options.Layer = None,
     format: Annotated[Format | None, typer.Option(help="File format of the shards.", show_default="arrow")] = None,
     full_paths: options.FullPaths = False,
+    ray: options.Ray = None,
+    max_workers: options.MostTasks = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Begin anew where the output folder holds a dataset.")
     ] = False,
 ) -> str:
     """Turn single-cell files into a shuffled Arrow dataset for training.
 
-    The same command resumes a run that was stopped.
+    The same command resumes a run that was stopped. With --ray, the machines of a Ray cluster do the work.
     """
+    from tahoex1_hf.common.cluster import cluster_options
     from tahoex1_hf.data.config import parse_config, read_config
     from tahoex1_hf.data.preparation import prepare as prepare_dataset
 
@@ -88,8 +91,9 @@ def prepare(
     else:
         given = {key: value for key, value in common.items() if value is not None}
         parsed = parse_config({**given, "sources": simple_sources(inputs or [], **simple)}, "tahoex1 prepare")
+    cluster = cluster_options(ray, None, max_workers)
     try:
-        manifest = prepare_dataset(parsed, num_proc, overwrite, full_paths)
+        manifest = prepare_dataset(parsed, num_proc, overwrite, full_paths, cluster)
     except (ValueError, FileNotFoundError) as error:
         if config is None or Path(config).name in str(error):
             raise

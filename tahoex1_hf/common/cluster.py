@@ -50,7 +50,7 @@ class ClusterOptions:
     """The user's choice of a cluster.
 
     Attributes:
-        address: Address of a Ray cluster, `HOST:PORT` or `ray://HOST:PORT`; `auto` for one that runs on this machine;
+        address: Address of a Ray cluster, `HOST:PORT`; `auto` for one that runs on this machine;
             `local` to start one of this machine alone.
         min_workers: Least number of workers with the model, which are kept even without work.
         max_workers: Most of them; None for as many as the cluster has room for.
@@ -92,12 +92,15 @@ class Stage:
         arguments: Further arguments of the function, or those of the class's constructor.
         cpus: Number of CPUs that one call, or one worker, takes.
         gpus: Number of GPUs that one worker takes.
+        most: Most calls of a function at a time, or most workers of a class if the user sets no number; None for as
+            many as the cluster has room for.
     """
 
     work: Callable[..., dict[str, Any]] | type
     arguments: dict[str, Any] = field(default_factory=dict)
     cpus: float = 1.0
     gpus: float = 0.0
+    most: int | None = None
 
 
 def import_ray() -> Any:
@@ -187,11 +190,13 @@ class Shared:
         run: Unique name of the run.
         name: Name of the value.
         reference: List with Ray's reference; by itself, Ray would replace it by the value for every piece.
+        folder: Working folder of the process that began the run, to which relative paths belong.
     """
 
     run: str
     name: str
     reference: list[Any]
+    folder: str
 
     def get(self) -> Any:
         """Return the value, on a worker; those of other runs are forgotten."""
@@ -199,6 +204,8 @@ class Shared:
         if key not in _fetched:
             for other in [known for known in _fetched if known[0] != self.run]:
                 del _fetched[other]
+            if os.path.isdir(self.folder):
+                os.chdir(self.folder)
             _fetched[key] = import_ray().get(self.reference[0])
         return _fetched[key]
 
@@ -230,7 +237,7 @@ class Cluster:
 
     def share(self, run: str, name: str, value: Any) -> Shared:
         """Store a value for all workers of a run."""
-        return Shared(run, name, [self.ray.put(value)])
+        return Shared(run, name, [self.ray.put(value)], os.getcwd())
 
     def ask(self, function: Callable[..., Any], *arguments: Any, gpus: float = 0) -> Any:
         """Call a function on some worker, and return what it returns."""
@@ -262,10 +269,14 @@ class Cluster:
         options: dict[str, Any] = {"num_cpus": stage.cpus}
         given = {"work": stage.work, "arguments": stage.arguments}
         if not isinstance(stage.work, type):
+            options |= {"concurrency": stage.most}
             return self._map(data, _guarded, options | {"fn_kwargs": given, "max_retries": _RETRIES})
         if stage.gpus:
             options["num_gpus"] = stage.gpus
-        pool = self.ray.data.ActorPoolStrategy(min_size=self.options.min_workers, max_size=self.options.max_workers)
+        least, most = self.options.min_workers, self.options.max_workers
+        if most is None and stage.most is not None:
+            most = max(least, stage.most)
+        pool = self.ray.data.ActorPoolStrategy(min_size=least, max_size=most)
         options |= {"fn_constructor_kwargs": given, "compute": pool}
         # Machines may be taken back without end, so workers are replaced without end; a piece's tries are bounded.
         return self._map(data, _GuardedWorker, options | {"max_restarts": -1, "max_task_retries": _RETRIES})

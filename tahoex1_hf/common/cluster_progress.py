@@ -29,22 +29,36 @@ class ClusterProgress:
         pieces: Number of pieces that are to be done.
         machines: Function that returns the present number of machines.
         shown: Whether to show the bar; None shows it only on a terminal.
+        stage: What is done, beside the bar and in the lines.
     """
 
     def __init__(
-        self, run: str, unit: str, total: int, pieces: int, machines: Callable[[], int], shown: bool | None = None
+        self,
+        run: str,
+        unit: str,
+        total: int,
+        pieces: int,
+        machines: Callable[[], int],
+        shown: bool | None = None,
+        stage: str = "embedding",
     ):
         self.run, self.unit, self.total, self.pieces, self._machines = run, unit, total, pieces, machines
-        self.done = self.pieces_done = 0
+        self.stage = stage
+        self.done = self.pieces_done = self._before = 0
         self._began = time.monotonic()
         self._ended = threading.Event()
-        self._bar = progress_bar(shown, total=total, unit=unit, desc="On Ray", smoothing=0.05)
+        self._bar = progress_bar(shown, total=total, unit=unit, desc=f"{stage} on Ray", smoothing=0.05)
         self._thread = threading.Thread(target=self._log, name="cluster-progress", daemon=True)
 
     def update(self, number: int) -> None:
         """Count a piece that is done, with its number of units."""
         self.done += number
         self.pieces_done += 1
+        self._bar.update(number)
+
+    def skip(self, number: int) -> None:
+        """Count pieces of one unit each that were done before this run."""
+        self.done = self.pieces_done = self._before = number
         self._bar.update(number)
 
     def line(self) -> dict[str, Any]:
@@ -55,11 +69,12 @@ class ClusterProgress:
         return {
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
             "run": self.run,
+            "stage": self.stage,
             "pieces_done": self.pieces_done,
             "pieces": self.pieces,
             f"{self.unit}s_done": self.done,
             f"{self.unit}s": self.total,
-            f"{self.unit}s_per_second": round(self.done / max(seconds, 1e-9), 1),
+            f"{self.unit}s_per_second": round((self.done - self._before) / max(seconds, 1e-9), 1),
             "seconds": round(seconds, 1),
             "machines": machines,
         }

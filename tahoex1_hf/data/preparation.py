@@ -3,12 +3,13 @@
 
 Intermediate files lie in `OUTPUT/.prepare` and appear there whole or not at all, so that a run that was stopped in any
 way resumes where it was; the folder is removed at the end. The output depends on the configuration, the vocabulary and
-the files, but not on the number of processes.
+the files, but not on the number of processes, nor on a cluster's losses.
 """
 
 import json
 import logging
 import shutil
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -21,11 +22,13 @@ import pyarrow as pa
 from tahoex1_hf.cells.fingerprint import agrees
 from tahoex1_hf.cells.readers.base import BadInput
 from tahoex1_hf.cells.readers.unreadable import as_bad_input
+from tahoex1_hf.common.cluster import ClusterOptions, connected
 from tahoex1_hf.common.files import WholeFile
 from tahoex1_hf.common.locks import RunLock
 from tahoex1_hf.data.columns import MAX_CATEGORIES, check_joins, common_type
 from tahoex1_hf.data.config import PrepareConfig
 from tahoex1_hf.data.manifest import FileOutcome, build_manifest, write_card
+from tahoex1_hf.data.on_cluster import ClusterWorkers
 from tahoex1_hf.data.output_folder import LOCK, MANIFEST, WORK_FOLDER, claim
 from tahoex1_hf.data.pieces import (
     DROP_RULES,
@@ -38,7 +41,7 @@ from tahoex1_hf.data.pieces import (
 )
 from tahoex1_hf.data.shards import DatasetSchema, ShardRecord, file_sha256, load_record, save_record, write_shard
 from tahoex1_hf.data.sources.base import FileReport, SourceReader
-from tahoex1_hf.data.workers import run_tasks
+from tahoex1_hf.data.workers import LocalWorkers, Workers, use_one_thread
 from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -120,7 +123,11 @@ def _open_source(config: Any, tokenizer: TahoeX1Tokenizer, spool: Path) -> Sourc
 
 
 def prepare(
-    config: PrepareConfig, num_proc: int = 1, overwrite: bool = False, full_paths: bool = False
+    config: PrepareConfig,
+    num_proc: int = 1,
+    overwrite: bool = False,
+    full_paths: bool = False,
+    cluster: ClusterOptions | None = None,
 ) -> dict[str, Any]:
     """Write a training dataset, or resume one that an earlier run left unfinished.
 
@@ -129,6 +136,8 @@ def prepare(
         num_proc: Number of processes; it changes only the time.
         overwrite: Whether to begin anew where `config.output` holds another dataset, or the remains of another run.
         full_paths: Whether the manifest names the files by their whole paths, and not by their base names.
+        cluster: Ray cluster whose workers do the work, in place of processes of this machine; it changes only the
+            time. All its machines must see the inputs and the output folder.
 
     Returns:
         The manifest, which is also `OUTPUT/manifest.json`.
@@ -136,21 +145,40 @@ def prepare(
     Raises:
         ValueError: For input that cannot be used (see `on_bad_file`), and for an output folder with something else.
         FileNotFoundError: For a path that does not exist.
+        ImportError: If `cluster` is given and Ray is not installed.
+        ClusterError: If the cluster cannot be reached, or is lost; the same call resumes the run.
     """
     if num_proc < 1:
         raise ValueError(f"num_proc={num_proc}: pass at least 1.")
+    if cluster is not None and num_proc > 1:
+        raise ValueError(
+            f"num_proc={num_proc} (--num-proc) is for this machine: leave it out beside a cluster (--ray)."
+        )
     output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
-    with RunLock(output / LOCK, f"output={config.output!r}", "output"):
-        return _prepare_locked(config, output, num_proc, overwrite, full_paths)
+    with RunLock(output / LOCK, f"output={config.output!r}", "output"), ExitStack() as stack:
+        workers: Workers = LocalWorkers(num_proc)
+        if cluster is not None:
+            workers = ClusterWorkers(stack.enter_context(connected(cluster)), config.output, _begin_worker)
+        return _prepare_locked(config, output, workers, overwrite, full_paths)
+
+
+def _forget() -> None:
+    """Forget what an earlier run in this process has opened, since when files may have changed."""
+    for cached in (_open_sources, _pieces_of):
+        cached.cache_clear()
+
+
+def _begin_worker() -> None:
+    use_one_thread()
+    _forget()
 
 
 def _prepare_locked(
-    config: PrepareConfig, output: Path, num_proc: int, overwrite: bool, full_paths: bool
+    config: PrepareConfig, output: Path, workers: Workers, overwrite: bool, full_paths: bool
 ) -> dict[str, Any]:
     work = output / WORK_FOLDER
-    for cached in (_open_sources, _pieces_of):  # by an earlier run in this process, since when files may have changed
-        cached.cache_clear()
+    _forget()
     identity = _identity(config)
     finished = claim(output, identity, overwrite)
     if finished is not None:
@@ -162,8 +190,8 @@ def _prepare_locked(
     for source in config.sources:
         check_joins(source.join)
     files = _list_files(job)
-    inspected = _inspect(job, files, num_proc)
-    outcomes = _read_pieces(job, files, inspected, num_proc)
+    inspected = _inspect(job, files, workers)
+    outcomes = _read_pieces(job, files, inspected, workers)
     pieces = [path for outcome in outcomes for path in outcome.pieces]
     if not any(outcome.cells_kept for outcome in outcomes):
         named = [path for source in config.sources for path in getattr(source, "paths", ())]
@@ -172,7 +200,7 @@ def _prepare_locked(
             "the files."
         )
     schema = _common_schema(config, pieces)
-    shards = _gather(job, output, pieces, outcomes, schema, num_proc)
+    shards = _gather(job, output, pieces, outcomes, schema, workers)
     manifest = build_manifest(identity, outcomes, schema, shards, full_paths)
     (output / "vocab.json").write_bytes(Path(config.vocab).read_bytes())
     write_card(output / "README.md", manifest)
@@ -220,9 +248,9 @@ def inspect_file(task: _InspectTask) -> _Inspected:
         return _Inspected(None, nothing, str(error))
 
 
-def _inspect(job: Job, files: list[InputFile], num_proc: int) -> list[_Inspected]:
+def _inspect(job: Job, files: list[InputFile], workers: Workers) -> list[_Inspected]:
     tasks = [_InspectTask(job, file) for file in files]
-    results = {task.file.number: seen for task, seen in run_tasks(inspect_file, tasks, num_proc, "inspecting files")}
+    results = {task.file.number: seen for task, seen in workers.run(inspect_file, tasks, "inspecting files")}
     inspected = [results[file.number] for file in files]
     bad = [(file.path, seen.reason) for file, seen in zip(files, inspected, strict=True) if seen.report is None]
     _stop_or_skip(job.config, bad)
@@ -300,12 +328,12 @@ def _piece_path(job: Job, piece: PieceRange) -> Path:
     return Path(job.work) / "pieces" / f"{piece.file_number:06d}-{piece.start:012d}.arrow"
 
 
-def _read_pieces(job: Job, files: list[InputFile], inspected: list[_Inspected], num_proc: int) -> list[FileOutcome]:
+def _read_pieces(job: Job, files: list[InputFile], inspected: list[_Inspected], workers: Workers) -> list[FileOutcome]:
     config = job.config
     bad = {file.number: seen.reason for file, seen in zip(files, inspected, strict=True) if seen.report is None}
     by_gene = [file for file, seen in zip(files, inspected, strict=True) if seen.report and seen.report.by_gene]
     spool_tasks = [_InspectTask(job, file) for file in by_gene]
-    for task, reason in run_tasks(spool_file, spool_tasks, num_proc, "sorting by cell") if spool_tasks else ():
+    for task, reason in workers.run(spool_file, spool_tasks, "sorting by cell") if spool_tasks else ():
         _note_bad(config, bad, task.file, reason)
     tasks, finished = [], 0
     for file, seen in zip(files, inspected, strict=True):
@@ -316,7 +344,7 @@ def _read_pieces(job: Job, files: list[InputFile], inspected: list[_Inspected], 
                 finished += 1
             else:
                 tasks.append(_PieceTask(job, file, piece, seen.duplicates))
-    for piece_task, reason in run_tasks(make_piece, tasks, num_proc, "reading cells", finished):
+    for piece_task, reason in workers.run(make_piece, tasks, "reading cells", finished):
         _note_bad(config, bad, piece_task.file, reason)
     _check_unchanged(job, files, inspected, bad)
     return [_outcome(job, file, seen, bad.get(file.number)) for file, seen in zip(files, inspected, strict=True)]
@@ -407,7 +435,7 @@ def make_shard(task: _ShardTask) -> ShardRecord:
 
 
 def _gather(
-    job: Job, output: Path, pieces: list[str], outcomes: list[FileOutcome], schema: DatasetSchema, num_proc: int
+    job: Job, output: Path, pieces: list[str], outcomes: list[FileOutcome], schema: DatasetSchema, workers: Workers
 ) -> dict[str, list[ShardRecord]]:
     bytes_per_gene = np.dtype(schema.genes).itemsize + np.dtype(schema.counts).itemsize
     _write_json(Path(job.work) / "pieces.json", pieces)
@@ -420,7 +448,7 @@ def _gather(
         num_shards = min(num_shards, cells)
         tasks += [_ShardTask(job, split, n, num_shards, schema) for n in range(num_shards)]
     records: dict[str, dict[int, ShardRecord]] = {split: {} for split in SPLITS}
-    for task, record in run_tasks(make_shard, tasks, num_proc, "writing shards"):
+    for task, record in workers.run(make_shard, tasks, "writing shards"):
         records[task.split][task.number] = record
     kept = {Path(record.file).name for shards in records.values() for record in shards.values()}
     for path in (output / "data").iterdir():  # left by a run that was stopped

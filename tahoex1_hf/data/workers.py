@@ -7,9 +7,11 @@ import multiprocessing.connection
 import os
 import sys
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from typing import TypeVar
 
 from tahoex1_hf.common.progress import progress_bar
@@ -20,32 +22,54 @@ Result = TypeVar("Result")
 _PRELOAD = ["tahoex1_hf.data.preparation"]
 
 
-def run_tasks(
-    function: Callable[[Task], Result], tasks: Sequence[Task], num_proc: int, description: str, done: int = 0
-) -> Iterator[tuple[Task, Result]]:
-    """Call a function on every task, and yield each task with its result when it is ready, in any order.
+class Workers(ABC):
+    """Whoever does the tasks of a run."""
 
-    Args:
-        function: Function of a module, so that other processes can import it.
-        tasks: Arguments of the calls.
+    @abstractmethod
+    def run(
+        self, function: Callable[[Task], Result], tasks: Sequence[Task], description: str, done: int = 0
+    ) -> Iterator[tuple[Task, Result]]:
+        """Call a function on every task, and yield each task with its result when it is ready, in any order.
+
+        Args:
+            function: Function of a module, so that other processes can import it.
+            tasks: Arguments of the calls.
+            description: Text beside the progress bar.
+            done: Number of tasks that were done before this run, for the progress bar.
+
+        Raises:
+            Exception: An exception of a task; tasks that have not started are then left undone.
+        """
+
+
+@dataclass(frozen=True)
+class LocalWorkers(Workers):
+    """Processes of this machine.
+
+    Attributes:
         num_proc: Number of processes; 1 runs in this process.
-        description: Text beside the progress bar.
-        done: Number of tasks that were done before this run, for the progress bar.
-
-    Raises:
-        RuntimeError: If a process was ended from outside, for instance because memory ran out.
-        Exception: An exception of a task; tasks that have not started are then left undone.
     """
-    with progress_bar(None, total=len(tasks) + done, initial=done, desc=description, file=sys.stderr) as bar:
-        if num_proc == 1 or len(tasks) <= 1:
-            for task in tasks:
-                result = function(task)
+
+    num_proc: int
+
+    def run(
+        self, function: Callable[[Task], Result], tasks: Sequence[Task], description: str, done: int = 0
+    ) -> Iterator[tuple[Task, Result]]:
+        """Call a function on every task, and yield each task with its result; see `Workers.run`.
+
+        Raises:
+            RuntimeError: If a process was ended from outside, for instance because memory ran out.
+        """
+        with progress_bar(None, total=len(tasks) + done, initial=done, desc=description, file=sys.stderr) as bar:
+            if self.num_proc == 1 or len(tasks) <= 1:
+                for task in tasks:
+                    result = function(task)
+                    bar.update()
+                    yield task, result
+                return
+            for pair in _in_processes(function, tasks, self.num_proc):
                 bar.update()
-                yield task, result
-            return
-        for pair in _in_processes(function, tasks, num_proc):
-            bar.update()
-            yield pair
+                yield pair
 
 
 def _in_processes(
@@ -82,14 +106,19 @@ def _in_processes(
 
 
 def _start_worker() -> None:
-    """Set up a worker process with one thread, since the processes share the cores."""
+    """Set up a worker process, which ends with this one."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    use_one_thread()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def use_one_thread() -> None:
+    """Let a worker process compute with one thread, since the processes of a machine share its cores."""
     import pyarrow as pa
     import torch
 
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     pa.set_cpu_count(1)
     torch.set_num_threads(1)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:

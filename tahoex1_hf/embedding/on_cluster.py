@@ -25,6 +25,7 @@ from tahoex1_hf.cells.opening import Source, find_sources, open_cells
 from tahoex1_hf.cells.readers.base import CellInput
 from tahoex1_hf.common.cluster import Cluster, Shared, Stage
 from tahoex1_hf.common.cluster_progress import ClusterProgress
+from tahoex1_hf.common.patience import patiently
 from tahoex1_hf.common.reading import reading
 from tahoex1_hf.embedding.making import ShardContent, make_shards, most_chunks
 from tahoex1_hf.embedding.plan import Plan, Stretch
@@ -32,6 +33,7 @@ from tahoex1_hf.embedding.scores import scorer_of
 from tahoex1_hf.embedding.shards import ShardFolder, packed
 from tahoex1_hf.inference.encoder import CellEncoder, Dtype, GeneMeans, choose_dtype
 from tahoex1_hf.modeling_tahoe_x1 import TahoeX1PreTrainedModel
+from tahoex1_hf.padding_tahoe_x1 import EncodedCells
 
 if TYPE_CHECKING:
     from tahoex1_hf.encoding_tahoe_x1 import GeneMatch
@@ -195,10 +197,15 @@ def _inputs_of(job: Shared) -> Inputs:
 def read_piece(row: dict[str, Any], job: Shared) -> dict[str, Any]:
     """Read and encode the cells of a piece."""
     stretch = Stretch(*(row[name] for name in Stretch._fields))
-    source = _inputs_of(job).encoder(stretch.number)
-    known = Counter(source.drug_ids.unknown)
-    chunks = list(source.chunks(stretch.low, stretch.high, job.get().content.needed(source.cells)))
-    unknown = {} if source.drug_ids.is_counted else dict(source.drug_ids.unknown - known)
+
+    def read() -> tuple[list[EncodedCells], dict[str, int]]:
+        source = _inputs_of(job).encoder(stretch.number)
+        if not source.drug_ids.is_counted:
+            source.drug_ids.unknown.clear()  # those of the piece before
+        chunks = list(source.chunks(stretch.low, stretch.high, job.get().content.needed(source.cells)))
+        return chunks, {} if source.drug_ids.is_counted else dict(source.drug_ids.unknown)
+
+    chunks, unknown = patiently(read, job.get().sources[stretch.number].path)
     return {**row, "unknown": json.dumps(unknown), "chunks": pickle.dumps(chunks, protocol=5)}
 
 
@@ -265,7 +272,7 @@ class ClusterEmbedding:
         masks: int,
     ) -> Computing:
         """Return what workers need to embed, with as many of torch's threads as this process has."""
-        settings = {"batch_tokens": batch_tokens, "hidden_layer": hidden_layer}
+        settings: dict[str, Any] = {"batch_tokens": batch_tokens, "hidden_layer": hidden_layer}
         settings |= {"device": self.device, "dtype": self.dtype}
         return Computing(model, settings, torch.get_num_threads(), genes, masks)
 
@@ -298,6 +305,7 @@ class ClusterEmbedding:
                 {"job": reader, "model": model},
                 cpus=0 if self.device == "cuda" else computing.threads / 2,
                 gpus=1 if self.device == "cuda" else 0,
+                most=None if self.device == "cuda" else max(1, int(self.cluster.num_cpus / computing.threads)),
             ),
             Stage(write_piece, {"job": reader}, cpus=self._cpus),
         ]

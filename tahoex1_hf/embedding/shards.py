@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 
 from tahoex1_hf.cells.fingerprint import agrees
 from tahoex1_hf.common.files import WholeFile
+from tahoex1_hf.common.patience import patiently
 
 _SHARD = re.compile(r"chunks-(\d{12})-(\d{12})\.parquet")
 _RUN = "run.json"
@@ -92,6 +93,9 @@ class ShardFolder:
 
     def names(self) -> list[str]:
         """Return the names of all files in the folder, sorted."""
+        return patiently(self._names, self.location)
+
+    def _names(self) -> list[str]:
         filesystem, root = self._filesystem()
         filesystem.invalidate_cache()
         if not filesystem.isdir(root):
@@ -101,7 +105,7 @@ class ShardFolder:
     def _write(self, name: str, content: bytes) -> None:
         filesystem, root = self._filesystem()
         if not self.is_local:  # an object appears in an object store when it is complete
-            filesystem.pipe_file(f"{root}/{name}", content)
+            patiently(lambda: filesystem.pipe_file(f"{root}/{name}", content), self.location)
             return
         os.makedirs(root, exist_ok=True)
         with WholeFile(f"{root}/{name}") as partial:
@@ -109,7 +113,7 @@ class ShardFolder:
 
     def _read(self, name: str) -> bytes:
         filesystem, root = self._filesystem()
-        content: bytes = filesystem.cat_file(f"{root}/{name}")
+        content: bytes = patiently(lambda: filesystem.cat_file(f"{root}/{name}"), self.location)
         return content
 
     # Identity of the run -----------------------------------------------------------------------------

@@ -23,9 +23,11 @@ class WholeStream:
         self.location = location
         self.whole = None if "://" in location else WholeFile(location)
         if self.whole is None:
-            import fsspec
+            from fsspec.core import url_to_fs
 
-            self.file: IO[bytes] = fsspec.open(location, "wb").open()  # the object appears when it is closed
+            self.filesystem, self.path = url_to_fs(location)
+            # The object appears, and replaces an earlier one, when it is committed; until then there are only parts.
+            self.file: Any = self.filesystem.open(self.path, "wb", autocommit=False)
         else:
             self.file = self.whole.partial.open("wb")
 
@@ -34,22 +36,30 @@ class WholeStream:
         self.file.close()
         if self.whole is not None:
             self.whole.finish()
+        else:
+            self.file.commit()
 
     def abandon(self) -> None:
-        """Remove the unfinished file."""
-        with suppress(Exception):  # the error that matters is being raised already
-            self.file.close()
+        """Remove the unfinished file; an earlier one stays."""
         if self.whole is not None:
+            with suppress(Exception):  # the error that matters is being raised already
+                self.file.close()
             self.whole.discard()
             return
-        from fsspec.core import url_to_fs
+        from fsspec.spec import AbstractBufferedFile
 
-        filesystem, path = url_to_fs(self.location)
-        with suppress(Exception):
-            filesystem.rm_file(path)
+        if isinstance(self.file, AbstractBufferedFile):
+            with suppress(Exception):
+                self.file.discard()
+            self.file.closed = True  # or the rest would be sent when the file is collected as garbage
+            return
+        with suppress(Exception):  # one that is there as soon as it is opened, such as in memory
+            self.file.close()
+            self.filesystem.rm_file(self.path)
 
     def __enter__(self) -> IO[bytes]:
-        return self.file
+        file: IO[bytes] = self.file
+        return file
 
     def __exit__(self, kind: type[BaseException] | None, *error: Any) -> None:
         if kind is None:

@@ -32,9 +32,13 @@ def spool_entries(
     """
     if folder.is_dir():
         return
-    with whole_folder(folder) as partial:
-        _spool(entries, num_cells, piece_cells, partial)
-        (partial / "piece_cells").write_text(str(piece_cells))
+    try:
+        with whole_folder(folder) as partial:
+            _spool(entries, num_cells, piece_cells, partial)
+            (partial / "piece_cells").write_text(str(piece_cells))
+    except OSError:
+        if not folder.is_dir():  # else another process has done the same meanwhile, such as one taken for lost
+            raise
 
 
 def _spool(
