@@ -236,7 +236,7 @@ class _Run:
         self.engine: ClusterEmbedding | None = None
         self.output, self.kinds, self.cell_genes = output, output.options.kinds, output.cell_genes
         self.content = ShardContent(
-            output.names, output.shard_columns, output.options.numbers, output.source_names, output.cell_genes
+            output.names, output.shard_columns, tuple(output.options.numbers), output.source_names, output.cell_genes
         )
 
     def use(self, engine: ClusterEmbedding, job: Reading, computing: Computing) -> None:

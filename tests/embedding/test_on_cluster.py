@@ -12,7 +12,7 @@ from cells import NUM_GENES, make_cells, write_cells, write_vocab
 from helpers import tiny_config, tiny_model
 from ray_cluster import small_cluster
 
-from tahoex1_hf import TahoeX1Model, TahoeX1Tokenizer
+from tahoex1_hf import TahoeX1ForPreTraining, TahoeX1Tokenizer
 from tahoex1_hf.common.cluster import ClusterOptions
 from tahoex1_hf.embedding import making, on_cluster
 from tahoex1_hf.embedding.files import embed_files
@@ -31,11 +31,11 @@ def cluster() -> Any:
 
 
 @pytest.fixture(scope="module")
-def parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[TahoeX1Model, TahoeX1Tokenizer]:
+def parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[TahoeX1ForPreTraining, TahoeX1Tokenizer]:
     vocab = write_vocab(tmp_path_factory.mktemp("vocab"), drug_token=True)
     config = tiny_config(vocab_size=NUM_GENES + 4, num_drugs=3, drug_token_id=3)
     tokenizer = TahoeX1Tokenizer(str(vocab), context_length=16, drug_to_id={"<pad>": 0, "s1": 1, "s2": 2})
-    return tiny_model(config, TahoeX1Model), tokenizer
+    return tiny_model(config, TahoeX1ForPreTraining), tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def dying_once(work: Any, marker: Path, before: bool) -> Any:
 
 def test_the_bytes_of_one_machine(tmp_path: Path, parts, sources, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that one process began goes on, a worker with the model and a writer that has committed are lost."""
-    options: dict[str, Any] = {"obs": "sample", "draws": 2, "drugs": "sample", "progress": False}
+    options: dict[str, Any] = {"obs": "sample", "draws": 2, "drugs": "sample", "score": 2, "progress": False}
     embed_files(sources, tmp_path / "one.parquet", *parts, **options)
     with monkeypatch.context() as patch:
         patch.setattr(making, "_SHARD_SECONDS", 0.0)

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from tahoex1_hf import TahoeX1ForPreTraining, TahoeX1Tokenizer, embed_anndata, embed_files
 from tahoex1_hf.cells import encoding
 from tahoex1_hf.cli.app import app
-from tahoex1_hf.embedding import files
+from tahoex1_hf.embedding import making
 from tahoex1_hf.inference.encoder import CellEncoder
 
 SCORE, DEVIATION = "tahoe_x1_score", "tahoe_x1_score_sd"
@@ -25,7 +25,7 @@ Parts = tuple[TahoeX1ForPreTraining, TahoeX1Tokenizer]
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many chunks, each a shard, of few cells."""
     monkeypatch.setattr(encoding, "CHUNK_CELLS", 16)
-    monkeypatch.setattr(files, "_SHARD_SECONDS", 0.0)
+    monkeypatch.setattr(making, "_SHARD_SECONDS", 0.0)
 
 
 @pytest.fixture(scope="module")
