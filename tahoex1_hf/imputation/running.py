@@ -153,6 +153,7 @@ def impute_file(
     with ExitStack() as stack:
         stack.enter_context(RunLock(f"{parts.location}.lock", output, "output"))
         parts.claim(identity, restart, {})
+        stack.callback(run.forget_nothing_done)
         with reading(opened.path):
             opened.sort_by_cell()
         test = run_test(source, run.targets, cells.stem, seed)
@@ -255,6 +256,11 @@ class _Run:
         columns = self.column_of[tokens]
         order = np.lexsort((columns, owners))
         return lengths, columns[order].astype(np.int32), values[order]
+
+    def forget_nothing_done(self) -> None:
+        """Remove the folder if nothing in it is worth keeping."""
+        if not any(name.startswith("cells-") for name in self.parts.names()):
+            self.parts.remove()
 
     def write(self, cells: Path, output: Path, layer: str, record: dict[str, Any]) -> None:
         """Write the output from the files of the folder."""
