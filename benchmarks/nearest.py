@@ -21,6 +21,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import typer
 
+from benchmarks.measuring import progress
+
 TYPES, DIMENSIONS, NOISE = 60, 24, 0.15
 RECORD = {"model": "made", "revision": "", "hidden_layer": 1, "normalized": "L2", "seed": 0}
 KEY, GROUP = "X_tahoe_x1", 4096
@@ -91,7 +93,9 @@ def measured(work: Callable[..., Any], *arguments: Any, **options: Any) -> dict[
     process.join()
     if process.exitcode:
         raise RuntimeError(f"{work.__name__} ended with {process.exitcode}")
-    return dict(queue.get())
+    found = dict(queue.get())
+    progress(f"{work.__name__}: {found}")
+    return found
 
 
 def agreement(found: Path, truth: Path) -> float:

@@ -19,6 +19,7 @@ if "torch" not in sys.modules:  # OpenMP reads the variable once, when torch is 
 
 if TYPE_CHECKING:
     from tahoex1_hf.annotation.annotating import annotate_anndata, annotate_files
+    from tahoex1_hf.annotation.saved_index import annotate_from_index
     from tahoex1_hf.configuration_tahoe_x1 import TahoeX1Config
     from tahoex1_hf.embedding.files import embed_files
     from tahoex1_hf.embedding.in_memory import embed_anndata
@@ -51,6 +52,7 @@ __all__ = [
     "TahoeX1Tokenizer",
     "annotate_anndata",
     "annotate_files",
+    "annotate_from_index",
     "build_index",
     "convert_checkpoint",
     "embed_anndata",
@@ -76,6 +78,7 @@ _MODULES = {
     "TahoeX1Tokenizer": "tokenization_tahoe_x1",
     "annotate_anndata": "annotation.annotating",
     "annotate_files": "annotation.annotating",
+    "annotate_from_index": "annotation.saved_index",
     "build_index": "indexing.building",
     "convert_checkpoint": "hub.sources",
     "embed_anndata": "embedding.in_memory",

@@ -25,7 +25,7 @@ ALLOWED |= {
 }
 ALLOWED["benchmarking"] = {*ALLOWED["finetuning"], "embedding", "finetuning"}
 ALLOWED["indexing"] = {*ALLOWED["finetuning"], "embedding"}
-ALLOWED["annotation"] = {*ALLOWED["benchmarking"], "benchmarking"}
+ALLOWED["annotation"] = {*ALLOWED["benchmarking"], "benchmarking", "indexing"}
 ALLOWED["imputation"] = {*ALLOWED["benchmarking"], "benchmarking", "perturbation"}
 ALLOWED["reporting"] = {*ALLOWED["annotation"], "annotation"}
 ALLOWED["signatures"] = {*ALLOWED["benchmarking"], "benchmarking"}

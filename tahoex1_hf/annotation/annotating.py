@@ -32,7 +32,7 @@ from tahoex1_hf.annotation.transfer import (
     Transferred,
     transfer,
 )
-from tahoex1_hf.annotation.validation import make_folds, unscored_classes
+from tahoex1_hf.annotation.validation import check_folds
 from tahoex1_hf.cells.gene_symbols import Table
 from tahoex1_hf.cells.genes import GeneOptions
 from tahoex1_hf.cells.opening import Source, check_writable, open_cells, read_obs_column
@@ -116,17 +116,17 @@ class _Plan:
         self.classes = check_classes(names, labelling.label, reference.where, labelling.min_cells, labelling.drop_rare)
         self.tokens = check_sides(reference, query)
         kept = np.flatnonzero(np.isin(names, self.classes))
-        self.rows = _sample(kept, MOST_CELLS, seed)
+        self.rows = sample(kept, MOST_CELLS, seed)
         # In the order of their names, so that the folds do not depend on the order of the file.
         self.rows = self.rows[np.argsort(reference.obs.index.to_numpy(dtype=str)[self.rows], kind="stable")]
         self.labels = np.searchsorted(self.classes, names[self.rows].astype(str))
         self.reference, self.query = reference, query
         self.batches = self._batches(labelling.batch)
-        self._check_folds(labelling, seed)
+        check_folds(self.labels, self.batches, self.classes, reference.where, labelling.batch, seed)
         self.truth: np.ndarray | None = None
         if truth is not None:
             given = joined_names(truth, labelling.label_map)
-            self.scored = _sample(np.flatnonzero((given != "") & (given != UNKNOWN_NAME)), MOST_CELLS, seed)
+            self.scored = sample(np.flatnonzero((given != "") & (given != UNKNOWN_NAME)), MOST_CELLS, seed)
             self.truth = given[self.scored].astype(str) if len(self.scored) else None
         if self.classifier is not None:
             self.classifier.check([*self.classes, *([] if self.truth is None else np.unique(self.truth).tolist())])
@@ -140,24 +140,6 @@ class _Plan:
             logger.info("%s has no column %s: batches of the two are not compared.", self.query.where, batch)
         names = np.asarray(column.iloc[self.rows].astype(object).fillna("missing").astype(str).to_numpy(dtype=str))
         return names if len(np.unique(names)) > 1 else None
-
-    def _check_folds(self, labelling: _Labelling, seed: int) -> None:
-        """Raise ValueError where the cross-validation could score no class; tell of classes that it cannot score."""
-        alone = unscored_classes(self.labels, make_folds(self.labels, self.batches, seed))
-        names = [self.classes[number] for number in alone]
-        if len(names) == len(self.classes):
-            raise ValueError(
-                f"batch={labelling.batch} of {self.reference.where}: every class lies in one batch alone, so no class "
-                "can be told from its batch, nor anything be expected. Name another column, or leave batch (--batch) "
-                "out to leave out random cells."
-            )
-        if names:
-            logger.warning(
-                "%s: nothing can be expected of %d classes, each of which lies in one batch or fold: %s.",
-                self.reference.where,
-                len(names),
-                ", ".join(names[:5]) + (", ..." if len(names) > 5 else ""),
-            )
 
     def _notes(self, labelling: _Labelling, labelled: int) -> list[str]:
         notes = [
@@ -210,7 +192,7 @@ class _Plan:
             scored = ScoredQuery(self.scored, Features(np.array(theirs[self.scored]), values), truth)
         found = transfer(reference, Features(theirs), scored, options, classified, progress)
         report = make_report(found, Path(self.query.where).stem)
-        for each in _doubts(found, options):
+        for each in doubts(found, options):
             logger.warning("%s", each)
             self.notes.append(f"**Warning**: {each}")
         text = ""
@@ -229,29 +211,51 @@ class _Plan:
         embeddings: tuple[str, np.ndarray, dict[str, Any]] | None,
     ) -> Slots:
         """Return what is added to the query; the embeddings, with slot and record, only if it does not have them."""
-        none = (float("nan"),) * 3
-        facts = {
-            **facts,
-            "threshold": found.threshold,
-            "cross_validation": found.split,
-            "expected_precision": np.array([(each.precision or none)[0] for each in found.expected]),
-            "expected_recall": np.array([(each.recall or none)[0] for each in found.expected]),
-        }
-        votes = found.votes
-        return make_slots(
-            column,
-            self.classes,
-            found.called,
-            votes.probabilities,
-            votes.distance,
-            facts,
-            embeddings,
-            None if self.classifier is None else self.classifier.columns(self.classes),
-            found.classified,
-        )
+        names = None if self.classifier is None else self.classifier.columns(self.classes)
+        return slots_of(found, self.classes, column, facts, embeddings, names)
 
 
-def _doubts(found: Transferred, options: TransferOptions) -> list[str]:
+def slots_of(
+    found: Transferred,
+    classes: list[str],
+    column: str,
+    facts: dict[str, Any],
+    embeddings: tuple[str, np.ndarray, dict[str, Any]] | None,
+    classifier_columns: list[str] | None = None,
+) -> Slots:
+    """Return what is added to a query.
+
+    Args:
+        found: What came of the transfer.
+        classes: Names of the classes.
+        column: Name of the column of the labels.
+        facts: Record of how the labels were made.
+        embeddings: Slot of obsm, embeddings, and the record of how they were made; None if the query has them.
+        classifier_columns: Names of the classes of a fine-tuned classifier; None where there is none.
+    """
+    none = (float("nan"),) * 3
+    facts = {
+        **facts,
+        "threshold": found.threshold,
+        "cross_validation": found.split,
+        "expected_precision": np.array([(each.precision or none)[0] for each in found.expected]),
+        "expected_recall": np.array([(each.recall or none)[0] for each in found.expected]),
+    }
+    votes = found.votes
+    return make_slots(
+        column,
+        classes,
+        found.called,
+        votes.probabilities,
+        votes.distance,
+        facts,
+        embeddings,
+        classifier_columns,
+        found.classified,
+    )
+
+
+def doubts(found: Transferred, options: TransferOptions) -> list[str]:
     """Return what in a result calls for a warning: cells that both sides have, and far too many unknown cells."""
     doubts = []
     if found.twins:
@@ -270,7 +274,7 @@ def _doubts(found: Transferred, options: TransferOptions) -> list[str]:
     return doubts
 
 
-def _sample(rows: np.ndarray, most: int, seed: int) -> np.ndarray:
+def sample(rows: np.ndarray, most: int, seed: int) -> np.ndarray:
     """Return the rows, or a random sample of so many that the work stays bounded, rising."""
     if len(rows) <= most:
         return rows
@@ -545,22 +549,25 @@ def _check_columns(reference: Path, query: Path, labelling: _Labelling) -> None:
         read_obs_column(str(query), labelling.query_label, "query_label")
 
 
-def check_files(query: Path, reference: Path, output: Path) -> None:
-    """Check that the files can be read and written, before any work is done.
+def check_files(query: Path, reference: Path | None, output: Path) -> None:
+    """Check that the files can be read and written, before any work is done; an index is no file.
 
     Raises:
         FileNotFoundError: If the query or the reference does not exist.
         ValueError: For files other than `.h5ad`, an output whose folder does not exist, and a query that is the
             reference.
     """
-    for path in (query, reference):
+    given = [("query", query), *([] if reference is None else [("reference", reference)])]
+    for _, path in given:
         if not path.exists():
             raise FileNotFoundError(f"{path} does not exist.")
-    for name, path in (("query", query), ("reference", reference), ("output", output)):
+    for name, path in (*given, ("output", output)):
         if path.suffix != ".h5ad":
             raise ValueError(f"The {name} must be an .h5ad file, got {path.name!r}.")
     if not output.parent.is_dir():
         raise ValueError(f"The output's folder {output.parent} does not exist.")
+    if reference is None:
+        return
     if output.resolve() == reference.resolve():
         raise ValueError(f"The output {output} is the reference, which would be lost: name another file.")
     if query.resolve() == reference.resolve():

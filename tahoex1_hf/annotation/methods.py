@@ -212,11 +212,9 @@ def embedding_probe(cells: Features, labels: np.ndarray, num_classes: int) -> Fi
     return Regression(lambda others: others.embeddings, cells, labels, num_classes, centred=True)
 
 
-def methods(number: int, seed: int) -> dict[str, Method]:
-    """Return all methods by name, that of the embeddings first."""
-    return {
-        EMBEDDING: embedding_neighbours(number),
-        PROBE: embedding_probe,
-        PCA: pca_neighbours(number, seed),
-        LOGISTIC: count_regression,
-    }
+def methods(number: int, seed: int, counts: bool = True) -> dict[str, Method]:
+    """Return all methods by name, that of the embeddings first; without counts, those that read embeddings alone."""
+    found: dict[str, Method] = {EMBEDDING: embedding_neighbours(number), PROBE: embedding_probe}
+    if counts:
+        found |= {PCA: pca_neighbours(number, seed), LOGISTIC: count_regression}
+    return found

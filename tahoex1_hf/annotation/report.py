@@ -64,9 +64,10 @@ def verdict(found: Transferred, split: str, baseline: str) -> str:
 
 
 def verdicts(found: Transferred) -> list[str]:
-    """Return the verdicts on each split that was scored, one for each other method."""
+    """Return the verdicts on each split that was scored, one for each method that reads counts."""
     there = [m.split for m in found.scores[EMBEDDING] if m.metric == HEADLINE]
-    return [verdict(found, split, baseline) for split in there for baseline in (PCA, LOGISTIC)]
+    baselines = [name for name in (PCA, LOGISTIC) if name in found.scores]
+    return [verdict(found, split, baseline) for split in there for baseline in baselines]
 
 
 def confusion(classes: Sequence[str], truth: Sequence[str], called: np.ndarray) -> tuple[list[str], np.ndarray]:

@@ -134,7 +134,7 @@ def transfer(
     scores: dict[str, list[Measurement]] = {}
     left_out: dict[str, list[float]] = {}
     found: Transferred | None = None
-    every = methods(options.neighbours, options.seed)
+    every = methods(options.neighbours, options.seed, reference.features.values is not None)
     with progress_bar(progress, total=len(every) * (len(folds) + 1), unit="fit", desc="Annotating") as bar:
         for name, method in every.items():
             started = time.perf_counter()

@@ -5,6 +5,7 @@ With batches, whole batches are left out, as the query is another batch too; wit
 which is kinder than a new study will be.
 """
 
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from tahoex1_hf.annotation.methods import Features, Method, Votes
 from tahoex1_hf.benchmarking.resampling import auroc
 from tahoex1_hf.finetuning.splits import make_splits
 from tahoex1_hf.runs.report import CONFIDENCE
+
+logger = logging.getLogger(__name__)
 
 FOLDS = 5
 UNKNOWN = -1
@@ -75,6 +78,36 @@ def unscored_classes(labels: np.ndarray, folds: list[np.ndarray]) -> np.ndarray:
     """Return the numbers of the classes that lie in one fold alone: without it, nothing can be learnt of them."""
     kinds, times = np.unique(np.concatenate([np.unique(labels[fold]) for fold in folds]), return_counts=True)
     return np.asarray(kinds[times < 2])
+
+
+def check_folds(
+    labels: np.ndarray, batches: np.ndarray | None, classes: list[str], where: str, batch: str | None, seed: int
+) -> None:
+    """Raise ValueError where the cross-validation could score no class; tell of classes that it cannot score.
+
+    Args:
+        labels: Class numbers, `(cells,)`.
+        batches: Names of the batches, `(cells,)`; None for random folds.
+        classes: Names of the classes.
+        where: Name of the reference, for messages.
+        batch: Column with the batches.
+        seed: Seed of the folds.
+    """
+    alone = unscored_classes(labels, make_folds(labels, batches, seed))
+    names = [classes[number] for number in alone]
+    if len(names) == len(classes):
+        raise ValueError(
+            f"batch={batch} of {where}: every class lies in one batch alone, so no class "
+            "can be told from its batch, nor anything be expected. Name another column, or leave batch (--batch) "
+            "out to leave out random cells."
+        )
+    if names:
+        logger.warning(
+            "%s: nothing can be expected of %d classes, each of which lies in one batch or fold: %s.",
+            where,
+            len(names),
+            ", ".join(names[:5]) + (", ..." if len(names) > 5 else ""),
+        )
 
 
 def cross_validate(

@@ -2,7 +2,7 @@
 """The command `tahoex1 annotate`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -14,15 +14,26 @@ from tahoex1_hf.cli.running import command
 @command(extra="data,train")
 def annotate(
     query: Annotated[Path, typer.Argument(metavar="QUERY.h5ad", help="Cells to annotate, with raw counts.")],
-    reference: Annotated[
-        Path, typer.Option(metavar="REF.h5ad", help="Annotated cells of the same tissue, with raw counts.")
-    ],
-    label: Annotated[str, typer.Option(help="Column of the reference's obs with the labels.")],
+    label: Annotated[str, typer.Option(help="Column of the reference's obs, or of the index, with the labels.")],
     output: Annotated[
         Path,
         typer.Option(metavar="OUT.h5ad", help="The query with the labels added; may be the query's file."),
     ],
     model: options.Model,
+    reference: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="REF.h5ad",
+            help="Annotated cells of the same tissue, with raw counts.",
+            show_default="--index is given",
+        ),
+    ] = None,
+    index: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Index of tahoex1 index build instead of a reference.", show_default="--reference"
+        ),
+    ] = None,
     query_label: Annotated[
         str | None,
         typer.Option(
@@ -99,37 +110,43 @@ def annotate(
     from tahoex1_hf.annotation.annotating import annotate_files, check_files
     from tahoex1_hf.inference.encoder import choose_device
 
+    if (reference is None) == (index is None):
+        raise ValueError("Name a reference (--reference) or an index (--index), one of the two.")
     check_files(query, reference, output)
     choose_device(device)
-    found = annotate_files(
-        query,
-        reference,
-        output,
-        model,
-        label,
-        query_label=query_label,
-        label_map=label_map,
-        batch=batch,
-        neighbours=neighbours,
-        unknown_share=unknown_share,
-        min_cells=min_cells,
-        drop_rare=drop_rare,
-        key=key,
-        classifier=classifier,
-        report=report,
-        size=size,
-        revision=revision,
-        layer=layer,
-        gene_id_column=gene_id_column,
-        gene_symbols=gene_symbols,
-        species=species.value,
-        orthologs=orthologs,
-        max_length=max_length,
-        overflow=overflow and overflow.value,
-        seed=seed,
-        batch_tokens=batch_tokens,
-        device=device,
-        dtype=dtype.value,
-        restart=restart,
-    )
+    shared: dict[str, Any] = {
+        "query_label": query_label,
+        "label_map": label_map,
+        "batch": batch,
+        "neighbours": neighbours,
+        "unknown_share": unknown_share,
+        "min_cells": min_cells,
+        "drop_rare": drop_rare,
+        "key": key,
+        "report": report,
+        "size": size,
+        "revision": revision,
+        "layer": layer,
+        "gene_id_column": gene_id_column,
+        "gene_symbols": gene_symbols,
+        "species": species.value,
+        "orthologs": orthologs,
+        "seed": seed,
+        "batch_tokens": batch_tokens,
+        "device": device,
+        "dtype": dtype.value,
+        "restart": restart,
+    }
+    own = {"classifier": classifier, "max_length": max_length, "overflow": overflow and overflow.value}
+    if reference is not None:
+        found = annotate_files(query, reference, output, model, label, **own, **shared)
+    elif index is not None:
+        from tahoex1_hf.annotation.saved_index import annotate_from_index
+
+        if given := [name for name, value in own.items() if value is not None]:
+            options_given = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+            raise ValueError(
+                f"{options_given}: not with --index, whose cells were embedded with settings of their own."
+            )
+        found = annotate_from_index(query, index, output, model, label, **shared)
     return f"Wrote {output}: obs[{found.column!r}]"

@@ -127,7 +127,7 @@ def query_index(
         _check(stored, opened)
         return _carry_out(stored, opened, search, output, progress)
     genes = GeneOptions(gene_id_column, gene_symbols, layer, species=species, orthologs=orthologs)
-    embedder = _embedder(opened, model, tokenizer, size, revision, genes, batch_tokens, device, dtype)
+    embedder = indexs_embedder(opened, model, tokenizer, size, revision, genes, batch_tokens, device, dtype)
     made = WholeFile(output.with_name(f"{output.name}.embeddings.parquet"))
     try:  # its shards, with which a stopped run goes on, lie beside it
         embed_files(cells, made.path, embedder.loaded, embedder.tokenizer, **embedder.arguments(), progress=progress)
@@ -150,7 +150,7 @@ def _check(stored: StoredEmbeddings, index: CellIndex) -> None:
     check_alike(stored.path, stored.record, stored.width, manifest.record, manifest.width)
 
 
-def _embedder(
+def indexs_embedder(
     index: CellIndex,
     model: TahoeX1PreTrainedModel | str | Path,
     tokenizer: TahoeX1Tokenizer | None,
