@@ -137,7 +137,7 @@ def annotate(
         "dtype": dtype.value,
         "restart": restart,
     }
-    own = {"classifier": classifier, "max_length": max_length, "overflow": overflow and overflow.value}
+    own: dict[str, Any] = {"classifier": classifier, "max_length": max_length, "overflow": overflow and overflow.value}
     if reference is not None:
         found = annotate_files(query, reference, output, model, label, **own, **shared)
     elif index is not None:

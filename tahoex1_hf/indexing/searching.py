@@ -3,6 +3,7 @@
 
 import logging
 from dataclasses import dataclass
+from datetime import timedelta
 
 import numpy as np
 import pyarrow as pa
@@ -17,6 +18,7 @@ SAMPLE = 100  # cells by which recall is measured
 _SCANNED = 2**13  # cells that are compared at a time
 _REFINED = 2  # times k cells of the search index whose distances are computed anew from the whole embeddings
 _FEW = 100_000  # cells that are compared one by one rather than through the search index
+_PATIENCE = timedelta(minutes=10)  # for one cell, after which a search is given up
 _SAME = 1e-6  # squared distances that differ by less count as equal: embeddings have length 1 and 24 bits
 
 
@@ -93,19 +95,17 @@ def indexed_neighbours(
         probes: Number of parts that are read.
         where: Filter of the index's cells.
     """
-    search = index.table.search(list(queries)).limit(k).nprobes(probes).refine_factor(_REFINED)
-    if where is not None:
-        search = search.where(where, prefilter=True)
-    found = search.select([CELL, "_distance"]).with_row_id(True).to_arrow()
-    rows = found["query_index"].to_numpy() if len(queries) > 1 else np.zeros(len(found), dtype=np.int64)
-    squares = found["_distance"].to_numpy()
-    order = np.lexsort((found[ROW_ID].to_numpy(), squares, rows))
-    starts = np.searchsorted(rows[order], np.arange(len(queries)))
-    places = np.arange(len(order)) - starts[rows[order]]
     ids = np.zeros((len(queries), k), dtype=np.uint64)
     distances = np.full((len(queries), k), np.inf, dtype=np.float32)
-    ids[rows[order], places] = found[ROW_ID].to_numpy()[order]
-    distances[rows[order], places] = np.sqrt(np.maximum(squares[order], 0))
+    for row, query in enumerate(queries):  # one by one: hundreds in one search stood still on a busy machine
+        search = index.table.search(query).limit(k).nprobes(probes).refine_factor(_REFINED)
+        if where is not None:
+            search = search.where(where, prefilter=True)
+        found = search.select([CELL, "_distance"]).with_row_id(True).to_arrow(timeout=_PATIENCE)
+        squares, numbers = found["_distance"].to_numpy(), found[ROW_ID].to_numpy()
+        order = np.lexsort((numbers, squares))
+        ids[row, : len(order)] = numbers[order]
+        distances[row, : len(order)] = np.sqrt(np.maximum(squares[order], 0))
     return Neighbours(ids, distances)
 
 

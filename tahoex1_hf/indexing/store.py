@@ -3,6 +3,7 @@
 
 import json
 import logging
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -117,6 +118,9 @@ class CellIndex:
     """
 
     def __init__(self, folder: Path, manifest: Manifest):
+        # On machines with one or two processors, its work and what waits for it would share a thread, and stand still
+        # (github.com/lancedb/lancedb/issues/3568); the variable is read when LanceDB first computes.
+        os.environ.setdefault("LANCE_CPU_THREADS", str(max(4, os.cpu_count() or 1)))
         import lancedb
 
         self.folder, self.manifest = folder, manifest

@@ -25,7 +25,7 @@ CELLS, MODEL = GOLDEN / "a_70m_like" / "adata.h5ad", REPO_ROOT / "examples" / "d
 COMMANDS = {
     *("embed", "perturb", "predict", "prepare", "pretrain", "finetune", "recipes", "convert", "export"),
     *("annotate", "build-vocab", "drug-fingerprints", "evaluate", "verify-release", "index build", "index query"),
-    *("signatures build", "signatures query"),
+    *("signatures build", "signatures query", "impute", "report"),
 }
 
 
