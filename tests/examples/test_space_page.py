@@ -14,7 +14,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from urllib.request import urlopen
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 import anndata as ad
 import numpy as np
@@ -225,8 +226,24 @@ def test_a_file_that_cannot_be_used_is_refused_in_a_sentence(
 
 def test_a_file_that_is_too_large_is_not_even_uploaded(page: Any, files: Path, server: tuple[str, Path]) -> None:
     choose(page, files / "large.h5ad")
-    page.get_by_text("maximum allowed size").first.wait_for()
+    told = page.locator("#too-large")
+    told.filter(has_text="large.h5ad has 3 MB, and 2 are allowed here: upload fewer cells").wait_for()
+    assert told.get_attribute("role") == "alert"
     draw(page, "large")
+    assert not faults(page)
+    assert not kept(server[1])
+    choose(page, files / "mine.h5ad")
+    says(page, "#status", "mine.h5ad")
+    assert told.inner_text() == ""
+
+
+def test_the_server_itself_refuses_a_file_that_is_too_large(files: Path, server: tuple[str, Path]) -> None:
+    """What the page does can be left out by whoever writes to the server."""
+    body = b'--x\r\nContent-Disposition: form-data; name="files"; filename="large.h5ad"\r\n\r\n'
+    body += (files / "large.h5ad").read_bytes() + b"\r\n--x--\r\n"
+    asked = Request(f"{server[0]}/gradio_api/upload", body, {"Content-Type": "multipart/form-data; boundary=x"})
+    with pytest.raises(HTTPError, match="413"):
+        urlopen(asked, timeout=300)
     assert not kept(server[1])
 
 
@@ -257,7 +274,7 @@ def test_the_keyboard_alone_is_enough(page: Any) -> None:
     seen = []
     for _ in range(12):
         page.keyboard.press("Tab")
-        seen.append(page.evaluate("document.activeElement.closest('[id]').id"))
+        seen.append(page.evaluate("(document.activeElement.closest('[id]') || {id: ''}).id"))
     controls = [name for name in seen if name in {"upload", "start", "example", "stop"}]
     assert list(dict.fromkeys(controls)) == ["upload", "start", "example", "stop"], seen
     page.focus("#example")

@@ -22,7 +22,7 @@ CSS = """
 #status progress::-webkit-progress-bar { background: #ffffff; }
 #status progress::-webkit-progress-value { background: #0072b2; }
 #status progress::-moz-progress-bar { background: #0072b2; }
-#problem p { border-left: 0.3em solid #b3261e; padding: 0.3em 0.8em; }
+#problem p, #too-large:not(:empty) { border-left: 0.3em solid #b3261e; padding: 0.3em 0.8em; }
 #result table { border-collapse: collapse; }
 #result caption { text-align: left; padding: 0.4em 0; }
 #result th, #result td { padding: 0.25em 0.8em; text-align: right; border: 1px solid #8888; font: inherit; }
@@ -40,6 +40,24 @@ THEME = gr.themes.Default(primary_hue="blue").set(
 )
 # Screen readers read out what changes in these regions, without the focus leaving the button.
 LIVE = "element.setAttribute('role', '{role}'); element.setAttribute('aria-live', '{how}');"
+
+# A file that is too large is refused before it is sent; what Gradio shows then is gone after some seconds.
+REFUSE = """() => {
+  const refuse = (event, files) => {
+    const told = document.getElementById('too-large');
+    const large = [...(files || [])].find((file) => file.size > MEGABYTES * 1e6);
+    told.textContent = large ? `${large.name} has ${Math.ceil(large.size / 1e6)} MB, and MEGABYTES are allowed ` +
+      'here: upload fewer cells, without layers that the model does not need.' : '';
+    if (large) { event.stopImmediatePropagation(); event.preventDefault(); }
+  };
+  document.addEventListener('change', (event) => {
+    if (event.target.type === 'file') {
+      refuse(event, event.target.files);
+      if (event.cancelBubble) event.target.value = '';
+    }
+  }, true);
+  document.addEventListener('drop', (event) => refuse(event, event.dataTransfer && event.dataTransfer.files), true);
+}"""
 
 
 def taken(space: Space, role: Role, upload: str | None, request: gr.Request) -> tuple[str, str]:
@@ -96,6 +114,7 @@ def build(space: Space) -> gr.Blocks:
             )
             stop = gr.Button("Stop", elem_id="stop")
         status = gr.HTML(elem_id="status", js_on_load=LIVE.format(role="status", how="polite"))
+        gr.HTML("<div id='too-large' role='alert'></div>")
         problem = gr.HTML(elem_id="problem", js_on_load=LIVE.format(role="alert", how="assertive"))
         shown = gr.HTML(elem_id="result")
         with gr.Row():
@@ -131,6 +150,7 @@ def build(space: Space) -> gr.Blocks:
         start.click(work, label, outputs, concurrency_limit=limit, **options)
         stop.click(halt, None, None, queue=False, **options)
         blocks.unload(leave)
+        blocks.load(None, None, None, js=REFUSE.replace("MEGABYTES", str(space.limits.megabytes)))
     return blocks
 
 
