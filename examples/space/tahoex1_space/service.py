@@ -238,7 +238,9 @@ class Space:
 
     def stop(self, session: str) -> None:
         """End a session's work at its next step."""
-        self._stopped.add(self._folder(session).name)
+        name = self._folder(session).name
+        if name in self._running:
+            self._stopped.add(name)
 
     def forget(self, session: str) -> None:
         """End a session's work, and remove everything that is of it."""
