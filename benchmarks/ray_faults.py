@@ -76,7 +76,7 @@ class World:
         for node in self.nodes:
             for info in node.all_processes.get("raylet", []):
                 found += psutil.Process(info.process.pid).children(recursive=True)
-        return [process for process in found if _title(process).startswith("ray::") and "IDLE" not in _title(process)]
+        return [process for process in found if _title(process).startswith("ray::Map")]
 
 
 def _title(process: psutil.Process) -> str:
@@ -158,7 +158,7 @@ def _signal_worker(world: World, sent: signal.Signals, then: signal.Signals | No
     if not workers:
         return False
     chosen = random.choice(workers)
-    world.faults.append(_title(chosen))
+    world.faults.append(_title(chosen).strip())
     chosen.send_signal(sent)
     if then is not None:
         time.sleep(15)
@@ -209,12 +209,12 @@ class Kind:
 
 
 KINDS = {
-    "worker killed": Kind(kill_worker, {"embed": 8, "prepare": 6}),
+    "worker killed": Kind(kill_worker, {"embed": 6, "prepare": 6}),
     "worker slow": Kind(slow_worker, {"embed": 2, "prepare": 2}),
-    "node killed": Kind(kill_node, {"embed": 4, "prepare": 3}),
-    "command killed": Kind(kill_driver, {"embed": 6, "prepare": 6}),
-    "disk full": Kind(None, {"embed": 5, "prepare": 5}),
-    "store unreachable": Kind(refuse_connections, {"embed": 3}),
+    "node killed": Kind(kill_node, {"embed": 3, "prepare": 3}),
+    "command killed": Kind(kill_driver, {"embed": 4, "prepare": 4}),
+    "disk full": Kind(None, {"embed": 3, "prepare": 3}),
+    "store unreachable": Kind(refuse_connections, {"embed": 2}),
 }
 
 
@@ -301,7 +301,7 @@ def run_with_faults(world: World, job: str, kind: str, output: str) -> dict[str,
             while process.poll() is None:
                 time.sleep(0.2)
                 if fault is not None and made < times and begun(job, output) > before:
-                    time.sleep(random.uniform(0, 2))
+                    time.sleep(random.uniform(0, 1))
                     made += process.poll() is None and fault(world, process)
                     before = begun(job, output) if fault is not kill_driver else before
             done = process.returncode == 0
@@ -380,6 +380,7 @@ def main(
     }.items():
         os.environ[name] = value
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # or Ray takes another address of the machine for 127.0.0.1
     import_ray()
     with tempfile.TemporaryDirectory(prefix="ray-faults-") as folder:
         world = make_world(Path(folder))

@@ -260,8 +260,9 @@ class ClusterEmbedding:
         self.cluster = cluster
         self.device = torch.device(device or ("cuda" if cluster.num_gpus else "cpu")).type
         self.dtype = dtype
-        if dtype == "auto" and self.device == "cuda":  # what is fast is known to a machine that has the GPU
-            self.dtype = cluster.ask(_fast_dtype, gpus=1)
+        if dtype == "auto":  # one for all workers; which is fast on a GPU is known to a machine that has it
+            on_gpu = self.device == "cuda"
+            self.dtype = cluster.ask(_fast_dtype, self.device, gpus=1) if on_gpu else _fast_dtype(self.device)
 
     def computing(
         self,
@@ -337,5 +338,5 @@ class ClusterEmbedding:
         return 1.0 if self.device == "cuda" else 0.5
 
 
-def _fast_dtype() -> str:
-    return str(choose_dtype("auto", torch.device("cuda"))).removeprefix("torch.")
+def _fast_dtype(device: str) -> Any:
+    return str(choose_dtype("auto", torch.device(device))).removeprefix("torch.")

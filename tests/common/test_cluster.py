@@ -9,11 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cells import NUM_GENES, file_bytes, make_cells, write_cells, write_vocab
+from helpers import tiny_config, tiny_model
+from preparing import source
 from ray_cluster import small_cluster
 
+from tahoex1_hf import TahoeX1Tokenizer
+from tahoex1_hf.common import cluster as cluster_module
 from tahoex1_hf.common import cluster_progress
 from tahoex1_hf.common.cluster import ClusterError, ClusterOptions, Stage, cluster_options, connected
 from tahoex1_hf.common.cluster_progress import ClusterProgress
+from tahoex1_hf.data import preparation
+from tahoex1_hf.data.config import parse_config
+from tahoex1_hf.embedding import on_cluster
+from tahoex1_hf.embedding.files import embed_files
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -61,7 +70,7 @@ def test_a_lost_worker_is_replaced_and_its_piece_done_again(tmp_path: Path) -> N
     assert written == [2 * number + 1 for number in range(8)]
 
 
-def test_errors_say_what_happened(tmp_path: Path) -> None:
+def test_errors_say_what_happened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The error of a piece is that of the worker; a piece that kills every worker ends the run after some tries."""
 
     def refuse(row: dict[str, Any]) -> dict[str, Any]:
@@ -76,10 +85,49 @@ def test_errors_say_what_happened(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^cells.h5ad: cell 7 has a negative count.$"):
         with connected(ClusterOptions()) as found:
             list(found.run([{"number": 1}], [Stage(refuse, cpus=0.5)]))
+    monkeypatch.setattr(cluster_module, "_RETRIES", 1)
     with pytest.raises(ClusterError, match=r"lost what it could not replace.*The same command resumes"):
         with connected(ClusterOptions()) as found:
             list(found.run([{"number": 1}], [Stage(die, {"place": str(tmp_path)}, cpus=0.5)]))
-    assert len((tmp_path / "tries").read_text()) == 6  # once, and five times again
+    assert len((tmp_path / "tries").read_text()) == 2  # once, and once again
+
+
+def test_embedding_and_preparing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bytes of one process, though a worker with the model dies, and one that has just written a shard."""
+    for seed in range(2):
+        write_cells(make_cells(300, seed), tmp_path / f"{seed}", "csr")
+    parts = tiny_model(tiny_config(vocab_size=NUM_GENES + 3)), TahoeX1Tokenizer(str(write_vocab(tmp_path)))
+    model_died, shard_died = str(tmp_path / "model died"), str(tmp_path / "shard died")
+
+    class Dying(on_cluster.PieceEmbedder):
+        def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+            made = super().__call__(row)
+            if not os.path.exists(model_died):
+                open(model_died, "w").close()
+                os.kill(os.getpid(), 9)
+            return made
+
+    make_shard = preparation.make_shard
+
+    def dying(task: Any) -> Any:
+        made = make_shard(task)
+        if not os.path.exists(shard_died):
+            open(shard_died, "w").close()
+            os.kill(os.getpid(), 9)
+        return made
+
+    monkeypatch.chdir(tmp_path)  # where the workers are not
+    config = {"sources": [source(Path("*.h5ad"))], "vocab": "vocab.json", "piece_cells": 100, "shard_size_mb": 0.01}
+    for name, cluster in (("one", None), ("two", ClusterOptions("local", 1, 1))):
+        if cluster is not None:
+            monkeypatch.setattr(on_cluster, "PieceEmbedder", Dying)
+            monkeypatch.setattr(preparation, "make_shard", dying)
+        embed_files(["0.h5ad", "1.h5ad"], f"{name}.parquet", *parts, cluster=cluster, progress=False)
+        preparation.prepare(parse_config({**config, "output": name}, "the test"), cluster=cluster)
+    assert os.path.exists(model_died)
+    assert os.path.exists(shard_died)
+    assert (tmp_path / "two.parquet").read_bytes() == (tmp_path / "one.parquet").read_bytes()
+    assert file_bytes(tmp_path / "two") == file_bytes(tmp_path / "one")
 
 
 def test_options_of_the_command_line() -> None:

@@ -1,9 +1,13 @@
-"""A Ray cluster of this machine, on the loopback interface, for the tests of a file."""
+"""A Ray cluster of this machine, on the loopback interface; and a stand-in that needs no Ray."""
 
-from collections.abc import Iterator
+import pickle
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
+
+from tahoex1_hf.common.cluster import Cluster, ClusterOptions, Shared, Stage
 
 
 @contextmanager
@@ -26,3 +30,42 @@ def small_cluster() -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+class SharedHere(Shared):
+    """A value that is copied as if it had been sent."""
+
+    def get(self) -> Any:
+        """Return the copy."""
+        return self.reference[0]
+
+
+class ClusterThatRepeats(Cluster):
+    """A stand-in that does the work in this process, and all of it twice, as Ray may do with any piece."""
+
+    num_gpus, num_cpus = 0, 2.0
+
+    def num_machines(self) -> int:
+        """Return the number of machines."""
+        return 1
+
+    def share(self, run: str, name: str, value: Any) -> Shared:
+        """Copy a value."""
+        return SharedHere(run, name, [pickle.loads(pickle.dumps(value))], "")
+
+    def run(self, rows: Sequence[dict[str, Any]], stages: Sequence[Stage]) -> Iterator[dict[str, Any]]:
+        """Run rows through the stages, the last piece first; each stage's second result is what goes on."""
+        workers = [stage.work(**stage.arguments) if isinstance(stage.work, type) else stage.work for stage in stages]
+        for row in reversed(rows):
+            for stage, work in zip(stages, workers, strict=True):
+                more = {} if isinstance(stage.work, type) else stage.arguments
+                before = pickle.dumps(row)
+                work(pickle.loads(before), **more)
+                row = work(pickle.loads(before), **more)
+            yield row
+
+
+@contextmanager
+def repeating(options: ClusterOptions) -> Iterator[Cluster]:
+    """Stand in for `connected`."""
+    yield ClusterThatRepeats(None, options)
