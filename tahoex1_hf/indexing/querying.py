@@ -128,14 +128,14 @@ def query_index(
         return _carry_out(stored, opened, search, output, progress)
     genes = GeneOptions(gene_id_column, gene_symbols, layer, species=species, orthologs=orthologs)
     embedder = indexs_embedder(opened, model, tokenizer, size, revision, genes, batch_tokens, device, dtype)
-    made = WholeFile(output.with_name(f"{output.name}.embeddings.parquet"))
+    made = output.with_name(f"{output.name}.embeddings.parquet")
     try:  # its shards, with which a stopped run goes on, lie beside it
-        embed_files(cells, made.path, embedder.loaded, embedder.tokenizer, **embedder.arguments(), progress=progress)
-        stored = open_embeddings(made.path, "X_tahoe_x1")
+        embed_files(cells, made, embedder.loaded, embedder.tokenizer, **embedder.arguments(), progress=progress)
+        stored = open_embeddings(made, "X_tahoe_x1")
         _check(stored, opened)
         return _carry_out(stored, opened, search, output, progress)
     finally:
-        made.path.unlink(missing_ok=True)
+        made.unlink(missing_ok=True)
 
 
 def _open_stored(cells: str | Path, key: str) -> StoredEmbeddings:
