@@ -10,7 +10,11 @@ from scipy.sparse import csr_matrix
 from transformers import AutoTokenizer
 
 from benchmarks import absent_genes
+from tahoex1_hf import embed_anndata
+from tahoex1_hf.hub.loading import load_model_and_tokenizer
 from tahoex1_hf.training.config import read_pretrain_config
+
+CHECKPOINT = Path(__file__).parents[2] / "examples" / "absent_genes_checkpoint"
 
 GENES = [f"ENSG{number:011d}" for number in range(70)]
 
@@ -58,6 +62,20 @@ def test_training_in_stages_goes_on(folder: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_no_set_is_both_trained_on_and_tested() -> None:
     assert not set(absent_genes.CORPUS) & set(absent_genes.TESTS)
+
+
+def test_the_shipped_checkpoint_embeds_cells_and_says_what_it_saw() -> None:
+    model, tokenizer = load_model_and_tokenizer(CHECKPOINT)
+    assert tokenizer.value_encoding == "log1p"
+    genes = [token for token in tokenizer.get_vocab() if token.startswith("ENSG")][:300]
+    cells = anndata.AnnData(csr_matrix(np.random.default_rng(0).poisson(0.5, (4, 300)).astype(np.float32)))
+    cells.var_names = genes
+    found = embed_anndata(cells, model, tokenizer, dtype="float32", return_array=True)
+    assert found.shape == (4, 64)
+    np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, rtol=1e-5)
+    assert np.linalg.norm(found[0] - found[1]) > 1e-3
+    log = json.loads((CHECKPOINT / "training_log.json").read_text())
+    assert log["cells_from"] == [f"{name}.h5ad" for name in absent_genes.CORPUS]
 
 
 def test_trials_differ_in_their_targets_alone() -> None:

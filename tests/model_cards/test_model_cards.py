@@ -176,9 +176,11 @@ def test_command_writes_the_card_and_a_page(tmp_path: Path) -> None:
     assert "missing key 'tags'" in wrong.output
 
 
-def test_card_of_the_demo_checkpoint_is_rendered_from_its_facts() -> None:
-    assert (DEMO / "README.md").read_text(encoding="utf-8") == render_card(CARDS / "demo.yaml"), (
-        "run `python model_cards/render.py model_cards/demo.yaml examples/demo_checkpoint/README.md`"
+@pytest.mark.parametrize("name", ["demo", "absent_genes"])
+def test_card_of_a_checkpoint_in_examples_is_rendered_from_its_facts(name: str) -> None:
+    card = f"examples/{name}_checkpoint/README.md"
+    assert (REPO_ROOT / card).read_text(encoding="utf-8") == render_card(CARDS / f"{name}.yaml"), (
+        f"run `python model_cards/render.py model_cards/{name}.yaml {card}`"
     )
 
 
