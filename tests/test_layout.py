@@ -83,6 +83,7 @@ TESTED_IN: dict[str, set[str]] = {
         "embedding/shards",
         "inference/h5ad_columns",
     },
+    "embedding/test_stored.py": {"cells/stored_slot"},
     "embedding/test_writers.py": {
         "embedding/anndata_writer",
         "embedding/obs_columns",

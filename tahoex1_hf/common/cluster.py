@@ -156,11 +156,24 @@ def _connect(ray: Any, address: str) -> None:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address != LOCAL:
         passed = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
-        ray.init(address, runtime_env={"env_vars": passed}, **quiet)
+        start_ray(ray, address, runtime_env={"env_vars": passed}, **quiet)
         return
     # Processes beyond the limit are ended when they are idle for a second, and each takes seconds to start.
     processes = {"num_workers_soft_limit": max(8, 2 * (os.cpu_count() or 1))}
-    ray.init(LOCAL, include_dashboard=False, _node_ip_address="127.0.0.1", _system_config=processes, **quiet)
+    start_ray(ray, LOCAL, include_dashboard=False, _node_ip_address="127.0.0.1", _system_config=processes, **quiet)
+
+
+def start_ray(ray: Any, address: str, **options: Any) -> None:
+    """Start Ray or connect to it, and leave this process's environment as it was.
+
+    `ray.init` takes `breakpoint()` for itself, by the variable PYTHONBREAKPOINT, in all that the process starts later.
+    """
+    before = os.environ.get("PYTHONBREAKPOINT")
+    ray.init(address, **options)
+    if before is None:
+        os.environ.pop("PYTHONBREAKPOINT", None)
+    else:
+        os.environ["PYTHONBREAKPOINT"] = before
 
 
 @contextmanager

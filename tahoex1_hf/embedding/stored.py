@@ -20,7 +20,8 @@ import pyarrow.parquet as pq
 
 from tahoex1_hf.cells.fingerprint import content_fingerprint
 from tahoex1_hf.cells.opening import local_kind
-from tahoex1_hf.cells.readers.base import INDEX, BadInput
+from tahoex1_hf.cells.readers.base import BadInput
+from tahoex1_hf.cells.stored_slot import open_slot
 from tahoex1_hf.common.reading import reading
 from tahoex1_hf.embedding.obs_columns import as_arrow, conformed
 from tahoex1_hf.inference.provenance import provenance_key
@@ -163,49 +164,22 @@ class _Store(StoredEmbeddings):
     """An `.h5ad` file or a `.zarr` store."""
 
     def __init__(self, path: str, key: str):
-        from anndata.io import read_elem
-
-        from tahoex1_hf.cells.readers.stores import column_names, num_rows, open_store
-
+        record = provenance_key(key)
         self.path, self.key = path, key
-        with open_store(path) as store:
-            slots, record = list(store.get("obsm", {})), provenance_key(key)
-            if key not in slots:
-                raise BadInput(f'it has no obsm["{key}"]; there is {", ".join(slots) or "none"}.')
-            values = store["obsm"][key]
-            self.num_cells = num_rows(store["obs"])
-            if not hasattr(values, "shape") or len(values.shape) != 2 or values.shape[0] != self.num_cells:
-                raise BadInput(f'its obsm["{key}"] is not an array of {self.num_cells} cells x dimensions.')
-            self.width = int(values.shape[1])
-            made = read_elem(store["uns"][record]) if record in store.get("uns", {}) else None
-            self.record = _checked_record(made, f'uns["{record}"]')
-            self._names = column_names(store["obs"])
-            seen = self._columns(store["obs"], 0, min(_LOOKED_AT, self.num_cells))
+        self.slot = open_slot(path, key, record)
+        self.num_cells, self.width = self.slot.num_cells, self.slot.width
+        self.record = _checked_record(self.slot.record, f'uns["{record}"]')
+        ((_, _, seen),) = self.slot.pieces([(0, min(_LOOKED_AT, self.num_cells))])
         self.columns = {
-            field.name: pa.string() if pa.types.is_null(field.type) else field.type for field in seen.schema
+            field.name: pa.string() if pa.types.is_null(field.type) else field.type for field in as_arrow(seen).schema
         }
 
-    def _columns(self, obs: Any, start: int, stop: int) -> pa.Table:
-        import pandas as pd
-
-        from tahoex1_hf.cells.readers.stores import read_column
-
-        read = {name: read_column(obs, name, start, stop) for name in self._names}
-        return as_arrow(pd.DataFrame(read, index=range(stop - start)))
-
     def _pieces(self, start: int) -> Iterator[Piece]:
-        from tahoex1_hf.cells.readers.stores import open_store, read_column
-
-        with open_store(self.path) as store:
-            for low in range(start, self.num_cells, self.piece_cells):
-                high = min(low + self.piece_cells, self.num_cells)
-                names = read_column(store["obs"], INDEX, low, high).astype(str)
-                columns = conformed(self._columns(store["obs"], low, high), self.columns, high - low)
-                yield Piece(
-                    pa.array(names.to_numpy(dtype=object), pa.string()),
-                    np.asarray(store["obsm"][self.key][low:high], dtype=np.float32),
-                    pa.table(dict(zip(self.columns, columns, strict=True))),
-                )
+        lows = range(start, self.num_cells, self.piece_cells)
+        bounds = ((low, min(low + self.piece_cells, self.num_cells)) for low in lows)
+        for names, values, read in self.slot.pieces(bounds):
+            columns = conformed(as_arrow(read), self.columns, len(names))
+            yield Piece(pa.array(names, pa.string()), values, pa.table(dict(zip(self.columns, columns, strict=True))))
 
 
 def open_embeddings(path: str | Path, key: str) -> StoredEmbeddings:

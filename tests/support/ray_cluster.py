@@ -1,5 +1,6 @@
 """A Ray cluster of this machine, on the loopback interface; and a stand-in that needs no Ray."""
 
+import os
 import pickle
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,10 +15,11 @@ from tahoex1_hf.common.cluster import Cluster, ClusterOptions, Shared, Stage
 def small_cluster() -> Iterator[None]:
     """Start a cluster with two CPUs, and connect this process to it."""
     pytest.importorskip("ray")
-    from tahoex1_hf.common.cluster import import_ray
+    from tahoex1_hf.common.cluster import import_ray, start_ray
 
     ray = import_ray()
-    ray.init(
+    start_ray(
+        ray,
         "local",
         num_cpus=2,
         object_store_memory=100 * 2**20,
@@ -27,6 +29,7 @@ def small_cluster() -> Iterator[None]:
         _system_config={"num_workers_soft_limit": 8},
     )
     try:
+        assert "PYTHONBREAKPOINT" not in os.environ  # other tests' processes would inherit it
         yield
     finally:
         ray.shutdown()
