@@ -29,14 +29,22 @@ SHARED_DATA = Path(os.environ.get("TAHOEX1_SHARED_DATA", REPO_ROOT.parent / "sha
 
 # Files that take long, longest first: one that began last would run alone at the end, on a single core.
 LONG_FILES = (
+    "common/test_cluster.py",
+    "examples/test_notebooks.py",
     "training/test_several_processes.py",
     "training/test_config.py",
     "finetuning/cells/test_cell_task.py",
     "training/test_launchers.py",
     "training/test_resuming.py",
+    "benchmarks/test_scaling_model.py",
+    "training/test_equivalences.py",
+    "test_same_bits.py",
+    "benchmarking/test_essentiality.py",
+    "embedding/release/test_running.py",
+    "hub/test_export.py",
     "hub/test_loading.py",
     "examples/test_demo.py",
-    "examples/test_notebooks.py",
+    "data/test_feeding.py",
     "embedding/test_files.py",
     "finetuning/genes/test_gene_task.py",
     "finetuning/drugs/test_drug_task.py",
