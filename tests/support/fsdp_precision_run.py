@@ -37,14 +37,14 @@ class Watched(PretrainingTrainer):
         self.left: list[Any] = []
         self.apart: float | None = None
 
-    def _pass(self, model: Any, part: Any, targets: Any, last: bool) -> torch.Tensor:
-        losses = super()._pass(model, part, targets, last)
+    def _pass(self, model: Any, part: Any, last: bool) -> torch.Tensor:
+        losses = super()._pass(model, part, last)
         if self.apart is None and self.microbatch_size is not None:
             gradients = [p.grad for p in model.parameters() if p.grad is not None]
             here = sum(g.to_local().numel() if isinstance(g, DTensor) else g.numel() for g in gradients)
             share = here / sum(p.numel() for p in model.parameters())
             self.left.append([last, str(losses.dtype), sorted({str(g.dtype) for g in gradients}), share])
-            self.inputs.append((part, targets))
+            self.inputs.append(part)
         return losses
 
     def _clip_grad_norm(self, model: Any) -> Any:
@@ -52,9 +52,9 @@ class Watched(PretrainingTrainer):
             self.apart = 0.0
             added, gradients = whole_gradient(model), [p.grad for p in model.parameters()]
             alone = torch.zeros_like(added)
-            for part, targets in self.inputs:
+            for part in self.inputs:
                 model.zero_grad()
-                self._pass(model, part, targets, True)
+                self._pass(model, part, True)
                 alone += whole_gradient(model)
             self.apart = float((added - alone).norm() / alone.norm())
             for parameter, gradient in zip(model.parameters(), gradients, strict=True):
@@ -67,7 +67,9 @@ def trained(batch: dict[str, Any], size: int | None) -> Watched:
     config = tiny(Path("unused"), OUTPUT.parent / "run", precision=PRECISION, learning_rate=1e-3, **changes)
     model = tiny_model(tiny_config(expression_encoder_dropout=0.0, attention_mask_style="observed_or_self"))
     steps: Any = FixedSteps(batch, 3)
-    steps.cells = SimpleNamespace(collator=SimpleNamespace(context_length=16, packed=True, drug_token=None))
+    steps.cells = SimpleNamespace(
+        collator=SimpleNamespace(context_length=16, packed=True, drug_token=None, cell_targets="hidden")
+    )
     trainer = Watched(model, training_arguments(config, 3), steps, microbatch_size=size)
     trainer.train()
     return trainer
@@ -80,15 +82,16 @@ def copies_of_shards(run: Watched, batch: dict[str, Any]) -> dict[str, Any]:
     model = tiny_model(run.model.config)
     for module in (*model.tahoe.layers, model):
         fully_shard(module, mesh=mesh, mp_policy=policy)
-    parts, targets = list(microbatches(run._prepare_inputs(batch), 4)), torch.tensor(120.0)
+    total = {"num_items_in_batch": torch.tensor(120.0)}
+    parts = [{**part, **total} for part in microbatches(run._prepare_inputs(batch), 4)]
     waiting = []
     for number, part in enumerate(parts):
-        run._pass(model, part, targets, number == len(parts) - 1)
+        run._pass(model, part, number == len(parts) - 1)
         waiting.append(all(p.grad is None for p in model.parameters()))
     added, alone = whole_gradient(model), 0.0
     for part in parts:
         model.zero_grad()
-        run._pass(model, part, targets, True)
+        run._pass(model, part, True)
         alone = alone + whole_gradient(model)
     return {"waiting": waiting, "apart": float((added - alone).norm() / alone.norm())}
 
