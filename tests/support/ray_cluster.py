@@ -18,16 +18,19 @@ def small_cluster() -> Iterator[None]:
     from tahoex1_hf.common.cluster import import_ray, start_ray
 
     ray = import_ray()
-    start_ray(
-        ray,
-        "local",
-        num_cpus=2,
-        object_store_memory=100 * 2**20,
-        include_dashboard=False,
-        log_to_driver=False,
-        _node_ip_address="127.0.0.1",
-        _system_config={"num_workers_soft_limit": 8},
-    )
+    try:
+        start_ray(
+            ray,
+            "local",
+            num_cpus=2,
+            object_store_memory=100 * 2**20,
+            include_dashboard=False,
+            log_to_driver=False,
+            _node_ip_address="127.0.0.1",
+            _system_config={"num_workers_soft_limit": 8},
+        )
+    except (OSError, RuntimeError) as error:  # no shared memory, no room for its processes: not what these tests test
+        pytest.skip(f"Ray does not start on this machine: {error}")
     try:
         assert "PYTHONBREAKPOINT" not in os.environ  # other tests' processes would inherit it
         yield
