@@ -3,7 +3,7 @@
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -34,6 +34,10 @@ _BUFFER_BYTES = 2**25
 
 # Experiments that a forked process inherits from its parent. It must not close them: that needs the parent's threads.
 _INHERITED: list[Any] = []
+
+# TileDB's contexts, by process, kind and buffer. A forked process makes its own, and none is closed before the process
+# ends: a context holds pools of threads, and TileDB has crashed (signal 11, in one of them) where they came and went.
+_CONTEXTS: dict[tuple[int, str, int], Any] = {}
 
 
 class CensusExperiment(SourceReader):
@@ -245,24 +249,32 @@ class _Experiment:
 
 
 def _open(config: "CensusSource") -> Any:
-    """Open the experiment with a new TileDB context, since a forked process would share the default one."""
-    tiledb_config = {"soma.init_buffer_bytes": _BUFFER_BYTES}
+    """Open the experiment with the context of this process, since a forked one would share TileDB's default one."""
     if config.uri is not None:
         try:
             import tiledbsoma
         except ImportError as error:
             raise ImportError(f"SOMA experiments need tiledbsoma: {_INSTALL}.") from error
-        context = tiledbsoma.SOMATileDBContext(tiledb_config=dict(tiledb_config))
+        context = _context("experiment", tiledbsoma.SOMATileDBContext)
         return tiledbsoma.Experiment.open(config.uri, context=context)
     try:
         import cellxgene_census
     except ImportError as error:
         raise ImportError(f"The census needs cellxgene-census: {_INSTALL}.") from error
     try:
-        census = cellxgene_census.open_soma(census_version=config.census_version, tiledb_config=dict(tiledb_config))
+        context = _context("census", cellxgene_census.get_default_soma_context)
+        census = cellxgene_census.open_soma(census_version=config.census_version, context=context)
     except ValueError as error:
         raise BadInput(f"census_version={config.census_version!r} cannot be opened: {error}") from None
     return _member(census["census_data"], config.organism, "organism")
+
+
+def _context(kind: str, make: Callable[..., Any]) -> Any:
+    """Return this process's context of a kind, made by `make(tiledb_config=...)` when it is first asked for."""
+    key = (os.getpid(), kind, _BUFFER_BYTES)
+    if key not in _CONTEXTS:
+        _CONTEXTS[key] = make(tiledb_config={"soma.init_buffer_bytes": _BUFFER_BYTES})
+    return _CONTEXTS[key]
 
 
 def _member(collection: Any, name: str, what: str) -> Any:

@@ -297,6 +297,23 @@ def _sum_of_counts(experiment: CensusExperiment, uri: str, answers: Any) -> None
     answers.put(sum(float(chunk.counts.sum()) for chunk in experiment.read(uri, 10, 50, [INDEX])))
 
 
+def test_a_process_makes_one_context_for_its_experiments(
+    uri: str, source: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # TileDB's threads belong to a context; it crashed where contexts came and went.
+    made, plain = [], tiledbsoma.SOMATileDBContext
+
+    def noting(**options: Any) -> Any:
+        made.append(options)
+        return plain(**options)
+
+    monkeypatch.setattr(tiledbsoma, "SOMATileDBContext", noting)
+    monkeypatch.setattr(census, "_CONTEXTS", {})
+    for _ in range(3):
+        assert source(uri).inspect(uri).num_cells == NUM_CELLS
+    assert made == [{"tiledb_config": {"soma.init_buffer_bytes": 2**25}}]
+
+
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_forked_process_reads_after_its_parent_did(uri: str, source: Make, cells) -> None:
     experiment = source(uri)
@@ -351,8 +368,9 @@ def test_the_census_is_opened_by_release_and_organism(
         asked.append(options["census_version"])
         if options["census_version"] == "1999-01-01":
             raise ValueError('The "1999-01-01" Census version is not valid.')
-        context = tiledbsoma.SOMATileDBContext(tiledb_config=options["tiledb_config"])
-        return {"census_data": {"homo_sapiens": tiledbsoma.Experiment.open(uri, context=context)}}
+        assert int(options["context"].tiledb_config["soma.init_buffer_bytes"]) == 2**25
+        assert options["context"].tiledb_config["vfs.s3.no_sign_request"] == "true"  # the census's own setting stays
+        return {"census_data": {"homo_sapiens": tiledbsoma.Experiment.open(uri, context=options["context"])}}
 
     monkeypatch.setattr(cellxgene_census, "open_soma", open_soma)
     experiment = source(None, census_version="2025-01-30")
