@@ -48,7 +48,7 @@ def expected() -> list[tuple[int, int, str]]:
 
 
 def stopped_at(monkeypatch: pytest.MonkeyPatch, call: int) -> None:
-    """Stop at the so-manieth piece, search for what is done, or making of the search index."""
+    """Stop at a numbered call: a piece, the search for what is done, or the making of the search index."""
     calls = 0
 
     def counted(function: Any) -> Any:

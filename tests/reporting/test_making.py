@@ -46,7 +46,7 @@ class Reader(HTMLParser):
 
 
 def two_kinds(number: int, seed: int, unknown: bool = False) -> anndata.AnnData:
-    """Return cells of two kinds, each with ten genes of its own; with a gene that no model knows, of an evil name."""
+    """Return cells of two kinds, each with ten genes of its own; with a gene whose name is HTML."""
     rng = np.random.default_rng(seed)
     kind = np.arange(number) % 2
     counts = rng.poisson(1.0, (number, NUM_GENES))

@@ -195,7 +195,7 @@ def test_zeros_are_dropped_and_repeated_genes_added_up(tmp_path: Path, source, c
 
 
 def test_folders_globs_and_several_paths_are_listed_once_in_order(tmp_path: Path, source, counts) -> None:
-    folder = tmp_path / "data[1]"  # a name with signs of a glob
+    folder = tmp_path / "data[1]"  # brackets are part of a name here, not of a pattern
     (folder / "deep").mkdir(parents=True)
     table = cell_table(counts[:2])
     expected = [write_parquet(table, folder / "b.parquet"), write_arrow(table, folder / "deep" / "a.arrow", "stream")]
