@@ -174,4 +174,4 @@ def _draw_both(path: Path, found: Transferred, reference: LabelledReference, que
     labels = np.concatenate([names[reference.labels[first]], names[found.called[second]]])
     embeddings = np.concatenate([reference.features.embeddings[first], query[second]])
     panels = [("origin", origins), ("label, given or transferred", labels)]
-    draw_joint_umap(embeddings, panels, path, seed)
+    draw_joint_umap(embeddings, panels, path, seed, UNKNOWN_NAME)

@@ -73,7 +73,9 @@ def draw_umaps(
     figure.savefig(path, dpi=120)
 
 
-def draw_joint_umap(embeddings: np.ndarray, panels: Sequence[tuple[str, np.ndarray]], path: Path, seed: int) -> None:
+def draw_joint_umap(
+    embeddings: np.ndarray, panels: Sequence[tuple[str, np.ndarray]], path: Path, seed: int, unnamed: str = ""
+) -> None:
     """Draw one UMAP of cells several times, each time coloured by other names.
 
     Args:
@@ -81,6 +83,7 @@ def draw_joint_umap(embeddings: np.ndarray, panels: Sequence[tuple[str, np.ndarr
         panels: Heading and names `(cells,)` of each drawing.
         path: Path of the PNG.
         seed: Seed of UMAP, and of the order in which the cells are drawn, so that none hides the others.
+        unnamed: Name that stands for no class, by default the empty one: its cells are grey, and it comes last.
     """
     places = umap_places(embeddings, seed)
     order = np.random.default_rng(seed).permutation(len(places))
@@ -89,14 +92,16 @@ def draw_joint_umap(embeddings: np.ndarray, panels: Sequence[tuple[str, np.ndarr
     figure = new_figure((sum(5.0 + 1.9 * number for number in columns), 5.2))
     axes = np.atleast_1d(figure.subplots(1, len(panels), width_ratios=[5.0 + 1.9 * number for number in columns]))
     for each, (heading, names), kinds, number in zip(axes, panels, every, columns, strict=True):
-        marks = class_marks(len(kinds))
+        marks = class_marks(len(kinds) - (unnamed in kinds))
+        if unnamed in kinds:
+            marks.insert(int(np.searchsorted(kinds, unnamed)), ("0.7", "o"))
         colors, shapes = (np.array(column) for column in zip(*marks, strict=True))
         numbers = np.searchsorted(kinds, names.astype(str))
         for some in np.array_split(order, _LAYERS):  # a call draws one shape, so the shapes take turns
             for shape in dict.fromkeys(shapes):
                 mine = some[shapes[numbers[some]] == shape]
                 each.scatter(*places[mine].T, s=_dot(len(places)), c=colors[numbers[mine]], marker=shape, linewidths=0)
-        for kind, (color, marker) in zip(kinds, marks, strict=True):
+        for kind, (color, marker) in sorted(zip(kinds, marks, strict=True), key=lambda each: each[0] == unnamed):
             each.scatter([], [], s=18, color=color, marker=marker, label=kind)
         each.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=7, frameon=False, ncols=number)
         each.set(title=heading, xlabel="UMAP 1", ylabel="UMAP 2", xticks=[], yticks=[])

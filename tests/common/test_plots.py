@@ -66,6 +66,30 @@ def test_a_joint_umap_draws_every_cell_in_its_shape(tmp_path: Path, monkeypatch:
     assert (tmp_path / "umap.png").stat().st_size > 1000
 
 
+def test_cells_without_a_class_are_grey_and_come_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    places = np.random.default_rng(0).random((30, 2))
+    monkeypatch.setattr("tahoex1_hf.common.plots.umap_places", lambda embeddings, seed: places)
+    legends: list[list[str]] = []
+    drawn: Counter[str] = Counter()
+    scatter, legend = Axes.scatter, Axes.legend
+
+    def counted(axes: Axes, x: Sequence[float], y: Sequence[float], **options: Any) -> Any:
+        drawn.update(options.get("c", ()))
+        return scatter(axes, x, y, **options)
+
+    def noted(axes: Axes, **options: Any) -> Any:
+        legends.append(axes.get_legend_handles_labels()[1])
+        return legend(axes, **options)
+
+    monkeypatch.setattr(Axes, "scatter", counted)
+    monkeypatch.setattr(Axes, "legend", noted)
+    names = np.array(["T", "unknown", "zygote"] * 10)
+    draw_joint_umap(np.zeros((30, 4)), [("label", names)], tmp_path / "umap.png", 0, "unknown")
+    [(blue, _), (orange, _)] = class_marks(2)
+    assert drawn == {blue: 10, "0.7": 10, orange: 10}
+    assert legends == [["T", "zygote", "unknown"]]
+
+
 def test_names_of_points_lie_side_by_side_and_inside_the_axes() -> None:
     """Of many points at one place only those are named for which there is room, the first before the others."""
     from matplotlib.figure import Figure
