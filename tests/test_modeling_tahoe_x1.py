@@ -269,7 +269,8 @@ def test_distributed_data_parallel_gets_every_gradient(tmp_path: Path) -> None:
     names = [model_class.__name__ for model_class in CLASSES]
     done = forked.run([sys.executable, "-c", textwrap.dedent(UNDER_DDP), tmp_path / "store", *names])
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == names
+    said = [line for line in done.stdout.splitlines() if not line.startswith("[Gloo]")]  # torch 2.10's own
+    assert said == names
 
 
 # Files

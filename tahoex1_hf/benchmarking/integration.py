@@ -48,7 +48,8 @@ def _dense(features: Any) -> np.ndarray:
 
 def _half(rows: np.ndarray, labels: np.ndarray, batches: np.ndarray, random: np.random.Generator) -> np.ndarray:
     """Return a random half, rounded up, of the rows of every type in every batch."""
-    kinds = np.unique(np.stack([labels[rows], batches[rows]]), axis=1, return_inverse=True)[1]
+    _, kinds = np.unique(np.stack([labels[rows], batches[rows]]), axis=1, return_inverse=True)
+    kinds = kinds.reshape(-1)  # numpy 2.0 gives it two dimensions
     parts = (random.permutation(rows[kinds == kind]) for kind in range(kinds.max() + 1))
     return np.sort(np.concatenate([part[: (len(part) + 1) // 2] for part in parts]))
 
