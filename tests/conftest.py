@@ -51,6 +51,13 @@ LONG_FILES = (
 )
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    if hasattr(config, "workerinput"):  # a process of pytest-xdist; their folders lie side by side
+        import forked
+
+        forked.shared_folder = Path(config.option.basetemp).parent
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     order = {str(REPO_ROOT / "tests" / name): place for place, name in enumerate(LONG_FILES)}
     items.sort(key=lambda item: order.get(str(item.path), len(order)))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from forked import FIRST_ENVIRONMENT
+from forked import FIRST_ENVIRONMENT, server, stand_in
 from helpers import REPO_ROOT
 
 nbformat = pytest.importorskip("nbformat")
@@ -74,17 +74,18 @@ def store(notebook: Any, path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """Yield a client with one kernel for all notebooks: imports take longer than a notebook's own work."""
+    """Yield a client with one kernel for all notebooks, forked: imports take longer than a notebook's own work."""
     from traitlets.config import Config
 
     folder = tmp_path_factory.mktemp("k")  # paths of sockets must be short
-    environment = {**FIRST_ENVIRONMENT, "HTTPS_PROXY": "http://127.0.0.1:9"}
+    environment = {**FIRST_ENVIRONMENT, **stand_in(), "HTTPS_PROXY": "http://127.0.0.1:9"}
     environment["TMPDIR"] = environment["IPYTHONDIR"] = str(folder)
     place = {"metadata": {"path": str(FOLDER)}}
     sockets = Config({"KernelManager": {"transport": "ipc", "ip": str(folder / "socket")}})  # files, no ports
     made = nbclient.NotebookClient(
         nbformat.v4.new_notebook(), timeout=600, resources=place, record_timing=False, config=sockets
     )
+    made.create_kernel_manager().kernel_spec.argv[0] = str(server().python)
     with made.setup_kernel(env=environment):
         yield made
 

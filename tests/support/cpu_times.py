@@ -22,21 +22,24 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-def pytest_runtest_logstart(nodeid: str) -> None:
-    _started[nodeid] = now()
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.config.getoption("--cpu-times"):
+        _started[item.nodeid] = now()
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Iterator[None]:
     report = yield
-    if call.when == "teardown":
+    if call.when == "teardown" and item.nodeid in _started:
         report.user_properties.append(("cpu_seconds", now() - _started[item.nodeid]))
     return report
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    if report.when == "teardown":
-        _seconds[report.nodeid] = dict(report.user_properties)["cpu_seconds"]
+    given = dict(report.user_properties)
+    if "cpu_seconds" in given:
+        _seconds[report.nodeid] = given["cpu_seconds"]
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

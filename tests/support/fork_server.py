@@ -1,8 +1,10 @@
 """A process that has imported everything once and forks a child for each command that it is asked to run.
 
 `forked.py` starts it, and `forked_python.py` stands for Python where a launcher starts processes. Both connect to
-the socket at the path argv[2] for each command. Importing torch, transformers and the package takes 8 CPU seconds, the
-fork some milliseconds. The server ends when the tests do, which close the socket whose descriptor is argv[1].
+the socket `package` in the folder argv[2] for each command, or to `libraries`, where a second server listens, forked
+before the package was imported. Importing torch, transformers and the package takes 8 CPU seconds, the fork some
+milliseconds. All processes of pytest-xdist share the servers, which end when the last of them closes its connection:
+the first has the socket whose descriptor is argv[1], the others connect to the socket `tests`.
 
 A fork keeps only the thread that called it. The server therefore never starts a thread, nor a parallel region of
 OpenMP, after which a child of libgomp's would wait for threads that are not there: it imports, and nothing else.
@@ -33,7 +35,9 @@ LIBRARIES = [
     "accelerate.utils.fsdp_utils",
     "anndata",
     "datasets",
+    "matplotlib.backends.backend_agg",
     "matplotlib.pyplot",
+    "PIL.JpegImagePlugin",
     "peft",
     "scanpy",
     "scipy.stats",
@@ -69,6 +73,14 @@ def import_package() -> None:
     for module in pkgutil.walk_packages(tahoex1_hf.__path__, "tahoex1_hf."):
         if not module.name.endswith("__main__"):
             importlib.import_module(module.name)
+
+
+def fill_numba() -> None:
+    """Load what numba knows about Python and NumPy, which it does before it first compiles: 0.25 CPU seconds."""
+    from numba.core.registry import cpu_target
+
+    cpu_target.typing_context.refresh()
+    cpu_target.target_context.refresh()
 
 
 def import_everything(names: list[str]) -> None:
@@ -151,34 +163,65 @@ def refusal(environment: dict[str, str]) -> str:
     return ", ".join(sorted(name for name in names if environment.get(name) != os.environ.get(name)))
 
 
-class Server:
-    """The running children, each with the connection on which its end is awaited."""
+def listen(path: str) -> socket.socket:
+    """Return a socket to which others connect by this path."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    listener.bind(path)
+    listener.listen(64)
+    return listener
 
-    def __init__(self, control: socket.socket, path: str) -> None:
-        self.listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.listener.bind(path)
-        self.listener.listen(64)
-        self.control, self.ended, self.wake = control, *socket.socketpair()
+
+class Server:
+    """The running children, each with the connection on which its end is awaited.
+
+    It ends when all of `tests` are closed, those included that connect to the listener `more`. On each it answers the
+    name of a process that asks with the CPU seconds of that process's children that have ended.
+
+    Args:
+        listener: Socket on which commands come.
+        tests: First of the connections whose ends end the server.
+        more: Listener for further ones.
+        another: Server of this kind whose seconds are added.
+    """
+
+    def __init__(
+        self,
+        listener: socket.socket,
+        tests: socket.socket,
+        more: socket.socket | None = None,
+        another: socket.socket | None = None,
+    ) -> None:
+        self.listener, self.tests, self.more, self.another = listener, {tests}, more, another
+        self.ended, self.wake = socket.socketpair()
         for end in (self.ended, self.wake):
             end.setblocking(False)
-        self.waiting: dict[int, socket.socket] = {}
-        self.cpu_seconds = 0.0
+        self.waiting: dict[int, tuple[socket.socket, str]] = {}
+        self.cpu_seconds: dict[str, float] = {}  # of the children that have ended, by the process that asked for them
         self.selector = selectors.DefaultSelector()
-        for each in (self.listener, control, self.ended):
+        for each in (listener, tests, self.ended, *([] if more is None else [more])):
             self.selector.register(each, selectors.EVENT_READ)
 
     def serve(self) -> None:
         """Start the commands that are asked for until the tests end; then end those that still run."""
         signal.set_wakeup_fd(self.wake.fileno())
         signal.signal(signal.SIGCHLD, lambda *_: None)
-        while True:
+        while self.tests:
             ready = {key.fileobj for key, _ in self.selector.select()}
             if self.ended in ready:
                 self.ended.recv(4096)
                 self.report_ends()
-            if self.control in ready:
-                break
-            for number, answer in self.waiting.items():
+            if self.more is not None and self.more in ready:
+                connection = self.more.accept()[0]
+                self.tests.add(connection)
+                self.selector.register(connection, selectors.EVENT_READ)
+            for each in self.tests & ready:
+                if name := each.recv(64):
+                    each.send(str(self.seconds(name.decode())).encode())
+                else:
+                    self.selector.unregister(each)
+                    self.tests.remove(each)
+                    each.close()
+            for number, (answer, _) in self.waiting.items():
                 if answer in ready:  # the process that asked for the child is gone
                     self.selector.unregister(answer)
                     os.kill(number, signal.SIGKILL)
@@ -187,6 +230,14 @@ class Server:
         for number in self.waiting:
             os.kill(number, signal.SIGKILL)
             os.waitpid(number, 0)
+
+    def seconds(self, asker: str) -> float:
+        """Return the CPU seconds of the children that a process asked for and that have ended."""
+        seconds = self.cpu_seconds.get(asker, 0.0)
+        if self.another is not None:
+            self.another.send(asker.encode())
+            seconds += float(self.another.recv(64))
+        return seconds
 
     def start(self) -> None:
         """Fork a child for a command and answer with its number, or say why not."""
@@ -199,38 +250,65 @@ class Server:
         else:
             number = os.fork()
             if number == 0:
-                for each in (answer, self.control, self.listener, *self.waiting.values()):
+                others = [waiting for waiting, _ in self.waiting.values()]
+                for each in (answer, self.listener, *self.tests, *others, *([] if self.more is None else [self.more])):
                     each.close()
                 child(request, files)
             answer.send(str(number).encode())
-            self.waiting[number] = answer
+            self.waiting[number] = answer, request["asker"]
             self.selector.register(answer, selectors.EVENT_READ)
         for file in files:
             os.close(file)
 
     def report_ends(self) -> None:
-        """Send the status of the children that have ended, and the CPU seconds that all have taken up to now."""
+        """Send the status of the children that have ended."""
         while self.waiting:
             number, state, used = os.wait4(-1, os.WNOHANG)
             if not number:
                 break
-            with self.waiting.pop(number) as answer, contextlib.suppress(OSError, KeyError):  # KeyError: unregistered
-                self.cpu_seconds += used.ru_utime + used.ru_stime
-                answer.send(f"{os.waitstatus_to_exitcode(state)} {self.cpu_seconds}".encode())
+            answer, asker = self.waiting.pop(number)
+            self.cpu_seconds[asker] = self.cpu_seconds.get(asker, 0.0) + used.ru_utime + used.ru_stime
+            with answer, contextlib.suppress(OSError, KeyError):  # KeyError: unregistered
+                answer.send(str(os.waitstatus_to_exitcode(state)).encode())
                 self.selector.unregister(answer)
 
 
-if __name__ == "__main__":
+def freeze() -> None:
+    """Keep what is imported from garbage collection.
+
+    Each end of a training collects garbage; that would visit all imported objects, and so copy their memory.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+def fork_libraries(path: str) -> socket.socket:
+    """Fork a server that has the libraries alone; it ends when the returned socket is closed."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    if os.fork() == 0:
+        ours.close()
+        Server(listen(path), theirs).serve()
+        os._exit(0)
+    theirs.close()
+    return ours
+
+
+def main() -> None:
+    """Import, and serve until the tests end."""
+    folder = Path(sys.argv[2])
     with socket.socket(fileno=int(sys.argv[1])) as tests:
-        if sys.argv[3:] == ["libraries"]:
-            import_everything(LIBRARIES_OF_REMOTE_CODE)
-        else:
-            import_package()
-            import_everything(LIBRARIES)
-        # Each end of a training collects garbage; that would visit all imported objects, and so copy their memory.
-        gc.collect()
-        gc.freeze()
         os.fsync = lambda handle: None  # as in conftest.py
-        server = Server(tests, sys.argv[2])
-        tests.send(b"ready")
-        server.serve()
+        import_everything(LIBRARIES_OF_REMOTE_CODE)
+        freeze()
+        with fork_libraries(str(folder / "libraries")) as libraries:
+            import_package()
+            fill_numba()
+            import_everything(LIBRARIES)
+            freeze()
+            server = Server(listen(str(folder / "package")), tests, listen(str(folder / "tests")), libraries)
+            tests.send(b"ready")
+            server.serve()
+
+
+if __name__ == "__main__":
+    main()

@@ -38,58 +38,95 @@ def environment(**changes: str) -> dict[str, str]:
 
 
 class ForkServer:
-    """The process that forks, and the path of the socket that takes its commands.
+    """The processes that fork (`fork_server.py`), and this process's connection to them.
 
-    With `package=False` it has imported libraries alone.
+    Args:
+        folder: Folder of their sockets; None to start them.
     """
 
-    def __init__(self, package: bool = True) -> None:
-        self.cpu_seconds = 0.0  # used by the processes that have ended, including those that launchers started
-        self.folder = tempfile.TemporaryDirectory()
-        self.path = os.path.join(self.folder.name, "socket")
-        self.python = Path(self.folder.name, "python")
-        self.python.write_text(f'#!/bin/sh\nexec "{sys.executable}" -S -E "{SUPPORT / "forked_python.py"}" "$@"\n')
-        self.python.chmod(0o755)
-        self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
-            command = [sys.executable, str(SUPPORT / "fork_server.py"), str(theirs.fileno()), self.path]
-            command += [] if package else ["libraries"]
-            self.log = tempfile.TemporaryFile()
-            self.process = subprocess.Popen(
-                command, env=FIRST_ENVIRONMENT, pass_fds=[theirs.fileno()], stdout=self.log, stderr=self.log
-            )
-        if self.control.recv(16) != b"ready":
-            self.log.seek(0)
-            raise RuntimeError(f"the fork server could not import everything:\n{self.log.read().decode()}")
+    def __init__(self, folder: str | None = None) -> None:
+        self.process: subprocess.Popen[bytes] | None = None
+        if folder is None:
+            self.own_folder = tempfile.TemporaryDirectory()
+            self.folder = self.own_folder.name
+            self.control = self.start()
+        else:
+            self.folder = folder
+            self.control = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            self.control.connect(os.path.join(folder, "tests"))
+        self.python = Path(self.folder, "python")
         atexit.register(self.stop)
 
+    def start(self) -> socket.socket:
+        """Start the processes; return the socket whose end ends them."""
+        python = Path(self.folder, "python")
+        python.write_text(f'#!/bin/sh\nexec "{sys.executable}" -S -E "{SUPPORT / "forked_python.py"}" "$@"\n')
+        python.chmod(0o755)
+        control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs, tempfile.TemporaryFile() as log:
+            command = [sys.executable, str(SUPPORT / "fork_server.py"), str(theirs.fileno()), self.folder]
+            self.process = subprocess.Popen(
+                command, env=FIRST_ENVIRONMENT, pass_fds=[theirs.fileno()], stdout=log, stderr=log
+            )
+            theirs.close()
+            if control.recv(16) != b"ready":
+                log.seek(0)
+                raise RuntimeError(f"the fork server could not import everything:\n{log.read().decode()}")
+        return control
+
     def stop(self) -> None:
-        """End the server, and with it the commands that still run."""
+        """Let the server end with the last process that has tests, and with it the commands that still run."""
         self.control.close()
-        self.process.wait()
-        self.folder.cleanup()
+        if self.process is not None:
+            self.process.wait()
+            self.own_folder.cleanup()
+
+    def path(self, package: bool) -> str:
+        """Return the path of the socket for commands that find the package imported, or libraries alone."""
+        return os.path.join(self.folder, "package" if package else "libraries")
 
 
 def cpu_seconds() -> float:
-    """Return the CPU seconds of the commands that have ended."""
-    return sum(each.cpu_seconds for each in _servers.values())
+    """Return the CPU seconds of this process's commands that have ended, those included that launchers started."""
+    if _server is None:
+        return 0.0
+    _server.control.send(asker().encode())
+    return float(_server.control.recv(64))
 
 
-_servers: dict[bool, ForkServer] = {}
+def asker() -> str:
+    """Return the name of this process, or of the one whose commands run this one."""
+    return os.environ.get("PYTEST_XDIST_WORKER", "main")
 
 
-def server(package: bool = True) -> ForkServer:
-    """Return this process's fork server, with the package or with libraries alone, which the first call starts."""
-    if package not in _servers:
-        _servers[package] = ForkServer(package)
-    return _servers[package]
+_server: ForkServer | None = None
+shared_folder: Path | None = None
+"""Folder that all processes of pytest-xdist have, in which the first to need a server says where it is."""
+
+
+def server() -> ForkServer:
+    """Return the fork server, which the first call of all processes of pytest-xdist starts."""
+    global _server
+    if _server is None and shared_folder is None:
+        _server = ForkServer()
+    elif _server is None:
+        from filelock import FileLock  # which forked_python.py, without site-packages, neither has nor needs
+
+        place = shared_folder / "fork_server"
+        with FileLock(shared_folder / "fork_server.lock"):
+            try:
+                _server = ForkServer(place.read_text())
+            except OSError:  # there is none, or it has ended
+                _server = ForkServer()
+                place.write_text(_server.folder)
+    return _server
 
 
 def ask(
     path: str, arguments: list[str], env: Mapping[str, str], folder: str, outputs: list[int]
 ) -> tuple[socket.socket, int]:
     """Have a command started; return the connection on which its end will be reported, and its process number."""
-    request = {"arguments": arguments, "environment": dict(env), "folder": folder}
+    request = {"arguments": arguments, "environment": dict(env), "folder": folder, "asker": asker()}
     answer = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     answer.connect(path)
     socket.send_fds(answer, [json.dumps(request).encode()], outputs)
@@ -116,8 +153,8 @@ class Forked:
         self.args, self.returncode = [python, *rest], None
         self._files = [tempfile.TemporaryFile(), tempfile.TemporaryFile()]
         outputs = [file.fileno() for file in self._files]
-        self._server = server(package)
-        self._answer, self.pid = ask(self._server.path, rest, env, str(cwd or Path.cwd()), outputs)
+        path = server().path(package)
+        self._answer, self.pid = ask(path, rest, env, str(cwd or Path.cwd()), outputs)
 
     def poll(self) -> int | None:
         """Return the status of a command that has ended, or None."""
@@ -136,10 +173,8 @@ class Forked:
                 raise subprocess.TimeoutExpired(self.args, timeout or 0.0) from None
             if not answer:
                 raise RuntimeError("the fork server ended before the command did")
-            status, seconds = answer.split()
-            self.returncode = int(status)
+            self.returncode = int(answer)
             self._answer.close()
-            self._server.cpu_seconds = max(self._server.cpu_seconds, float(seconds))
         return self.returncode
 
     def send_signal(self, number: int) -> None:
@@ -187,7 +222,7 @@ def launch_as_a_user(
 
 def stand_in() -> dict[str, str]:
     """Return the variables that make torch's launcher start forks."""
-    return {"PYTHON_EXEC": str(server().python), "FORK_SERVER": server().path}
+    return {"PYTHON_EXEC": str(server().python), "FORK_SERVER": server().path(package=True)}
 
 
 def launch(

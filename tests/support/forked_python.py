@@ -22,7 +22,7 @@ def main() -> None:
 
     for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(each, hand_on)
-    status = int(answer.recv(64).split()[0])
+    status = int(answer.recv(64))
     if status < 0:  # a signal ended the command
         if -status != signal.SIGKILL:
             signal.signal(-status, signal.SIG_DFL)
