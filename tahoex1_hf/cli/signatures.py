@@ -8,7 +8,8 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from tahoex1_hf.cli.running import NOTHING_WRITTEN, command
+from tahoex1_hf.cli import options
+from tahoex1_hf.cli.running import command
 
 
 class _BuildByDefault(TyperGroup):
@@ -59,7 +60,7 @@ Seed = Annotated[int, typer.Option(help="Seed of halves, resamples and permutati
 
 
 @signatures.command("build")
-@command(extra="data,train", interrupted=NOTHING_WRITTEN)
+@command(extra="data,train")
 def build(
     cells: Annotated[
         Path,
@@ -83,11 +84,13 @@ def build(
     drop_few: DropFew = False,
     permutations: Permutations = 999,
     seed: Seed = 0,
+    restart: options.Restart = False,
 ) -> str:
     """Make the signatures of a screen: each drug's shift from the controls of the same line and plate.
 
     With the size of each shift and its bootstrap interval, its reliability by split halves, the number of cells
-    needed, the drugs that are alike, and a map. The word build may be left out.
+    needed, the drugs that are alike, and a map. The same command resumes a run that was stopped. The word build may be
+    left out.
     """
     from tahoex1_hf.signatures.building import make_signatures
 
@@ -107,12 +110,13 @@ def build(
         drop_few=drop_few,
         permutations=permutations,
         seed=seed,
+        restart=restart,
     )
     return f"{made.text}\n\nWrote {output}"
 
 
 @signatures.command("query")
-@command(extra="data,train", interrupted=NOTHING_WRITTEN)
+@command(extra="data,train")
 def query(
     cells: Annotated[
         Path, typer.Argument(metavar="CELLS", help="Cells of one or more drugs, with controls of their own.")
@@ -139,6 +143,7 @@ def query(
     drop_few: DropFew = False,
     permutations: Permutations = 1999,
     seed: Seed = 0,
+    restart: options.Restart = False,
 ) -> str:
     """Find the signatures that new cells are like, with permutation q values and enriched mechanisms."""
     from tahoex1_hf.signatures.querying import query_signatures
@@ -160,5 +165,6 @@ def query(
         drop_few=drop_few,
         permutations=permutations,
         seed=seed,
+        restart=restart,
     )
     return f"{answer.text}\n\nWrote {output}"

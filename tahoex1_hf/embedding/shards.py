@@ -102,7 +102,8 @@ class ShardFolder:
             return []
         return sorted(path.rpartition("/")[2] for path in filesystem.ls(root, detail=False))
 
-    def _write(self, name: str, content: bytes) -> None:
+    def write_file(self, name: str, content: bytes) -> None:
+        """Write a file of the folder, which appears whole or not at all."""
         filesystem, root = self._filesystem()
         if not self.is_local:  # an object appears in an object store when it is complete
             patiently(lambda: filesystem.pipe_file(f"{root}/{name}", content), self.location)
@@ -141,7 +142,7 @@ class ShardFolder:
                     "with its own command, or pass restart=True (--restart) to start from the beginning."
                 )
             return
-        self._write(_RUN, json.dumps(identity, indent=1).encode())
+        self.write_file(_RUN, json.dumps(identity, indent=1).encode())
 
     def remove(self) -> None:
         """Remove the folder and everything in it."""
@@ -171,7 +172,7 @@ class ShardFolder:
 
     def write_packed(self, start: int, stop: int, content: bytes) -> None:
         """Write the shard of chunks `start` to `stop` that `packed` has put into bytes."""
-        self._write(_name_of(start, stop), content)
+        self.write_file(_name_of(start, stop), content)
 
     def read(self, start: int, stop: int) -> Shard:
         """Read the shard of chunks `start` to `stop`."""
@@ -221,7 +222,7 @@ class ShardFolder:
         buffer = io.BytesIO()
         arrays: dict[str, Any] = {**sums, "shards": np.array(list(shards), dtype=np.int64).reshape(-1, 2)}
         np.savez(buffer, **arrays)
-        self._write(f"sums-{writer}.npz", buffer.getvalue())
+        self.write_file(f"sums-{writer}.npz", buffer.getvalue())
 
     def read_sums(self) -> Iterator[tuple[str, set[tuple[int, int]], dict[str, np.ndarray]]]:
         """Yield the name of every file with a process's sums, the shards that they include, and the sums."""

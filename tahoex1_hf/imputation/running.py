@@ -17,7 +17,6 @@ from tahoex1_hf.cells.genes import GeneOptions, known_symbols
 from tahoex1_hf.cells.opening import Source, open_cells
 from tahoex1_hf.cells.readers.base import CellInput
 from tahoex1_hf.common.digests import tokenizer_digest, weights_digest
-from tahoex1_hf.common.files import WholeFile
 from tahoex1_hf.common.locks import RunLock
 from tahoex1_hf.common.progress import progress_bar
 from tahoex1_hf.common.reading import reading
@@ -237,8 +236,7 @@ class _Run:
                 lengths, columns, values = (np.concatenate(each) for each in zip(*found, strict=True))
                 buffer = io.BytesIO()
                 np.savez(buffer, lengths=lengths, columns=columns, values=values)
-                with WholeFile(self.parts.place(name)) as partial:
-                    partial.write_bytes(buffer.getvalue())
+                self.parts.write_file(name, buffer.getvalue())
 
     def _predict(self, batch: PerturbationBatch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return the number of values of each cell, their columns, rising, and the values."""

@@ -2,9 +2,9 @@
 """Make the signatures of a screen: each drug's shift from its own controls, how sure it is, and which are alike."""
 
 import logging
-import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,8 +27,9 @@ from tahoex1_hf.signatures.screen import (
     make_screen,
     open_space,
 )
-from tahoex1_hf.signatures.shifts import FIRST, SECOND, Shifts, cosine, q_values
+from tahoex1_hf.signatures.shifts import FIRST, SECOND, Shifts, Strength, cosine, q_values
 from tahoex1_hf.signatures.store import write_signatures
+from tahoex1_hf.signatures.unfinished import Unfinished
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -90,13 +91,15 @@ def make_signatures(
     drop_few: bool = False,
     permutations: int = 999,
     seed: int = 0,
+    restart: bool = False,
     progress: bool = True,
 ) -> Signatures:
     """Make the signatures of a screen of drugs, and a report.
 
     A signature is the mean shift of a drug's cells from the controls of the same line and plate, the plates weighted
     by the drug's cells. Wherever two signatures are compared, one is measured against one half of the controls, and
-    the other against the other half.
+    the other against the other half. What has been measured of each drug is kept in the folder `OUTPUT.parts` until
+    the end; the same call resumes a run that was stopped in any way.
 
     Args:
         cells: `.parquet`, `.h5ad` or `.zarr` with embeddings that `embed_files` has written; for expression an `.h5ad`
@@ -115,6 +118,7 @@ def make_signatures(
         drop_few: Whether lines on plates with fewer controls are left out; otherwise they are an error.
         permutations: Number of permutations of which cells are the drug's.
         seed: Seed of halves, resamples, permutations and map.
+        restart: Whether to discard the files of an unfinished run with other settings.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -133,31 +137,27 @@ def make_signatures(
         raise ValueError(f"output={output} exists and holds no signatures: name a new folder.")
     columns = Columns(drug, dose, line, plate, control)
     kinds = {} if mechanisms is None else read_mechanisms(mechanisms, mechanism_column)
+    settings = {"columns": asdict(columns), "spaces": names, "key": key, "seed": seed}
+    settings |= {"min_cells": min_cells, "drop_few": drop_few, "permutations": permutations}
     found: list[Found] = []
-    folder = WholeFolder(output, replace=True)
-    try:
-        with tempfile.TemporaryDirectory(dir=output.parent) as place:
-            for name in names:
-                opened, obs = open_space(cells, name, key, columns, Path(place))
-                screen = make_screen(str(cells), obs, columns, min_cells, drop_few, seed)
-                found.append(_measure(opened, screen, kinds, permutations, seed, progress))
-                shifts = Shifts(opened.values, screen, seed).all_shifts(screen.conditions)
-                write_signatures(
-                    folder.partial / f"{name}.parquet",
-                    screen.conditions,
-                    shifts,
-                    name,
-                    key,
-                    opened.record,
-                    columns,
-                    screen.names,
-                )
+    with ExitStack() as stack:
+        kept = stack.enter_context(Unfinished(output, [Path(cells)], settings, restart))
+        spaces = []
+        for name in names:
+            opened, obs = open_space(cells, name, key, columns, kept.folder)
+            screen = make_screen(str(cells), obs, columns, min_cells, drop_few, seed)
+            found.append(_measure(opened, screen, kinds, permutations, seed, kept, progress))
+            spaces.append(opened)
+        folder = WholeFolder(output, replace=True)
+        stack.callback(folder.discard)
+        for opened, each in zip(spaces, found, strict=True):
+            screen, place = each.screen, folder.partial / f"{opened.name}.parquet"
+            shifts = Shifts(opened.values, screen, seed).all_shifts(screen.conditions)
+            write_signatures(place, screen.conditions, shifts, opened.name, key, opened.record, columns, screen.names)
         report = make_report(found, Path(cells).stem, seed)
         facts = {"cells": Path(cells).name, **columns.named(), "control": control, "permutations": permutations}
         text = write_report(folder.partial, report, found, {**facts, "min_cells": min_cells, "seed": seed})
         folder.finish()
-    finally:
-        folder.discard()
     import pandas as pd
 
     return Signatures(
@@ -166,7 +166,13 @@ def make_signatures(
 
 
 def _measure(
-    space: Space, screen: Screen, kinds: Mapping[str, str], permutations: int, seed: int, progress: bool
+    space: Space,
+    screen: Screen,
+    kinds: Mapping[str, str],
+    permutations: int,
+    seed: int,
+    kept: Unfinished,
+    progress: bool,
 ) -> Found:
     import pandas as pd
 
@@ -183,11 +189,12 @@ def _measure(
     with progress_bar(progress, total=len(conditions), unit="signature", desc=space.name) as bar:
         for place, name in enumerate(library.names):
             numbers = [number for number, each in enumerate(drugs) if each == name]
-            result = compare(shifts, [conditions[n] for n in numbers], numbers, FIRST, library, permutations)
-            similarity[place], p[place], agree[place] = result.similarity, result.p, result.agree
-            effect[place] = result.p_effect
-            for number in numbers:
-                rows.append(_row(space.name, conditions[number], shifts, number, kind_of[name], result.p_effect))
+            drug = kept.kept(space.name, place, _of_drug, shifts, numbers, library, permutations)
+            similarity[place], p[place], agree[place] = drug["similarity"], drug["p"], drug["agree"]
+            effect[place] = drug["p_effect"]
+            for number, values in zip(numbers, drug["strengths"].tolist(), strict=True):
+                strength = Strength(*values)
+                rows.append(_row(space.name, conditions[number], screen, strength, kind_of[name], effect[place]))
                 bar.update()
     np.fill_diagonal(similarity, np.nan)  # a drug beside itself
     np.fill_diagonal(p, np.nan)
@@ -213,8 +220,17 @@ def _measure(
     )
 
 
-def _row(space: str, condition: Condition, shifts: Shifts, number: int, kind: str, p_effect: float) -> dict[str, Any]:
-    strength = shifts.strength(condition, number)
+def _of_drug(shifts: Shifts, numbers: Sequence[int], library: Library, permutations: int) -> dict[str, np.ndarray]:
+    """Return how alike a drug is to the others, and how strong its signature is in each line."""
+    conditions = [shifts.screen.conditions[number] for number in numbers]
+    result = compare(shifts, conditions, numbers, FIRST, library, permutations)
+    strengths = [shifts.strength(each, number) for each, number in zip(conditions, numbers, strict=True)]
+    return {**vars(result), "strengths": np.array([astuple(each) for each in strengths])}
+
+
+def _row(
+    space: str, condition: Condition, screen: Screen, strength: Strength, kind: str, p_effect: float
+) -> dict[str, Any]:
     return {
         "space": space,
         "drug": condition.drug,
@@ -223,7 +239,7 @@ def _row(space: str, condition: Condition, shifts: Shifts, number: int, kind: st
         "mechanism": kind,
         "plates": len(condition.parts),
         "cells": condition.num_cells,
-        "controls": sum(len(half) for part in condition.parts for half in shifts.screen.controls[part.stratum]),
+        "controls": sum(len(half) for part in condition.parts for half in screen.controls[part.stratum]),
         "effect": strength.effect,
         "effect_lower": strength.lower,
         "effect_upper": strength.upper,

@@ -56,20 +56,16 @@ class Compared:
     """A drug beside all drugs of a library.
 
     Attributes:
-        drug: Drug and dose.
         similarity: Mean cosine over its lines, `(drugs,)`.
         p: Share of permutations in which it is as large, `(drugs,)`.
         agree: Number of lines in which the drug is similar, p at most 0.05, `(drugs,)`.
-        lines: Number of lines.
-        p_effect: Share of permutations in which the shift is as long in the mean over the lines.
+        p_effect: Share of permutations in which the shift is as long in the mean over the lines, `()`.
     """
 
-    drug: str
     similarity: np.ndarray
     p: np.ndarray
     agree: np.ndarray
-    lines: int
-    p_effect: float
+    p_effect: np.ndarray
 
 
 def compare(
@@ -101,5 +97,5 @@ def compare(
         null += theirs / len(conditions)
         length += float(np.linalg.norm(own))
         null_length += np.linalg.norm(null_shifts, axis=1)
-    p_effect = float(p_values(np.array([length]), null_length[:, None])[0])
-    return Compared(conditions[0].name, similarity, p_values(similarity, null), agree, len(conditions), p_effect)
+    p_effect = p_values(np.array([length]), null_length[:, None])[0]
+    return Compared(similarity, p_values(similarity, null), agree, np.asarray(p_effect))

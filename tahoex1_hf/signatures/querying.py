@@ -2,9 +2,8 @@
 """Find the signatures that those of new cells are like, and the mechanisms of action that these have in common."""
 
 import logging
-import tempfile
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,11 +14,12 @@ from tahoex1_hf.common.progress import progress_bar
 from tahoex1_hf.embedding.stored import check_alike
 from tahoex1_hf.runs.report import markdown_table
 from tahoex1_hf.signatures.building import check_numbers
-from tahoex1_hf.signatures.comparing import Compared, compare
+from tahoex1_hf.signatures.comparing import Compared, Library, compare
 from tahoex1_hf.signatures.mechanisms import COLUMN, enriched, read_mechanisms
 from tahoex1_hf.signatures.screen import EMBEDDINGS, Screen, Space, make_screen, open_space
 from tahoex1_hf.signatures.shifts import BOTH, Shifts, q_values
 from tahoex1_hf.signatures.store import Stored, digests, read_signatures
+from tahoex1_hf.signatures.unfinished import Unfinished
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -45,6 +45,21 @@ class Answer:
     text: str
 
 
+@dataclass(frozen=True, eq=False)
+class _Drug:
+    """A drug of the new cells beside the signatures.
+
+    Attributes:
+        name: Drug and dose.
+        lines: Number of its lines.
+        compared: What it is like.
+    """
+
+    name: str
+    lines: int
+    compared: Compared
+
+
 def query_signatures(
     cells: str | Path,
     signatures: str | Path,
@@ -63,13 +78,14 @@ def query_signatures(
     drop_few: bool = False,
     permutations: int = 1999,
     seed: int = 0,
+    restart: bool = False,
     progress: bool = True,
 ) -> Answer:
     """Find the signatures that new cells are like.
 
     The similarity of two drugs is the cosine of their shifts, averaged over the lines of the new cells; each is
     compared with the signatures of its own line where there are some. p is the share of permutations of which of the
-    new cells are the drug's, with a similarity as large.
+    new cells are the drug's, with a similarity as large. The same call resumes a run that was stopped.
 
     Args:
         cells: Cells of a drug, or of several, with controls of their own: embeddings or, for expression, raw counts.
@@ -88,6 +104,7 @@ def query_signatures(
         drop_few: Whether lines on plates with fewer controls are left out.
         permutations: Number of permutations.
         seed: Seed of the permutations.
+        restart: Whether to discard the files of an unfinished run with other settings.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -107,16 +124,18 @@ def query_signatures(
     given = {"drug": drug, "dose": dose, "line": line, "plate": plate, "control": control}
     columns = replace(stored.columns, **{name: value for name, value in given.items() if value is not None})
     kinds = {} if mechanisms is None else read_mechanisms(mechanisms, mechanism_column)
-    with tempfile.TemporaryDirectory(dir=output.parent) as place:
+    settings = {"columns": asdict(columns), "space": stored.space, "key": key or stored.key, "seed": seed}
+    settings |= {"min_cells": min_cells, "drop_few": drop_few, "permutations": permutations}
+    files = [Path(cells), Path(signatures) / f"{stored.space}.parquet"]
+    with Unfinished(output, files, settings, restart) as kept:
         like = None if stored.space == EMBEDDINGS else stored.record
-        opened, obs = open_space(cells, stored.space, key or stored.key, columns, Path(place), like)
+        opened, obs = open_space(cells, stored.space, key or stored.key, columns, kept.folder, like)
         if stored.space == EMBEDDINGS:
             check_alike(str(cells), opened.record, opened.values.shape[1], stored.record, stored.width)
         screen = make_screen(str(cells), obs, columns, min_cells, drop_few, seed)
-        answer = _carry_out(opened, screen, stored, kinds, permutations, seed, progress)
-    _write(
-        output, answer, {"cells": Path(cells).name, "space": stored.space, "permutations": permutations, "seed": seed}
-    )
+        answer = _carry_out(opened, screen, stored, kinds, permutations, seed, kept, progress)
+        facts = {"cells": Path(cells).name, "space": stored.space, "permutations": permutations, "seed": seed}
+        _write(output, answer, facts)
     return answer
 
 
@@ -127,6 +146,7 @@ def _carry_out(
     kinds: Mapping[str, str],
     permutations: int,
     seed: int,
+    kept: Unfinished,
     progress: bool,
 ) -> Answer:
     import pandas as pd
@@ -142,46 +162,50 @@ def _carry_out(
             "controls agree by the noise of these alone: the similarities are too high."
         )
         logger.warning("%s", notes[-1].removeprefix("**Warning**: "))
-    compared: list[Compared] = []
+    compared: list[_Drug] = []
     with progress_bar(progress, total=len(set(names)), unit="drug", desc="Comparing") as bar:
-        for name in dict.fromkeys(names):
+        for place, name in enumerate(dict.fromkeys(names)):
             numbers = [number for number, each in enumerate(names) if each == name]
-            mine = [screen.conditions[number] for number in numbers]
-            compared.append(compare(shifts, mine, numbers, BOTH, library, permutations))
+            found = kept.kept(stored.space, place, _of_drug, shifts, numbers, library, permutations)
+            compared.append(_Drug(name, len(numbers), Compared(**found)))
             bar.update()
     near = pd.concat([_neighbours(each, library.names, kind_of) for each in compared], ignore_index=True)
     near["q_value"] = q_values(near["p_value"].to_numpy())
     rows = [
-        {"drug": each.drug, "mechanism": kind, "drugs": number, "auroc": area, "p_value": p}
+        {"drug": each.name, "mechanism": kind, "drugs": number, "auroc": area, "p_value": p}
         for each in compared
-        for kind, number, area, p in enriched(each.similarity, kind_of)
+        for kind, number, area, p in enriched(each.compared.similarity, kind_of)
     ]
     table = pd.DataFrame(rows, columns=["drug", "mechanism", "drugs", "auroc", "p_value"])
     table["q_value"] = q_values(table["p_value"].to_numpy(dtype=np.float64))
     return Answer(near, table, _text(compared, near, table, notes, stored))
 
 
-def _neighbours(compared: Compared, names: list[str], kinds: list[str]) -> "pd.DataFrame":
+def _of_drug(shifts: Shifts, numbers: Sequence[int], library: Library, permutations: int) -> dict[str, np.ndarray]:
+    mine = [shifts.screen.conditions[number] for number in numbers]
+    return vars(compare(shifts, mine, numbers, BOTH, library, permutations))
+
+
+def _neighbours(drug: _Drug, names: list[str], kinds: list[str]) -> "pd.DataFrame":
     import pandas as pd
 
-    order = np.argsort(-compared.similarity, kind="stable")
+    found = drug.compared
+    order = np.argsort(-found.similarity, kind="stable")
     return pd.DataFrame(
         {
-            "drug": compared.drug,
+            "drug": drug.name,
             "rank": np.arange(1, len(order) + 1),
             "similar": [names[number] for number in order],
             "mechanism": [kinds[number] for number in order],
-            "similarity": compared.similarity[order],
-            "p_value": compared.p[order],
-            "lines": compared.lines,
-            "lines_that_agree": compared.agree[order],
+            "similarity": found.similarity[order],
+            "p_value": found.p[order],
+            "lines": drug.lines,
+            "lines_that_agree": found.agree[order],
         }
     )
 
 
-def _text(
-    compared: list[Compared], near: "pd.DataFrame", table: "pd.DataFrame", notes: list[str], stored: Stored
-) -> str:
+def _text(compared: list[_Drug], near: "pd.DataFrame", table: "pd.DataFrame", notes: list[str], stored: Stored) -> str:
     library = stored.library
     parts = [
         "# Signatures that new cells are like",
@@ -190,14 +214,15 @@ def _text(
         *notes,
     ]
     for each in compared:
-        parts.append(f"## {each.drug}\n\nAn effect at all: p {each.p_effect:.3g}, in {each.lines} lines.")
+        effect = float(each.compared.p_effect)
+        parts.append(f"## {each.name}\n\nAn effect at all: p {effect:.3g}, in {each.lines} lines.")
         rows = [
             [row.similar, row.mechanism or "-", f"{row.similarity:.2f}", f"{row.q_value:.3g}",
              f"{row.lines_that_agree} of {row.lines}"]
-            for row in near[near["drug"] == each.drug].head(_SHOWN).itertuples()
+            for row in near[near["drug"] == each.name].head(_SHOWN).itertuples()
         ]  # fmt: skip
         parts.append(markdown_table(["similar", "mechanism", "similarity", "q", "lines that agree"], rows))
-        own = table[table["drug"] == each.drug].sort_values("p_value").head(_SHOWN // 2)
+        own = table[table["drug"] == each.name].sort_values("p_value").head(_SHOWN // 2)
         if len(own):
             rows = [
                 [row.mechanism, str(row.drugs), f"{row.auroc:.2f}", f"{row.q_value:.3g}"] for row in own.itertuples()
