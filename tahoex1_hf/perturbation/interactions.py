@@ -1,20 +1,39 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""Interactions of two genes: what perturbing both does beyond the sum of what each does alone."""
+"""Interactions of two genes: what perturbing both does beyond the sum of what each does alone.
 
+How far an interaction varies with the cells is seen in groups of them: the shifts of a pair and of its genes are
+summed in the same groups, which are so few that they take little memory however many cells there are.
+"""
+
+import base64
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from tahoex1_hf.perturbation.plan import Task
+from tahoex1_hf.perturbation.tables import interval
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
     from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
 
+GROUPS = 32  # groups of cells, told apart by the cells' content
 SHIFT = "shift"  # mean shift of the group's cells, of which those that do not change shift by nothing
-_COLUMNS = ["group", "gene", "gene_id", "interaction", "interaction_size", "n_null", "null_mean", "p_value", "q_value"]
+SHIFTS, CELLS = "shifts", "shift_cells"  # sums of the shifts of each group of cells, and the number of its cells
+_COLUMNS = ["group", "gene", "gene_id", "interaction", "lower", "upper", "interaction_size"]
+_COLUMNS += ["n_null", "null_mean", "p_value", "q_value"]
+
+
+def packed(sums: np.ndarray) -> str:
+    """Return sums of shifts, `(groups, width)`, as text that a journal holds."""
+    return base64.b64encode(np.ascontiguousarray(sums, dtype="<f4").tobytes()).decode()
+
+
+def _unpacked(record: Mapping[str, Any]) -> np.ndarray:
+    flat = np.frombuffer(base64.b64decode(record[SHIFTS]), dtype="<f4").astype(np.float64)
+    return flat.reshape(len(record[CELLS]), -1)
 
 
 def interaction(both: np.ndarray, first: np.ndarray, second: np.ndarray) -> tuple[float, float]:
@@ -36,6 +55,31 @@ def interaction(both: np.ndarray, first: np.ndarray, second: np.ndarray) -> tupl
         return float("nan"), float("nan")
     beyond = both - total
     return float(beyond @ total) / length**2, float(np.linalg.norm(beyond)) / length
+
+
+def interaction_error(both: np.ndarray, first: np.ndarray, second: np.ndarray, cells: np.ndarray) -> tuple[float, int]:
+    """Return the standard error of an interaction over cells.
+
+    A cell's shifts by the pair and by each gene go together: what the cell adds to the interaction is linear in them,
+    near the means over all cells, and it is the variance of that which counts (the delta method).
+
+    Args:
+        both: Sums of the shifts of groups of cells when both genes are perturbed, shape `(groups, width)`.
+        first: The same when the first is.
+        second: The same when the second is.
+        cells: Number of cells of each group, shape `(groups,)`.
+
+    Returns:
+        The error, NaN for fewer than two groups with cells or where the sum is nothing; and the number of these.
+    """
+    groups, number, total = int((cells > 0).sum()), cells.sum(), first + second
+    pair, alone = both.sum(axis=0) / max(number, 1), total.sum(axis=0) / max(number, 1)
+    square = float(alone @ alone)
+    if groups < 2 or square == 0:
+        return float("nan"), groups
+    of_pair, of_sum = both - cells[:, None] * pair, total - cells[:, None] * alone
+    parts = (of_pair @ alone + of_sum @ pair) / square - 2 * (pair @ alone) / square**2 * (of_sum @ alone)
+    return float(np.sqrt(groups / (groups - 1) * (parts**2).sum()) / number), groups
 
 
 def interaction_table(
@@ -66,6 +110,7 @@ def interaction_table(
         found = _measured(finished, task)
         assert found is not None  # the single genes were asked for, too
         parts = [task, *(Task(task.group, (gene,)) for gene in task.genes)]
+        error = interaction_error(*(_unpacked(finished[part]) for part in parts), np.array(finished[task][CELLS]))
         enough = all(finished[part]["n_cells_changed"] >= min_cells for part in parts)
         null = [_measured(finished, other) for other in (others if enough else [])]
         sizes = np.array([each[1] for each in null if each is not None and np.isfinite(each[1])])
@@ -77,6 +122,7 @@ def interaction_table(
                 "gene": "+".join(labels[token] for token in task.genes),
                 "gene_id": "+".join(tokenizer.convert_ids_to_tokens(list(task.genes))),
                 "interaction": found[0],
+                **interval(found[0], *error),
                 "interaction_size": found[1],
                 "n_null": len(sizes),
                 "null_mean": float(sizes.mean()) if known else np.nan,

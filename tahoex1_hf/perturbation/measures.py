@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tahoex1_hf.common.prefetch import prefetch
+from tahoex1_hf.encoding_tahoe_x1 import mix64
 from tahoex1_hf.inference.encoder import CellEncoder
 from tahoex1_hf.inference.expression import ExpressionPredictor, halves
 from tahoex1_hf.inference.finite import check_results
@@ -144,6 +145,11 @@ class Piece:
     chunk: Unperturbed
 
 
+def cell_groups(cells: PerturbationBatch, number: int) -> np.ndarray:
+    """Return the group of each cell, `(cells,)`: random, but the same for any order of the cells."""
+    return np.asarray(mix64(cells.contents) % np.uint64(number)).astype(np.int64)
+
+
 class BlockMeasures:
     """Measures of several perturbations of the cells of one group.
 
@@ -154,7 +160,8 @@ class BlockMeasures:
         target: `(width,)` embedding of length 1 toward which shifts are measured; None for none.
         affected: `(tokens,)` slot of every gene whose predicted change is summed, -1 for other tokens; None for no
             predictions.
-        shifts: Whether to sum the shifts of embeddings of length 1, as vectors.
+        groups: Number of groups of cells in each of which the shifts of embeddings of length 1 are summed, as vectors;
+            0 for no sums.
     """
 
     def __init__(
@@ -164,7 +171,7 @@ class BlockMeasures:
         forward: Forward,
         target: np.ndarray | None,
         affected: np.ndarray | None,
-        shifts: bool = False,
+        groups: int = 0,
     ):
         self.members, self.change, self.forward, self.target = members, change, forward, target
         size = len(members)
@@ -172,7 +179,8 @@ class BlockMeasures:
         self.num_expressing = np.zeros(size, dtype=np.int64)
         self.cosine, self.euclidean, self.toward = Moments(size), Moments(size), Moments(size)
         self.absolute, self.signed = Moments(size), Moments(size)
-        self.shifts = np.zeros((size, forward.encoder.width)) if shifts else None
+        self.shifts = np.zeros((size, groups, forward.encoder.width)) if groups else None
+        self.group_cells = np.zeros(groups, dtype=np.int64)
         self.slots = affected
         self.num_slots = 0 if affected is None else int(affected.max()) + 1
         self.by_gene = Moments(size * self.num_slots)
@@ -202,6 +210,10 @@ class BlockMeasures:
         slots = slots.reshape(self.members.shape)
         for chunk in chunks:
             cells = read(chunk.numbers)
+            if self.shifts is not None:
+                self.group_cells += np.bincount(
+                    cell_groups(cells, len(self.group_cells)), minlength=len(self.group_cells)
+                )
             counts = cells.counts_of(genes)
             new = self.change.applied(counts, self.change.counts(cells)[:, None])
             self.num_expressing += np.array([(counts[:, own] > 0).any(1).sum() for own in slots], dtype=np.int64)
@@ -227,7 +239,8 @@ class BlockMeasures:
         # 1 - cos = |u - v|^2 / 2 for vectors of length 1, without the cancellation.
         self.cosine.add(piece.tasks, ((unit_after - unit_before) ** 2).sum(1) / 2)
         if self.shifts is not None:
-            np.add.at(self.shifts, piece.tasks, unit_after - unit_before)
+            groups = cell_groups(pairs.cells, self.shifts.shape[1])[pairs.chosen]
+            np.add.at(self.shifts, (piece.tasks, groups), unit_after - unit_before)
         shift = after.astype(np.float64) - before
         self.euclidean.add(piece.tasks, np.linalg.norm(shift, axis=1))
         if self.target is not None:

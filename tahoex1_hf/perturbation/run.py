@@ -27,7 +27,7 @@ from tahoex1_hf.inference.encoder import CellEncoder, Dtype
 from tahoex1_hf.inference.expression import ExpressionPredictor
 from tahoex1_hf.modeling_tahoe_x1 import TahoeX1PreTrainedModel
 from tahoex1_hf.perturbation.cells import Change, PerturbationEncoder, PerturbationMode
-from tahoex1_hf.perturbation.interactions import SHIFT, interaction_table
+from tahoex1_hf.perturbation.interactions import CELLS, GROUPS, SHIFT, SHIFTS, interaction_table, packed
 from tahoex1_hf.perturbation.journal import Journal
 from tahoex1_hf.perturbation.measures import BlockMeasures, Forward, Unperturbed, unit, unperturbed
 from tahoex1_hf.perturbation.nulls import Pools, ranking_of
@@ -86,8 +86,10 @@ class PerturbationResult:
         interactions: With `pairs`, one row per pair and group, those that differ most from the sum first: `group`,
             `gene`, `gene_id`; `interaction`, how far the mean shift of the group's cells goes beyond the sum of the
             shifts by each gene alone, along that sum and as a share of it (0 where effects add up, -1 where nothing is
-            left); `interaction_size`, the length of the difference from the sum, as a share of it; and `n_null`,
-            `null_mean`, `p_value`, `q_value` by the sizes of control pairs.
+            left); `lower` and `upper`, its 95 % interval over cells, in each of which the pair is compared with its
+            genes (by Student's t over 32 random groups of cells); `interaction_size`, the length of the difference
+            from the sum, as a share of it; and `n_null`, `null_mean`, `p_value`, `q_value` by the sizes of control
+            pairs.
     """
 
     table: "DataFrame"
@@ -227,6 +229,7 @@ def perturb_genes(
         run = _Run(source, groups, levels, forward, change, controls, rounds, num_affected, pairs)
         settings = {"mode": mode, "value": value, "expression": expression, "num_affected": num_affected}
         settings |= {"most_null_genes": most_null_genes, "pairs": pairs}
+        settings |= {"shift_groups": GROUPS} if pairs else {}
         journal = stack.enter_context(Journal(partial, {**settings, **run.identity(loaded, toward)}, restart))
         run.carry_out(journal, toward, progress)
         opened.check_unchanged()
@@ -440,7 +443,8 @@ class _Run:
     ) -> dict[Task, dict[str, Any]]:
         members = np.array([task.genes for task in block])
         slots = self.source.column_of if self._predicts(block[0].control) else None
-        measures = BlockMeasures(members, self.change, self.forward, toward, slots, self.pairs)
+        groups = 0 if not self.pairs else 1 if block[0].control else GROUPS  # no interval is made of controls
+        measures = BlockMeasures(members, self.change, self.forward, toward, slots, groups)
         expected = sum(map(self._most_changed, block))
         for num_cells in measures.add(self.source.read, cells):
             expected -= num_cells
@@ -458,7 +462,9 @@ class _Run:
             if toward is not None:
                 record["target_change"] = measures.toward.of(number)
             if measures.shifts is not None:
-                record[SHIFT] = (measures.shifts[number] / measures.num_cells).tolist()
+                record[SHIFT] = (measures.shifts[number].sum(axis=0) / measures.num_cells).tolist()
+            if measures.shifts is not None and groups > 1:
+                record |= {SHIFTS: packed(measures.shifts[number]), CELLS: measures.group_cells.tolist()}
             if slots is not None:
                 record["predicted_abs_change"] = measures.absolute.of(number)
                 record["predicted_change"] = measures.signed.of(number)
