@@ -29,6 +29,7 @@ from tahoex1_hf.indexing.store import (
     CellIndex,
     Manifest,
     check_sources,
+    in_words,
     table_names,
 )
 from tahoex1_hf.inference.provenance import check_key
@@ -98,6 +99,7 @@ def build_index(
     Raises:
         FileNotFoundError: If a file does not exist.
         ValueError: If embeddings cannot be read or compared with one another or with the index.
+        OSError: If the index cannot be read or written.
     """
     check_key(key)
     if not 0 < recall <= 1:
@@ -111,13 +113,14 @@ def build_index(
         raise ValueError(f"{', '.join(map(str, paths))} holds no cells.")
     if output.exists() and not (output / MANIFEST).exists() and any(path.name != ".lock" for path in output.iterdir()):
         raise ValueError(f"output={output} is a folder that holds other files: name a new one.")
-    old = CellIndex.open(output).manifest if (output / MANIFEST).exists() else None
-    if old is not None and old.key != key:
-        raise ValueError(f"key={key} (--key): {output} was built from {old.key}.")
-    check_sources(sources, old)
-    output.mkdir(exist_ok=True)
-    with RunLock(output / ".lock", output, "output"):
-        return _carry_out(output, sources, key, recall, progress)
+    with in_words("output", output):
+        old = CellIndex.open(output).manifest if (output / MANIFEST).exists() else None
+        if old is not None and old.key != key:
+            raise ValueError(f"key={key} (--key): {output} was built from {old.key}.")
+        check_sources(sources, old)
+        output.mkdir(exist_ok=True)
+        with RunLock(output / ".lock", output, "output"):
+            return _carry_out(output, sources, key, recall, progress)
 
 
 def _carry_out(output: Path, sources: Sequence[StoredEmbeddings], key: str, recall: float, progress: bool) -> Built:

@@ -3,6 +3,7 @@
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from tahoex1_hf.embedding.streams import WholeStream
 from tahoex1_hf.hub.models import model_and_tokenizer
 from tahoex1_hf.indexing.building import NEIGHBOURS, RECALL
 from tahoex1_hf.indexing.searching import MANY, QUERIES, Search
-from tahoex1_hf.indexing.store import CELL, FILE, ROW, CellIndex
+from tahoex1_hf.indexing.store import CELL, FILE, ROW, CellIndex, in_words
 from tahoex1_hf.indexing.summary import Summary
 from tahoex1_hf.inference.chunks import with_settings
 from tahoex1_hf.inference.encoder import Dtype
@@ -111,6 +112,7 @@ def query_index(
     Raises:
         FileNotFoundError: If a file does not exist.
         ValueError: If the index is unfinished, or the cells cannot be compared with it.
+        OSError: If the index cannot be read, or a search takes too long.
     """
     output = Path(output)
     if output.suffix != ".parquet" or not output.parent.is_dir():
@@ -119,23 +121,23 @@ def query_index(
         raise ValueError(f"k={k}: pass at least 1.")
     if not Path(cells).exists():
         raise FileNotFoundError(f"{cells} does not exist.")
-    opened = CellIndex.open(index)
-    opened.check_complete()
-    search = Search(opened, k, where, exact, RECALL)
-    if model is None:
-        stored = _open_stored(cells, key or opened.manifest.key)
-        _check(stored, opened)
-        return _carry_out(stored, opened, search, output, progress)
-    genes = GeneOptions(gene_id_column, gene_symbols, layer, species=species, orthologs=orthologs)
-    embedder = indexs_embedder(opened, model, tokenizer, size, revision, genes, batch_tokens, device, dtype)
     made = output.with_name(f"{output.name}.embeddings.parquet")
-    try:  # its shards, with which a stopped run goes on, lie beside it
-        embed_files(cells, made, embedder.loaded, embedder.tokenizer, **embedder.arguments(), progress=progress)
-        stored = open_embeddings(made, "X_tahoe_x1")
+    with ExitStack() as stack:
+        stack.enter_context(in_words("index", index))
+        opened = CellIndex.open(index)
+        opened.check_complete()
+        search = Search(opened, k, where, exact, RECALL)
+        if model is None:
+            stored = _open_stored(cells, key or opened.manifest.key)
+        else:
+            genes = GeneOptions(gene_id_column, gene_symbols, layer, species=species, orthologs=orthologs)
+            embedder = indexs_embedder(opened, model, tokenizer, size, revision, genes, batch_tokens, device, dtype)
+            stack.callback(made.unlink, missing_ok=True)
+            # Its shards, with which a stopped run goes on, lie beside it.
+            embed_files(cells, made, embedder.loaded, embedder.tokenizer, **embedder.arguments(), progress=progress)
+            stored = open_embeddings(made, "X_tahoe_x1")
         _check(stored, opened)
         return _carry_out(stored, opened, search, output, progress)
-    finally:
-        made.unlink(missing_ok=True)
 
 
 def _open_stored(cells: str | Path, key: str) -> StoredEmbeddings:

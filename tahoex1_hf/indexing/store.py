@@ -5,7 +5,8 @@ import json
 import logging
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -40,6 +41,44 @@ TAKEN = frozenset(
         "row",
     }
 )
+
+
+@contextmanager
+def in_words(argument: str, folder: str | Path) -> Iterator[None]:
+    """Turn the errors that LanceDB raises in the block into sentences.
+
+    Args:
+        argument: Argument that named the index: `index`, or `output` where it is built.
+        folder: Folder of the index.
+
+    Raises:
+        OSError: For whatever LanceDB could not do: read or write files, or end in time.
+    """
+    try:
+        yield
+    except (RuntimeError, ValueError, OSError) as error:
+        if not _is_lancedbs(error):
+            raise
+        way = "Look whether its disk can be read"
+        if argument == "output":
+            way = "Look whether its disk is full; the same command goes on with what is there"
+        way += ". If files of the index are missing or damaged, remove the folder, and build it anew."
+        if "timeout" in str(error).lower():
+            way = "The disk or the machine is too busy: run the same command again, or with exact=True (--exact)."
+        raise OSError(f"{argument}={folder} (--{argument}): LanceDB failed: {_told(error)}. {way}") from error
+
+
+def _is_lancedbs(error: BaseException) -> bool:
+    """Return whether LanceDB has raised an error, and not what it calls."""
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    return last is not None and str(last.tb_frame.f_globals.get("__name__")).startswith("lancedb.")
+
+
+def _told(error: BaseException) -> str:
+    """Return the first line of LanceDB's error, without the places in its sources."""
+    return re.sub(r",? /\S+:\d+:\d+", "", (str(error).splitlines() or [""])[0]).rstrip(". ")
 
 
 @dataclass
@@ -190,10 +229,10 @@ class CellIndex:
         try:
             number = int(self.table.count_rows(where))
         except (ValueError, RuntimeError) as error:
-            told = re.sub(r",? /\S+$", "", str(error).splitlines()[0])
+            self.table.count_rows(f"{ROW} IS NULL")  # fails if it is not the filter that cannot be read
             raise ValueError(
-                f"where={where} (--where): {told}. The columns are {', '.join([CELL, *self.metadata])}; texts stand "
-                "between single quotes, names with blanks between backticks."
+                f"where={where} (--where): {_told(error)}. The columns are {', '.join([CELL, *self.metadata])}; texts "
+                "stand between single quotes, names with blanks between backticks."
             ) from error
         if not number:
             raise ValueError(f"where={where} (--where): no cell of {self.folder} passes it.")

@@ -1,5 +1,7 @@
 """Queries find the nearest cells, with and without a filter, and refuse what cannot be compared with the index."""
 
+import shutil
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -180,4 +182,32 @@ def test_slips_are_told_before_any_search(world: Path, tmp_path: Path, monkeypat
     ):  # fmt: skip
         with pytest.raises((ValueError, FileNotFoundError), match=said):
             query_index(*given, progress=False, **options)  # type: ignore[arg-type]
+    assert not output.exists()
+
+
+def test_damaged_indexes_and_searches_that_take_too_long_are_told(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """LanceDB's errors become sentences that name argument, folder and way out; a sound filter is not blamed."""
+    asked, output = world / "asked.h5ad", tmp_path / "out.parquet"
+    with monkeypatch.context() as patch:
+        patch.setattr(searching, "_PATIENCE", timedelta(microseconds=1))
+        with pytest.raises(
+            OSError, match=r"index=.*index .--index.: LanceDB failed: .*timeout.* with .*--exact"
+        ):
+            query_index(asked, world / "index", output, progress=False)
+    damaged = tmp_path / "index"
+    shutil.copytree(world / "index", damaged)
+    for path in (damaged / "cells.lance" / "data").iterdir():
+        path.write_bytes(path.read_bytes()[:-200])
+    for where in (None, "tissue = 'lung'"):
+        with pytest.raises(OSError, match=r"index=.*index .--index.: LanceDB failed: .*missing or damaged") as caught:
+            query_index(asked, damaged, output, where=where, progress=False)
+        assert ".rs" not in str(caught.value)
+    with pytest.raises(OSError, match=r"output=.*index .--output.: LanceDB failed: .*same command goes on"):
+        build_index([world / "first.parquet", asked], damaged, progress=False)
+    arguments = ["index", "query", str(asked), "--index", str(damaged), "--output", str(output)]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 1
+    assert "not foreseen" not in result.output
     assert not output.exists()
