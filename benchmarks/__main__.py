@@ -4,6 +4,7 @@
     python -m benchmarks --only PART ...     docs/benchmarks/PART.json, which then stands for that part
     python -m benchmarks --quick             tiny sizes, in benchmarks/results: to check that all of it works
     python -m benchmarks gpu right|cost [--tiny]      the check of a machine with a GPU (gpu.py)
+    python -m benchmarks checkpoints [--tiny]       how long a checkpoint of shards stops a training (checkpoints.py)
     python -m benchmarks absent-genes prepare|ablate|table|train      absent genes as targets (absent_genes.py)
 
 The machine may be shared and noisy, so each round measures in turn the hardware's limit, the reference (the original's
@@ -26,6 +27,7 @@ from benchmarks import (
     absent_genes,
     attention,
     charts,
+    checkpoints,
     embedding,
     feeding,
     gpu,
@@ -147,6 +149,7 @@ def main(
 
 
 app.command("gpu")(gpu.main)
+app.command("checkpoints")(checkpoints.main)
 app.command("absent-genes")(absent_genes.main)
 
 if __name__ == "__main__":

@@ -167,6 +167,7 @@ TESTED_IN: dict[str, set[str]] = {
         "training/stream",
     },
     "training/test_resuming.py": {"runs/preemption", "runs/status"},
+    "training/test_several_processes.py": {"runs/background_saves"},
 }
 
 

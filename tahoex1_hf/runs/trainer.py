@@ -25,6 +25,7 @@ from transformers import (
 from tahoex1_hf.common.cuda_memory import sent
 from tahoex1_hf.common.files import write_json
 from tahoex1_hf.runs import checkpoints
+from tahoex1_hf.runs.background_saves import BackgroundSaves
 from tahoex1_hf.runs.log_window import LogWindow
 from tahoex1_hf.runs.preemption import Preemption
 
@@ -90,6 +91,7 @@ class ResumableTrainer(Trainer):
 
     Attributes:
         window: Sums over the steps since the last line of the log.
+        saves: Checkpoint that is still being written, where a subclass writes in the background.
     """
 
     model: Any
@@ -109,6 +111,7 @@ class ResumableTrainer(Trainer):
         self.batches = batches
         batches.max_steps, batches.done = args.max_steps, lambda: self.state.global_step
         self.window = LogWindow(self.num_losses)
+        self.saves = BackgroundSaves()
 
     @property
     def preempted(self) -> bool:
@@ -208,6 +211,7 @@ class ResumableTrainer(Trainer):
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         """Write a checkpoint, and declare it whole when all processes are done; then remove old ones."""
+        self.wait_for_saves()
         output_dir = Path(str(self.args.output_dir))
         folder = output_dir / f"checkpoint-{self.state.global_step}"
         if self.args.should_save and folder.exists():
@@ -222,20 +226,28 @@ class ResumableTrainer(Trainer):
                 run = {"data": self.batches.identity(), "processes": self.args.world_size}
                 write_json(folder / PROGRESS, run)
         except Exception as error:
-            free = shutil.disk_usage(output_dir).free / 1e9
-            error.add_note(
-                f"{folder} could not be written ({free:.1f} GB are free there); it will not be resumed from. Make "
-                "room and run the same command again: it resumes from the last whole checkpoint."
-            )
+            _add_way_out(error, folder)
             raise
         finally:
             self.args.save_total_limit = limit
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            checkpoints.seal(folder)
             best = self.state.best_model_checkpoint
-            checkpoints.remove_old(output_dir, limit or 1, Path(best) if best else None)
+
+            def declare_whole() -> None:
+                checkpoints.seal(folder)
+                checkpoints.remove_old(output_dir, limit or 1, Path(best) if best else None)
+
+            self.saves.then(declare_whole)
         self.accelerator.wait_for_everyone()
+
+    def wait_for_saves(self) -> None:
+        """Wait until the checkpoint is whole that is still being written, if there is one."""
+        try:
+            self.saves.wait()
+        except Exception as error:
+            _add_way_out(error, Path(str(self.args.output_dir)))
+            raise
 
     def _load_best_model(self) -> None:
         """Load the best weights; raise an error if they are gone, where Trainer would only warn and keep the last."""
@@ -259,6 +271,7 @@ class ResumableTrainer(Trainer):
         folder = checkpoints.last_whole(Path(str(self.args.output_dir))) or begin
         if folder is None:
             self.train()
+            self.wait_for_saves()
             return
         logger.info("Resuming from %s.", folder)
         self._restore(folder)
@@ -270,6 +283,7 @@ class ResumableTrainer(Trainer):
             self.model.to(self.args.device)
             return
         self.train(resume_from_checkpoint=str(folder))
+        self.wait_for_saves()
 
     def _restore(self, folder: Path) -> None:
         """Check that a checkpoint is of the same data, and restore its progress."""
@@ -299,6 +313,15 @@ class ResumableTrainer(Trainer):
             processes,
         )
         self.window = LogWindow.merged([state["window"] for state in states], first=rank == 0)
+
+
+def _add_way_out(error: Exception, folder: Path) -> None:
+    """Say, with an error while a checkpoint was written, what became of it and what to do."""
+    free = shutil.disk_usage(folder if folder.is_dir() else folder.parent).free / 1e9
+    error.add_note(
+        f"{folder} could not be written ({free:.1f} GB are free there); it will not be resumed from. Make "
+        "room and run the same command again: it resumes from the last whole checkpoint."
+    )
 
 
 def stopped_early(state: TrainerState) -> bool:

@@ -127,6 +127,9 @@ class PretrainConfig(Strict):
     """Number of steps between two checkpoints."""
     save_total_limit: int = Field(3, gt=0)
     """Number of checkpoints that are kept."""
+    background_saves: bool = False
+    """Whether the shards of a checkpoint (FSDP2) are written while the training goes on: it waits only until they are
+    copied into the main memory, which must have room for them. A checkpoint counts from when all of it is written."""
     cell_types: list[CellTypeConfig] = []
     """Cell-type classifications that are run after evaluations, with the model as it is then."""
     gene_essentiality: list[GeneEssentialityConfig] = []

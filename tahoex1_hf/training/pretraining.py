@@ -235,6 +235,7 @@ def _trainer(
         StepBatches(cells, max_steps),
         validation=validation,
         microbatch_size=folder.microbatch_size,
+        background_saves=config.background_saves,
         callbacks=[speed, SpikeWarning(), *evaluations],
         tokenizer=tokenizer,
     )

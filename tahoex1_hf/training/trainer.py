@@ -16,11 +16,17 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate import PartialState
+from accelerate import ParallelismConfig, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, convert_to_fp32
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.fsdp import MixedPrecisionPolicy
+from accelerate.utils.constants import FSDP_MODEL_NAME, OPTIMIZER_NAME
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+)
+from torch.distributed.fsdp import MixedPrecisionPolicy, StateDictType
 from transformers import TrainingArguments
+from transformers.trainer import SCHEDULER_NAME
 
 from tahoex1_hf.modeling_tahoe_x1 import TahoeX1ForPreTraining
 from tahoex1_hf.runs.log_window import LogWindow
@@ -39,6 +45,8 @@ from tahoex1_hf.training.stream import StepBatches, ValidationBatches
 
 logger = logging.getLogger(__name__)
 
+_USE_PARALLELISM = "ACCELERATE_USE_PARALLELISM_CONFIG"  # set by `accelerate launch` where the config has copies (HSDP)
+
 
 class PretrainingTrainer(ResumableTrainer):
     """Trainer of `TahoeX1ForPreTraining`.
@@ -49,6 +57,7 @@ class PretrainingTrainer(ResumableTrainer):
         batches: Batches of all steps.
         validation: Cells to evaluate on, or None.
         microbatch_size: Largest number of cells in a forward pass, or None to find it.
+        background_saves: Whether shards of checkpoints are written while the training goes on; needs FSDP2.
         tokenizer: Tokenizer to be saved with the model. (As Trainer's `processing_class`, its special tokens would be
             written into the model's configuration.)
         **trainer: `callbacks` of Trainer.
@@ -70,26 +79,39 @@ class PretrainingTrainer(ResumableTrainer):
         *,
         validation: ValidationBatches | None = None,
         microbatch_size: int | None = None,
+        background_saves: bool = False,
         tokenizer: TahoeX1Tokenizer | None = None,
         **trainer: Any,
     ):
         super().__init__(model, args, batches, eval_dataset=validation and validation.cells, **trainer)
         self.validation, self.microbatch_size, self.tokenizer = validation, microbatch_size, tokenizer
+        self.background_saves = background_saves
         self.report: Callable[[dict[str, float]], dict[str, float]] = lambda logs: logs
         self.on_microbatch: Callable[[int], None] = discard
         if self.is_fsdp_enabled and getattr(getattr(batches.cells, "collator", None), "cell_targets", None) == "all":
             raise ValueError(
                 "cell_targets=all reads the whole table of genes, of which shards (FSDP) hold parts: use DDP."
             )
+        if background_saves and not self._saves_shards():
+            raise ValueError(
+                "background_saves=true needs FSDP2 with fsdp_state_dict_type: SHARDED_STATE_DICT (see "
+                "examples/configs/accelerate/fsdp2.yaml): launch the run so, or leave it out."
+            )
 
     # Set-up -----------------------------------------------------------------------------------------
 
     def create_accelerator_and_postprocess(self) -> None:
-        """Use FSDP on CPUs too, where Accelerate quietly replaces it by DDP."""
-        super().create_accelerator_and_postprocess()
+        """Use FSDP and HSDP on CPUs too, where Accelerate quietly replaces the one by DDP, and refuses the other."""
         wanted = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+        wanted = wanted and PartialState().distributed_type == DistributedType.MULTI_CPU
+        copies = os.environ.pop(_USE_PARALLELISM, None) if wanted else None
+        try:
+            super().create_accelerator_and_postprocess()
+        finally:
+            if copies is not None:
+                os.environ[_USE_PARALLELISM] = copies
         state = self.accelerator.state
-        if wanted and state.distributed_type == DistributedType.MULTI_CPU:
+        if wanted:
             plugin = FullyShardedDataParallelPlugin()
             if plugin.fsdp_version != 2:
                 raise ValueError(
@@ -101,6 +123,10 @@ class PretrainingTrainer(ResumableTrainer):
             PartialState._shared_state["distributed_type"] = DistributedType.FSDP
             state.distributed_type, state.fsdp_plugin = DistributedType.FSDP, plugin
             self.is_fsdp_enabled = True
+            if copies is not None and copies.lower() == "true":
+                state.parallelism_config = ParallelismConfig()
+                state.device_mesh = state.parallelism_config.get_device_mesh(self.args.device.type)
+                state.parallelism_config._validate_accelerator(self.accelerator)
         if self.accelerator.is_fsdp2 and state.fsdp_plugin.mixed_precision_policy is not None:
             state.fsdp_plugin.mixed_precision_policy = only_computing(state.fsdp_plugin.mixed_precision_policy)
 
@@ -268,6 +294,28 @@ class PretrainingTrainer(ResumableTrainer):
         super().restore_progress(state)
         if self.microbatch_size is None:
             self._set_microbatch(state["microbatch_size"])
+
+    def _saves_shards(self) -> bool:
+        """Return whether each process writes its shards of weights and optimizer."""
+        plugin = self.accelerator.state.fsdp_plugin if self.accelerator.is_fsdp2 else None
+        return plugin is not None and plugin.state_dict_type == StateDictType.SHARDED_STATE_DICT
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Write the shards of weights and optimizer, or begin to, into the folders from which Accelerate loads."""
+        if not self.background_saves:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        folder, options = Path(output_dir), StateDictOptions()
+        weights = get_model_state_dict(self.model, options=options)
+        moments = get_optimizer_state_dict(self.model, self.optimizer, options=options)
+        self.saves.begin(
+            {
+                folder / f"{FSDP_MODEL_NAME}_0": {"model": weights},
+                folder / f"{OPTIMIZER_NAME}_0": {"optimizer": moments},
+            }
+        )
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), folder / SCHEDULER_NAME)
 
     def save_beside(self, folder: Path) -> None:
         """Save the tokenizer."""

@@ -29,7 +29,11 @@ from typing import Any
 
 # Libraries read these variables while they are imported, so a command with other values must start as a process.
 READ_AT_IMPORT = ("MKL_", "NUMBA_", "OMP_", "OPENBLAS_", "PYTHON", "TORCH_", "TORCHAO_", "TRANSFORMERS_")
-SET_BY_LAUNCHERS = {"PYTHON_EXEC", "TORCH_NCCL_ASYNC_ERROR_HANDLING"}  # read later, or by launchers alone
+SET_BY_LAUNCHERS = {
+    "PYTHON_EXEC",
+    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE",
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING",
+}  # read later, or by launchers alone
 # Our code imports these only inside functions, so importing our modules does not import them.
 LIBRARIES = [
     "accelerate.utils.fsdp_utils",

@@ -1,4 +1,4 @@
-"""Run examples/pretrain.py, which gets KILL_SIGNAL in step KILL_AT, in process KILL_RANK."""
+"""Run examples/pretrain.py, which gets KILL_SIGNAL in step KILL_AT, in process KILL_RANK; not after a restart."""
 
 import os
 import runpy
@@ -14,7 +14,8 @@ original = trainer.PretrainingTrainer._clip_grad_norm
 
 def dying(self: trainer.PretrainingTrainer, model: Any) -> Any:
     step, rank = self.state.global_step + 1, self.args.process_index
-    if (str(step), str(rank)) == (os.environ["KILL_AT"], os.environ["KILL_RANK"]):
+    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    if (str(step), str(rank)) == (os.environ["KILL_AT"], os.environ["KILL_RANK"]) and not restarted:
         os.kill(os.getpid(), getattr(signal, os.environ["KILL_SIGNAL"]))
     return original(self, model)
 

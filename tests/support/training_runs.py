@@ -38,6 +38,12 @@ FSDP = {
     "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
     "FSDP_RESHARD_AFTER_FORWARD": "true",
 }
+HSDP = {
+    **FSDP,
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "true",
+    "PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "2",
+    "PARALLELISM_CONFIG_DP_SHARD_SIZE": "2",
+}
 
 
 def free_port() -> int:
@@ -62,16 +68,18 @@ def command(kind: str, output: Path, dataset: Path, script: Path = SCRIPT, **cha
 
 
 def environment(kind: str) -> dict[str, str]:
-    return forked.environment(**(FSDP if kind == "fsdp" else {}))
+    return forked.environment(**{"fsdp": FSDP, "hsdp": HSDP}.get(kind, {}))
 
 
 def run(
     kind: str, output: Path, dataset: Path, script: Path = SCRIPT, env: Mapping[str, str] = {}, **changes: Any
 ) -> subprocess.CompletedProcess[str]:
-    """Run to the end, in one forked process, or in two for other kinds than "single"."""
+    """Run to the end, in one forked process ("single"), in two ("ddp", "fsdp"), or in two pairs ("hsdp")."""
     arguments = command("single", output, dataset, script, **changes)
     whole = {**environment(kind), **env}
-    return forked.run(arguments, whole) if kind == "single" else forked.launch(2, arguments, whole)
+    if kind == "single":
+        return forked.run(arguments, whole)
+    return forked.launch(4 if kind == "hsdp" else 2, arguments, whole)
 
 
 def finished(kind: str, output: Path, dataset: Path, **changes: Any) -> str:
