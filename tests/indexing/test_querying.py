@@ -192,9 +192,7 @@ def test_damaged_indexes_and_searches_that_take_too_long_are_told(
     asked, output = world / "asked.h5ad", tmp_path / "out.parquet"
     with monkeypatch.context() as patch:
         patch.setattr(searching, "_PATIENCE", timedelta(microseconds=1))
-        with pytest.raises(
-            OSError, match=r"index=.*index .--index.: LanceDB failed: .*timeout.* with .*--exact"
-        ):
+        with pytest.raises(OSError, match=r"index=.*index .--index.: LanceDB failed: .*timeout.* with .*--exact"):
             query_index(asked, world / "index", output, progress=False)
     damaged = tmp_path / "index"
     shutil.copytree(world / "index", damaged)
