@@ -118,8 +118,11 @@ def measure(folder: Path, cells: int, width: int, queries: int) -> dict[str, dic
         "query": measured(look, asked, index, folder / "found.parquet"),
         "query, filtered": measured(look, asked, index, folder / "filtered.parquet", **filtered),
         "query, exact": measured(look, asked, index, folder / "exact.parquet", exact=True),
+        "query, filtered, exact": measured(look, asked, index, folder / "all.parquet", exact=True, **filtered),
     }
-    steps["query"]["recall of these cells"] = agreement(folder / "found.parquet", folder / "exact.parquet")
+    for name, found, truth in (("query", "found", "exact"), ("query, filtered", "filtered", "all")):
+        paths = (folder / f"{each}.parquet" for each in (found, truth))
+        steps[name]["recall of these cells"] = agreement(*paths)
     size = sum(path.stat().st_size for path in index.rglob("*") if path.is_file())
     steps["build"]["disk_gb"] = round(size / 2**30, 2)
     return steps
