@@ -5,7 +5,7 @@ import logging
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +36,7 @@ from tahoex1_hf.annotation.validation import check_folds
 from tahoex1_hf.cells.gene_symbols import Table
 from tahoex1_hf.cells.genes import GeneOptions
 from tahoex1_hf.cells.opening import Source, check_writable, open_cells, read_obs_column
+from tahoex1_hf.cells.readers.base import said_once
 from tahoex1_hf.cells.whole import read_stored
 from tahoex1_hf.common.locks import RunLock
 from tahoex1_hf.embedding.embedder import Embedder, check_record, embed_inputs, forget_embeddings
@@ -78,22 +79,33 @@ class Annotation:
 
 
 @dataclass(frozen=True)
-class _Labelling:
-    """The columns that are read, and which classes are taken."""
+class Labelling:
+    """The columns that are read, and which classes are taken.
+
+    Attributes:
+        label: Column of the reference with the labels.
+        query_label: Column of the query with labels; None for that of `label`, if there is one.
+        label_map: Label -> joined name.
+        batch: Column with the batches; None for none.
+        min_cells: Fewest cells of a class.
+        drop_rare: Whether classes with fewer cells are left out; otherwise they are an error.
+        classifier: Fine-tuned classifier; None for none.
+    """
 
     label: str
-    query_label: str | None
-    label_map: dict[str, str]
-    batch: str | None
-    min_cells: int
-    drop_rare: bool
-    classifier: Classifier | None
+    query_label: str | None = None
+    label_map: dict[str, str] = field(default_factory=dict)
+    batch: str | None = None
+    min_cells: int = 5
+    drop_rare: bool = False
+    classifier: Classifier | None = None
 
     def columns(self) -> list[str]:
+        """Return the columns that are named."""
         return [name for name in (self.label, self.query_label, self.batch) if name is not None]
 
 
-class _Plan:
+class Plan:
     """Everything that is known before any computing: classes, cells to learn from, cells to score by.
 
     Args:
@@ -106,7 +118,7 @@ class _Plan:
         ValueError: If something is missing or does not go together.
     """
 
-    def __init__(self, reference: Side, query: Side, labelling: _Labelling, seed: int):
+    def __init__(self, reference: Side, query: Side, labelling: Labelling, seed: int):
         column = reference.column(labelling.label, "label")
         of_query = labelling.query_label or (labelling.label if labelling.label in query.obs else None)
         truth = None if of_query is None else query.column(of_query, "query_label")
@@ -114,7 +126,7 @@ class _Plan:
         check_label_map(labelling.label_map, column, truth, others=self.classifier.labels if self.classifier else ())
         names = joined_names(column, labelling.label_map)
         self.classes = check_classes(names, labelling.label, reference.where, labelling.min_cells, labelling.drop_rare)
-        self.tokens = check_sides(reference, query)
+        self.tokens, doubt = check_sides(reference, query)
         kept = np.flatnonzero(np.isin(names, self.classes))
         self.rows = sample(kept, MOST_CELLS, seed)
         # In the order of their names, so that the folds do not depend on the order of the file.
@@ -130,7 +142,7 @@ class _Plan:
             self.truth = given[self.scored].astype(str) if len(self.scored) else None
         if self.classifier is not None:
             self.classifier.check([*self.classes, *([] if self.truth is None else np.unique(self.truth).tolist())])
-        self.notes = self._notes(labelling, len(kept))
+        self.notes = self._notes(labelling, len(kept), doubt)
 
     def _batches(self, batch: str | None) -> np.ndarray | None:
         if batch is None:
@@ -141,7 +153,7 @@ class _Plan:
         names = np.asarray(column.iloc[self.rows].astype(object).fillna("missing").astype(str).to_numpy(dtype=str))
         return names if len(np.unique(names)) > 1 else None
 
-    def _notes(self, labelling: _Labelling, labelled: int) -> list[str]:
+    def _notes(self, labelling: Labelling, labelled: int, doubt: list[str]) -> list[str]:
         notes = [
             f"Reference: {len(self.rows)} of {labelled} labelled cells, {len(self.classes)} classes; query: "
             f"{self.query.cells.num_cells} cells. PCA and logistic regression of counts read the "
@@ -152,7 +164,7 @@ class _Plan:
                 "Batches of the reference are not known, or there is one: the cross-validation leaves out random "
                 "cells, whose neighbours of the same batch remain, so what to expect of another study is less."
             )
-        warnings = shared_origins(self.reference.obs, self.query.obs, labelling.batch)
+        warnings = [*doubt, *shared_origins(self.reference.obs, self.query.obs, labelling.batch)]
         for each in warnings:
             logger.warning("%s", each)
         return [*notes, *(f"**Warning**: {each}" for each in warnings)]
@@ -370,7 +382,7 @@ def annotate_anndata(
     check_writable(adata)
     names = read_label_map(label_map)
     tuned = read_classifier(classifier, names)
-    labelling = _Labelling(label, query_label, names, batch, min_cells, drop_rare, tuned)
+    labelling = Labelling(label, query_label, names, batch, min_cells, drop_rare, tuned)
     loaded, tokenizer = model_and_tokenizer(model, tokenizer, size=size, revision=revision)
     tokenizer = with_settings(tokenizer, max_length, overflow)
     genes = GeneOptions(gene_id_column, gene_symbols, layer, species=species, orthologs=orthologs)
@@ -379,7 +391,7 @@ def annotate_anndata(
         Side(role, open_cells(cells, tokenizer, genes), cells.obs)
         for role, cells in (("reference", reference), ("query", adata))
     ]
-    plan = _Plan(sides[0], sides[1], labelling, seed)
+    plan = Plan(sides[0], sides[1], labelling, seed)
     made = embedder.record()
     stored = []
     for role, cells in (("reference", reference), ("query", adata)):
@@ -493,7 +505,7 @@ def annotate_files(
         check_key(key)
     names = read_label_map(label_map)
     tuned = read_classifier(classifier, names)
-    labelling = _Labelling(label, query_label, names, batch, min_cells, drop_rare, tuned)
+    labelling = Labelling(label, query_label, names, batch, min_cells, drop_rare, tuned)
     _check_columns(reference, query, labelling)
     loaded, tokenizer = model_and_tokenizer(model, tokenizer, size=size, revision=revision)
     tokenizer = with_settings(tokenizer, max_length, overflow)
@@ -501,6 +513,7 @@ def annotate_files(
     embedder = Embedder(loaded, model, tokenizer, genes, seed, batch_tokens, device, dtype)
     folder = output.with_name(f"{output.name}.annotation") if report is None else Path(report)
     with ExitStack() as stack:
+        stack.enter_context(said_once())
         spool = folder / "by_cell"  # made where counts are stored by gene; what a killed run leaves is taken up
         sides = [
             Side(
@@ -510,7 +523,7 @@ def annotate_files(
             )
             for role, path in (("reference", reference), ("query", query))
         ]
-        plan = _Plan(sides[0], sides[1], labelling, seed)
+        plan = Plan(sides[0], sides[1], labelling, seed)
         made = embedder.record()
         stored = [_stored(path, key, made) for path in (reference, query)]
         folder.mkdir(parents=True, exist_ok=True)
@@ -540,7 +553,7 @@ def _stored(path: Path, key: str | None, made: Mapping[str, Any]) -> np.ndarray 
     return found[0]
 
 
-def _check_columns(reference: Path, query: Path, labelling: _Labelling) -> None:
+def _check_columns(reference: Path, query: Path, labelling: Labelling) -> None:
     """Check the names of the columns before a model is loaded."""
     read_obs_column(str(reference), labelling.label, "label")
     if labelling.batch is not None:

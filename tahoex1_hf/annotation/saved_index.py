@@ -32,13 +32,14 @@ from tahoex1_hf.annotation.validation import check_folds
 from tahoex1_hf.cells.gene_symbols import Table
 from tahoex1_hf.cells.genes import GeneOptions
 from tahoex1_hf.cells.opening import Source, open_cells, read_obs_column
+from tahoex1_hf.cells.readers.base import said_once
 from tahoex1_hf.cells.whole import read_stored
 from tahoex1_hf.common.locks import RunLock
 from tahoex1_hf.embedding.embedder import Embedder, embed_inputs, forget_embeddings
 from tahoex1_hf.embedding.stored import check_alike
 from tahoex1_hf.finetuning.cells.baselines import MOST_CELLS
 from tahoex1_hf.indexing.querying import indexs_embedder
-from tahoex1_hf.indexing.store import CELL, VECTOR, CellIndex
+from tahoex1_hf.indexing.store import CELL, VECTOR, CellIndex, in_words
 from tahoex1_hf.inference.encoder import Dtype
 from tahoex1_hf.inference.provenance import provenance_key
 from tahoex1_hf.modeling_tahoe_x1 import TahoeX1PreTrainedModel
@@ -137,23 +138,27 @@ def annotate_from_index(
     Raises:
         FileNotFoundError: If a file, the index or a model does not exist.
         ValueError: If files, index or arguments cannot be used; the message says what to do.
+        OSError: If the index cannot be read.
     """
     query, output = Path(query), Path(output)
     options = TransferOptions(neighbours, unknown_share, seed)
     options.check()
     check_files(query, None, output)
     column, names = check_column(label), read_label_map(label_map)
-    opened = CellIndex.open(index)
-    opened.check_complete()
+    with in_words("index", index):
+        opened = CellIndex.open(index)
+        opened.check_complete()
     if query_label is not None:
         read_obs_column(str(query), query_label, "query_label")
     obs = read_obs(str(query), [name for name in (label, query_label, batch) if name is not None])
     truth = obs[query_label] if query_label is not None else obs.get(label)
-    reference = _read_reference(opened, label, batch, names, truth, min_cells, drop_rare, seed)
+    with in_words("index", index):
+        reference = _read_reference(opened, label, batch, names, truth, min_cells, drop_rare, seed)
     genes = GeneOptions(gene_id_column, gene_symbols, layer, species=species, orthologs=orthologs)
     embedder = indexs_embedder(opened, model, tokenizer, size, revision, genes, batch_tokens, device, dtype)
     folder = output.with_name(f"{output.name}.annotation") if report is None else Path(report)
     with ExitStack() as stack:
+        stack.enter_context(said_once())
         stored = _stored(query, key, opened)
         folder.mkdir(parents=True, exist_ok=True)
         stack.enter_context(RunLock(folder / ".lock", folder, "output"))

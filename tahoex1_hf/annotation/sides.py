@@ -1,7 +1,6 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
 """The two sets of cells, reference and query: their columns, their counts, and whether they go together."""
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -19,8 +18,6 @@ from tahoex1_hf.finetuning.cells.baselines import log_normalized
 if TYPE_CHECKING:
     import pandas as pd
     from scipy.sparse import csr_matrix
-
-logger = logging.getLogger(__name__)
 
 # Share of the known genes of either side that the other must have, and that below which a warning is given.
 _FEW, _SOME = 0.1, 0.75
@@ -70,8 +67,8 @@ def read_obs(path: str, wanted: Sequence[str]) -> "pd.DataFrame":
     return pd.DataFrame(columns, index=index)
 
 
-def check_sides(reference: Side, query: Side) -> np.ndarray:
-    """Return the tokens of the genes that both sides have, rising.
+def check_sides(reference: Side, query: Side) -> tuple[np.ndarray, list[str]]:
+    """Return the tokens of the genes that both sides have, rising, and a sentence where these are few.
 
     Raises:
         ValueError: If a side holds no counts, or the genes of the two hardly overlap.
@@ -96,14 +93,12 @@ def check_sides(reference: Side, query: Side) -> np.ndarray:
             f"knows; they have {len(tokens[0])} and {len(tokens[1])}. Cells seen by different genes cannot be "
             "compared: choose another reference."
         )
-    if len(shared) < _SOME * larger:
-        logger.warning(
-            "Reference and query share %d of the %d and %d genes that the model knows: embeddings of the one are made "
-            "from genes that the other lacks.",
-            len(shared),
-            *(len(each) for each in tokens),
-        )
-    return shared
+    if len(shared) >= _SOME * larger:
+        return shared, []
+    return shared, [
+        f"Reference and query share {len(shared)} of the {len(tokens[0])} and {len(tokens[1])} genes that the model "
+        "knows: embeddings of the one are made from genes that the other lacks."
+    ]
 
 
 def read_values(cells: CellInput, numbers: np.ndarray, tokens: np.ndarray) -> "csr_matrix":

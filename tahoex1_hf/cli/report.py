@@ -8,10 +8,10 @@ import typer
 
 from tahoex1_hf.cli import options
 from tahoex1_hf.cli.options import Dtype
-from tahoex1_hf.cli.running import NOTHING_WRITTEN, command
+from tahoex1_hf.cli.running import command
 
 
-@command(extra="data,train,cards", interrupted=NOTHING_WRITTEN)
+@command(extra="data,train,cards")
 def report(
     cells: Annotated[Path, typer.Argument(metavar="CELLS.h5ad", help="Cells with raw counts.")],
     output: Annotated[Path, typer.Option(metavar="PAGE.html", help="The page.")],
@@ -51,11 +51,13 @@ def report(
     device: options.Device = None,
     batch_tokens: options.BatchTokens = None,
     seed: options.Seed = 0,
+    restart: options.Restart = False,
 ) -> str:
     """Write one HTML page about cells and their embeddings, to be handed on as it is.
 
     What went in and what was lost, maps by embedding and by PCA, clusters with marker genes, labels of a reference,
-    sampling noise, and how to repeat it. The page has no scripts and loads nothing.
+    sampling noise, and how to repeat it. The page has no scripts and loads nothing. The same command resumes a run
+    that was stopped.
     """
     from tahoex1_hf.inference.encoder import choose_device
     from tahoex1_hf.reporting.making import Request, write_page
@@ -86,5 +88,6 @@ def report(
         batch_tokens=batch_tokens,
         device=device,
         dtype=dtype.value,
+        restart=restart,
     )
     return f"Wrote {output}"

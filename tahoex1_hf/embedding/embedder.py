@@ -127,7 +127,26 @@ def embed_inputs(
     """
     if not inputs:
         return []
-    made, record = folder / _MADE, folder / _RECORD
+    made = folder / _MADE
+    embed_once(embedder, inputs, made, restart, progress)
+    every = np.load(made, mmap_mode="r")
+    return np.split(every, np.cumsum([each.num_cells for each in inputs])[:-1])
+
+
+def embed_once(
+    embedder: Embedder, inputs: Sequence[CellInput], made: Path, restart: bool, progress: bool, **more: Any
+) -> None:
+    """Embed the cells of files, unless an earlier, interrupted run has done so with the same settings.
+
+    Args:
+        embedder: Model and settings.
+        inputs: Opened files.
+        made: File for the embeddings; beside it, with the ending `.json`, lies what decides them.
+        restart: Whether to discard the files of a run with other settings.
+        progress: Whether to show a progress bar.
+        **more: Further arguments of `embed_files`.
+    """
+    record = made.with_suffix(".json")
     identity = {
         "cells": [[each.path, each.fingerprint, each.num_cells] for each in inputs],
         "genes": [json_digest(np.asarray(each.genes.token_ids).tolist()) for each in inputs if each.genes is not None],
@@ -136,24 +155,17 @@ def embed_inputs(
         "layer": embedder.genes.layer,
         "batch_tokens": embedder.batch_tokens,
         **embedder.record(),
+        **more,
     }
     # Written and read as JSON, so that what is compared has the same types.
-    if not (made.exists() and record.exists() and json.loads(record.read_text()) == json.loads(json.dumps(identity))):
-        record.unlink(missing_ok=True)
-        embed_files(
-            [each.path for each in inputs],
-            made,
-            embedder.loaded,
-            embedder.tokenizer,
-            **embedder.arguments(),
-            restart=restart,
-            progress=progress,
-        )
-        write_json(record, identity)
-    else:
-        logger.info("Resuming: the embeddings in %s are complete.", folder)
-    every = np.load(made, mmap_mode="r")
-    return np.split(every, np.cumsum([each.num_cells for each in inputs])[:-1])
+    if made.exists() and record.exists() and json.loads(record.read_text()) == json.loads(json.dumps(identity)):
+        logger.info("Resuming: the embeddings in %s are complete.", made.parent)
+        return
+    record.unlink(missing_ok=True)
+    arguments = {**embedder.arguments(), **more}
+    paths = [each.path for each in inputs]
+    embed_files(paths, made, embedder.loaded, embedder.tokenizer, restart=restart, progress=progress, **arguments)
+    write_json(record, identity)
 
 
 def forget_embeddings(folder: Path) -> None:

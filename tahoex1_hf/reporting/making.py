@@ -6,28 +6,34 @@ import logging
 import platform
 import shlex
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
-from tahoex1_hf.annotation.annotating import annotate_anndata
+from tahoex1_hf.annotation.annotating import Annotation, Labelling, Plan
+from tahoex1_hf.annotation.labels import ORIGINS
 from tahoex1_hf.annotation.output import check_column
-from tahoex1_hf.annotation.sides import read_values
+from tahoex1_hf.annotation.sides import Side, read_values
+from tahoex1_hf.annotation.transfer import TransferOptions
 from tahoex1_hf.benchmarking.clusters import leiden
 from tahoex1_hf.cells.encoding import CHUNK_CELLS
 from tahoex1_hf.cells.gene_names import shown_names
 from tahoex1_hf.cells.gene_symbols import Table
 from tahoex1_hf.cells.genes import GeneOptions, known_symbols
-from tahoex1_hf.cells.opening import open_cells, read_obs_column
-from tahoex1_hf.cells.whole import read_sample
+from tahoex1_hf.cells.opening import Source, open_cells, read_obs_column
+from tahoex1_hf.cells.readers.base import CellInput, said_once
 from tahoex1_hf.common.files import WholeFile
+from tahoex1_hf.common.locks import RunLock
 from tahoex1_hf.common.plots import umap_places
-from tahoex1_hf.embedding.in_memory import embed_anndata
+from tahoex1_hf.common.reading import reading
+from tahoex1_hf.embedding.embedder import Embedder, embed_once
+from tahoex1_hf.embedding.stored import open_embeddings
 from tahoex1_hf.finetuning.cells.baselines import sparse_pca
 from tahoex1_hf.hub.models import expression_decoder, model_and_tokenizer, without_peft
 from tahoex1_hf.inference.chunks import with_settings
@@ -36,16 +42,15 @@ from tahoex1_hf.modeling_tahoe_x1 import TahoeX1PreTrainedModel
 from tahoex1_hf.reporting import sections
 from tahoex1_hf.reporting.markers import find_markers
 from tahoex1_hf.reporting.page import Section, render
+from tahoex1_hf.reporting.sample import run_folder, sampled
 from tahoex1_hf.reporting.sections import Places, Shown
 from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
-
-if TYPE_CHECKING:
-    from anndata import AnnData
 
 logger = logging.getLogger(__name__)
 
 FEWEST, MOST_CLASSES = 20, 40
 _KEY, _RECORD = "X_tahoe_x1", "tahoe_x1"
+_UNTOLD = ("progress", "restart")  # arguments that change nothing on the page
 _PACKAGES = ("tahoex1_hf", "torch", "transformers", "scanpy", "scikit-learn", "umap-learn")
 
 
@@ -133,13 +138,15 @@ def write_page(
     batch_tokens: int | None = None,
     device: str | torch.device | None = None,
     dtype: Dtype = "auto",
+    restart: bool = False,
     progress: bool = True,
 ) -> None:
     """Write one HTML page about the cells of a file and their embeddings, which can be handed on as it is.
 
     It says what went in and what was lost, shows the cells by embedding and by PCA side by side, lists clusters with
     their marker genes, the labels of a reference if there is one, the sampling noise, and what made the page. Pictures
-    are part of the file; it loads nothing, and has no scripts.
+    are part of the file; it loads nothing, and has no scripts. Embeddings are kept in the folder `OUTPUT.parts` until
+    the page is written; the same call resumes a run that was stopped in any way.
 
     Args:
         cells: `.h5ad` file with raw counts.
@@ -167,6 +174,7 @@ def write_page(
         batch_tokens: As in `embed_anndata`.
         device: As in `embed_anndata`.
         dtype: As in `embed_anndata`.
+        restart: Whether to discard the files of an unfinished run with other settings.
         progress: Whether to show progress bars.
 
     Raises:
@@ -193,22 +201,15 @@ def write_page(
         expression_decoder(without_peft(loaded))
     tokenizer = with_settings(tokenizer, max_length, overflow)
     genes = GeneOptions(gene_id_column, gene_symbols, layer, species=species, orthologs=orthologs)
-    own: dict[str, Any] = {
-        "layer": layer,
-        "gene_id_column": gene_id_column,
-        "gene_symbols": gene_symbols,
-        "species": species,
-        "orthologs": orthologs,
-        "seed": seed,
-        "batch_tokens": batch_tokens,
-        "device": device,
-        "dtype": dtype,
-        "progress": progress,
-    }
-    page = _Page(wanted, loaded, tokenizer, genes, own)
-    html = page.html(draws, score, command)
-    with WholeFile(wanted.output) as partial:
-        partial.write_text(html, encoding="utf-8")
+    embedder = Embedder(loaded, model, tokenizer, genes, seed, batch_tokens, device, dtype)
+    folder = wanted.output.with_name(f"{wanted.output.name}.parts")
+    with ExitStack() as stack:
+        stack.enter_context(said_once())
+        stack.enter_context(RunLock(f"{folder}.lock", wanted.output, "output"))
+        stack.enter_context(run_folder(folder, restart))
+        html = _Page(wanted, embedder, draws, score, folder).html(command, progress)
+        with WholeFile(wanted.output) as partial:
+            partial.write_text(html, encoding="utf-8")
 
 
 class _Page:
@@ -216,45 +217,65 @@ class _Page:
 
     Args:
         wanted: What is asked for.
-        model: Loaded model.
-        tokenizer: Its tokenizer.
-        genes: How genes and counts are found.
-        options: Further arguments of `embed_anndata` and `annotate_anndata`.
+        embedder: Model and settings.
+        draws: Number of samples of each long cell.
+        score: Whether to score the cells.
+        folder: Folder of the run, in which it keeps what is made of the cells.
 
     Raises:
         ValueError: If the cells cannot be used.
     """
 
-    def __init__(
-        self,
-        wanted: Request,
-        model: TahoeX1PreTrainedModel,
-        tokenizer: TahoeX1Tokenizer,
-        genes: GeneOptions,
-        options: dict[str, Any],
-    ):
-        self.wanted, self.model, self.tokenizer, self.options = wanted, model, tokenizer, options
-        self.adata, self.total = read_sample(wanted.cells, wanted.max_cells, options["seed"])
+    def __init__(self, wanted: Request, embedder: Embedder, draws: int, score: bool, folder: Path):
+        self.wanted, self.embedder, self.draws, self.score, self.folder = wanted, embedder, draws, score, folder
+        sample = sampled(wanted.cells, wanted.max_cells, embedder.seed, folder / "cells.h5ad")
+        self.adata, self.total = sample.adata, sample.total
         if self.adata.n_obs < FEWEST:
             raise ValueError(f"{wanted.cells} has {self.adata.n_obs} cells: a page needs at least {FEWEST}.")
-        self.cells = open_cells(self.adata, tokenizer, genes)
-        self.symbols = known_symbols(tokenizer, genes)
-        self.reference: AnnData | None = None
-        if wanted.reference is not None:
-            self.reference, _ = read_sample(wanted.reference, wanted.max_cells, options["seed"])
-            open_cells(self.reference, tokenizer, genes)
+        self.cells = self._open(sample.path)
+        self.symbols = known_symbols(embedder.tokenizer, embedder.genes)
+        self.plan: Plan | None = None
+        if wanted.reference is not None and wanted.label is not None:
+            other = sampled(wanted.reference, wanted.max_cells, embedder.seed, folder / "reference.h5ad")
+            columns = [wanted.label, *ORIGINS]
+            sides = [
+                Side(role, cells, adata.obs[[name for name in dict.fromkeys(columns) if name in adata.obs]])
+                for role, cells, adata in (
+                    ("reference", self._open(other.path), other.adata),
+                    ("query", self.cells, self.adata),
+                )
+            ]
+            self.plan = Plan(sides[0], sides[1], Labelling(wanted.label, drop_rare=True), embedder.seed)
 
-    def html(self, draws: int, score: bool, command: str) -> str:
+    def _open(self, path: Path) -> CellInput:
+        spool = self.folder / "by_cell"
+        return open_cells(Source(str(path), "anndata"), self.embedder.tokenizer, self.embedder.genes, spool=spool)
+
+    def _embed(
+        self, cells: CellInput, name: str, score: bool, progress: bool
+    ) -> tuple[np.ndarray, dict[str, np.ndarray], dict[str, Any]]:
+        """Return the embeddings of cells, the numbers beside them, and the record of how they were made."""
+        made = self.folder / f"{name}.parquet"
+        embed_once(self.embedder, [cells], made, False, progress, draws=self.draws, score=score)
+        stored = open_embeddings(made, _KEY)
+        pieces = list(stored.pieces())
+        numbers = {
+            column: np.concatenate([piece.columns[column].to_numpy() for piece in pieces]) for column in stored.columns
+        }
+        return np.concatenate([piece.embeddings for piece in pieces]), numbers, stored.record
+
+    def html(self, command: str, progress: bool) -> str:
         """Compute everything, and return the page."""
-        wanted, seed = self.wanted, self.options["seed"]
+        wanted, seed = self.wanted, self.embedder.seed
+        with reading(self.cells.path):
+            self.cells.sort_by_cell()
         shown = self._shown()
-        options = {"draws": draws, "score": score, **self.options}
-        copy = self.adata.copy()
-        embed_anndata(copy, self.model, self.tokenizer, **options)
+        embeddings, numbers, record = self._embed(self.cells, "cells", self.score, progress)
+        theirs = None if self.plan is None else self._embed(self.plan.reference.cells, "reference", False, progress)[0]
         logger.info("Making maps, clusters and markers of %d cells.", shown.number)
         tokens, names = self._genes()
         values = read_values(self.cells, np.arange(shown.number), tokens)
-        places = self._places(copy.obsm[_KEY], values, seed)
+        places = self._places(embeddings, values, seed)
         from sklearn.metrics import adjusted_rand_score
 
         agreement = float(adjusted_rand_score(places.clusters, places.pca_clusters))
@@ -267,17 +288,16 @@ class _Page:
             sections.map_section(places, agreement, column),
             sections.cluster_section(places.clusters, find_markers(values, names, places.clusters, wanted.markers)),
         ]
-        if self.reference is not None:
-            parts.append(self._annotation(places))
-        deviations = copy.obs[f"{_RECORD}_sd"].to_numpy() if draws > 1 else None
-        parts.append(sections.noise_section(shown, deviations, draws))
-        if score:
-            parts.append(sections.score_section(copy.obs[f"{_RECORD}_score"].to_numpy(), places.clusters))
+        if self.plan is not None and theirs is not None:
+            parts.append(self._annotation(self.plan, places, (theirs, embeddings), progress))
+        parts.append(sections.noise_section(shown, numbers.get(f"{_RECORD}_sd"), self.draws))
+        if self.score:
+            parts.append(sections.score_section(numbers[f"{_RECORD}_score"], places.clusters))
         when = f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
-        parts.append(sections.origin_section(copy.uns[_RECORD], _versions(), command, when))
-        lead = (
-            f"{shown.number:,} cells of {shown.file}, as the model {copy.uns[_RECORD]['model'] or 'given'} sees them."
-        )
+        parts.append(sections.origin_section(record, _versions(), command, when))
+        lead = f"{shown.number:,} cells of {shown.file}, as the model {record['model'] or 'given'} sees them."
+        for cells in (self.cells, *(() if self.plan is None else (self.plan.reference.cells,))):
+            cells.check_unchanged()
         return render(f"Cells of {wanted.cells.stem}", lead, parts)
 
     def _shown(self) -> Shown:
@@ -289,7 +309,7 @@ class _Page:
         if self.cells.found is not None:
             given = map(str, self.cells.found.names)
             names = {name: each for name, each in zip(given, self._all_names(), strict=True) if name != each}
-        context = self.tokenizer.context_length
+        context = self.embedder.tokenizer.context_length
         room = None if context is None else context - 1
         return Shown(
             self.wanted.cells.name, self.cells, self.total, np.concatenate(lengths), np.concatenate(sums), room, names
@@ -318,20 +338,18 @@ class _Page:
         clusters, others = (_by_size(leiden(each, seed)) for each in (embeddings, components))
         return Places(umap_places(embeddings, seed), umap_places(components, seed), clusters, others)
 
-    def _annotation(self, places: Places) -> Section:
-        wanted = self.wanted
-        assert wanted.label is not None
-        assert wanted.reference is not None
-        assert self.reference is not None
-        query = self.adata.copy()
-        found = annotate_anndata(
-            query, self.reference, self.model, wanted.label, self.tokenizer, drop_rare=True, **self.options
-        )
-        labels = query.obs[found.column].astype(str).to_numpy()
-        nearest = query.obs[f"{found.column}_nearest"].astype(str).to_numpy()
-        probability = query.obs[f"{found.column}_probability"].to_numpy()
+    def _annotation(
+        self, plan: Plan, places: Places, embeddings: tuple[np.ndarray, np.ndarray], progress: bool
+    ) -> Section:
+        options = TransferOptions(seed=self.embedder.seed)
+        found, scores, text = plan.finish(embeddings, None, options, None, {}, progress)
+        label, column = str(self.wanted.label), check_column(str(self.wanted.label))
+        obs = plan.slots(found, column, {}, None).obs
+        labels, nearest = (np.asarray(obs[name], dtype=str) for name in (column, f"{column}_nearest"))
+        result = Annotation(column, scores, text, plan.notes, found.threshold)
+        reference = Path(str(self.wanted.reference)).name
         return sections.annotation_section(
-            places, wanted.reference.name, wanted.label, labels, nearest, probability, found
+            places, reference, label, labels, nearest, obs[f"{column}_probability"], result
         )
 
 
@@ -360,7 +378,7 @@ def _command(arguments: dict[str, Any]) -> str:
     words += ["--model", str(model) if isinstance(model, (str, Path)) else str(model.name_or_path or "MODEL")]
     for name, parameter in inspect.signature(write_page).parameters.items():
         value = arguments[name]
-        if parameter.kind is not parameter.KEYWORD_ONLY or name == "progress" or value == parameter.default:
+        if parameter.kind is not parameter.KEYWORD_ONLY or name in _UNTOLD or value == parameter.default:
             continue
         words += [f"--{name.replace('_', '-')}", *([] if value is True else [_word(value)])]
     return shlex.join(words)

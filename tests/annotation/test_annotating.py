@@ -219,6 +219,20 @@ def test_shared_donors_and_shared_cells_are_told_of(
     assert "reference" not in caplog.text
 
 
+def test_few_shared_genes_are_told_of_and_lost_counts_once(
+    base: Path, files: dict[str, Path], query: anndata.AnnData, caplog: pytest.LogCaptureFixture
+) -> None:
+    less = query.copy()
+    less.var_names = [*GENES[:40], *(f"ENSG{number:011d}" for number in range(9_000, 9_000 + less.n_vars - 40))]
+    less.write_h5ad(files["query"])
+    with caplog.at_level(logging.WARNING):
+        found = annotate_files(*(files[name] for name in ("query", "reference", "output")), base, "kind", **QUIET)
+    said = "**Warning**: Reference and query share 40 of the 60 and 40 genes that the model knows"
+    assert sum(note.startswith(said) for note in found.notes) == 1
+    assert said in found.text
+    assert sum("are not in the vocabulary and are left out" in each.message for each in caplog.records) == 1
+
+
 def test_a_label_map_joins_names(
     base: Path, reference: anndata.AnnData, query: anndata.AnnData, tmp_path: Path
 ) -> None:

@@ -2,11 +2,16 @@
 
 import base64
 import io
+import logging
+import signal
+import sys
+from datetime import UTC, datetime
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import anndata
+import forked
 import numpy as np
 import pytest
 from cells import GENES, NUM_GENES, write_vocab
@@ -17,6 +22,7 @@ from typer.testing import CliRunner
 
 from tahoex1_hf import TahoeX1ForPreTraining, TahoeX1Tokenizer, write_page
 from tahoex1_hf.cli.app import app
+from tahoex1_hf.embedding import embedder
 from tahoex1_hf.reporting import making
 from tahoex1_hf.reporting.making import Request
 
@@ -157,6 +163,48 @@ def test_a_page_of_less(files: Path, tmp_path: Path) -> None:
     assert read.tags.count("h2") == 5
     assert len(read.pictures) == 1
     assert "Every cell fits into the model's context" in read.text
+
+
+def test_a_killed_page_goes_on_to_the_same_bytes(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What is embedded is not embedded again, and what is lost with unknown genes is said once for each file."""
+    output = tmp_path / "page.html"
+    arguments = [str(files / "cells.h5ad"), "--output", str(output), "--model", str(files / "model"), "--max-cells"]
+    arguments += ["50", "--reference", str(files / "reference.h5ad"), "--label", "kind", "--dtype", "float32"]
+
+    class Noon(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> "Noon":
+            return cls(2026, 1, 1, 12, tzinfo=UTC)
+
+    embed, embedded = embedder.embed_files, []
+
+    def counting(paths: Any, *rest: Any, **options: Any) -> None:
+        embedded.append(Path(paths[0]).name)
+        embed(paths, *rest, **options)
+
+    monkeypatch.setattr(making, "datetime", Noon)
+    monkeypatch.setattr(making, "umap_places", lambda embeddings, seed: embeddings[:, :2])
+    monkeypatch.setattr(embedder, "embed_files", counting)
+    with caplog.at_level(logging.INFO):
+        result = CliRunner().invoke(app, ["report", *arguments])
+    assert result.exit_code == 0, result.output
+    assert embedded == ["cells.h5ad", "reference.h5ad"]
+    assert sum("not in the vocabulary" in each.message for each in caplog.records) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
+    whole = output.read_bytes()
+    output.unlink()
+    command = [sys.executable, forked.SUPPORT / "killed_answer.py", "report", *arguments, "-q"]
+    for after, again in ((1, ["cells.h5ad", "reference.h5ad"]), (2, ["reference.h5ad"])):
+        done = forked.run(command, forked.environment(KILL_AFTER=str(after)))
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        embedded.clear()
+        result = CliRunner().invoke(app, ["report", *arguments])
+        assert result.exit_code == 0, result.output
+        assert embedded == again
+        assert output.read_bytes() == whole
+        assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
 
 
 def test_errors_come_before_any_work(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,8 @@ import os
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,6 +35,19 @@ INDEX = "_index"
 # Number of stored elements of a sparse matrix, or of all elements of a dense one, that are read at once by default.
 # Together with temporary arrays they take about 100 MB.
 CHUNK_ELEMENTS = 4_000_000
+
+_said: ContextVar[set[tuple[str, str]] | None] = ContextVar("said", default=None)
+
+
+@contextmanager
+def said_once() -> Iterator[None]:
+    """In the block, say what is found out about an input once, however often the input is opened."""
+    before = _said.get()
+    token = _said.set(set() if before is None else before)
+    try:
+        yield
+    finally:
+        _said.reset(token)
 
 
 class CellInput(ABC):
@@ -182,8 +197,12 @@ class CellInput(ABC):
 
     def _tell(self, notes: list[tuple[int, str]]) -> None:
         if os.environ.get("RANK", "0") == "0":  # only the first process of a run reports
+            said = _said.get()
             for level, text in notes:
-                logger.log(level, "%s: %s", self.path, text)
+                if said is None or (self.path, text) not in said:
+                    logger.log(level, "%s: %s", self.path, text)
+                if said is not None:
+                    said.add((self.path, text))
 
     def chunks(self, start: int, stop: int, size: int, columns: Sequence[str] = ()) -> Iterator[GeneRows]:
         """Read cells `start` to `stop`, cut into chunks of `size` cells; the last may have fewer.
