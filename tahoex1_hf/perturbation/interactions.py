@@ -110,7 +110,8 @@ def interaction_table(
         found = _measured(finished, task)
         assert found is not None  # the single genes were asked for, too
         parts = [task, *(Task(task.group, (gene,)) for gene in task.genes)]
-        error = interaction_error(*(_unpacked(finished[part]) for part in parts), np.array(finished[task][CELLS]))
+        both, first, second = (_unpacked(finished[part]) for part in parts)
+        error = interaction_error(both, first, second, np.array(finished[task][CELLS]))
         enough = all(finished[part]["n_cells_changed"] >= min_cells for part in parts)
         null = [_measured(finished, other) for other in (others if enough else [])]
         sizes = np.array([each[1] for each in null if each is not None and np.isfinite(each[1])])
