@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks import memory_model as memory
+from benchmarks import scaling_simulation
 from benchmarks.scaling_model import H100, Assumptions, Hardware, Plan, matrix_share, plan_step, plans, precision_of
 from tahoex1_hf import TahoeX1Config
 from tahoex1_hf.training.config import read_pretrain_config
@@ -211,6 +212,7 @@ def tables() -> dict[str, str]:
              "networks": networks(64)}  # fmt: skip
     for model in models():
         found[f"memory {model.name}"], found[f"time {model.name}"] = by_devices(model)
+    found |= {name: table(header, rows) for name, (header, rows) in scaling_simulation.tables().items()}
     return found
 
 
