@@ -7,12 +7,14 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import forked
 import pytest
 import torch
 import typer
 import yaml
+from elsewhere import run_isolated_fork
 from helpers import GOLDEN, REPO_ROOT
 from hub_server import Hub, read_files, serve
 from safetensors.torch import load_file, save_file
@@ -21,6 +23,7 @@ from typer.testing import CliRunner, Result
 from tahoex1_hf import configuration_tahoe_x1
 from tahoex1_hf.configuration_tahoe_x1 import AUTO_MAP, CODE_FILES, CUSTOM_PIPELINES
 from tahoex1_hf.hub import export as hub_export
+from tahoex1_hf.hub import isolated_load
 from tahoex1_hf.hub.cards import rendering
 from tahoex1_hf.hub.cards.facts import RELEASED_FACTS, load_facts
 from tahoex1_hf.hub.export import build_repository, size_names
@@ -208,6 +211,8 @@ def test_sharded_weights_travel_complete(tmp_path: Path, sizes: dict[str, Path],
 def test_a_wrong_export_is_never_put_in_place(
     tmp_path: Path, sizes: dict[str, Path], monkeypatch: pytest.MonkeyPatch, damage: str
 ) -> None:
+    # test_upload_through_the_real_client starts the proof's own process.
+    monkeypatch.setattr(isolated_load, "subprocess", SimpleNamespace(run=run_isolated_fork))
     add = hub_export._add_checkpoint
 
     def add_damaged(source: Path, folder: Path) -> None:

@@ -5,7 +5,7 @@ import pickle
 import subprocess
 import sys
 
-from forked import PATIENCE
+from forked import PATIENCE, Forked
 from helpers import REPO_ROOT
 
 from tahoex1_hf import TahoeX1Config
@@ -41,7 +41,10 @@ def test_the_package_imports_nothing_before_its_use_and_is_known_afterwards() ->
 
 
 def test_the_model_type_is_known_where_transformers_was_imported_first() -> None:
-    run("from transformers import AutoModel, AutoTokenizer\n" + LOAD)
+    """In a fork of a process that has imported transformers, and not the package."""
+    first = "import sys; assert 'tahoex1_hf' not in sys.modules\nfrom transformers import AutoModel, AutoTokenizer\n"
+    done = Forked([sys.executable, "-c", first + LOAD], package=False).completed()
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_a_configuration_from_another_process_finds_its_model() -> None:

@@ -3,7 +3,9 @@
 import subprocess
 import sys
 import textwrap
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from forked import Forked, environment
 from helpers import REPO_ROOT
@@ -38,3 +40,13 @@ def run_elsewhere(
         run = Forked(command, env, folder, package=False).completed()
     assert run.returncode == 0, run.stderr
     return run
+
+
+def run_isolated_fork(
+    command: Sequence[str], env: Mapping[str, str], cwd: Path, **_: Any
+) -> subprocess.CompletedProcess[str]:
+    """Stand for `subprocess.run` of `python -I -c SCRIPT ARGUMENTS`: run it as a fork without the package."""
+    python, isolated, option, script, *arguments = command
+    assert (isolated, option) == ("-I", "-c")
+    homes = {name: value for name, value in env.items() if name.startswith("HF_")}
+    return Forked([python, option, GUARD + script, *arguments], environment(**homes), cwd, package=False).completed()
