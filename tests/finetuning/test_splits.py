@@ -5,6 +5,7 @@ import pytest
 
 from tahoex1_hf.finetuning.splits import (
     Split,
+    _splitter_of_groups,
     check_duplicates,
     check_split,
     given_split,
@@ -116,3 +117,19 @@ def test_too_few_groups_or_cells() -> None:
         make_splits(np.array([0, 1]))
     with pytest.raises(ValueError, match="no class has two cells"):
         train_and_validation(np.arange(3), np.array([0, 1, 2]), None, 0.5, 0)
+
+
+@pytest.mark.parametrize("classes", [1, 2, 5, 30])
+def test_groups_are_shared_out_as_by_scikit_learn(classes: int) -> None:
+    """Groups of one size and class, which tie, and of many; a few folds, and more than numpy adds in one go."""
+    from sklearn.model_selection import StratifiedGroupKFold
+
+    random = np.random.default_rng(classes)
+    for folds, most in ((2, 1), (5, 1), (5, 4), (20, 6)):
+        groups = np.repeat(np.arange(250), random.integers(1, most + 1, 250)).astype(str)
+        kinds = random.integers(0, classes, len(groups))
+        ours, theirs = (
+            [test.tolist() for _, test in splitter.split(kinds, kinds, groups)]
+            for splitter in (_splitter_of_groups(folds, 3), StratifiedGroupKFold(folds, shuffle=True, random_state=3))
+        )
+        assert ours == theirs
