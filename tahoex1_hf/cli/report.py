@@ -11,7 +11,7 @@ from tahoex1_hf.cli.options import Dtype
 from tahoex1_hf.cli.running import command
 
 
-@command(extra="data,train,cards")
+@command(extra="data,report")
 def report(
     cells: Annotated[Path, typer.Argument(metavar="CELLS.h5ad", help="Cells with raw counts.")],
     output: Annotated[Path, typer.Option(metavar="PAGE.html", help="The page.")],

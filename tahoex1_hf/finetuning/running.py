@@ -39,6 +39,8 @@ def finetune(config: FinetuneConfig) -> int:
         FileNotFoundError: For a model or a file that cannot be found.
         ValueError: For settings or data that cannot be used.
     """
+    if config.method != "full":
+        import peft  # noqa: F401  # what is missing is told before any work
     let_segments_grow()
     processes = PartialState(cpu=not torch.cuda.is_available())
     first, folder = processes.is_main_process, Path(config.output_dir)

@@ -83,6 +83,8 @@ class Request:
             FileNotFoundError: If a file does not exist.
             ValueError: For anything else; the message says what to do.
         """
+        import igraph  # noqa: F401  # scanpy would miss it once the cells are embedded
+
         for name, path in (("cells", self.cells), ("reference", self.reference)):
             if path is not None and not path.exists():
                 raise FileNotFoundError(f"{path} does not exist.")

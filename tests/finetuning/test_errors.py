@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -62,6 +63,15 @@ def test_missing_label_column(run: Callable[..., Any]) -> None:
         ValueError, match=r"label=cell_type is not a column of obs of .*; there are donor, dose, kind, pair"
     ):
         run(labelled_cells(30), label="cell_type")
+
+
+def test_a_missing_peft_is_told_before_any_work(
+    run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)  # as if it were not installed
+    with pytest.raises(ModuleNotFoundError, match="peft"):
+        run(labelled_cells(30))
+    assert not (tmp_path / "run").exists()
 
 
 def test_constant_labels(run: Callable[..., Any]) -> None:

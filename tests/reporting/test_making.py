@@ -236,6 +236,16 @@ def test_errors_come_before_any_work(files: Path, tmp_path: Path, monkeypatch: p
     assert not output.exists()
 
 
+def test_a_missing_igraph_is_told_before_any_work(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "igraph", None)  # as if it were not installed
+    command = ["report", str(files / "cells.h5ad"), "--output", str(tmp_path / "page.html"), "--model", "none"]
+    told = CliRunner().invoke(app, command)
+    assert told.exit_code == 1
+    assert "igraph is missing: pip install 'tahoex1_hf[data,report]'" in told.output
+
+
 def test_too_few_cells_and_a_missing_head_are_told(files: Path, tmp_path: Path) -> None:
     two_kinds(19, 3).write_h5ad(tmp_path / "few.h5ad")
     with pytest.raises(ValueError, match=r"has 19 cells: a page needs at least 20"):
