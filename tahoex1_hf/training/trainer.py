@@ -305,7 +305,8 @@ class PretrainingTrainer(ResumableTrainer):
         if not self.background_saves:
             super()._save_optimizer_and_scheduler(output_dir)
             return
-        assert self.optimizer is not None and self.lr_scheduler is not None  # made before the first step
+        assert self.optimizer is not None  # both are made before the first step
+        assert self.lr_scheduler is not None
         folder, options = Path(output_dir), StateDictOptions()
         weights = get_model_state_dict(self.model, options=options)
         moments = get_optimizer_state_dict(self.model, self.optimizer, options=options)
