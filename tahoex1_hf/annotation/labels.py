@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tahoex1_hf.common.reading import reading
+from tahoex1_hf.common.texts import MISSING
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -18,7 +19,6 @@ logger = logging.getLogger(__name__)
 UNKNOWN_NAME = "unknown"
 # Columns that say where cells come from; those that reference and query both have are compared without being asked.
 ORIGINS = ("batch", "study", "dataset", "dataset_id", "donor", "donor_id", "individual", "patient", "sample_id")
-_MISSING = ("", "nan", "NaN", "None", "<NA>")
 
 
 def read_label_map(table: Mapping[str, str] | str | Path | None) -> dict[str, str]:
@@ -56,7 +56,7 @@ def read_label_map(table: Mapping[str, str] | str | Path | None) -> dict[str, st
 def joined_names(column: "pd.Series", label_map: Mapping[str, str]) -> np.ndarray:
     """Return the labels of cells as text, by their joined names, shape `(cells,)`; empty where there is none."""
     text = column.astype(object)
-    missing = text.isna().to_numpy() | np.isin(text.astype(str).to_numpy(), _MISSING)
+    missing = text.isna().to_numpy() | np.isin(text.astype(str).to_numpy(), MISSING)
     names = np.where(missing, "", text.astype(str).to_numpy(dtype=object))
     return np.array([label_map.get(name, name) for name in names], dtype=object)
 
@@ -123,7 +123,7 @@ def shared_origins(reference: "pd.DataFrame", query: "pd.DataFrame", batch: str 
         if name not in reference or name not in query:
             continue
         ours, theirs = query[name].astype(object), reference[name].astype(object)
-        common = sorted(set(ours.dropna().astype(str)) & set(theirs.dropna().astype(str)) - set(_MISSING))
+        common = sorted(set(ours.dropna().astype(str)) & set(theirs.dropna().astype(str)) - set(MISSING))
         if common:
             cells = int(ours.astype(str).isin(common).sum())
             listed = ", ".join(common[:5]) + (", ..." if len(common) > 5 else "")

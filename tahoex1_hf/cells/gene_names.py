@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tahoex1_hf.common.texts import as_text
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -42,7 +44,7 @@ def shown_names(var: "pd.DataFrame", symbols: Mapping[str, str] | None) -> np.nd
         return shown
     column = next((name for name in _SYMBOL_COLUMNS if name in var.columns), None)
     if column is not None:
-        return var[column].astype(str).to_numpy()
+        return as_text(var[column]).to_numpy()
     reverse = {gene: symbol for symbol, gene in (symbols or {}).items()}
     return np.array([reverse.get(name, name) for name in shown], dtype=object)
 

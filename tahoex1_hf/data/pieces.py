@@ -22,6 +22,7 @@ from tahoex1_hf.cells.readers.base import BadInput, token_dtype
 from tahoex1_hf.cells.readers.unreadable import guarded
 from tahoex1_hf.cells.rows import join_cells
 from tahoex1_hf.common.files import WholeFile
+from tahoex1_hf.common.texts import as_text
 from tahoex1_hf.data.columns import add_joined, filter_mask, output_columns, source_columns, to_arrow
 from tahoex1_hf.data.config import CommonSourceConfig, ValidationSplit
 from tahoex1_hf.data.sources.base import SourceReader
@@ -80,7 +81,7 @@ def held_out(keys: np.ndarray, metadata: pd.DataFrame, split: ValidationSplit, s
     if split.by is None:
         # Another hash, so that the validation cells are spread evenly over the keys.
         return mix64(keys ^ np.uint64(0x7661_6C69_6461_7465)) < np.uint64(int(split.share * 2**64))
-    values = metadata[split.by].astype(str)
+    values = as_text(metadata[split.by])
     if split.values is not None:
         return values.isin(split.values).to_numpy()
     chosen = {value: _fraction(seed, value) < split.share for value in values.unique()}

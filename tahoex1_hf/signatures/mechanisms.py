@@ -8,9 +8,10 @@ import numpy as np
 
 from tahoex1_hf.benchmarking.resampling import auroc
 from tahoex1_hf.common.reading import reading
+from tahoex1_hf.common.texts import as_text
 
 COLUMN = "moa-fine"
-UNKNOWN = ("", "unclear", "unknown", "nan", "None")  # no mechanism
+UNKNOWN = ("", "unclear", "unknown", "nan", "None", "<NA>")  # no mechanism
 _FEWEST = 2  # drugs of a mechanism
 _SHUFFLES = 999
 
@@ -38,7 +39,7 @@ def read_mechanisms(path: str | Path, column: str = COLUMN) -> dict[str, str]:
             raise ValueError(
                 f"mechanisms={path} has no column {name}; there are {', '.join(map(str, table.columns))}."
             )
-    pairs = zip(table["drug"].astype(str), table[column].astype(str).str.strip(), strict=True)
+    pairs = zip(as_text(table["drug"]), as_text(table[column]).str.strip(), strict=True)
     return {drug: kind for drug, kind in pairs if kind not in UNKNOWN}
 
 

@@ -22,6 +22,7 @@ from tahoex1_hf.cells.opening import open_cells, read_obs_column
 from tahoex1_hf.cells.ragged import RowViews
 from tahoex1_hf.cells.readers.base import INDEX, CellInput
 from tahoex1_hf.cells.rows import pick_cells
+from tahoex1_hf.common.texts import as_text
 from tahoex1_hf.data.collator import CellCollator
 from tahoex1_hf.encoding_tahoe_x1 import GeneRows, content_numbers, count_problem, mix64
 from tahoex1_hf.finetuning.cells.labels import class_labels, group_names, number_labels
@@ -244,7 +245,7 @@ def read_cells(config: FinetuneConfig, tokenizer: TahoeX1Tokenizer, folder: Path
             groups = group_names(read_obs_column(config.data, group, "group"), rows, group)
         if split is not None:
             column = read_obs_column(config.data, split, "split")
-            parts = column.iloc[rows].astype(object).astype(str).to_numpy(dtype=object)
+            parts = as_text(column.iloc[rows]).to_numpy(dtype=object)
         source.sort_by_cell()
         drug_ids = DrugIds(source, encoding, rows)
         report_unknown_drugs([drug_ids])

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tahoex1_hf.common.texts import MISSING
 from tahoex1_hf.finetuning.config import ClassesConfig
 
 if TYPE_CHECKING:
@@ -16,7 +17,6 @@ logger = logging.getLogger(__name__)
 
 # A column of numbers with more distinct values than this is a quantity, not a set of classes.
 MAX_NUMERIC_CLASSES = 50
-_MISSING = ("", "nan", "NaN", "None", "<NA>")
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,7 +119,7 @@ def group_names(column: "pd.Series", rows: np.ndarray, name: str, of: str = "cel
         ValueError: For cells or genes (`of`) without a group.
     """
     groups = column.iloc[rows].astype(object)
-    missing = groups.isna().to_numpy() | np.isin(groups.astype(str).to_numpy(), _MISSING)
+    missing = groups.isna().to_numpy() | np.isin(groups.astype(str).to_numpy(), MISSING)
     if missing.any():
         raise ValueError(
             f"group={name}: {missing.sum()} {of} have none, and may belong to any: fill the column in, or remove them."
@@ -129,7 +129,7 @@ def group_names(column: "pd.Series", rows: np.ndarray, name: str, of: str = "cel
 
 def _labelled(column: "pd.Series", name: str | None, of: str) -> np.ndarray:
     text = column.astype(object)
-    missing = text.isna().to_numpy() | np.isin(text.astype(str).to_numpy(), _MISSING)
+    missing = text.isna().to_numpy() | np.isin(text.astype(str).to_numpy(), MISSING)
     if missing.all():
         raise ValueError(f"label={name} is empty: none of the {of} has a label.")
     if missing.any():

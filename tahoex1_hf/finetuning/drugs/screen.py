@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from tahoex1_hf.cells.opening import read_obs_column
+from tahoex1_hf.common.texts import MISSING, as_text
 from tahoex1_hf.encoding_tahoe_x1 import log_normalize
 from tahoex1_hf.finetuning.cells.labelled import FinetuningData
 from tahoex1_hf.finetuning.config import DrugResponseConfig
@@ -20,7 +21,6 @@ from tahoex1_hf.finetuning.config import DrugResponseConfig
 logger = logging.getLogger(__name__)
 
 _CHUNK_CELLS = 4096  # cells read at once
-_MISSING = ("", "nan", "NaN", "None", "<NA>")
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,16 +121,16 @@ def read_screen(config: DrugResponseConfig, cells: FinetuningData) -> Screen:
 def _columns(config: DrugResponseConfig) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Return drug, context and batch of every cell, and whether one of them is missing."""
     drugs, contexts = _column(config, config.drugs, "drugs"), _column(config, config.context, "context")
-    missing = np.isin(drugs, _MISSING) | np.isin(contexts, _MISSING)
+    missing = np.isin(drugs, MISSING) | np.isin(contexts, MISSING)
     if config.batch is None:
         return drugs, contexts, np.full(len(drugs), "", dtype=object), missing
     batches = _column(config, config.batch, "batch")
-    return drugs, contexts, batches, missing | np.isin(batches, _MISSING)
+    return drugs, contexts, batches, missing | np.isin(batches, MISSING)
 
 
 def _column(config: DrugResponseConfig, name: str | None, role: str) -> np.ndarray:
     column = read_obs_column(config.data, str(name), role)
-    return column.astype(object).astype(str).str.strip().to_numpy(dtype=object)
+    return as_text(column).str.strip().to_numpy(dtype=object)
 
 
 def _units(keys: np.ndarray, chosen: np.ndarray) -> tuple[list[tuple[Any, ...]], np.ndarray]:

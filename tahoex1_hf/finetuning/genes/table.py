@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from tahoex1_hf.common.texts import MISSING, as_text
 from tahoex1_hf.finetuning.cells.labels import class_labels, group_names
 from tahoex1_hf.finetuning.config import GeneClassificationConfig
 from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
@@ -78,7 +79,7 @@ def read_gene_table(
     assert found.classes is not None
     groups = None if config.group is None else group_names(table[config.group], found.rows, config.group, "genes")
     table, tokens = table.iloc[found.rows], tokens[found.rows]
-    parts = None if config.split is None else table[config.split].astype(object).astype(str).to_numpy(dtype=object)
+    parts = None if config.split is None else as_text(table[config.split]).to_numpy(dtype=object)
     for reason, number in left_out.items():
         if number:
             logger.warning("%d genes of %s are left out: %s.", number, config.genes, reason)
@@ -114,7 +115,7 @@ def _read(config: GeneClassificationConfig) -> "pd.DataFrame":
 
 def _present(column: "pd.Series") -> np.ndarray:
     text = column.astype(object)
-    return np.asarray(text.notna() & ~text.astype(str).isin(("", "nan", "None", "<NA>")), dtype=bool)
+    return np.asarray(text.notna() & ~text.astype(str).isin(MISSING), dtype=bool)
 
 
 def _tokens(table: "pd.DataFrame", config: GeneClassificationConfig, tokenizer: TahoeX1Tokenizer) -> np.ndarray:
@@ -133,13 +134,11 @@ def _without_repeats(
     Raises:
         ValueError: If the rows of a gene contradict each other.
     """
-    import pandas as pd
-
     _, first, row = np.unique(tokens, return_index=True, return_inverse=True)
     for column in (config.label, config.group, config.split):
         if column is None:
             continue
-        values = pd.Series(table[column].astype(object).astype(str).to_numpy())
+        values = as_text(table[column])
         differs = values.to_numpy() != values.to_numpy()[first][row]
         if differs.any():
             name = table[config.genes_id_column].iloc[int(np.flatnonzero(differs)[0])]
