@@ -18,6 +18,7 @@ SAMPLE = 100  # cells by which recall is measured
 _SCANNED = 2**13  # cells that are compared at a time
 _REFINED = 2  # times k cells of the search index whose distances are computed anew from the whole embeddings
 _FEW = 100_000  # cells that are compared one by one rather than through the search index
+_QUANTILE = 1.645  # of the normal distribution at 95 %
 _PATIENCE = timedelta(minutes=10)  # for one cell, after which a search is given up
 _SAME = 1e-6  # squared distances that differ by less count as equal: embeddings have length 1 and 24 bits
 
@@ -109,17 +110,24 @@ def indexed_neighbours(
     return Neighbours(ids, distances)
 
 
-def recall_of(found: Neighbours, truth: Neighbours) -> float:
-    """Return the share of the true neighbours that were found; one that is as near as the farthest of them counts."""
+def recalls_of(found: Neighbours, truth: Neighbours) -> np.ndarray:
+    """Return the share of each cell's true neighbours that was found, `(cells,)`.
+
+    A cell that is as near as the farthest of the true neighbours counts as one.
+    """
     farthest = np.where(np.isfinite(truth.distances), truth.distances, 0).max(axis=1, keepdims=True)
     right = np.square(found.distances) <= np.square(farthest) + _SAME
-    return float(right.sum() / max(1, np.isfinite(truth.distances).sum()))
+    there = np.isfinite(truth.distances).sum(axis=1)
+    return np.where(there > 0, right.sum(axis=1) / np.maximum(1, there), 1.0)
 
 
 def find_probes(
     index: CellIndex, queries: np.ndarray, k: int, least: float, where: str | None = None, start: int = 1
 ) -> tuple[int, float]:
-    """Return the number of parts to read so that the recall of some cells is high enough, and that recall.
+    """Return the number of parts to read so that the recall is high enough, and the recall of some cells.
+
+    High enough is the lower end of the one-sided 95 % interval of the mean over these cells: the first number of parts
+    whose mean passes would otherwise be one that passes by chance.
 
     Args:
         index: Index.
@@ -132,9 +140,10 @@ def find_probes(
     truth, partitions = exact_neighbours(index, queries, k, where), index.manifest.partitions
     probes = max(1, min(start, partitions))
     while True:
-        recall = recall_of(indexed_neighbours(index, queries, k, probes, where), truth)
-        if recall >= least or probes >= partitions:
-            return probes, recall
+        recalls = recalls_of(indexed_neighbours(index, queries, k, probes, where), truth)
+        doubt = _QUANTILE * recalls.std(ddof=1) / np.sqrt(len(recalls)) if len(recalls) > 1 else 0.0
+        if recalls.mean() - doubt >= least or probes >= partitions:
+            return probes, float(recalls.mean())
         probes = min(2 * probes, partitions)
 
 

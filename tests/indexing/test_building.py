@@ -1,6 +1,7 @@
 """An index holds every cell once, however often its making was stopped; what cannot be compared is refused."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 from embeddings import clouds, columns_of, write_embeddings
 
 from tahoex1_hf.embedding import stored
-from tahoex1_hf.indexing import building
+from tahoex1_hf.indexing import building, searching
 from tahoex1_hf.indexing.building import build_index
 from tahoex1_hf.indexing.searching import find_probes, indexed_neighbours
 from tahoex1_hf.indexing.store import CellIndex
@@ -144,6 +145,25 @@ def test_as_many_parts_are_read_as_the_recall_needs(tmp_path: Path) -> None:
         assert recall >= least
         found.append(probes)
     assert found == sorted(set(found))  # more for more
+
+
+def test_a_recall_that_may_be_chance_is_not_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With 4 parts 4 of 100 cells find half of their neighbours; with 8 each cell lacks 2 of 100."""
+
+    def found(index: Any, queries: np.ndarray, k: int, probes: int, where: str | None) -> searching.Neighbours:
+        missed = np.zeros((100, 100), dtype=bool)
+        missed[:, :2] = True
+        if probes < 8:
+            missed[:, :2], missed[::25, 50:] = False, True
+        return searching.Neighbours(np.zeros((100, 100), dtype=np.uint64), np.where(missed, np.inf, 0.5))
+
+    truth = searching.Neighbours(np.zeros((100, 100), dtype=np.uint64), np.full((100, 100), 0.5))
+    monkeypatch.setattr(searching, "exact_neighbours", lambda *given: truth)
+    monkeypatch.setattr(searching, "indexed_neighbours", found)
+    index: Any = SimpleNamespace(manifest=SimpleNamespace(partitions=64))
+    assert find_probes(index, np.zeros((100, 4)), 100, 0.97, start=4) == (8, 0.98)  # 0.980 -+ 0.016 is not enough
+    assert find_probes(index, np.zeros((100, 4)), 100, 0.96, start=4) == (4, 0.98)
+    assert find_probes(index, np.zeros((100, 4)), 100, 0.99, start=4) == (64, 0.98)
 
 
 def test_slips_are_told_before_anything_is_written(files: list[Path], tmp_path: Path) -> None:
