@@ -166,7 +166,7 @@ def test_an_operation_that_adds_in_any_order_is_found() -> None:
         ):
             run = spread(per_token)
             first = run()
-            # All 100 of the right way are run, in which a wrong one would agree once in 10**8 times, and of the other up
+            # All 100 of the right way are run, which a wrong one would pass once in 10**8 times, and of the other up
             # to the first that differs.
             assert all(all(map(torch.equal, first, run())) for _ in range(100 if same else 10_000)) == same
     finally:

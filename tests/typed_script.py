@@ -10,8 +10,12 @@ model: TahoeX1Model = TahoeX1Model(config)
 tokenizer: TahoeX1Tokenizer = TahoeX1Tokenizer.from_pretrained("folder")
 
 
-def embed(adata: AnnData) -> np.ndarray | None:
+def embed(adata: AnnData) -> np.ndarray:
     return embed_anndata(adata, model, tokenizer, return_array=True, batch_tokens=4096)
+
+
+def embed_samples(adata: AnnData) -> tuple[np.ndarray, np.ndarray]:
+    return embed_anndata(adata, model, tokenizer, draws=4, return_array=True, return_deviations=True)
 
 
 def rank(adata: AnnData) -> list[str]:

@@ -3,7 +3,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, TypedDict, Unpack, overload
 
 import numpy as np
 import torch
@@ -27,6 +27,63 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 
+class Options(TypedDict, total=False):
+    """Keyword arguments of `embed_anndata` that do not change what it returns, for the overloads below."""
+
+    size: str | None
+    revision: str | None
+    key_added: str
+    layer: str | None
+    gene_id_column: str | None
+    gene_symbols: Table | str | Path | None
+    species: str
+    orthologs: Mapping[str, Sequence[str]] | str | Path | None
+    drugs: str | Sequence[str | None] | None
+    unknown_drugs: str | None
+    drug_table: SmilesTable | None
+    gene_embeddings: bool | str | Sequence[str]
+    max_length: int | None
+    overflow: str | None
+    draws: int
+    seed: int
+    batch_tokens: int | None
+    device: str | torch.device | None
+    dtype: Dtype
+    hidden_layer: int | None
+    score: bool | int
+    progress: bool
+
+
+@overload
+def embed_anndata(
+    adata: "AnnData",
+    model: TahoeX1PreTrainedModel | str | Path,
+    tokenizer: TahoeX1Tokenizer | None = None,
+    *,
+    return_array: Literal[False] = False,
+    return_deviations: Literal[False] = False,
+    **options: Unpack[Options],
+) -> None: ...
+@overload
+def embed_anndata(
+    adata: "AnnData",
+    model: TahoeX1PreTrainedModel | str | Path,
+    tokenizer: TahoeX1Tokenizer | None = None,
+    *,
+    return_array: Literal[True],
+    return_deviations: Literal[False] = False,
+    **options: Unpack[Options],
+) -> np.ndarray: ...
+@overload
+def embed_anndata(
+    adata: "AnnData",
+    model: TahoeX1PreTrainedModel | str | Path,
+    tokenizer: TahoeX1Tokenizer | None = None,
+    *,
+    return_array: Literal[True],
+    return_deviations: Literal[True],
+    **options: Unpack[Options],
+) -> tuple[np.ndarray, np.ndarray]: ...
 def embed_anndata(
     adata: "AnnData",
     model: TahoeX1PreTrainedModel | str | Path,

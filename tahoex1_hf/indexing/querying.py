@@ -137,6 +137,7 @@ def query_index(
             embed_files(cells, made, embedder.loaded, embedder.tokenizer, **embedder.arguments(), progress=progress)
             stored = open_embeddings(made, "X_tahoe_x1")
         _check(stored, opened)
+        search.expect(stored.num_cells)
         return _carry_out(stored, opened, search, output, progress)
 
 

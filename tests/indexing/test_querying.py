@@ -30,6 +30,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(building, "_LEAST", 100)
     monkeypatch.setattr(building, "_PART", 30)
     monkeypatch.setattr(searching, "_FEW", 50)
+    monkeypatch.setattr(searching, "_FEW_EACH", 0)
     monkeypatch.setattr(searching, "_SCANNED", 100)
     monkeypatch.setattr(querying, "QUERIES", 16)
 
@@ -90,6 +91,17 @@ def test_the_nearest_cells_are_found(world: Path, tmp_path: Path, where: str | N
     assert table["tissue"].tolist() == obs["tissue"].iloc[rows].tolist()
     prefix = np.where(rows < CELLS // 2, "c", "d").astype(object)
     assert table["neighbour"].tolist() == (prefix + table["row"].astype(str)).tolist()
+
+
+def test_cells_that_pass_are_compared_one_by_one_where_many_are_looked_for(
+    world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(searching, "_FEW_EACH", 10)
+    index = CellIndex.open(world / "index")
+    for where, number, one_by_one in ((None, 1000, False), ("n_genes >= 0", 59, False), ("n_genes >= 0", 60, True)):
+        search = searching.Search(index, 12, where, exact=False, least=0.98)
+        search.expect(number)
+        assert (search.probes == 0) == one_by_one, (where, number, search.passing)
 
 
 def test_cells_beside_the_parts_that_are_read_are_found(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
