@@ -57,6 +57,7 @@ LONG_FILES = (
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    gc.disable()  # until all is imported, of which nothing is garbage
     if hasattr(config, "workerinput"):  # a process of pytest-xdist; their folders lie side by side
         import forked
 
@@ -75,6 +76,7 @@ def pytest_collection_finish() -> None:
     """
     gc.collect()
     gc.freeze()
+    gc.enable()
     gc.set_threshold(20_000, 20, 50)
 
 
