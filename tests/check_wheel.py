@@ -50,6 +50,8 @@ from tahoex1_hf.cli.app import app
 
 (script,) = installed.entry_points.select(group="console_scripts", name="tahoex1")
 assert script.load() is app, "the console script tahoex1 is not tahoex1_hf.cli.app:app"
+
+app(["prepare", "--config", "set.yaml"])
 """
 
 
@@ -111,9 +113,9 @@ def check_command(target: Path, away: dict[str, Any]) -> None:
     check(set(completed.split()) == {"predict", "prepare", "pretrain"}, "shell completion", completed)
 
 
-def check_pretraining(away: dict[str, Any]) -> None:
-    """Prepare cells, pretrain on them under Accelerate's launcher and push the model, with nothing of the clone."""
-    folder, hub = Path(away["cwd"]), Hub()
+def check_package(target: Path, away: dict[str, Any]) -> None:
+    """Check what the package imports and what knows it, and prepare cells in the same process."""
+    folder = Path(away["cwd"])
     vocab = write_vocab(folder)
     write_cells(make_cells(100), folder / "cells", "csr")
     # Sixty genes: fewer than the usual minimum of a cell.
@@ -121,7 +123,13 @@ def check_pretraining(away: dict[str, Any]) -> None:
         f"output: set\nvocab: {vocab}\nvalidation: {{fraction: 0.2}}\n"
         "sources: [{kind: anndata, paths: [cells.h5ad], min_known_genes: 0}]\n"
     )
-    run_python("tahoex1 prepare", "-m", "tahoex1_hf", "prepare", "--config", "set.yaml", **away)
+    run_python("is imported, known to transformers, and prepares cells", "-c", USE_IT, target, **away)
+    check((folder / "set" / "manifest.json").is_file(), "tahoex1 prepare", "set/manifest.json is not there")
+
+
+def check_pretraining(away: dict[str, Any]) -> None:
+    """Pretrain under Accelerate's launcher and push the model, with nothing of the clone."""
+    folder, hub = Path(away["cwd"]), Hub()
     small = ["model.hidden_size=32", "model.num_hidden_layers=1", "model.num_attention_heads=4", "context_length=32"]
     run = ["dataset=set", "output_dir=mine", "global_batch_size=8", "microbatch_size=4", "max_steps=2", *small]
     with serve(hub):
@@ -152,7 +160,7 @@ def main() -> None:
         run_python("installs", *install)
         # PYTHONPATH comes before the editable install of the environment that runs this.
         away = {"cwd": elsewhere, "env": {**os.environ, "PYTHONPATH": str(target), "HF_HUB_OFFLINE": "1"}}
-        run_python("is imported and known to transformers", "-c", USE_IT, target, **away)
+        check_package(target, away)
         check_command(target, away)
         check_pretraining(away)
 

@@ -5,8 +5,9 @@ Data of the same number of rows have the same resamples, so that the replicates 
 same rows can be subtracted one by one: what the rows have in common cancels.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -34,13 +35,31 @@ def bootstrapped(metric: Metric, truth: np.ndarray, predicted: np.ndarray, rows:
     Returns:
         `(1 + REPLICATES,)` float64; the first is the metric of the test rows, each once.
     """
-    random = np.random.default_rng(0)
     values = [metric(truth, predicted)]
-    for _ in range(REPLICATES):
-        times = np.bincount(random.integers(0, total, total), minlength=total)[rows]
-        chosen = np.repeat(np.arange(len(rows)), times)
+    numbers = np.arange(len(rows))
+    for times in _resamples(total):
+        chosen = np.repeat(numbers, times[rows])
         values.append(metric(truth[chosen], predicted[chosen]) if len(chosen) else float("nan"))
     return np.array(values)
+
+
+def _resamples(total: int) -> Iterable[np.ndarray]:
+    """Return how often each row is in each resample, `(total,)` each: the same in every call."""
+    return _kept_resamples(total) if total <= _MOST_KEPT else _sampled(total)
+
+
+_MOST_KEPT = 20_000  # rows: their resamples take 10 MB
+
+
+@lru_cache(maxsize=4)
+def _kept_resamples(total: int) -> np.ndarray:
+    return np.array(list(_sampled(total)), dtype=np.uint8)  # no row is taken 256 times: the mean is 1
+
+
+def _sampled(total: int) -> Iterator[np.ndarray]:
+    random = np.random.default_rng(0)
+    for _ in range(REPLICATES):
+        yield np.bincount(random.integers(0, total, total), minlength=total)
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,8 +1,6 @@
 """Compare memory formulas with what autograd and a process really take, and docs/scaling.md with its arithmetic."""
 
 import json
-import os
-import subprocess
 import sys
 import weakref
 from dataclasses import replace
@@ -10,11 +8,11 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import forked
 import pytest
 import torch
 import torch.distributed as dist
 from accelerate.utils import FullyShardedDataParallelPlugin
-from forked import PATIENCE
 from helpers import SHAPES, tiny_config
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -215,7 +213,9 @@ def test_passes_need_no_more_than_predicted(
 
 
 PEAK = """
-import json, sys, torch
+import ctypes, json, sys, torch
+# Freed arrays go back to the system at once (M_MMAP_THRESHOLD), so that resident memory equals used memory.
+ctypes.CDLL(None).mallopt(-3, 65536)
 torch.set_num_threads(1)
 from tahoex1_hf import TahoeX1Config, TahoeX1ForPreTraining
 from tahoex1_hf.training.microbatches import longest_cells
@@ -242,11 +242,7 @@ print(json.dumps(peaks[1:]))
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_memory_of_a_real_run() -> None:
     """The 70M shape in float32 with two microbatches, one of 4 x 256 tokens, needs about as much as predicted."""
-    # Freed arrays go back to the system at once, so that resident memory equals used memory.
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(
-        [sys.executable, "-c", PEAK], capture_output=True, text=True, env=environment, check=False, timeout=PATIENCE
-    )
+    run = forked.run([sys.executable, "-c", PEAK])
     assert run.returncode == 0, run.stderr
     config = TahoeX1Config()
     fixed = memory.states(config, CPU_FLOAT32, "one", accumulate=True).total

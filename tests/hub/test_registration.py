@@ -4,6 +4,7 @@ import os
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 from forked import PATIENCE, Forked
 from helpers import REPO_ROOT
@@ -21,39 +22,41 @@ for kind, options in kinds.items():
 """
 
 
-def run(code: str, given: bytes = b"") -> None:
-    """Run code in a new process, since imported modules stay imported."""
-    environment = {**os.environ, "PYTHONPATH": str(REPO_ROOT), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, input=given, capture_output=True, timeout=PATIENCE, check=False
-    )
-    assert done.returncode == 0, done.stderr.decode()[-3000:]
-
-
 def test_the_package_imports_nothing_before_its_use_and_is_known_afterwards() -> None:
-    run(
+    code = (
         "import sys, tahoex1_hf\n"
         "found = {'torch', 'transformers', 'numpy', 'typer', 'accelerate', 'peft'} & set(sys.modules)\n"
         "assert not found, found\n"
         # BERT's module imports the Auto models while it imports what our models need.
         "from transformers import BertModel\n" + LOAD
     )
+    # In a process of its own, since imported modules stay imported.
+    environment = {**os.environ, "PYTHONPATH": str(REPO_ROOT), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, timeout=PATIENCE, check=False
+    )
+    assert done.returncode == 0, done.stderr.decode()[-3000:]
 
 
-def test_the_model_type_is_known_where_transformers_was_imported_first() -> None:
-    """In a fork of a process that has imported transformers, and not the package."""
-    first = "import sys; assert 'tahoex1_hf' not in sys.modules\nfrom transformers import AutoModel, AutoTokenizer\n"
-    done = Forked([sys.executable, "-c", first + LOAD], package=False).completed()
+def run_without_package(code: str, *arguments: object) -> None:
+    """Run code in a fork of a process that has imported transformers, and not the package."""
+    first = "import sys; assert 'tahoex1_hf' not in sys.modules\n"
+    done = Forked([sys.executable, "-c", first + code, *arguments], package=False).completed()
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def test_a_configuration_from_another_process_finds_its_model() -> None:
+def test_the_model_type_is_known_where_transformers_was_imported_first() -> None:
+    run_without_package("from transformers import AutoModel, AutoTokenizer\n" + LOAD)
+
+
+def test_a_configuration_from_another_process_finds_its_model(tmp_path: Path) -> None:
     """A worker process that receives a pickled configuration creates none itself."""
     config = TahoeX1Config(vocab_size=8, hidden_size=8, num_attention_heads=2, num_hidden_layers=1)
-    run(
-        "import pickle, sys\n"
-        "config = pickle.load(sys.stdin.buffer)\n"
+    (tmp_path / "config").write_bytes(pickle.dumps(config))
+    run_without_package(
+        "import pickle\n"
+        "config = pickle.load(open(sys.argv[1], 'rb'))\n"
         "from transformers import AutoModel\n"
         "assert type(AutoModel.from_config(config)).__name__ == 'TahoeX1Model'\n",
-        pickle.dumps(config),
+        tmp_path / "config",
     )

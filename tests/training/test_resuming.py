@@ -94,8 +94,9 @@ def test_another_dataset_is_refused(training_dataset: Path, tmp_path: Path) -> N
 
 @pytest.fixture
 def busy_neighbour() -> Iterator[None]:
-    """Run a process that never rests, so that threads meet in another order in every run."""
-    neighbour = subprocess.Popen([sys.executable, "-S", "-E", "-c", "while True: pass"])
+    """Run a process that never rests, so that threads meet in another order in every run; it gives way to others."""
+    script = "import os\nos.nice(19)\nwhile True: pass"
+    neighbour = subprocess.Popen([sys.executable, "-S", "-E", "-c", script])
     yield
     neighbour.kill()
     neighbour.wait()
