@@ -32,13 +32,14 @@ PYTEST_OPTIONS = -m "not gpu" -n logical --maxprocesses 4 --dist loadfile --no-l
   $(CENSUS_TESTS:%=--ignore=%)
 PYTEST_CPU = "$(BIN)/python" -m pytest $(PYTEST_OPTIONS)
 
-# Two jobs run side by side: the tests, and all other checks one after another.
+# Two jobs run side by side: the tests, and all other checks one after another. The checks give way to the tests: they
+# take the time in which tests wait.
 test: .venv/.int8 ## all that a change must pass on a CPU: lint, the tests that need no GPU, the wheel
 	+$(MAKE) --no-print-directory -k -j2 test-cpu check-beside
 
 check-beside:
 	@failed=; for each in lint test-census check-wheel; do \
-	  $(MAKE) --no-print-directory $$each || failed="$$failed $$each"; done; \
+	  nice -n 7 $(MAKE) --no-print-directory $$each || failed="$$failed $$each"; done; \
 	  if test -n "$$failed"; then echo "failed:$$failed" >&2; exit 1; fi
 
 test-cpu: .venv/.int8

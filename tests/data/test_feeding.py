@@ -194,7 +194,7 @@ def test_one_two_and_four_processes_see_the_same_global_batches(folder: Path, tm
     assert results[0].equal(results[2])
 
 
-@pytest.mark.parametrize(("workers", "start"), [(1, "fork"), (3, "fork"), (2, "spawn")])
+@pytest.mark.parametrize(("workers", "start"), [(1, "fork"), (3, "fork"), (1, "spawn")])
 def test_a_data_loaders_workers_change_nothing(folder: Path, collator: CellCollator, workers: int, start: str) -> None:
     expected = steps_of(CellBatches(folder, collator, batch_size=16))
     batches = CellBatches(folder, collator, batch_size=16, num_threads=0)
