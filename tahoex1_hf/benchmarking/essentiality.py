@@ -5,6 +5,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -67,13 +68,15 @@ class Essentiality:
     def prepare(self, sources: Sequence[Source]) -> None:
         """Keep to the genes that all sources know, so that they are compared on the same genes."""
         self.genes = common_genes(self.genes, sources, self.sets)
+        vars(self).pop("folds", None)
         self.notes.append(
             f"{len(self.genes.labels)} genes, {int(self.genes.labels.sum())} of them essential; left out: "
             f"{left_out(self.genes)}."
         )
 
+    @cached_property
     def folds(self) -> dict[str, list[Split]]:
-        """Return the folds of every split; no protein family is in two parts of a family fold."""
+        """Folds of every split, the same for all embeddings; no protein family is in two parts of a family fold."""
         found: dict[str, list[Split]] = {FAMILY: [], RANDOM: []}
         for seed in range(self.seeds):
             labels = self.genes.labels
@@ -86,7 +89,7 @@ class Essentiality:
         found = finite_embeddings(source, self.sets, self.genes.names, 0, self.computing)
         measured = []
         for kind, features in found.items():
-            for split, folds in self.folds().items():
+            for split, folds in self.folds.items():
                 for reader in (FOREST, LOGISTIC):
                     measured += self.read(kind, features, split, folds, reader)
         return measured

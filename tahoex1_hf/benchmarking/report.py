@@ -33,7 +33,7 @@ def write_report(
     sources: Sequence[Source],
     found: Mapping[str, Sequence[Measurement]],
     notes: Sequence[str],
-    costs: Mapping[str, Mapping[str, float]],
+    costs: Mapping[str, Mapping[str, float | None]],
     settings: Mapping[str, Any],
     folder: Path,
 ) -> str:
@@ -44,7 +44,7 @@ def write_report(
         sources: Sources.
         found: Scores of each source.
         notes: Sentences about the data.
-        costs: Time and memory of each source.
+        costs: `seconds`, `cpu_seconds` (None where they are not known) and `peak_memory_gb` of each source.
         settings: Settings of the task.
         folder: Folder to write into.
 
@@ -57,7 +57,6 @@ def write_report(
             report.scores += _rows(report, source, measurement)
     verdicts = verdicts_of(task.headline, sources, found)
     lines = verdict_sentences(task.headline, verdicts)
-    spent = [f"{name}: {cost['seconds']:.0f} s, peak {cost['peak_memory_gb']:.1f} GB" for name, cost in costs.items()]
     parts = [
         f"# {task.name}: {task.dataset}",
         *notes,
@@ -66,7 +65,7 @@ def write_report(
         f"Mean over the folds [95 % bootstrap interval over {task.axis}], then ± the standard deviation over folds "
         "and seeds. The intervals do not hold the chance of the training folds. A verdict compares a source with the "
         "best simple baseline on the same resamples; of several kinds of embedding the best counts, on both sides.",
-        "Time, and peak memory of the process so far: " + "; ".join(spent) + ".",
+        _spent(costs),
     ]
     facts = {
         "task": task.name,
@@ -82,6 +81,15 @@ def write_report(
     _write_model_index(task, sources, found, folder / MODEL_INDEX)
     logger.info("%s", "\n\n".join(parts))
     return lines
+
+
+def _spent(costs: Mapping[str, Mapping[str, float | None]]) -> str:
+    """Return what each source took, as text."""
+    texts = []
+    for name, cost in costs.items():
+        own = "" if cost["cpu_seconds"] is None else f" ({cost['cpu_seconds']:.0f} s of CPU time)"
+        texts.append(f"{name}: {cost['seconds']:.0f} s{own}, peak {cost['peak_memory_gb']:.1f} GB")
+    return "Time, and peak memory of the process so far: " + "; ".join(texts) + "."
 
 
 def method(source: str, measurement: Measurement) -> str:

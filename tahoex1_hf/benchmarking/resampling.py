@@ -157,9 +157,7 @@ def auroc(truth: np.ndarray, scores: np.ndarray) -> float:
 
 def auprc(truth: np.ndarray, scores: np.ndarray) -> float:
     """Compute the average precision; NaN where no row is positive."""
-    from sklearn.metrics import average_precision_score
-
-    return float(average_precision_score(truth, scores)) if truth.any() else float("nan")
+    return macro_auprc(truth[:, None], scores[:, None])
 
 
 def macro_auprc(truth: np.ndarray, scores: np.ndarray) -> float:

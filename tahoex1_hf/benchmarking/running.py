@@ -23,6 +23,7 @@ from tahoex1_hf.runs.memory import peak_memory_gb
 logger = logging.getLogger(__name__)
 
 DONE = "done"  # folder with a file for each source that is done
+_COST = ("seconds", "cpu_seconds", "peak_memory_gb")
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,11 +33,13 @@ class Done:
     Attributes:
         measurements: Scores.
         seconds: Time for embeddings and scores.
+        cpu_seconds: CPU time for them, of all threads; None where an earlier version did not note it.
         peak_memory_gb: Peak memory of the process when the source was done.
     """
 
     measurements: list[Measurement]
     seconds: float
+    cpu_seconds: float | None
     peak_memory_gb: float
 
 
@@ -76,14 +79,15 @@ def run_benchmark(task: Benchmark, sources: Sequence[Source], folder: Path, rest
             if source.name in found:
                 continue
             logger.info("Evaluating %s (%s).", source.name, " ".join(filter(None, [source.kind, source.what])))
-            started = time.perf_counter()
+            started, cpu_started = time.perf_counter(), time.process_time()
             measured = task.evaluate(source)
-            found[source.name] = Done(measured, time.perf_counter() - started, peak_memory_gb())
+            seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
+            found[source.name] = Done(measured, seconds, cpu_seconds, peak_memory_gb())
             _write(done_folder, source, identities[source.name], found[source.name])
             bar.update()
     measurements = {source.name: found[source.name].measurements for source in sources}
     notes = [*task.notes, *task.judge(measurements, sources)]
-    costs = {name: {"seconds": each.seconds, "peak_memory_gb": each.peak_memory_gb} for name, each in found.items()}
+    costs = {name: {field: getattr(each, field) for field in _COST} for name, each in found.items()}
     return write_report(task, sources, measurements, notes, costs, settings, folder)
 
 
@@ -93,7 +97,7 @@ def _place(folder: Path, source: Source) -> Path:
 
 def _write(folder: Path, source: Source, identity: str, done: Done) -> None:
     facts = [{**asdict(each), "replicates": None} for each in done.measurements]
-    head = {"identity": identity, "seconds": done.seconds, "peak_memory_gb": done.peak_memory_gb, "scores": facts}
+    head = {"identity": identity, "scores": facts} | {field: getattr(done, field) for field in _COST}
     arrays = {str(number): each.replicates for number, each in enumerate(done.measurements)}
     with WholeFile(_place(folder, source)) as partial, partial.open("wb") as file:
         np.savez(file, head=np.array(json.dumps(head)), **arrays)  # type: ignore[arg-type]
@@ -118,4 +122,4 @@ def _read(folder: Path, source: Source, identity: str) -> Done | None:
         scores = [
             Measurement(**{**facts, "replicates": arrays[str(number)]}) for number, facts in enumerate(head["scores"])
         ]
-    return Done(scores, head["seconds"], head["peak_memory_gb"])
+    return Done(scores, head["seconds"], head.get("cpu_seconds"), head["peak_memory_gb"])

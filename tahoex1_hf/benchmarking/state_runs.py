@@ -165,17 +165,23 @@ def evaluate_state(
                 path.unlink()
         with WholeFile(folder / _IDENTITY) as partial:
             partial.write_text(identity, encoding="utf-8")
-    report, seconds = Report("state", screen.cells.name), {}
+    report, costs = Report("state", screen.cells.name), {}
     with progress_bar(None, total=2, unit="run", desc="state") as bar:
         for name, each in ((source.name, slot), (f"{len(variable)} variable genes", VARIABLE)):
-            started = time.perf_counter()
+            started, cpu_started = time.perf_counter(), _cpu_seconds_of_programs()
             if not list((folder / each).glob(f"eval_*/{_RESULTS}")):
                 _call(how.train(each, screen.control, folder), folder / f"{each}.train.log")
                 _call(how.predict(each, folder), folder / f"{each}.predict.log")
-            seconds[name] = time.perf_counter() - started
+            costs[name] = (time.perf_counter() - started, _cpu_seconds_of_programs() - cpu_started)
             report.scores += read_scores(report, name, folder / each)
             bar.update()
-    return _write(report, settings, notes, seconds, folder)
+    return _write(report, settings, notes, costs, folder)
+
+
+def _cpu_seconds_of_programs() -> float:
+    """Return the CPU time of the programs that this process has started and that have ended."""
+    times = os.times()
+    return times.children_user + times.children_system
 
 
 def _most_variable(screen: Screen) -> np.ndarray:
@@ -219,10 +225,14 @@ def read_scores(report: Report, method: str, folder: Path) -> list[Score]:
 
 
 def _write(
-    report: Report, settings: Mapping[str, Any], notes: Sequence[str], seconds: Mapping[str, float], folder: Path
+    report: Report,
+    settings: Mapping[str, Any],
+    notes: Sequence[str],
+    costs: Mapping[str, tuple[float, float]],
+    folder: Path,
 ) -> str:
     lines = list(dict.fromkeys(score.split for score in report.scores))
-    methods = list(seconds)
+    methods = list(costs)
     parts = []
     for line in lines:
         of_line = [score for score in report.scores if score.split == line]
@@ -237,7 +247,14 @@ def _write(
         f"After {settings['steps']} steps of a small model these figures show that the hand-off works, and nothing "
         "about the embeddings: STATE is trained for tens of thousands."
     )
-    spent = "; ".join(f"{name}: {time:.0f} s" for name, time in seconds.items())
+    spent = "; ".join(f"{name}: {time:.0f} s ({cpu:.0f} s of CPU time)" for name, (time, cpu) in costs.items())
     text = "\n\n".join([f"# state: {report.dataset}", *notes, claim, *parts, f"Time: {spent}."]) + "\n"
-    report.write(folder, {"task": "state", "settings": dict(settings), "seconds": dict(seconds)}, text, HEADLINE)
+    report.write(folder, {"task": "state", "settings": dict(settings), **_by_kind(costs)}, text, HEADLINE)
     return text
+
+
+def _by_kind(costs: Mapping[str, tuple[float, float]]) -> dict[str, dict[str, float]]:
+    return {
+        "seconds": {name: time for name, (time, _) in costs.items()},
+        "cpu_seconds": {name: cpu for name, (_, cpu) in costs.items()},
+    }

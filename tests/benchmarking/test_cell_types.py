@@ -1,6 +1,7 @@
 """`tahoex1 evaluate cell-types` on made-up cells, the answers to which are known."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -120,6 +121,7 @@ def test_sources_that_are_done_are_not_evaluated_again(
 ) -> None:
     assert run(cells, tmp_path / "out", "--source", "PCA=pca").exit_code == 0
     first = (tmp_path / "out" / "scores.csv").read_text()
+    forget_cpu_seconds(tmp_path / "out" / "done" / "PCA.npz")
     evaluated: list[str] = []
     original = CellTypes.evaluate
     monkeypatch.setattr(CellTypes, "evaluate", lambda self, s: (evaluated.append(s.name), original(self, s))[1])
@@ -128,6 +130,18 @@ def test_sources_that_are_done_are_not_evaluated_again(
     assert evaluated == ["types"]
     again = (tmp_path / "out" / "scores.csv").read_text()
     assert set(first.splitlines()) < set(again.splitlines())
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert re.search(r"PCA: \d+ s, peak", report)
+    assert re.search(r"types: \d+ s \(\d+ s of CPU time\), peak", report)
+
+
+def forget_cpu_seconds(path: Path) -> None:
+    """Make a file with the scores of a source what the first version wrote, which did not note the CPU time."""
+    with np.load(path) as stored:
+        arrays = dict(stored)
+    head = json.loads(str(arrays["head"]))
+    del head["cpu_seconds"]
+    np.savez(path, **(arrays | {"head": np.array(json.dumps(head))}))
 
 
 def test_scores_of_other_inputs_are_not_taken_over(cells: Path, tmp_path: Path) -> None:

@@ -74,7 +74,7 @@ def test_planted_answers(inputs: dict[str, Path], tmp_path: Path) -> None:
 def test_no_family_is_on_both_sides(inputs: dict[str, Path], tmp_path: Path) -> None:
     genes = read_gene_labels([inputs["labels"]], inputs["families"])
     task = Essentiality([read_cells(tmp_path / "cells0.h5ad")], genes)
-    folds = task.folds()[FAMILY]
+    folds = task.folds[FAMILY]
     assert np.array_equal(np.sort(np.concatenate([fold.test for fold in folds])), np.arange(GENES))
     for fold in folds:
         train = np.concatenate([fold.train, fold.validation])
@@ -84,9 +84,11 @@ def test_no_family_is_on_both_sides(inputs: dict[str, Path], tmp_path: Path) -> 
 def test_sources_are_compared_on_the_genes_that_all_know(inputs: dict[str, Path], tmp_path: Path) -> None:
     genes = read_gene_labels([inputs["labels"]], inputs["families"])
     task = Essentiality([read_cells(tmp_path / "cells0.h5ad")], genes)
+    assert sum(len(fold.test) for fold in task.folds[FAMILY]) == GENES
     np.savez(tmp_path / "some.npz", names=genes.names[:50], embeddings=np.ones((50, 2)))
     task.prepare([essentiality.Source("some", "file", str(tmp_path / "some.npz"))])
     assert np.array_equal(task.genes.names, genes.names[:50])
+    assert sum(len(fold.test) for fold in task.folds[FAMILY]) == 50
     assert "150 unknown to some" in task.notes[0]
 
 
@@ -117,7 +119,7 @@ def test_baselines_on_real_genes(shared_data: Callable[[str], Path]) -> None:
     families = shared_data("labels/egbench_depmap_family5fold_splits.parquet")
     task = Essentiality(sets, read_gene_labels([labels], families))
     assert len(task.genes.names) == 13_062
-    folds = task.folds()[FAMILY]
+    folds = task.folds[FAMILY]
     for kind, expected, bound in (("random", 0.49, 0.03), ("expression", 0.855, 0.015)):
         features = gene_embeddings(essentiality.Source(kind, kind), sets, task.genes.names, 0, Computing())[""]
         found = {m.metric: m.value for m in task.read("", features, FAMILY, folds, LOGISTIC)}
