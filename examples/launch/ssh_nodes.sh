@@ -8,6 +8,8 @@ set -euo pipefail
 read -ra hosts <<<"$HOSTS"
 GPUS=${GPUS:-8}
 PORT=${PORT:-29500}
+# Seconds between SIGTERM and SIGKILL, in which a checkpoint is saved; launchers leave 30 by themselves.
+SHUTDOWN=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
 SSH=${SSH:-ssh -tt}
 ACCELERATE=${ACCELERATE:-accelerate}
 LAUNCH_OPTIONS=${LAUNCH_OPTIONS:---config_file examples/configs/accelerate/fsdp2_multinode.yaml}
@@ -17,9 +19,10 @@ children=()
 # When one fails, all are ended: the others would wait for it for ever.
 trap 'kill "${children[@]}" 2>/dev/null || true' EXIT INT TERM
 for rank in "${!hosts[@]}"; do
-  command="cd $(printf '%q' "$PWD") && $ACCELERATE launch $LAUNCH_OPTIONS --num_machines ${#hosts[@]} \
-    --num_processes $((GPUS * ${#hosts[@]})) --machine_rank $rank --main_process_ip ${MAIN_IP:-${hosts[0]}} \
-    --main_process_port $PORT -m tahoex1_hf pretrain $arguments"
+  command="cd $(printf '%q' "$PWD") && TORCH_ELASTIC_SHUTDOWN_TIMEOUT=$SHUTDOWN \
+    $ACCELERATE launch $LAUNCH_OPTIONS --num_machines ${#hosts[@]} --num_processes $((GPUS * ${#hosts[@]})) \
+    --machine_rank $rank --main_process_ip ${MAIN_IP:-${hosts[0]}} --main_process_port $PORT \
+    -m tahoex1_hf pretrain $arguments"
   # shellcheck disable=SC2086
   $SSH "${hosts[$rank]}" "$command" &
   children+=($!)

@@ -1,20 +1,33 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""The processes of `accelerate launch` that share the work of inference."""
+"""The processes of `accelerate launch` that share the work of inference, or train together."""
 
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
 from tahoex1_hf.common.cuda_memory import let_segments_grow
 
+if TYPE_CHECKING:
+    from accelerate import PartialState
+
 Value = TypeVar("Value")
 
-# Processes wait for each other only at the beginning and at the end, which may be hours apart.
+# Processes of inference wait for each other only at the beginning and at the end, which may be hours apart.
 _TIMEOUT = timedelta(days=30)
+# In a training they wait for the first one while it writes or reads alone. NCCL's own limit, ten minutes, is too
+# little for that, and Trainer's `ddp_timeout` comes too late: Accelerate's state has been made by then.
+_TRAINING_TIMEOUT = timedelta(hours=1)
+
+
+def training_processes() -> "PartialState":
+    """Connect the processes of a training run, with a limit of an hour for what they wait for."""
+    from accelerate import PartialState
+
+    return PartialState(cpu=not torch.cuda.is_available(), timeout=_TRAINING_TIMEOUT)
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate import PartialState
-
 from tahoex1_hf.common.cuda_memory import let_segments_grow
+from tahoex1_hf.common.processes import training_processes
 from tahoex1_hf.finetuning.config import FinetuneConfig
 from tahoex1_hf.finetuning.run_folder import (
     check_data,
@@ -42,7 +40,7 @@ def finetune(config: FinetuneConfig) -> int:
     if config.method != "full":
         import peft  # noqa: F401  # what is missing is told before any work
     let_segments_grow()
-    processes = PartialState(cpu=not torch.cuda.is_available())
+    processes = training_processes()
     first, folder = processes.is_main_process, Path(config.output_dir)
     open_run(config, first)
     processes.wait_for_everyone()

@@ -1,6 +1,8 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
 """Save a checkpoint when SIGTERM asks a run to end."""
 
+import logging
+import os
 import signal
 import threading
 from types import FrameType
@@ -10,7 +12,11 @@ import torch
 import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+logger = logging.getLogger(__name__)
+
 PREEMPTED = 75  # exit code: try again later (EX_TEMPFAIL of sysexits.h)
+
+_PATIENCE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"  # seconds, which torchrun and `accelerate launch` read
 
 
 class Preempted(Exception):
@@ -26,11 +32,25 @@ class Preemption(TrainerCallback):
 
     def __init__(self) -> None:
         self.agreed = False
-        self._asked = False
+        self._asked = self._told = False
         self._earlier_handler: Any = None
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self._asked = True
+
+    def note_save(self, seconds: float) -> None:
+        """Warn once if a checkpoint took longer than the launcher leaves processes between SIGTERM and SIGKILL."""
+        patience = float(os.environ.get(_PATIENCE, "30"))
+        if seconds > patience and not self._told and "TORCHELASTIC_RUN_ID" in os.environ:
+            self._told = True
+            logger.warning(
+                "A checkpoint took %.0f s, and the launcher kills this run %.0f s after SIGTERM, before one is whole: "
+                "set %s=%d where it is started.",
+                seconds,
+                patience,
+                _PATIENCE,
+                int(2 * seconds) + 1,
+            )
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         """Handle the signal from here on, which Python allows in the main thread only."""

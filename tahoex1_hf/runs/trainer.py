@@ -8,6 +8,7 @@ checkpoint, and the log does not depend on interruptions. Pretraining and fine-t
 import json
 import logging
 import shutil
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -212,7 +213,7 @@ class ResumableTrainer(Trainer):
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         """Write a checkpoint, and declare it whole when all processes are done; then remove old ones."""
         self.wait_for_saves()
-        output_dir = Path(str(self.args.output_dir))
+        began, output_dir = time.monotonic(), Path(str(self.args.output_dir))
         folder = output_dir / f"checkpoint-{self.state.global_step}"
         if self.args.should_save and folder.exists():
             shutil.rmtree(folder)
@@ -237,6 +238,7 @@ class ResumableTrainer(Trainer):
             def declare_whole() -> None:
                 checkpoints.seal(folder)
                 checkpoints.remove_old(output_dir, limit or 1, Path(best) if best else None)
+                self._preemption.note_save(time.monotonic() - began)
 
             self.saves.then(declare_whole)
         self.accelerator.wait_for_everyone()

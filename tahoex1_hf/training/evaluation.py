@@ -1,8 +1,9 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
 """Evaluations of the model in training: how well it separates cell types, and essential genes from others.
 
-The main process embeds; a thread makes classifiers and pictures while the training continues. Evaluations restore the
-random states, so that a run does not depend on whether it is evaluated.
+All processes embed, each its share of the cells, on its device. In the first process a thread then makes classifiers
+and pictures while the training continues. Evaluations restore the random states, so that a run does not depend on
+whether it is evaluated.
 """
 
 import contextlib
@@ -35,6 +36,8 @@ logger = logging.getLogger(__name__)
 
 Log = Callable[[dict[str, float]], None]
 Features = tuple[np.ndarray, np.ndarray]  # (rows, width) float32 and their labels, (rows,)
+# A process's rows by the number of the first, and the labels of all rows.
+Pieces = tuple[dict[int, np.ndarray], np.ndarray]
 
 
 class _EvaluationConfig(Strict):
@@ -81,19 +84,16 @@ class GeneEssentialityConfig(_EvaluationConfig):
     """Table of genes that are not essential, for a `file` without `label`."""
 
 
-def full_model(model: torch.nn.Module) -> torch.nn.Module | None:
-    """Return the model to evaluate on the main process, and None on the others.
+def whole_model(model: torch.nn.Module) -> torch.nn.Module:
+    """Return a model with whole weights, on this process's device.
 
-    If it is sharded, all processes have to call this, and the main process gets a copy on the CPU.
+    If `model` is sharded, all processes have to call this. Each gets a copy of the weights, in float32 4 bytes per
+    parameter, which takes the place of the activations of a step.
     """
     inner: Any = model.module if hasattr(model, "module") else model
-    sharded = any(isinstance(parameter, DTensor) for parameter in inner.parameters())
-    first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
-    if not sharded:
-        return inner if first else None
-    state = get_model_state_dict(inner, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    if not first:
-        return None
+    if not any(isinstance(parameter, DTensor) for parameter in inner.parameters()):
+        return inner
+    state = get_model_state_dict(inner, options=StateDictOptions(full_state_dict=True))
     # FSDP derives a new class from the model's class; ours is among its bases.
     kind = next(c for c in type(inner).__mro__ if c.__module__.endswith("modeling_tahoe_x1"))
     config = inner.config
@@ -101,6 +101,22 @@ def full_model(model: torch.nn.Module) -> torch.nn.Module | None:
         copy: torch.nn.Module = kind(config)
     copy.load_state_dict(state, assign=True)
     return copy.eval()
+
+
+def place() -> tuple[int, int]:
+    """Return the number of this process, and the number of processes."""
+    if not torch.distributed.is_initialized():
+        return 0, 1
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
+def from_all(value: Any) -> list[Any]:
+    """Return the values of all processes, which all have to call this."""
+    _, processes = place()
+    values = [value] * processes
+    if processes > 1:
+        torch.distributed.all_gather_object(values, value)
+    return values
 
 
 @contextlib.contextmanager
@@ -117,7 +133,7 @@ def undisturbed_random() -> Iterator[None]:
 
 
 class _Evaluation(TrainerCallback, ABC):
-    """A callback that runs `features` on the main process at evaluations, and `score` in a thread.
+    """A callback that runs `features` in all processes at evaluations, and `score` in a thread of the first.
 
     Attributes:
         log: Function that takes the results; set when the trainer is made.
@@ -133,8 +149,8 @@ class _Evaluation(TrainerCallback, ABC):
         self.pending: list[tuple[int, Future[dict[str, float]]]] = []
 
     @abstractmethod
-    def features(self, model: torch.nn.Module) -> Features:
-        """Return embeddings and their labels."""
+    def features(self, model: torch.nn.Module, process: int, processes: int) -> Pieces:
+        """Return this process's share of the embeddings, and the labels of all."""
 
     @abstractmethod
     def score(self, features: Features, picture: Path, step: int) -> dict[str, float]:
@@ -147,24 +163,36 @@ class _Evaluation(TrainerCallback, ABC):
         self.evaluations += 1
         if self.evaluations % self.config.every_evals:
             return
-        whole = full_model(model)
-        if whole is None:
+        features = self._gathered(model)
+        if features is None:
             return
-        was_training = whole.training
-        try:
-            with undisturbed_random():
-                features = self.features(whole)
-        except Exception:
-            logger.warning("Evaluation %s failed; the training continues.", self.config.name, exc_info=True)
-            return
-        finally:
-            whole.train(was_training)
         folder = Path(str(args.output_dir)) / "evaluation"
         folder.mkdir(parents=True, exist_ok=True)
         picture = folder / f"{self.config.name}-step-{state.global_step}.png"
         self.pool = self.pool or ThreadPoolExecutor(1, thread_name_prefix="evaluation")
         future = self.pool.submit(self.score, features, picture, state.global_step)
         self.pending.append((state.global_step, future))
+
+    def _gathered(self, model: torch.nn.Module) -> Features | None:
+        """Return the features of all processes in the first one; None in the others, and where they failed."""
+        whole, (process, processes) = whole_model(model), place()
+        was_training = whole.training
+        share: Pieces | None = None
+        try:
+            with undisturbed_random():
+                share = self.features(whole, process, processes)
+        except Exception:
+            logger.warning("Evaluation %s failed; the training continues.", self.config.name, exc_info=True)
+        finally:
+            whole.train(was_training)
+        shares = from_all(share)  # also after a failure: the others wait for this process
+        if process or share is None:
+            return None
+        if None in shares:
+            logger.warning("Evaluation %s failed in another process; the training continues.", self.config.name)
+            return None
+        pieces = {first: rows for own, _ in shares for first, rows in own.items()}
+        return np.concatenate([pieces[first] for first in sorted(pieces)]), share[1]
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -202,8 +230,8 @@ class CellTypeEvaluation(_Evaluation):
         config: Cells and labels.
     """
 
-    def features(self, model: torch.nn.Module) -> Features:
-        """Return embeddings of the labelled cells.
+    def features(self, model: torch.nn.Module, process: int, processes: int) -> Pieces:
+        """Return embeddings of the labelled cells; the processes take chunks of them in turn.
 
         Raises:
             ValueError: If the column with the labels is missing or has less than two classes.
@@ -224,12 +252,11 @@ class CellTypeEvaluation(_Evaluation):
             device=next(model.parameters()).device,
             dtype="float32",
         )
-        embeddings = np.empty((len(rows), encoder.width), dtype=np.float32)
-        chunks = ChunkEncoder(cells, EncodeOptions(self.tokenizer))
-        for start in range(0, len(rows), CHUNK_CELLS):
+        chunks, pieces = ChunkEncoder(cells, EncodeOptions(self.tokenizer)), {}
+        for start in range(0, len(rows), CHUNK_CELLS)[process::processes]:
             part = rows[start : start + CHUNK_CELLS]
-            embeddings[start : start + len(part)] = encoder.embed(chunks.encode(cells.rows_at(part), None, start))
-        return embeddings, labels
+            pieces[start] = encoder.embed(chunks.encode(cells.rows_at(part), None, start))
+        return pieces, labels
 
     def _choose(self, cells: "CellInput") -> tuple[np.ndarray, np.ndarray]:
         """Return the rising numbers of the cells to embed, and their labels."""
@@ -285,8 +312,8 @@ class GeneEssentialityEvaluation(_Evaluation):
         config: Genes and labels.
     """
 
-    def features(self, model: torch.nn.Module) -> Features:
-        """Return embeddings of the labelled genes in the vocabulary."""
+    def features(self, model: torch.nn.Module, process: int, processes: int) -> Pieces:
+        """Return embeddings of the labelled genes in the vocabulary, all from the first process."""
         assert self.tokenizer is not None
         genes, labels = self._genes()
         vocabulary = self.tokenizer.get_vocab()
@@ -301,7 +328,7 @@ class GeneEssentialityEvaluation(_Evaluation):
         ids = torch.tensor([vocabulary[genes[row]] for row in known], device=next(model.parameters()).device)
         with torch.inference_mode():
             embeddings = encoder(ids).float().cpu().numpy()  # type: ignore[operator]
-        return embeddings, labels
+        return {} if process else {0: embeddings}, labels
 
     def _genes(self) -> tuple[list[str], np.ndarray]:
         config = self.config

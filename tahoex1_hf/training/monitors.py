@@ -3,6 +3,7 @@
 
 import logging
 import math
+import re
 import statistics
 import time
 from collections import deque
@@ -15,8 +16,18 @@ from tahoex1_hf.runs.memory import peak_memory_gb
 
 logger = logging.getLogger(__name__)
 
-# Dense bfloat16 rates in TFLOP/s, from NVIDIA's data sheets.
-_PEAKS = {"H100 PCIe": 756, "H100": 989, "H200": 989, "A100": 312, "L40S": 362, "L4": 121, "B200": 2250}
+# Dense bfloat16 rates in TFLOP/s, from NVIDIA's data sheets, by the whole name of a card without "NVIDIA". Forms of a
+# card differ, and so do parts of one (MIG): a card whose name is not here is measured instead.
+_PEAKS = {
+    r"H100 80GB HBM3|H100 SXM5|GH200 .*|H200": 989,
+    r"H100 NVL|H200 NVL": 835,
+    r"H100 PCIe": 756,
+    r"A100-\S+|A100 80GB PCIe": 312,
+    r"B200": 2250,
+    r"L40S": 362,
+    r"L40": 181,
+    r"L4": 121,
+}
 
 _SPIKE = 3.0  # a value above this many times its recent median is a spike
 
@@ -25,8 +36,8 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """Return the FLOP/s of a device, from its data sheet or measured on a product of matrices."""
     if device.type == "cuda" and dtype != torch.float32:
         name = torch.cuda.get_device_name(device)
-        for known, tflops in _PEAKS.items():
-            if known in name:
+        for names, tflops in _PEAKS.items():
+            if re.fullmatch(names, name.removeprefix("NVIDIA ")):
                 return tflops * 1e12
     size = 1024 if device.type == "cpu" else 8192
     a, b = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))

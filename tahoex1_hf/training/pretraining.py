@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from transformers import TrainingArguments, set_seed
 from transformers.utils.logging import disable_progress_bar
 
 from tahoex1_hf.common.cuda_memory import let_segments_grow
+from tahoex1_hf.common.processes import training_processes
 from tahoex1_hf.configuration_tahoe_x1 import TahoeX1Config
 from tahoex1_hf.data.collator import CellCollator
 from tahoex1_hf.data.feeding import CellBatches
@@ -161,7 +161,7 @@ def pretrain(config: PretrainConfig) -> int:
         FloatingPointError: If a gradient is not finite.
     """
     let_segments_grow()
-    processes = PartialState(cpu=not torch.cuda.is_available())
+    processes = training_processes()
     folder = RunFolder(config, processes.num_processes)
     config = folder.config
     processes.wait_for_everyone()  # until all have read the files of an earlier start

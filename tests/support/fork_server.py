@@ -32,6 +32,7 @@ READ_AT_IMPORT = ("MKL_", "NUMBA_", "OMP_", "OPENBLAS_", "PYTHON", "TORCH_", "TO
 SET_BY_LAUNCHERS = {
     "PYTHON_EXEC",
     "TORCH_DISABLE_SHARE_RDZV_TCP_STORE",
+    "TORCH_ELASTIC_SHUTDOWN_TIMEOUT",
     "TORCH_NCCL_ASYNC_ERROR_HANDLING",
 }  # read later, or by launchers alone
 # Our code imports these only inside functions, so importing our modules does not import them.

@@ -3,24 +3,30 @@
 import json
 import logging
 import random
+import sys
 from pathlib import Path
 from typing import Any
 
+import forked
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from cells import GENES, make_cells, write_vocab
 from helpers import tiny_config, tiny_model
+from training_runs import environment
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from tahoex1_hf import TahoeX1Tokenizer
+from tahoex1_hf.cells import encoding
 from tahoex1_hf.training.evaluation import (
     CellTypeConfig,
     CellTypeEvaluation,
     GeneEssentialityConfig,
     GeneEssentialityEvaluation,
 )
+
+CHILD = Path(__file__).parents[1] / "support" / "sharded_evaluation_run.py"
 
 
 @pytest.fixture
@@ -135,3 +141,24 @@ def test_every_second_evaluation(model: Any, tokenizer: TahoeX1Tokenizer, tmp_pa
     evaluation = CellTypeEvaluation(config)
     assert evaluate(evaluation, model, tokenizer, tmp_path) == []
     assert len(evaluate(evaluation, model, tokenizer, tmp_path)) == 1
+
+
+def test_the_processes_of_a_sharded_model_share_the_cells(
+    model: Any, tokenizer: TahoeX1Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, place = cells_file(tmp_path, True), tmp_path / "found.npz"
+    done = forked.launch(2, [sys.executable, CHILD, file, place], environment("fsdp"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "this process cannot read the file" in done.stderr  # and both went on
+    seen = json.loads(place.with_suffix(".json").read_text())
+    assert seen["shares"] == [[0, 14, 28, 42, 56], [7, 21, 35, 49]]
+    assert seen["trains"]
+    assert seen["timeout"] == 3600
+    monkeypatch.setattr(encoding, "CHUNK_CELLS", 7)
+    evaluation = CellTypeEvaluation(CellTypeConfig(name="kinds", file=str(file), label="kind"))
+    evaluation.tokenizer = tokenizer
+    expected = evaluation._gathered(model)
+    assert expected is not None
+    with np.load(place) as found:
+        np.testing.assert_array_equal(found["embeddings"], expected[0])
+        np.testing.assert_array_equal(found["labels"], expected[1])

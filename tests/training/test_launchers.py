@@ -74,6 +74,9 @@ def test_kubernetes_manifest_agrees_with_itself() -> None:
     assert given["--main_process_ip"] == f"{name}-{job['name']}-0-0.{name}"  # the name that JobSet gives the first pod
     assert given["--main_process_port"] == str(container["ports"][0]["containerPort"])
     assert (ROOT / given["--config_file"]).is_file()
+    # The launcher's own limit, after which it kills, must leave a checkpoint the time that the pod has.
+    (limit,) = (int(each["value"]) for each in container["env"] if each["name"] == "TORCH_ELASTIC_SHUTDOWN_TIMEOUT")
+    assert 30 < limit < pod["terminationGracePeriodSeconds"]
     assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
     # Kubernetes' own part is checked by its schema; no registry of packages has JobSet's.
     kubernetes_validate = pytest.importorskip("kubernetes_validate")

@@ -33,7 +33,7 @@ from tahoex1_hf.original.convert import convert_original_folder
 from tahoex1_hf.training.config import read_pretrain_config
 from tahoex1_hf.training.metrics import MetricSums, batch_sums, spearman_per_cell
 from tahoex1_hf.training.microbatches import largest_microbatch, longest_cells, microbatches, num_cells
-from tahoex1_hf.training.monitors import SpikeWarning
+from tahoex1_hf.training.monitors import SpikeWarning, peak_flops
 from tahoex1_hf.training.pretraining import pretrain, training_arguments
 
 RECIPES = sorted(RECIPE.parent.glob("*.yaml"))
@@ -401,3 +401,30 @@ def test_a_step_that_processes_cannot_share(training_dataset: Path, tmp_path: Pa
 
     with pytest.raises(ValueError, match="global_batch_size=8 cannot be shared evenly by 3 processes: 6 could"):
         training_cells(tiny(training_dataset, tmp_path), None, 0, 3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("name", "tflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H100 NVL", 835),
+        ("NVIDIA H200", 989),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA A100 80GB PCIe", 312),
+        ("NVIDIA L40", 181),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA L4", 121),
+        ("NVIDIA B200", 2250),
+    ],
+)
+def test_the_rate_is_that_of_the_cards_exact_name(name: str, tflops: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert peak_flops(torch.device("cuda"), torch.bfloat16) == tflops * 1e12
+
+
+@pytest.mark.parametrize("name", ["NVIDIA H100 80GB HBM3 MIG 1g.10gb", "NVIDIA H20", "NVIDIA A1000", "NVIDIA GB200"])
+def test_other_cards_are_measured(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    with pytest.raises((AssertionError, RuntimeError)):  # there is no such card here to multiply on
+        peak_flops(torch.device("cuda"), torch.bfloat16)

@@ -14,6 +14,7 @@ from killed_runs import killed, same_weights
 from training_runs import ROOT, command, curve, environment, finished, run, status
 
 from tahoex1_hf.runs.checkpoints import is_whole, last_whole
+from tahoex1_hf.runs.preemption import Preemption
 
 LIMITED = ROOT / "tests" / "support" / "limited_run.py"
 THREADED = ROOT / "tests" / "support" / "threaded_run.py"
@@ -111,3 +112,24 @@ def test_two_threads_beside_a_busy_neighbour_change_no_bit(
         assert done.returncode == (-signal.SIGKILL if more else 0), done.stderr[-2000:]
     assert "checkpoint-3" in done.stderr  # the killed run resumed from there
     assert same_weights(tmp_path / "one", tmp_path / "killed")  # two runs, and more: one of them was killed
+
+
+def test_checkpoints_that_the_launcher_would_cut_short_are_told(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    monkeypatch.delenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", raising=False)
+    preemption = Preemption()
+    preemption.note_save(45)  # no launcher
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    preemption.note_save(29)
+    assert not caplog.records
+    preemption.note_save(45)
+    preemption.note_save(46)
+    (line,) = caplog.messages
+    assert "took 45 s" in line
+    assert "30 s after SIGTERM" in line
+    assert "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=91" in line
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "91")
+    Preemption().note_save(46)
+    assert len(caplog.records) == 1
