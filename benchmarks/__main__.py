@@ -1,6 +1,7 @@
 """Run the whole suite, print one table, and write all that was measured, its charts, and the tables of the pages.
 
     python -m benchmarks                     writes docs/benchmarks (results.json, charts), README.md and docs/speed.md
+                                             (after a stop, the same command goes on with the parts that are missing)
     python -m benchmarks --only PART ...     docs/benchmarks/PART.json, which then stands for that part
     python -m benchmarks --quick             tiny sizes, in benchmarks/results: to check that all of it works
     python -m benchmarks gpu right|cost [--tiny]      the check of a machine with a GPU (gpu.py)
@@ -15,7 +16,7 @@ of the machine that day. Values are compared too: where they differ from the ref
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -42,6 +43,7 @@ from benchmarks import (
 )
 from benchmarks.machine import description
 from benchmarks.measuring import Row, Suite, machine_rows, progress
+from benchmarks.unfinished import Measured, Unfinished, code_digest
 
 
 class Part(StrEnum):
@@ -73,17 +75,47 @@ PARTS: dict[Part, Callable[[Suite], list[Row]]] = {
 }
 
 
-def write_json(path: Path, suite: Suite, machine: dict, rows: Sequence[Row], seconds: dict[str, float]) -> None:
-    """Write all that was measured to a JSON file."""
+def measured(part: Part, suite: Suite) -> Measured:
+    """Measure a part."""
+    progress(part.value)
+    start, before = time.perf_counter(), os.times()
+    rows = PARTS[part](suite)
+    seconds, after = time.perf_counter() - start, os.times()
+    limits = {name: list(limit.seen) for name, limit in suite.limits.items()}
+    return Measured(rows, limits, round(seconds, 1), round(sum(after[:4]) - sum(before[:4]), 1))
+
+
+def write_json(path: Path, suite: Suite, machine: dict, parts: Mapping[str, Measured]) -> list[Row]:
+    """Write all that was measured to a JSON file, and return its rows."""
+    rows = [*machine_rows(suite.limits.values()), *(row for found in parts.values() for row in found.rows)]
     report = {
         "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
         "quick": suite.quick,
         "rounds": suite.rounds,
         "machine": machine,
-        "seconds_of_parts": seconds,
+        "seconds_of_parts": {name: found.seconds for name, found in parts.items()},
+        "cpu_seconds_of_parts": {name: found.cpu_seconds for name, found in parts.items()},
         "rows": [row.as_json() for row in rows],
     }
-    path.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    path.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return rows
+
+
+def whole_run(suite: Suite, machine: dict, output: Path, restart: bool) -> tuple[dict[str, Measured], Unfinished]:
+    """Measure all parts, but for those that an earlier run on the same machine has measured before it was stopped."""
+    identity = {"machine": machine, "rounds": suite.rounds, "quick": suite.quick, "code": code_digest()}
+    try:
+        unfinished = Unfinished(output, identity, restart)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    for part in PARTS:
+        if part.value in unfinished.parts:
+            progress(f"{part.value}: measured before")
+            for name, seen in unfinished.parts[part.value].limits.items():
+                suite.limits[name].seen = list(seen)
+        else:
+            unfinished.add(part.value, measured(part, suite))
+    return {part.value: unfinished.parts[part.value] for part in PARTS}, unfinished
 
 
 app = typer.Typer(add_completion=False)
@@ -104,6 +136,9 @@ def main(
         int | None, typer.Option(min=1, help="Number of rounds.", show_default="3; with --quick 2")
     ] = None,
     only: Annotated[list[Part] | None, typer.Option(help="Part to run alone; may be repeated.")] = None,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Measure all parts anew, also those of a run that was stopped.")
+    ] = False,
 ) -> None:
     """Measure speed and memory beside the original's algorithm and the hardware's limits."""
     if context.invoked_subcommand is not None:
@@ -117,32 +152,24 @@ def main(
     if quick and output.resolve() == pages.RECORD:
         raise typer.BadParameter("A quick run says nothing about speed: name another --output than docs/benchmarks.")
     output.mkdir(parents=True, exist_ok=True)
-    rows: list[Row] = []
-    seconds: dict[str, float] = {}
-    written: dict[str, None] = {}
-    for part, measure in PARTS.items():
-        if only and part not in only:
-            continue
-        progress(part.value)
-        start = time.perf_counter()
-        found = measure(suite)
-        rows += found
-        seconds[part.value] = round(time.perf_counter() - start, 1)
-        # Written after every part, so that no figure is lost if a later part stops the run.
-        limits = machine_rows(suite.limits.values())
-        name, written_rows = (f"{part}.json", found) if only else (pages.RESULTS, rows)
-        write_json(output / name, suite, machine, [*limits, *written_rows], seconds)
-        written[name] = None
+    written: list[str] = []
     title = f"{machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}; {suite.rounds} rounds"
     title += "; --quick: tiny sizes, 1 thread, no statement about speed" if quick else ""
-    print(title + "\n")
-    all_rows = [*limits, *rows]
-    print(table.render(all_rows))
-    if not only:
+    if only:
+        parts = {part.value: measured(part, suite) for part in PARTS if part in only}
+        for name, found in parts.items():
+            rows = write_json(output / f"{name}.json", suite, machine, {name: found})
+            written.append(f"{name}.json")
+        print(f"{title}\n\n{table.render([row for found in parts.values() for row in found.rows])}")
+    else:
+        parts, unfinished = whole_run(suite, machine, output, restart)
+        rows = write_json(output / pages.RESULTS, suite, machine, parts)
+        print(f"{title}\n\n{table.render(rows)}")
         drawn = {"results.png": charts.draw_results, "scaling.png": charts.draw_scaling}
-        written |= {name: None for name, draw in drawn.items() if draw(all_rows, output / name, title)}
+        written += [pages.RESULTS, *(name for name, draw in drawn.items() if draw(rows, output / name, title))]
         for part in PARTS:  # measured before by themselves, perhaps on another machine
             (output / f"{part}.json").unlink(missing_ok=True)
+        unfinished.forget()
     print(f"\nwritten to {output}: {', '.join(written)}")
     if output.resolve() == pages.RECORD:
         print(f"pages written anew: {', '.join(pages.write_pages()) or 'none, since nothing changed'}")

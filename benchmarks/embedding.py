@@ -84,7 +84,7 @@ class Subject:
 def kinds_of_cells(suite: Suite) -> dict[str, np.ndarray]:
     """Return the tokens of each cell, `<cls>` included; all cells fit into the context, so that none is sampled."""
     rng = np.random.default_rng(0)
-    short, ragged, long = suite.pick((48, 24, 8), (16, 16, 8))
+    short, ragged, long = suite.pick((32, 16, 8), (16, 16, 8))
     most = suite.pick(CONTEXT, 512)
     return {
         "short (200-400 tokens)": rng.integers(200, 401, short),
@@ -125,11 +125,12 @@ def measure(suite: Suite) -> list[Row]:
     rows = []
     for kind, lengths in kinds_of_cells(suite).items():
         subject = Subject(synthetic_counts(lengths - 1, COLUMNS), tokenizer, genes, theirs)
-        series = in_turn(_tasks(suite, subject, encoders, model.config), suite.rounds)
+        # With int8 weights, which take as long as float32, one kind is enough.
+        here = {name: each for name, each in encoders.items() if name != "int8" or kind.startswith("ragged")}
+        series = in_turn(_tasks(suite, subject, here, model.config), suite.rounds)
         check(subject.compare("float32"))
         rows += [
-            _row(suite, f"{kind}, {name}", series[name], series["reference"], subject.compare(name))
-            for name in encoders
+            _row(suite, f"{kind}, {name}", series[name], series["reference"], subject.compare(name)) for name in here
         ]
         rows += [Row("embedding", f"{kind}, {name}", not_measured=reason) for name, reason in missing.items()]
     return rows
@@ -189,7 +190,7 @@ def measure_genes(suite: Suite) -> list[Row]:
     model = random_model(TahoeX1Model, suite.config())
     theirs = reference.embedding_reference(reference_shape(model.config), model.state_dict())
     encoder = CellEncoder(model, tokenizer, device="cpu", dtype="float32")
-    lengths = np.random.default_rng(1).integers(200, suite.pick(CONTEXT, 512) + 1, suite.pick(16, 8))
+    lengths = np.random.default_rng(1).integers(200, suite.pick(CONTEXT, 512) + 1, 8)
     subject = Subject(synthetic_counts(lengths - 1, COLUMNS), tokenizer, genes, theirs)
     cells, means = subject.cells, {}
 

@@ -1,11 +1,11 @@
-"""Measure making training batches from disk, in a short form of `python -m benchmarks.data`."""
+"""Measure making training batches from disk, in a short form of `python -m benchmarks.data`, beside other loaders."""
 
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import data
+from benchmarks import data, loaders
 from benchmarks.machine import ALL_CORES, bound_to
-from benchmarks.measuring import Row, Suite, Task, in_turn
+from benchmarks.measuring import Row, Series, Suite, Task, in_turn
 from tahoex1_hf import TahoeX1Tokenizer
 from tahoex1_hf.data.collator import CellCollator
 from tahoex1_hf.data.feeding import CellBatches
@@ -36,11 +36,13 @@ def measure(suite: Suite) -> list[Row]:
         vocab, origin = data.make_files(folder, num_cells)
         work = data.measurements(folder, vocab, BATCH, num_cells)
         gigabytes = {"copy": bytes_per_cell(folder, vocab, num_cells) / 1e9}
+        others = {name: make() for name, make in loaders_of(folder).items() if not loaders.missing(name)}
     tasks: dict[str, Task] = {}
     for _, cores, ours, theirs in PAIRS:
         if cores <= len(ALL_CORES):
             tasks[theirs] = Task(_bound(cores, work[theirs][1]))
             tasks[ours] = Task(_bound(cores, work[ours][1]), suite.limits[f"copy {cores}"], gigabytes)
+    tasks |= {name: Task(_bound(len(ALL_CORES), work)) for name, work in others.items()}
     series = in_turn(tasks, suite.rounds)
     rows = []
     for name, _, ours, theirs in PAIRS:
@@ -49,6 +51,28 @@ def measure(suite: Suite) -> list[Row]:
             continue
         remark = f"{origin}, {num_cells:,} cells, batches of {BATCH}, context {data.CONTEXT}"
         rows.append(Row("feeding", name, "cells/s", series[ours], series[theirs], remark))
+    return [*rows, *_beside_loaders(series, remark)]
+
+
+def loaders_of(folder: Path) -> dict[str, Callable[[], Callable[[], float]]]:
+    """Return, by name, what makes other loaders ready for the cells of `make_files`."""
+    file = folder / "cells.h5ad"
+    return {
+        loaders.SCDATASET: lambda: loaders.of_scdataset(file, BATCH),
+        loaders.ANNBATCH: lambda: loaders.of_annbatch(file, folder / "annbatch.zarr", BATCH),
+    }
+
+
+def _beside_loaders(series: dict[str, Series], remark: str) -> list[Row]:
+    """Return rows of ours, finished batches on all cores, beside loaders that hand out counts."""
+    ours = next(each for _, _, each, _ in reversed(PAIRS) if each in series)
+    rows = []
+    for name in (loaders.SCDATASET, loaders.ANNBATCH):
+        title, reason = f"finished batches, beside counts from {name}", loaders.missing(name)
+        if reason:
+            rows.append(Row("feeding", title, not_measured=reason))
+        else:
+            rows.append(Row("feeding", title, "cells/s", series[ours], series[name], remark))
     return rows
 
 

@@ -40,7 +40,7 @@ def measure(suite: Suite) -> list[Row]:
     for name in suite.pick((IMPORT_BERT, *ours), ()):
         cpu_seconds(name)  # afterwards the files are compiled and in the page cache
     tasks = {name: Task(lambda name=name: cpu_seconds(name)) for name in (IMPORT_BERT, *ours)}
-    series = in_turn(tasks, suite.pick(max(5, suite.rounds), 1))
+    series = in_turn(tasks, suite.pick(suite.rounds, 1))
     remark = f"fresh process; reference: {IMPORT_BERT}"
     starts = [
         Row("startup", name, "CPU s", series[name], series[IMPORT_BERT], remark, smaller_is_better=True)

@@ -3,7 +3,7 @@
 Both take the same batch. There are two references: one with attention written out, as in the original's torch path,
 and one with torch's fused kernel. Trainer's loop is measured beside the bare step, too.
 
-    python -m benchmarks.train reference|padded|packed|... [--quick]
+    python -m benchmarks.train reference|packed|... [--quick]
 
 makes two steps and measures nothing; the suite runs it as a process to see how much memory a step takes.
 """
@@ -42,12 +42,11 @@ class Way(StrEnum):
 
     reference = "reference"
     fused = "reference_fused"
-    padded = "padded"
     packed = "packed"
     bfloat16 = "packed_bfloat16"
 
 
-OURS = (Way.padded, Way.packed, Way.bfloat16)
+OURS = (Way.packed, Way.bfloat16)
 
 
 def make_batch(lengths: np.ndarray, vocab_size: int) -> dict[str, torch.Tensor]:
@@ -131,7 +130,7 @@ def make_trainer(way: Way, model: TahoeX1ForPreTraining, batch: dict[str, torch.
         inputs = [batch[name] for name in ("input_ids", "expression_values", "target_mask", "labels")]
         return Trainer(theirs, lambda: theirs(*inputs))
     ours = copy.deepcopy(model)
-    arguments = batch if way == Way.padded else packed(batch)
+    arguments = packed(batch)
 
     def loss() -> torch.Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=way == Way.bfloat16):
@@ -187,7 +186,7 @@ def measure(suite: Suite) -> list[Row]:
 
 def loop(suite: Suite) -> list[Row]:
     """Measure steps of Trainer and bare steps on the same cells by turns, and the time to the first step."""
-    model, steps = make_model(suite), max(4, 2 * suite.rounds)
+    model, steps = make_model(suite), 4
     batch = make_batch(next(iter(kinds_of_cells(suite).values())), model.config.vocab_size)
     bare, cells = make_trainer(Way.packed, model, batch), packed(batch)
     cells["labels"] = cells["labels"].masked_fill(~cells["target_mask"], -100.0)
