@@ -80,7 +80,6 @@ TESTED_IN: dict[str, set[str]] = {
         "cells/readers/prepared",
         "embedding/making",
         "embedding/plan",
-        "embedding/shards",
         "inference/h5ad_columns",
     },
     "embedding/test_stored.py": {"cells/stored_slot"},

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from tahoex1_hf.common.free_memory import give_back_memory
 from tahoex1_hf.encoding_tahoe_x1 import GeneMatch
 
 if TYPE_CHECKING:
@@ -65,3 +66,4 @@ def _compile(tokenizer: "TahoeX1Tokenizer", dtype: type[np.generic]) -> None:
     assert found is not None
     encode_compiled(tokenizer, found[0])
     _ready.set()
+    give_back_memory()  # of which the compiler took much

@@ -26,6 +26,7 @@ from tahoex1_hf.cells.opening import open_all
 from tahoex1_hf.cells.readers.base import CellInput
 from tahoex1_hf.common.cluster import ClusterOptions, connected
 from tahoex1_hf.common.digests import json_digest, some_weights_digest, tokenizer_digest, weights_digest
+from tahoex1_hf.common.free_memory import give_back_memory
 from tahoex1_hf.common.locks import RunLock
 from tahoex1_hf.common.processes import Processes
 from tahoex1_hf.common.progress import progress_bar
@@ -324,6 +325,7 @@ class _Run:
             for start, stop in ranges:
                 for first, last, shard in self._shards(self.plan.stretch(start, stop), gene_means, bar.update):
                     self.shards.write(first, last, shard)
+                    give_back_memory()
                     if gene_means is not None:
                         written.append((first, last))
                         self.shards.write_sums(writer, written, gene_means.state())
@@ -384,6 +386,7 @@ class _Run:
                     f"{self.shards.location}: the shard {start}-{stop} is damaged: remove it, and run again."
                 )
             writer.write(shard, self.output.source_names[number])
+            give_back_memory()
             num_empty += shard.num_empty
             at = stop
         if at != self.plan.num_chunks:

@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from tahoex1_hf.cells import encoding
 from tahoex1_hf.cells.readers.base import INDEX, CellInput, cell_names
+from tahoex1_hf.common.free_memory import give_back_memory
 from tahoex1_hf.embedding.cell_genes import CellGenes
 from tahoex1_hf.embedding.obs_columns import as_arrow
 from tahoex1_hf.embedding.plan import Stretch
@@ -23,6 +24,8 @@ from tahoex1_hf.padding_tahoe_x1 import EncodedCells
 # A shard is complete when this many seconds have passed since the last one, or when it has this many values (8 MB).
 _SHARD_SECONDS = 30.0
 _SHARD_VALUES = 2**21
+# Number of chunks after which memory is given back that is free.
+_TRIMMED_CHUNKS = 16
 
 
 def most_chunks(width: int, most: int) -> int:
@@ -108,6 +111,8 @@ def make_shards(
         size += len(part)
         tables.append(as_arrow(chunk.obs[columns]))
         empty += len(chunk.empty_cells)
+        if done % _TRIMMED_CHUNKS == 0:
+            give_back_memory()
         full = embeddings[:size].size >= _SHARD_VALUES or time.monotonic() - since >= seconds
         if full or done == stop:
             made = {name: values[:size] for name, values in numbers.items()}

@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -25,6 +26,8 @@ from tahoex1_hf.common.patience import patiently
 
 _SHARD = re.compile(r"chunks-(\d{12})-(\d{12})\.parquet")
 _RUN = "run.json"
+# Number of values in a row group: 1 MB.
+_GROUP_VALUES = 2**18
 # Prefix of the columns of obs, which tells them from the shard's own columns.
 _OBS = "obs:"
 NUMBERS = ("deviation", "score", "score_sd")
@@ -168,7 +171,11 @@ class ShardFolder:
 
     def write(self, start: int, stop: int, shard: Shard) -> None:
         """Write the shard of chunks `start` to `stop`."""
-        self.write_packed(start, stop, packed(shard))
+        if not self.is_local:
+            self.write_packed(start, stop, packed(shard))
+            return
+        with WholeFile(self.place(_name_of(start, stop))) as partial:
+            _write_table(shard, partial)
 
     def write_packed(self, start: int, stop: int, content: bytes) -> None:
         """Write the shard of chunks `start` to `stop` that `packed` has put into bytes."""
@@ -176,9 +183,11 @@ class ShardFolder:
 
     def read(self, start: int, stop: int) -> Shard:
         """Read the shard of chunks `start` to `stop`."""
-        table = pq.read_table(pa.BufferReader(self._read(_name_of(start, stop))))
-        column = table.column("embedding").combine_chunks()
-        flat = column.flatten().to_numpy(zero_copy_only=False)
+        name = _name_of(start, stop)
+        table = pq.read_table(self.place(name) if self.is_local else pa.BufferReader(self._read(name)))
+        column = table.column("embedding")
+        whole = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+        flat = whole.flatten().to_numpy(zero_copy_only=False)
         names = table.column("cell").to_pylist() if "cell" in table.column_names else []
         numbers = {name: table.column(name).to_numpy() for name in NUMBERS if name in table.column_names}
         metadata = table.schema.metadata or {}
@@ -235,6 +244,12 @@ class ShardFolder:
 
 def packed(shard: Shard) -> bytes:
     """Return the content of a shard's file; the same shard gives the same bytes."""
+    buffer = io.BytesIO()
+    _write_table(shard, buffer)
+    return buffer.getvalue()
+
+
+def _write_table(shard: Shard, place: Path | io.BytesIO) -> None:
     width = shard.embeddings.shape[1]
     values = pa.array(np.ascontiguousarray(shard.embeddings, dtype=np.float32).ravel())
     columns = {"embedding": pa.FixedSizeListArray.from_arrays(values, width)}
@@ -244,9 +259,10 @@ def packed(shard: Shard) -> bytes:
     for name, values in zip(shard.obs.column_names, shard.obs.columns, strict=True) if shard.obs else ():
         columns[f"{_OBS}{name}"] = values
     table = pa.table(columns).replace_schema_metadata({"num_empty": str(shard.num_empty)})
-    buffer = io.BytesIO()
-    pq.write_table(table, buffer, compression="none", use_dictionary=False, write_statistics=False)
-    return buffer.getvalue()
+    # Arrow holds as many bytes again as a group has, for the places of its lists.
+    rows = max(1, _GROUP_VALUES // width)
+    options: dict[str, Any] = {"compression": "none", "use_dictionary": False, "write_statistics": False}
+    pq.write_table(table, place, row_group_size=rows, **options)
 
 
 def _name_of(start: int, stop: int) -> str:

@@ -9,6 +9,9 @@ from scipy.sparse import csr_matrix
 
 from tahoex1_hf.cells.readers.base import CHUNK_ELEMENTS, BadInput
 
+# Number of rows that are read at once, however few entries they have: names and other columns of obs come with them.
+_MOST_ROWS = 4096
+
 
 class AlignedArray:
     """An array on disk (h5py or zarr) whose ranges are read one after the other.
@@ -77,11 +80,11 @@ def read_rows(
 
 
 def chunk_bounds(indptr: np.ndarray, elements: int | None = None) -> Iterator[tuple[int, int]]:
-    """Yield ranges of rows with at most `elements` stored entries, but at least one row."""
+    """Yield ranges of rows with at most `elements` stored entries and `_MOST_ROWS` rows, but at least one row."""
     most = CHUNK_ELEMENTS if elements is None else elements
     start, last = 0, len(indptr) - 1
     while start < last:
         stop = int(np.searchsorted(indptr, indptr[start] + most, side="right")) - 1
-        stop = min(max(stop, start + 1), last)
+        stop = min(max(stop, start + 1), start + _MOST_ROWS, last)
         yield start, stop
         start = stop

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import zarr
 
+from tahoex1_hf.cells.readers import csr
 from tahoex1_hf.cells.readers.base import BadInput
 from tahoex1_hf.cells.readers.csr import AlignedArray, check_indptr
 
@@ -73,3 +74,15 @@ def test_an_index_of_another_type_is_refused(name: str, kind: Any) -> None:
         check_indptr({**group, name: group[name].astype(whole)}, 2)
     with pytest.raises(BadInput, match=f"{name} of its sparse counts are stored as .*, not as whole numbers"):
         check_indptr({**group, name: group[name].astype(kind)}, 2)
+
+
+@pytest.mark.parametrize(("elements", "rows", "expected"), [(10, 100, 3), (10, 2, 2), (1, 100, 1), (None, 4, 4)])
+def test_so_many_rows_are_read_at_once(
+    elements: int | None, rows: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Names come with the rows, so that there is a limit for rows with few entries, too."""
+    monkeypatch.setattr(csr, "_MOST_ROWS", rows)
+    ranges = list(csr.chunk_bounds(np.arange(0, 33, 3), elements))
+    assert [start for start, _ in ranges] == [0, *(stop for _, stop in ranges[:-1])]
+    assert ranges[-1][1] == 10
+    assert max(stop - start for start, stop in ranges) == expected
