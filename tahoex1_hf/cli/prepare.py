@@ -27,7 +27,7 @@ def prepare(
             help=".h5ad files, .zarr stores, 10x .h5 files or matrix folders; folders with such files; globs.",
         ),
     ] = None,
-    output: Annotated[str | None, typer.Option(help="Folder of the dataset.")] = None,
+    output: Annotated[str | None, typer.Option(help="Folder of the dataset, or s3://, gs:// and the like.")] = None,
     vocab: Annotated[str | None, typer.Option(help="The model's vocab.json.")] = None,
     config: Annotated[
         str | None,

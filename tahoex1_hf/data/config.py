@@ -180,7 +180,7 @@ class PrepareConfig(Strict):
     sources: list[SourceConfig] = Field(min_length=1)
     """Sources of the cells."""
     output: str
-    """Folder of the dataset, which is made if it does not exist."""
+    """Folder of the dataset, which is made if it does not exist; or its place in an object store, such as `s3://…`."""
     vocab: str
     """The model's `vocab.json`."""
     seed: int = Field(0, ge=0, lt=2**63)

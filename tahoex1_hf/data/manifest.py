@@ -4,7 +4,6 @@
 import platform
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -134,8 +133,8 @@ def _type_name(kind: pa.DataType) -> str:
     return f"dictionary<{kind.value_type}>" if pa.types.is_dictionary(kind) else str(kind)
 
 
-def write_card(path: Path, manifest: dict[str, Any]) -> None:
-    """Write the dataset's `README.md`, whose head tells `datasets` and the Hub where the splits are."""
+def dataset_card(manifest: dict[str, Any]) -> str:
+    """Return the dataset's `README.md`, whose head tells `datasets` and the Hub where the splits are."""
     splits = {split: part for split, part in manifest["splits"].items() if part["shards"]}
     extension = manifest["configuration"]["format"]
     data_files = "".join(f"  - split: {split}\n    path: data/{split}-*.{extension}\n" for split in splits)
@@ -148,8 +147,7 @@ def write_card(path: Path, manifest: dict[str, Any]) -> None:
     )
     columns = "".join(f"- `{name}`: {kind}\n" for name, kind in manifest["columns"].items())
     dropped = ", ".join(f"{rule} {count:,}" for rule, count in totals["dropped"].items() if count) or "none"
-    path.write_text(
-        f"""---
+    return f"""---
 configs:
 - config_name: default
   data_files:
@@ -179,6 +177,4 @@ cells = load_dataset("PATH_OF_THIS_FOLDER", split="{next(iter(splits))}")
 {sources}
 Cells dropped: {dropped}. Files skipped: {totals["files_skipped"]}. `manifest.json` has every file with its numbers,
 the settings, the versions and a checksum of every shard.
-""",
-        encoding="utf-8",
-    )
+"""

@@ -2,20 +2,19 @@
 """The output folder of `prepare`: whose dataset it holds, and how it is emptied.
 
 A kill at any moment leaves a folder that the next run understands: the manifest, which says that a dataset is
-complete, is written last and removed first.
+complete, is written last and removed first. In an object store it is the same.
 """
 
 import json
-import shutil
-from pathlib import Path
 from typing import Any
 
 from tahoex1_hf.common.digests import json_digest
-from tahoex1_hf.common.files import sync, write_json
+from tahoex1_hf.common.folders import Folder
 from tahoex1_hf.common.names import public_name
 from tahoex1_hf.common.reading import reading
 
 WORK_FOLDER = ".prepare"
+DATA = "data"
 MANIFEST = "manifest.json"
 LOCK = ".prepare.lock"
 _IDENTITY = "identity.json"
@@ -23,7 +22,7 @@ _PATHS = ("paths", "vocab", "file", "gene_symbols", "gene_metadata", "source_voc
 _REMOVING = ".prepare.removing"  # is there while the folder is emptied
 
 
-def claim(output: Path, identity: dict[str, Any], overwrite: bool) -> dict[str, Any] | None:
+def claim(output: Folder, identity: dict[str, Any], overwrite: bool) -> dict[str, Any] | None:
     """Look what the folder holds, and make it ready for the dataset.
 
     Args:
@@ -37,37 +36,38 @@ def claim(output: Path, identity: dict[str, Any], overwrite: bool) -> dict[str, 
     Raises:
         ValueError: For a folder with another dataset, or with something else.
     """
-    work = output / WORK_FOLDER
-    if (output / _REMOVING).is_file():  # a run was killed while it emptied the folder
+    work = output.child(WORK_FOLDER)
+    if output.size(_REMOVING) is not None:  # a run was killed while it emptied the folder
         _empty(output)
-    manifest, begun = _read(output / MANIFEST), _read(work / _IDENTITY)
+    manifest, begun = _read(output, MANIFEST), _read(work, _IDENTITY)
     found = begun if manifest is None else manifest
     if found is not None and overwrite:
         _empty(output)
     elif found is not None:
         _check_same(output, found, identity)
         if manifest is not None and _has_all_shards(output, manifest):
-            shutil.rmtree(work, ignore_errors=True)  # the run was killed when all was done but this
+            work.remove()  # the run was killed when all was done but this
             return manifest
-        (output / MANIFEST).unlink(missing_ok=True)
+        output.delete(MANIFEST)
     else:
         _check_empty(output)
-    work.mkdir(exist_ok=True)
-    write_json(work / _IDENTITY, identity)
+    work.make()
+    work.write_file(_IDENTITY, json.dumps(identity, indent=1).encode())
     return None
 
 
-def _read(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
+def _read(folder: Folder, name: str) -> dict[str, Any] | None:
+    if folder.size(name) is None:
         return None
+    path, content = f"{folder.location}/{name}", folder.read_file(name)
     with reading(path):
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(content)
     if not isinstance(found, dict):
         raise ValueError(f"{path} does not describe a dataset: remove it, or name another folder.")
     return found
 
 
-def _check_same(output: Path, found: dict[str, Any], identity: dict[str, Any]) -> None:
+def _check_same(output: Folder, found: dict[str, Any], identity: dict[str, Any]) -> None:
     if "identity_sha256" in found:
         same = found["identity_sha256"] == json_digest(identity)
     else:  # a run that is not finished, or a dataset of an earlier version
@@ -81,7 +81,7 @@ def _check_same(output: Path, found: dict[str, Any], identity: dict[str, Any]) -
     if not different:
         different = ["vocab" if found.get("vocab_sha256") != identity.get("vocab_sha256") else "paths"]
     raise ValueError(
-        f"output={str(output)!r} holds a dataset made with other settings ({', '.join(different)}): "
+        f"output={output.location!r} holds a dataset made with other settings ({', '.join(different)}): "
         "name another folder, or pass --overwrite."
     )
 
@@ -102,32 +102,32 @@ def _name(value: Any) -> Any:
     return public_name(value) if isinstance(value, str) else value
 
 
-def _has_all_shards(output: Path, manifest: dict[str, Any]) -> bool:
+def _has_all_shards(output: Folder, manifest: dict[str, Any]) -> bool:
     """Return whether all shards are there, with the size that the manifest names."""
-    with reading(output / MANIFEST):
+    with reading(f"{output.location}/{MANIFEST}"):
         shards = [shard for part in manifest["splits"].values() for shard in part["shards"]]
-        paths = [(output / shard["file"], shard["bytes"]) for shard in shards]
-    return all(path.is_file() and path.stat().st_size == size for path, size in paths)
+        expected = {str(shard["file"]): shard["bytes"] for shard in shards}
+    sizes = {f"{DATA}/{name}": size for name, size in output.child(DATA).sizes().items()}
+    return all(sizes.get(name) == size for name, size in expected.items())
 
 
-def _check_empty(output: Path) -> None:
+def _check_empty(output: Folder) -> None:
     """Remove what a run left that was killed before it noted what it is; raise ValueError for anything else."""
-    strangers = [entry.name for entry in output.iterdir() if entry.name not in (LOCK, WORK_FOLDER)]
-    if strangers == ["data"] and (output / WORK_FOLDER).is_dir() and not any((output / "data").iterdir()):
+    strangers = [name for name in output.names() if name not in (LOCK, WORK_FOLDER)]
+    if strangers == [DATA] and WORK_FOLDER in output.names() and not output.child(DATA).names():
         strangers = []
     if strangers:
-        raise ValueError(f"output={str(output)!r} is not empty ({strangers[:3]}): name a new folder.")
-    shutil.rmtree(output / WORK_FOLDER, ignore_errors=True)
+        raise ValueError(f"output={output.location!r} is not empty ({strangers[:3]}): name a new folder.")
+    output.child(WORK_FOLDER).remove()
 
 
-def _empty(output: Path) -> None:
+def _empty(output: Folder) -> None:
     """Remove a dataset, manifest first, so that its remains are never taken for a whole one."""
-    (output / _REMOVING).touch()
-    sync(output)
+    output.write_file(_REMOVING, b"")
+    output.sync()
     for name in (MANIFEST, "README.md", "vocab.json"):
-        (output / name).unlink(missing_ok=True)
-    sync(output)
-    for name in ("data", WORK_FOLDER):
-        if (output / name).is_dir():
-            shutil.rmtree(output / name)
-    (output / _REMOVING).unlink()
+        output.delete(name)
+    output.sync()
+    for name in (DATA, WORK_FOLDER):
+        output.child(name).remove()
+    output.delete(_REMOVING)

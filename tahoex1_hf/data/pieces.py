@@ -3,14 +3,12 @@
 
 The key of a cell is a hash of the seed, the number of its file and its number there. The second pass (`shards.py`)
 cuts the range of keys into shards, so the order of the dataset is a random permutation of all cells that depends on
-nothing but the seed and the inputs; a piece is an Arrow file in which every shard finds its cells side by side.
+nothing but the seed and the inputs; in a piece every shard finds its cells side by side (`piece_folder.py`).
 """
 
 import hashlib
-import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -21,7 +19,6 @@ from tahoex1_hf.cells.ragged import gather_rows, row_sums
 from tahoex1_hf.cells.readers.base import BadInput, token_dtype
 from tahoex1_hf.cells.readers.unreadable import guarded
 from tahoex1_hf.cells.rows import join_cells
-from tahoex1_hf.common.files import WholeFile
 from tahoex1_hf.common.texts import as_text
 from tahoex1_hf.data.columns import add_joined, filter_mask, output_columns, source_columns, to_arrow
 from tahoex1_hf.data.config import CommonSourceConfig, ValidationSplit
@@ -31,7 +28,6 @@ from tahoex1_hf.encoding_tahoe_x1 import GeneRows, count_problem, mix64
 SPLITS = ("train", "validation")
 # Rules by which cells are dropped, in the order in which they are tried: a cell counts under the first that it meets.
 DROP_RULES = ("filter", "duplicate_barcode", "no_known_gene", "min_genes", "min_counts")
-_STATISTICS = b"tahoex1"
 
 
 @dataclass
@@ -69,6 +65,11 @@ class PieceRange(NamedTuple):
     start: int
     stop: int
 
+    @property
+    def name(self) -> str:
+        """Name of the piece."""
+        return f"{self.file_number:06d}-{self.start:012d}"
+
 
 def cell_keys(seed: int, file_number: int, numbers: np.ndarray) -> np.ndarray:
     """Return uint64 random keys for cells of one file, given by their numbers."""
@@ -93,25 +94,26 @@ def _fraction(seed: int, value: str) -> float:
     return int.from_bytes(digest[:8], "big") / 2**64
 
 
-def write_piece(
-    target: Path,
+def make_batches(
     piece: PieceRange,
     source: SourceReader,
     config: CommonSourceConfig,
     split: ValidationSplit,
     seed: int,
     duplicates: np.ndarray,
-) -> None:
-    """Read, filter and sort the cells of a piece, and write it; the file appears whole or not at all.
+) -> tuple[list[pa.RecordBatch], PieceStatistics]:
+    """Read, filter and sort the cells of a piece.
 
     Args:
-        target: Arrow file of the piece: a batch per split, with `key`, `genes`, `counts` and the metadata.
         piece: Range of cells to read.
         source: Source that reads the cells.
         config: Configuration of the source.
         split: Settings of the validation split.
         seed: Seed of the dataset.
         duplicates: Sorted numbers of the cells of the file that repeat another's name.
+
+    Returns:
+        A batch for each of `SPLITS`, with `key`, `genes`, `counts` and the metadata; and the statistics.
 
     Raises:
         BadInput: If the cells cannot be used.
@@ -141,10 +143,7 @@ def write_piece(
         statistics.cells[name] = len(order)
         statistics.genes[name] = int(np.diff(rows.offsets)[order].sum())
         batches.append(batch)
-    schema = batches[0].schema.with_metadata({_STATISTICS: json.dumps(asdict(statistics)).encode()})
-    with WholeFile(target) as partial, pa.ipc.new_file(str(partial), schema) as writer:
-        for batch in batches:
-            writer.write_batch(batch)
+    return batches, statistics
 
 
 def _kept(
@@ -204,18 +203,6 @@ def _batch(
     }
     taken = {name: column.take(pa.array(order)) for name, column in columns.items()}
     return pa.RecordBatch.from_pydict({**arrays, **taken})
-
-
-def read_statistics(path: Path) -> tuple[PieceStatistics, pa.Schema]:
-    """Read the statistics and the schema of a piece, without its cells."""
-    with pa.memory_map(str(path)) as file, pa.ipc.open_file(file) as reader:
-        schema = reader.schema
-        return PieceStatistics(**json.loads(schema.metadata[_STATISTICS])), schema.remove_metadata()
-
-
-def read_split(path: Path, split: str) -> pa.RecordBatch:
-    """Return the cells of one split of a piece, memory-mapped."""
-    return pa.ipc.open_file(pa.memory_map(str(path))).get_batch(SPLITS.index(split))
 
 
 def piece_ranges(file_number: int, path: str, num_cells: int, piece_cells: int) -> Iterator[PieceRange]:

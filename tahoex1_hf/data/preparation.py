@@ -2,13 +2,14 @@
 """Prepare a training dataset: inspect files, read them in pieces (`pieces.py`), and gather these (`shards.py`).
 
 Intermediate files lie in `OUTPUT/.prepare` and appear there whole or not at all, so that a run that was stopped in any
-way resumes where it was; the folder is removed at the end. The output depends on the configuration, the vocabulary and
-the files, but not on the number of processes, nor on a cluster's losses.
+way resumes where it was; the folder is removed at the end. The output, a folder or a prefix in an object store,
+depends on the configuration, the vocabulary and the files, but not on the number of processes, nor on a cluster's
+losses.
 """
 
 import json
 import logging
-import shutil
+import tempfile
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import lru_cache
@@ -23,22 +24,15 @@ from tahoex1_hf.cells.fingerprint import agrees
 from tahoex1_hf.cells.readers.base import BadInput
 from tahoex1_hf.cells.readers.unreadable import as_bad_input
 from tahoex1_hf.common.cluster import ClusterOptions, connected
-from tahoex1_hf.common.files import WholeFile
+from tahoex1_hf.common.folders import Folder
 from tahoex1_hf.common.locks import RunLock
 from tahoex1_hf.data.columns import MAX_CATEGORIES, check_joins, common_type
 from tahoex1_hf.data.config import PrepareConfig
-from tahoex1_hf.data.manifest import FileOutcome, build_manifest, write_card
+from tahoex1_hf.data.manifest import FileOutcome, build_manifest, dataset_card
 from tahoex1_hf.data.on_cluster import ClusterWorkers
-from tahoex1_hf.data.output_folder import LOCK, MANIFEST, WORK_FOLDER, claim
-from tahoex1_hf.data.pieces import (
-    DROP_RULES,
-    SPLITS,
-    PieceRange,
-    piece_ranges,
-    read_split,
-    read_statistics,
-    write_piece,
-)
+from tahoex1_hf.data.output_folder import DATA, LOCK, MANIFEST, WORK_FOLDER, claim
+from tahoex1_hf.data.piece_folder import PieceFolder, piece_folder
+from tahoex1_hf.data.pieces import DROP_RULES, SPLITS, PieceRange, make_batches, piece_ranges
 from tahoex1_hf.data.shards import DatasetSchema, ShardRecord, file_sha256, load_record, save_record, write_shard
 from tahoex1_hf.data.sources.base import FileReport, SourceReader
 from tahoex1_hf.data.workers import LocalWorkers, Workers, use_one_thread
@@ -46,18 +40,30 @@ from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
 
 logger = logging.getLogger(__name__)
 
+_PLAN, _PIECES = "plan.json", "pieces.json"  # files of the work folder
+
 
 @dataclass(frozen=True)
 class Job:
     """The settings that every worker process needs."""
 
     config_json: str
-    work: str
+    spool: str | None  # folder for counts sorted by cell; None if each process has its own
 
     @property
     def config(self) -> PrepareConfig:
         """The configuration."""
         return _parsed(self.config_json)
+
+    @property
+    def output(self) -> Folder:
+        """The folder of the dataset."""
+        return Folder(self.config.output)
+
+    @property
+    def work(self) -> Folder:
+        """The folder of intermediate files."""
+        return self.output.child(WORK_FOLDER)
 
 
 @lru_cache(maxsize=4)
@@ -89,6 +95,7 @@ class _PieceTask(NamedTuple):
     file: InputFile
     piece: PieceRange
     duplicates: np.ndarray
+    by_gene: bool
 
 
 class _ShardTask(NamedTuple):
@@ -104,7 +111,20 @@ def _open_sources(job: Job) -> list[SourceReader]:
     """Open the sources, once per process."""
     config = job.config
     tokenizer = TahoeX1Tokenizer(config.vocab)
-    return [_open_source(source, tokenizer, Path(job.work) / "by_cell") for source in config.sources]
+    spool = Path(job.spool or _own_spool().name)
+    return [_open_source(source, tokenizer, spool) for source in config.sources]
+
+
+@lru_cache(maxsize=1)
+def _own_spool() -> "tempfile.TemporaryDirectory[str]":
+    """Make a folder that is removed with this process."""
+    return tempfile.TemporaryDirectory(prefix="tahoex1-by-cell-")
+
+
+@lru_cache(maxsize=1)
+def _pieces_at(job: Job) -> PieceFolder:
+    """Return the folder of the pieces, which keeps in memory what it has read of them, once per process."""
+    return piece_folder(job.work.child("pieces"))
 
 
 def _open_source(config: Any, tokenizer: TahoeX1Tokenizer, spool: Path) -> SourceReader:
@@ -137,7 +157,7 @@ def prepare(
         overwrite: Whether to begin anew where `config.output` holds another dataset, or the remains of another run.
         full_paths: Whether the manifest names the files by their whole paths, and not by their base names.
         cluster: Ray cluster whose workers do the work, in place of processes of this machine; it changes only the
-            time. All its machines must see the inputs and the output folder.
+            time. All its machines must see the inputs and the output.
 
     Returns:
         The manifest, which is also `OUTPUT/manifest.json`.
@@ -154,18 +174,25 @@ def prepare(
         raise ValueError(
             f"num_proc={num_proc} (--num-proc) is for this machine: leave it out beside a cluster (--ray)."
         )
-    output = Path(config.output)
-    output.mkdir(parents=True, exist_ok=True)
-    with RunLock(output / LOCK, f"output={config.output!r}", "output"), ExitStack() as stack:
+    output = Folder(config.output)
+    output.make()
+    lock = RunLock(output.place(LOCK) if output.is_local else None, f"output={config.output!r}", "output")
+    with lock, ExitStack() as stack:
         workers: Workers = LocalWorkers(num_proc)
+        spool: str | None = f"{output.child(WORK_FOLDER).location}/by_cell"
+        if not output.is_local:  # processes of this machine share a folder; each of a cluster's has its own
+            spool = None
+            if cluster is None:
+                spool = stack.enter_context(tempfile.TemporaryDirectory(prefix="tahoex1-by-cell-"))
         if cluster is not None:
             workers = ClusterWorkers(stack.enter_context(connected(cluster)), config.output, _begin_worker)
-        return _prepare_locked(config, output, workers, overwrite, full_paths)
+        stack.callback(_forget)
+        return _prepare_locked(Job(config.model_dump_json(), spool), workers, overwrite, full_paths)
 
 
 def _forget() -> None:
     """Forget what an earlier run in this process has opened, since when files may have changed."""
-    for cached in (_open_sources, _pieces_of):
+    for cached in (_open_sources, _own_spool, _pieces_at, _pieces_of):
         cached.cache_clear()
 
 
@@ -174,38 +201,34 @@ def _begin_worker() -> None:
     _forget()
 
 
-def _prepare_locked(
-    config: PrepareConfig, output: Path, workers: Workers, overwrite: bool, full_paths: bool
-) -> dict[str, Any]:
-    work = output / WORK_FOLDER
+def _prepare_locked(job: Job, workers: Workers, overwrite: bool, full_paths: bool) -> dict[str, Any]:
     _forget()
-    identity = _identity(config)
+    config, output, identity = job.config, job.output, _identity(job.config)
     finished = claim(output, identity, overwrite)
     if finished is not None:
-        logger.info("%s is complete: nothing to do (--overwrite makes it anew).", output)
+        logger.info("%s is complete: nothing to do (--overwrite makes it anew).", output.location)
         return finished
-    for folder in (work / "pieces", work / "shards", output / "data"):
-        folder.mkdir(parents=True, exist_ok=True)
-    job = Job(config.model_dump_json(), str(work))
+    for folder in (job.work.child("pieces"), job.work.child("shards"), output.child(DATA)):
+        folder.make()
     for source in config.sources:
         check_joins(source.join)
     files = _list_files(job)
     inspected = _inspect(job, files, workers)
     outcomes = _read_pieces(job, files, inspected, workers)
-    pieces = [path for outcome in outcomes for path in outcome.pieces]
+    pieces = [name for outcome in outcomes for name in outcome.pieces]
     if not any(outcome.cells_kept for outcome in outcomes):
         named = [path for source in config.sources for path in getattr(source, "paths", ())]
         raise ValueError(
             f"no cell of {', '.join(named) or 'the sources'} is left: {_why_none(outcomes)}. Look at the filters and "
             "the files."
         )
-    schema = _common_schema(config, pieces)
-    shards = _gather(job, output, pieces, outcomes, schema, workers)
+    schema = _common_schema(config, _pieces_at(job), pieces)
+    shards = _gather(job, pieces, outcomes, schema, workers)
     manifest = build_manifest(identity, outcomes, schema, shards, full_paths)
-    (output / "vocab.json").write_bytes(Path(config.vocab).read_bytes())
-    write_card(output / "README.md", manifest)
-    _write_json(output / MANIFEST, manifest)
-    shutil.rmtree(work)
+    output.write_file("vocab.json", Path(config.vocab).read_bytes())
+    output.write_file("README.md", dataset_card(manifest).encode())
+    _write_json(output, MANIFEST, manifest)
+    job.work.remove()
     return manifest
 
 
@@ -256,16 +279,15 @@ def _inspect(job: Job, files: list[InputFile], workers: Workers) -> list[_Inspec
     _stop_or_skip(job.config, bad)
     reports = [None if seen.report is None else seen.report.to_dict() for seen in inspected]
     plan = [{"path": file.path, "report": report} for file, report in zip(files, reports, strict=True)]
-    plan_path = Path(job.work) / "plan.json"
-    if plan_path.is_file():
-        before = json.loads(plan_path.read_text())
+    if job.work.size(_PLAN) is not None:
+        before = json.loads(job.work.read_file(_PLAN))
         changed = [new["path"] for new, old in zip(plan, before, strict=False) if not _same_plan(old, new)]
         if changed or len(before) != len(plan):
             raise ValueError(
                 f"the input has changed since this dataset was begun ({(changed or ['another number of files'])[0]}): "
                 "restore it, or begin anew with --overwrite."
             )
-    _write_json(plan_path, plan)
+    _write_json(job.work, _PLAN, plan)
     return inspected
 
 
@@ -315,39 +337,40 @@ def spool_file(task: _InspectTask) -> str:
 def make_piece(task: _PieceTask) -> str:
     """Write a piece; return why it cannot be read, or an empty text."""
     source = _open_sources(task.job)[task.file.source]
-    target = _piece_path(task.job, task.piece)
     config = task.job.config
     try:
-        write_piece(target, task.piece, source, source.config, config.validation, config.seed, task.duplicates)
+        if task.by_gene and task.job.spool is None:
+            with as_bad_input():
+                source.spool(task.file.path, config.piece_cells)  # once in each process
+        batches, statistics = make_batches(
+            task.piece, source, source.config, config.validation, config.seed, task.duplicates
+        )
     except BadInput as error:
         return str(error)
+    _pieces_at(task.job).write(task.piece.name, batches, statistics)
     return ""
-
-
-def _piece_path(job: Job, piece: PieceRange) -> Path:
-    return Path(job.work) / "pieces" / f"{piece.file_number:06d}-{piece.start:012d}.arrow"
 
 
 def _read_pieces(job: Job, files: list[InputFile], inspected: list[_Inspected], workers: Workers) -> list[FileOutcome]:
     config = job.config
     bad = {file.number: seen.reason for file, seen in zip(files, inspected, strict=True) if seen.report is None}
     by_gene = [file for file, seen in zip(files, inspected, strict=True) if seen.report and seen.report.by_gene]
-    spool_tasks = [_InspectTask(job, file) for file in by_gene]
+    spool_tasks = [_InspectTask(job, file) for file in by_gene if job.spool is not None]
     for task, reason in workers.run(spool_file, spool_tasks, "sorting by cell") if spool_tasks else ():
         _note_bad(config, bad, task.file, reason)
-    tasks, finished = [], 0
+    tasks, finished, there = [], 0, _pieces_at(job).finished()
     for file, seen in zip(files, inspected, strict=True):
         if seen.report is None or file.number in bad:
             continue
         for piece in piece_ranges(file.number, file.path, seen.report.num_cells, config.piece_cells):
-            if _piece_path(job, piece).is_file():
+            if piece.name in there:
                 finished += 1
             else:
-                tasks.append(_PieceTask(job, file, piece, seen.duplicates))
+                tasks.append(_PieceTask(job, file, piece, seen.duplicates, seen.report.by_gene))
     for piece_task, reason in workers.run(make_piece, tasks, "reading cells", finished):
         _note_bad(config, bad, piece_task.file, reason)
     _check_unchanged(job, files, inspected, bad)
-    return [_outcome(job, file, seen, bad.get(file.number)) for file, seen in zip(files, inspected, strict=True)]
+    return _outcomes(job, files, inspected, bad)
 
 
 def _note_bad(config: PrepareConfig, bad: dict[int, str], file: InputFile, reason: str) -> None:
@@ -356,13 +379,21 @@ def _note_bad(config: PrepareConfig, bad: dict[int, str], file: InputFile, reaso
         _stop_or_skip(config, [(file.path, reason)])
 
 
-def _outcome(job: Job, file: InputFile, seen: _Inspected, reason: str | None) -> FileOutcome:
-    outcome = FileOutcome(file.source, file.path, seen.report, reason)
-    if reason is None and seen.report is not None:
-        for piece in piece_ranges(file.number, file.path, seen.report.num_cells, job.config.piece_cells):
-            path = _piece_path(job, piece)
-            outcome.add(str(path), read_statistics(path)[0])
-    return outcome
+def _outcomes(job: Job, files: list[InputFile], inspected: list[_Inspected], bad: dict[int, str]) -> list[FileOutcome]:
+    outcomes = [
+        FileOutcome(file.source, file.path, seen.report, bad.get(file.number))
+        for file, seen in zip(files, inspected, strict=True)
+    ]
+    pieces = [
+        (outcome, piece.name)
+        for file, outcome in zip(files, outcomes, strict=True)
+        if outcome.reason is None and outcome.report is not None
+        for piece in piece_ranges(file.number, file.path, outcome.report.num_cells, job.config.piece_cells)
+    ]
+    summaries = _pieces_at(job).summaries([name for _, name in pieces])
+    for (outcome, name), summary in zip(pieces, summaries, strict=True):
+        outcome.add(name, summary.statistics)
+    return outcomes
 
 
 def _why_none(outcomes: list[FileOutcome]) -> str:
@@ -374,21 +405,22 @@ def _why_none(outcomes: list[FileOutcome]) -> str:
 # Third: shards ------------------------------------------------------------------------------------
 
 
-def _common_schema(config: PrepareConfig, pieces: list[str]) -> DatasetSchema:
+def _common_schema(config: PrepareConfig, folder: PieceFolder, pieces: list[str]) -> DatasetSchema:
     names = list(dict.fromkeys(name for source in config.sources for name in (*source.metadata, *source.constants)))
     kinds: dict[str, list[pa.DataType]] = {name: [] for name in names}
     values: dict[str, set[str] | None] = {name: set() for name in names}
     narrow, genes = True, "uint16"
-    for path in pieces:
-        statistics, schema = read_statistics(Path(path))
+    for piece, (statistics, schema) in zip(pieces, folder.summaries(pieces), strict=True):
         if not statistics.cells_in - sum(statistics.dropped.values()):
             continue  # a piece without cells has columns without a type
         narrow &= pa.types.is_uint16(schema.field("counts").type.value_type)
         genes = str(schema.field("genes").type.value_type)
         for name in set(names) & set(schema.names):
             kinds[name].append(schema.field(name).type)
-            if values[name] is not None:
-                values[name] = _with_values(values[name] or set(), Path(path), name)
+            known = values[name]
+            if known is not None:
+                folder.add_values(known, piece, name)
+                values[name] = known if len(known) <= MAX_CATEGORIES else None  # too many for a dictionary
     columns = {name: common_type(kinds[name]) for name in names}
     categories = {
         name: sorted(found)
@@ -398,47 +430,31 @@ def _common_schema(config: PrepareConfig, pieces: list[str]) -> DatasetSchema:
     return DatasetSchema(genes, "uint16" if narrow else "float32", columns, categories)
 
 
-def _with_values(known: set[str], path: Path, name: str) -> set[str] | None:
-    """Add a piece's values of a column to the known ones; return None once they are too many for a dictionary."""
-    for split in SPLITS:
-        column = read_split(path, split).column(name)
-        texts = column.dictionary if pa.types.is_dictionary(column.type) else column.cast(pa.string()).unique()
-        known.update(text for text in texts.to_pylist() if text is not None)
-    return known if len(known) <= MAX_CATEGORIES else None
-
-
 @lru_cache(maxsize=1)
-def _pieces_of(job: Job) -> list[Path]:
-    """Read the paths of all pieces, once per process, since there may be tens of thousands."""
-    return [Path(path) for path in json.loads((Path(job.work) / "pieces.json").read_text())]
+def _pieces_of(job: Job) -> list[str]:
+    """Read the names of all pieces, once per process, since there may be tens of thousands."""
+    names: list[str] = json.loads(job.work.read_file(_PIECES))
+    return names
 
 
 def make_shard(task: _ShardTask) -> ShardRecord:
     """Write a shard, unless it is there already, and return its record."""
-    config = task.job.config
-    output = Path(config.output)
-    name = f"{task.split}-{task.number:05d}-of-{task.num_shards:05d}.{config.format}"
-    record_path = Path(task.job.work) / "shards" / f"{name}.json"
-    record = load_record(record_path, output)
+    job, output = task.job, task.job.output
+    name = f"{task.split}-{task.number:05d}-of-{task.num_shards:05d}.{job.config.format}"
+    records = job.work.child("shards")
+    record = load_record(records, f"{name}.json", output)
     if record is None:
-        record = write_shard(
-            output / "data" / name,
-            _pieces_of(task.job),
-            task.split,
-            task.number,
-            task.num_shards,
-            task.schema,
-            config.format,
-        )
-        save_record(record_path, record)
+        batches = _pieces_at(job).key_range(_pieces_of(job), task.split, task.number, task.num_shards)
+        record = write_shard(output.child(DATA), name, batches, task.schema, job.config.format)
+        save_record(records, f"{name}.json", record)
     return record
 
 
 def _gather(
-    job: Job, output: Path, pieces: list[str], outcomes: list[FileOutcome], schema: DatasetSchema, workers: Workers
+    job: Job, pieces: list[str], outcomes: list[FileOutcome], schema: DatasetSchema, workers: Workers
 ) -> dict[str, list[ShardRecord]]:
     bytes_per_gene = np.dtype(schema.genes).itemsize + np.dtype(schema.counts).itemsize
-    _write_json(Path(job.work) / "pieces.json", pieces)
+    _write_json(job.work, _PIECES, pieces)
     tasks = []
     for split in SPLITS:
         genes = sum(outcome.statistics.genes[split] for outcome in outcomes)
@@ -451,12 +467,12 @@ def _gather(
     for task, record in workers.run(make_shard, tasks, "writing shards"):
         records[task.split][task.number] = record
     kept = {Path(record.file).name for shards in records.values() for record in shards.values()}
-    for path in (output / "data").iterdir():  # left by a run that was stopped
-        if path.name not in kept:
-            path.unlink()
+    data = job.output.child(DATA)
+    for name in data.names():  # left by a run that was stopped
+        if name not in kept:
+            data.delete(name)
     return {split: [shards[n] for n in sorted(shards)] for split, shards in records.items()}
 
 
-def _write_json(path: Path, value: Any) -> None:
-    with WholeFile(path) as partial:
-        partial.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+def _write_json(folder: Folder, name: str, value: Any) -> None:
+    folder.write_file(name, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())

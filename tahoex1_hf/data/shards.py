@@ -11,9 +11,8 @@ import numpy as np
 import pyarrow as pa
 
 from tahoex1_hf.cells.ragged import gather_rows
-from tahoex1_hf.common.files import WholeFile
+from tahoex1_hf.common.folders import Folder
 from tahoex1_hf.data.columns import unified
-from tahoex1_hf.data.pieces import read_split
 
 # Number of rows of a record batch (Arrow) or row group (Parquet): about 50 MB, which a reader without a memory map
 # holds.
@@ -63,36 +62,33 @@ class ShardRecord:
 
 
 def write_shard(
-    target: Path, pieces: Sequence[Path], split: str, number: int, num_shards: int, schema: DatasetSchema, format: str
+    folder: Folder, name: str, batches: Sequence[pa.RecordBatch], schema: DatasetSchema, format: str
 ) -> ShardRecord:
-    """Gather a shard from the pieces and write it; the file appears whole or not at all.
+    """Gather a shard from its cells in the pieces and write it; the file appears whole or not at all.
 
     Args:
-        target: File of the shard.
-        pieces: Paths of all pieces, in order.
-        split: `"train"` or `"validation"`.
-        number: Number of the shard in its split, from 0.
-        num_shards: Number of shards of the split.
+        folder: Folder of the shards.
+        name: Name of the file.
+        batches: Cells of the shard in each piece, in order of the pieces and of the keys.
         schema: Types of the columns.
         format: `"arrow"` or `"parquet"`.
     """
-    batches = [_key_range(read_split(path, split), number, num_shards) for path in pieces]
-    batches = [batch for batch in batches if batch.num_rows]
     order = np.argsort(_joined_keys(batches), kind="stable")
-    names = ["genes", "counts", *schema.columns]
     arrays: list[pa.Array] = []
-    for name in names:
-        parts = [batch.column(name) if name in batch.schema.names else pa.nulls(batch.num_rows) for batch in batches]
-        if name in ("genes", "counts"):
-            arrays.append(_gathered(parts, order, np.dtype(schema.genes if name == "genes" else schema.counts)))
+    for column in ("genes", "counts", *schema.columns):
+        parts = [
+            batch.column(column) if column in batch.schema.names else pa.nulls(batch.num_rows) for batch in batches
+        ]
+        if column in ("genes", "counts"):
+            arrays.append(_gathered(parts, order, np.dtype(schema.genes if column == "genes" else schema.counts)))
         else:
-            column = unified(parts, schema.columns[name], schema.categories.get(name))
-            arrays.append(column.take(pa.array(order)))
+            joined = unified(parts, schema.columns[column], schema.categories.get(column))
+            arrays.append(joined.take(pa.array(order)))
     table = pa.table(arrays, schema=schema.arrow())
-    with WholeFile(target) as partial:
+    with folder.writing(name) as partial:
         _write_table(table, partial, schema, format)
         return ShardRecord(
-            file=f"data/{target.name}",
+            file=f"data/{name}",
             cells=table.num_rows,
             genes=len(table.column("genes").combine_chunks().flatten()),
             bytes=partial.stat().st_size,
@@ -126,17 +122,7 @@ def _gathered(parts: list[pa.ListArray], order: np.ndarray, dtype: np.dtype) -> 
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(target))
 
 
-def _key_range(batch: pa.RecordBatch, number: int, num_shards: int) -> pa.RecordBatch:
-    keys = batch.column("key").to_numpy()
-    # The first key of shard s is s * 2^64 / num_shards, rounded up.
-    first = np.searchsorted(keys, np.uint64(-(-number * 2**64 // num_shards)))
-    if number + 1 == num_shards:
-        return batch.slice(first)
-    last = np.searchsorted(keys, np.uint64(-(-(number + 1) * 2**64 // num_shards)))
-    return batch.slice(first, last - first)
-
-
-def _joined_keys(batches: list[pa.RecordBatch]) -> np.ndarray:
+def _joined_keys(batches: Sequence[pa.RecordBatch]) -> np.ndarray:
     return np.concatenate([batch.column("key").to_numpy() for batch in batches])
 
 
@@ -146,16 +132,14 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def save_record(path: Path, record: ShardRecord) -> None:
+def save_record(folder: Folder, name: str, record: ShardRecord) -> None:
     """Note that a shard is finished."""
-    with WholeFile(path) as partial:
-        partial.write_text(json.dumps(asdict(record)))
+    folder.write_file(name, json.dumps(asdict(record)).encode())
 
 
-def load_record(path: Path, folder: Path) -> ShardRecord | None:
+def load_record(folder: Folder, name: str, output: Folder) -> ShardRecord | None:
     """Return what `save_record` noted, if the shard is still there with that size."""
-    if not path.is_file():
+    if folder.size(name) is None:
         return None
-    record = ShardRecord(**json.loads(path.read_text()))
-    shard = folder / record.file
-    return record if shard.is_file() and shard.stat().st_size == record.bytes else None
+    record = ShardRecord(**json.loads(folder.read_file(name)))
+    return record if output.size(record.file) == record.bytes else None

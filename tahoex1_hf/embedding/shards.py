@@ -8,10 +8,8 @@ another.
 
 import io
 import json
-import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -21,8 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tahoex1_hf.cells.fingerprint import agrees
-from tahoex1_hf.common.files import WholeFile
-from tahoex1_hf.common.patience import patiently
+from tahoex1_hf.common.folders import Folder
 
 _SHARD = re.compile(r"chunks-(\d{12})-(\d{12})\.parquet")
 _RUN = "run.json"
@@ -63,62 +60,8 @@ def _same(key: str, before: Any, now: Any) -> bool:
     return all(one[0] == two[0] and agrees(one[1], two[1]) and one[2:] == two[2:] for one, two in pairs)
 
 
-@dataclass(frozen=True)
-class ShardFolder:
-    """The folder with the shards of a run.
-
-    Attributes:
-        location: Local folder, or a URL that fsspec can open.
-    """
-
-    location: str
-
-    @property
-    def is_local(self) -> bool:
-        """Whether the folder is on this machine or on a shared file system, not in an object store."""
-        return "://" not in self.location
-
-    def _filesystem(self) -> tuple[Any, str]:
-        from fsspec.core import url_to_fs
-
-        return url_to_fs(self.location)
-
-    def place(self, name: str) -> str:
-        """Return the path or URL of a file in the folder; a local folder is made if it does not exist."""
-        if self.is_local:
-            os.makedirs(self.location, exist_ok=True)
-        return f"{self.location}/{name}"
-
-    def open(self, name: str) -> Any:
-        """Open a file in the folder for reading."""
-        filesystem, root = self._filesystem()
-        return filesystem.open(f"{root}/{name}", "rb")
-
-    def names(self) -> list[str]:
-        """Return the names of all files in the folder, sorted."""
-        return patiently(self._names, self.location)
-
-    def _names(self) -> list[str]:
-        filesystem, root = self._filesystem()
-        filesystem.invalidate_cache()
-        if not filesystem.isdir(root):
-            return []
-        return sorted(path.rpartition("/")[2] for path in filesystem.ls(root, detail=False))
-
-    def write_file(self, name: str, content: bytes) -> None:
-        """Write a file of the folder, which appears whole or not at all."""
-        filesystem, root = self._filesystem()
-        if not self.is_local:  # an object appears in an object store when it is complete
-            patiently(lambda: filesystem.pipe_file(f"{root}/{name}", content), self.location)
-            return
-        os.makedirs(root, exist_ok=True)
-        with WholeFile(f"{root}/{name}") as partial:
-            partial.write_bytes(content)
-
-    def _read(self, name: str) -> bytes:
-        filesystem, root = self._filesystem()
-        content: bytes = patiently(lambda: filesystem.cat_file(f"{root}/{name}"), self.location)
-        return content
+class ShardFolder(Folder):
+    """The folder with the shards of a run."""
 
     # Identity of the run -----------------------------------------------------------------------------
 
@@ -137,7 +80,7 @@ class ShardFolder:
         if restart:
             self.remove()
         if _RUN in self.names():
-            found = {**formerly, **json.loads(self._read(_RUN))}
+            found = {**formerly, **json.loads(self.read_file(_RUN))}
             different = sorted(key for key, value in found.items() if not _same(key, value, identity.get(key)))
             if different:
                 raise ValueError(
@@ -146,13 +89,6 @@ class ShardFolder:
                 )
             return
         self.write_file(_RUN, json.dumps(identity, indent=1).encode())
-
-    def remove(self) -> None:
-        """Remove the folder and everything in it."""
-        filesystem, root = self._filesystem()
-        filesystem.invalidate_cache()
-        if filesystem.exists(root):
-            filesystem.rm(root, recursive=True)
 
     # Shards ----------------------------------------------------------------------------------------
 
@@ -184,7 +120,7 @@ class ShardFolder:
     def read(self, start: int, stop: int) -> Shard:
         """Read the shard of chunks `start` to `stop`."""
         name = _name_of(start, stop)
-        table = pq.read_table(self.place(name) if self.is_local else pa.BufferReader(self._read(name)))
+        table = pq.read_table(self.place(name) if self.is_local else pa.BufferReader(self.read_file(name)))
         column = table.column("embedding")
         whole = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
         flat = whole.flatten().to_numpy(zero_copy_only=False)
@@ -208,21 +144,19 @@ class ShardFolder:
         Shards whose cells are in no sum are removed, and so are sums that include cells of missing shards.
         """
         finished = set(self.finished())
-        filesystem, root = self._filesystem()
         covered: set[tuple[int, int]] = set()
         for name, shards, _ in list(self.read_sums()):
             if shards <= finished:
                 covered |= shards
             else:
-                filesystem.rm_file(f"{root}/{name}")
+                self.delete(name)
         self.drop(finished - covered)
         return sorted(covered)
 
     def drop(self, shards: Iterable[tuple[int, int]]) -> None:
         """Remove shards; their cells must then be embedded again."""
-        filesystem, root = self._filesystem()
         for start, stop in shards:
-            filesystem.rm_file(f"{root}/{_name_of(start, stop)}")
+            self.delete(_name_of(start, stop))
 
     # Sums over the cells of shards -----------------------------------------------------------------
 
@@ -237,7 +171,7 @@ class ShardFolder:
         """Yield the name of every file with a process's sums, the shards that they include, and the sums."""
         for name in self.names():
             if name.startswith("sums-"):
-                with np.load(io.BytesIO(self._read(name)), allow_pickle=False) as arrays:
+                with np.load(io.BytesIO(self.read_file(name)), allow_pickle=False) as arrays:
                     sums = {key: arrays[key] for key in arrays.files}
                 yield name, {(int(a), int(b)) for a, b in sums.pop("shards")}, sums
 

@@ -11,6 +11,7 @@ import pytest
 from cells import make_cells, read_dataset, write_cells, write_vocab
 from preparing import source
 
+from tahoex1_hf.common.folders import Folder
 from tahoex1_hf.data import output_folder
 from tahoex1_hf.data.config import PrepareConfig, parse_config
 from tahoex1_hf.data.output_folder import claim
@@ -69,7 +70,7 @@ def test_a_kill_at_any_moment_of_overwriting(
         with monkeypatch.context() as patch:
             kill_after(number, patch)
             try:
-                claim(out, identity, overwrite=True)
+                claim(Folder(str(out)), identity, overwrite=True)
             except Killed:
                 killed = True
             else:
@@ -77,7 +78,7 @@ def test_a_kill_at_any_moment_of_overwriting(
         if (out / "manifest.json").is_file():
             assert same(dataset(out), whole), number
         else:
-            assert claim(out, identity, overwrite=False) is None, number
+            assert claim(Folder(str(out)), identity, overwrite=False) is None, number
         if not killed:
             break
     assert not killed
@@ -152,5 +153,5 @@ def test_a_damaged_manifest_is_named(tmp_path: Path, config: PrepareConfig) -> N
 def test_strangers_are_left_alone(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     with pytest.raises(ValueError, match="not empty"):
-        claim(tmp_path, {"configuration": {}}, overwrite=True)
+        claim(Folder(str(tmp_path)), {"configuration": {}}, overwrite=True)
     assert output_folder.LOCK == ".prepare.lock"

@@ -132,8 +132,8 @@ def test_a_killed_run_resumes_without_redoing_or_doubling(tmp_path: Path) -> Non
     # The run pauses after some pieces, so that it is killed among them however busy the machine is.
     code = (
         "import time, tahoex1_hf.data.preparation as p\n"
-        "real, calls = p.write_piece, []\n"
-        "p.write_piece = lambda *a: (calls.append(1), len(calls) > 8 and time.sleep(3600), real(*a))\n"
+        "real, calls = p.make_batches, []\n"
+        "p.make_batches = lambda *a: (calls.append(1), len(calls) > 8 and time.sleep(3600), real(*a))[2]\n"
         "from tahoex1_hf.data.config import read_config\n"
         f"p.prepare(read_config({str(tmp_path / 'config.yaml')!r}))\n"
     )
@@ -146,14 +146,14 @@ def test_a_killed_run_resumes_without_redoing_or_doubling(tmp_path: Path) -> Non
     done = {path: path.stat().st_mtime_ns for path in pieces.glob("*.arrow")}
     assert 5 <= len(done) <= 8
     kept = []
-    real = prepare_module.write_piece
+    real = prepare_module.make_batches
 
-    def watched(target: Path, *rest: Any) -> None:
-        kept.append(target)
-        real(target, *rest)
+    def watched(piece: Any, *rest: Any) -> Any:
+        kept.append(pieces / f"{piece.name}.arrow")
+        return real(piece, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare_module, "write_piece", watched)
+        patch.setattr(prepare_module, "make_batches", watched)
         run(tmp_path, [source(tmp_path / "a.h5ad")], "cut", **settings)
     assert not set(kept) & set(done)
     assert len(kept) + len(done) == 40
@@ -198,11 +198,11 @@ def test_finished_shards_are_not_written_again(tmp_path: Path, monkeypatch: pyte
     whole = run(tmp_path, [source(tmp_path / "a.h5ad")], "whole", **settings)
     real, written = prepare_module.write_shard, []
 
-    def stopping(target: Path, *rest: Any) -> Any:
-        written.append(target.name)
+    def stopping(folder: Any, name: str, *rest: Any) -> Any:
+        written.append(name)
         if len(written) == 3:
             raise KeyboardInterrupt
-        return real(target, *rest)
+        return real(folder, name, *rest)
 
     monkeypatch.setattr(prepare_module, "write_shard", stopping)
     with pytest.raises(KeyboardInterrupt):
