@@ -110,7 +110,8 @@ class ShardFolder(Folder):
         if not self.is_local:
             self.write_packed(start, stop, packed(shard))
             return
-        with WholeFile(self.place(_name_of(start, stop))) as partial:
+        self.make()
+        with self.writing(_name_of(start, stop)) as partial:
             _write_table(shard, partial)
 
     def write_packed(self, start: int, stop: int, content: bytes) -> None:

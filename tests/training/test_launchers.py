@@ -21,6 +21,7 @@ from tahoex1_hf import TahoeX1ForPreTraining
 
 CONFIGS = sorted((ROOT / "examples" / "configs" / "accelerate").glob("*.yaml"))
 LAUNCH = ROOT / "examples" / "launch"
+OWN_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"  # which restarted processes need, see test_several_processes.py
 
 
 def test_every_arrangement_has_its_file() -> None:
@@ -50,6 +51,8 @@ def test_accelerate_knows_every_key(path: Path) -> None:
 def test_scripts(name: str) -> None:
     subprocess.run(["bash", "-n", str(LAUNCH / name)], check=True)
     assert os.access(LAUNCH / name, os.X_OK)
+    lines = (LAUNCH / name).read_text().splitlines()
+    assert any(f"{OWN_STORE}=1" in line for line in lines if not line.startswith("#"))
     shellcheck = shutil.which("shellcheck")
     if shellcheck:
         subprocess.run([shellcheck, str(LAUNCH / name)], check=True)
@@ -75,8 +78,9 @@ def test_kubernetes_manifest_agrees_with_itself() -> None:
     assert given["--main_process_port"] == str(container["ports"][0]["containerPort"])
     assert (ROOT / given["--config_file"]).is_file()
     # The launcher's own limit, after which it kills, must leave a checkpoint the time that the pod has.
-    (limit,) = (int(each["value"]) for each in container["env"] if each["name"] == "TORCH_ELASTIC_SHUTDOWN_TIMEOUT")
-    assert 30 < limit < pod["terminationGracePeriodSeconds"]
+    variables = {each["name"]: each["value"] for each in container["env"]}
+    assert 30 < int(variables.pop("TORCH_ELASTIC_SHUTDOWN_TIMEOUT")) < pod["terminationGracePeriodSeconds"]
+    assert variables == {OWN_STORE: "1"}
     assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
     # Kubernetes' own part is checked by its schema; no registry of packages has JobSet's.
     kubernetes_validate = pytest.importorskip("kubernetes_validate")
