@@ -14,7 +14,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from tahoex1_hf import TahoeX1Config, TahoeX1ForPreTraining
 from tahoex1_hf.runs.checkpoints import COMPLETE
 from tahoex1_hf.training.config import read_pretrain_config
 from tahoex1_hf.training.pretraining import training_arguments
+from tahoex1_hf.training.stream import StepBatches
 from tahoex1_hf.training.trainer import PretrainingTrainer
 
 SHARDED = {
@@ -40,8 +41,8 @@ SHARDED = {
     "OMP_NUM_THREADS": "1",
 }
 STEPS, SAVED = 12, 4  # the steps of a run, and the one after which it saves; the end of a run saves too, unmeasured
-SIZES = {"vocab_size": 62720, "hidden_size": 512, "num_attention_heads": 8, "num_hidden_layers": 12}
-TINY = {"vocab_size": 2000, "hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2}
+SIZES: dict[str, Any] = {"vocab_size": 62720, "hidden_size": 512, "num_attention_heads": 8, "num_hidden_layers": 12}
+TINY: dict[str, Any] = {"vocab_size": 2000, "hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2}
 
 
 class Times(TrainerCallback):
@@ -112,7 +113,8 @@ def one_run(folder: Path, background: bool, tiny: bool) -> dict[str, Any]:
     options = [f"output_dir={folder}", "eval_cells=0", f"save_steps={SAVED}", 'precision="no"', "logging_steps=100"]
     times = Times(cells)
     arguments = training_arguments(read_pretrain_config("debug", options), STEPS)
-    trainer = Timed(model, arguments, times, microbatch_size=2, background_saves=background, callbacks=[times])
+    stream = cast(StepBatches, times)  # which has what a trainer asks of one
+    trainer = Timed(model, arguments, stream, microbatch_size=2, background_saves=background, callbacks=[times])
     trainer.run()
     trainer.watcher.join()
     steps = [end - begin for begin, end in zip(times.begins, times.ends, strict=True)]

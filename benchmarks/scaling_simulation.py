@@ -11,7 +11,7 @@ import json
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 
@@ -72,6 +72,10 @@ class Worker:
     working: bool = False
     life: int = 0
     busy: float = 0.0
+
+    def take(self, waiting: deque[int]) -> None:
+        """Take the first of the blocks that wait."""
+        self.blocks.append(waiting.popleft())
 
 
 @dataclass(frozen=True)
@@ -173,7 +177,7 @@ class Simulation:
             worker = next((next(iter(group.values())) for group in self.loads[number][:-1] if group), None)
             if worker is None:
                 return
-            self._change(worker, lambda worker=worker: worker.blocks.append(waiting.popleft()))
+            self._change(worker, partial(worker.take, waiting))
             self._work(worker)
             if number == 0 and not self.handing:
                 self.handing = True
@@ -241,7 +245,7 @@ class Simulation:
             self.again += worker.working
             worker.life += 1
             worker.working = False
-            self._change(worker, lambda worker=worker: setattr(worker, "alive", False))
+            self._change(worker, partial(setattr, worker, "alive", False))
             life = worker.life
 
             def back(worker: Worker = worker, life: int = life) -> None:
