@@ -27,10 +27,13 @@ LOCAL = "local"
 _RETRIES = 5
 # Most blocks that the pieces are handed out in; the driver keeps a record of each.
 _MOST_BLOCKS = 2000
-# Variables that processes on other machines need and that are no secrets.
+# Variables that processes on other machines need and that are no secrets; the last two lines choose the kernels of
+# torch, MKL and oneDNN, on which last digits depend.
 _PASSED_ON = (
     *("PYTHONPATH", "HF_HUB_OFFLINE", "HF_HOME", "HF_ENDPOINT", "AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION"),
     *("TOKENIZERS_PARALLELISM", "TORCHAO_FORCE_SKIP_LOADING_SO_FILES", "OMP_WAIT_POLICY"),
+    *("ATEN_CPU_CAPABILITY", "MKL_CBWR", "MKL_DYNAMIC", "MKL_ENABLE_INSTRUCTIONS"),
+    *("ONEDNN_MAX_CPU_ISA", "ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_MAX_CPU_ISA", "DNNL_DEFAULT_FPMATH_MODE"),
 )
 _SETTINGS: dict[str, Any] = {
     "enable_progress_bars": False,

@@ -115,16 +115,43 @@ class Computing:
     Attributes:
         model: The model.
         settings: Arguments of `CellEncoder`.
-        threads: Number of torch's threads on a CPU, on which last digits depend.
+        arithmetic: What torch is set to, on which last digits depend.
         genes: Genes whose embeddings are added up over cells; None if they are not requested.
         masks: Number of masks of the cells' scores; 0 for no scores.
     """
 
     model: TahoeX1PreTrainedModel
     settings: dict[str, Any]
-    threads: int
+    arithmetic: "Arithmetic"
     genes: "GeneMatch | None"
     masks: int
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """Settings of torch that decide which kernels compute, and in which order they add.
+
+    Attributes:
+        threads: Number of threads of an operation on a CPU.
+        float32_products: Precision of float32 products: `highest`, `high` or `medium`.
+        onednn: Whether oneDNN computes products on CPUs.
+    """
+
+    threads: int
+    float32_products: str
+    onednn: bool
+
+    @classmethod
+    def of_this_process(cls) -> "Arithmetic":
+        """Return the settings that hold here."""
+        return cls(torch.get_num_threads(), torch.get_float32_matmul_precision(), bool(torch.backends.mkldnn.enabled))
+
+    def use(self) -> None:
+        """Make these the settings of this process; the number of threads is also the calling thread's own."""
+        torch.set_num_threads(self.threads)
+        if torch.backends.mkldnn.enabled != self.onednn:
+            torch.backends.mkldnn.set_flags(self.onednn)  # which also forgets the precision of products
+        torch.set_float32_matmul_precision(self.float32_products)
 
 
 class Inputs:
@@ -219,13 +246,14 @@ class PieceEmbedder:
 
     def __init__(self, job: Shared, model: Shared):
         computing: Computing = model.get()
-        torch.set_num_threads(computing.threads)
-        self.job, self.genes = job, computing.genes
+        self.job, self.genes, self.arithmetic = job, computing.genes, computing.arithmetic
+        self.arithmetic.use()
         self.encoder = CellEncoder(computing.model, job.get().options.tokenizer, **computing.settings)
         self.scorer = scorer_of(self.encoder, computing.model, computing.masks, job.get().options.seed)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         """Embed the cells of a piece, and return its shard in bytes."""
+        self.arithmetic.use()  # each thread has its own number of threads, and Ray may call from another
         stretch = Stretch(*(row[name] for name in Stretch._fields))
         chunks, job = pickle.loads(row["chunks"]), self.job.get()
         means: GeneMeans | None = None if self.genes is None else self.encoder.gene_means(self.genes)
@@ -272,10 +300,10 @@ class ClusterEmbedding:
         genes: "GeneMatch | None",
         masks: int,
     ) -> Computing:
-        """Return what workers need to embed, with as many of torch's threads as this process has."""
+        """Return what workers need to embed, torch's settings in this process among it."""
         settings: dict[str, Any] = {"batch_tokens": batch_tokens, "hidden_layer": hidden_layer}
         settings |= {"device": self.device, "dtype": self.dtype}
-        return Computing(model, settings, torch.get_num_threads(), genes, masks)
+        return Computing(model, settings, Arithmetic.of_this_process(), genes, masks)
 
     def embed(
         self,
@@ -304,9 +332,11 @@ class ClusterEmbedding:
             Stage(
                 PieceEmbedder,
                 {"job": reader, "model": model},
-                cpus=0 if self.device == "cuda" else computing.threads / 2,
+                cpus=0 if self.device == "cuda" else computing.arithmetic.threads / 2,
                 gpus=1 if self.device == "cuda" else 0,
-                most=None if self.device == "cuda" else max(1, int(self.cluster.num_cpus / computing.threads)),
+                most=None
+                if self.device == "cuda"
+                else max(1, int(self.cluster.num_cpus / computing.arithmetic.threads)),
             ),
             Stage(write_piece, {"job": reader}, cpus=self._cpus),
         ]

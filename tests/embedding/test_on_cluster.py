@@ -2,6 +2,7 @@
 
 import copy
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from tahoex1_hf import TahoeX1ForPreTraining, TahoeX1Tokenizer
 from tahoex1_hf.common.cluster import ClusterOptions
 from tahoex1_hf.embedding import files, making, on_cluster
 from tahoex1_hf.embedding.files import embed_files
+from tahoex1_hf.embedding.on_cluster import Arithmetic
 from tahoex1_hf.embedding.shards import ShardFolder
 from tahoex1_hf.inference.encoder import CellEncoder
 
@@ -163,3 +165,33 @@ def test_a_store_holds_all_that_a_run_needs_to_go_on(
     assert store.ls("on-cluster", detail=False) == ["on-cluster/out.parquet"]
     assert store.cat_file("on-cluster/out.parquet") == (tmp_path / "one.parquet").read_bytes()
     assert pd.read_parquet(tmp_path / "one.parquet").shape == (600, 2)
+
+
+def test_workers_compute_as_the_first_process_does(
+    tmp_path: Path, parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also in a thread that Ray begins later, on a worker whose torch was set otherwise."""
+    source = write_cells(make_cells(40), tmp_path / "cells", "csr")
+    before = Arithmetic.of_this_process()
+    other = Arithmetic(before.threads + 1, "medium", not before.onednn)
+    seen: list[Arithmetic] = []
+    make = on_cluster.make_shards
+
+    def noting(*arguments: Any, **options: Any) -> Any:
+        seen.append(Arithmetic.of_this_process())
+        return make(*arguments, **options)
+
+    class Elsewhere(on_cluster.PieceEmbedder):
+        def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+            before.use()
+            with ThreadPoolExecutor(1) as pool:
+                return pool.submit(super().__call__, row).result()
+
+    monkeypatch.setattr(on_cluster, "make_shards", noting)
+    monkeypatch.setattr(on_cluster, "PieceEmbedder", Elsewhere)
+    try:
+        other.use()
+        embed_files(source, tmp_path / "out.npy", *parts, cluster=ClusterOptions(), progress=False)
+    finally:
+        before.use()
+    assert seen == [other, other]  # the stand-in does the only piece twice
