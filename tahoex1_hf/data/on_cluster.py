@@ -28,7 +28,12 @@ class ClusterWorkers(Workers):
         self.cluster, self.output, self.begin = cluster, output, begin
 
     def run(
-        self, function: Callable[[Task], Result], tasks: Sequence[Task], description: str, done: int = 0
+        self,
+        function: Callable[[Task], Result],
+        tasks: Sequence[Task],
+        description: str,
+        done: int = 0,
+        together: int = 1,
     ) -> Iterator[tuple[Task, Result]]:
         """Call a function on every task, and yield each task with its result; see `Workers.run`."""
         if not tasks:
@@ -40,9 +45,22 @@ class ClusterWorkers(Workers):
         watch = ClusterProgress(self.output, "piece", total, total, self.cluster.num_machines, stage=description)
         with watch:
             watch.skip(done)
-            for row in self.cluster.run([{"number": number} for number in range(len(tasks))], [stage]):
+            for row in self.cluster.run(_Numbers(len(tasks)), [stage], together):
                 watch.update(1)
                 yield tasks[row["number"]], pickle.loads(row["result"])
+
+
+class _Numbers(Sequence[dict[str, Any]]):
+    """The rows of tasks, made when they are asked for: an index alone, of which workers have the list."""
+
+    def __init__(self, size: int):
+        self.size = size
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, place: Any) -> Any:
+        return {"number": range(self.size)[place]}
 
 
 _begun: set[str] = set()  # the list of tasks that this worker is at

@@ -367,7 +367,9 @@ def _read_pieces(job: Job, files: list[InputFile], inspected: list[_Inspected], 
                 finished += 1
             else:
                 tasks.append(_PieceTask(job, file, piece, seen.duplicates, seen.report.by_gene))
-    for piece_task, reason in workers.run(make_piece, tasks, "reading cells", finished):
+    cells = sum(task.piece.stop - task.piece.start for task in tasks)
+    together = max(1, config.piece_cells * len(tasks) // max(1, cells))
+    for piece_task, reason in workers.run(make_piece, tasks, "reading cells", finished, together):
         _note_bad(config, bad, piece_task.file, reason)
     _check_unchanged(job, files, inspected, bad)
     return _outcomes(job, files, inspected, bad)

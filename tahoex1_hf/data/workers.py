@@ -27,7 +27,12 @@ class Workers(ABC):
 
     @abstractmethod
     def run(
-        self, function: Callable[[Task], Result], tasks: Sequence[Task], description: str, done: int = 0
+        self,
+        function: Callable[[Task], Result],
+        tasks: Sequence[Task],
+        description: str,
+        done: int = 0,
+        together: int = 1,
     ) -> Iterator[tuple[Task, Result]]:
         """Call a function on every task, and yield each task with its result when it is ready, in any order.
 
@@ -36,6 +41,7 @@ class Workers(ABC):
             tasks: Arguments of the calls.
             description: Text beside the progress bar.
             done: Number of tasks that were done before this run, for the progress bar.
+            together: Number of tasks that a machine of a cluster is given at a time, since they are small.
 
         Raises:
             Exception: An exception of a task; tasks that have not started are then left undone.
@@ -53,7 +59,12 @@ class LocalWorkers(Workers):
     num_proc: int
 
     def run(
-        self, function: Callable[[Task], Result], tasks: Sequence[Task], description: str, done: int = 0
+        self,
+        function: Callable[[Task], Result],
+        tasks: Sequence[Task],
+        description: str,
+        done: int = 0,
+        together: int = 1,
     ) -> Iterator[tuple[Task, Result]]:
         """Call a function on every task, and yield each task with its result; see `Workers.run`.
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 
+from tahoex1_hf.cells import encoding
 from tahoex1_hf.cells.encoding import ChunkEncoder, EncodeOptions
 from tahoex1_hf.cells.fingerprint import agrees
 from tahoex1_hf.cells.genes import GeneOptions
@@ -275,6 +276,19 @@ def write_piece(row: dict[str, Any], job: Shared) -> dict[str, Any]:
     return {"cells": row["high"] - row["low"], "unknown": row["unknown"]}
 
 
+class _Rows(Sequence[dict[str, Any]]):
+    """The rows of pieces, made when they are asked for."""
+
+    def __init__(self, pieces: Sequence[Stretch]):
+        self.pieces = pieces
+
+    def __len__(self) -> int:
+        return len(self.pieces)
+
+    def __getitem__(self, place: Any) -> Any:
+        return self.pieces[place]._asdict()
+
+
 class ClusterEmbedding:
     """The part of an embedding run that is done on a cluster.
 
@@ -352,7 +366,8 @@ class ClusterEmbedding:
                 job.shards.location, "cell", total, len(pieces), self.cluster.num_machines, progress
             )
             with watch:
-                for row in self.cluster.run([each._asdict() for each in pieces], stages):
+                together = max(1, _PIECE_CHUNKS * encoding.CHUNK_CELLS * len(pieces) // total)
+                for row in self.cluster.run(_Rows(pieces), stages, together):
                     unknown.update(json.loads(row["unknown"]))
                     watch.update(row["cells"])
         left = len(plan.unfinished(finished()))

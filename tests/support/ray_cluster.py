@@ -65,7 +65,9 @@ class ClusterThatRepeats(Cluster):
         """Copy a value."""
         return SharedHere(run, name, [pickle.loads(pickle.dumps(value))], "")
 
-    def run(self, rows: Sequence[dict[str, Any]], stages: Sequence[Stage]) -> Iterator[dict[str, Any]]:
+    def run(
+        self, rows: Sequence[dict[str, Any]], stages: Sequence[Stage], together: int = 1
+    ) -> Iterator[dict[str, Any]]:
         """Run rows through the stages, the last piece first; each stage's second result is what goes on."""
         workers = [stage.work(**stage.arguments) if isinstance(stage.work, type) else stage.work for stage in stages]
         for row in reversed(rows):
