@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from ray_cluster import small_cluster
 from tahoex1_hf import TahoeX1Tokenizer
 from tahoex1_hf.common import cluster as cluster_module
 from tahoex1_hf.common import cluster_progress
-from tahoex1_hf.common.cluster import ClusterError, ClusterOptions, Stage, cluster_options, connected
+from tahoex1_hf.common.cluster import Cluster, ClusterError, ClusterOptions, Stage, cluster_options, connected
 from tahoex1_hf.common.cluster_progress import ClusterProgress
 from tahoex1_hf.data import preparation
 from tahoex1_hf.data.config import parse_config
@@ -128,6 +129,32 @@ def test_embedding_and_preparing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert os.path.exists(shard_died)
     assert (tmp_path / "two.parquet").read_bytes() == (tmp_path / "one.parquet").read_bytes()
     assert file_bytes(tmp_path / "two") == file_bytes(tmp_path / "one")
+
+
+@pytest.mark.parametrize(
+    ("rows", "together", "cpus", "blocks"),
+    [
+        (1000, 20, 2, 50),
+        (100_000, 20, 2, 2000),  # however many there are
+        (30, 20, 2, 8),  # enough for all CPUs
+        (30, 20, 64, 30),
+        (5, 1, 2, 5),
+        (1500, 1, 2, 1500),
+    ],
+)
+def test_small_pieces_share_blocks(rows: int, together: int, cpus: int, blocks: int) -> None:
+    class Asked(Exception):
+        pass
+
+    def from_items(items: Any, override_num_blocks: int) -> None:
+        assert len(items) == rows
+        raise Asked(override_num_blocks)
+
+    data = SimpleNamespace(from_items=from_items)
+    ray = SimpleNamespace(data=data, cluster_resources=lambda: {"CPU": cpus})
+    with pytest.raises(Asked) as asked:
+        list(Cluster(ray, ClusterOptions()).run([{"number": 0}] * rows, [], together))
+    assert asked.value.args == (blocks,)
 
 
 def test_options_of_the_command_line() -> None:
