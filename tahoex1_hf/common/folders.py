@@ -4,7 +4,7 @@
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,7 +129,7 @@ class Folder:
         """Write a file of the folder, which appears whole or not at all."""
         filesystem, root = self._filesystem()
         if not self.is_local:  # an object appears in an object store when it is complete
-            patiently(lambda: filesystem.pipe_file(f"{root}/{name}", content), self.location)
+            self._send(lambda: filesystem.pipe_file(f"{root}/{name}", content))
             return
         os.makedirs(root, exist_ok=True)
         with WholeFile(f"{root}/{name}") as partial:
@@ -150,7 +150,15 @@ class Folder:
             written = Path(temporary) / name
             yield written
             filesystem, root = self._filesystem()
-            patiently(lambda: filesystem.put_file(str(written), f"{root}/{name}"), self.location)
+            self._send(lambda: filesystem.put_file(str(written), f"{root}/{name}"))
+
+    def _send(self, call: Callable[[], object]) -> None:
+        """Send a file to a store; an error, such as that there is no such bucket, names the folder."""
+        try:
+            patiently(call, self.location)
+        except OSError as error:
+            kind = next(kind for kind in type(error).__mro__ if kind.__module__ == "builtins")
+            raise kind(f"{self.location}: {error}") from error
 
     def delete(self, name: str) -> None:
         """Remove a file, if it is there."""

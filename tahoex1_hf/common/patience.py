@@ -1,6 +1,7 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
 """Patience with object stores: what fails since a store cannot be reached is tried again for some minutes."""
 
+import errno
 import logging
 import time
 from collections.abc import Callable
@@ -22,8 +23,8 @@ _FINAL = (FileNotFoundError, PermissionError, FileExistsError, IsADirectoryError
 def is_transient(error: BaseException | None) -> bool:
     """Return whether an error, or one that it was raised from, may go away by itself."""
     while error is not None:
-        if isinstance(error, _FINAL):
-            return False
+        if isinstance(error, _FINAL) or (isinstance(error, OSError) and error.errno == errno.EINVAL):
+            return False  # EINVAL: a name that no bucket can have
         if isinstance(error, OSError) or type(error).__module__.partition(".")[0] in _CLIENTS:
             return True
         error = error.__cause__

@@ -116,3 +116,9 @@ def test_a_large_file_is_sent_in_parts_and_there_at_the_end(s3: str, monkeypatch
     attempt = ["create_multipart_upload", "upload_part", "upload_part", "upload_part", "complete_multipart_upload"]
     assert calls == [*attempt, "abort_multipart_upload", *attempt]
     assert folder.sizes() == {"x": len(content)}
+
+
+def test_a_store_that_refuses_is_named(s3: str) -> None:
+    with pytest.raises(FileNotFoundError, match=r"^s3://no-such-bucket/a: .*bucket does not exist"):
+        Folder("s3://no-such-bucket/a").write_file("x", b"1")
+    assert Folder("s3://no-such-bucket/a").names() == []

@@ -46,7 +46,13 @@ def test_patience_has_an_end(clock: list[float]) -> None:
     assert len(store.errors) == 99 - 15  # after 1, 2, 4, 8, 16 and nine times 30 s, the last cut short
 
 
-@pytest.mark.parametrize("error", [FileNotFoundError("no"), PermissionError("no"), ValueError("no"), KeyError("no")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        *(FileNotFoundError("no"), PermissionError("no"), ValueError("no"), KeyError("no")),
+        OSError(22, "The specified bucket is not valid"),
+    ],
+)
 def test_what_does_not_go_away_is_raised_at_once(clock: list[float], error: Exception) -> None:
     with pytest.raises(type(error)):
         patiently(Store(error).read, "s3://b")
