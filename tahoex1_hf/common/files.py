@@ -1,6 +1,7 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
 """Files and folders that appear whole or not at all, even if the process or the machine is stopped."""
 
+import errno
 import hashlib
 import json
 import os
@@ -18,6 +19,7 @@ from typing import Any
 _MACHINE = hashlib.sha256(platform.node().encode()).hexdigest()[:8]
 _PARTIAL = re.compile(r"\..+\.(?:(?P<machine>[0-9a-f]{8})-)?(?P<process>\d{1,9})-[0-9a-f]{8}\.partial")
 _LONG = 24 * 3600.0  # seconds without a change after which a partial file of an unknown machine counts as left over
+_OF_DISKS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # errors of writing
 _cleared: set[str] = set()  # folders from which this process has removed leftovers
 
 
@@ -56,12 +58,31 @@ class WholeFile:
     def __enter__(self) -> Path:
         return self.partial
 
-    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
         try:
-            if kind is None:
-                self.finish()
+            with naming(self.path):
+                if isinstance(error, OSError):
+                    raise error
+                if error is None:
+                    self.finish()
         finally:
             self.discard()  # has no effect after a move
+
+
+@contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Make errors of a disk that name no file, such as that it is full, name the file that the block writes.
+
+    Args:
+        path: The file.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _OF_DISKS or error.filename is not None:
+            raise
+        way = ": make room, and give the command again" if error.errno != errno.EIO else ""
+        raise OSError(error.errno, f"{os.strerror(error.errno)}{way}", str(path)) from error
 
 
 class WholeFolder:

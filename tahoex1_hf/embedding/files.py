@@ -26,6 +26,7 @@ from tahoex1_hf.cells.opening import open_all
 from tahoex1_hf.cells.readers.base import CellInput
 from tahoex1_hf.common.cluster import ClusterOptions, connected
 from tahoex1_hf.common.digests import json_digest, some_weights_digest, tokenizer_digest, weights_digest
+from tahoex1_hf.common.files import naming
 from tahoex1_hf.common.free_memory import give_back_memory
 from tahoex1_hf.common.locks import RunLock
 from tahoex1_hf.common.processes import Processes
@@ -298,7 +299,8 @@ class _Run:
                 self._check_unchanged()
                 with reading(*(each.path for each in self.plan.inputs)):  # one of them may be copied
                     writer = self.output.open()
-                self.write(writer, model_name, progress)
+                with naming(self.output.options.path):
+                    self.write(writer, model_name, progress)
                 self.shards.remove()
             processes.wait()
         except BaseException:

@@ -1,5 +1,6 @@
 """Files appear whole or not at all."""
 
+import errno
 import json
 import os
 import signal
@@ -11,6 +12,19 @@ from pathlib import Path
 import pytest
 
 from tahoex1_hf.common.files import WholeFile, WholeFolder, put_back, whole_folder, write_json
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
+def test_an_error_of_the_disk_names_the_file(tmp_path: Path, number: int) -> None:
+    target = tmp_path / "out.txt"
+    with pytest.raises(OSError, match=rf"^\[Errno {number}\] .*out\.txt'$") as caught, WholeFile(target):
+        raise OSError(number, "written by a library")
+    assert ("make room, and give the command again" in str(caught.value)) == (number == errno.ENOSPC)
+    assert os.listdir(tmp_path) == []
+    with pytest.raises(OSError, match=r"^\[Errno 104\] reset$"), WholeFile(target):
+        raise OSError(errno.ECONNRESET, "reset")  # of what is read there, not of the file
+    with pytest.raises(OSError, match=r"^\[Errno 28\] full: 'another'$"), WholeFile(target):
+        raise OSError(errno.ENOSPC, "full", "another")
 
 
 @pytest.fixture
