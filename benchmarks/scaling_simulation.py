@@ -288,6 +288,7 @@ PIECE, BLOCKS = 2048, 2000  # of embedding/on_cluster.py and common/cluster.py: 
 HOUR = 3600.0
 CORES = 16  # of a machine with a GPU, for each
 TOKENS = 1024
+BYTES_OF_A_TOKEN = 12  # between the stages: an id of 8 bytes and a value of 4
 
 
 @dataclass(frozen=True)
@@ -389,9 +390,10 @@ def embedding(model: str, gpus: int) -> Line:
     ]
     losses = Losses(1, value("until a lost machine is replaced"),
                     value("between losses of a machine, spot") * HOUR, min(8, gpus))  # fmt: skip
-    run = Simulation(
-        stages, BLOCKS, store=value("store"), hand_out=value("first process, a block"), losses=losses
-    ).run()
+    # A block goes on from reading and from the GPUs as several, of 128 MB at most (`_LARGE_BLOCK_BYTES`).
+    parts = np.ceil(cells * TOKENS * BYTES_OF_A_TOKEN / 2**27)
+    handing = value("first process, a block") * (1 + 2 * parts) / 3  # which was measured with three stages
+    run = Simulation(stages, BLOCKS, store=value("store"), hand_out=handing, losses=losses).run()
     gathering = 2 * CELLS * width / value("network card of the first machine")
     seconds = run.ends[-1] + gathering
     shares = {name: share * run.ends[-1] / seconds for name, share in run.busy.items()}

@@ -27,6 +27,9 @@ LOCAL = "local"
 _RETRIES = 5
 # Most blocks that the pieces are handed out in; the driver keeps a record of each. And least of them for each CPU.
 _MOST_BLOCKS, _BLOCKS_OF_A_CPU = 2000, 4
+# Bytes of a block that goes from one stage to the next: a full piece, or several small ones, since a block costs the
+# driver as much whatever is in it. Where there are more pieces than blocks, a block has several full pieces.
+_BLOCK_BYTES, _LARGE_BLOCK_BYTES = 2**24, 2**27
 # Variables that processes on other machines need and that are no secrets; the last two lines choose the kernels of
 # torch, MKL and oneDNN, on which last digits depend.
 _PASSED_ON = (
@@ -40,7 +43,7 @@ _SETTINGS: dict[str, Any] = {
     "enable_operator_progress_bars": False,
     "print_on_execution_start": False,
     "max_consecutive_actor_init_deaths": _RETRIES,
-    "target_max_block_size": 2**24,  # bytes; small pieces share a block, which costs as much as a large one
+    "target_max_block_size": _BLOCK_BYTES,
 }
 
 
@@ -278,6 +281,8 @@ class Cluster:
         """
         least = min(len(rows), _BLOCKS_OF_A_CPU * max(1, int(self.num_cpus)))
         blocks = min(_MOST_BLOCKS, max(least, -(-len(rows) // together)))
+        size = _BLOCK_BYTES if len(rows) <= _MOST_BLOCKS * together else _LARGE_BLOCK_BYTES
+        self.ray.data.DataContext.get_current().target_max_block_size = size
         data = self.ray.data.from_items(rows, override_num_blocks=blocks)
         for stage in stages:
             data = self._mapped(data, stage)

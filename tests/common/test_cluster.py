@@ -132,17 +132,18 @@ def test_embedding_and_preparing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize(
-    ("rows", "together", "cpus", "blocks"),
+    ("rows", "together", "cpus", "blocks", "megabytes"),
     [
-        (1000, 20, 2, 50),
-        (100_000, 20, 2, 2000),  # however many there are
-        (30, 20, 2, 8),  # enough for all CPUs
-        (30, 20, 64, 30),
-        (5, 1, 2, 5),
-        (1500, 1, 2, 1500),
+        (1000, 20, 2, 50, 16),
+        (100_000, 20, 2, 2000, 128),  # however many there are
+        (30, 20, 2, 8, 16),  # enough for all CPUs
+        (30, 20, 64, 30, 16),
+        (5, 1, 2, 5, 16),
+        (1500, 1, 2, 1500, 16),
+        (2001, 1, 2, 2000, 128),
     ],
 )
-def test_small_pieces_share_blocks(rows: int, together: int, cpus: int, blocks: int) -> None:
+def test_small_pieces_share_blocks(rows: int, together: int, cpus: int, blocks: int, megabytes: int) -> None:
     class Asked(Exception):
         pass
 
@@ -150,11 +151,13 @@ def test_small_pieces_share_blocks(rows: int, together: int, cpus: int, blocks: 
         assert len(items) == rows
         raise Asked(override_num_blocks)
 
-    data = SimpleNamespace(from_items=from_items)
+    context = SimpleNamespace(target_max_block_size=0)
+    data = SimpleNamespace(from_items=from_items, DataContext=SimpleNamespace(get_current=lambda: context))
     ray = SimpleNamespace(data=data, cluster_resources=lambda: {"CPU": cpus})
     with pytest.raises(Asked) as asked:
         list(Cluster(ray, ClusterOptions()).run([{"number": 0}] * rows, [], together))
     assert asked.value.args == (blocks,)
+    assert context.target_max_block_size == megabytes * 2**20
 
 
 def test_options_of_the_command_line() -> None:
