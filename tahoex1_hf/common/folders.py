@@ -157,6 +157,8 @@ class Folder:
         try:
             patiently(call, self.location)
         except OSError as error:
+            if self.location in str(error):
+                raise
             kind = next(kind for kind in type(error).__mro__ if kind.__module__ == "builtins")
             raise kind(f"{self.location}: {error}") from error
 

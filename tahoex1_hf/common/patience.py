@@ -39,7 +39,8 @@ def patiently(call: Callable[[], Value], where: str) -> Value:
         where: Path or URL that the call is about; calls about local paths are made once.
 
     Raises:
-        Exception: The error of the last call, if it is of another kind, or after five minutes.
+        ConnectionError: If the store cannot be reached for five minutes.
+        Exception: An error of a call that is of another kind.
     """
     if "://" not in where:
         return call()
@@ -49,8 +50,13 @@ def patiently(call: Callable[[], Value], where: str) -> Value:
             return call()
         except Exception as error:
             left = last - time.monotonic()
-            if left <= 0 or not is_transient(error):
+            if not is_transient(error):
                 raise
+            if left <= 0:
+                raise ConnectionError(
+                    f"{where} was tried for {_PATIENCE / 60:.0f} minutes ({in_short(error)}). When the store can be "
+                    "reached, the same command goes on with the run."
+                ) from error
             logger.warning("%s (%s): trying again in %.0f s, for %.0f s more.", where, in_short(error), wait, left)
             time.sleep(min(wait, left))
             wait = min(2 * wait, _LONGEST_WAIT)

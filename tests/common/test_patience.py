@@ -1,5 +1,6 @@
 """A store that cannot be reached for a while is waited for; what it refuses is not asked for again."""
 
+import pickle
 import time
 
 import pytest
@@ -40,10 +41,19 @@ def test_a_store_that_comes_back_is_waited_for(clock: list[float]) -> None:
 
 def test_patience_has_an_end(clock: list[float]) -> None:
     store = Store(*[ConnectionError("refused")] * 99)
-    with pytest.raises(ConnectionError, match="refused"):
+    with pytest.raises(ConnectionError, match=r"^s3://b was tried for 5 minutes \(.*refused\)\. .* the same command"):
         patiently(store.read, "s3://b")
     assert clock[0] == 300
     assert len(store.errors) == 99 - 15  # after 1, 2, 4, 8, 16 and nine times 30 s, the last cut short
+
+
+def test_the_error_at_the_end_is_one_that_a_command_shows(clock: list[float]) -> None:
+    """And one that travels from a worker, as those of a store's client do not."""
+    botocore = pytest.importorskip("botocore.exceptions")
+    store = Store(*[botocore.EndpointConnectionError(endpoint_url="http://127.0.0.1:1")] * 99)
+    with pytest.raises(ConnectionError) as caught:
+        patiently(store.read, "s3://b")
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
 
 
 @pytest.mark.parametrize(
