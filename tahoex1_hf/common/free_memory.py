@@ -14,7 +14,7 @@ def _trim() -> Callable[[int], int] | None:
     if sys.platform != "linux":
         return None
     found: Any = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 def give_back_memory() -> None:
