@@ -1,6 +1,6 @@
 """Measure the time to start: the command's help, importing the package, embedding the first cells.
 
-Starting is measured in CPU seconds (user and system) of a fresh process, which busy neighbours hardly change.
+All is measured in CPU seconds (user and system) of a fresh process, which busy neighbours hardly change.
 
     python -m benchmarks.startup [--quick]      # embeds in a fresh process; prints when each batch was done, as JSON
 """
@@ -25,7 +25,7 @@ IMPORT_PACKAGE = "import tahoex1_hf"
 IMPORT_MODEL = "from tahoex1_hf import TahoeX1Model"
 IMPORT_BERT = "from transformers import BertModel"
 TOKENS = 256  # the same for every cell, so that cells per second mean the same at the beginning and at the end
-FIRST_SECONDS = 5.0
+FIRST_SECONDS = 5.0  # of CPU time
 
 
 def cpu_seconds(name: str) -> float:
@@ -50,7 +50,7 @@ def measure(suite: Suite) -> list[Row]:
 
 
 def first_cells(suite: Suite) -> list[Row]:
-    """Return the rate of the first seconds after loading (tokenizing, first batches), beside the later rate."""
+    """Return the rate of the first CPU seconds after loading (tokenizing, first batches), beside the later rate."""
     first, rest = Series(), Series()
     seconds = suite.pick(FIRST_SECONDS, 0.5)
     times_of_rounds = []
@@ -67,10 +67,10 @@ def first_cells(suite: Suite) -> list[Row]:
         times_of_rounds.append(times)
     first_batch = statistics.median(times[0][0] for times in times_of_rounds)
     remark = (
-        f"{suite.shape_name}, {TOKENS} tokens a cell; first batch after {first_batch:.2f} s; reference: after that"
+        f"{suite.shape_name}, {TOKENS} tokens a cell; first batch after {first_batch:.2f} CPU s; reference: after that"
     )
     return [
-        Row("startup", f"first {seconds:g} s after loading", "cells/s", first, rest, remark,
+        Row("startup", f"first {seconds:g} CPU s after loading", "cells/CPU s", first, rest, remark,
             details={"seconds_and_cells_of_batches": times_of_rounds})
     ]  # fmt: skip
 
@@ -83,9 +83,9 @@ def main(quick: Annotated[bool, typer.Option("--quick", help="Small sizes.")] = 
     tokenizer = tokenizer_for(names, TOKENS)
     encoder = CellEncoder(random_model(TahoeX1Model, suite.config()), tokenizer, batch_tokens=4 * TOKENS, device="cpu")
     times: list[tuple[float, int]] = []
-    start = time.perf_counter()
+    start = time.process_time()
     encoded = tokenizer.encode_counts(counts, tokenizer.match_genes(names))
-    encoder.embed(encoded, on_batch=lambda cells: times.append((time.perf_counter() - start, cells)))
+    encoder.embed(encoded, on_batch=lambda cells: times.append((time.process_time() - start, cells)))
     print(json.dumps(times))
 
 
