@@ -1,13 +1,16 @@
 """Break a Ray cluster of this machine while it embeds and prepares, and compare the results with those of one process.
 
-    python -m benchmarks.ray_faults [--only KIND]... [--output faults.jsonl]
+    PYTHONPATH=.:tests/support python -m benchmarks.ray_faults [--only KIND]... [--jobs embed,prepare] [--seed 0]
 
 The cluster has a head and two nodes. Every kind of fault is made several times in a run, at moments that chance
 chooses: Ray's workers are killed (-9) or stopped for a while, a node is killed and another one comes, the command
 itself is killed and given again, the disk with the output is full until there is room, a store refuses connections
-for a minute. A run that ends with an error is given again, as its message says. Each line of the output is a run:
+for a minute. A run that ends with an error is given again, as its message says. Each line of the record is a run:
 what was done to it, how often the command was given, and whether the bytes are those of a run of one process without
 Ray. `disk full` needs the right to mount a file system in memory.
+
+Commands and workers are forks of a process that has imported everything (`tests/support/forked.py`): a start costs a
+tenth of the CPU seconds that imports take, and what is broken here is not the imports.
 """
 
 import json
@@ -26,6 +29,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import anndata
+import forked  # type: ignore[import-not-found]  # of the tests
 import numpy as np
 import psutil
 import typer
@@ -36,10 +40,15 @@ from benchmarks.embedding import random_model
 from benchmarks.measuring import progress
 from tahoex1_hf import TahoeX1Config, TahoeX1Model
 from tahoex1_hf.common.cluster import import_ray
+from tahoex1_hf.common.folders import Folder
 
-NUM_GENES, FILES, CELLS = 2000, 16, 256
+ROOT = Path(__file__).resolve().parents[1]
+NUM_GENES, FILES, CELLS = 600, 16, 48
+RECORD = ROOT / "docs" / "benchmarks" / "ray-faults.jsonl"
 # Times that a command is given before the run counts as lost.
 _MOST_COMMANDS = 12
+_SLOW, _CLOSED = 15.0, 60.0  # seconds for which a worker stands still, and a store is closed
+_ROOM, _STEP = 300, 400  # kB that a full disk has, and that it gets with each try
 
 
 @dataclass
@@ -60,23 +69,31 @@ class World:
     store: "Proxy | None" = None
     faults: list[str] = field(default_factory=list)
 
-    def command(self, job: str, output: str, ray: bool = True) -> list[str]:
-        """Return the command of a job, with or without Ray."""
-        base = [sys.executable, "-m", "tahoex1_hf", job]
+    def start(self, job: str, output: str, ray: bool = True) -> "forked.Forked":
+        """Start the command of a job, with or without Ray."""
+        arguments = ["-m", "tahoex1_hf", job]
         where = ["--ray", self.cluster.address] if ray else []
         if job == "prepare":
-            return [*base, "--config", str(self.folder / "recipe.yaml"), "--output", output, *where]
-        sources = sorted(str(path) for path in (self.folder / "cells").iterdir())
-        options = ["--model", str(self.folder / "model"), "--device", "cpu", "--dtype", "float32"]
-        return [*base, *sources, output, *options, *where, *(["--max-workers", "2"] if ray else [])]
+            arguments += ["--config", str(self.folder / "recipe.yaml"), "--output", output, *where]
+        else:
+            sources = sorted(str(path) for path in (self.folder / "cells").iterdir())
+            options = ["--model", str(self.folder / "model"), "--device", "cpu", "--dtype", "float32"]
+            arguments += [*sources, output, *options, *where, *(["--max-workers", "2"] if ray else [])]
+        hook = {"RAY_RUNTIME_ENV_HOOK": "benchmarks.ray_faults.in_forks"}
+        return forked.Forked([sys.executable, *arguments], forked.environment(**forked.stand_in(), **hook), ROOT)
 
     def workers(self) -> list[psutil.Process]:
-        """Return the processes in which Ray's workers are at work, those of the nodes beside the head."""
-        found = []
-        for node in self.nodes:
-            for info in node.all_processes.get("raylet", []):
-                found += psutil.Process(info.process.pid).children(recursive=True)
-        return [process for process in found if _title(process).startswith("ray::Map")]
+        """Return the processes in which Ray's workers are at work."""
+        server = forked.server().process
+        assert server is not None
+        return [each for each in psutil.Process(server.pid).children() if _title(each).startswith("ray::Map")]
+
+
+def in_forks(runtime_env: dict[str, Any] | None) -> dict[str, Any]:
+    """Let Ray start a command's workers as forks; Ray calls this function in the command's process."""
+    python = Path(os.environ["FORK_SERVER"]).with_name("python")
+    variables = {name: value for name, value in os.environ.items() if name != "RAY_RUNTIME_ENV_HOOK"}
+    return {**(runtime_env or {}), "py_executable": str(python), "env_vars": variables}
 
 
 def _title(process: psutil.Process) -> str:
@@ -143,13 +160,13 @@ class Proxy:
 # Faults: each is made once by a call, and returns whether it found something to break.
 
 
-def kill_worker(world: World, command: subprocess.Popen[bytes]) -> bool:
+def kill_worker(world: World, command: "forked.Forked") -> bool:
     """Kill a worker that is at work."""
     return _signal_worker(world, signal.SIGKILL)
 
 
-def slow_worker(world: World, command: subprocess.Popen[bytes]) -> bool:
-    """Stop a worker for fifteen seconds."""
+def slow_worker(world: World, command: "forked.Forked") -> bool:
+    """Stop a worker for a while."""
     return _signal_worker(world, signal.SIGSTOP, then=signal.SIGCONT)
 
 
@@ -161,13 +178,13 @@ def _signal_worker(world: World, sent: signal.Signals, then: signal.Signals | No
     world.faults.append(_title(chosen).strip())
     chosen.send_signal(sent)
     if then is not None:
-        time.sleep(15)
+        time.sleep(_SLOW)
         if chosen.is_running():
             chosen.send_signal(then)
     return True
 
 
-def kill_node(world: World, command: subprocess.Popen[bytes]) -> bool:
+def kill_node(world: World, command: "forked.Forked") -> bool:
     """Kill a node with all that runs on it; another comes in its place."""
     node = random.choice(world.nodes)
     world.cluster.remove_node(node, allow_graceful=False)
@@ -177,22 +194,22 @@ def kill_node(world: World, command: subprocess.Popen[bytes]) -> bool:
     return True
 
 
-def kill_driver(world: World, command: subprocess.Popen[bytes]) -> bool:
+def kill_driver(world: World, command: "forked.Forked") -> bool:
     """Kill the command itself."""
     command.kill()
     world.faults.append("command")
-    return True
+    return bool(command.wait() == -signal.SIGKILL)  # or it had ended by itself
 
 
-def refuse_connections(world: World, command: subprocess.Popen[bytes]) -> bool:
+def refuse_connections(world: World, command: "forked.Forked") -> bool:
     """Let the store refuse connections for a minute."""
     assert world.store is not None
-    world.store.close_for(60)
+    world.store.close_for(_CLOSED)
     world.faults.append("store")
     return True
 
 
-Fault = Callable[[World, "subprocess.Popen[bytes]"], bool]
+Fault = Callable[[World, "forked.Forked"], bool]
 
 
 @dataclass(frozen=True)
@@ -213,8 +230,8 @@ KINDS = {
     "worker slow": Kind(slow_worker, {"embed": 2, "prepare": 2}),
     "node killed": Kind(kill_node, {"embed": 3, "prepare": 3}),
     "command killed": Kind(kill_driver, {"embed": 4, "prepare": 4}),
-    "disk full": Kind(None, {"embed": 3, "prepare": 3}),
-    "store unreachable": Kind(refuse_connections, {"embed": 2}),
+    "disk full": Kind(None, {"embed": 2, "prepare": 2}),
+    "store unreachable": Kind(refuse_connections, {"embed": 1, "prepare": 1}),
 }
 
 
@@ -229,14 +246,14 @@ def make_world(folder: Path) -> World:
     rng = np.random.default_rng(0)
     (folder / "cells").mkdir()
     for number in range(FILES):
-        counts = synthetic_counts(rng.integers(40, 120, CELLS), NUM_GENES, seed=number)
+        counts = synthetic_counts(rng.integers(40, 80, CELLS), NUM_GENES, seed=number)
         adata = anndata.AnnData(counts)
         adata.var_names = names
         adata.obs_names = [f"{number}-{cell}" for cell in range(CELLS)]
         adata.write_h5ad(folder / "cells" / f"{number:02d}.h5ad")
     tokenizer = tokenizer_for(names, 128)
     config = TahoeX1Config(
-        vocab_size=len(tokenizer), hidden_size=128, num_attention_heads=4, num_hidden_layers=3,
+        vocab_size=len(tokenizer), hidden_size=64, num_attention_heads=4, num_hidden_layers=2,
         expression_encoder_dropout=0.0,
     )  # fmt: skip
     random_model(TahoeX1Model, config).save_pretrained(folder / "model")
@@ -245,8 +262,8 @@ def make_world(folder: Path) -> World:
         "output": "unset",
         "vocab": str(folder / "model" / "vocab.json"),
         "sources": [{"kind": "anndata", "paths": [str(folder / "cells" / "*.h5ad")], "metadata": {"name": "_index"}}],
-        "piece_cells": 64,
-        "shard_size_mb": 0.1,
+        "piece_cells": 24,
+        "shard_size_mb": 0.02,
     }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     from ray.cluster_utils import Cluster
@@ -256,34 +273,21 @@ def make_world(folder: Path) -> World:
 
 
 def content_of(output: str) -> dict[str, bytes]:
-    """Return the bytes of a file, or of all files of a folder."""
-    if "://" in output:
-        import fsspec
+    """Return the bytes of a file, or of all files of a folder, by their names in it."""
+    import fsspec
 
-        filesystem, path = fsspec.url_to_fs(output)
-        filesystem.invalidate_cache()
-        return {"": filesystem.cat_file(path)}
-    if Path(output).is_file():
-        return {"": Path(output).read_bytes()}
-    return {
-        str(path.relative_to(output)): path.read_bytes() for path in sorted(Path(output).rglob("*")) if path.is_file()
-    }
+    filesystem, root = fsspec.url_to_fs(output)
+    filesystem.invalidate_cache()
+    return {path.removeprefix(root): filesystem.cat_file(path) for path in filesystem.find(root)}
 
 
 def begun(job: str, output: str) -> int:
     """Return how many pieces of a run are written."""
-    if "://" in output:
-        import fsspec
-
-        filesystem, path = fsspec.url_to_fs(f"{output}.shards")
-        filesystem.invalidate_cache()
-        try:
-            return len([name for name in filesystem.ls(path, detail=False) if "chunks-" in name])
-        except OSError:
-            return 0
-    if job == "embed":
-        return len(list(Path(f"{output}.shards").glob("chunks-*")))
-    return len(list(Path(output).glob(".prepare/pieces/*.arrow")))
+    folder, mark = (f"{output}.shards", "chunks-") if job == "embed" else (f"{output}/.prepare/pieces", "0")
+    try:
+        return len([name for name in Folder(folder).names() if name.startswith(mark)])
+    except Exception:
+        return 0
 
 
 def run_with_faults(world: World, job: str, kind: str, output: str) -> dict[str, Any]:
@@ -295,20 +299,19 @@ def run_with_faults(world: World, job: str, kind: str, output: str) -> dict[str,
     done = False
     while not done and commands < _MOST_COMMANDS:
         commands += 1
-        with tempfile.TemporaryFile() as log:
-            process = subprocess.Popen(world.command(job, output), stderr=log, stdout=log)
-            before = begun(job, output)
-            while process.poll() is None:
-                time.sleep(0.2)
-                if fault is not None and made < times and begun(job, output) > before:
-                    time.sleep(random.uniform(0, 1))
-                    made += process.poll() is None and fault(world, process)
-                    before = begun(job, output) if fault is not kill_driver else before
-            done = process.returncode == 0
-            log.seek(0)
-            text = log.read().decode(errors="replace")
+        process = world.start(job, output)
+        before = begun(job, output)
+        while process.poll() is None:
+            time.sleep(0.2)
+            if fault is not None and made < times and begun(job, output) > before:
+                time.sleep(random.uniform(0, 0.5))
+                made += process.poll() is None and fault(world, process)
+                before = begun(job, output) if fault is not kill_driver else before
+        done = process.returncode == 0
+        ended = process.completed()
         if not done and process.returncode != -signal.SIGKILL:
-            errors.append([line for line in text.splitlines() if line.startswith("Error")][-1:] or [text[-300:]])
+            lines = [line for line in ended.stderr.splitlines() if line.startswith("Error")]
+            errors.append(lines[-1] if lines else ended.stderr[-300:])
             if kind == "disk full":
                 made += 1
                 make_room(Path(output).parent, made)
@@ -318,7 +321,7 @@ def run_with_faults(world: World, job: str, kind: str, output: str) -> dict[str,
         "times": made,
         "commands": commands,
         "ended": done,
-        "errors": [text for error in errors for text in error],
+        "errors": errors,
         "broken": list(world.faults),
         "seconds": round(time.monotonic() - start),
     }
@@ -326,7 +329,7 @@ def run_with_faults(world: World, job: str, kind: str, output: str) -> dict[str,
 
 def make_room(folder: Path, step: int) -> None:
     """Give a full file system a little more room."""
-    subprocess.run(["mount", "-o", f"remount,size={1500 + 1500 * step}k", folder], check=True)
+    subprocess.run(["mount", "-o", f"remount,size={_ROOM + _STEP * step}k", folder], check=True)
 
 
 def measure(world: World, job: str, kind: str) -> dict[str, Any]:
@@ -336,14 +339,13 @@ def measure(world: World, job: str, kind: str) -> dict[str, Any]:
     name = "out.parquet" if job == "embed" else "out"
     output, mounted = str(folder / name), kind == "disk full"
     if kind == "store unreachable":
-        output = "s3://faults/out.parquet"
+        output = f"s3://faults/{name}"
     if mounted:
-        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", folder], check=True)
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={_ROOM}k", "tmpfs", folder], check=True)
     try:
         line = run_with_faults(world, job, kind, output)
         expected = content_of(str(world.folder / f"expected-{name}"))
         found = content_of(output) if line["ended"] else {}
-        found.pop(".prepare.lock", None)
         return {**line, "same_bytes": found == expected}
     finally:
         if mounted:
@@ -366,9 +368,7 @@ def start_store(world: World) -> None:
 def main(
     only: Annotated[list[str] | None, typer.Option(help="Kinds of faults.")] = None,
     jobs: Annotated[str, typer.Option(help="Jobs, with commas between.")] = "embed,prepare",
-    output: Annotated[Path, typer.Option(help="File to which a line of JSON is added for each run.")] = Path(
-        "faults.jsonl"
-    ),
+    output: Annotated[Path, typer.Option(help="File to which a line of JSON is added for each run.")] = RECORD,
     seed: Annotated[int, typer.Option(help="Seed of the moments and choices.")] = 0,
 ) -> None:
     """Make all faults."""
@@ -389,7 +389,7 @@ def main(
         try:
             for job in jobs.split(","):
                 name = "out.parquet" if job == "embed" else "out"
-                subprocess.run(world.command(job, f"{folder}/expected-{name}", ray=False), check=True)
+                world.start(job, f"{folder}/expected-{name}", ray=False).completed().check_returncode()
                 for kind, what in KINDS.items():
                     if job in what.times and (only is None or kind in only):
                         line = measure(world, job, kind)
