@@ -93,6 +93,9 @@ def test_a_large_file_is_sent_in_parts_and_there_at_the_end(s3: str, monkeypatch
     import s3fs.core
 
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    # s3fs before 2025.3 has no such function, and sends parts of 50 MB.
+    if not hasattr(s3fs.core, "calculate_chunksize"):
+        pytest.skip("this s3fs sends files below 50 MB in one part")
     monkeypatch.setattr(s3fs.core, "calculate_chunksize", lambda *_, **__: 5 * 2**20)
     store, folder = fsspec.filesystem("s3"), Folder("s3://parts/a")
     store.mkdir("parts")

@@ -2,20 +2,26 @@
 
 import os
 import signal
+from collections.abc import Callable
 from typing import Any
 
 from tahoex1_hf.cli.app import app
 from tahoex1_hf.embedding.shards import ShardFolder
 
-original, written = ShardFolder.write_file, []
+written = []
 
 
-def dying(self: ShardFolder, name: str, content: bytes) -> Any:
-    original(self, name, content)
-    written.append(name)
-    if len(written) == 1 + int(os.environ["KILL_AFTER"]):  # the first file is that of the run's settings
-        os.kill(os.getpid(), signal.SIGKILL)
+def dying(write: Callable[..., None]) -> Callable[..., None]:
+    def write_and_die(self: ShardFolder, name: Any, *content: Any) -> None:
+        write(self, name, *content)
+        if name != "run.json":  # the run's settings, which are no work
+            written.append(name)
+        if len(written) == int(os.environ["KILL_AFTER"]):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return write_and_die
 
 
-ShardFolder.write_file = dying  # type: ignore[method-assign]
+ShardFolder.write = dying(ShardFolder.write)  # type: ignore[method-assign]
+ShardFolder.write_file = dying(ShardFolder.write_file)  # type: ignore[method-assign]
 app()
