@@ -4,8 +4,8 @@
     python -m benchmarks.ray_cost pieces [--number 1000] [--number 100000] [--together 20]
     python -m benchmarks.ray_cost embed [--cells 4096] [--rounds 3]
 
-`overhead` embeds files with one worker, and parts the CPU seconds of all processes (the first one, Ray's, the
-workers') between two pieces that are far from the start and the end: those of the very functions that one process
+`overhead` embeds files (`--workers`: by default one) and parts the CPU seconds of all processes (the first one, Ray's,
+the workers') between two pieces that are far from the start and the end: those of the very functions that one process
 without Ray calls for a piece (reading, the model, writing), each measured where it runs; and the rest, which is the
 engine's, the packing of cells for their way from the reader to the model among it. The engine also looks around a
 few times a second while it waits: `engine_cores` is its CPU time for each second. Where the workers have to wait for a
@@ -248,6 +248,7 @@ def overhead(
     files: Annotated[int, typer.Option(help="Number of files, each of which is a piece.")] = 16,
     cells: Annotated[int, typer.Option(help="Number of cells of a file, at most 2,048.")] = 1024,
     width: Annotated[int, typer.Option(help="Width of the model, of four layers.")] = 256,
+    workers: Annotated[int, typer.Option(help="Number of workers with the model.")] = 1,
 ) -> None:
     """Part the CPU seconds of embedding with Ray into those of the work and those of the engine."""
     torch.set_num_threads(1)
@@ -274,7 +275,7 @@ def overhead(
         ray = start_ray(3)
         embed_files(
             sources, Path(folder) / "out.npy", model, tokenizer, device="cpu", dtype="float32",
-            cluster=ClusterOptions("local", 1, 1), progress=False,
+            cluster=ClusterOptions("local", workers, workers), progress=False,
         )  # fmt: skip
         ray.shutdown()
         lines = [json.loads(line) for line in Path(os.environ[WORK]).read_text().splitlines()]
@@ -288,9 +289,11 @@ def overhead(
     record(
         {
             "what": "overhead of the engine in embedding, CPU seconds of the steady part",
+            "workers": workers,
             "pieces": sum(line["stage"] == "embed" for line in steady),
             "cells_of_a_piece": cells,
             "seconds": round(ended - begun, 1),
+            "pieces_per_second": round(len(marks[2:-3]) / (ended - begun), 4),
             "cpu_seconds": round(total, 2),
             **{f"{name}_cpu_seconds": round(value, 2) for name, value in work.items()},
             "engine_cpu_seconds": round(engine, 2),
