@@ -13,6 +13,7 @@ if capability := os.environ.get("ATEN_CPU_CAPABILITY"):
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(tempfile.gettempdir(), folder))
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,22 @@ def pytest_runtest_teardown(nextitem: pytest.Item | None) -> None:
 _file: Path | None = None
 
 
-def pytest_runtest_setup(item: pytest.Item) -> None:
+# Errors of torch where ATEN_CPU_CAPABILITY imitates a simpler CPU, but parts of torch still look at the real one.
+IMITATION_FAILS = ("pack_vnni2 is only supported when avx512", "torch.compile on current platform is not supported")
+
+
+@contextmanager
+def skipping_what_imitation_breaks() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        if "ATEN_CPU_CAPABILITY" in os.environ and any(text in str(error) for text in IMITATION_FAILS):
+            pytest.skip(f"torch cannot do this on the imitated CPU: {error}")
+        raise
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item: pytest.Item) -> Any:
     if item.get_closest_marker("hub") and os.environ["HF_HUB_OFFLINE"].upper() in {"1", "ON", "YES", "TRUE"}:
         pytest.skip("downloads from the Hugging Face Hub; run with HF_HUB_OFFLINE=0")
     if item.get_closest_marker("gpu"):
@@ -100,20 +116,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
         if not torch.cuda.is_available():
             pytest.skip("needs a CUDA device, and torch.cuda.is_available() is false")
-
-
-# Errors of torch where ATEN_CPU_CAPABILITY imitates a simpler CPU, but parts of torch still look at the real one.
-IMITATION_FAILS = ("pack_vnni2 is only supported when avx512", "torch.compile on current platform is not supported")
+    with skipping_what_imitation_breaks():
+        return (yield)
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Any:
-    try:
+    with skipping_what_imitation_breaks():
         return (yield)
-    except RuntimeError as error:
-        if "ATEN_CPU_CAPABILITY" in os.environ and any(text in str(error) for text in IMITATION_FAILS):
-            pytest.skip(f"torch cannot do this on the imitated CPU: {error}")
-        raise
 
 
 @pytest.fixture(autouse=True)

@@ -85,9 +85,12 @@ def choose_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         fast = torch.cuda.get_device_capability(device) >= (8, 0)
     else:
-        # Without these instructions bfloat16 is emulated, hundreds of times slower than float32.
+        # Without these instructions bfloat16 is emulated, hundreds of times slower than float32. Where they are there,
+        # but ATEN_CPU_CAPABILITY asks torch to do without AVX-512, its attention in bfloat16 ends with an error.
         capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-        fast = device.type == "cpu" and any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+        withheld = torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "NO AVX", "AVX2")
+        has_bfloat16 = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+        fast = device.type == "cpu" and has_bfloat16 and not withheld
     return torch.bfloat16 if fast else torch.float32
 
 

@@ -24,6 +24,9 @@ def test_what_is_right(run: Check) -> None:
     gpu_right.embeddings(run)
     rows = kept(run)
     assert len(rows) == 3 + 2
+    for row in rows:
+        if "failed" in row:
+            raise RuntimeError(row["failed"])
     assert all(row["ok"] for row in rows), rows
 
 

@@ -346,7 +346,12 @@ def test_batches_hold_every_cell_once_within_the_budget() -> None:
 def test_auto_dtype_on_a_cpu_follows_the_hardware(monkeypatch) -> None:
     cpu = torch.device("cpu")
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     assert choose_dtype("auto", cpu) == torch.bfloat16
+    # As with ATEN_CPU_CAPABILITY=default, where torch's attention would end with an error.
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+    assert choose_dtype("auto", cpu) == torch.float32
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True}, raising=False)
     assert choose_dtype("auto", cpu) == torch.float32
 
