@@ -67,7 +67,11 @@ def cells_file(folder: Path, planted: bool) -> Path:
 
 
 @pytest.mark.parametrize("planted", [True, False])
-def test_cell_types(planted: bool, model: Any, tokenizer: TahoeX1Tokenizer, tmp_path: Path) -> None:
+def test_cell_types(
+    planted: bool, model: Any, tokenizer: TahoeX1Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Compiling UMAP takes longer than all else here; a report's test draws one.
+    monkeypatch.setattr("tahoex1_hf.common.plots.umap_places", lambda embeddings, seed: embeddings[:, :2])
     config = CellTypeConfig(name="kinds", file=str(cells_file(tmp_path, planted)), label="kind")
     (found,) = evaluate(CellTypeEvaluation(config), model, tokenizer, tmp_path)
     if planted:
