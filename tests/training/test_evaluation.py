@@ -29,6 +29,12 @@ from tahoex1_hf.training.evaluation import (
 CHILD = Path(__file__).parents[1] / "support" / "sharded_evaluation_run.py"
 
 
+@pytest.fixture(autouse=True)
+def without_umap(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw two numbers of each embedding: compiling UMAP takes longer than all else here, and a report's test does."""
+    monkeypatch.setattr("tahoex1_hf.common.plots.umap_places", lambda embeddings, seed: embeddings[:, :2])
+
+
 @pytest.fixture
 def tokenizer(tmp_path: Path) -> TahoeX1Tokenizer:
     return TahoeX1Tokenizer(write_vocab(tmp_path), context_length=32)
@@ -67,11 +73,7 @@ def cells_file(folder: Path, planted: bool) -> Path:
 
 
 @pytest.mark.parametrize("planted", [True, False])
-def test_cell_types(
-    planted: bool, model: Any, tokenizer: TahoeX1Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # Compiling UMAP takes longer than all else here; a report's test draws one.
-    monkeypatch.setattr("tahoex1_hf.common.plots.umap_places", lambda embeddings, seed: embeddings[:, :2])
+def test_cell_types(planted: bool, model: Any, tokenizer: TahoeX1Tokenizer, tmp_path: Path) -> None:
     config = CellTypeConfig(name="kinds", file=str(cells_file(tmp_path, planted)), label="kind")
     (found,) = evaluate(CellTypeEvaluation(config), model, tokenizer, tmp_path)
     if planted:
