@@ -38,6 +38,7 @@ from .packing_tahoe_x1 import (
     dummy_batch,
     every_gene_mse,
     lay_out_cells,
+    linear_and_relu,
     make_attention_mask,
     masked_mse,
     refuse_to_generate,
@@ -154,8 +155,7 @@ class TahoeX1Embeddings(nn.Module):
             if drug_ids is None:  # a drug token without a drug is the unknown drug, row 0
                 drug_ids = input_ids.new_zeros(layout.num_cells)
             drugs = layout.per_token(self.drug_encoder(drug_ids)).to(hidden_states.dtype)
-            is_drug = input_ids.eq(self.drug_token_id).unsqueeze(-1)
-            hidden_states = torch.where(is_drug, drugs, hidden_states)
+            hidden_states = torch.where(input_ids.eq(self.drug_token_id).unsqueeze(-1), drugs, hidden_states)
         return hidden_states, gene_embeddings
 
 
@@ -171,11 +171,11 @@ class TahoeX1MLP(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, overwrite: bool = False) -> torch.Tensor:
         """Return `(..., hidden_size)`; with `overwrite`, activations reuse memory where they can."""
-        up = self.up_proj(hidden_states)
-        if self.gate_proj is None:
-            in_place = overwrite and type(self.act_fn) is nn.ReLU
-            return self.down_proj(torch.relu_(up) if in_place else self.act_fn(up))
-        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * up)
+        if self.gate_proj is not None:
+            return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+        if type(self.act_fn) is nn.ReLU:
+            return self.down_proj(linear_and_relu(self.up_proj, hidden_states, overwrite))
+        return self.down_proj(self.act_fn(self.up_proj(hidden_states)))
 
 
 class TahoeX1Attention(nn.Module):

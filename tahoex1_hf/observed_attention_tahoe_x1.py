@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 SHORTEST_WITH_OBSERVED_KEYS = 256
 # Wider heads have no backward pass on some cards (sdp_utils.cpp in torch); the released models' have 64 or 128.
 _WIDEST_HEAD = 192
+_WIDEST_OF_CUDNN = 128
+_cudnn_failed: list[str] = []
 
 
 @torch.compiler.assume_constant_result
@@ -45,6 +47,28 @@ def _flash_is_built(device: torch.device) -> bool:
     """Return whether torch was built with the kernel, for NVIDIA's cards, and the card is new enough for it."""
     built = torch.version.cuda is not None and torch.backends.cuda.is_flash_attention_available()
     return built and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def cudnn_serves(device: torch.device, dtype: torch.dtype, width: int) -> bool:
+    """Return whether cuDNN's attention computes cells of equal length, and faster than torch's flash attention.
+
+    On an H100, 32 cells of 2,048 tokens took 0.64 instead of 1.05 ms (8 heads of 64), 2.3 instead of 4.0 (20 of 128).
+    On cells of any length, cuDNN takes 50 ms of the host's time a call. `enable_cudnn_sdp(False)` switches it off.
+    """
+    if device.type != "cuda" or not flash_serves(device, dtype, width) or width > _WIDEST_OF_CUDNN or _cudnn_failed:
+        return False
+    return torch.backends.cuda.cudnn_sdp_enabled() and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def cudnn_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cells: int, scaling: float
+) -> torch.Tensor:
+    """Let tokens attend within cells of equal length: `(tokens, heads, width)` each, to the like."""
+    q, k, v = (tensor.unflatten(0, (cells, -1)).transpose(1, 2) for tensor in (query, key, value))
+    differentiable = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v))
+    attend = torch.ops.aten._scaled_dot_product_cudnn_attention
+    output: torch.Tensor = attend(q, k, v, None, differentiable, scale=scaling)[0]
+    return output.transpose(1, 2).flatten(0, 1)
 
 
 def flash_forward(
@@ -174,11 +198,25 @@ class FlashLayout:
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:
         """Attend: `(length, heads, width)` each, to the like; with `observed`, keys have as many heads as queries."""
         if self.observed is None:
+            if self._equal(query, key):
+                try:
+                    return cudnn_attention(query, key, value, len(self.bounds) - 1, scaling)
+                except torch.OutOfMemoryError:
+                    raise
+                except RuntimeError as error:  # cuDNN has no kernel for this, or is too old
+                    logger.warning("cuDNN's attention fails here, flash attention is used: %s", str(error)[:500])
+                    _cudnn_failed.append(str(error))
             return flash_attention(query, key, value, self.bounds, None, (self.longest, self.longest), scaling)
         output: torch.Tensor = _ObservedOrSelfByFlash.apply(
             query, key, value, self.bounds, self.observed_bounds, self.observed, self.targets, self.longest, scaling
         )
         return output
+
+    def _equal(self, query: torch.Tensor, key: torch.Tensor) -> bool:
+        """Return whether all cells are equally long, and cuDNN serves. Compiled code does not ask."""
+        if torch.compiler.is_compiling() or not cudnn_serves(query.device, query.dtype, query.shape[-1]):
+            return False
+        return query.shape == key.shape and len(query) == self.longest * (len(self.bounds) - 1)
 
 
 class _ObservedOrSelfByFlash(torch.autograd.Function):
@@ -496,7 +534,8 @@ class PackedAttention:
             # A layer gives another type than the rest do.
             others = PackedAttention.make(self.boundaries, self.longest, self.observed, query.device)
             return others(query, key, value, scaling)[0]
-        q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+        # Not `tensor[0]`, whose gradient is a copy.
+        q, k, v = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))
         if self.observed is not None and q.shape[1] != k.shape[1]:
             k, v = (tensor.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for tensor in (k, v))
         return self.flash.attend(q, k, v, scaling).unsqueeze(0)

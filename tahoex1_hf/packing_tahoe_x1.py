@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from transformers.masking_utils import and_masks, create_bidirectional_mask, packed_sequence_mask_function
 from transformers.modeling_outputs import ModelOutput
 from transformers.utils import TransformersKwargs, logging
@@ -72,7 +73,8 @@ class CellLayout:
             raise ValueError(f"cu_seq_lens_q packs all cells into one row, but input_ids has {shape[0]} rows.")
         boundaries = cu_seq_lens.long()
         positions = torch.arange(shape[1], device=boundaries.device)
-        token_cells = torch.searchsorted(boundaries[1:].contiguous(), positions, right=True)
+        # Not in `boundaries[1:]`: on CUDA, torch 2.11's compiler searches a slice from the beginning of the whole.
+        token_cells = torch.searchsorted(boundaries, positions, right=True) - 1
         return cls(boundaries.shape[0] - 1, token_cells.unsqueeze(0), boundaries, num_targets)
 
     def per_token(self, cell_vectors: torch.Tensor) -> torch.Tensor:
@@ -291,6 +293,76 @@ def multiplied_as(states: torch.Tensor, otherwise: torch.dtype | None = None) ->
     kind = states.device.type
     automatic = kind != "meta" and torch.is_autocast_enabled(kind)  # which knows no autocast for "meta"
     return torch.get_autocast_dtype(kind) if automatic else otherwise or states.dtype
+
+
+def linear_and_relu(linear: nn.Module, hidden_states: torch.Tensor, overwrite: bool = False) -> torch.Tensor:
+    """Return the positive part of what a linear layer gives, `(..., out_features)`.
+
+    On CUDA, in half precision, it is part of the product. `torch.compile` makes it a pass of its own, and keeps where
+    the numbers were positive: on an H100, the 70M trained 1.05 times as fast without that, with 12 % less memory.
+
+    Args:
+        linear: The layer, or what an adapter or a quantiser has put in its place.
+        hidden_states: `(..., in_features)`.
+        overwrite: Whether nothing else needs what the layer gives, which is then overwritten.
+    """
+    if _relu_serves(linear, hidden_states):
+        dtype, shape = multiplied_as(hidden_states), hidden_states.shape[:-1]
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            inputs = hidden_states.to(dtype).flatten(0, -2)
+            output: torch.Tensor = _LinearRelu.apply(inputs, linear.weight.to(dtype), linear.bias.to(dtype))
+            return output.unflatten(0, shape)
+    up: torch.Tensor = linear(hidden_states)
+    return torch.relu_(up) if overwrite else torch.relu(up)
+
+
+def _relu_serves(linear: nn.Module, hidden_states: torch.Tensor) -> bool:
+    """Return whether a layer is its weight and bias, no more, and `_LinearRelu` multiplies in its precision."""
+    if not hidden_states.is_cuda or type(linear) is not nn.Linear or type(linear.weight) is not nn.Parameter:
+        return False
+    dtype = multiplied_as(hidden_states)
+    automatic = torch.is_autocast_enabled(hidden_states.device.type)
+    return (
+        linear.bias is not None
+        and not linear._forward_hooks
+        and not linear._forward_pre_hooks
+        and linear.weight.device == hidden_states.device  # not where it waits on the CPU until it is needed
+        and dtype in (torch.bfloat16, torch.float16)
+        and (automatic or linear.weight.dtype == dtype)
+    )
+
+
+@torch.library.custom_op("tahoex1_hf::linear_relu", mutates_args=())
+def _product_and_relu(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """Call an operation of torch's that its compiler would take apart: `(tokens, in)` to `(tokens, out)`."""
+    return torch._addmm_activation(bias, inputs, weight.t())
+
+
+@_product_and_relu.register_fake
+def _(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    return inputs.new_empty(inputs.shape[0], weight.shape[0])
+
+
+class _LinearRelu(torch.autograd.Function):
+    """`relu(inputs @ weight.T + bias)`, which keeps its result and no mask; the derivative at 0 is 0, as torch's."""
+
+    @staticmethod
+    def forward(ctx: Any, inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        output: torch.Tensor = _product_and_relu(inputs, weight, bias)
+        ctx.save_for_backward(inputs, weight, output)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        inputs, weight, output = ctx.saved_tensors
+        gradient = torch.where(output > 0, gradient, 0)
+        of_inputs, of_weight, of_bias = ctx.needs_input_grad
+        return (
+            gradient @ weight if of_inputs else None,
+            gradient.t() @ inputs if of_weight else None,
+            gradient.sum(0) if of_bias else None,
+        )
 
 
 class TahoeX1HeadLinear(nn.Linear):
