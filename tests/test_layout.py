@@ -95,7 +95,7 @@ TESTED_IN: dict[str, set[str]] = {
         "embedding/release/plot",
         "embedding/release/report",
     },
-    "embedding/test_in_memory.py": {"inference/chunks", "inference/encoder", "inference/provenance"},
+    "embedding/test_in_memory.py": {"inference/encoder", "inference/provenance"},
     "finetuning/cells/test_cell_baselines.py": {"finetuning/cells/baselines"},
     "finetuning/cells/test_cell_report.py": {"finetuning/cells/report"},
     "finetuning/cells/test_cell_task.py": {
@@ -159,7 +159,6 @@ TESTED_IN: dict[str, set[str]] = {
     "runs/test_report.py": {"finetuning/verdicts"},
     "signatures/test_building.py": {"cli/signatures", "signatures/figures", "signatures/report", "signatures/screen"},
     "signatures/test_querying.py": {"signatures/comparing", "signatures/store"},
-    "test_padding_and_packing.py": {"packing_tahoe_x1"},
     "training/test_config.py": {"training/trainer"},
     "training/test_pretraining.py": {
         "runs/log_window",

@@ -23,6 +23,7 @@ from tahoex1_hf.observed_attention_tahoe_x1 import (
     ObservedKeys,
     PackedAttention,
     _FusedOnCuda,
+    cudnn_serves,
     flash_serves,
 )
 
@@ -210,6 +211,87 @@ def test_flash_serves_on_cuda_in_half_precision_alone() -> None:
         assert not flash_serves(torch.device("cuda"), torch.bfloat16, width)
 
 
+@pytest.fixture
+def cudnn_on_cpu(flash_on_cpu: FlashStandIn, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:  # noqa: F811
+    """Shapes of the calls of a stand-in for cuDNN's attention, beside that for flash attention."""
+    calls: list[tuple[int, ...]] = []
+
+    def attend(query: torch.Tensor, *rest: Any, scale: float) -> tuple[torch.Tensor]:
+        calls.append(tuple(query.shape))
+        return (torch.nn.functional.scaled_dot_product_attention(query, *rest[:2], scale=scale),)
+
+    module = observed_attention_tahoe_x1
+    monkeypatch.setattr(module, "_cudnn_failed", [])
+    monkeypatch.setattr(module, "cudnn_serves", lambda *_: not module._cudnn_failed)
+    monkeypatch.setattr(torch.ops.aten, "_scaled_dot_product_cudnn_attention", attend)
+    return calls
+
+
+def row_of(lengths: list[int], heads: int = 4, hidden: bool = False) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Return queries, keys and values, and what attention of a packed row gives for them."""
+    tokens, observed = some_tokens(sum(lengths), heads=heads), some_observed(lengths)
+    bounds = torch.tensor([0, *lengths]).cumsum(0)
+    attention = PackedAttention.make(bounds, None, observed[None] if hidden else None, torch.device("cpu"), flash=True)
+    return tokens, attention(*(tensor[None] for tensor in tokens), 0.3)[0][0].transpose(0, 1)
+
+
+def test_cudnn_takes_cells_of_equal_length(
+    cudnn_on_cpu: list[tuple[int, ...]],
+    flash_on_cpu: FlashStandIn,  # noqa: F811
+) -> None:
+    tokens, output = row_of([30, 30, 30])
+    assert cudnn_on_cpu == [(3, 4, 30, 8)]
+    assert not flash_on_cpu.calls
+    expected = with_gradients(masked(tokens, [30, 30, 30], torch.ones(90, dtype=torch.bool)), tokens)
+    for mine, theirs in zip(with_gradients(output, tokens), expected, strict=True):
+        assert largest_difference(mine, theirs) < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("lengths", "heads", "hidden"), [([30, 29, 30], 4, False), ([30, 30], 2, False), ([30, 30], 4, True)]
+)
+def test_flash_takes_all_others(
+    cudnn_on_cpu: list[tuple[int, ...]],
+    flash_on_cpu: FlashStandIn,  # noqa: F811
+    lengths: list[int],
+    heads: int,
+    hidden: bool,
+) -> None:
+    row_of(lengths, heads, hidden)
+    assert not cudnn_on_cpu
+    assert len(flash_on_cpu.calls) == 1
+
+
+def test_flash_serves_where_cudnn_fails(
+    cudnn_on_cpu: list[tuple[int, ...]],
+    flash_on_cpu: FlashStandIn,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no plan")
+
+    monkeypatch.setattr(torch.ops.aten, "_scaled_dot_product_cudnn_attention", fail)
+    for _ in range(2):
+        row_of([20, 20])
+    assert caplog.text.count("no plan") == 1
+    assert len(flash_on_cpu.calls) == 2
+
+
+def test_cudnn_serves_new_cards_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    card, kind = torch.device("cuda"), torch.bfloat16
+    assert not cudnn_serves(torch.device("cpu"), kind, 64)
+    assert not cudnn_serves(card, torch.float32, 64)
+    monkeypatch.setattr(observed_attention_tahoe_x1, "flash_serves", lambda *_: True)
+    monkeypatch.setattr(torch.backends.cuda, "cudnn_sdp_enabled", lambda: True)
+    for capability in ((8, 0), (9, 0), (10, 0)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, now=capability: now)
+        assert cudnn_serves(card, kind, 64) == (capability >= (9, 0))
+    assert not cudnn_serves(card, kind, 192)
+    monkeypatch.setattr(torch.backends.cuda, "cudnn_sdp_enabled", lambda: False)
+    assert not cudnn_serves(card, kind, 64)
+
+
 @pytest.mark.parametrize("style", ["full", "observed_or_self"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
@@ -277,6 +359,27 @@ def test_kernel_equals_masks(dtype: torch.dtype, width: int, share: float | None
     ours = [output, *torch.autograd.grad((output.double() * weights.cuda()).sum(), tokens)]
     for mine, theirs in zip(ours, expected, strict=True):
         assert mine.dtype == dtype
+        assert relative(mine, theirs) < HALF[dtype]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("width", [16, 64, 128])
+def test_cudnn_equals_masks(dtype: torch.dtype, width: int) -> None:
+    if not cudnn_serves(torch.device("cuda"), dtype, width):
+        pytest.skip("cuDNN's attention is not chosen on this card")
+    generator = torch.Generator().manual_seed(0)
+    rounded = [torch.randn(4, 3 * 200, width, generator=generator).to(dtype) for _ in range(3)]
+    exact = [tensor.double().requires_grad_() for tensor in rounded]
+    expected = with_gradients(masked(exact, [200] * 3, torch.ones(600, dtype=torch.bool)), exact)
+    tokens = [tensor.cuda().requires_grad_() for tensor in rounded]
+    bounds = torch.tensor([0, 200, 400, 600])
+    attention = PackedAttention.make(bounds, 200, None, torch.device("cuda"), flash=True)
+    output = attention(*(tensor[None] for tensor in tokens), 0.3)[0][0].transpose(0, 1)
+    weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    ours = [output, *torch.autograd.grad((output.double() * weights.cuda()).sum(), tokens)]
+    assert not observed_attention_tahoe_x1._cudnn_failed
+    for mine, theirs in zip(ours, expected, strict=True):
         assert relative(mine, theirs) < HALF[dtype]
 
 

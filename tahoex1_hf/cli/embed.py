@@ -114,18 +114,19 @@ def embed(
     The same command resumes a run that was stopped. With `accelerate launch -m tahoex1_hf embed ...` several
     processes, or machines, share the work; with --ray, the machines of a Ray cluster, some of which may be lost.
     """
+    from tahoex1_hf.common.cuda_start import start_cuda
+
+    start_cuda("cpu" if ray else device)  # beside the imports
     from tahoex1_hf.cells.opening import check_paths
     from tahoex1_hf.common.cluster import cluster_options, import_ray
     from tahoex1_hf.embedding.files import embed_files
     from tahoex1_hf.embedding.obs_columns import split_columns
     from tahoex1_hf.embedding.outputs import OutputOptions
-    from tahoex1_hf.hub.models import model_and_tokenizer
     from tahoex1_hf.inference.encoder import choose_device
     from tahoex1_hf.inference.gene_embeddings import gene_kinds as kinds_of
     from tahoex1_hf.inference.scoring import num_masks
 
-    asked = [*(["EA"] if gene_embeddings else []), *(gene_kinds.split(",") if gene_kinds else [])]
-    kinds = kinds_of(asked or False)
+    kinds = kinds_of([*(["EA"] if gene_embeddings else []), *(gene_kinds.split(",") if gene_kinds else [])] or False)
     if score_masks is not None and not score:
         raise ValueError(f"score_masks={score_masks} (--score-masks) goes with --score: pass both, or leave it out.")
     masks = num_masks(score_masks or score)
@@ -139,12 +140,12 @@ def embed(
         choose_device(device)
     else:
         import_ray()
-    loaded, tokenizer = model_and_tokenizer(model, size=size, revision=revision, expression=masks > 0)
     embed_files(
         sources,
         output,
-        loaded,
-        tokenizer,
+        model,
+        size=size,
+        revision=revision,
         key_added=key_added,
         layer=layer,
         gene_id_column=gene_id_column,

@@ -196,6 +196,8 @@ def embed_files(
         if not shards.is_local:  # each machine sorts the counts by cell for itself
             spool = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         inputs = open_all(paths, options.tokenizer, genes, spool=spool)
+        # Before layers are rounded. Runs of earlier versions did not record "weights", and are resumed without it.
+        digests = {"model": some_weights_digest(loaded), "weights": weights_digest(loaded)}
         encoder = CellEncoder(
             used,
             options.tokenizer,
@@ -203,11 +205,12 @@ def embed_files(
             device=(device or processes.device()) if engine is None else "cpu",
             dtype=dtype if engine is None else engine.dtype,
             hidden_layer=hidden_layer,
+            sole_user=isinstance(model, (str, Path)),
         )
         made = Output(wanted, inputs, shards, options.tokenizer, encoder.width)
         scorer = scorer_of(encoder, used, wanted.score_masks, seed)
         run = _Run(inputs, shards, encoder, options, made, new_drugs, scorer)
-        identity = _identity(run, loaded, {"layer": layer})
+        identity = _identity(run, {**digests, "layer": layer})
         identity["batch_tokens"] = batch_tokens  # changes the last digits; its default depends on device and precision
         lock = RunLock(f"{shards.location}.lock" if shards.is_local else None, shards.location, "output")
         stack.callback(lock.release)
@@ -396,15 +399,13 @@ class _Run:
         return num_empty
 
 
-def _identity(run: _Run, model: TahoeX1PreTrainedModel, more: dict[str, Any]) -> dict[str, Any]:
+def _identity(run: _Run, more: dict[str, Any]) -> dict[str, Any]:
     """Return all settings and inputs that decide the result, apart from the kind of device."""
     options, tokenizer = run.options, run.options.tokenizer
     samples = tokenizer.overflow == "sample" and tokenizer.context_length is not None
     return {
         "cells": [[each.path, each.fingerprint, each.num_cells] for each in run.plan.inputs],
         "chunk_cells": encoding.CHUNK_CELLS,
-        "model": some_weights_digest(model),
-        "weights": weights_digest(model),  # runs of earlier versions did not record it, and are resumed without it
         "tokenizer": tokenizer_digest(tokenizer),
         "max_length": tokenizer.context_length,
         "genes": [json_digest(each.genes.token_ids.tolist()) for each in run.plan.inputs if each.genes is not None],

@@ -213,6 +213,7 @@ def embed_anndata(
         device=device,
         dtype=dtype,
         hidden_layer=hidden_layer,
+        sole_user=isinstance(model, (str, Path)),
     )
     match = cells.genes
     if kinds:

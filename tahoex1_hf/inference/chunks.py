@@ -2,6 +2,7 @@
 """Embed chunks of cells that are read and encoded while the model works."""
 
 import copy
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
@@ -47,6 +48,8 @@ def embed_chunks(
 ) -> Iterator[EmbeddedChunk]:
     """Embed chunk after chunk; the next chunk is read and encoded while the model works on this one.
 
+    On a GPU, the next chunk is begun before this one is finished, so that the GPU never waits for the host.
+
     Args:
         encoder: Model that embeds the cells.
         chunks: Chunks from `ChunkEncoder.chunks`.
@@ -62,20 +65,38 @@ def embed_chunks(
     Raises:
         ValueError: If an embedding is not finite; the message names the cell.
     """
+    # The sums of gene embeddings are saved with the chunks that have been yielded: no later one may be in them.
+    ahead = 1 if encoder.device.type == "cuda" and gene_means is None else 0
+    begun: deque[tuple[EncodedCells, Callable[[], np.ndarray]]] = deque()
     for chunk in prefetch(chunks):
         with sink_of(chunk) as on_tokens:
-            embeddings = encoder.embed(chunk, gene_means, on_batch, on_tokens)
-        deviations = np.zeros(len(embeddings), dtype=np.float32)
-        if chunk.samples:
-            others = (encoder.embed(sample) for sample in chunk.samples)
-            long = chunk.samples[0].cell_numbers - chunk.cell_numbers[0]
-            means, deviations[long] = average(embeddings[long], others)
-            embeddings[long] = means / np.linalg.norm(means, axis=1, keepdims=True)
-        check_results(embeddings, chunk.cell_numbers, cells, encoder.dtype_name)
-        numbers = {"deviation": deviations}
-        if scorer is not None:
-            numbers["score"], numbers["score_sd"] = scorer.score(chunk)
-        yield EmbeddedChunk(chunk, embeddings, numbers)
+            begun.append((chunk, encoder.begin(chunk, gene_means, on_batch, on_tokens)))
+        if len(begun) > ahead:
+            yield _finished(encoder, cells, scorer, *begun.popleft())
+    while begun:
+        yield _finished(encoder, cells, scorer, *begun.popleft())
+
+
+def _finished(
+    encoder: CellEncoder,
+    cells: CellInput,
+    scorer: CellScorer | None,
+    chunk: EncodedCells,
+    finish: Callable[[], np.ndarray],
+) -> EmbeddedChunk:
+    """Wait for a chunk's embeddings, and compute what else is wanted of it."""
+    embeddings = finish()
+    deviations = np.zeros(len(embeddings), dtype=np.float32)
+    if chunk.samples:
+        others = (encoder.embed(sample) for sample in chunk.samples)
+        long = chunk.samples[0].cell_numbers - chunk.cell_numbers[0]
+        means, deviations[long] = average(embeddings[long], others)
+        embeddings[long] = means / np.linalg.norm(means, axis=1, keepdims=True)
+    check_results(embeddings, chunk.cell_numbers, cells, encoder.dtype_name)
+    numbers = {"deviation": deviations}
+    if scorer is not None:
+        numbers["score"], numbers["score_sd"] = scorer.score(chunk)
+    return EmbeddedChunk(chunk, embeddings, numbers)
 
 
 def average(first: np.ndarray, others: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

@@ -17,7 +17,7 @@ from tahoex1_hf.common.cuda_memory import arriving, let_segments_grow, sent
 from tahoex1_hf.common.dtypes import dtype_name
 from tahoex1_hf.configuration_tahoe_x1 import TahoeX1Config
 from tahoex1_hf.encoding_tahoe_x1 import GeneMatch
-from tahoex1_hf.inference.prepared_layers import KeptLayers, PreparedLayer, packs_weights
+from tahoex1_hf.inference.prepared_layers import KeptLayers, PreparedLayer, packs_weights, round_layers
 from tahoex1_hf.inference.quantization import quantised_by, with_int8_weights
 from tahoex1_hf.inference.ragged import can_run_ragged, ragged_forward
 from tahoex1_hf.modeling_tahoe_x1 import TahoeX1Model, TahoeX1PreTrainedModel
@@ -197,6 +197,8 @@ class CellEncoder:
         hidden_layer: Number of the layer whose output is taken, as in the model's `hidden_states`: 0 is what enters
             the first layer, -1 the last layer's output after the final norm, the default. Outputs of other layers
             are taken as they are, without the final norm.
+        sole_user: Whether nothing else uses the model. On a GPU, in bfloat16, its layers are then rounded before they
+            are moved, and not copied there: less memory, the same results.
 
     Attributes:
         hidden_layer: Number of the layer whose output is taken, from 0 to the number of layers.
@@ -211,6 +213,7 @@ class CellEncoder:
         device: str | torch.device | None = None,
         dtype: Dtype = "auto",
         hidden_layer: int | None = None,
+        sole_user: bool = False,
     ):
         if batch_tokens is not None and batch_tokens < 1:
             raise ValueError(f"batch_tokens must be at least 1, got {batch_tokens}.")
@@ -229,6 +232,8 @@ class CellEncoder:
         self.dtype = choose_dtype(dtype, self.device)
         self.config: TahoeX1Config = model.config
         self.dtype_name = str(self.dtype).removeprefix("torch.")
+        if sole_user and self.device.type == "cuda" and self.dtype != torch.float32 and dtype != "int8":
+            round_layers(cast(TahoeX1Model, model.base_model), self.dtype)
         self.model = cast(TahoeX1Model, model.base_model.to(self.device).eval())
         if self.dtype == torch.float32 and self.model.dtype in (torch.bfloat16, torch.float16):
             if dtype != "auto":
@@ -274,7 +279,6 @@ class CellEncoder:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype)
 
-    @torch.inference_mode()
     def embed(
         self,
         cells: EncodedCells,
@@ -293,6 +297,20 @@ class CellEncoder:
         Returns:
             `(cells, width)` float32, each row of length 1.
         """
+        return self.begin(cells, gene_means, on_batch, on_tokens)()
+
+    @torch.inference_mode()
+    def begin(
+        self,
+        cells: EncodedCells,
+        gene_means: GeneMeans | None = None,
+        on_batch: Callable[[int], object] = lambda num_cells: None,
+        on_tokens: TokenSink | None = None,
+    ) -> Callable[[], np.ndarray]:
+        """Begin to embed cells, and return a function that waits for the result, which is that of `embed`.
+
+        On a GPU, the last batch may still be computed when this returns, so that other cells can be begun.
+        """
         embeddings = np.empty((cells.num_cells, self.width), dtype=np.float32)
         waiting: list[tuple[np.ndarray, Callable[[], torch.Tensor]]] = []
 
@@ -308,8 +326,12 @@ class CellEncoder:
                 waiting.append((rows, arriving(normalize(pooled.float(), dim=1))))
                 if self.device.type != "cuda":
                     receive()
+
+        def finish() -> np.ndarray:
             receive()
-        return embeddings
+            return embeddings
+
+        return finish
 
     @torch.inference_mode()
     def pooled_batches(

@@ -40,9 +40,9 @@ class Product:
     @classmethod
     def make(cls, modules: list[nn.Linear], dtype: torch.dtype) -> "Product":
         """Cast the weights of linear layers with the same input, one below the other."""
-        weight = torch.cat([module.weight.detach().to(dtype) for module in modules])
+        weight = _together([module.weight.detach().to(dtype) for module in modules])
         biases = [module.bias.detach().to(dtype) for module in modules if module.bias is not None]
-        bias = torch.cat(biases) if biases else None
+        bias = _together(biases) if biases else None
         if weight.device.type != "cpu" or not packs_weights(dtype):
             return cls(weight, bias)
         return cls(torch.ops.mkldnn._reorder_linear_weight(weight, _USUAL_ROWS), bias, packed=True)
@@ -65,6 +65,11 @@ class Product:
 
     def _packed(self, inputs: torch.Tensor, then: str) -> torch.Tensor:
         return torch.ops.mkldnn._linear_pointwise(inputs, self.weight, self.bias, then, [], "")
+
+
+def _together(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """Return tensors one below the other; one alone as it is, which `torch.cat` would copy."""
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
 
 def packs_weights(dtype: torch.dtype) -> bool:
@@ -108,10 +113,9 @@ class PreparedLayer:
     @classmethod
     def make(cls, layer: TahoeX1Layer, dtype: torch.dtype) -> "PreparedLayer | None":
         """Cast the weights to `dtype`; return None if a part is not the model's own, such as an adapter."""
-        linears = linears_of(layer)
-        norms = (layer.attention_norm, layer.mlp_norm)
-        if not all(is_plain(module) for module in linears) or any(type(norm) is not nn.LayerNorm for norm in norms):
+        if not _can_be_prepared(layer):
             return None
+        linears = linears_of(layer)
         output, up, down, *gate = (Product.make([module], dtype) for module in linears[3:])
         return cls(layer, Product.make(linears[:3], dtype), output, up, gate[0] if gate else None, down)
 
@@ -229,6 +233,22 @@ def linears_of(layer: TahoeX1Layer) -> list[nn.Linear]:
     attention, mlp = layer.self_attn, layer.mlp
     linears = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj, mlp.up_proj, mlp.down_proj]
     return linears + ([] if mlp.gate_proj is None else [mlp.gate_proj])
+
+
+def round_layers(model: TahoeX1Model, dtype: torch.dtype) -> None:
+    """Round the weights of a float32 model's layers, but for their norms, to the type in which they are multiplied.
+
+    Under autocast, results stay the same. Layers that `PreparedLayer` cannot take are left as they are.
+    """
+    layers = [cast(TahoeX1Layer, layer) for layer in model.layers]
+    if model.dtype == torch.float32 and all(map(_can_be_prepared, layers)):
+        for module in (module for layer in layers for module in linears_of(layer)):
+            module.to(dtype)
+
+
+def _can_be_prepared(layer: TahoeX1Layer) -> bool:
+    norms = (layer.attention_norm, layer.mlp_norm)
+    return all(map(is_plain, linears_of(layer))) and all(type(norm) is nn.LayerNorm for norm in norms)
 
 
 def is_plain(module: nn.Module) -> bool:

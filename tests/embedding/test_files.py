@@ -230,7 +230,7 @@ class Stop(Exception):
 @pytest.fixture
 def stopping(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int | None], list[int]]]:
     """Make the encoder fail after a number of chunks, and return the list of the cells that were embedded."""
-    real = CellEncoder.embed
+    real = CellEncoder.begin
 
     def make(after: int | None) -> list[int]:
         seen: list[int] = []
@@ -241,11 +241,11 @@ def stopping(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int | None],
             seen.extend(chunk.cell_numbers.tolist())
             return real(self, chunk, *more)
 
-        monkeypatch.setattr(CellEncoder, "embed", embed)
+        monkeypatch.setattr(CellEncoder, "begin", embed)
         return seen
 
     yield make
-    monkeypatch.setattr(CellEncoder, "embed", real)
+    monkeypatch.setattr(CellEncoder, "begin", real)
 
 
 @pytest.mark.parametrize("after", [1, 3, 6])
@@ -420,13 +420,13 @@ DRIVER = """
     torch.set_num_threads(1)
     source, output, vocab, *stop = sys.argv[1:]
     encoding.CHUNK_CELLS, making._SHARD_SECONDS = 16, 0.0
-    real, calls = CellEncoder.embed, []
+    real, calls = CellEncoder.begin, []
     def counted(*arguments):
         calls.append(1)
         if stop and len(calls) > int(stop[0]):
             time.sleep(3600)  # until it is killed
         return real(*arguments)
-    CellEncoder.embed = counted
+    CellEncoder.begin = counted
     model = tiny_model(tiny_config(vocab_size=64), TahoeX1Model)
     embed_files.embed_files(source, output, model, TahoeX1Tokenizer(vocab, context_length=16), device="cpu")
     with open(output + ".calls", "w") as file:

@@ -301,7 +301,7 @@ def test_attention_backends_agree(checkpoint) -> None:
 
 def test_an_interrupted_run_leaves_adata_as_it_was(checkpoint, monkeypatch) -> None:
     adata = golden_cells("a_70m_like")
-    monkeypatch.setattr(CellEncoder, "embed", lambda *args, **kwargs: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(CellEncoder, "begin", lambda *args, **kwargs: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         embedded(adata, checkpoint("a_70m_like"))
     assert not adata.obsm

@@ -62,7 +62,7 @@ def test_the_bytes_of_one_machine(tmp_path: Path, parts: Parts, monkeypatch: pyt
     embed("one")
     with monkeypatch.context() as patch:
         patch.setattr(making, "_SHARD_SECONDS", 0.0)
-        real, calls = CellEncoder.embed, Counter[str]()
+        real, calls = CellEncoder.begin, Counter[str]()
 
         def stopping(*arguments: Any) -> np.ndarray:
             calls["embed"] += 1
@@ -70,7 +70,7 @@ def test_the_bytes_of_one_machine(tmp_path: Path, parts: Parts, monkeypatch: pyt
                 raise Stop
             return real(*arguments)
 
-        patch.setattr(CellEncoder, "embed", stopping)
+        patch.setattr(CellEncoder, "begin", stopping)
         with pytest.raises(Stop):
             embed("two")
     assert len(ShardFolder(str(tmp_path / "two.parquet.shards")).finished()) == 2

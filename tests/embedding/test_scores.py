@@ -74,7 +74,7 @@ def test_a_resumed_run_gives_the_same_scores(
     tmp_path: Path, cells: anndata.AnnData, parts: Parts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, output = write_cells(cells, tmp_path / "cells", "csr"), tmp_path / "out.h5ad"
-    real, calls = CellEncoder.embed, [0]
+    real, calls = CellEncoder.begin, [0]
 
     def embed(self: CellEncoder, *arguments: Any) -> np.ndarray:
         calls[0] += 1
@@ -83,10 +83,10 @@ def test_a_resumed_run_gives_the_same_scores(
         return real(self, *arguments)
 
     options = {"progress": False, "dtype": "float32"}
-    monkeypatch.setattr(CellEncoder, "embed", embed)
+    monkeypatch.setattr(CellEncoder, "begin", embed)
     with pytest.raises(InterruptedError):
         embed_files(path, output, *parts, score=2, **options)
-    monkeypatch.setattr(CellEncoder, "embed", real)
+    monkeypatch.setattr(CellEncoder, "begin", real)
     for other in (False, 3):
         with pytest.raises(ValueError, match=r"other settings \(score_masks\)"):
             embed_files(path, output, *parts, score=other, **options)

@@ -87,7 +87,7 @@ def embed(sources: Any, output: Path, parts: Parts, **options: Any) -> Any:
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     """Have the encoder fail after a number of chunks."""
-    real, calls = CellEncoder.embed, [0]
+    real, calls = CellEncoder.begin, [0]
 
     def embed(self: CellEncoder, *arguments: Any) -> np.ndarray:
         calls[0] += 1
@@ -95,7 +95,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
             raise Stop
         return real(self, *arguments)
 
-    monkeypatch.setattr(CellEncoder, "embed", embed)
+    monkeypatch.setattr(CellEncoder, "begin", embed)
 
 
 # Tables -----------------------------------------------------------------------------------------------

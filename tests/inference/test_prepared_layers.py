@@ -8,7 +8,14 @@ from torch import nn
 
 from tahoex1_hf import TahoeX1Config, TahoeX1Model
 from tahoex1_hf.inference import encoder, prepared_layers
-from tahoex1_hf.inference.prepared_layers import KeptLayers, blocks_on_cpu, packs_weights, prepare_layers
+from tahoex1_hf.inference.prepared_layers import (
+    KeptLayers,
+    PreparedLayer,
+    blocks_on_cpu,
+    packs_weights,
+    prepare_layers,
+    round_layers,
+)
 from tahoex1_hf.inference.ragged import ragged_forward
 from tahoex1_hf.padding_tahoe_x1 import EncodedCells
 
@@ -81,6 +88,54 @@ def test_a_layer_that_something_was_done_to_is_left_alone() -> None:
     model = model.float()
     model.layers[1].mlp.up_proj.__class__ = Adapted
     assert prepare_layers(model, torch.bfloat16) is None
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_rounded_layers_give_the_same_bits(shape: str) -> None:
+    config = tiny_config(hidden_size=64, **SHAPES[shape])
+    batch = make_batch(config, LENGTHS, targets=False)
+    whole, rounded = tiny_model(config, TahoeX1Model), tiny_model(config, TahoeX1Model)
+    round_layers(rounded, torch.bfloat16)
+    kinds = {name: parameter.dtype for name, parameter in rounded.named_parameters()}
+    assert {kind for name, kind in kinds.items() if "_proj" in name} == {torch.bfloat16}
+    assert {kind for name, kind in kinds.items() if "_proj" not in name} == {torch.float32}
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        expected, ours = whole(**batch), rounded(**batch)
+    assert torch.equal(ours.last_hidden_state, expected.last_hidden_state)
+    for one, other in zip(
+        prepare_layers(rounded, torch.bfloat16) or [], prepare_layers(whole, torch.bfloat16) or [], strict=True
+    ):
+        for name in ("query_key_value", "output", "up", "down"):
+            assert torch.equal(_dense(getattr(one, name)), _dense(getattr(other, name)))
+
+
+def test_layers_that_cannot_be_prepared_are_not_rounded() -> None:
+    class Adapted(nn.Linear):
+        pass
+
+    model = tiny_model(tiny_config(), TahoeX1Model)
+    model.layers[1].mlp.up_proj.__class__ = Adapted
+    round_layers(model, torch.bfloat16)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+def test_a_weight_alone_is_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepared_layers, "packs_weights", lambda dtype: False)
+    model = tiny_model(tiny_config(), TahoeX1Model)
+    round_layers(model, torch.bfloat16)
+    made = PreparedLayer.make(model.layers[0], torch.bfloat16)
+    assert made is not None
+    assert made.down.weight.data_ptr() == model.layers[0].mlp.down_proj.weight.data_ptr()
+
+
+@pytest.mark.parametrize("sole_user", [False, True])
+def test_only_who_alone_uses_a_model_rounds_it_on_a_gpu(monkeypatch: pytest.MonkeyPatch, sole_user: bool) -> None:
+    config = tiny_config()
+    model = tiny_model(config, TahoeX1Model)
+    monkeypatch.setattr(encoder, "choose_device", lambda device: torch.device("cuda"))
+    monkeypatch.setattr(TahoeX1Model, "to", lambda self, device: self)  # there is none
+    encoder.CellEncoder(model, Tokens(config.vocab_size), dtype="bfloat16", sole_user=sole_user)
+    assert model.layers[0].mlp.up_proj.weight.dtype == (torch.bfloat16 if sole_user else torch.float32)
 
 
 class Tokens(list):
