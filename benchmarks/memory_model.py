@@ -7,7 +7,7 @@ autograd.
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
 
@@ -38,6 +38,8 @@ class Precision:
         cuda: Whether norms compute in float32 under autocast, and dropout keeps a mask of bytes.
         output_copied: Whether the output of attention is kept twice, as attention and as the projection lay it out.
         dense_mask: Whether `observed_or_self` makes an array of cells x length x length in a layer, for short cells.
+        compiled: Whether `torch.compile` has chosen, layer by layer, what is kept and what is computed again. That is
+            known for layers like the released models': with relu, without gates, normalised before their blocks.
     """
 
     weights: int
@@ -47,12 +49,15 @@ class Precision:
     cuda: bool = False
     output_copied: bool = False
     dense_mask: bool = False
+    compiled: bool = False
 
 
 CPU_FLOAT32 = Precision(4, 4, 4, output_copied=True, dense_mask=True)
 CPU_BF16 = Precision(4, 2, 4, autocast=True, output_copied=True, dense_mask=True)
 # Accelerate's DDP, and one device: float32 weights and residual stream, products under autocast.
 GPU_AUTOCAST = Precision(4, 2, 4, autocast=True, cuda=True)
+# The same with compiled layers, as the recipes have them on GPUs.
+GPU_COMPILED = replace(GPU_AUTOCAST, compiled=True)
 # FSDP2 (`only_computing` of the trainer, `fsdp2_prepare_model` of Accelerate): no autocast; weights are gathered as
 # bfloat16, and everything is computed from them in bfloat16. Gradients are reduced as float32 and kept so, in shards.
 GPU_FSDP2 = Precision(2, 2, 2, cuda=True)
@@ -116,6 +121,13 @@ def layer_per_token(config: TahoeX1Config, precision: Precision, length: int) ->
     d, f = config.hidden_size, config.intermediate_size or 4 * config.hidden_size
     groups = config.num_attention_heads // (config.num_key_value_heads or config.num_attention_heads)
     w = precision.product
+    if precision.compiled:
+        if config.use_glu or config.hidden_act != "relu" or config.norm_position != "pre":
+            raise ValueError(f"What compiled layers keep is not known for {config.hidden_act}, gates and post-norms.")
+        # Query, key, value and output of attention, both norms' results, the projected output, the activation's
+        # result; and of the stream the layer's input alone, from which the rest is computed again.
+        kept = w * (2 * d + 2 * d // groups + 2 * d + d + f) + 4 * config.num_attention_heads
+        return kept + precision.stream * d + 2 * _NORM_STATISTICS
     # Autocast converts the norm's output anew for each of the projections.
     copies = 3 if precision.autocast else 1
     attention = copies * d + d + 2 * d // groups + d + (d if precision.output_copied else 0)
@@ -240,3 +252,25 @@ def microbatch_bytes(
     """Return the bytes that a pass over `cells` cells of `length` tokens needs beside `states`."""
     kept = kept_per_token(config, precision, length, checkpointing=checkpointing)
     return cells * length * (kept + working_per_token(config, precision, length, checkpointing=checkpointing))
+
+
+def peak_bytes(
+    config: TahoeX1Config, precision: Precision, tokens: int, length: int, *, checkpointing: bool = False
+) -> float:
+    """Return the most bytes that a step of one pass on one device takes.
+
+    In the backward pass gradients of weights appear while what was kept disappears, that of decoders and losses first.
+
+    Args:
+        config: Configuration of the model.
+        precision: Types of the computation.
+        tokens: Tokens of all cells.
+        length: Number of tokens of a cell.
+        checkpointing: As in `kept_per_token`.
+    """
+    fixed = states(config, precision, "one")
+    kept = kept_per_token(config, precision, length, checkpointing=checkpointing)
+    outside = _outside_per_token(config, precision)
+    working = working_per_token(config, precision, length, checkpointing=checkpointing)
+    passing = tokens * (kept + max(0.0, working - outside))
+    return fixed.total - fixed.gradients + max(fixed.gradients, passing)

@@ -48,7 +48,7 @@ def test_every_cost_is_measured(run: Check) -> None:
     rows = kept(run)
     assert not [row for row in rows if row.get("ok") is False or "skipped" in row], rows
     rates = [row["what"] for row in rows if row.get("cells_per_s", 0) > 0]
-    assert len(rates) == 3 + 6 + 2
+    assert len(rates) == 1 + 4 + 7 + 2
 
 
 def test_an_interrupted_check_begins_nothing_more(run: Check) -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate.utils import FullyShardedDataParallelPlugin
+from flash_stand_in import FlashStandIn, flash_on_cpu  # noqa: F401 - a fixture
 from helpers import SHAPES, tiny_config
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -24,11 +25,12 @@ from training_memory import line, loss, training_model
 
 from benchmarks import memory_model as memory
 from benchmarks import scaling_plan
-from benchmarks.memory_model import CPU_BF16, CPU_FLOAT32, GPU_AUTOCAST, GPU_FSDP2, Precision
+from benchmarks.memory_model import CPU_BF16, CPU_FLOAT32, GPU_AUTOCAST, GPU_COMPILED, GPU_FSDP2, Precision
 from benchmarks.scaling_model import H100, Assumptions, matrix_share, plan_step, precision_of
-from tahoex1_hf import TahoeX1Config, TahoeX1ForPreTraining
+from tahoex1_hf import TahoeX1Config, TahoeX1ForPreTraining, packing_tahoe_x1
 from tahoex1_hf.observed_attention_tahoe_x1 import PackedAttention
 from tahoex1_hf.training.microbatches import PassMemory, largest_microbatch
+from tahoex1_hf.training.pretraining import compile_layers
 from tahoex1_hf.training.trainer import only_computing
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -44,9 +46,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
 CPU_ALL_BF16 = replace(GPU_FSDP2, cuda=False, output_copied=True, dense_mask=True)
 
 
-def kept(config: TahoeX1Config, precision: Precision, cells: int, length: int) -> float:
-    """Return the bytes of all storages that autograd keeps, without the weights."""
+def kept(config: TahoeX1Config, precision: Precision, cells: int, length: int, backend: str | None = None) -> float:
+    """Return the bytes of all storages that autograd keeps, without the weights; `backend` compiles the layers."""
     model = training_model(config, precision)
+    if backend is not None:
+        compile_layers(model, backend=backend)
     weights = {p.untyped_storage()._cdata for p in model.parameters()}
     seen: dict[int, torch.UntypedStorage] = {}
 
@@ -73,6 +77,35 @@ def test_kept_bytes_equal_autograds(variant: str, precision: Precision) -> None:
         assert memory.kept_per_token(config, precision, length) == pytest.approx(per_cell / length, rel=0.01)
         copies = memory.states(config, precision, "one").copies
         assert fixed == pytest.approx(copies, abs=64)
+
+
+@pytest.mark.parametrize("variant", ["plain", "grouped", "drugs", "bare"])
+def test_kept_bytes_of_compiled_layers(
+    variant: str,
+    flash_on_cpu: FlashStandIn,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What the compiler keeps on a GPU is what it keeps of the same operations here."""
+    monkeypatch.setattr(packing_tahoe_x1, "_relu_serves", lambda *_: True)
+    sizes = {"hidden_size": 64, "vocab_size": 200, "hidden_act": "relu", "attention_mask_style": "full"}
+    config = tiny_config(**{**VARIANTS[variant], **sizes})
+    precision = replace(GPU_COMPILED, cuda=False)
+
+    def measure(cells: int) -> float:
+        torch._dynamo.reset()
+        return kept(config, precision, cells, 160, backend="aot_eager_decomp_partition")
+
+    per_cell, _ = line(measure, 2, 4)
+    assert memory.kept_per_token(config, precision, 160) == pytest.approx(per_cell / 160, rel=0.01)
+
+
+def test_the_most_bytes_of_one_pass() -> None:
+    """Where few cells are computed, gradients take more than what is kept; otherwise the sum grows with the cells."""
+    config = scaling_plan.models()[0].config
+    fixed = memory.states(config, GPU_COMPILED, "one")
+    assert memory.peak_bytes(config, GPU_COMPILED, 10, 10) == fixed.total
+    one, two = (memory.peak_bytes(config, GPU_COMPILED, tokens, 1024) for tokens in (2**16, 2**17))
+    assert two - one == pytest.approx(2**16 * memory.kept_per_token(config, GPU_COMPILED, 1024), rel=0.01)
 
 
 def float32_norm(x: torch.Tensor, *args: Any, norm: Any = functional.layer_norm, **kwargs: Any) -> torch.Tensor:
