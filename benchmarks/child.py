@@ -57,7 +57,8 @@ def run(command: list[str], environment: dict[str, str] | None = None, timeout: 
     Raises:
         subprocess.TimeoutExpired: After `timeout` seconds; the command and all that it started have then been ended.
     """
-    variables = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", **(environment or {})}
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    variables = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", **(environment or {})}
     with (
         tempfile.TemporaryFile("w+b") as output,
         subprocess.Popen(

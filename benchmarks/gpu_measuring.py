@@ -33,7 +33,7 @@ class Check:
     seconds: float
 
     def __post_init__(self) -> None:
-        self.began, self.rows = time.perf_counter(), list[dict[str, Any]]()
+        self.began, self.rows, self.left = time.perf_counter(), list[dict[str, Any]](), 0
 
     def row(self, what: str, **values: Any) -> None:
         """Keep a result at once: a check that is cut short leaves what it found."""
@@ -46,6 +46,7 @@ class Check:
     @contextlib.contextmanager
     def attempt(self, what: str) -> Iterator[None]:
         """Run a measurement, and record an exception as its result."""
+        self.left = torch.cuda.memory_allocated() if self.on_gpu else 0
         try:
             yield
         except Exception as error:
@@ -71,10 +72,10 @@ class Check:
             torch.cuda.synchronize()
 
     def peak_gb(self) -> float:
-        """Return the peak of memory since the last call in GB, and reset it."""
+        """Return the peak of memory since the last call in GB, without what earlier ones left, and reset it."""
         if not self.on_gpu:
             return 0.0
-        most = torch.cuda.max_memory_allocated() / 1e9
+        most = (torch.cuda.max_memory_allocated() - self.left) / 1e9
         torch.cuda.reset_peak_memory_stats()
         return most
 

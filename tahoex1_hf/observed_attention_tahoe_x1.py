@@ -530,12 +530,14 @@ class PackedAttention:
         return torch.cat(outputs).unsqueeze(0), None
 
     def _by_flash(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:
+        kind = query.device.type
+        if torch.is_autocast_enabled(kind):  # layers with 8-bit weights give float32
+            query, key, value = (tensor.to(torch.get_autocast_dtype(kind)) for tensor in (query, key, value))
         if self.flash is None or not flash_serves(query.device, query.dtype, query.shape[-1]):
             # A layer gives another type than the rest do.
             others = PackedAttention.make(self.boundaries, self.longest, self.observed, query.device)
             return others(query, key, value, scaling)[0]
-        # Not `tensor[0]`, whose gradient is a copy.
-        q, k, v = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))
+        q, k, v = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))  # [0] would copy gradients
         if self.observed is not None and q.shape[1] != k.shape[1]:
             k, v = (tensor.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for tensor in (k, v))
         return self.flash.attend(q, k, v, scaling).unsqueeze(0)

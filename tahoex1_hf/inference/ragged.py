@@ -115,7 +115,7 @@ class _Layout:
         self.longest, self.runs = max(self.lengths), equal_runs(self.lengths)
         # Flash attention reads the boundaries itself. It has no float32.
         self.flash = is_flash_attention_requested(model.config) and (self.on_cpu or dtype != torch.float32)
-        self.mask = None
+        self.mask, self.dtype = None, dtype
         if not self.flash:
             width = model.config.hidden_size // model.config.num_attention_heads
             serves = flash_serves(boundaries.device, dtype, width)
@@ -153,7 +153,8 @@ class _Layout:
             return output.flatten(2)[0]
         if self.bounds is not None:
             ones = torch.arange(len(queries) + 1, dtype=torch.int32, device=query.device)
-            q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+            # Layers with 8-bit weights give float32, which other attention casts under autocast.
+            q, k, v = (tensor[0].transpose(0, 1).to(self.dtype) for tensor in (query, key, value))
             return flash_attention(q, k, v, ones, self.bounds, (1, self.longest), attention.scaling).flatten(1)
         outputs = []
         for q, k, v in zip(

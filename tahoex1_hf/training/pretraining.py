@@ -29,7 +29,7 @@ from tahoex1_hf.training.curve import draw_curve
 from tahoex1_hf.training.evaluation import CellTypeEvaluation, GeneEssentialityEvaluation
 from tahoex1_hf.training.monitors import SpeedMonitor, SpikeWarning, peak_flops
 from tahoex1_hf.training.run_card import card_facts, write_facts
-from tahoex1_hf.training.run_folder import RunFolder
+from tahoex1_hf.training.run_folder import RunFolder, computed_in
 from tahoex1_hf.training.stream import StepBatches, ValidationBatches, training_cells
 from tahoex1_hf.training.trainer import PretrainingTrainer
 
@@ -223,8 +223,7 @@ def _trainer(
     config = folder.config
     max_steps = config.max_steps or round((config.epochs or 0) * len(cells))
     args = training_arguments(config, max_steps)
-    peak = peak_flops(args.device, torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32)
-    speed = SpeedMonitor(args, peak)
+    speed = SpeedMonitor(args, peak_flops(args.device, computed_in(config)))
     evaluations: list[Any] = [
         *(CellTypeEvaluation(each) for each in config.cell_types),
         *(GeneEssentialityEvaluation(each) for each in config.gene_essentiality),

@@ -136,10 +136,15 @@ def _needs_all_pairs(config: PretrainConfig) -> bool:
     return bool(config.compile) and config.packed and not _flash_serves(config)
 
 
-def _flash_serves(config: PretrainConfig) -> bool:
-    """Return whether torch's own flash attention computes this run's packed rows, in this machine's precision."""
+def computed_in(config: PretrainConfig) -> torch.dtype:
+    """Return the type in which a run computes. With fp8, what is no product of weights is computed in bfloat16."""
     launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     precision = launcher if config.precision == "launcher" else config.precision
-    half = {"bf16": torch.bfloat16, "fp8": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    return {"bf16": torch.bfloat16, "fp8": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
+
+
+def _flash_serves(config: PretrainConfig) -> bool:
+    """Return whether torch's own flash attention computes this run's packed rows, in this machine's precision."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return half is not None and flash_serves(device, half, 64)
+    dtype = computed_in(config)
+    return dtype != torch.float32 and flash_serves(device, dtype, 64)

@@ -332,10 +332,16 @@ class PretrainingTrainer(ResumableTrainer):
             # A new model, since transformers reads the tensors of the model that it saves, and these may be shards.
             with torch.device("meta"):
                 model = TahoeX1ForPreTraining(self.accelerator.unwrap_model(self.model).config)
-            model.load_state_dict({name: value.cpu() for name, value in state.items()}, assign=True)
+            model.load_state_dict({name: _plain(value).cpu() for name, value in state.items()}, assign=True)
             model.save_pretrained(output_dir)
             self.save_beside(output_dir)
         self.accelerator.wait_for_everyone()
+
+
+def _plain(weight: torch.Tensor) -> torch.Tensor:
+    """Return the tensor inside a weight that torchao casts to FP8: a group of one process does not take it out."""
+    inside: torch.Tensor | None = getattr(weight, "_tensor", None)
+    return weight if inside is None else inside
 
 
 def only_computing(policy: MixedPrecisionPolicy) -> MixedPrecisionPolicy:

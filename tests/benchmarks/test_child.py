@@ -67,3 +67,9 @@ def test_workers_end_at_the_limit_of_time(tmp_path: Path) -> None:
         with pytest.raises(subprocess.TimeoutExpired):
             child.python("-S", str(script), str(place), timeout=limit)
     wait_for_end(int(place.read_text()))
+
+
+def test_a_command_finds_what_the_benchmark_finds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", "/packages")
+    done = child.python("-c", "import os; print(os.environ['PYTHONPATH'])").checked()
+    assert done.last_line.split(os.pathsep) == [str(child.ROOT), "/packages"]

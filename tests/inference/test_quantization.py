@@ -3,16 +3,18 @@
 import copy
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from cells import NUM_GENES, make_cells, write_vocab
+from flash_stand_in import FlashStandIn, flash_on_cpu  # noqa: F401 - a fixture
 from helpers import tiny_config, tiny_model
 from transformers import TorchAoConfig
 
 from tahoex1_hf import TahoeX1Model, TahoeX1Tokenizer, embed_anndata
-from tahoex1_hf.inference import quantization
+from tahoex1_hf.inference import encoder, quantization
 from tahoex1_hf.inference.encoder import CellEncoder
 
 Int8WeightOnlyConfig = pytest.importorskip(
@@ -39,6 +41,29 @@ def test_embeddings_are_close_and_the_model_is_left_alone(parts) -> None:
     cosines = (results[0] * results[1]).sum(1)
     assert 0.999 < cosines.min() < 1 - 1e-7  # close, but not the same
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_they_attend_by_flash_in_half_precision(
+    parts,
+    flash_on_cpu: FlashStandIn,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As on a GPU, where the rest is bfloat16: 8-bit layers give float32, which the kernel does not take."""
+    model, tokenizer = parts
+    kinds, real = [], flash_on_cpu.forward
+
+    def forward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any) -> Any:
+        kinds.append({query.dtype, key.dtype, value.dtype})
+        return real(query, key, value, *rest)
+
+    monkeypatch.setattr(flash_on_cpu, "forward", forward)
+    monkeypatch.setattr(encoder, "choose_dtype", lambda *_: torch.bfloat16)
+    cells = tokenizer.encode_counts(make_cells(20).X, tokenizer.match_genes(make_cells(20).var_names))
+    ours = CellEncoder(model, tokenizer, device="cpu", dtype="int8").embed(cells)
+    assert kinds == [{torch.bfloat16}] * 3  # layers, the last of which has <cls> alone as a query
+    monkeypatch.undo()
+    exact = CellEncoder(model, tokenizer, device="cpu", dtype="float32").embed(cells)
+    assert (exact * ours).sum(1).min() > 0.998
 
 
 def test_layers_take_a_quarter_and_the_rest_is_shared(parts) -> None:

@@ -19,6 +19,7 @@ class FlashStandIn:
         self.calls: list[tuple[int, int, tuple[int, int]]] = []
         self.backward_calls = 0
 
+    @torch.autocast("cpu", enabled=False)
     def forward(
         self,
         query: torch.Tensor,
@@ -34,8 +35,9 @@ class FlashStandIn:
         outputs, sums = [], []
         for q, k, v in zip(query.split(queries), key.split(keys), value.split(keys), strict=True):
             k, v = (tensor.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for tensor in (k, v))
+            q, k, v = map(_precise, (q, k, v))
             scores = torch.einsum("qhd,khd->hqk", q, k) * scaling
-            outputs.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), v))
+            outputs.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), v).to(query.dtype))
             # The kernel gives plus infinity where there is no key.
             sums.append(scores.logsumexp(-1) if len(k) else q.new_full((query.shape[1], len(q)), float("inf")))
         return torch.cat(outputs), torch.cat(sums, dim=1), query.new_zeros(2), query.new_zeros(0)
@@ -61,6 +63,7 @@ class FlashStandIn:
         found: list[list[torch.Tensor]] = [[], [], []]
         of_queries = zip(*(t.split(queries) for t in (gradient, query, output, logsumexp.t())), strict=True)
         for (g, q, o, sums), k, v in zip(of_queries, key.split(keys), value.split(keys), strict=True):
+            g, q, o, k, v = map(_precise, (g, q, o, k, v))
             k, v = (tensor.repeat_interleave(groups, dim=1) for tensor in (k, v))
             weights = (torch.einsum("qhd,khd->hqk", q, k) * scaling - sums.t().unsqueeze(-1)).exp()
             of_weights = torch.einsum("qhd,khd->hqk", g, v) - (g * o).sum(-1).t().unsqueeze(-1)
@@ -71,7 +74,12 @@ class FlashStandIn:
                 (2, torch.einsum("hqk,qhd->khd", weights, g)),
             ):
                 found[place].append(tensor.unflatten(1, (-1, groups)).sum(2))
-        return tuple(torch.cat(parts) for parts in found)
+        return tuple(torch.cat(parts).to(query.dtype) for parts in found)
+
+
+def _precise(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the tensor in float32, in which the kernel computes, or in float64 where it has that."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _checked(
@@ -109,7 +117,7 @@ def _forward(
 
 @_forward.register_fake
 def _(query, key, value, query_bounds, key_bounds, longest_query, longest_keys, scaling):  # type: ignore[no-untyped-def]
-    sums = query.new_empty(query.shape[1], query.shape[0])
+    sums = _precise(query.new_empty(query.shape[1], query.shape[0]))
     return torch.empty_like(query), sums, query.new_empty(2), query.new_empty(0)
 
 

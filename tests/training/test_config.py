@@ -22,7 +22,7 @@ from training_runs import RECIPE, ROOT, command, curve, environment, finished, r
 from tahoex1_hf import TahoeX1ForPreTraining
 from tahoex1_hf.training.config import read_pretrain_config
 from tahoex1_hf.training.pretraining import make_tokenizer, training_arguments
-from tahoex1_hf.training.trainer import PretrainingTrainer
+from tahoex1_hf.training.trainer import PretrainingTrainer, _plain
 
 CONFIGS = ROOT / "examples" / "configs" / "accelerate"
 NO_FP8 = "could not create a primitive descriptor for the matmul primitive"  # oneDNN's words on CPUs without AVX-512
@@ -99,6 +99,22 @@ def test_half_precision_and_the_examples_of_fsdp_and_fp8(
         weights = load_file(tmp_path / name / "model.safetensors")
         assert {weight.dtype for weight in weights.values()} == {torch.float32}
     assert len(list((tmp_path / "fsdp2" / "checkpoint-4" / "pytorch_model_fsdp_0").glob("*.distcp"))) == 2
+
+
+def test_weights_that_are_cast_to_fp8_are_saved_as_they_are() -> None:
+    """One process with FSDP2 gathers torchao's wrappers, which have no memory of their own to be saved."""
+    pytest.importorskip("torchao")
+    from torchao.float8.config import Float8LinearConfig
+    from torchao.float8.float8_linear import Float8Linear
+    from torchao.float8.fsdp_utils import WeightWithDynamicFloat8CastTensor
+
+    settings = Float8LinearConfig(enable_fsdp_float8_all_gather=True)
+    weight = Float8Linear.from_float(torch.nn.Linear(16, 16), settings).weight
+    assert isinstance(weight.data, WeightWithDynamicFloat8CastTensor)
+    plain = _plain(weight.data)
+    assert type(plain.data) is torch.Tensor
+    assert plain.data_ptr()
+    assert torch.equal(_plain(plain), plain)
 
 
 def test_fp8_takes_the_layers_that_it_can() -> None:

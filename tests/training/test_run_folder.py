@@ -15,7 +15,7 @@ from tahoex1_hf.training import run_folder
 from tahoex1_hf.training.config import read_pretrain_config
 from tahoex1_hf.training.microbatches import PassMemory
 from tahoex1_hf.training.pretraining import pretrain
-from tahoex1_hf.training.run_folder import RunFolder
+from tahoex1_hf.training.run_folder import RunFolder, computed_in
 from tahoex1_hf.training.trainer import PretrainingTrainer
 
 
@@ -166,3 +166,24 @@ def test_layers_are_compiled_where_flash_attention_serves(tmp_path: Path, monkey
     monkeypatch.setattr(run_folder, "flash_serves", lambda device, dtype, width: True)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     assert automatic(tmp_path / "sharded", precision="bf16", **both).config.compile is False
+
+
+@pytest.mark.parametrize(
+    ("precision", "launcher", "expected"),
+    [
+        ("bf16", "no", torch.bfloat16),
+        ("launcher", "bf16", torch.bfloat16),
+        ("launcher", "fp8", torch.bfloat16),
+        ("launcher", "fp16", torch.float16),
+        ("launcher", None, torch.float32),
+        ("no", "bf16", torch.float32),
+    ],
+)
+def test_the_type_in_which_a_run_computes(
+    precision: str, launcher: str | None, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Utilisation is counted by it: under a launcher's fp8, an H100's was counted by the rate of float32."""
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    if launcher is not None:
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launcher)
+    assert computed_in(tiny(Path("data"), Path("out"), precision=precision)) == expected
