@@ -39,7 +39,7 @@ class Precision:
         output_copied: Whether the output of attention is kept twice, as attention and as the projection lay it out.
         dense_mask: Whether `observed_or_self` makes an array of cells x length x length in a layer, for short cells.
         compiled: Whether `torch.compile` has chosen, layer by layer, what is kept and what is computed again. That is
-            known for layers like the released models': with relu, without gates, normalised before their blocks.
+            known for layers like the released models': without gates, normalised before their blocks.
     """
 
     weights: int
@@ -122,11 +122,12 @@ def layer_per_token(config: TahoeX1Config, precision: Precision, length: int) ->
     groups = config.num_attention_heads // (config.num_key_value_heads or config.num_attention_heads)
     w = precision.product
     if precision.compiled:
-        if config.use_glu or config.hidden_act != "relu" or config.norm_position != "pre":
-            raise ValueError(f"What compiled layers keep is not known for {config.hidden_act}, gates and post-norms.")
+        if config.use_glu or config.norm_position != "pre":
+            raise ValueError("What compiled layers keep is not known for gates and for norms after the blocks.")
         # Query, key, value and output of attention, both norms' results, the projected output, the activation's
-        # result; and of the stream the layer's input alone, from which the rest is computed again.
-        kept = w * (2 * d + 2 * d // groups + 2 * d + d + f) + 4 * config.num_attention_heads
+        # result (and its argument); of the stream the layer's input alone, from which the rest is computed again.
+        inner = f * (1 + _argument(config.hidden_act))
+        kept = w * (2 * d + 2 * d // groups + 2 * d + d + inner) + 4 * config.num_attention_heads
         return kept + precision.stream * d + 2 * _NORM_STATISTICS
     # Autocast converts the norm's output anew for each of the projections.
     copies = 3 if precision.autocast else 1

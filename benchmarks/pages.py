@@ -70,7 +70,8 @@ GPU_LINES = (
     ("embedding, 3B, cells of 565 to 2,048 tokens", "embed 3B, 565 to 2,048 tokens"),
     ("training, 70M, masked attention, 64 cells of 1,024", "train 70M observed_or_self, 64 cells of equal lengths"),
     ("the same, cells of 64 to 1,024 tokens", "train 70M observed_or_self, 64 cells of ragged lengths"),
-    ("training, 1.3B, masked attention, 8 cells of 1,024", "train 1.3B observed_or_self, 8 cells of equal lengths"),
+    ("training, 70M, full attention, 64 cells of 1,024", "train 70M full, 64 cells of equal lengths"),
+    ("training, 1.3B, masked attention, 24 cells of 1,024", "train 1.3B observed_or_self, 24 cells of equal lengths"),
 )
 
 

@@ -1,12 +1,12 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""Calculate memory and time of a training step on many GPUs; nothing here was measured on a GPU.
+"""Calculate memory and time of a training step on many GPUs, from the rate that was measured on one.
 
 Memory comes from `memory_model`, whose formulas are tested. Time comes from a roofline model, whose assumptions
 `Assumptions` lists.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -43,7 +43,7 @@ H100 = Hardware()
 
 @dataclass(frozen=True)
 class Assumptions:
-    """Quantities that the time depends on and that were not measured here.
+    """Quantities that the time depends on. All but the first were not measured.
 
     Args:
         matrix_share: Share of the peak at which matrix products and attention run (see the function `matrix_share`).
@@ -62,27 +62,27 @@ class Assumptions:
 
 
 def matrix_share(
-    utilisation: float, config: TahoeX1Config, length: int, hardware: Hardware = H100, passes: float = 4.0
+    utilisation: float, config: TahoeX1Config, length: int, cells: int, hardware: Hardware = H100, passes: float = 4.0
 ) -> float:
-    """Return the share of the peak at which products run, from the published utilisation of a whole step.
+    """Return the share of the peak at which products run, from the utilisation of a whole step that was measured.
 
-    A step computes products and also moves data. This solves
-    `flops / (utilisation * peak) = flops / (share * peak) + traffic / memory_rate` for the share, with the types of
-    FSDP2.
+    A step computes products, moves what is kept and the weights, and runs the optimizer, one after the other. What
+    remains of its seconds without the others is the products'.
 
     Args:
-        utilisation: Published model FLOP utilisation, between 0 and 1.
-        config: Configuration of the model for which the utilisation was published.
+        utilisation: Model FLOP utilisation of a step of one microbatch on one device, with compiled layers.
+        config: Configuration of the model.
         length: Number of tokens of a cell.
-        hardware: Device for which it was published.
+        cells: Cells of the step.
+        hardware: Device on which it was measured.
         passes: See `Assumptions`.
 
     Raises:
         ValueError: If moving the data alone would take longer than the step.
     """
-    flops = training_flops(config, np.array([length]))
-    traffic = passes * length * memory.kept_per_token(config, memory.GPU_FSDP2, length)
-    seconds = flops / (utilisation * hardware.peak) - traffic / hardware.memory_rate
+    flops = training_flops(config, np.full(cells, length))
+    seconds = flops / (utilisation * hardware.peak) - _optimizer_seconds(config, 1, hardware)
+    seconds -= _traffic_seconds(config, memory.GPU_COMPILED, cells * length, length, 1, passes, hardware)
     if seconds <= 0 or flops / seconds > hardware.peak:
         raise ValueError(
             f"utilisation={utilisation}: with passes={passes} no rate of matrix products up to the peak explains it."
@@ -180,7 +180,7 @@ def plan_step(
         raise ValueError(f"devices={devices}: a step of {global_batch} cells has work for 1 to {global_batch}.")
     if not _is_possible(strategy, devices, hardware):
         return None
-    precision, cells = precision_of(config, strategy), global_batch // devices
+    precision, cells = precision_of(strategy), global_batch // devices
     shards = {"one": 1, "ddp": 1, "fsdp2": devices, "hsdp": hardware.per_machine}[strategy]
 
     def needed(number: int) -> float:
@@ -202,9 +202,7 @@ def plan_step(
     # Gradients travel in the last backward pass; with DDP that is two thirds of the time that can hide them.
     last = hidden * 2 / 3 if strategy == "ddp" else hidden
     waiting = (passes - 1) * max(0.0, per_pass - hidden) + max(0.0, per_pass + per_step - last)
-    total = memory.count_parameters(config).total
-    # Clipping reads gradients twice and writes them; AdamW reads them, and reads and writes weight and two moments.
-    optimizer = (3 + 7) * 4 * total / shards / hardware.memory_rate
+    optimizer = _optimizer_seconds(config, shards, hardware)
     flops = training_flops(config, np.full(cells, length))
     return Plan(
         devices,
@@ -254,13 +252,35 @@ def plans(
                 yield plan
 
 
-def precision_of(config: TahoeX1Config, strategy: Strategy) -> Precision:
-    """Return the types of a strategy on GPUs.
+def precision_of(strategy: Strategy) -> Precision:
+    """Return the types of a strategy on GPUs. Recipes compile layers unless they are sharded."""
+    return memory.GPU_FSDP2 if strategy in ("fsdp2", "hsdp") else memory.GPU_COMPILED
 
-    `observed_or_self` needs flex attention, whose output may be copied into another layout.
+
+def _optimizer_seconds(config: TahoeX1Config, shards: int, hardware: Hardware) -> float:
+    """Return the seconds of clipping and AdamW, which move what they read and write.
+
+    Clipping reads gradients twice and writes them; AdamW reads them, and reads and writes weight and two moments.
     """
-    precision = memory.GPU_FSDP2 if strategy in ("fsdp2", "hsdp") else memory.GPU_AUTOCAST
-    return replace(precision, output_copied=config.attention_mask_style == "observed_or_self")
+    return (3 + 7) * 4 * memory.count_parameters(config).total / shards / hardware.memory_rate
+
+
+def _traffic_seconds(
+    config: TahoeX1Config,
+    precision: Precision,
+    tokens: int,
+    length: int,
+    microbatches: int,
+    passes: float,
+    hardware: Hardware,
+) -> float:
+    """Return the seconds in which activations and weights cross the device's memory.
+
+    Every microbatch reads the weights for outputs and for gradients of inputs, and writes the weights' gradients.
+    """
+    traffic = passes * tokens * memory.kept_per_token(config, precision, length)
+    traffic += microbatches * 3 * precision.product * memory.count_parameters(config).total
+    return traffic / hardware.memory_rate
 
 
 def _compute_seconds(
@@ -276,13 +296,12 @@ def _compute_seconds(
     """Return the seconds of products and of memory traffic, one after the other, for a device's cells of a step."""
     lengths = np.full(cells, length)
     flops = training_flops(config, lengths)
-    traffic = assumptions.passes * cells * length * memory.kept_per_token(config, precision, length)
+    crossings = assumptions.passes
     if checkpointing:  # a second forward pass, which writes and reads the values that it keeps
         flops += embedding_flops(config, lengths)
-        traffic *= 1 + 2 / assumptions.passes
-    # Every pass reads the weights for outputs and for gradients of inputs, and writes the weights' gradients.
-    traffic += passes * 3 * precision.product * memory.count_parameters(config).total
-    return float(flops / (assumptions.matrix_share * hardware.peak) + traffic / hardware.memory_rate)
+        crossings += 2
+    moving = _traffic_seconds(config, precision, cells * length, length, passes, crossings, hardware)
+    return float(flops / (assumptions.matrix_share * hardware.peak)) + moving
 
 
 def _communication_seconds(

@@ -1,4 +1,7 @@
-"""Write the tables of docs/scaling.md: `python -m benchmarks.scaling_plan`. Nothing is measured, only computed."""
+"""Write the tables of docs/scaling.md: `python -m benchmarks.scaling_plan`.
+
+They are computed, from the rates of one H100 that docs/benchmarks/gpu-cost.jsonl holds.
+"""
 
 import re
 from collections.abc import Iterable
@@ -10,6 +13,7 @@ import numpy as np
 
 from benchmarks import memory_model as memory
 from benchmarks import scaling_simulation
+from benchmarks.pages import read_gpu
 from benchmarks.scaling_model import H100, Assumptions, Hardware, Plan, matrix_share, plan_step, plans, precision_of
 from tahoex1_hf import TahoeX1Config
 from tahoex1_hf.training.config import read_pretrain_config
@@ -21,7 +25,8 @@ RECIPES = ROOT / "tahoex1_hf" / "training" / "recipes"
 
 EPOCH = 266e6  # cells, from the original's paper
 PRICE = 2.5  # dollars for an hour of a GPU; an assumption: prices range from about half to twice as much
-UTILISATION = 0.43  # from the original's paper; we assume that it is for the 3B shape at a context of 1,024
+# Measured steps whose utilisation the models are planned with, by width: the size, and its cells of 1,024 tokens.
+MEASURED = {512: ("70M", 64), 2048: ("1.3B", 24)}
 DEVICES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 NAMES = {"one": "one GPU", "ddp": "DDP", "fsdp2": "FSDP2", "hsdp": "HSDP"}
 SIMPLER_WITHIN = 1.10  # a simpler plan is chosen if it takes at most this many times as long as the fastest
@@ -54,11 +59,24 @@ def models() -> tuple[Model, ...]:
     return (*found, replace(largest, name="10B", config=config))
 
 
+def measured(width: int, style: str) -> tuple[float, int]:
+    """Return the utilisation of a step on one H100, and its cells, of the model of this width with this attention."""
+    size, cells = MEASURED[width]
+    return read_gpu()[f"train {size} {style}, {cells} cells of equal lengths"]["mfu"], cells
+
+
 @cache
-def assumptions() -> Assumptions:
-    """Return the assumptions; products run at the rate that explains the published utilisation."""
-    anchor = models()[2]
-    return Assumptions(matrix_share(UTILISATION, anchor.config, anchor.context))
+def assumptions(width: int, style: str) -> Assumptions:
+    """Return the assumptions for a width and an attention: products run as in the widest measured that is no wider."""
+    nearest = max(known for known in MEASURED if known <= width)
+    config = next(each.config for each in models() if each.config.hidden_size == nearest)
+    utilisation, cells = measured(nearest, style)
+    return Assumptions(matrix_share(utilisation, config, 1024, cells))
+
+
+def assumed(model: Model) -> Assumptions:
+    """Return the assumptions for a model."""
+    return assumptions(model.config.hidden_size, model.config.attention_mask_style)
 
 
 def chosen(found: Iterable[Plan], hardware: Hardware = H100) -> Plan | None:
@@ -92,8 +110,8 @@ def shapes() -> str:
     for model in models():
         c, p = model.config, memory.count_parameters(model.config)
         flops = training_flops(c, np.array([model.context])) / model.context
-        gpu = [memory.kept_per_token(c, precision_of(c, s), model.context) / 1e3 for s in ("ddp", "fsdp2")]
-        less = memory.kept_per_token(c, precision_of(c, "fsdp2"), model.context, checkpointing=True) / 1e3
+        gpu = [memory.kept_per_token(c, precision_of(s), model.context) / 1e3 for s in ("ddp", "fsdp2")]
+        less = memory.kept_per_token(c, precision_of("fsdp2"), model.context, checkpointing=True) / 1e3
         rows.append(
             [model.name, c.hidden_size, c.num_hidden_layers, c.num_attention_heads, f"{p.total:,}",
              f"{flops / 1e9:.2f}", *(f"{kept:,.0f}" for kept in gpu), f"{less:,.0f}", f"{model.global_batch:,}"]
@@ -107,7 +125,7 @@ def by_devices(model: Model) -> tuple[str, str]:
     """Return the tables of memory and of time of the chosen plan for every number of devices."""
     sizes, times = [], []
     for devices in DEVICES:
-        plan = chosen(plans(model.config, model.context, model.global_batch, devices, assumptions()))
+        plan = chosen(plans(model.config, model.context, model.global_batch, devices, assumed(model)))
         if plan is None:
             sizes.append([devices, "does not fit", *[""] * 8])
             times.append([devices, "does not fit", *[""] * 8])
@@ -124,7 +142,7 @@ def by_devices(model: Model) -> tuple[str, str]:
             model.global_batch,
             devices,
             plan.strategy,
-            replace(assumptions(), overlap=0.0),
+            replace(assumed(model), overlap=0.0),
             checkpointing=plan.checkpointing,
         )
         if alone is None:
@@ -145,7 +163,7 @@ def strategies(devices: int) -> str:
     """Return the table of all plans that fit on a number of devices, to judge the choice by."""
     rows = []
     for model in models():
-        for plan in plans(model.config, model.context, model.global_batch, devices, assumptions()):
+        for plan in plans(model.config, model.context, model.global_batch, devices, assumed(model)):
             yes = "yes" if plan.checkpointing else "no"
             rows.append([model.name, NAMES[plan.strategy], yes, plan.microbatch, gigabytes(plan.states.total),
                          gigabytes(plan.bytes), f"{100 * plan.utilisation:.0f} %"])  # fmt: skip
@@ -158,7 +176,7 @@ def contexts(devices: int) -> str:
     rows = []
     for model in models():
         for context in (1024, 2048):
-            plan = chosen(plans(model.config, context, model.global_batch, devices, assumptions()))
+            plan = chosen(plans(model.config, context, model.global_batch, devices, assumed(model)))
             if plan is None:
                 raise ValueError(f"{model.name} does not fit on {devices} devices.")
             hours = plan.device_hours(EPOCH)
@@ -178,7 +196,7 @@ def networks(devices: int) -> str:
         cells = []
         for model in models()[1:]:
             for strategy in ("fsdp2", "hsdp"):
-                plan = plan_step(model.config, model.context, model.global_batch, devices, strategy, assumptions(),
+                plan = plan_step(model.config, model.context, model.global_batch, devices, strategy, assumed(model),
                                  hardware=hardware)  # fmt: skip
                 cells.append("does not fit" if plan is None else f"{100 * plan.utilisation:.0f} %")
         rows.append([gigabits, *cells])
@@ -188,15 +206,20 @@ def networks(devices: int) -> str:
 
 def used() -> str:
     """Return the table of the assumptions."""
-    a = assumptions()
+    a = assumed(models()[0])
+
+    def shares(style: str) -> str:
+        found = [(measured(width, style)[0], assumptions(width, style).matrix_share) for width in MEASURED]
+        return " and ".join(f"{100 * whole:.0f} % (products {100 * share:.0f} %)" for whole, share in found)
+
     rows = [
         ["memory of a GPU", f"{gigabytes(H100.memory)} GB, of which {gigabytes(a.reserved)} GB for driver and NCCL"],
         ["bfloat16 products, data sheet", f"{H100.peak / 1e12:.0f} TFLOP/s"],
         ["memory traffic, data sheet", f"{H100.memory_rate / 1e12:.2f} TB/s"],
         ["NVLink in one direction, data sheet", f"{H100.machine_link / 1e9:.0f} GB/s per GPU"],
         ["network", f"{H100.network * 8 / 1e9:.0f} Gb/s per GPU, {H100.per_machine} GPUs in a machine"],
-        ["model FLOP utilisation of the 3B shape, published", f"{100 * UTILISATION:.0f} %"],
-        ["share of the peak in products, which explains it", f"{100 * a.matrix_share:.1f} %"],
+        ["model FLOP utilisation of 70M and 1.3B, measured on one H100, masked", shares("observed_or_self")],
+        ["the same with full attention, for 3B and 10B", shares("full")],
         ["times that a kept byte crosses the GPU's memory", f"{a.passes:.0f}"],
         ["share of a link's rate that is reached", f"{100 * a.links:.0f} %"],
         ["share of computing behind which communication hides", f"{100 * a.overlap:.0f} %"],
@@ -247,14 +270,14 @@ def draw(path: Path) -> None:
         bars: list[tuple[str, Plan]] = []
         for model, color in zip(models(), colors, strict=True):
             arguments = (model.config, model.context, model.global_batch)
-            found = {n: chosen(plans(*arguments, n, assumptions())) for n in DEVICES}
+            found = {n: chosen(plans(*arguments, n, assumed(model))) for n in DEVICES}
             hours = {n: plan.device_hours(EPOCH) / n for n, plan in found.items() if plan is not None}
             left.plot(list(hours), list(hours.values()), marker="o", color=color, label=model.name)
             left.annotate(
                 model.name, (DEVICES[-1], hours[DEVICES[-1]]), (7, 0), textcoords="offset points", va="center"
             )
             for strategy in ("ddp", "fsdp2"):
-                plan = plan_step(*arguments, 64, strategy, assumptions())
+                plan = plan_step(*arguments, 64, strategy, assumed(model))
                 if plan is not None:
                     bars.append((f"{model.name}, {NAMES[strategy]}", plan))
         left.set_xscale("log", base=2)
@@ -279,7 +302,7 @@ def draw(path: Path) -> None:
         right.set_xlabel("GB on each GPU (line: what it has)")
         right.set_title("Memory on 64 H100s, without checkpointing", pad=24)
         right.legend(ncols=5, frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(-0.3, 1.0), columnspacing=1)
-        figure.suptitle("Computed, not measured (docs/scaling.md)", fontsize=10, x=0.01, ha="left")
+        figure.suptitle("Computed, from the rate of one H100 (docs/scaling.md)", fontsize=10, x=0.01, ha="left")
         figure.savefig(path, dpi=130)
         plt.close(figure)
 

@@ -427,10 +427,10 @@ def preparing(machines: int) -> Line:
 @cache
 def pretraining(gpus: int, spot: bool, saved: int = 500, seed: int = 0) -> Line:
     """Pretrain the 3B for an epoch: a loss throws all back to the last checkpoint."""
-    from benchmarks.scaling_plan import EPOCH, assumptions, models
+    from benchmarks.scaling_plan import EPOCH, assumed, models
 
     model = models()[2]
-    plan = plan_step(model.config, model.context, model.global_batch, gpus, "fsdp2", assumptions())
+    plan = plan_step(model.config, model.context, model.global_batch, gpus, "fsdp2", assumed(model))
     assert plan is not None
     step = plan.seconds * value("slowest GPU of a training")
     steps, size = int(EPOCH / (plan.cells * gpus)), 12 * memory.count_parameters(model.config).total

@@ -79,15 +79,17 @@ def test_kept_bytes_equal_autograds(variant: str, precision: Precision) -> None:
         assert fixed == pytest.approx(copies, abs=64)
 
 
+@pytest.mark.parametrize("act", ["relu", "gelu"])
 @pytest.mark.parametrize("variant", ["plain", "grouped", "drugs", "bare"])
 def test_kept_bytes_of_compiled_layers(
     variant: str,
+    act: str,
     flash_on_cpu: FlashStandIn,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """What the compiler keeps on a GPU is what it keeps of the same operations here."""
     monkeypatch.setattr(packing_tahoe_x1, "_relu_serves", lambda *_: True)
-    sizes = {"hidden_size": 64, "vocab_size": 200, "hidden_act": "relu", "attention_mask_style": "full"}
+    sizes = {"hidden_size": 64, "vocab_size": 200, "hidden_act": act, "attention_mask_style": "full"}
     config = tiny_config(**{**VARIANTS[variant], **sizes})
     precision = replace(GPU_COMPILED, cuda=False)
 
@@ -351,19 +353,21 @@ def test_fsdp2_has_the_types_that_are_counted() -> None:
 # Time ---------------------------------------------------------------------------------------------------
 
 
-def test_published_utilisation_is_met_by_the_model_that_it_was_measured_on() -> None:
-    model, assumptions = scaling_plan.models()[2], scaling_plan.assumptions()
-    plan = plan_step(model.config, model.context, model.global_batch, 8, "fsdp2", assumptions)
+@pytest.mark.parametrize("number", [0, 1])
+def test_measured_utilisation_is_met_by_the_model_that_it_was_measured_on(number: int) -> None:
+    model = scaling_plan.models()[number]
+    utilisation, cells = scaling_plan.measured(model.config.hidden_size, model.config.attention_mask_style)
+    plan = plan_step(model.config, model.context, cells, 1, "one", scaling_plan.assumed(model))
     assert plan is not None
-    # Weights are read anew for each microbatch, which the published figure does not take into account.
-    assert 0.42 < plan.flops / (plan.compute * H100.peak) <= 0.43
-    assert plan.utilisation < 0.43
+    assert plan.microbatch == cells
+    assert plan.utilisation == pytest.approx(utilisation, rel=1e-6)
     with pytest.raises(ValueError, match=r"utilisation=0.99: with passes=4.0 no rate"):
-        matrix_share(0.99, model.config, model.context)
+        matrix_share(0.99, model.config, model.context, cells)
 
 
 def test_plan_keeps_to_its_limits() -> None:
-    model, assumptions = scaling_plan.models()[1], scaling_plan.assumptions()
+    model = scaling_plan.models()[1]
+    assumptions = scaling_plan.assumed(model)
     arguments = (model.config, model.context, model.global_batch)
     whole = plan_step(*arguments, 64, "fsdp2", assumptions)
     again = plan_step(*arguments, 64, "fsdp2", assumptions, checkpointing=True)
@@ -407,7 +411,6 @@ def test_communication_by_hand() -> None:
     p = memory.count_parameters(model.config)
     assert passes > 50
     assert sharded.waiting == pytest.approx(passes * (8 * p.total - 2 * p.rest) * 7 / 8 / (0.8 * 450e9))
-    assert precision_of(scaling_plan.models()[0].config, "ddp").output_copied  # the masked attention of 70M
 
 
 # The document -------------------------------------------------------------------------------------------
@@ -430,18 +433,18 @@ def test_picture_is_drawn(tmp_path: Path) -> None:
 def planned(number: int, devices: int, strategy: memory.Strategy, **changes: Any) -> Any:
     """Return the plan of one of the document's models, or None where the model does not fit."""
     model = scaling_plan.models()[number]
-    arguments = (model.config, model.context, model.global_batch, devices, strategy, scaling_plan.assumptions())
+    arguments = (model.config, model.context, model.global_batch, devices, strategy, scaling_plan.assumed(model))
     return plan_step(*arguments, **changes)
 
 
 def test_figures_in_the_text() -> None:
-    assert planned(0, 64, "ddp").device_hours(266e6) / 64 == pytest.approx(1.1, abs=0.05)
+    assert planned(0, 64, "ddp").device_hours(266e6) / 64 == pytest.approx(1.2, abs=0.05)
     tiny_step = planned(0, 512, "fsdp2")
     assert tiny_step.cells == 9
-    assert tiny_step.seconds == pytest.approx(0.008, abs=0.0005)
+    assert tiny_step.seconds == pytest.approx(0.009, abs=0.0005)
     ddp, sharded = planned(1, 64, "ddp"), planned(1, 64, "fsdp2")
     assert sharded.states.total / ddp.states.total == pytest.approx(1 / 18, abs=0.002)
-    assert ddp.seconds / sharded.seconds == pytest.approx(1.04, abs=0.01)
+    assert ddp.seconds / sharded.seconds == pytest.approx(1.03, abs=0.01)
     assert planned(2, 8, "ddp").microbatch == 4
     for devices, strategy, fits in ((2, "fsdp2", False), (4, "fsdp2", True), (64, "ddp", False)):
         assert any(planned(3, devices, strategy, checkpointing=c) for c in (False, True)) == fits
@@ -449,11 +452,11 @@ def test_figures_in_the_text() -> None:
     parameters = memory.count_parameters(largest)
     assert 2 * parameters.total == pytest.approx(20e9, rel=0.01)
     assert 2 * parameters.layer == pytest.approx(0.4e9, rel=0.01)
-    assert plan_step(largest, 2048, 10240, 64, "fsdp2", scaling_plan.assumptions()) is not None
+    assert plan_step(largest, 2048, 10240, 64, "fsdp2", scaling_plan.assumed(scaling_plan.models()[3])) is not None
     for number, model in enumerate(scaling_plan.models()):
-        kinds = [precision_of(model.config, strategy) for strategy in ("ddp", "fsdp2")]
+        kinds = [precision_of(strategy) for strategy in ("ddp", "fsdp2")]
         with_ddp, with_fsdp2 = (memory.kept_per_token(model.config, kind, 1024) for kind in kinds)
-        assert 0.75 < with_fsdp2 / with_ddp < 0.81
+        assert 0.90 < with_fsdp2 / with_ddp < 0.94
         again, whole = planned(number, 64, "fsdp2", checkpointing=True), planned(number, 64, "fsdp2")
         assert 0.72 < whole.seconds / again.seconds < 0.77
 
