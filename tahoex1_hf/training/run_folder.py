@@ -61,6 +61,11 @@ class RunFolder:
 
     def _compile(self, config: PretrainConfig) -> bool | str:
         """Return what is compiled: where it is `auto`, what this run compiled before, else what is faster."""
+        if config.compile is True and config.packed and _flash_serves(config):
+            logger.warning(
+                "compile=true compiles the model as a whole, which failed with masked attention on the one GPU where "
+                "it was tried: compile=layers is what was verified."
+            )
         if config.compile != "auto":
             return config.compile
         earlier = self._resolved().get("compile", "auto")

@@ -168,6 +168,19 @@ def test_layers_are_compiled_where_flash_attention_serves(tmp_path: Path, monkey
     assert automatic(tmp_path / "sharded", precision="bf16", **both).config.compile is False
 
 
+def test_a_whole_model_is_compiled_on_a_gpu_with_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = {"precision": "bf16", "attention": "auto"}
+    assert automatic(tmp_path, compile="true", **settings).config.compile is True
+    assert not caplog.records
+    monkeypatch.setattr(run_folder, "flash_serves", lambda device, dtype, width: True)
+    assert automatic(tmp_path, compile="layers", **settings).config.compile == "layers"
+    assert not caplog.records
+    assert automatic(tmp_path, compile="true", **settings).config.compile is True
+    assert "compile=layers is what was verified" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("precision", "launcher", "expected"),
     [
