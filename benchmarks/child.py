@@ -93,7 +93,8 @@ def _launch(command: list[str]) -> dict[str, float]:
     start = time.perf_counter()
     # Its output goes to the same place as its errors.
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=sys.stderr)
-    _, status, usage = os.wait4(process.pid, 0)
+    with contextlib.suppress(ChildProcessError):  # the other thread has ended the command, and waited for it
+        _, status, usage = os.wait4(process.pid, 0)
     if ending.is_set():
         threading.Event().wait()  # the other thread ends this process when it has ended the others
     seconds = time.perf_counter() - start

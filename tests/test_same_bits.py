@@ -167,8 +167,7 @@ def test_an_operation_that_adds_in_any_order_is_found() -> None:
         ):
             run = spread(per_token)
             first = run()
-            # Of the wrong way one run in four differs, so that forty of the right way leave no doubt; of the other, runs
-            # up to the first that differs.
+            # Of the wrong way one run in four differs, so forty of the right way leave no doubt.
             assert all(all(map(torch.equal, first, run())) for _ in range(40 if same else 10_000)) == same
     finally:
         torch.set_num_threads(before)
