@@ -356,7 +356,7 @@ class _LinearRelu(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         inputs, weight, output = ctx.saved_tensors
-        gradient = torch.where(output > 0, gradient, 0)
+        gradient = torch.ops.aten.threshold_backward(gradient, output, 0)
         of_inputs, of_weight, of_bias = ctx.needs_input_grad
         return (
             gradient @ weight if of_inputs else None,

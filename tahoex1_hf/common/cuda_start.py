@@ -26,7 +26,7 @@ def start_cuda(device: str | None) -> threading.Thread | None:
     if "LOCAL_RANK" in os.environ or not asked.startswith("cuda") or not torch.cuda.is_available():
         return None
     let_segments_grow()
-    thread = threading.Thread(target=_set_up, args=(asked,), name="start-cuda", daemon=True)
+    thread = threading.Thread(target=_set_up, args=(asked,), name="start-cuda")
     thread.start()
     return thread
 

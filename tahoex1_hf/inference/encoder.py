@@ -303,11 +303,11 @@ class CellEncoder:
     def begin(
         self,
         cells: EncodedCells,
-        gene_means: GeneMeans | None = None,
-        on_batch: Callable[[int], object] = lambda num_cells: None,
-        on_tokens: TokenSink | None = None,
+        gene_means: GeneMeans | None,
+        on_batch: Callable[[int], object],
+        on_tokens: TokenSink | None,
     ) -> Callable[[], np.ndarray]:
-        """Begin to embed cells, and return a function that waits for the result, which is that of `embed`.
+        """Begin to embed cells, and return a function that waits for the result; arguments and result are `embed`'s.
 
         On a GPU, the last batch may still be computed when this returns, so that other cells can be begun.
         """
