@@ -36,7 +36,7 @@ class PretrainConfig(Strict):
     """Number of cells that are shuffled together, after the shards have been."""
 
     model: dict[str, Any] = {}
-    """Options of `TahoeX1Config` for a new model; with `init_from`, only those that do not change its weights."""
+    """Options of `TahoeX1Config` for a new model; with `init_from`, those that differ must not change its weights."""
     init_from: str | None = None
     """Initial weights and their tokenizer: folder or Hub id of a converted or an original checkpoint."""
     resume_from: str | None = None
@@ -54,7 +54,7 @@ class PretrainConfig(Strict):
 
     value_encoding: Literal["bins", "log1p", "raw"] | None = None
     """Values that counts become, of a new tokenizer: quantile bins (by default, as in the original), logarithms of
-    counts per 10,000, or counts. A tokenizer that is given has its own."""
+    counts per 10,000, or counts. A tokenizer that is given must have the same."""
     context_length: int = Field(1024, gt=1)
     """Largest number of tokens of a cell."""
     mlm_probability: float | list[float] = 0.5
@@ -173,8 +173,6 @@ class PretrainConfig(Strict):
             raise ValueError(
                 "absent_targets and unexpressed_padding both add genes that a cell does not express: set one."
             )
-        if self.value_encoding and (self.tokenizer or self.init_from):
-            raise ValueError("value_encoding is for a new tokenizer: that of tokenizer or init_from has its own.")
         if (self.drug_fingerprints is None) != (self.drug_table is None):
             raise ValueError("drug_table and drug_fingerprints belong together: set both or neither.")
         return self

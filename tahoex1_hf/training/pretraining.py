@@ -41,11 +41,21 @@ _VALIDATION_BATCH = 32
 
 
 def make_tokenizer(config: PretrainConfig) -> TahoeX1Tokenizer:
-    """Return the tokenizer of the initial weights, or a new one with the dataset's vocabulary."""
+    """Return the tokenizer of the initial weights, or a new one with the dataset's vocabulary.
+
+    Raises:
+        ValueError: If the recipe asks for other values than those for which the tokenizer was made.
+    """
     source = config.tokenizer or config.init_from
     rule = config.unknown_drugs
     if source is not None:
-        return load_tokenizer(find_model(source), unknown_drugs=rule)
+        given = load_tokenizer(find_model(source), unknown_drugs=rule)
+        if config.value_encoding not in (None, given.value_encoding):
+            raise ValueError(
+                f"value_encoding={config.value_encoding}: the tokenizer of {source} has {given.value_encoding}. "
+                "Leave the key out; other values need a new tokenizer."
+            )
+        return given
     import fsspec
 
     table = json.loads(Path(config.drug_table).read_text(encoding="utf-8")) if config.drug_table else None
@@ -70,14 +80,18 @@ def make_model(config: PretrainConfig, tokenizer: TahoeX1Tokenizer) -> TahoeX1Fo
     """Return a new model, or one with the initial weights.
 
     Raises:
-        ValueError: If the initial weights do not allow a model option.
+        ValueError: If a model option differs from that of the initial weights, and cannot.
     """
     attention = {"attn_implementation": config.attention}
     if config.init_from is not None:
-        fixed = sorted(set(config.model) - _CHANGEABLE)
-        if fixed:
-            raise ValueError(f"model.{fixed[0]}: with init_from only {', '.join(sorted(_CHANGEABLE))} can be set.")
         folder, decoders = find_model(config.init_from), ["expression_decoder.", "cell_decoder."]
+        own = TahoeX1Config.from_pretrained(folder).to_dict()
+        for key in sorted(set(config.model) - _CHANGEABLE):  # a recipe may repeat what the weights have
+            if key not in own or own[key] != config.model[key]:
+                raise ValueError(
+                    f"model.{key}={config.model[key]}: {config.init_from} has {own.get(key, 'no such option')}. "
+                    f"With init_from only {', '.join(sorted(_CHANGEABLE))} can differ."
+                )
         model: TahoeX1ForPreTraining = load_folder(
             folder, TahoeX1ForPreTraining, decoders, dtype=torch.float32, **attention, **config.model
         )

@@ -88,7 +88,6 @@ def test_recipes_hold_the_originals_values() -> None:
         ("microbatch_size=0", "pass a number of cells, or auto"),
         ("unexpressed_padding=true", "packed leaves no padding"),
         ("packed=false unexpressed_padding=true absent_targets=0.5", "both add genes"),
-        ("tokenizer=a value_encoding=log1p", "value_encoding is for a new tokenizer"),
         ("learning_rate=-1", "learning_rate: Input should be greater than 0"),
         ("resume_from=a init_from=b", "exclude each other"),
     ],
@@ -374,8 +373,23 @@ def test_init_from_takes_only_the_weights_of_another_run(
     pretrain(second)
     lines = json.loads((tmp_path / "two" / "trainer_state.json").read_text())["log_history"]
     assert {line["learning_rate"] for line in lines if "learning_rate" in line} == {3e-5}
-    with pytest.raises(ValueError, match=r"model\.hidden_size: with init_from only"):
-        pretrain(second.model_copy(update={"model": {"hidden_size": 8}, "output_dir": str(tmp_path / "three")}))
+    other = {"output_dir": str(tmp_path / "three")}
+    with pytest.raises(ValueError, match=r"model\.hidden_size=8: .* has 32\. With init_from only"):
+        pretrain(second.model_copy(update={**other, "model": {"hidden_size": 8}}))
+    with pytest.raises(ValueError, match=r"model\.hidden_sizes=32: .* has no such option\."):
+        pretrain(second.model_copy(update={**other, "model": {"hidden_sizes": 32}}))
+    with pytest.raises(ValueError, match=r"value_encoding=log1p: the tokenizer of .* has bins\."):
+        pretrain(second.model_copy(update={**other, "value_encoding": "log1p"}))
+
+
+def test_init_from_with_the_recipe_that_made_the_weights(
+    finished_run: Callable[..., Path], training_dataset: Path, tmp_path: Path
+) -> None:
+    """A recipe that repeats the shape and the values of a checkpoint goes on from it."""
+    one = finished_run("single")
+    settings = tiny(training_dataset, tmp_path, init_from=str(one), value_encoding="bins", max_steps=1)
+    assert {"hidden_size", "num_hidden_layers"} <= set(settings.model)
+    assert pretrain(settings) == 0
 
 
 def test_a_checkpoint_of_another_run_is_resumed(
