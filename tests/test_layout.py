@@ -39,7 +39,6 @@ TESTED_IN: dict[str, set[str]] = {
     "benchmarking/test_perturbation.py": {"benchmarking/perturbed_genes", "benchmarking/screens"},
     "benchmarking/test_state.py": {"benchmarking/state_runs"},
     "cells/test_opening.py": {
-        "cells/compilation",
         "cells/errors",
         "cells/readers/tables",
         "data/sources/opened",
