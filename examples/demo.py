@@ -27,7 +27,7 @@ from sklearn.preprocessing import StandardScaler
 from transformers.utils import logging
 
 from tahoex1_hf import TahoeX1Model, TahoeX1Tokenizer, embed_anndata
-from tahoex1_hf.common.plots import class_marks
+from tahoex1_hf.common.plots import class_marks, import_umap
 from tahoex1_hf.hub.loading import load_model_and_tokenizer
 from tahoex1_hf.inference.encoder import DtypeName
 
@@ -131,6 +131,7 @@ def caveats(shipped: bool, num_cells: int) -> str:
 
 def add_umaps(cells: AnnData, features: np.ndarray) -> None:
     """Write PCA and both UMAPs into `cells.obsm`: X_pca, X_umap_tahoe_x1, X_umap_pca."""
+    import_umap()  # so that what UMAP compiles is kept for the next run
     cells.obsm["X_pca"] = PCA(COMPONENTS, random_state=0).fit_transform(features).astype(np.float32)
     for key, target in ((KEY, "X_umap_tahoe_x1"), ("X_pca", "X_umap_pca")):
         graph = AnnData(cells.obsm[key])  # a temporary AnnData, since the neighbour graphs are not kept

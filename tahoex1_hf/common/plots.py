@@ -15,10 +15,33 @@ _SHAPES = "o^sDvPX*p"
 _MOST_ANNOTATED = 12  # with more classes, the numbers in a confusion matrix are too small to read
 
 
+def import_umap() -> Any:
+    """Import UMAP, and have numba keep UMAP's slowest loops on disk once it has compiled them.
+
+    UMAP leaves that to its users: without it, the first UMAP of every process compiles for 6 CPU seconds.
+
+    Returns:
+        The module `umap`.
+    """
+    import umap
+    import umap.umap_
+    import umap.utils
+
+    for module, name in (
+        (umap.utils, "fast_knn_indices"),
+        (umap.umap_, "smooth_knn_dist"),
+        (umap.umap_, "compute_membership_strengths"),
+    ):
+        try:
+            getattr(module, name).enable_caching()
+        except (AttributeError, RuntimeError):  # no such loop in this version, or no folder that can be written
+            continue
+    return umap
+
+
 def umap_places(embeddings: np.ndarray, seed: int) -> np.ndarray:
     """Return the UMAP coordinates `(cells, 2)` of embeddings `(cells, width)`."""
-    import umap
-
+    umap = import_umap()
     number = min(_NEIGHBOURS, len(embeddings) - 1)
     # UMAP's spectral start needs more cells than this; fewer start at random places.
     start = "spectral" if len(embeddings) > _NEIGHBOURS else "random"

@@ -30,7 +30,7 @@ from tahoex1_hf.cells.opening import Source, open_cells, read_obs_column
 from tahoex1_hf.cells.readers.base import CellInput, said_once
 from tahoex1_hf.common.files import WholeFile
 from tahoex1_hf.common.locks import RunLock
-from tahoex1_hf.common.plots import umap_places
+from tahoex1_hf.common.plots import import_umap, umap_places
 from tahoex1_hf.common.reading import reading
 from tahoex1_hf.embedding.embedder import Embedder, embed_once
 from tahoex1_hf.embedding.stored import open_embeddings
@@ -196,7 +196,8 @@ def write_page(
     wanted.check()
     import jinja2  # noqa: F401  - missing packages are told before any work
     import scanpy  # noqa: F401
-    import umap  # noqa: F401
+
+    import_umap()
 
     loaded, tokenizer = model_and_tokenizer(model, tokenizer, size=size, revision=revision, expression=score)
     if score:

@@ -13,7 +13,7 @@ pytest.importorskip("matplotlib")
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 
-from tahoex1_hf.common.plots import class_marks, draw_joint_umap, label_points
+from tahoex1_hf.common.plots import class_marks, draw_joint_umap, import_umap, label_points, umap_places
 
 # What is seen of linear RGB by readers who lack one kind of cones (Machado et al. 2009, severity 1).
 SEEN = {
@@ -109,3 +109,13 @@ def test_names_of_points_lie_side_by_side_and_inside_the_axes() -> None:
     frame = axis.get_window_extent()
     assert all(frame.x0 <= box.x0 and box.x1 <= frame.x1 for box in boxes)
     assert all(frame.y0 <= box.y0 and box.y1 <= frame.y1 for box in boxes)
+
+
+def test_umaps_loops_are_kept_on_disk() -> None:
+    """So that each process but the first loads them in place of compiling for seconds."""
+    pytest.importorskip("umap")
+    umap = import_umap()
+    places = umap_places(np.random.default_rng(0).normal(size=(40, 5)).astype(np.float32), seed=0)
+    assert places.shape == (40, 2)
+    for loop in (umap.utils.fast_knn_indices, umap.umap_.smooth_knn_dist, umap.umap_.compute_membership_strengths):
+        assert list(Path(loop.stats.cache_path).glob(f"*{loop.py_func.__name__}-*.nbi"))

@@ -72,12 +72,15 @@ LIBRARIES_OF_REMOTE_CODE = [
 
 
 def import_package() -> None:
-    """Import all modules of the package."""
+    """Import all modules of the package, and UMAP as the package does, whose compiled loops are loaded from disk."""
     import tahoex1_hf
+    from tahoex1_hf.common.plots import import_umap
 
     for module in pkgutil.walk_packages(tahoex1_hf.__path__, "tahoex1_hf."):
         if not module.name.endswith("__main__"):
             importlib.import_module(module.name)
+    with contextlib.suppress(ImportError):
+        import_umap()
 
 
 def fill_numba() -> None:
