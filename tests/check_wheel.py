@@ -95,6 +95,19 @@ def check_contents(wheel: Path) -> None:
     print(f"wheel check: {wheel.name} holds the package and nothing else: ok", flush=True)
 
 
+def take_over_compiled(target: Path) -> None:
+    """Copy the loops that numba has compiled in the clone, if any: at a new place it would compile for 8 CPU seconds.
+
+    numba takes them for those of files that are as old and as large as the ones that it compiled.
+    """
+    for there in (ROOT / "tahoex1_hf").rglob("*.nb[ci]"):
+        here = target / there.relative_to(ROOT)
+        here.parent.mkdir(exist_ok=True)
+        shutil.copy2(there, here)
+        module = there.name.partition(".")[0] + ".py"
+        shutil.copystat(there.parents[1] / module, here.parents[1] / module)
+
+
 def check_command(target: Path, away: dict[str, Any]) -> None:
     """Check the command as it was installed, and as a module."""
     version = run_python("the script tahoex1", target / "bin" / "tahoex1", "--version", **away)
@@ -158,6 +171,7 @@ def main() -> None:
         check_contents(wheel)
         install = ["-m", "pip", "install", "-q", "--no-deps", "--no-index", "--target", target, wheel]
         run_python("installs", *install)
+        take_over_compiled(target)
         # PYTHONPATH comes before the editable install of the environment that runs this.
         away = {"cwd": elsewhere, "env": {**os.environ, "PYTHONPATH": str(target), "HF_HUB_OFFLINE": "1"}}
         check_package(target, away)
