@@ -22,6 +22,8 @@ CHECKS := test test-cpu test-census check-wheel check-dist check-docker docs not
 $(CHECKS): export HF_HUB_OFFLINE = 1
 $(CHECKS): export OMP_NUM_THREADS ?= 1
 $(CHECKS): export OMP_WAIT_POLICY = PASSIVE
+# Many processes import the same modules: one compiles them for all, also where the user's processes write no bytecode.
+$(CHECKS): export PYTHONDONTWRITEBYTECODE =
 # tiledbsoma's reader crashed twice, only in processes that had loaded torchao's libraries and had run other tests. So
 # its tests run by themselves, and torchao, of which we use only the Python part, does not load its libraries. It crashed
 # once more in a process of its own (a thread of TileDB's, signal 11; not seen again in 44 runs under load): where a

@@ -93,9 +93,9 @@ def test_kept_bytes_of_compiled_layers(
     precision = replace(GPU_COMPILED, cuda=False)
 
     def measure(cells: int) -> float:
-        torch._dynamo.reset()
         return kept(config, precision, cells, 160, backend="aot_eager_decomp_partition")
 
+    torch._dynamo.reset()
     per_cell, _ = line(measure, 2, 4)
     assert memory.kept_per_token(config, precision, 160) == pytest.approx(per_cell / 160, rel=0.01)
 
