@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from cells import NUM_GENES, file_bytes, make_cells, write_cells, write_vocab
+from embeddings import assert_same_file
 from helpers import tiny_config, tiny_model
 from preparing import source
 from ray_cluster import small_cluster
@@ -127,7 +128,7 @@ def test_embedding_and_preparing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         preparation.prepare(parse_config({**config, "output": name}, "the test"), cluster=cluster)
     assert os.path.exists(model_died)
     assert os.path.exists(shard_died)
-    assert (tmp_path / "two.parquet").read_bytes() == (tmp_path / "one.parquet").read_bytes()
+    assert_same_file(tmp_path / "two.parquet", tmp_path / "one.parquet")
     assert file_bytes(tmp_path / "two") == file_bytes(tmp_path / "one")
 
 

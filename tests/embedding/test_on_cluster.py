@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 import torch
 from cells import NUM_GENES, make_cells, write_cells, write_vocab
+from embeddings import assert_same_file
 from helpers import tiny_config, tiny_model
 from ray_cluster import repeating
 
@@ -75,8 +76,8 @@ def test_the_bytes_of_one_machine(tmp_path: Path, parts: Parts, monkeypatch: pyt
             embed("two")
     assert len(ShardFolder(str(tmp_path / "two.parquet.shards")).finished()) == 2
     embed("two", cluster=ClusterOptions())
-    assert (tmp_path / "two.parquet").read_bytes() == (tmp_path / "one.parquet").read_bytes()
-    assert (tmp_path / "two genes.parquet").read_bytes() == (tmp_path / "one genes.parquet").read_bytes()
+    assert_same_file(tmp_path / "two.parquet", tmp_path / "one.parquet")
+    assert_same_file(tmp_path / "two genes.parquet", tmp_path / "one genes.parquet")
     assert not (tmp_path / "two.parquet.shards").exists()
 
 

@@ -5,6 +5,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
+import torch
 
 from tahoex1_hf.embedding.anndata_writer import H5adWriter, ZarrWriter
 from tahoex1_hf.embedding.obs_columns import as_arrow
@@ -76,3 +78,23 @@ def write_embeddings(
     writer.write_provenance({**RECORD, **record})
     writer.finish()
     return path
+
+
+def assert_same_file(ours: Path, theirs: Path) -> None:
+    """Fail unless two Parquet files have the same bytes, and say where they differ and how this process computes."""
+    if ours.read_bytes() == theirs.read_bytes():
+        return
+    one, two = pq.read_table(ours), pq.read_table(theirs)
+    said = [f"{ours.name} and {theirs.name} differ"]
+    for name in sorted({*one.column_names, *two.column_names}):
+        if name not in one.column_names or name not in two.column_names:
+            said.append(f"{name}: in one of them only")
+        elif not one[name].equals(two[name]):
+            values = [np.array(table[name].to_pylist(), dtype=object) for table in (one, two)]
+            rows = [i for i, (a, b) in enumerate(zip(*values, strict=False)) if not np.array_equal(a, b)]
+            said.append(
+                f"{name}: rows {rows[:20]} of {[len(v) for v in values]}, first {[v[rows[:1]] for v in values]}"
+            )
+    groups = [pq.ParquetFile(path).num_row_groups for path in (ours, theirs)]
+    said.append(f"row groups {groups}; {torch.get_num_threads()} threads, oneDNN {torch.backends.mkldnn.enabled}")
+    raise AssertionError("\n".join(said))
