@@ -172,7 +172,7 @@ test-gpu: .venv/.installed .venv/.int8 ## the tests that need a CUDA device
 lint: .venv/.installed ## ruff (rules and format) and mypy
 	"$(BIN)/python" -m ruff check .
 	"$(BIN)/python" -m ruff format --check .
-	"$(BIN)/python" -m mypy tahoex1_hf
+	"$(BIN)/python" -m mypy tahoex1_hf benchmarks
 
 benchmark: .venv/.installed .venv/.int8 ## measure speed and memory, write the results
 	"$(BIN)/python" -m benchmarks

@@ -15,6 +15,12 @@ from tahoex1_hf.observed_attention_tahoe_x1 import ObservedKeys, PackedAttention
 HEADS, WIDTH, BUCKET = 8, 64, 8  # the 70M shape has such heads
 
 
+def query_key_value(shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return random queries, keys and values, with heads before tokens; `shape` has them after."""
+    query, key, value = (torch.randn(shape).transpose(1, 2) for _ in range(3))
+    return query, key, value
+
+
 class Cells:
     """Queries, keys and values of cells one after another, the longest first."""
 
@@ -23,12 +29,13 @@ class Cells:
         self.lengths = torch.from_numpy(np.sort(rng.integers(low, high + 1, number))[::-1].copy())
         self.bounds = [0, *self.lengths.cumsum(0).tolist()]
         torch.manual_seed(0)
-        self.qkv = tuple(torch.randn(1, self.bounds[-1], HEADS, WIDTH).transpose(1, 2) for _ in range(3))
+        self.qkv = query_key_value((1, self.bounds[-1], HEADS, WIDTH))
         self.packed = PackedAttention.make(torch.tensor(self.bounds), None, None, torch.device("cpu"))
 
     def by_cell(self) -> torch.Tensor:
         """Return our attention's output, `(tokens, heads, width)`."""
-        return self.packed(*self.qkv, WIDTH**-0.5)[0][0]
+        query, key, value = self.qkv
+        return self.packed(query, key, value, WIDTH**-0.5)[0][0]
 
     def in_buckets(self) -> torch.Tensor:
         """Return the same by padded batches of neighbours; padding and unpadding are part of the work."""
@@ -42,7 +49,8 @@ class Cells:
                 cells = torch.zeros(*valid.shape, HEADS, WIDTH)
                 cells[valid] = tensor[0].transpose(0, 1)[rows]
                 padded.append(cells.transpose(1, 2))
-            attended = scaled_dot_product_attention(*padded, attn_mask=valid[:, None, None, :])
+            query, key, value = padded
+            attended = scaled_dot_product_attention(query, key, value, attn_mask=valid[:, None, None, :])
             output[rows] = attended.transpose(1, 2)[valid]
         return output
 
@@ -53,7 +61,7 @@ class HiddenGenes:
     def __init__(self, length: int, number: int, dtype: torch.dtype) -> None:
         torch.manual_seed(0)
         shape = (1, number * length, HEADS, WIDTH)
-        self.qkv = [torch.randn(shape).to(dtype).transpose(1, 2).requires_grad_() for _ in range(3)]
+        self.qkv = tuple(tensor.to(dtype).requires_grad_() for tensor in query_key_value(shape))
         self.gradient = torch.randn(shape).to(dtype)
         observed = torch.rand(number, length) < 0.5
         observed[:, 0] = True
@@ -68,7 +76,8 @@ class HiddenGenes:
 
     def forward_and_backward(self, name: str) -> list[torch.Tensor]:
         """Return the output, and the gradients of queries, keys and values, by one of the attentions."""
-        output = self.attentions[name](*self.qkv, WIDTH**-0.5)[0]
+        query, key, value = self.qkv
+        output = self.attentions[name](query, key, value, WIDTH**-0.5)[0]
         return [output.detach(), *torch.autograd.grad(output, self.qkv, self.gradient)]
 
 

@@ -16,7 +16,12 @@ import matplotlib.pyplot as plt
 
 OURS, THEIRS, SECOND = "#1f6fb4", "#9a9a9a", "#f0a030"
 RATE_PARTS = ("tokenizing", "embedding", "genes", "training", "feeding")
-STYLE = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.titlelocation": "left"}
+STYLE: dict[Any, Any] = {
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlelocation": "left",
+}
 
 
 def draw_results(rows: Sequence[Row], path: Path, title: str) -> bool:

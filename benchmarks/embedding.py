@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -168,7 +169,7 @@ def _tasks(suite: Suite, subject: Subject, encoders: dict[str, CellEncoder], con
         limit = suite.limits["matmul bfloat16" if encoder.dtype == torch.bfloat16 else "matmul float32"]
         # With quantised weights the last layer projects all keys and values.
         costs = gflop if name != "int8" else useful
-        tasks[name] = Task(lambda name=name, e=encoder: subject.our_rate(name, e), limit, costs)
+        tasks[name] = Task(partial(subject.our_rate, name, encoder), limit, costs)
     return tasks
 
 

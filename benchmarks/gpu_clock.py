@@ -40,7 +40,7 @@ def main(began: str, file: str, *arguments: str) -> None:
 
             return begin(self, cells, means, noting, *rest)
 
-        CellEncoder.begin = timed  # type: ignore[method-assign]
+        CellEncoder.begin = timed  # type: ignore[method-assign, assignment]
 
     call_after_import("tahoex1_hf.inference.encoder", watch)
     from tahoex1_hf.cli.app import app

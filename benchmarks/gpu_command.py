@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import child
-from benchmarks.gpu_measuring import Check, RandomCells, Tokens, cell_lengths
+from benchmarks.gpu_measuring import Check, RandomCells, cell_lengths, stand_in_tokenizer
 
 FEW = 64  # cells of a command that does hardly anything but start
 
@@ -85,7 +85,7 @@ def _own_seconds(run: Check, folder: Path, lengths: list[int], vocab_size: int) 
     from tahoex1_hf.inference.encoder import CellEncoder
 
     model = TahoeX1Model.from_pretrained(folder / "model")
-    encoder = CellEncoder(model, Tokens(range(vocab_size)), device=run.device, dtype="bfloat16")
+    encoder = CellEncoder(model, stand_in_tokenizer(vocab_size), device=run.device, dtype="bfloat16")
     cells = RandomCells(lengths, vocab_size).encoded()
     encoder.embed(RandomCells(lengths[:FEW], vocab_size).encoded())
     start = time.perf_counter()

@@ -3,6 +3,7 @@
 import itertools
 import time
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,15 +11,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks import gpu_command, memory_model
-from benchmarks.gpu_measuring import Check, RandomCells, Tokens, cell_lengths
+from benchmarks.gpu_measuring import Check, RandomCells, cell_lengths, stand_in_tokenizer
 from tahoex1_hf import TahoeX1Config, TahoeX1ForPreTraining, TahoeX1Model
 from tahoex1_hf.inference.encoder import CellEncoder
 from tahoex1_hf.observed_attention_tahoe_x1 import PackedAttention
 from tahoex1_hf.training.flops import embedding_flops, training_flops
 from tahoex1_hf.training.pretraining import compile_layers
 
-TINY = {"vocab_size": 200, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-SIZES: dict[str, dict[str, int]] = {
+TINY: dict[str, Any] = {"vocab_size": 200, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+SIZES: dict[str, dict[str, Any]] = {
     "70M": {},
     "1.3B": {"hidden_size": 2048, "num_hidden_layers": 24, "num_attention_heads": 16},
     "3B": {"hidden_size": 2560, "num_hidden_layers": 32, "num_attention_heads": 20},
@@ -81,7 +82,7 @@ def embed(run: Check, size: str, kind: str, lengths: list[int], *, profiled: boo
         with run.device:
             model = TahoeX1Model(config).eval()
         encoder = CellEncoder(
-            model, Tokens(range(config.vocab_size)), device=run.device, dtype="bfloat16", sole_user=True
+            model, stand_in_tokenizer(config.vocab_size), device=run.device, dtype="bfloat16", sole_user=True
         )
         cells = RandomCells(lengths, config.vocab_size).encoded()
         start = time.perf_counter()
@@ -138,7 +139,7 @@ def train(
 
 
 def training_step(
-    run: Check, size: str, style: str, lengths: list[int], checkpointing: bool, compiled: bool
+    run: Check, size: str, style: Any, lengths: list[int], checkpointing: bool, compiled: bool
 ) -> tuple[Callable[[], torch.Tensor], TahoeX1Config]:
     """Return a function that trains by one step and returns the loss, and the model's configuration."""
     config = TahoeX1Config(**TINY if run.tiny else SIZES[size], attention_mask_style=style)
@@ -191,7 +192,7 @@ def _attention_ms(run: Check, heads: int, width: int, cells: RandomCells) -> dic
     bounds = torch.from_numpy(cells.offsets)
     observed = torch.from_numpy(~cells.targets)[None]
     count = {"num_targets": int(cells.targets.sum())}
-    row = [tensor.transpose(0, 1)[None] for tensor in tensors]
+    query, key, value = (tensor.transpose(0, 1)[None] for tensor in tensors)
     dense = [tensor.view(number, length, heads, width).transpose(1, 2) for tensor in tensors]
     full = PackedAttention.make(bounds, length, None, run.device, flash=run.on_gpu)
     seen = PackedAttention.make(bounds, length, observed, run.device, flash=run.on_gpu, **count)
@@ -199,12 +200,12 @@ def _attention_ms(run: Check, heads: int, width: int, cells: RandomCells) -> dic
 
     def by_cudnn() -> torch.Tensor:
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-            return scaled_dot_product_attention(*dense).transpose(1, 2)
+            return scaled_dot_product_attention(dense[0], dense[1], dense[2]).transpose(1, 2)
 
     ways: dict[str, Callable[[], torch.Tensor]] = {
-        "full_ms": lambda: full(*row, width**-0.5)[0],
-        "observed_keys_ms": lambda: seen(*row, width**-0.5)[0],
-        "masked_ms": lambda: masked(*row, width**-0.5)[0],
+        "full_ms": lambda: full(query, key, value, width**-0.5)[0],
+        "observed_keys_ms": lambda: seen(query, key, value, width**-0.5)[0],
+        "masked_ms": lambda: masked(query, key, value, width**-0.5)[0],
     }
     ways |= {"cudnn_dense_ms": by_cudnn} if run.on_gpu else {}
 

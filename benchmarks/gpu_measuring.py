@@ -160,6 +160,11 @@ class Tokens(list[int]):
     pad_token_id, pad_value = 0, -2.0
 
 
+def stand_in_tokenizer(vocab_size: int) -> Any:
+    """Return a stand-in for a tokenizer with so many tokens."""
+    return Tokens(range(vocab_size))
+
+
 def cell_lengths(number: int, middle: float, low: int, high: int) -> list[int]:
     """Return lengths of cells as tissues have them: log-normal, the context at most."""
     drawn = np.random.default_rng(0).lognormal(np.log(middle), 0.5, number)

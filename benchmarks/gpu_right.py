@@ -4,12 +4,13 @@ import copy
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from transformers import AutoModelForPreTraining
 
-from benchmarks.gpu_measuring import Check, RandomCells, Tokens, cell_lengths, relative_error
+from benchmarks.gpu_measuring import Check, RandomCells, cell_lengths, relative_error, stand_in_tokenizer
 from tahoex1_hf import TahoeX1Config, TahoeX1ForPreTraining, TahoeX1Model
 from tahoex1_hf.inference.encoder import CellEncoder
 from tahoex1_hf.original.convert import convert_original_folder
@@ -42,7 +43,7 @@ def check(run: Check) -> None:
 def golden(run: Check) -> None:
     """Compare with the recordings of the original, in their bounds for float32."""
     sys.path[:0] = [str(TESTS / "support"), str(TESTS)]
-    from helpers import GOLDEN_VARIANTS, without_labels
+    from helpers import GOLDEN_VARIANTS, without_labels  # type: ignore[import-not-found]
 
     for variant in GOLDEN_VARIANTS:
         with run.attempt(f"golden {variant.name}"), tempfile.TemporaryDirectory() as folder:
@@ -65,7 +66,7 @@ def golden(run: Check) -> None:
                 run.row(f"golden {variant.name} {precision}", largest_difference=worst, ok=worst < limit)
 
 
-def training(run: Check, style: str, heads: int, lengths: list[int]) -> None:
+def training(run: Check, style: Any, heads: int, lengths: list[int]) -> None:
     """Compare outputs and gradients of a packed row with eager attention in float64 on padded rows."""
     width, vocab_size = (64, 200) if run.tiny else (512, 2000)
     cells = RandomCells(lengths, vocab_size)
@@ -99,7 +100,7 @@ def training(run: Check, style: str, heads: int, lengths: list[int]) -> None:
             run.row(name, **errors, ok=max(errors.values()) < limit * (2 if run.tiny else 1))
 
 
-def _outputs(model: TahoeX1ForPreTraining, outputs: object, valid: torch.Tensor | None) -> dict[str, torch.Tensor]:
+def _outputs(model: TahoeX1ForPreTraining, outputs: Any, valid: torch.Tensor | None) -> dict[str, torch.Tensor]:
     """Return what is compared, with the gradients of all but the keys' biases, to which softmax is blind."""
     outputs.loss.backward()
     predictions = outputs.expression_predictions
@@ -115,7 +116,7 @@ def _outputs(model: TahoeX1ForPreTraining, outputs: object, valid: torch.Tensor 
 
 def embeddings(run: Check) -> None:
     """Compare embeddings in bfloat16, as `tahoex1 embed` makes them, with float32 on the same device."""
-    shape = {"vocab_size": 200, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    shape: dict[str, Any] = {"vocab_size": 200, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = TahoeX1Config(**shape if run.tiny else {})
     with run.device:
         model = TahoeX1Model(config).eval()
@@ -124,7 +125,7 @@ def embeddings(run: Check) -> None:
         "ragged": cell_lengths(64, 20, 5, 40) if run.tiny else cell_lengths(64, 900, 64, 2048),
     }.items():
         with run.attempt(f"embed {kind}"):
-            cells, tokens = RandomCells(lengths, config.vocab_size).encoded(), Tokens(range(config.vocab_size))
+            cells, tokens = RandomCells(lengths, config.vocab_size).encoded(), stand_in_tokenizer(config.vocab_size)
             exact, ours = (
                 CellEncoder(model, tokens, device=run.device, dtype=dtype).embed(cells).astype(np.float64)
                 for dtype in ("float32", "bfloat16")

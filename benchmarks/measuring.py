@@ -6,7 +6,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -180,12 +180,12 @@ class Suite:
         """Hardware limits by name; `matmul bfloat16` is for CPUs that have instructions for it."""
         seconds, megabytes = self.pick((0.5, 256), (0.1, 64))
         found = {
-            f"matmul {name}": Limit(f"matmul {name}", "GFLOP/s", lambda dtype=dtype: matmul_rate(dtype, seconds))
+            f"matmul {name}": Limit(f"matmul {name}", "GFLOP/s", partial(matmul_rate, dtype, seconds))
             for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16))
         }
         for threads in (1, 2):
             name = f"memory copy, {threads} core{'s' * (threads > 1)}"
-            found[f"copy {threads}"] = Limit(name, "GB/s", lambda threads=threads: copy_rate(threads, megabytes))
+            found[f"copy {threads}"] = Limit(name, "GB/s", partial(copy_rate, threads, megabytes))
         return found
 
 

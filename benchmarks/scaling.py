@@ -2,7 +2,9 @@
 
 import shutil
 import subprocess
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +33,11 @@ def measure(suite: Suite) -> list[Row]:
     return [*by_length(suite), *by_cells(suite), *by_processes(suite)]
 
 
+def token_rate(length: int, cell_rate: Callable[[], float]) -> float:
+    """Return the tokens per second of cells of one length, of which `cell_rate` gives the cells per second."""
+    return length * cell_rate()
+
+
 def by_length(suite: Suite) -> list[Row]:
     """Return the tokens per second for cells of 256 to 8,192 tokens, with equally many tokens at every length."""
     lengths = suite.pick((256, 512, 1024, 2048, 4096, 8192), (128, 256, 512))
@@ -48,8 +55,8 @@ def by_length(suite: Suite) -> list[Row]:
     }
     tasks = {}
     for length, subject in subjects.items():
-        tasks[f"reference, {length}"] = Task(lambda s=subject, n=length: n * s.reference_rate())
-        tasks[f"ours, {length}"] = Task(lambda s=subject, n=length: n * s.our_rate("ours", encoder))
+        tasks[f"reference, {length}"] = Task(partial(token_rate, length, subject.reference_rate))
+        tasks[f"ours, {length}"] = Task(partial(token_rate, length, partial(subject.our_rate, "ours", encoder)))
     subjects[lengths[0]].reference_rate()  # warm-up
     subjects[lengths[0]].our_rate("ours", encoder)
     series = in_turn(tasks, suite.rounds)

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -49,10 +50,10 @@ def models() -> tuple[Model, ...]:
     for name, recipe in (("70M", "70m"), ("1.3B", "1_3b"), ("3B", "3b-stage1")):
         settings = read_pretrain_config(RECIPES / f"{recipe}.yaml")
         # The 3B recipe has its drugs (378 rows, with fingerprints of 2,048 bits) in files that are not here.
-        drugs = {"num_drugs": 378, "drug_token_id": 2} if settings.drug_table else {}
+        drugs: dict[str, Any] = {"num_drugs": 378, "drug_token_id": 2} if settings.drug_table else {}
         config = TahoeX1Config(**settings.model, **drugs)
         found.append(Model(name, config, settings.global_batch_size, settings.context_length))
-    shape = {"hidden_size": 4096, "num_hidden_layers": 48, "num_attention_heads": 32}
+    shape: dict[str, Any] = {"hidden_size": 4096, "num_hidden_layers": 48, "num_attention_heads": 32}
     largest = found[-1]
     config = TahoeX1Config(**{**largest.config.to_diff_dict(), **shape, "num_key_value_heads": 32,
                               "intermediate_size": 4 * 4096})  # fmt: skip
@@ -252,9 +253,8 @@ def filled(document: str) -> str:
     for name, text in made.items():
         mark = f"<!-- table {name} -->"
         whole = f"{mark}\n\n{text}\n\n<!-- end -->"
-        document = re.sub(
-            rf"{re.escape(mark)}.*?<!-- end -->", lambda _, whole=whole: whole, document, flags=re.DOTALL
-        )
+        place = rf"{re.escape(mark)}.*?<!-- end -->"
+        document = re.sub(place, whole.replace("\\", r"\\"), document, flags=re.DOTALL)
     return document
 
 

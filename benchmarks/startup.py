@@ -8,6 +8,7 @@ All is measured in CPU seconds (user and system) of a fresh process, which busy 
 import json
 import statistics
 import time
+from functools import partial
 from typing import Annotated
 
 import numpy as np
@@ -39,7 +40,7 @@ def measure(suite: Suite) -> list[Row]:
     ours = (HELP, IMPORT_PACKAGE, IMPORT_MODEL)
     for name in suite.pick((IMPORT_BERT, *ours), ()):
         cpu_seconds(name)  # afterwards the files are compiled and in the page cache
-    tasks = {name: Task(lambda name=name: cpu_seconds(name)) for name in (IMPORT_BERT, *ours)}
+    tasks = {name: Task(partial(cpu_seconds, name)) for name in (IMPORT_BERT, *ours)}
     series = in_turn(tasks, suite.pick(suite.rounds, 1))
     remark = f"fresh process; reference: {IMPORT_BERT}"
     starts = [
