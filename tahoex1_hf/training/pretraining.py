@@ -280,9 +280,11 @@ def _finish(trainer: PretrainingTrainer, folder: RunFolder, baselines: dict[str,
 
 def _facts(trainer: PretrainingTrainer, config: PretrainConfig, results: dict[str, float]) -> dict[str, Any]:
     model = trainer.accelerator.unwrap_model(trainer.model)
+    assert trainer.tokenizer is not None
     return card_facts(
         config,
         model.config,
+        value_encoding=trainer.tokenizer.value_encoding,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         steps=trainer.state.global_step,
         steps_per_epoch=trainer.batches.steps_per_epoch,

@@ -31,8 +31,8 @@ _METRICS = {
     "eval_masked_mse": ("this model, from the gene's token", "mean squared error"),
     "eval_mvc_mse": ("this model, from the cell embedding", "mean squared error"),
     "eval_spearman": ("this model, within each cell, against raw counts", "Spearman correlation"),
-    "mean_bin": ("a constant: the mean bin", "mean squared error"),
-    "mean_bin_of_each_gene": ("a constant per gene: its mean bin", "mean squared error"),
+    "mean_bin": ("a constant: the mean {value}", "mean squared error"),
+    "mean_bin_of_each_gene": ("a constant per gene: its mean {value}", "mean squared error"),
 }
 
 # Facts that are the same for every run.
@@ -55,6 +55,7 @@ def card_facts(
     config: PretrainConfig,
     model: TahoeX1Config,
     *,
+    value_encoding: str,
     parameters: int,
     steps: int,
     steps_per_epoch: int,
@@ -66,6 +67,7 @@ def card_facts(
     Args:
         config: Configuration of the run.
         model: Configuration of the model.
+        value_encoding: What counts become: `bins`, `log1p` or `raw`.
         parameters: Number of the model's parameters.
         steps: Number of steps that were made.
         steps_per_epoch: Number of steps in an epoch of the data.
@@ -75,6 +77,7 @@ def card_facts(
     name = Path(config.output_dir).name
     start = f" It continues from the weights of {Path(config.init_from).name}." if config.init_from else ""
     results = {key: value for key, value in results.items() if key in _METRICS}
+    word = "bin" if value_encoding == "bins" else "value"
     return {
         **_ALIKE,
         "title": f"Tahoe-x1, trained from scratch: {name}" if not start else f"Tahoe-x1, continued: {name}",
@@ -85,6 +88,7 @@ def card_facts(
         "shape": _shape(model),
         "context": config.context_length,
         "num_bins": model.num_bins,
+        "value_encoding": value_encoding,
         "attention_mask": _MASKS[model.attention_mask_style],
         "drug_token": "Yes: cells can be given the drug that they were treated with."
         if model.num_drugs
@@ -93,7 +97,12 @@ def card_facts(
         "recipe": [_stage(config, steps, steps_per_epoch)],
         "recipe_note": _note(config, steps),
         "results": [
-            {"task": task, "metric": metric, "value": f"{results[key]:.4f}", "source": "run_status.json"}
+            {
+                "task": task.format(value=word),
+                "metric": metric,
+                "value": f"{results[key]:.4f}",
+                "source": "run_status.json",
+            }
             for key, (task, metric) in _METRICS.items()
             if key in results
         ],
@@ -138,9 +147,19 @@ def _note(config: PretrainConfig, steps: int) -> str:
     hidden = " or ".join(f"{share:.0%}" for share in shares)
     return (
         f"{steps:,} steps; AdamW with betas {config.betas[0]} and {config.betas[1]}, epsilon {config.epsilon:g}, "
-        f"gradient norm clipped to {config.max_grad_norm:g}; {hidden} of each cell's genes hidden; seed {config.seed}."
+        f"gradient norm clipped to {config.max_grad_norm:g}; {hidden} of each cell's genes hidden{_further(config)}; "
+        f"seed {config.seed}."
         " All settings are in `config.resolved.yaml` of the run."
     )
+
+
+def _further(config: PretrainConfig) -> str:
+    """Say what is predicted beside hidden genes."""
+    absent = (
+        f", and {config.absent_targets:.0%} of the genes in a step ones that it does not express, all of them targets"
+    )
+    every = "; the cell embedding predicts all genes"
+    return (absent if config.absent_targets else "") + (every if config.cell_targets == "all" else "")
 
 
 def _results_note(config: PretrainConfig, model: TahoeX1Config, held_out: int) -> str:

@@ -29,6 +29,7 @@ from training_runs import RECIPE, ROOT, TINY, finished
 from transformers import AutoModelForPreTraining, AutoTokenizer
 
 from tahoex1_hf import TahoeX1Config, TahoeX1ForPreTraining
+from tahoex1_hf.hub.cards.rendering import render_card
 from tahoex1_hf.original.convert import convert_original_folder
 from tahoex1_hf.training.config import read_pretrain_config
 from tahoex1_hf.training.metrics import MetricSums, batch_sums, spearman_per_cell
@@ -344,6 +345,11 @@ def test_a_run_goes_on_from_a_checkpoint_before_its_fall(training_dataset: Path,
         assert pretrain(tiny(training_dataset, tmp_path / name, **changes, **own)) == 0
     assert same_weights(tmp_path / "long", tmp_path / "gone on")
     assert AutoTokenizer.from_pretrained(tmp_path / "long").value_encoding == "log1p"
+    card = render_card(tmp_path / "long" / "card.yaml")
+    assert "its counts become logarithms of 1 + counts per 10,000" in card
+    assert "become bins" not in card
+    assert "30% of the genes in a step ones that it does not express" in card
+    assert "the cell embedding predicts all genes" in card
 
 
 def test_the_loss_on_real_cells_falls_below_a_constant(tmp_path: Path) -> None:

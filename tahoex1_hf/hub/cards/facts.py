@@ -130,6 +130,7 @@ class Facts:
     license: str
     tags: list[str]
     model_path: str | None = None
+    value_encoding: str = "bins"
 
 
 def load_facts(path: str | Path) -> Facts:
