@@ -12,6 +12,7 @@ import numpy as np
 from tahoex1_hf.cells.fingerprint import content_fingerprint
 from tahoex1_hf.cells.gene_names import plain_id
 from tahoex1_hf.cells.whole import read_all_genes
+from tahoex1_hf.common.own_thread import in_own_thread
 from tahoex1_hf.finetuning.cells.baselines import MOST_CELLS, log_normalized, sparse_pca
 
 if TYPE_CHECKING:
@@ -107,7 +108,8 @@ def variable_genes(values: "csr_matrix") -> np.ndarray:
     expressed = np.flatnonzero(values.getnnz(axis=0))
     if len(expressed) <= VARIABLE_GENES:
         return expressed
-    found = scanpy.pp.highly_variable_genes(AnnData(values[:, expressed]), n_top_genes=VARIABLE_GENES, inplace=False)
+    adata, options = AnnData(values[:, expressed]), {"n_top_genes": VARIABLE_GENES, "inplace": False}
+    found = in_own_thread(scanpy.pp.highly_variable_genes, adata, **options)
     return expressed[found["highly_variable"].to_numpy()]
 
 

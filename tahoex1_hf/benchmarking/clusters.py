@@ -5,6 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from tahoex1_hf.common.own_thread import in_own_thread
+
 NEIGHBOURS = 15
 
 
@@ -14,6 +16,6 @@ def leiden(features: Any, seed: int) -> np.ndarray:
     from anndata import AnnData
 
     graph = AnnData(features)
-    scanpy.pp.neighbors(graph, use_rep="X", n_neighbors=NEIGHBOURS, random_state=seed)
-    scanpy.tl.leiden(graph, flavor="igraph", n_iterations=2, directed=False, random_state=seed)
+    in_own_thread(scanpy.pp.neighbors, graph, use_rep="X", n_neighbors=NEIGHBOURS, random_state=seed)
+    in_own_thread(scanpy.tl.leiden, graph, flavor="igraph", n_iterations=2, directed=False, random_state=seed)
     return np.asarray(graph.obs["leiden"].cat.codes)

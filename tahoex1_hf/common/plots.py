@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from tahoex1_hf.common.own_thread import in_own_thread
+
 _NEIGHBOURS = 15
 _LAYERS = 16  # in which cells of different shapes are drawn, so that none hides the others
 # Without their yellow, which hardly shows on white.
@@ -46,7 +48,7 @@ def umap_places(embeddings: np.ndarray, seed: int) -> np.ndarray:
     # UMAP's spectral start needs more cells than this; fewer start at random places.
     start = "spectral" if len(embeddings) > _NEIGHBOURS else "random"
     mapper = umap.UMAP(n_neighbors=number, random_state=seed, n_jobs=1, init=start)
-    return np.asarray(mapper.fit_transform(embeddings))
+    return np.asarray(in_own_thread(mapper.fit_transform, embeddings))
 
 
 def draw_umap(embeddings: np.ndarray, labels: np.ndarray, title: str, path: Path, seed: int) -> None:

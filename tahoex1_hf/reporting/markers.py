@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tahoex1_hf.common.own_thread import in_own_thread
+
 if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
 
@@ -57,9 +59,8 @@ def find_markers(values: "csr_matrix", names: Sequence[str], clusters: np.ndarra
     adata = AnnData(values)
     adata.uns["log1p"] = {"base": None}
     adata.obs["cluster"] = pd.Categorical(clusters.astype(str))
-    scanpy.tl.rank_genes_groups(
-        adata, "cluster", groups=[str(each) for each in large], method="wilcoxon", n_genes=4 * number, pts=True
-    )
+    groups, options = [str(each) for each in large], {"method": "wilcoxon", "n_genes": 4 * number, "pts": True}
+    in_own_thread(scanpy.tl.rank_genes_groups, adata, "cluster", groups=groups, **options)
     ranked: Any = adata.uns["rank_genes_groups"]
     for cluster in large.tolist():
         key = str(cluster)
