@@ -14,8 +14,10 @@ from tahoex1_hf.common.own_thread import in_own_thread
 from tahoex1_hf.common.plots import umap_places
 
 torch.set_num_threads(3)
+assert torch.get_num_threads() == 3  # as in a process that has computed; the first call would set it again
 cells = np.random.default_rng(0).normal(size=(60, 5)).astype(np.float32)
 assert umap_places(cells, 0).shape == (60, 2)
+assert torch.get_num_threads() == 3, torch.get_num_threads()
 assert len(leiden(cells, 0)) == 60
 assert torch.get_num_threads() == 3, torch.get_num_threads()
 # Without it, the number is that of numba's threads: 3 only on a machine with three cores.
