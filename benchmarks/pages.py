@@ -189,7 +189,7 @@ def with_tables(name: str, text: str, folder: Path = RECORD) -> str:
         begin, end = f"<!-- measured: {mark} -->", "<!-- end -->"
         place = re.compile(rf"(?<={re.escape(begin)}\n).*?(?=\n{re.escape(end)})", flags=re.DOTALL)
         table = made(rows, gpu)
-        text, found = place.subn(table.replace("\\", r"\\"), text)
+        text, found = place.subn(table.replace("\\", r"\\"), text)  # a backslash is no reference to a group
         if found != 1:
             raise ValueError(f"{name} must hold {begin}, the table and {end}, each on a line of its own, once.")
     return text

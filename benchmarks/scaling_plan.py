@@ -254,6 +254,7 @@ def filled(document: str) -> str:
         mark = f"<!-- table {name} -->"
         whole = f"{mark}\n\n{text}\n\n<!-- end -->"
         place = rf"{re.escape(mark)}.*?<!-- end -->"
+        # A backslash is no reference to a group.
         document = re.sub(place, whole.replace("\\", r"\\"), document, flags=re.DOTALL)
     return document
 

@@ -4,6 +4,7 @@ import gc
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 
 # Read by huggingface_hub and tokenizers when they are first imported, so set before any test imports them.
@@ -14,11 +15,11 @@ if capability := os.environ.get("ATEN_CPU_CAPABILITY"):
     folder = f"torchinductor_{os.getuid()}_{capability}"
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(tempfile.gettempdir(), folder))
 
-if compiler := shutil.which("g++"):
+if sys.platform == "linux" and "CXX" not in os.environ and (compiler := shutil.which("g++")):
     # GCC 12 knows all vector instructions that torch.compile uses. It need not compile a program for each to find out,
     # which takes 6 CPU seconds on a machine on which it has not compiled before.
-    version = subprocess.run([compiler, "-dumpversion"], capture_output=True, text=True, check=False).stdout
-    if version.partition(".")[0].strip() in map(str, range(12, 20)):
+    version = subprocess.run([compiler, "-dumpversion"], capture_output=True, text=True, check=True).stdout
+    if int(version.partition(".")[0]) >= 12:
         os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 
 from collections.abc import Callable, Iterator

@@ -17,5 +17,5 @@ def leiden(features: Any, seed: int) -> np.ndarray:
 
     graph = AnnData(features)
     in_own_thread(scanpy.pp.neighbors, graph, use_rep="X", n_neighbors=NEIGHBOURS, random_state=seed)
-    in_own_thread(scanpy.tl.leiden, graph, flavor="igraph", n_iterations=2, directed=False, random_state=seed)
+    scanpy.tl.leiden(graph, flavor="igraph", n_iterations=2, directed=False, random_state=seed)
     return np.asarray(graph.obs["leiden"].cat.codes)

@@ -15,6 +15,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from tahoex1_hf.common.cuda_memory import let_segments_grow
 from tahoex1_hf.common.processes import training_processes
+from tahoex1_hf.common.reading import reading
 from tahoex1_hf.configuration_tahoe_x1 import TahoeX1Config
 from tahoex1_hf.data.collator import CellCollator
 from tahoex1_hf.data.feeding import CellBatches
@@ -85,7 +86,8 @@ def make_model(config: PretrainConfig, tokenizer: TahoeX1Tokenizer) -> TahoeX1Fo
     attention = {"attn_implementation": config.attention}
     if config.init_from is not None:
         folder, decoders = find_model(config.init_from), ["expression_decoder.", "cell_decoder."]
-        own = TahoeX1Config.from_pretrained(folder).to_dict()
+        with reading(folder / "config.json"):
+            own = TahoeX1Config.from_pretrained(folder).to_dict()
         for key in sorted(set(config.model) - _CHANGEABLE):  # a recipe may repeat what the weights have
             if key not in own or own[key] != config.model[key]:
                 raise ValueError(

@@ -155,9 +155,8 @@ def _note(config: PretrainConfig, steps: int) -> str:
 
 def _further(config: PretrainConfig) -> str:
     """Say what is predicted beside hidden genes."""
-    absent = (
-        f", and {config.absent_targets:.0%} of the genes in a step ones that it does not express, all of them targets"
-    )
+    share = f"{config.absent_targets:.0%}"
+    absent = f"; {share} of the genes in a step are ones that the cell does not express, all of them targets"
     every = "; the cell embedding predicts all genes"
     return (absent if config.absent_targets else "") + (every if config.cell_targets == "all" else "")
 

@@ -11,6 +11,7 @@ import torch
 from cells import write_vocab
 
 from tahoex1_hf import TahoeX1Tokenizer
+from tahoex1_hf.cells import kernels
 from tahoex1_hf.cells.kernels import NO_LABEL
 from tahoex1_hf.cells.ragged import RowViews
 from tahoex1_hf.data.collator import CellCollator
@@ -116,6 +117,14 @@ def test_log1p_and_raw_values(vocab: Path, dtype: Any) -> None:
             np.testing.assert_allclose(
                 list(ours.values()), list(theirs.values()), rtol=1e-7 if encoding == "raw" else 2e-7
             )
+
+
+def test_arrays_that_can_be_written_to_need_no_loops_of_their_own(vocab: Path) -> None:
+    """numba compiles for 5 seconds for each type of array: those of lists are taken as those of files are."""
+    CellCollator(tokenizer(vocab))([{"genes": [4, 5, 6], "counts": [1, 2, 3]}])
+    compiled = [genes for genes, *_ in kernels.encode_cells.signatures]
+    assert compiled
+    assert not [genes for genes in compiled if genes.mutable or genes.dtype.bitwidth == 64]
 
 
 def test_bins_are_those_of_the_whole_cell_not_of_its_sample(vocab: Path) -> None:

@@ -101,6 +101,7 @@ def test_work_per_cell_equals_the_benchmarks_count(monkeypatch: pytest.MonkeyPat
             r"data\[0\]: hub_id: str or nothing",
         ),
         ({"data": [{"name": "x", "cells": "1", "description": "y", "hub_id": "a/b/c"}]}, "datasets: 'a/b/c' can't be"),
+        ({"value_encoding": "rank"}, "value_encoding='rank': pass one of"),
     ],
 )
 def test_facts_are_strict(tmp_path: Path, changes: dict[str, Any], message: str) -> None:

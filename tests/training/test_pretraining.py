@@ -348,7 +348,7 @@ def test_a_run_goes_on_from_a_checkpoint_before_its_fall(training_dataset: Path,
     card = render_card(tmp_path / "long" / "card.yaml")
     assert "its counts become logarithms of 1 + counts per 10,000" in card
     assert "become bins" not in card
-    assert "30% of the genes in a step ones that it does not express" in card
+    assert "30% of the genes in a step are ones that the cell does not express" in card
     assert "the cell embedding predicts all genes" in card
 
 

@@ -12,6 +12,8 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 
+from tahoex1_hf.configuration_tahoe_x1 import VALUE_ENCODINGS
+
 # Facts of the released sizes, by the names in use for each size.
 _FOLDER = Path(__file__).parent
 RELEASED_FACTS = {
@@ -142,6 +144,8 @@ def load_facts(path: str | Path) -> Facts:
     path = Path(path)
     mapping = yaml.safe_load(path.read_text(encoding="utf-8"))
     facts: Facts = _typed(Facts, mapping, path.name)
+    if facts.value_encoding not in VALUE_ENCODINGS:
+        raise ValueError(f"{path.name}: value_encoding={facts.value_encoding!r}: pass one of {VALUE_ENCODINGS}.")
     for result in facts.results:
         if result.task_type and not (result.url and result.dataset_id and isinstance(result.value, float)):
             raise ValueError(
