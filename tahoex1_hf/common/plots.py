@@ -192,24 +192,43 @@ def label_points(axis: Any, names: Sequence[str], places: np.ndarray, size: floa
         The texts that were written.
     """
     axis.figure.draw_without_rendering()  # a constrained layout moves the axes when it is drawn
-    frame = axis.get_window_extent()
     written: list[Any] = []
-    taken: list[Any] = []
     sides: list[tuple[float, float, str, str]] = [(4, 0, "left", "center"), (-4, 0, "right", "center")]
     sides += [(0, size, "center", "bottom"), (0, -size, "center", "top")]
     for name, place in zip(names, places, strict=True):
-        for right, up, horizontal, vertical in sides:
-            text = axis.annotate(
-                *(name, place, (right, up)), textcoords="offset points", ha=horizontal, va=vertical, fontsize=size
-            )
-            box = text.get_window_extent()
-            inside = frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1
-            if inside and not any(box.overlaps(other) for other in taken):
-                written.append(text)
-                taken.append(box)
-                break
-            text.remove()
+        write_name(axis, name, place, sides, written, fontsize=size)
     return written
+
+
+def write_name(
+    axis: Any,
+    name: str,
+    place: np.ndarray,
+    sides: Sequence[tuple[float, float, str, str]],
+    written: list[Any],
+    **style: Any,
+) -> None:
+    """Write a name at the first side where it lies inside the axes and on no other name, or nowhere.
+
+    Args:
+        axis: Axes of a figure that has been laid out.
+        name: Name.
+        place: `(2,)` place of what it names, in the units of the axes.
+        sides: Sides in order: points to the right and up, and horizontal and vertical alignment.
+        written: Texts that were written before, to which this one is added.
+        **style: Further arguments of matplotlib's `annotate`.
+    """
+    frame = axis.get_window_extent()
+    for right, up, horizontal, vertical in sides:
+        text = axis.annotate(
+            *(name, place, (right, up)), textcoords="offset points", ha=horizontal, va=vertical, **style
+        )
+        box = text.get_window_extent()
+        inside = frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1
+        if inside and not any(box.overlaps(other.get_window_extent()) for other in written):
+            written.append(text)
+            return
+        text.remove()
 
 
 def class_marks(number: int) -> list[tuple[str, str]]:

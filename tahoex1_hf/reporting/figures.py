@@ -13,8 +13,11 @@ from typing import Any
 
 import numpy as np
 
+from tahoex1_hf.common.plots import write_name
+
 _COLORS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#f0e442", "#000000")
 _MARKS = ("o", "^", "s", "P", "X", "D", "v", "*")
+_SIDES = [(0, 0, side, "center") for side in ("center", "left", "right")]
 _NAMED = 0.02  # share of the cells from which on a class bears its name
 _AROUND = 15  # cells around a name, most of which must be of its class
 
@@ -55,13 +58,15 @@ def places_figure(
             mine = labels == number
             style = {"color": _COLORS[number % 8], "marker": _MARKS[number // 8 % 8]}
             each.scatter(*places[mine].T, s=size, linewidths=0, label=_short(name), **style)
-        _write_names(each, places, labels, classes)
         each.set(title=heading, xlabel="UMAP 1", ylabel="UMAP 2", xticks=[], yticks=[])
         each.spines[["top", "right"]].set_visible(False)
     handles, names = axes[0].get_legend_handles_labels()
     figure.legend(
         handles, names, loc="outside right center", fontsize=8, frameon=False, ncols=columns, markerscale=1.6
     )
+    figure.draw_without_rendering()  # which lays it out
+    for each, (_, places) in zip(axes, panels, strict=True):
+        _write_names(each, places, labels, classes)
     return Figure(alt, caption, _encoded(figure))
 
 
@@ -86,25 +91,23 @@ def histogram_figure(values: np.ndarray, label: str, alt: str, caption: str) -> 
 
 
 def _write_names(axes: Any, places: np.ndarray, labels: np.ndarray, classes: Sequence[str]) -> None:
-    """Write the names of classes on a light ground, the largest first.
+    """Write the names of classes on a light ground, the largest first, in a figure that has been laid out.
 
     A name stands at the cell nearest to the middle of its class. It is left out where most cells around are of other
-    classes, and where it would cover another name.
+    classes, and where there is no room for it.
     """
     extent = np.maximum(np.ptp(places, axis=0), 1e-9)
-    sizes, taken = np.bincount(labels, minlength=len(classes)), np.zeros((0, 2))
+    sizes = np.bincount(labels, minlength=len(classes))
     ground = {"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": "none", "alpha": 0.8}
+    written: list[Any] = []
     for number in np.argsort(-sizes, kind="stable"):
         if sizes[number] < max(_NAMED * len(labels), 1):
             break
         own = places[labels == number]
         place = own[np.argmin(((own - np.median(own, axis=0)) ** 2).sum(1))]
         around = np.argsort((((places - place) / extent) ** 2).sum(1), kind="stable")[:_AROUND]
-        apart = np.abs(taken - place) / extent
-        if (labels[around] == number).mean() < 0.5 or ((apart[:, 0] < 0.16) & (apart[:, 1] < 0.05)).any():
-            continue
-        taken = np.concatenate([taken, place[None]])
-        axes.annotate(_short(classes[number]), place, ha="center", va="center", fontsize=8, weight="bold", bbox=ground)
+        if (labels[around] == number).mean() >= 0.5:
+            write_name(axes, _short(classes[number]), place, _SIDES, written, fontsize=8, weight="bold", bbox=ground)
 
 
 def _short(name: str) -> str:
