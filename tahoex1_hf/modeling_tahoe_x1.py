@@ -242,6 +242,16 @@ class TahoeX1Layer(GradientCheckpointingLayer):
         query_mask: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
+        return self.run(hidden_states, attention_mask, query_mask, **kwargs)
+
+    def run(
+        self, hidden_states: torch.Tensor, attention_mask: AttentionMask, query_mask: torch.Tensor | None, **kwargs: Any
+    ) -> torch.Tensor:
+        """Compute the layer, around which `forward` has activation checkpointing.
+
+        This is what may be compiled layer by layer. Compiled with the checkpointing in it, a layer would keep whatever
+        its own autograd functions make: 9.6 GB instead of 5 for a step of the 70M (64 cells of 1,024 tokens, an H100).
+        """
         attn_output, _ = self.self_attn(self.before_attention(hidden_states), attention_mask, query_mask, **kwargs)
         return self.after_attention(hidden_states, attn_output)
 

@@ -240,10 +240,11 @@ class _ObservedOrSelfByFlash(torch.autograd.Function):
         output, logsumexp, *states = flash_forward(
             query, seen_keys, seen_values, bounds, observed_bounds, ctx.longest, scaling
         )
-        logsumexp.masked_fill_(logsumexp == float("inf"), float("-inf"))  # of no keys at all, the sum is 0
+        logsumexp = logsumexp.masked_fill(logsumexp == float("inf"), float("-inf"))  # of no keys, the sum is 0
         joined, both = _with_itself(query, key, value, output, logsumexp.t(), targets, 0, scaling)
-        output.index_copy_(0, targets, joined)
-        logsumexp.index_copy_(1, targets, both.t())
+        # Not in place: compiled by torch 2.11, a result that was changed in place has no gradient, and nothing says so.
+        output = output.index_copy(0, targets, joined)
+        logsumexp = logsumexp.index_copy(1, targets, both.t())
         ctx.save_for_backward(
             query, key, value, output, logsumexp, bounds, observed_bounds, observed, targets, *states
         )
@@ -320,8 +321,9 @@ class _ObservedOrSelf(torch.autograd.Function):
         attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         parts = [attend(q, k, v, scale=scaling) for q, k, v in keys.by_cell([query], seen)]
         output, logsumexp = (torch.cat(part, dim=2)[0] for part in zip(*parts, strict=True))
-        output[:, keys.targets], logsumexp[:, keys.targets] = _with_itself(
-            query, key, value, output, logsumexp, keys.targets, 1, scaling
+        joined, both = _with_itself(query, key, value, output, logsumexp, keys.targets, 1, scaling)
+        output, logsumexp = (  # not in place, as in `_ObservedOrSelfByFlash`
+            whole.index_copy(1, keys.targets, part) for whole, part in ((output, joined), (logsumexp, both))
         )
         ctx.save_for_backward(query, key, value, output, logsumexp)
         ctx.keys, ctx.scaling = keys, scaling

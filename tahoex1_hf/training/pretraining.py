@@ -6,6 +6,7 @@ import json
 import logging
 import os
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from tahoex1_hf.configuration_tahoe_x1 import TahoeX1Config
 from tahoex1_hf.data.collator import CellCollator
 from tahoex1_hf.data.feeding import CellBatches
 from tahoex1_hf.hub.loading import find_model, load_folder, load_tokenizer
-from tahoex1_hf.modeling_tahoe_x1 import TahoeX1ForPreTraining
+from tahoex1_hf.modeling_tahoe_x1 import TahoeX1ForPreTraining, TahoeX1Layer
 from tahoex1_hf.runs.arguments import run_arguments
 from tahoex1_hf.runs.preemption import PREEMPTED
 from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
@@ -116,8 +117,9 @@ def make_model(config: PretrainConfig, tokenizer: TahoeX1Tokenizer) -> TahoeX1Fo
 
 def compile_layers(model: TahoeX1ForPreTraining, **options: Any) -> None:
     """Have each layer compiled when it first runs, once for all of them and for rows of any length."""
+    run = torch.compile(TahoeX1Layer.run, dynamic=True, **options)
     for layer in model.tahoe.layers:
-        layer.compile(dynamic=True, **options)
+        layer.run = MethodType(run, layer)  # type: ignore[assignment]  # a layer's attribute, which torch may copy
 
 
 def training_arguments(config: PretrainConfig, max_steps: int) -> TrainingArguments:

@@ -1,5 +1,6 @@
 """Training gives the same gradients however it is arranged: checkpointed, accumulated, compiled, in bfloat16."""
 
+import copy
 import shutil
 from typing import Any
 
@@ -228,6 +229,38 @@ def test_compiled_layers_take_rows_of_any_length(flash_on_cpu: FlashStandIn) -> 
         row = packed(batch) | {"num_targets": int(batch["target_mask"].sum())}
         assert largest_relative_difference(gradients(model, [row]), gradients(plain, [batch])) < 1e-9
     assert counter.frame_count <= 2  # for all layers and lengths, once or twice
+
+
+@pytest.mark.parametrize("style", ["full", "observed_or_self"])
+def test_checkpointing_keeps_as_little_when_layers_are_compiled(flash_on_cpu: FlashStandIn, style: str) -> None:  # noqa: F811
+    config = tiny_config(attention_mask_style=style, num_hidden_layers=3)
+    batch = make_batch(config, (9, 14, 6, 12))
+    row = packed(batch) | {"num_targets": int(batch["target_mask"].sum())}
+    bytes_kept = []
+    for compiled in (False, True):
+        model = tiny_model(config).train()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        torch._dynamo.reset()
+        if compiled:
+            compile_layers(model, backend="aot_eager")
+        kept: dict[int, int] = {}
+
+        def note(tensor: torch.Tensor, kept: dict[int, int] = kept) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            model(**row).loss.backward()
+        bytes_kept.append(sum(kept.values()))
+    assert bytes_kept[1] <= bytes_kept[0]
+
+
+def test_compiled_layers_can_be_copied() -> None:
+    model = tiny_model(tiny_config())
+    compile_layers(model, backend="eager")
+    copied = copy.deepcopy(model)
+    assert all(layer.run.__self__ is layer for layer in copied.tahoe.layers)
 
 
 @pytest.mark.gpu
