@@ -149,6 +149,11 @@ def layer_per_token(config: TahoeX1Config, precision: Precision, length: int) ->
 
 def _outside_per_token(config: TahoeX1Config, precision: Precision) -> float:
     """Return the bytes per token that embeddings, final norm, decoders and losses keep."""
+    return _embeddings_per_token(config, precision) + _decoders_per_token(config, precision)
+
+
+def _embeddings_per_token(config: TahoeX1Config, precision: Precision) -> float:
+    """Return the bytes per token that embeddings keep, until the end of the backward pass."""
     d, w, p = config.hidden_size, precision.product, precision.weights
     # A second copy of a product's input, where the input is already kept in another type.
     copy = w * d if precision.autocast else 0
@@ -161,6 +166,13 @@ def _outside_per_token(config: TahoeX1Config, precision: Precision) -> float:
         expression += d * (1 if precision.cuda else w)
     genes = p * d + _NORM_STATISTICS if config.gene_encoder_norm else 0
     drugs = 1 if config.num_drugs else 0  # the positions of the drugs
+    return inputs + expression + genes + drugs
+
+
+def _decoders_per_token(config: TahoeX1Config, precision: Precision) -> float:
+    """Return the bytes per token that final norm, decoders and losses keep; the backward pass frees them first."""
+    d, w, p = config.hidden_size, precision.product, precision.weights
+    copy = w * d if precision.autocast else 0
     norm = precision.stream * d + _NORM_STATISTICS if config.norm_position == "pre" else 0
     mean = 0 if config.cell_pooling == "cls" else 4 * d
     decoder = (copy or p * d) + config.expression_decoder_layers * (
@@ -169,7 +181,7 @@ def _outside_per_token(config: TahoeX1Config, precision: Precision) -> float:
     # Queries, and the cells' vectors gathered for every token.
     cell_decoder = (copy or p * d) + (2 + _argument(config.cell_decoder_act)) * w * d
     losses = 2 * 4
-    return inputs + expression + genes + drugs + norm + mean + decoder + cell_decoder + losses
+    return norm + mean + decoder + cell_decoder + losses
 
 
 def _argument(act: Activation) -> int:
@@ -271,7 +283,7 @@ def peak_bytes(
     """
     fixed = states(config, precision, "one")
     kept = kept_per_token(config, precision, length, checkpointing=checkpointing)
-    outside = _outside_per_token(config, precision)
+    freed = _decoders_per_token(config, precision)
     working = working_per_token(config, precision, length, checkpointing=checkpointing)
-    passing = tokens * (kept + max(0.0, working - outside))
+    passing = tokens * (kept + max(0.0, working - freed))
     return fixed.total - fixed.gradients + max(fixed.gradients, passing)

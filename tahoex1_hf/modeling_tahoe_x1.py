@@ -244,15 +244,9 @@ class TahoeX1Layer(GradientCheckpointingLayer):
     ) -> torch.Tensor:
         return self.run(hidden_states, attention_mask, query_mask, **kwargs)
 
-    def run(
-        self, hidden_states: torch.Tensor, attention_mask: AttentionMask, query_mask: torch.Tensor | None, **kwargs: Any
-    ) -> torch.Tensor:
-        """Compute the layer, around which `forward` has activation checkpointing.
-
-        This is what may be compiled layer by layer. Compiled with the checkpointing in it, a layer would keep whatever
-        its own autograd functions make: 9.6 GB instead of 5 for a step of the 70M (64 cells of 1,024 tokens, an H100).
-        """
-        attn_output, _ = self.self_attn(self.before_attention(hidden_states), attention_mask, query_mask, **kwargs)
+    def run(self, hidden_states: torch.Tensor, *masks: Any, **kwargs: Any) -> torch.Tensor:
+        """Compute the layer. `compile_layers` compiles this alone: compiled checkpoints keep twice as much memory."""
+        attn_output, _ = self.self_attn(self.before_attention(hidden_states), *masks, **kwargs)
         return self.after_attention(hidden_states, attn_output)
 
     def before_attention(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -497,15 +491,10 @@ class TahoeX1ForPreTraining(TahoeX1PreTrainedModel):
             loss = (expression_loss + cell_expression_loss.to(expression_loss.device)) / 2
         # Built last, since the order of assignment is also the order of the tuple for return_dict=False.
         return TahoeX1ForPreTrainingOutput(
-            loss=loss,
-            expression_loss=expression_loss,
-            cell_expression_loss=cell_expression_loss,
-            expression_predictions=expression_predictions,
-            cell_expression_predictions=cell_expression_predictions,
-            pooler_output=outputs.pooler_output,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+            loss=loss, expression_loss=expression_loss, cell_expression_loss=cell_expression_loss,
+            expression_predictions=expression_predictions, cell_expression_predictions=cell_expression_predictions,
+            pooler_output=outputs.pooler_output, hidden_states=outputs.hidden_states, attentions=outputs.attentions,
+        )  # fmt: skip
 
 
 class TahoeX1ForSequenceClassification(TahoeX1PreTrainedModel):

@@ -242,7 +242,7 @@ class _ObservedOrSelfByFlash(torch.autograd.Function):
         )
         logsumexp = logsumexp.masked_fill(logsumexp == float("inf"), float("-inf"))  # of no keys, the sum is 0
         joined, both = _with_itself(query, key, value, output, logsumexp.t(), targets, 0, scaling)
-        # Not in place: compiled by torch 2.11, a result that was changed in place has no gradient, and nothing says so.
+        # Not in place: compiled by torch 2.11, a result that was changed in place silently has no gradient.
         output = output.index_copy(0, targets, joined)
         logsumexp = logsumexp.index_copy(1, targets, both.t())
         ctx.save_for_backward(
@@ -322,9 +322,7 @@ class _ObservedOrSelf(torch.autograd.Function):
         parts = [attend(q, k, v, scale=scaling) for q, k, v in keys.by_cell([query], seen)]
         output, logsumexp = (torch.cat(part, dim=2)[0] for part in zip(*parts, strict=True))
         joined, both = _with_itself(query, key, value, output, logsumexp, keys.targets, 1, scaling)
-        output, logsumexp = (  # not in place, as in `_ObservedOrSelfByFlash`
-            whole.index_copy(1, keys.targets, part) for whole, part in ((output, joined), (logsumexp, both))
-        )
+        output, logsumexp = output.index_copy(1, keys.targets, joined), logsumexp.index_copy(1, keys.targets, both)
         ctx.save_for_backward(query, key, value, output, logsumexp)
         ctx.keys, ctx.scaling = keys, scaling
         return output

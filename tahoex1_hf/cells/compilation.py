@@ -2,25 +2,27 @@
 """Decide whether this process encodes cells with compiled loops; the results are the same either way.
 
 Compiling takes about 10 CPU seconds, once per installation: numba keeps the loops on disk, from where they are loaded
-in half a second. A few cells are encoded faster without them. Embedding therefore compiles or loads them in the
-background, and only if there are enough cells. They need numba, which the extra "data" installs.
+in half a second. Embedding therefore loads them in the background if there are enough cells, and for very many has
+another process compile them: compiling in a thread of this one would hold Python's lock, and a GPU would wait (on an
+H100, 20,000 cells were embedded at 46 % of the model's rate). They need numba, which the extra "data" installs.
 """
 
+import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 
 from tahoex1_hf.common.free_memory import give_back_memory
 from tahoex1_hf.encoding_tahoe_x1 import GeneMatch
 
-if TYPE_CHECKING:
-    from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
-
 # Numbers of cells from which on it saves more time than it costs: to compile the loops (a cell of 2,500 genes takes
 # 141 us in numpy and 17 compiled; one of 800, 24 and 4), and to load those that an earlier process has compiled.
-COMPILE_FROM_CELLS = 20_000
+COMPILE_FROM_CELLS = 100_000
 LOAD_FROM_CELLS = 5_000
 
 _ready, _lock = threading.Event(), threading.Lock()
@@ -41,11 +43,10 @@ def use_now() -> None:
     _ready.set()
 
 
-def start(tokenizer: "TahoeX1Tokenizer", dtype: type[np.generic], num_cells: int) -> None:
-    """Start compiling or loading in the background if there are enough cells; do nothing where it has begun already.
+def start(dtype: type[np.generic], num_cells: int) -> None:
+    """Start loading or compiling in the background if there are enough cells; do nothing where it has begun already.
 
     Args:
-        tokenizer: Tokenizer that encodes the cells.
         dtype: Type of the token ids.
         num_cells: Number of cells of the input.
     """
@@ -54,29 +55,53 @@ def start(tokenizer: "TahoeX1Tokenizer", dtype: type[np.generic], num_cells: int
         if num_cells < LOAD_FROM_CELLS or _started:
             return
         _started = True
-    arguments = (tokenizer, dtype, num_cells >= COMPILE_FROM_CELLS)
+    arguments = (dtype, num_cells >= COMPILE_FROM_CELLS)
     threading.Thread(target=_prepare, args=arguments, name="compile-encoding", daemon=True).start()
 
 
-def _prepare(tokenizer: "TahoeX1Tokenizer", dtype: type[np.generic], may_compile: bool) -> None:
+def _prepare(dtype: type[np.generic], may_compile: bool) -> None:
     global _started
-    from scipy.sparse import csr_matrix
-
     try:
         from tahoex1_hf.cells import kernels, ragged
-        from tahoex1_hf.cells.compiled_encoding import compacted_rows, encode_compiled
     except ImportError:
         return
-    if not (may_compile or (_is_on_disk(kernels.encode_rows) and _is_on_disk(ragged.compact_csr))):
-        _started = False  # an input with more cells may compile
-        return
-    token = int(np.flatnonzero(tokenizer.is_gene)[0])
-    match = GeneMatch(np.array([token]), 1, 1, 0, 0, ())
+    if not (_is_on_disk(kernels.encode_rows) and _is_on_disk(ragged.compact_csr)):
+        if not may_compile:
+            _started = False  # an input with more cells may compile
+            return
+        if not _compile_elsewhere(dtype):
+            return
+    load_loops(dtype)
+    _ready.set()
+    give_back_memory()  # of which the compiler took much
+
+
+def load_loops(dtype: type[np.generic]) -> None:
+    """Load the loops for token ids of this type, or compile them, by encoding a cell of one gene."""
+    from scipy.sparse import csr_matrix
+
+    from tahoex1_hf.cells.compiled_encoding import compacted_rows, encode_compiled
+
+    tokenizer: Any = SimpleNamespace(
+        value_encoding="bins", first_gene_raw=False, context_length=None, overflow="sample", right_binning=False,
+        num_bins=51, target_sum=1e4, pad_value=-2.0, cls_token="<cls>", convert_tokens_to_ids=lambda names: [1],
+    )  # fmt: skip
+    match = GeneMatch(np.array([2]), 1, 1, 0, 0, ())
     found = compacted_rows(csr_matrix(np.ones((1, 1), dtype=np.float32)), match, dtype)
     assert found is not None
     encode_compiled(tokenizer, found[0])
-    _ready.set()
-    give_back_memory()  # of which the compiler took much
+
+
+def _compile_elsewhere(dtype: type[np.generic]) -> bool:
+    """Have another process compile the loops and keep them on disk; return whether it did."""
+    command = [sys.executable, "-m", "tahoex1_hf.cells.compilation", np.dtype(dtype).name]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    quiet = subprocess.DEVNULL
+    try:
+        done = subprocess.run(command, env=environment, stdin=quiet, stdout=quiet, stderr=quiet, check=False)
+    except OSError:
+        return False
+    return done.returncode == 0
 
 
 def _is_on_disk(loop: Any) -> bool:
@@ -85,3 +110,7 @@ def _is_on_disk(loop: Any) -> bool:
     module = Path(function.__code__.co_filename).stem
     names = f"{module}.{function.__name__}-{function.__code__.co_firstlineno}.*.nbi"
     return any(Path(loop.stats.cache_path).glob(names))
+
+
+if __name__ == "__main__":
+    load_loops(np.dtype(sys.argv[1]).type)

@@ -175,7 +175,7 @@ class ChunkEncoder:
             ValueError: If cells cannot be read or encoded; the message names the input.
         """
         tokenizer = self.options.tokenizer
-        compilation.start(tokenizer, token_dtype(tokenizer), self.cells.num_cells)
+        compilation.start(token_dtype(tokenizer), self.cells.num_cells)
         needed = list(dict.fromkeys([*self.drug_ids.columns, *columns]))
         for rows in self.cells.chunks(start, stop, CHUNK_CELLS, needed):
             drug_ids = self.drug_ids.of_rows(rows)

@@ -35,3 +35,7 @@ def _set_up(device: str) -> None:
     with suppress(Exception), torch.inference_mode():
         small = torch.ones(64, 64, device=device, dtype=torch.bfloat16)
         torch.nn.functional.linear(small, small, small[0])
+    with suppress(Exception):
+        from triton.runtime.cache import triton_key
+
+        triton_key()  # a checksum of Triton, 0.4 s, which its first kernel would wait for; it is kept

@@ -365,9 +365,9 @@ class _ObsReader:
 
 
 def _on_disk(element: Any) -> Any:
-    from anndata.io import sparse_dataset
+    from tahoex1_hf.cells.readers.csr import SparseOnDisk
 
-    return element if hasattr(element, "shape") else sparse_dataset(element)
+    return element if hasattr(element, "shape") else SparseOnDisk(element)
 
 
 class _Stored:

@@ -2,6 +2,7 @@
 """Reading of row ranges of compressed sparse matrices on disk (h5py or zarr groups with data, indices, indptr)."""
 
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,25 @@ class AlignedArray:
         last = max(low, (stop // self.step) * self.step)  # where the next range may begin
         self._start, self._stop, self._kept = last, high, values[last - low :].copy()
         return values[start - low : stop - low]
+
+
+def matrix_format(matrix: Any) -> str:
+    """Return the format of the counts: "csr", "csc" or "dense"."""
+    if hasattr(matrix, "shape"):
+        return "dense"
+    kind = matrix.attrs.get("encoding-type", matrix.attrs.get("h5sparse_format", "?"))
+    kind = kind.decode() if isinstance(kind, bytes) else str(kind)
+    if kind[:3] not in ("csr", "csc"):
+        raise BadInput(f"its counts are stored as {kind!r}: CSR, CSC and dense matrices can be read.")
+    return kind[:3]
+
+
+def matrix_shape(matrix: Any) -> tuple[int, int]:
+    """Return the numbers of cells and genes."""
+    shape = matrix.shape if hasattr(matrix, "shape") else matrix.attrs.get("shape", matrix.attrs.get("h5sparse_shape"))
+    if shape is None or len(shape) != 2:
+        raise BadInput(f"its counts have the shape {shape}, not cells x genes.")
+    return int(shape[0]), int(shape[1])
 
 
 def check_indptr(group: Any, num_lines: int) -> None:
@@ -88,3 +108,38 @@ def chunk_bounds(indptr: np.ndarray, elements: int | None = None) -> Iterator[tu
         stop = min(max(stop, start + 1), start + _MOST_ROWS, last)
         yield start, stop
         start = stop
+
+
+class SparseOnDisk:
+    """A sparse matrix in a file or store; anndata, half a second to import, reads its rows once some are asked for.
+
+    Attributes:
+        group: Group of h5py or zarr with data, indices and indptr.
+    """
+
+    def __init__(self, group: Any) -> None:
+        self.group = group
+
+    @cached_property
+    def format(self) -> str:
+        """How the counts are stored, "csr" or "csc"."""
+        return matrix_format(self.group)
+
+    @cached_property
+    def shape(self) -> tuple[int, int]:
+        """Numbers of cells and genes."""
+        return matrix_shape(self.group)
+
+    def __getitem__(self, rows: Any) -> Any:
+        """Read rows, given as a slice or as numbers."""
+        return self._dataset[rows]
+
+    def to_memory(self) -> Any:
+        """Read the whole matrix."""
+        return self._dataset.to_memory()
+
+    @cached_property
+    def _dataset(self) -> Any:
+        from anndata.io import sparse_dataset
+
+        return sparse_dataset(self.group)

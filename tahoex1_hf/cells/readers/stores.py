@@ -13,7 +13,7 @@ import pandas as pd
 
 from tahoex1_hf.cells.readers.base import CHUNK_ELEMENTS, INDEX, BadInput
 from tahoex1_hf.cells.readers.by_gene import read_spooled
-from tahoex1_hf.cells.readers.csr import AlignedArray, read_rows
+from tahoex1_hf.cells.readers.csr import AlignedArray, matrix_format, matrix_shape, read_rows
 from tahoex1_hf.cells.readers.hdf5_bounds import check_hdf5, check_zarr
 from tahoex1_hf.cells.readers.unreadable import as_bad_input
 
@@ -21,16 +21,17 @@ from tahoex1_hf.cells.readers.unreadable import as_bad_input
 @contextmanager
 def open_store(path: str) -> Iterator[Any]:
     """Open a file or store, and raise BadInput if h5py or zarr cannot read it."""
-    import h5py
-    import zarr
-
     with as_bad_input():
         if Path(path).is_dir():
+            import zarr  # only where it is needed: it takes as long to import as many files to read
+
             store: Any = zarr.open_group(path, mode="r")
             _check_parts(store)
             check_zarr(store, path)
             yield store
         else:
+            import h5py
+
             with h5py.File(path, "r") as file:
                 check_hdf5(file, path)
                 _check_parts(file)
@@ -41,25 +42,6 @@ def _check_parts(store: Any) -> None:
     missing = [name for name in ("obs", "var") if name not in store]
     if missing:
         raise BadInput(f"it is not a complete AnnData: it lacks {', '.join(missing)}.")
-
-
-def matrix_format(matrix: Any) -> str:
-    """Return the format of the counts: "csr", "csc" or "dense"."""
-    if hasattr(matrix, "shape"):
-        return "dense"
-    kind = matrix.attrs.get("encoding-type", matrix.attrs.get("h5sparse_format", "?"))
-    kind = kind.decode() if isinstance(kind, bytes) else str(kind)
-    if kind[:3] not in ("csr", "csc"):
-        raise BadInput(f"its counts are stored as {kind!r}: CSR, CSC and dense matrices can be read.")
-    return kind[:3]
-
-
-def matrix_shape(matrix: Any) -> tuple[int, int]:
-    """Return the numbers of cells and genes."""
-    shape = matrix.shape if hasattr(matrix, "shape") else matrix.attrs.get("shape", matrix.attrs.get("h5sparse_shape"))
-    if shape is None or len(shape) != 2:
-        raise BadInput(f"its counts have the shape {shape}, not cells x genes.")
-    return int(shape[0]), int(shape[1])
 
 
 def matrix_blocks(
