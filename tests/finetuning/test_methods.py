@@ -130,6 +130,6 @@ def test_adapters_learn_on_a_quantised_base(
 @pytest.mark.gpu
 def test_qlora_run(base: Path, data: Path, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
-    # Four bits of a random base learn more slowly: on an H100 0.75 after 6 epochs and 0.96 after 20, LoRA 0.92 and 0.96.
+    # Four bits of a random base learn more slowly: 0.75 after 6 epochs and 0.96 after 20 on an H100, LoRA 0.92, 0.96.
     finetune(make_config(base, data, tmp_path / "run", method="qlora", epochs=20))
     assert accuracy(tmp_path / "run") > 0.8
