@@ -55,6 +55,7 @@ logger = logging.getLogger(__name__)
 # Values of settings that runs of earlier versions did not record.
 _FORMERLY = {
     "sampled_by": "number",
+    "compiled_attention": False,
     "draws": 1,
     "hidden_layer": None,
     "cell_gene_embeddings": False,
@@ -206,7 +207,10 @@ def embed_files(
             dtype=dtype if engine is None else engine.dtype,
             hidden_layer=hidden_layer,
             sole_user=isinstance(model, (str, Path)),
+            compile_attention=engine is None,  # not all machines of a cluster may have what it takes
         )
+        if not restart:
+            encoder.go_on_as(processes.from_first(shards.recorded))
         made = Output(wanted, inputs, shards, options.tokenizer, encoder.width)
         scorer = scorer_of(encoder, used, wanted.score_masks, seed)
         run = _Run(inputs, shards, encoder, options, made, new_drugs, scorer)
@@ -416,6 +420,7 @@ def _identity(run: _Run, more: dict[str, Any]) -> dict[str, Any]:
         "sampled_by": "content" if samples else _FORMERLY["sampled_by"],
         "draws": options.draws,
         "dtype": run.encoder.dtype_name,
+        "compiled_attention": run.encoder.attention == "compiled",
         "hidden_layer": run.encoder.hidden_layer if run.encoder.is_cut else None,
         **run.output.identity,
         **more,

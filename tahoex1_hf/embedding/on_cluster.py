@@ -316,7 +316,7 @@ class ClusterEmbedding:
     ) -> Computing:
         """Return what workers need to embed, torch's settings in this process among it."""
         settings: dict[str, Any] = {"batch_tokens": batch_tokens, "hidden_layer": hidden_layer}
-        settings |= {"device": self.device, "dtype": self.dtype}
+        settings |= {"device": self.device, "dtype": self.dtype, "compile_attention": False}
         return Computing(model, settings, Arithmetic.of_this_process(), genes, masks)
 
     def embed(

@@ -65,6 +65,10 @@ class ShardFolder(Folder):
 
     # Identity of the run -----------------------------------------------------------------------------
 
+    def recorded(self) -> dict[str, Any] | None:
+        """Return the identity of the run that has begun here; None if none has."""
+        return json.loads(self.read_file(_RUN)) if _RUN in self.names() else None
+
     def claim(self, identity: dict[str, Any], restart: bool, formerly: Mapping[str, Any]) -> None:
         """Begin a run, or resume a run with the same identity.
 
@@ -79,8 +83,9 @@ class ShardFolder(Folder):
         """
         if restart:
             self.remove()
-        if _RUN in self.names():
-            found = {**formerly, **json.loads(self.read_file(_RUN))}
+        recorded = self.recorded()
+        if recorded is not None:
+            found = {**formerly, **recorded}
             different = sorted(key for key, value in found.items() if not _same(key, value, identity.get(key)))
             if different:
                 raise ValueError(

@@ -142,6 +142,8 @@ def impute_file(
     )
     _check_input(opened, layer_added)
     encoder = CellEncoder(used, options.tokenizer, batch_tokens=batch_tokens, device=device, dtype=dtype)
+    if not restart:
+        encoder.go_on_as(parts.recorded())
     source = PerturbationEncoder(opened, options)
     tokens = None
     if genes is not None:
@@ -151,7 +153,7 @@ def impute_file(
     folder = output.with_name(f"{output.name}.imputation") if report is None else Path(report)
     with ExitStack() as stack:
         stack.enter_context(RunLock(f"{parts.location}.lock", output, "output"))
-        parts.claim(identity, restart, {})
+        parts.claim(identity, restart, {"compiled_attention": False})
         stack.callback(run.forget_nothing_done)
         with reading(opened.path):
             opened.sort_by_cell()
@@ -211,6 +213,7 @@ class _Run:
             "seed": options.seed,
             "unknown_drugs": options.unknown_drugs,
             "dtype": self.targets.predictor.encoder.dtype_name,
+            "compiled_attention": self.targets.predictor.encoder.attention == "compiled",
             **more,
         }
 

@@ -17,7 +17,14 @@ from tahoex1_hf.common.cuda_memory import arriving, let_segments_grow, sent
 from tahoex1_hf.common.dtypes import dtype_name
 from tahoex1_hf.configuration_tahoe_x1 import TahoeX1Config
 from tahoex1_hf.encoding_tahoe_x1 import GeneMatch
-from tahoex1_hf.inference.prepared_layers import KeptLayers, PreparedLayer, packs_weights, round_layers
+from tahoex1_hf.inference.compiled_attention import compiled_attention
+from tahoex1_hf.inference.prepared_layers import (
+    KeptLayers,
+    PreparedLayer,
+    can_attend_compiled,
+    packs_weights,
+    round_layers,
+)
 from tahoex1_hf.inference.quantization import quantised_by, with_int8_weights
 from tahoex1_hf.inference.ragged import can_run_ragged, ragged_forward
 from tahoex1_hf.modeling_tahoe_x1 import TahoeX1Model, TahoeX1PreTrainedModel
@@ -199,9 +206,12 @@ class CellEncoder:
             are taken as they are, without the final norm.
         sole_user: Whether nothing else uses the model. On a GPU, in bfloat16, its layers are then rounded before they
             are moved, and not copied there: less memory, the same results.
+        compile_attention: Whether attention may be compiled where that serves: in bfloat16 on CPUs with matrix tiles
+            (see `inference/compiled_attention.py`). It changes last digits.
 
     Attributes:
         hidden_layer: Number of the layer whose output is taken, from 0 to the number of layers.
+        attention: What attends: `"compiled"`, or the model's `attn_implementation`.
     """
 
     def __init__(
@@ -214,6 +224,7 @@ class CellEncoder:
         dtype: Dtype = "auto",
         hidden_layer: int | None = None,
         sole_user: bool = False,
+        compile_attention: bool = True,
     ):
         if batch_tokens is not None and batch_tokens < 1:
             raise ValueError(f"batch_tokens must be at least 1, got {batch_tokens}.")
@@ -255,9 +266,18 @@ class CellEncoder:
         elif self.dtype != torch.float32 and quantised_by(self.model) == "torch":
             self.dtype, self.dtype_name = torch.float32, "int8 weights, float32"  # its layers take no other type
         self.tokenizer = tokenizer
-        self._kept_layers = KeptLayers(self.model, self.dtype)
+        may_compile = compile_attention and self._packs and can_run_ragged(self.model, self.device)
+        compiled = compiled_attention() if may_compile and can_attend_compiled(self.model) else None
+        self.attention = str(self.config._attn_implementation) if compiled is None else "compiled"
+        self._kept_layers = KeptLayers(self.model, self.dtype, compiled)
         usual = _PACKED_BATCH_TOKENS if self._packs else _DEFAULT_BATCH_TOKENS.get(self.device.type, 16384)
         self.batch_tokens = batch_tokens or usual
+
+    def go_on_as(self, begun: Mapping[str, Any] | None) -> None:
+        """Attend as a run that has begun: by torch, where its record does not say otherwise; None for no such run."""
+        if begun is not None and not begun.get("compiled_attention"):
+            self.attention = str(self.config._attn_implementation)
+            self._kept_layers = KeptLayers(self.model, self.dtype)
 
     @property
     def is_cut(self) -> bool:

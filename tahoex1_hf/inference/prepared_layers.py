@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
+from tahoex1_hf.inference.compiled_attention import CompiledAttention, serves_heads
 from tahoex1_hf.inference.fused_norm import add_and_norm
 from tahoex1_hf.modeling_tahoe_x1 import TahoeX1Layer, TahoeX1Model
 
@@ -109,15 +110,19 @@ class PreparedLayer:
     up: Product
     gate: Product | None
     down: Product
+    attention: CompiledAttention | None = None
 
     @classmethod
-    def make(cls, layer: TahoeX1Layer, dtype: torch.dtype) -> "PreparedLayer | None":
+    def make(
+        cls, layer: TahoeX1Layer, dtype: torch.dtype, attention: CompiledAttention | None = None
+    ) -> "PreparedLayer | None":
         """Cast the weights to `dtype`; return None if a part is not the model's own, such as an adapter."""
         if not _can_be_prepared(layer):
             return None
         linears = linears_of(layer)
         output, up, down, *gate = (Product.make([module], dtype) for module in linears[3:])
-        return cls(layer, Product.make(linears[:3], dtype), output, up, gate[0] if gate else None, down)
+        joined = Product.make(linears[:3], dtype)
+        return cls(layer, joined, output, up, gate[0] if gate else None, down, attention)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -136,14 +141,9 @@ class PreparedLayer:
             states: The residual stream.
             cells: The cells of the batch, as `ragged_forward` knows them.
         """
-        attention = self.layer.self_attn
         parts = blocks_on_cpu(states, self.query_key_value.weight.shape[0])
-        projected = [self.query_key_value(self._into_attention(part)) for part in parts]
-        query, key, value = (
-            part.unflatten(1, (-1, attention.head_dim)).transpose(0, 1).unsqueeze(0)
-            for part in (projected[0] if len(projected) == 1 else torch.cat(projected)).split(self._widths(), dim=1)
-        )
-        attended = cells.mask(query, key, value, attention.scaling)[0][0].flatten(1)
+        projected = _together([self.query_key_value(self._into_attention(part)) for part in parts])
+        attended = self._attended(projected, cells)
         parts = blocks_on_cpu(states, self.layer.mlp.up_proj.out_features)
         for part, seen in zip(parts, attended.split([len(part) for part in parts]), strict=True):
             part.copy_(self._after_attention(part, seen))
@@ -158,6 +158,20 @@ class PreparedLayer:
         key, value = of_rest(inputs).chunk(2, dim=1)
         attended = cells.attend_from_queries(attention, of_query(inputs[first]), key, value)
         return self._after_attention(states[first], attended)
+
+    def _attended(self, projected: torch.Tensor, cells: Any) -> torch.Tensor:
+        """Let tokens attend within their cells: queries, keys and values beside each other, to `(tokens, width)`."""
+        attention = self.layer.self_attn
+        widths = self._widths()
+        if self.attention is not None:
+            heads, key_heads = (width // attention.head_dim for width in widths[:2])
+            return self.attention(projected, cells.boundaries, heads, key_heads, attention.scaling)
+        query, key, value = (
+            part.unflatten(1, (-1, attention.head_dim)).transpose(0, 1).unsqueeze(0)
+            for part in projected.split(widths, dim=1)
+        )
+        output: torch.Tensor = cells.mask(query, key, value, attention.scaling)[0][0]
+        return output.flatten(1)
 
     def _widths(self) -> list[int]:
         attention = self.layer.self_attn
@@ -186,11 +200,22 @@ class PreparedLayer:
         return self.down(self.up.relu(inputs) if type(act) is nn.ReLU else act(self.up(inputs)))
 
 
-def prepare_layers(model: TahoeX1Model, dtype: torch.dtype) -> list[PreparedLayer] | None:
+def can_attend_compiled(model: TahoeX1Model) -> bool:
+    """Return whether compiled attention, where there is some, computes all layers but perhaps the last."""
+    config = model.config
+    heads, key_heads = config.num_attention_heads, config.num_key_value_heads or config.num_attention_heads
+    if model.dtype != torch.float32 or not serves_heads(heads, key_heads, config.hidden_size // heads):
+        return False
+    return all(_can_be_prepared(cast(TahoeX1Layer, layer)) for layer in model.layers)
+
+
+def prepare_layers(
+    model: TahoeX1Model, dtype: torch.dtype, attention: CompiledAttention | None = None
+) -> list[PreparedLayer] | None:
     """Prepare all layers of a float32 model for products in `dtype`; None where one of them cannot be."""
     if model.dtype != torch.float32:
         return None
-    prepared = [PreparedLayer.make(cast(TahoeX1Layer, layer), dtype) for layer in model.layers]
+    prepared = [PreparedLayer.make(cast(TahoeX1Layer, layer), dtype, attention) for layer in model.layers]
     made = [layer for layer in prepared if layer is not None]
     return made if len(made) == len(prepared) else None
 
@@ -205,10 +230,11 @@ class KeptLayers:
     Args:
         model: Model whose layers are prepared.
         dtype: Type of the products.
+        attention: Compiled attention, for models that it serves; None for torch's.
     """
 
-    def __init__(self, model: TahoeX1Model, dtype: torch.dtype):
-        self.model, self.dtype = model, dtype
+    def __init__(self, model: TahoeX1Model, dtype: torch.dtype, attention: CompiledAttention | None = None):
+        self.model, self.dtype, self.attention = model, dtype, attention
         self._layers: list[PreparedLayer] | None = None
         self._state: list[tuple[int, int, int]] = []
         self._held: list[tuple[nn.Linear, torch.Tensor]] = []
@@ -218,11 +244,11 @@ class KeptLayers:
         linears = [linear for layer in self.model.layers for linear in linears_of(cast(TahoeX1Layer, layer))]
         weights = [(one, tensor) for one in linears if is_plain(one) for tensor in one.parameters()]
         if any(tensor.is_inference() for _, tensor in weights):  # which have no count of their changes
-            return prepare_layers(self.model, self.dtype)
+            return prepare_layers(self.model, self.dtype, self.attention)
         state = [(id(one), tensor.data_ptr(), tensor._version) for one, tensor in weights]
         if self._layers is None or state != self._state:
             self._layers = None  # so that old copies and new ones are never in memory together
-            self._layers = prepare_layers(self.model, self.dtype)
+            self._layers = prepare_layers(self.model, self.dtype, self.attention)
             # What the state was taken of is held, so that its addresses are not given to others.
             self._state, self._held = state, [(one, tensor.detach()) for one, tensor in weights]
         return self._layers

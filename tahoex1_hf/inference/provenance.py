@@ -53,7 +53,7 @@ def provenance(
         "dtype": encoder.dtype_name,
         "hidden_layer": encoder.hidden_layer,
         "device": encoder.device.type,
-        "attention": str(encoder.config._attn_implementation),
+        "attention": encoder.attention,
         "normalized": "L2",
     }
 

@@ -11,8 +11,18 @@ from tahoex1_hf.common.files import sync
 from tahoex1_hf.common.locks import RunLock
 from tahoex1_hf.perturbation.plan import Task
 
-# Settings that runs of earlier versions did not record; they are taken to be the same.
-_ADDED = ("weights", "most_null_genes", "pairs")
+# Settings that runs of earlier versions did not record; they are taken to be the same, or what these runs did.
+_ADDED = ("weights", "most_null_genes", "pairs", "compiled_attention")
+_FORMERLY = {"compiled_attention": False}
+
+
+def recorded(path: str | Path | None) -> dict[str, Any] | None:
+    """Return the settings of the run whose results a file keeps; None if there is none."""
+    if path is None or not Path(path).exists():
+        return None
+    with Path(path).open(encoding="utf-8") as file:
+        line = file.readline()
+    return json.loads(line) if line.endswith("\n") else None
 
 
 class Journal:
@@ -61,7 +71,8 @@ class Journal:
         complete = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line[-1] == "\n"]
         before = json.loads(complete[0]) if complete else {}
         if complete:
-            before = {**{key: self._settings[key] for key in _ADDED if key in self._settings}, **before}
+            added = {key: _FORMERLY.get(key, value) for key, value in self._settings.items() if key in _ADDED}
+            before = {**added, **before}
         if before != self._settings:
             if complete and not self._restart:
                 other = sorted(key for key in {*before, *self._settings} if before.get(key) != self._settings.get(key))

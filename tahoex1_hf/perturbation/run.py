@@ -28,7 +28,7 @@ from tahoex1_hf.inference.expression import ExpressionPredictor
 from tahoex1_hf.modeling_tahoe_x1 import TahoeX1PreTrainedModel
 from tahoex1_hf.perturbation.cells import Change, PerturbationEncoder, PerturbationMode
 from tahoex1_hf.perturbation.interactions import CELLS, GROUPS, SHIFT, SHIFTS, interaction_table, packed
-from tahoex1_hf.perturbation.journal import Journal
+from tahoex1_hf.perturbation.journal import Journal, recorded
 from tahoex1_hf.perturbation.measures import BlockMeasures, Forward, Unperturbed, unit, unperturbed
 from tahoex1_hf.perturbation.nulls import Pools, ranking_of
 from tahoex1_hf.perturbation.plan import (
@@ -217,6 +217,8 @@ def perturb_genes(
         place = GeneOptions(gene_id_column, gene_symbols, layer, species=species, orthologs=orthologs)
         opened = open_cells(adata, options.tokenizer, place)
         forward = _forward(without_peft(loaded), options.tokenizer, expression, batch_tokens, device, dtype)
+        if not restart:
+            forward.encoder.go_on_as(recorded(partial))
         groups = make_groups(opened, choose_cells(opened, cells, "cells"), groupby)
         toward = None if target is None else np.flatnonzero(choose_cells(opened, target, "target"))
         used = np.unique(np.concatenate([*groups.numbers, *([] if toward is None else [toward])]))
@@ -362,6 +364,7 @@ class _Run:
             "seed": options.seed,
             "sampled_by": "content",
             "dtype": self.forward.encoder.dtype_name,
+            "compiled_attention": self.forward.encoder.attention == "compiled",
         }
 
     def carry_out(self, journal: Journal, toward: np.ndarray | None, progress: bool) -> None:
