@@ -182,14 +182,8 @@ def embed_files(
     )
     used, tokenizer, new_drugs = with_new_drugs(without_peft(loaded), tokenizer, drug_table, drugs)
     options = EncodeOptions(with_settings(tokenizer, max_length, overflow), drugs, seed, unknown_drugs, draws)
-    genes = GeneOptions(
-        gene_id_column,
-        gene_symbols,
-        layer,
-        gene_metadata or TAHOE_100M_GENES,
-        species=species,
-        orthologs=orthologs,
-    )
+    table = gene_metadata or TAHOE_100M_GENES
+    genes = GeneOptions(gene_id_column, gene_symbols, layer, table, species=species, orthologs=orthologs)
     with ExitStack() as stack:
         engine = None if cluster is None else ClusterEmbedding(stack.enter_context(connected(cluster)), device, dtype)
         shards = ShardFolder(f"{wanted.path}.shards")
@@ -209,8 +203,7 @@ def embed_files(
             sole_user=isinstance(model, (str, Path)),
             compile_attention=engine is None,  # not all machines of a cluster may have what it takes
         )
-        if not restart:
-            encoder.go_on_as(processes.from_first(shards.recorded))
+        encoder.go_on_as(None if restart else processes.from_first(shards.recorded))
         made = Output(wanted, inputs, shards, options.tokenizer, encoder.width)
         scorer = scorer_of(encoder, used, wanted.score_masks, seed)
         run = _Run(inputs, shards, encoder, options, made, new_drugs, scorer)
