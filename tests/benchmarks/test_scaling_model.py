@@ -443,7 +443,7 @@ def test_figures_in_the_text() -> None:
     assert planned(0, 64, "ddp").device_hours(266e6) / 64 == pytest.approx(1.3, abs=0.05)
     tiny_step = planned(0, 512, "fsdp2")
     assert tiny_step.cells == 9
-    assert tiny_step.seconds == pytest.approx(0.009, abs=0.0005)
+    assert tiny_step.seconds == pytest.approx(0.010, abs=0.0005)
     ddp, sharded = planned(1, 64, "ddp"), planned(1, 64, "fsdp2")
     assert sharded.states.total / ddp.states.total == pytest.approx(1 / 18, abs=0.002)
     assert ddp.seconds / sharded.seconds == pytest.approx(1.03, abs=0.01)
