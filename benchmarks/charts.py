@@ -76,8 +76,8 @@ def _draw_fractions(axes: Any, rows: Sequence[Row]) -> None:
     axes.axvline(100, color="black", linewidth=0.8, zorder=0)
     axes.set_xlabel(
         "% of the rate of a plain matrix product (blue)\n"
-        "or memory copy (grey); orange and in brackets:\n"
-        "counting only the operations that were performed"
+        "or memory copy (grey); in orange and brackets,\n"
+        "only what was performed counts"
     )
     axes.set_title("Beside the hardware")
 

@@ -20,6 +20,7 @@ Rows = Mapping[tuple[str, str], Mapping[str, Any]]
 
 _SHARES = {"useful": 0, "copy": 0, "performed": 1}  # the order in which shares of the limit are given
 _RAGGED = "ragged (200-2,048 tokens), float32"
+_RAGGED_BF16 = "ragged (200-2,048 tokens), bfloat16"
 _TWO_CORES = "2 cores (2 threads, reference: 2 workers)"
 
 
@@ -41,6 +42,7 @@ class Line:
 README = (
     Line("counts to tokens, cells of 2,500 genes, 1 CPU core", "tokenizing", "compiled, 1 core"),
     Line("embedding cells of 200 to 2,048 tokens, float32, {machine}", "embedding", _RAGGED),
+    Line("the same in bf16, beside the reference in float32", "embedding", _RAGGED_BF16),
     Line("training batches from disk, 2 CPU cores", "feeding", _TWO_CORES),
     Line("a training step, 4 cells of 1,024 tokens, bf16, beside fused attention, {machine}", "training",
          "4 cells of 1,024 tokens, packed_bfloat16, beside fused attention"),
@@ -51,9 +53,12 @@ ALL = (
     Line("counts (CSR, 2,500 genes, context 2,048) to tokens, 1 core", "tokenizing", "compiled, 1 core"),
     Line("the same on 2 cores (reference on 1)", "tokenizing", "compiled, 2 cores"),
     Line("embedding, ragged cells of 200 to 2,048 tokens, float32", "embedding", _RAGGED),
+    Line("the same, bf16", "embedding", _RAGGED_BF16),
     Line("the same, int8 weights", "embedding", "ragged (200-2,048 tokens), int8"),
     Line("embedding, short cells of 200 to 400 tokens, float32", "embedding", "short (200-400 tokens), float32"),
+    Line("the same, bf16", "embedding", "short (200-400 tokens), bfloat16"),
     Line("embedding, long cells of 2,048 tokens, float32", "embedding", "long (2,048 tokens), float32"),
+    Line("the same, bf16", "embedding", "long (2,048 tokens), bfloat16"),
     Line("embeddings of cells and genes, ragged, float32", "genes", "cells and gene means, ragged, float32"),
     Line("training batches from disk, 1 core", "feeding", "1 core"),
     Line("the same on 2 cores", "feeding", _TWO_CORES),

@@ -12,6 +12,7 @@ import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from tahoex1_hf.cells.gene_symbols import Table
 from tahoex1_hf.cells.genes import TAHOE_100M_GENES, GeneOptions
 from tahoex1_hf.cells.opening import open_all
 from tahoex1_hf.cells.readers.base import CellInput
+from tahoex1_hf.common.behind import Behind
 from tahoex1_hf.common.cluster import ClusterOptions, connected
 from tahoex1_hf.common.digests import json_digest, some_weights_digest, tokenizer_digest, weights_digest
 from tahoex1_hf.common.files import naming
@@ -321,17 +323,30 @@ class _Run:
         cells = sum(high - low for _, low, high in (self.plan.cells(*stretch) for stretch in ranges))
         title = "Embedding" if processes.count == 1 else f"Embedding ({processes.index + 1}/{processes.count})"
         gene_means, writer, written = self._gene_means(), uuid.uuid4().hex, []
-        with progress_bar(
-            progress, total=cells, unit="cell", desc=title, position=processes.index, smoothing=0.05
-        ) as bar:
+        bar = progress_bar(progress, total=cells, unit="cell", desc=title, position=processes.index, smoothing=0.05)
+        with bar, Behind() as behind:
             for start, stop in ranges:
                 for first, last, shard in self._shards(self.plan.stretch(start, stop), gene_means, bar.update):
-                    self.shards.write(first, last, shard)
-                    give_back_memory()
+                    sums = None
                     if gene_means is not None:
                         written.append((first, last))
-                        self.shards.write_sums(writer, written, gene_means.state())
+                        sums = [*written], gene_means.state()
+                    behind.do(partial(self._keep, writer, first, last, shard, sums))
         report_unknown_drugs([each for each in self._drug_ids() if not each.is_counted])
+
+    def _keep(
+        self,
+        writer: str,
+        first: int,
+        last: int,
+        shard: Shard,
+        sums: tuple[list[tuple[int, int]], dict[str, np.ndarray]] | None,
+    ) -> None:
+        """Write a shard, and then the sums of gene embeddings that include it."""
+        self.shards.write(first, last, shard)
+        if sums is not None:
+            self.shards.write_sums(writer, *sums)
+        give_back_memory()
 
     def _shards(
         self, stretch: Stretch, gene_means: GeneMeans | None, on_batch: Callable[[int], object]

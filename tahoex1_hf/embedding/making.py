@@ -1,10 +1,12 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
 """Making of shards: encoded chunks go through the model, and their embeddings are put together."""
 
+import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -60,6 +62,17 @@ class ShardContent:
         return [*([INDEX] if self.names else []), *self.columns_of(cells)]
 
 
+class _Room(NamedTuple):
+    """Arrays that hold the embeddings and numbers of the cells of a shard."""
+
+    embeddings: np.ndarray
+    numbers: dict[str, np.ndarray]
+
+    @classmethod
+    def make(cls, cells: int, width: int, names: Sequence[str]) -> "_Room":
+        return cls(np.empty((cells, width), np.float32), {name: np.empty(cells, np.float32) for name in names})
+
+
 def make_shards(
     encoder: CellEncoder,
     content: ShardContent,
@@ -72,6 +85,8 @@ def make_shards(
     seconds: float | None = None,
 ) -> Iterator[tuple[int, int, Shard]]:
     """Embed chunks, and yield shards, each with the number of its first chunk and that after its last.
+
+    The arrays of a shard are used again for the next but one.
 
     Args:
         encoder: Model that embeds the cells.
@@ -86,10 +101,10 @@ def make_shards(
     """
     start, stop, number, low, high = stretch
     seconds = _SHARD_SECONDS if seconds is None else seconds
-    # One array for all shards, filled and used again: small pieces would lie scattered among what is freed.
+    # Arrays for all shards, filled in turn and used again: small pieces would lie scattered among what is freed.
     room = min(high - low, _SHARD_VALUES // encoder.width + encoding.CHUNK_CELLS)
-    embeddings = np.empty((room, encoder.width), dtype=np.float32)
-    numbers = {name: np.empty(room, dtype=np.float32) for name in content.numbers}
+    places = itertools.cycle([_Room.make(room, encoder.width, content.numbers) for _ in range(2)])
+    embeddings, numbers = next(places)
     names: list[str] = []
     size = 0
     empty, first, since = 0, start, time.monotonic()
@@ -119,4 +134,5 @@ def make_shards(
             obs = pa.concat_tables(tables, promote_options="permissive") if columns else None
             yield first, done, Shard(names, embeddings[:size], empty, made, obs)
             names, tables = [], []
+            embeddings, numbers = next(places)
             size, empty, first, since = 0, 0, done, time.monotonic()

@@ -1,5 +1,5 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
-"""Callbacks that log speed, memory and remaining time, and that warn of losses that jump."""
+"""Callbacks that log speed, memory and remaining time, and warn of losses that jump and weights that do not learn."""
 
 import logging
 import math
@@ -124,3 +124,41 @@ class SpikeWarning(TrainerCallback):
                     value / usual,
                 )
             recent.append(float(value))
+
+
+class UntrainedWarning(TrainerCallback):
+    """A callback that warns in the first step if matrices of the layers have a gradient of exactly 0.
+
+    Nothing else would say so: the loss falls all the same. With torch 2.11, attention in compiled layers had none.
+    """
+
+    def __init__(self) -> None:
+        self.looked = False
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
+    ) -> None:
+        """Look at the gradients, once."""
+        if self.looked or model is None:
+            return
+        self.looked = True
+        without = [
+            name
+            for name, parameter in model.named_parameters()
+            if ".layers." in name and parameter.ndim == 2 and parameter.requires_grad and _is_zero(parameter.grad)
+        ]
+        if without and state.is_world_process_zero:
+            logger.warning(
+                "The loss does not depend on %d matrices of the layers, such as %s: their gradient in the first step "
+                "is 0, so they would not be trained. If compile=false helps, a compiler is at fault.",
+                len(without),
+                without[0],
+            )
+
+
+def _is_zero(gradient: torch.Tensor | None) -> bool:
+    """Return whether a gradient is missing or 0; of one that is in shards (FSDP), this process's shard counts."""
+    if gradient is None:
+        return True
+    own = gradient.to_local() if hasattr(gradient, "to_local") else gradient
+    return own.numel() > 0 and not bool(own.any())

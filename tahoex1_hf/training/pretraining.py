@@ -29,7 +29,7 @@ from tahoex1_hf.training.baselines import baseline_losses
 from tahoex1_hf.training.config import PretrainConfig
 from tahoex1_hf.training.curve import draw_curve
 from tahoex1_hf.training.evaluation import CellTypeEvaluation, GeneEssentialityEvaluation
-from tahoex1_hf.training.monitors import SpeedMonitor, SpikeWarning, peak_flops
+from tahoex1_hf.training.monitors import SpeedMonitor, SpikeWarning, UntrainedWarning, peak_flops
 from tahoex1_hf.training.run_card import card_facts, write_facts
 from tahoex1_hf.training.run_folder import RunFolder, computed_in
 from tahoex1_hf.training.stream import StepBatches, ValidationBatches, training_cells
@@ -253,7 +253,7 @@ def _trainer(
         validation=validation,
         microbatch_size=folder.microbatch_size,
         background_saves=config.background_saves,
-        callbacks=[speed, SpikeWarning(), *evaluations],
+        callbacks=[speed, SpikeWarning(), UntrainedWarning(), *evaluations],
         tokenizer=tokenizer,
     )
     trainer.report = lambda logs: speed.extended(logs, trainer.state)

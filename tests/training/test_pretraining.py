@@ -34,7 +34,7 @@ from tahoex1_hf.original.convert import convert_original_folder
 from tahoex1_hf.training.config import read_pretrain_config
 from tahoex1_hf.training.metrics import MetricSums, batch_sums, spearman_per_cell
 from tahoex1_hf.training.microbatches import largest_microbatch, longest_cells, microbatches, num_cells
-from tahoex1_hf.training.monitors import SpikeWarning, peak_flops
+from tahoex1_hf.training.monitors import SpikeWarning, UntrainedWarning, peak_flops
 from tahoex1_hf.training.pretraining import pretrain, training_arguments
 
 RECIPES = sorted(RECIPE.parent.glob("*.yaml"))
@@ -302,6 +302,23 @@ def test_spikes_give_a_warning(caplog: pytest.LogCaptureFixture) -> None:
         assert not caplog.records
         warning.on_log(None, state, TrainerControl(), logs={"loss": 4.0})  # type: ignore[arg-type]
     assert "loss at step 0 is 4" in caplog.text
+
+
+def test_matrices_without_a_gradient_give_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    from transformers import TrainerControl, TrainerState
+
+    config = tiny_config()
+    model, batch = tiny_model(config), make_batch(config)
+    model(**batch).loss.backward()
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            warning = UntrainedWarning()
+            warning.on_pre_optimizer_step(None, TrainerState(), TrainerControl(), model=model)  # type: ignore[arg-type]
+            if not caplog.records:
+                model.tahoe.layers[1].self_attn.v_proj.weight.grad.zero_()
+                warning.on_pre_optimizer_step(None, TrainerState(), TrainerControl(), model=model)  # type: ignore[arg-type]
+                assert not caplog.records  # it looks at the first step alone
+    assert "does not depend on 1 matrices of the layers, such as tahoe.layers.1.self_attn.v_proj.weight" in caplog.text
 
 
 # A run --------------------------------------------------------------------------------------------------
