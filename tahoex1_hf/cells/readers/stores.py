@@ -23,7 +23,7 @@ def open_store(path: str) -> Iterator[Any]:
     """Open a file or store, and raise BadInput if h5py or zarr cannot read it."""
     with as_bad_input():
         if Path(path).is_dir():
-            import zarr  # only where it is needed: it takes as long to import as many files to read
+            import zarr  # not for .h5ad files: it takes 0.3 s
 
             store: Any = zarr.open_group(path, mode="r")
             _check_parts(store)
