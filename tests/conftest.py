@@ -73,10 +73,6 @@ def pytest_configure(config: pytest.Config) -> None:
         import forked
 
         forked.shared_folder = Path(config.option.basetemp).parent
-    elif config.getoption("numprocesses", None):
-        command = [sys.executable, str(REPO_ROOT / "tests" / "support" / "compiled_loops.py")]
-        environment = {**os.environ, "PYTHONPATH": f"{REPO_ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
-        config.add_cleanup(subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL).kill)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
