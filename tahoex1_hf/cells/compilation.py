@@ -95,7 +95,7 @@ def load_loops(dtype: type[np.generic]) -> None:
 def _compile_elsewhere(dtype: type[np.generic]) -> bool:
     """Have another process compile the loops and keep them on disk; return whether it did."""
     command = [sys.executable, "-m", "tahoex1_hf.cells.compilation", np.dtype(dtype).name]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))}
     quiet = subprocess.DEVNULL
     try:
         done = subprocess.run(command, env=environment, stdin=quiet, stdout=quiet, stderr=quiet, check=False)

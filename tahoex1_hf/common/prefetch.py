@@ -2,8 +2,8 @@
 """Make items in threads ahead of their use, so that reading and encoding run while the model computes."""
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import closing
 from functools import partial
 from itertools import repeat
@@ -41,7 +41,7 @@ def prefetch_calls(
     """Yield the results of calls in the order of the calls, which threads make ahead.
 
     Exceptions and early stops are handled as in `prefetch`: calls that have not started are dropped, calls that run
-    are waited for.
+    are waited for. If the iterable itself raises, the calls that it made before are all finished first.
 
     Args:
         calls: Functions without arguments; the iterable itself is run by the consumer's thread.
@@ -56,7 +56,7 @@ def prefetch_calls(
     waiting: deque[Future[Item]] = deque()
     pool = ThreadPoolExecutor(num_threads, thread_name_prefix=name)
     try:
-        for call in calls:
+        for call in _finishing(calls, waiting):
             waiting.append(pool.submit(call))
             if len(waiting) > ahead:
                 yield waiting.popleft().result()
@@ -64,3 +64,14 @@ def prefetch_calls(
             yield waiting.popleft().result()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _finishing(calls: Iterable[Callable[[], Item]], begun: Iterable[Future[Item]]) -> Iterator[Callable[[], Item]]:
+    """Yield calls; if making one raises, wait for those that were begun."""
+    try:
+        yield from calls
+    except GeneratorExit:
+        raise
+    except BaseException:
+        wait(begun)
+        raise

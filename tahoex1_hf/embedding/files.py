@@ -10,7 +10,7 @@ device, however often the run was stopped and however many processes took part.
 import logging
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -25,12 +25,12 @@ from tahoex1_hf.cells.gene_symbols import Table
 from tahoex1_hf.cells.genes import TAHOE_100M_GENES, GeneOptions
 from tahoex1_hf.cells.opening import open_all
 from tahoex1_hf.cells.readers.base import CellInput
-from tahoex1_hf.common.behind import Behind
 from tahoex1_hf.common.cluster import ClusterOptions, connected
 from tahoex1_hf.common.digests import json_digest, some_weights_digest, tokenizer_digest, weights_digest
 from tahoex1_hf.common.files import naming
 from tahoex1_hf.common.free_memory import give_back_memory
 from tahoex1_hf.common.locks import RunLock
+from tahoex1_hf.common.prefetch import prefetch_calls
 from tahoex1_hf.common.processes import Processes
 from tahoex1_hf.common.progress import progress_bar
 from tahoex1_hf.common.reading import reading
@@ -322,17 +322,25 @@ class _Run:
         ranges = self.plan.ranges(todo)
         cells = sum(high - low for _, low, high in (self.plan.cells(*stretch) for stretch in ranges))
         title = "Embedding" if processes.count == 1 else f"Embedding ({processes.index + 1}/{processes.count})"
-        gene_means, writer, written = self._gene_means(), uuid.uuid4().hex, []
-        bar = progress_bar(progress, total=cells, unit="cell", desc=title, position=processes.index, smoothing=0.05)
-        with bar, Behind() as behind:
-            for start, stop in ranges:
-                for first, last, shard in self._shards(self.plan.stretch(start, stop), gene_means, bar.update):
-                    sums = None
-                    if gene_means is not None:
-                        written.append((first, last))
-                        sums = [*written], gene_means.state()
-                    behind.do(partial(self._keep, writer, first, last, shard, sums))
+        with progress_bar(
+            progress, total=cells, unit="cell", desc=title, position=processes.index, smoothing=0.05
+        ) as bar:
+            for _ in prefetch_calls(self._writes(ranges, bar.update), ahead=1, num_threads=1, name="write"):
+                pass  # a shard is written by a thread while the next is computed
         report_unknown_drugs([each for each in self._drug_ids() if not each.is_counted])
+
+    def _writes(
+        self, ranges: Iterable[tuple[int, int]], on_batch: Callable[[int], object]
+    ) -> Iterator[Callable[[], None]]:
+        """Compute the shards of ranges of chunks, and yield for each the call that writes it."""
+        gene_means, writer, written = self._gene_means(), uuid.uuid4().hex, []
+        for start, stop in ranges:
+            for first, last, shard in self._shards(self.plan.stretch(start, stop), gene_means, on_batch):
+                sums = None
+                if gene_means is not None:
+                    written.append((first, last))
+                    sums = [*written], gene_means.state()
+                yield partial(self._keep, writer, first, last, shard, sums)
 
     def _keep(
         self,

@@ -33,12 +33,13 @@ typedef struct {
   int (*team)(void);
 } Team;
 
-/* 2^t for t <= 0, to five digits. Results are never denormal, which would cost hundreds of cycles each; NaN stays. */
+/* 2^t for t <= 0, with an error of 6e-5 at most, a thirtieth of a rounding to bfloat16. Results are never denormal, which
+   would cost hundreds of cycles each; NaN stays. */
 static inline __m512 power_of_two(__m512 t) {
   t = _mm512_max_ps(_mm512_set1_ps(-126.0f), t); /* of two operands, the second is returned where one is NaN */
   __m512 whole = _mm512_roundscale_ps(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   __m512 rest = _mm512_sub_ps(t, whole);
-  __m512 sum = _mm512_set1_ps(0.009674f); /* a polynomial for 2^rest, |rest| <= 0.5 */
+  __m512 sum = _mm512_set1_ps(0.00961813f); /* the Taylor series of 2^rest, ln(2)^k / k!, |rest| <= 0.5 */
   sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(0.05550411f));
   sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(0.24022651f));
   sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(0.69314718f));

@@ -204,9 +204,7 @@ def can_attend_compiled(model: TahoeX1Model) -> bool:
     """Return whether compiled attention, where there is some, computes all layers but perhaps the last."""
     config = model.config
     heads, key_heads = config.num_attention_heads, config.num_key_value_heads or config.num_attention_heads
-    if model.dtype != torch.float32 or not serves_heads(heads, key_heads, config.hidden_size // heads):
-        return False
-    return all(_can_be_prepared(cast(TahoeX1Layer, layer)) for layer in model.layers)
+    return serves_heads(heads, key_heads, config.hidden_size // heads) and _can_all_be_prepared(model)
 
 
 def prepare_layers(
@@ -266,10 +264,13 @@ def round_layers(model: TahoeX1Model, dtype: torch.dtype) -> None:
 
     Under autocast, results stay the same. Layers that `PreparedLayer` cannot take are left as they are.
     """
-    layers = [cast(TahoeX1Layer, layer) for layer in model.layers]
-    if model.dtype == torch.float32 and all(map(_can_be_prepared, layers)):
-        for module in (module for layer in layers for module in linears_of(layer)):
+    if _can_all_be_prepared(model):
+        for module in (module for layer in model.layers for module in linears_of(cast(TahoeX1Layer, layer))):
             module.to(dtype)
+
+
+def _can_all_be_prepared(model: TahoeX1Model) -> bool:
+    return model.dtype == torch.float32 and all(_can_be_prepared(cast(TahoeX1Layer, layer)) for layer in model.layers)
 
 
 def _can_be_prepared(layer: TahoeX1Layer) -> bool:

@@ -163,3 +163,18 @@ def test_calls_that_have_not_started_are_dropped() -> None:
     threading.Timer(0.05, go.set).start()
     results.close()
     assert made == [0, 1]
+
+
+def test_what_was_begun_is_finished_if_the_next_call_cannot_be_made() -> None:
+    """Even if its thread has not begun yet: it may be work that took long, and is only to be written."""
+    go_on, done = threading.Event(), []
+
+    def calls() -> Iterator[Callable[[], object]]:
+        yield lambda: (go_on.wait(10), done.append(1))
+        yield lambda: done.append(2)  # which waits for the one thread
+        go_on.set()
+        raise KeyError("no third")
+
+    with pytest.raises(KeyError, match="no third"):
+        list(prefetch_calls(calls(), ahead=2))
+    assert done == [1, 2]
