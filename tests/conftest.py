@@ -23,7 +23,7 @@ if sys.platform == "linux" and "CXX" not in os.environ and (compiler := shutil.w
         os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -67,12 +67,22 @@ LONG_FILES = (
 )
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Return one process more than there are cores, for the time in which tests wait for others."""
+    return len(os.sched_getaffinity(0)) + 1 if sys.platform == "linux" else os.cpu_count() or 1
+
+
 def pytest_configure(config: pytest.Config) -> None:
     gc.disable()  # until all is imported, of which nothing is garbage
     if hasattr(config, "workerinput"):  # a process of pytest-xdist; their folders lie side by side
         import forked
 
         forked.shared_folder = Path(config.option.basetemp).parent
+        with suppress(ImportError):
+            import one_compiler
+
+            one_compiler.install()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
