@@ -39,7 +39,15 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
         for names, tflops in _PEAKS.items():
             if re.fullmatch(names, name.removeprefix("NVIDIA ")):
                 return tflops * 1e12
-    size = 1024 if device.type == "cpu" else 8192
+    if device.type != "cpu":
+        return _measured_flops(device, dtype, 8192)
+    flops = _measured_flops(device, dtype, 512)
+    # A product that takes longer has work enough for all threads, and a larger one would only take longer.
+    return flops if 2 * 512**3 / flops > 1e-3 else _measured_flops(device, dtype, 1024)
+
+
+def _measured_flops(device: torch.device, dtype: torch.dtype, size: int) -> float:
+    """Return the FLOP/s of the fastest of some products of square matrices."""
     a, b = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
     best = math.inf
     for _ in range(6):
