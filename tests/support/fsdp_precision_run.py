@@ -20,26 +20,38 @@ from tahoex1_hf.training.pretraining import training_arguments
 from tahoex1_hf.training.trainer import PretrainingTrainer
 
 PRECISION, OUTPUT = sys.argv[1], Path(sys.argv[2])
+HALF = PRECISION == "bf16"
 LENGTHS = [5, 9, 12, 7, 3, 12, 8, 6, 10, 4, 11, 2, 9, 9, 5, 7]
 
 
-def whole_gradient(model: torch.nn.Module) -> torch.Tensor:
-    parts = [p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad for p in model.parameters()]
+def gradient_here(model: torch.nn.Module) -> torch.Tensor:
+    parts = [p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad for p in model.parameters()]
     return torch.cat([part.flatten().double() for part in parts if part is not None])
 
 
+def relative_difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    """Return the norm of the difference over that of `theirs`, of the shards of all processes."""
+    squares = torch.stack([(ours - theirs).square().sum(), theirs.square().sum()])
+    torch.distributed.all_reduce(squares)
+    return float((squares[0] / squares[1]).sqrt())
+
+
 class Watched(PretrainingTrainer):
-    """Inspect the gradients that passes leave, and compare their sum with each pass alone, added up in float64."""
+    """Inspect the gradients that passes leave.
+
+    In half precision, compare their sum in the first step with each pass alone, added up in float64.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.inputs: list[Any] = []
         self.left: list[Any] = []
         self.apart: float | None = None
+        self.first_step = True
 
     def _pass(self, model: Any, part: Any, last: bool) -> torch.Tensor:
         losses = super()._pass(model, part, last)
-        if self.apart is None and self.microbatch_size is not None:
+        if self.first_step and self.microbatch_size is not None:
             gradients = [p.grad for p in model.parameters() if p.grad is not None]
             here = sum(g.to_local().numel() if isinstance(g, DTensor) else g.numel() for g in gradients)
             share = here / sum(p.numel() for p in model.parameters())
@@ -48,15 +60,15 @@ class Watched(PretrainingTrainer):
         return losses
 
     def _clip_grad_norm(self, model: Any) -> Any:
-        if self.apart is None:
-            self.apart = 0.0
-            added, gradients = whole_gradient(model), [p.grad for p in model.parameters()]
+        compared, self.first_step = self.first_step and HALF, False
+        if compared:
+            added, gradients = gradient_here(model), [p.grad for p in model.parameters()]
             alone = torch.zeros_like(added)
             for part in self.inputs:
                 model.zero_grad()
                 self._pass(model, part, True)
-                alone += whole_gradient(model)
-            self.apart = float((added - alone).norm() / alone.norm())
+                alone += gradient_here(model)
+            self.apart = relative_difference(added, alone)
             for parameter, gradient in zip(model.parameters(), gradients, strict=True):
                 parameter.grad = gradient
         return super()._clip_grad_norm(model)
@@ -70,7 +82,9 @@ def trained(batch: dict[str, Any], size: int | None) -> Watched:
     steps.cells = SimpleNamespace(
         collator=SimpleNamespace(context_length=16, packed=True, drug_token=None, cell_targets="hidden")
     )
-    trainer = Watched(model, training_arguments(config, 2), steps, microbatch_size=size)
+    args = training_arguments(config, 2)
+    args.save_strategy = "no"
+    trainer = Watched(model, args, steps, microbatch_size=size)
     trainer.train()
     return trainer
 
@@ -88,12 +102,13 @@ def copies_of_shards(run: Watched, batch: dict[str, Any]) -> dict[str, Any]:
     for number, part in enumerate(parts):
         run._pass(model, part, number == len(parts) - 1)
         waiting.append(all(p.grad is None for p in model.parameters()))
-    added, alone = whole_gradient(model), 0.0
+    added = gradient_here(model)
+    alone = torch.zeros_like(added)
     for part in parts:
         model.zero_grad()
         run._pass(model, part, True)
-        alone = alone + whole_gradient(model)
-    return {"waiting": waiting, "apart": float((added - alone).norm() / alone.norm())}
+        alone += gradient_here(model)
+    return {"waiting": waiting, "apart": relative_difference(added, alone)}
 
 
 def main() -> None:
@@ -107,12 +122,13 @@ def main() -> None:
             run = trained(batch, size)
             curve = [(line["loss"], line["grad_norm"]) for line in run.state.log_history if "loss" in line]
             seen[str(size)] = {"curve": curve, "left": run.left, "apart": run.apart, "size": run.microbatch_size}
-    with torch.no_grad():
-        outputs = run._outputs(run.model_wrapped, run._prepare_inputs(batch))
-        # The model's own outputs, without the trainer's help.
-        plain = run.model_wrapped(**run._prepare_inputs(batch))
-    seen["types"] = {name: [str(outputs[name].dtype), str(plain[name].dtype)] for name in outputs}
-    seen["hsdp"] = copies_of_shards(run, batch)
+    if HALF:
+        with torch.no_grad():
+            outputs = run._outputs(run.model_wrapped, run._prepare_inputs(batch))
+            # The model's own outputs, without the trainer's help.
+            plain = run.model_wrapped(**run._prepare_inputs(batch))
+        seen["types"] = {name: [str(outputs[name].dtype), str(plain[name].dtype)] for name in outputs}
+        seen["hsdp"] = copies_of_shards(run, batch)
     seen["views"] = sum("view tensor" in str(warning.message) for warning in warned)
     if rank == 0:
         OUTPUT.write_text(json.dumps(seen), encoding="utf-8")
