@@ -186,12 +186,13 @@ def test_lengths_do_not_recompile_without_end(pack: bool) -> None:
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("eager")  # what is counted happens before a backend is asked
     compiled = torch.compile(model, backend=counter, dynamic=None)
-    for lengths in ((14, 12, 9, 6), (9, 8, 7, 5), (30, 5), (11, 10, 9, 4, 3), (21, 20, 6), (17, 16, 15, 14, 3, 5)):
+    # The second batch has another number of cells and another length, so that the compiler learns of both at once.
+    for lengths in ((14, 12, 9, 6), (30, 5), (9, 8, 7, 5), (11, 10, 9, 4, 3), (21, 20, 6), (17, 16, 15, 14, 3, 5)):
         batch = make_batch(config, lengths)
         batch = packed(batch) if pack else batch
         with torch.no_grad():
             assert compiled(**batch).loss.item() == pytest.approx(model(**batch).loss.item(), rel=1e-5)
-    assert counter.frame_count <= 3
+    assert counter.frame_count <= 2
 
 
 def trained_and_compiled(style: str, device: str, backend: str, dtype: torch.dtype, lengths: Any) -> list[dict]:
