@@ -17,6 +17,7 @@ from helpers import (
     layer_outputs,
     without_labels,
 )
+from instructions import known_instructions  # noqa: F401 - a fixture
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForPreTraining, PreTrainedModel
 
@@ -120,7 +121,7 @@ def test_outputs_with_flex_attention(load, uncompiled: None, variant: Variant, k
 
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", GOLDEN_VARIANTS[2:], ids=lambda variant: variant.name)
-def test_outputs_with_compiled_flex_attention(load, variant: Variant) -> None:
+def test_outputs_with_compiled_flex_attention(load, known_instructions: None, variant: Variant) -> None:  # noqa: F811
     torch._dynamo.reset()
     compare_outputs(load(variant, "flex_attention"), variant, "masked", complete=False)
 
