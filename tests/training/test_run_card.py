@@ -6,21 +6,24 @@ from pathlib import Path
 import forked
 import pytest
 from hub_server import Hub, serve
-from training_runs import command, environment
+from training_runs import ROOT, command, environment
 
 from tahoex1_hf.hub.cards.facts import load_facts
+
+# tests/hub/test_export.py starts the process that loads an export without the package as a user's command does.
+PUSHED = ROOT / "tests" / "support" / "pushed_run.py"
 
 
 @pytest.mark.slow
 def test_a_run_is_pushed_with_its_card(training_dataset: Path, tmp_path: Path) -> None:
     pytest.importorskip("jinja2")
     hub, run = Hub(), tmp_path / "mine"
-    arguments = command("single", run, training_dataset, baselines="true", max_steps=3)
+    arguments = command("single", run, training_dataset, PUSHED, baselines="true", max_steps=3)
     with serve(hub):
         online = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": "hf_test"}
         done = forked.run(
             [*arguments, "--push-to-hub", "someone/mine"],
-            {**environment("single"), **online, "HF_HOME": str(tmp_path / "hf_home")},
+            {**environment("single"), **forked.stand_in(), **online, "HF_HOME": str(tmp_path / "hf_home")},
         )
     assert done.returncode == 0, done.stderr[-3000:]
     uploaded = hub.repos["someone/mine"]
