@@ -75,18 +75,24 @@ def test_several_shards_hold_each_cell_once(tmp_path: Path) -> None:
 def test_load_dataset_reads_it_without_this_package(tmp_path: Path) -> None:
     adata = make_cells(50)
     adata.write_h5ad(tmp_path / "a.h5ad")
-    for form in ("arrow", "parquet"):
-        folder = run(tmp_path, [source(tmp_path / "a.h5ad")], form, validation={"fraction": 0.3}, format=form)
-        code = f"""
+    folders = [
+        str(run(tmp_path, [source(tmp_path / "a.h5ad")], form, validation={"fraction": 0.3}, format=form))
+        for form in ("arrow", "parquet")
+    ]
+    code = f"""
 import datasets, json, sys
-cells = datasets.load_dataset({str(folder)!r}, cache_dir={str(tmp_path / "cache")!r})
-print(json.dumps([
-    sorted(cells), cells["train"].column_names, str(cells["train"].features["genes"]),
-    str(cells["train"].features["counts"]), cells["train"][3], cells["validation"].num_rows, cells["train"].num_rows,
-    "tahoex1_hf" in sys.modules]))
+for folder in {folders!r}:
+    cells = datasets.load_dataset(folder, cache_dir={str(tmp_path / "cache")!r})
+    print(json.dumps([
+        sorted(cells), cells["train"].column_names, str(cells["train"].features["genes"]),
+        str(cells["train"].features["counts"]), cells["train"][3], cells["validation"].num_rows,
+        cells["train"].num_rows, "tahoex1_hf" in sys.modules]))
 """
-        run_python = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-        splits, columns, genes, counts, row, held_out, trained, imported = json.loads(run_python.stdout)
+    run_python = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    lines = run_python.stdout.splitlines()
+    assert len(lines) == len(folders)
+    for line in lines:
+        splits, columns, genes, counts, row, held_out, trained, imported = json.loads(line)
         assert splits == ["train", "validation"]
         assert columns == ["genes", "counts", *METADATA]
         assert "uint16" in genes
