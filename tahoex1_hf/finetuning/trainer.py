@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from tahoex1_hf.finetuning.adapters import without_card
 from tahoex1_hf.finetuning.batches import TrainingBatches
 from tahoex1_hf.finetuning.objectives import HELD_OUT, Objective
 from tahoex1_hf.inference.encoder import length_sorted_batches
@@ -58,6 +59,11 @@ class FinetuneTrainer(ResumableTrainer):
             model, args, batches, eval_dataset=validation, compute_loss_func=own_loss, callbacks=callbacks
         )
         self.objective, self.validation = objective, validation
+
+    def _save(self, *arguments: Any, **named: Any) -> None:
+        """Write the model of a checkpoint."""
+        with without_card(self.model):
+            super()._save(*arguments, **named)
 
     def validation_metrics(self) -> dict[str, float]:
         """Return the objective's metrics on the validation cells, `loss` among them, whatever the batches."""
