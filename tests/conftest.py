@@ -102,15 +102,16 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_runtest_teardown(nextitem: pytest.Item | None) -> None:
-    """Exclude what a file's tests have imported, too, once its last test has run."""
-    global _file
-    if nextitem is not None and nextitem.path != _file:
-        _file = nextitem.path
+    """Exclude what tests have imported, too, once a file's last test has run, or a test that has imported much."""
+    global _file, _modules
+    if nextitem is not None and (nextitem.path != _file or len(sys.modules) > _modules + 100):
+        _file, _modules = nextitem.path, len(sys.modules)
         gc.collect()
         gc.freeze()
 
 
 _file: Path | None = None
+_modules = 0
 
 
 # Errors of torch where ATEN_CPU_CAPABILITY imitates a simpler CPU, but parts of torch still look at the real one.
