@@ -11,6 +11,7 @@ from tahoex1_hf.finetuning.cells.labelled import FinetuningData
 from tahoex1_hf.finetuning.splits import Split
 
 MAJORITY = "majority class"
+TREES = 200  # of a random forest
 _CHUNK_CELLS = 4096  # cells read at once
 
 
@@ -61,7 +62,7 @@ def gene_baselines(
             StandardScaler(), LogisticRegression(max_iter=2000, class_weight="balanced")
         ),
         "random forest": lambda: RandomForestClassifier(
-            200, min_samples_leaf=2, class_weight="balanced", random_state=seed
+            TREES, min_samples_leaf=2, class_weight="balanced", random_state=seed
         ),
     }
     found: dict[str, list[np.ndarray]] = {}

@@ -1,12 +1,15 @@
 """Test the baselines of a gene classification."""
 
 import numpy as np
+import pytest
 
+from tahoex1_hf.finetuning.genes import baselines
 from tahoex1_hf.finetuning.genes.baselines import gene_baselines
 from tahoex1_hf.finetuning.splits import Split
 
 
-def test_baselines_do_not_see_the_test_genes() -> None:
+def test_baselines_do_not_see_the_test_genes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(baselines, "TREES", 30)
     random = np.random.default_rng(0)
     labels = random.integers(0, 3, 90)
     features = {"noise": random.normal(size=(90, 4)), "truth": np.eye(3)[labels] + random.normal(0, 0.1, (90, 3))}
