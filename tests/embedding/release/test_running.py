@@ -16,9 +16,11 @@ from release_stand_in import Shape, StandIn, fill_hub_cache, in_a_circle, make_s
 from typer.testing import CliRunner, Result
 
 from tahoex1_hf.cli.app import app
+from tahoex1_hf.common.digests import json_digest, weights_digest
 from tahoex1_hf.embedding.release import running
 from tahoex1_hf.embedding.release.running import verify_release
 from tahoex1_hf.embedding.release.sources import PublicData
+from tahoex1_hf.inference.ragged import ragged_forward
 
 SHAPE = Shape(width=48, layers=3, cells=110, context=140, mean_genes=100)
 
@@ -39,6 +41,28 @@ def figures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """Draw figures in one test alone: they take a quarter of each run."""
     if "right_weights" not in request.node.name:
         monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda self, path, **_: Path(path).touch())
+
+
+@pytest.fixture(scope="module")
+def forward_passes() -> dict[str, Any]:
+    return {}
+
+
+@pytest.fixture
+def shared_forward_passes(forward_passes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run the model on the same batch once for all tests: stand-ins of the same cells differ in what is public alone."""
+
+    def forward(model: Any, *batch: Any, prepared: Any, **options: Any) -> Any:
+        kind = (str(model), model.config.to_json_string(), str(prepared), torch.is_autocast_enabled("cpu"), options)
+        tensors = [None if each is None else np.asarray(each).tobytes().hex() for each in batch]
+        key = json_digest([weights_digest(model), *map(str, kind), tensors])
+        if key not in forward_passes:
+            forward_passes[key] = ragged_forward(model, *batch, prepared=prepared, **options)
+        embeddings, tokens = forward_passes[key]
+        assert tokens is None
+        return embeddings.clone(), None
+
+    monkeypatch.setattr("tahoex1_hf.inference.encoder.ragged_forward", forward)
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +139,7 @@ def test_right_weights_are_as_near_as_our_own_floor(right: StandIn, tmp_path: Pa
         ({"public_weights": 7, "public_depth": 2}, "size or weights", "of no use"),  # of another size
     ],
 )
+@pytest.mark.usefixtures("shared_forward_passes")
 def test_wrong_ones_are_found_out_and_the_cause_is_named(
     tmp_path: Path, made: dict[str, Any], cause: str, said: str
 ) -> None:
