@@ -45,20 +45,20 @@ def bootstrapped(metric: Metric, truth: np.ndarray, predicted: np.ndarray, rows:
 
 def _resamples(total: int) -> Iterable[np.ndarray]:
     """Return how often each row is in each resample, `(total,)` each: the same in every call."""
-    return _kept_resamples(total) if total <= _MOST_KEPT else _sampled(total)
+    return _kept_resamples(total, REPLICATES) if total <= _MOST_KEPT else _sampled(total, REPLICATES)
 
 
 _MOST_KEPT = 20_000  # rows: their resamples take 10 MB
 
 
 @lru_cache(maxsize=4)
-def _kept_resamples(total: int) -> np.ndarray:
-    return np.array(list(_sampled(total)), dtype=np.uint8)  # no row is taken 256 times: the mean is 1
+def _kept_resamples(total: int, number: int) -> np.ndarray:
+    return np.array(list(_sampled(total, number)), dtype=np.uint8)  # no row is taken 256 times: the mean is 1
 
 
-def _sampled(total: int) -> Iterator[np.ndarray]:
+def _sampled(total: int, number: int) -> Iterator[np.ndarray]:
     random = np.random.default_rng(0)
-    for _ in range(REPLICATES):
+    for _ in range(number):
         yield np.bincount(random.integers(0, total, total), minlength=total)
 
 

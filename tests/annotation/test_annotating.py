@@ -18,6 +18,7 @@ from tahoex1_hf import annotate_anndata, annotate_files, embed_files, predict_an
 from tahoex1_hf.annotation import annotating
 from tahoex1_hf.annotation.labels import read_label_map
 from tahoex1_hf.annotation.methods import methods
+from tahoex1_hf.benchmarking import resampling
 from tahoex1_hf.cli.app import app
 from tahoex1_hf.finetuning.running import finetune
 
@@ -25,9 +26,12 @@ QUIET: dict[str, Any] = {"dtype": "float32", "progress": False}
 
 
 @pytest.fixture(autouse=True)
-def _without_umap(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Draw two dimensions as they are: UMAP takes 8 CPU seconds to compile, and has its test elsewhere."""
+def quick(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw two dimensions as they are, since UMAP takes 8 CPU seconds to compile, and figures in one test alone."""
     monkeypatch.setattr("tahoex1_hf.common.plots.umap_places", lambda embeddings, seed: embeddings[:, :2])
+    monkeypatch.setattr(resampling, "REPLICATES", 40)
+    if "planted_kinds" not in request.node.name:
+        monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda self, path, **_: Path(path).touch())
 
 
 @pytest.fixture(scope="module")

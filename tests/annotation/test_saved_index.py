@@ -12,15 +12,17 @@ from typer.testing import CliRunner
 from tahoex1_hf import annotate_files, build_index, embed_files
 from tahoex1_hf.annotation import saved_index
 from tahoex1_hf.annotation.saved_index import annotate_from_index
+from tahoex1_hf.benchmarking import resampling
 from tahoex1_hf.cli.app import app
 
 QUIET: dict[str, Any] = {"dtype": "float32", "progress": False}
 
 
 @pytest.fixture(autouse=True)
-def _without_umap(monkeypatch: pytest.MonkeyPatch) -> None:
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Draw two dimensions as they are: UMAP takes 8 CPU seconds to compile, and has its test elsewhere."""
     monkeypatch.setattr("tahoex1_hf.common.plots.umap_places", lambda embeddings, seed: embeddings[:, :2])
+    monkeypatch.setattr(resampling, "REPLICATES", 40)
 
 
 @pytest.fixture(scope="module")

@@ -50,7 +50,7 @@ def forward_passes() -> dict[str, Any]:
 
 @pytest.fixture
 def shared_forward_passes(forward_passes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run the model on the same batch once for all tests: stand-ins of the same cells differ in what is public alone."""
+    """Run the model on the same batch once for all tests: stand-ins of the same cells differ in what is public."""
 
     def forward(model: Any, *batch: Any, prepared: Any, **options: Any) -> Any:
         kind = (str(model), model.config.to_json_string(), str(prepared), torch.is_autocast_enabled("cpu"), options)

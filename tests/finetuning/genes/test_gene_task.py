@@ -325,7 +325,6 @@ def test_a_run_learns_what_can_be_learnt(method: str, place: Path, tmp_path: Pat
     assert scores["majority class"] == 0.5
     # Here a gene's embedding says nothing; what decides is how strongly the gene is expressed where it is.
     assert scores["logistic regression on frozen gene embeddings"] < 0.9
-    print(scores)
     assert scores["random forest on mean expression and fraction of cells"] > 0.7
     assert report["genes_left_out"]["expressed in no cell"] == 2
     assert report["auprc_of"] == "high"
