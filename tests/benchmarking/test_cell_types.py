@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from scipy.sparse import csr_matrix
 from typer.testing import CliRunner, Result
 
-from tahoex1_hf.benchmarking import cz_benchmarks, resampling
+from tahoex1_hf.benchmarking import cell_types, cz_benchmarks, resampling
 from tahoex1_hf.benchmarking.cell_embeddings import Computing, embed_cells
 from tahoex1_hf.benchmarking.cell_types import RANDOM, CellTypes, few_cells, needed
 from tahoex1_hf.benchmarking.cells import read_cells
@@ -28,8 +28,16 @@ TYPES, EACH, GENES = 4, 30, 80
 
 @pytest.fixture(autouse=True)
 def few_replicates(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resampling, "REPLICATES", 40)
+    monkeypatch.setattr(resampling, "REPLICATES", 16)
     monkeypatch.setattr(cz_benchmarks, "TREES", 5)
+
+
+@pytest.fixture
+def scores_in_splits_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out the scores of clusters and of cz-benchmarks, and the figure."""
+    monkeypatch.setattr(CellTypes, "_clusters", lambda self, features: iter(()))
+    monkeypatch.setattr(cell_types, "cz_scores", lambda features, labels: iter(()))
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda self, path, **_: Path(path).touch())
 
 
 @pytest.fixture
@@ -105,6 +113,7 @@ def test_adapter_is_a_source_and_the_record_of_its_base_counts(cells: Path, tmp_
         CellTypes(read, "cell_type").prepare([source])
 
 
+@pytest.mark.usefixtures("scores_in_splits_alone")
 def test_shuffled_labels_are_unfit(cells: Path, tmp_path: Path) -> None:
     result = run(cells, tmp_path / "out", "--source", "PCA=pca", label="shuffled")
     assert result.exit_code == 0, result.output
@@ -116,6 +125,7 @@ def test_fitness_of_a_label() -> None:
     assert needed(0.5) == pytest.approx(0.75)  # three times chance would be more than there is
 
 
+@pytest.mark.usefixtures("scores_in_splits_alone")
 def test_sources_that_are_done_are_not_evaluated_again(
     cells: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -144,6 +154,7 @@ def forget_cpu_seconds(path: Path) -> None:
     np.savez(path, **(arrays | {"head": np.array(json.dumps(head))}))
 
 
+@pytest.mark.usefixtures("scores_in_splits_alone")
 def test_scores_of_other_inputs_are_not_taken_over(cells: Path, tmp_path: Path) -> None:
     planted = f"types={tmp_path / 'types.npz'}"
     assert run(cells, tmp_path / "out", "--source", planted).exit_code == 0

@@ -111,8 +111,9 @@ def test_loadings_are_those_of_all_cells_together(tmp_path: Path, inputs: dict[s
 
 
 @pytest.mark.slow
-def test_baselines_on_real_genes(shared_data: Callable[[str], Path]) -> None:
+def test_baselines_on_real_genes(shared_data: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """The figures of issue 17, by logistic regression; docs/evaluation.md has those of the forest, and of PCA."""
+    monkeypatch.setattr(resampling, "REPLICATES", 2)
     names = ("heart_san_1000_native_ensembl", "gut_crohn_scp1884", "lung_lines_sc_mixology", "pbmc_sorted_zheng")
     sets = [read_cells(shared_data(f"h5ad/{name}.h5ad")) for name in names]
     labels = shared_data("labels/egbench_depmap26q1_gene_universe.parquet")

@@ -90,8 +90,9 @@ def test_faults_are_told(inputs: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_baselines_on_real_genes(shared_data: Callable[[str], Path]) -> None:
+def test_baselines_on_real_genes(shared_data: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """The figures of issue 17, by logistic regression; docs/evaluation.md has those of the MLP, and of more cells."""
+    monkeypatch.setattr(resampling, "REPLICATES", 2)
     sets = [read_cells(shared_data("h5ad/lung_lines_sc_mixology.h5ad"))]
     task = Hallmark(sets, read_gene_sets(shared_data("labels/h.all.v7.0.symbols.gmt")))
     for kind, expected, bound in (("random", 0.039, 0.005), ("pca", 0.126, 0.02)):
