@@ -24,6 +24,9 @@ def main(
     null_genes: Annotated[
         int, typer.Option(help="Number of genes of similar expression to compare each gene with.")
     ] = 100,
+    most_null_genes: Annotated[
+        int | None, typer.Option(help="Most of them for a gene that stands out among them; by default, many more.")
+    ] = None,
 ) -> None:
     """Rank deletions in cytotoxic T cells by how far they move the cells toward naive ones."""
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -35,6 +38,7 @@ def main(
         cells=f'{LABELS} == "{CYTOTOXIC}"',
         target=f'{LABELS} == "{NAIVE}"',
         null_genes=null_genes,
+        most_null_genes=most_null_genes,
         partial=output_dir / "perturbation.partial",
     ).table
     write_table(table, output_dir / "perturbation.csv")

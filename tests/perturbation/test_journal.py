@@ -441,7 +441,7 @@ def test_errors_of_the_command(pbmc: Path, tmp_path: Path, output: str, options:
 def test_example(pbmc: Path, tmp_path: Path) -> None:
     genes = "PRF1,CD8B,GZMB,CCR7,FGFBP2"
     command = [sys.executable, EXAMPLES / "perturb_cells.py", "--output-dir", tmp_path, "--genes", genes]
-    result = forked.run([*command, "--null-genes", 3])
+    result = forked.run([*command, "--null-genes", 3, "--most-null-genes", 3])
     assert result.returncode == 0, result.stdout + result.stderr
     table = pd.read_csv(tmp_path / "perturbation.csv").set_index("gene")["target_change"]
     # Naive cells lack the effector genes, but not CCR7 and CD8B.
