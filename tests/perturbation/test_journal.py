@@ -384,9 +384,9 @@ def test_command_on_real_cells(pbmc: Path, tmp_path: Path) -> None:
     options = ["--genes", names, "--cells", 'bulk_labels in ["CD19+ B", "CD56+ NK"]', "--groupby", "bulk_labels"]
     options += [
         "--null-genes",
-        3,
+        2,
         "--most-null-genes",
-        3,
+        2,
         "--expression",
         "--affected",
         affected,
