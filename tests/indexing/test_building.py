@@ -127,7 +127,9 @@ def test_columns_may_differ_between_files(tmp_path: Path, caplog: pytest.LogCapt
     assert CellIndex.open(tmp_path / "index").table.count_rows() == 69
 
 
-def test_as_many_parts_are_read_as_the_recall_needs(tmp_path: Path) -> None:
+def test_as_many_parts_are_read_as_the_recall_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stored, "PIECE_VALUES", 16 * 500)
+    monkeypatch.setattr(building, "_ADDED", 1000)
     values = np.random.default_rng(0).normal(size=(1500, 16)).astype(np.float32)  # no clouds: the hardest case
     built = build_index(write_embeddings(tmp_path / "a.parquet", values), tmp_path / "index", progress=False)
     assert built.partitions == 30
