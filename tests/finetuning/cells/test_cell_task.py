@@ -65,7 +65,7 @@ def accuracy(folder: Path) -> float:
 @pytest.mark.parametrize("method", METHODS)
 def test_methods_learn_and_leave_the_base_alone(method: str, base: Path, data: Path, tmp_path: Path) -> None:
     before = digest(base / "model.safetensors")
-    epochs, rate = (30, 0.1) if method == "head_only" else (6, 0.01)
+    epochs, rate = (10, 0.1) if method == "head_only" else (6, 0.01)
     config = make_config(base, data, tmp_path / "run", method=method, epochs=epochs, learning_rate=rate)
     assert finetune(config) == 0
     assert digest(base / "model.safetensors") == before
@@ -95,7 +95,7 @@ def test_regression_predicts_in_the_units_of_the_column(base: Path, data: Path, 
     doses = labelled_cells(120).obs["dose"].to_numpy()
     for method in ("lora", "linear_probe"):
         folder = tmp_path / method
-        finetune(make_config(base, data, folder, task="regression", label="dose", method=method, epochs=20))
+        finetune(make_config(base, data, folder, task="regression", label="dose", method=method, epochs=12))
         arrays = result(folder)[1]
         predicted, truth = arrays["outputs"][:, 0], doses[arrays["test"]]
         assert np.abs(predicted - truth).mean() < 0.5 * np.abs(truth - truth.mean()).mean()
