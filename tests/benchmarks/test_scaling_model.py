@@ -46,11 +46,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 CPU_ALL_BF16 = replace(GPU_FSDP2, cuda=False, output_copied=True, dense_mask=True)
 
 
-def kept(config: TahoeX1Config, precision: Precision, cells: int, length: int, backend: str | None = None) -> float:
-    """Return the bytes of all storages that autograd keeps, without the weights; `backend` compiles the layers."""
-    model = training_model(config, precision)
-    if backend is not None:
-        compile_layers(model, backend=backend)
+def kept(model: TahoeX1ForPreTraining, precision: Precision, cells: int, length: int) -> float:
+    """Return the bytes of all storages that autograd keeps, without the weights."""
     weights = {p.untyped_storage()._cdata for p in model.parameters()}
     seen: dict[int, torch.UntypedStorage] = {}
 
@@ -72,8 +69,9 @@ def kept(config: TahoeX1Config, precision: Precision, cells: int, length: int, b
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_kept_bytes_equal_autograds(variant: str, precision: Precision) -> None:
     config = tiny_config(hidden_size=64, vocab_size=200, **VARIANTS[variant])
+    model = training_model(config, precision)
     for length in (64, 160, 288):  # with masks, and from 256 on with the observed keys alone
-        per_cell, fixed = line(lambda cells, length=length: kept(config, precision, cells, length), 2, 4)
+        per_cell, fixed = line(lambda cells, length=length: kept(model, precision, cells, length), 2, 4)
         assert memory.kept_per_token(config, precision, length) == pytest.approx(per_cell / length, rel=0.01)
         copies = memory.states(config, precision, "one").copies
         assert fixed == pytest.approx(copies, abs=64)
@@ -91,12 +89,10 @@ def test_kept_bytes_of_compiled_layers(
     sizes = {"hidden_size": 64, "vocab_size": 200, "hidden_act": act, "attention_mask_style": "full"}
     config = tiny_config(**{**VARIANTS[variant], **sizes})
     precision = replace(GPU_COMPILED, cuda=False)
-
-    def measure(cells: int) -> float:
-        return kept(config, precision, cells, 160, backend="aot_eager_decomp_partition")
-
     torch._dynamo.reset()
-    per_cell, _ = line(measure, 2, 4)
+    model = training_model(config, precision)
+    compile_layers(model, backend="aot_eager_decomp_partition")
+    per_cell, _ = line(lambda cells: kept(model, precision, cells, 160), 2, 4)
     assert memory.kept_per_token(config, precision, 160) == pytest.approx(per_cell / 160, rel=0.01)
 
 
@@ -145,13 +141,12 @@ def test_kept_bytes_of_the_real_shapes(
 
     def measure(cells: int) -> float:
         runs = [(cells, length)]  # lengths of tensors without memory cannot be read
-        with (
-            FakeTensorMode(),
-            mock.patch.object(PackedAttention, "make", lambda edges, *_, **__: PackedAttention(edges, runs)),
-        ):
-            return kept(config, precision, cells, length)
+        with mock.patch.object(PackedAttention, "make", lambda edges, *_, **__: PackedAttention(edges, runs)):
+            return kept(model, precision, cells, length)
 
-    per_cell, fixed = line(measure, 2, 4)
+    with FakeTensorMode():
+        model = training_model(config, precision)
+        per_cell, fixed = line(measure, 2, 4)
     assert memory.kept_per_token(config, precision, length) == pytest.approx(per_cell / length, rel=0.001)
     assert fixed == pytest.approx(memory.states(config, precision, "one").copies, rel=1e-5, abs=64)
 
