@@ -190,19 +190,6 @@ def test_quiet_and_verbose(caplog: pytest.LogCaptureFixture) -> None:
     assert isinstance(record.exc_info[1], ValueError)  # type: ignore[index]
 
 
-def test_messages_of_other_libraries_about_themselves_are_hidden() -> None:
-    """This needs its own process, since a library says such things once, when it is imported."""
-    pytest.importorskip("torchao")
-    code = "import tahoex1_hf.cli.running as running; running.set_up_logging(False, False)\n"
-    code += "import logging, transformers.modeling_utils\n"
-    code += "logging.getLogger('torchao').warning('something else')\n"
-    environment = {**os.environ, "PYTHONPATH": str(REPO_ROOT)}
-    environment.pop("TORCHAO_FORCE_SKIP_LOADING_SO_FILES", None)
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == "WARNING: something else\n"
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_a_missing_device_is_reported_in_a_sentence(tmp_path: Path) -> None:
     out = ["--device", "cuda"]

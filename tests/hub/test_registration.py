@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from forked import PATIENCE, Forked
 from helpers import REPO_ROOT
 
@@ -22,20 +23,41 @@ for kind, options in kinds.items():
 """
 
 
-def test_the_package_imports_nothing_before_its_use_and_is_known_afterwards() -> None:
-    code = (
-        "import sys, tahoex1_hf\n"
-        "found = {'torch', 'transformers', 'numpy', 'typer', 'accelerate', 'peft'} & set(sys.modules)\n"
-        "assert not found, found\n"
-        # BERT's module imports the Auto models while it imports what our models need.
-        "from transformers import BertModel\n" + LOAD
-    )
-    # In a process of its own, since imported modules stay imported.
+FRESH = f"""
+import sys, tahoex1_hf
+found = {{'torch', 'transformers', 'numpy', 'typer', 'accelerate', 'peft'}} & set(sys.modules)
+assert not found, found
+import tahoex1_hf.cli.running as running
+running.set_up_logging(False, False)
+found = {{'torch', 'transformers'}} & set(sys.modules)
+assert not found, found
+from transformers import BertModel  # its module imports the Auto models while it imports what our models need
+import logging
+logging.getLogger('torchao').warning('something else')
+print('loading', file=sys.stderr)
+{LOAD}
+print('loaded')
+"""
+
+
+@pytest.fixture(scope="module")
+def fresh() -> subprocess.CompletedProcess[str]:
+    """Return the end of a process of its own: imported modules stay imported, and messages about it come once."""
     environment = {**os.environ, "PYTHONPATH": str(REPO_ROOT), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, timeout=PATIENCE, check=False
-    )
-    assert done.returncode == 0, done.stderr.decode()[-3000:]
+    environment.pop("TORCHAO_FORCE_SKIP_LOADING_SO_FILES", None)
+    command = [sys.executable, "-c", FRESH]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE, check=False)
+
+
+def test_the_package_imports_nothing_before_its_use_and_is_known_afterwards(
+    fresh: subprocess.CompletedProcess[str],
+) -> None:
+    assert (fresh.returncode, fresh.stdout) == (0, "loaded\n"), fresh.stderr[-3000:]
+
+
+def test_messages_of_other_libraries_about_themselves_are_hidden(fresh: subprocess.CompletedProcess[str]) -> None:
+    pytest.importorskip("torchao")
+    assert fresh.stderr.partition("loading\n")[:2] == ("WARNING: something else\n", "loading\n")
 
 
 def run_without_package(code: str, *arguments: object) -> None:
