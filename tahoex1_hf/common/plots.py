@@ -26,10 +26,12 @@ def import_umap() -> Any:
         The module `umap`.
     """
     import umap
+    import umap.layouts
     import umap.umap_
     import umap.utils
 
     for module, name in (
+        (umap.layouts, "_nb_optimize_layout_euclidean_single_epoch"),
         (umap.utils, "fast_knn_indices"),
         (umap.umap_, "smooth_knn_dist"),
         (umap.umap_, "compute_membership_strengths"),
