@@ -167,7 +167,8 @@ def test_pbmc_through_every_kind_of_file_by_symbol(tmp_path: Path, shared_data: 
     table = pd.read_csv(SYMBOLS).set_index("symbol")["ensembl_id"]
     names = {i: token for token, i in json.loads(vocab.read_text()).items()}
     dense = pbmc.X.toarray()
-    known = [(g, table[s]) for g, s in enumerate(pbmc.var_names) if s in table.index and table[s] in names.values()]
+    tokens = set(names.values())
+    known = [(g, table[s]) for g, s in enumerate(pbmc.var_names) if s in table.index and table[s] in tokens]
     for kind in ("csr", "csc", "dense", "zarr", "10x_h5", "10x_mtx"):
         (tmp_path / kind).mkdir()
         path = write_cells(pbmc, tmp_path / kind / "cells", kind)

@@ -82,13 +82,14 @@ def write_10x_mtx(adata: anndata.AnnData, folder: Path, shuffled: bool = True) -
     order = np.random.default_rng(0).permutation(entries.nnz) if shuffled else np.arange(entries.nnz)
     lines = ["%%MatrixMarket matrix coordinate integer general", "% a comment"]
     lines.append(f"{adata.n_vars} {adata.n_obs} {entries.nnz}")
-    lines += [f"{entries.col[i] + 1} {entries.row[i] + 1} {int(entries.data[i])}" for i in order]
+    columns = (entries.col[order] + 1, entries.row[order] + 1, entries.data[order].astype(np.int64))
+    lines += [f"{gene} {cell} {count}" for gene, cell, count in zip(*(each.tolist() for each in columns), strict=True)]
     for name, text in {
         "matrix.mtx": lines,
         "barcodes.tsv": list(adata.obs_names),
         "features.tsv": [f"{gene}\tname-{gene}\tGene Expression" for gene in adata.var_names],
     }.items():
-        with gzip.open(folder / f"{name}.gz", "wt") as file:
+        with gzip.open(folder / f"{name}.gz", "wt", compresslevel=1) as file:
             file.write("\n".join(text) + "\n")
     return folder
 
