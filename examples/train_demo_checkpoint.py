@@ -76,7 +76,8 @@ class MaskingCollator:
         self.tokenizer, self.fractions, self.max_genes, self.absent = tokenizer, fractions, max_genes, absent
         self.random = np.random.default_rng(seed)
         vocab = tokenizer.get_vocab()
-        self.genes = np.array([i for token, i in vocab.items() if not token.startswith("<")])
+        self.genes = np.sort([i for token, i in vocab.items() if not token.startswith("<")])
+        self.vocab_size = len(vocab)
 
     def __call__(self, cells: list[dict[str, np.ndarray]]) -> dict[str, torch.Tensor]:
         masked = [self.mask(cell["input_ids"], cell["expression_values"]) for cell in cells]
@@ -101,7 +102,10 @@ class MaskingCollator:
         """Return tokens, their true values, and which of them are targets."""
         genes = 1 + self.random.permutation(len(ids) - 1)[: self.max_genes]
         num_hidden = max(1, round(float(self.random.choice(self.fractions)) * len(genes)))
-        absent = self.random.permutation(np.setdiff1d(self.genes, ids))[: round(self.absent * num_hidden)]
+        expressed = np.zeros(self.vocab_size, dtype=bool)
+        expressed[ids] = True
+        others = self.genes[~expressed[self.genes]]
+        absent = self.random.permutation(others)[: round(self.absent * num_hidden)]
         kept = np.concatenate([[0], genes])
         targets = np.zeros(len(kept) + len(absent), dtype=bool)
         targets[1 : 1 + num_hidden] = True
