@@ -25,7 +25,11 @@ def main(
         int, typer.Option(help="Number of genes of similar expression to compare each gene with.")
     ] = 100,
     most_null_genes: Annotated[
-        int | None, typer.Option(help="Most of them for a gene that stands out among them; by default, many more.")
+        int | None,
+        typer.Option(
+            help="Most such genes for a gene that few of them match; their number is doubled until ten do.",
+            show_default="20 times --null-genes",
+        ),
     ] = None,
 ) -> None:
     """Rank deletions in cytotoxic T cells by how far they move the cells toward naive ones."""
