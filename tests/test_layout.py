@@ -28,7 +28,6 @@ TESTED_IN: dict[str, set[str]] = {
     "benchmarking/test_cell_types.py": {
         "benchmarking/cell_embeddings",
         "benchmarking/cells",
-        "benchmarking/clusters",
         "benchmarking/report",
         "benchmarking/running",
         "benchmarking/task",

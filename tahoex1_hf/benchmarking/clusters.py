@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from tahoex1_hf.common.own_thread import in_own_thread
+from tahoex1_hf.common.plots import import_umap
 
 NEIGHBOURS = 15
 
@@ -15,6 +16,7 @@ def leiden(features: Any, seed: int) -> np.ndarray:
     import scanpy
     from anndata import AnnData
 
+    import_umap()  # with which scanpy weighs neighbours: so that what it compiles is kept for other processes
     graph = AnnData(features)
     in_own_thread(scanpy.pp.neighbors, graph, use_rep="X", n_neighbors=NEIGHBOURS, random_state=seed)
     scanpy.tl.leiden(graph, flavor="igraph", n_iterations=2, directed=False, random_state=seed)
