@@ -255,7 +255,7 @@ from tahoex1_hf.training.microbatches import longest_cells
 def status(key):
     return next(int(l.split()[1]) * 1024 for l in open("/proc/self/status") if l.startswith(key))
 
-before = status("VmRSS")
+before, files = status("VmRSS"), status("RssFile")
 config = TahoeX1Config(num_hidden_layers=6, vocab_size=31360)
 model = TahoeX1ForPreTraining._from_config(config, attn_implementation="sdpa").train()
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
@@ -267,7 +267,8 @@ for checkpointing, cells, length in ((True, 1, 16), (True, 4, 256), (False, 4, 2
         model(**part, num_items_in_batch=torch.tensor(1.0)).loss.backward()
     optimizer.step()
     optimizer.zero_grad()
-    peaks.append(status("VmHWM") - before)
+    # Pages of libraries that are read meanwhile do not count: how many depends on what the system has read before.
+    peaks.append(status("VmHWM") - before - (status("RssFile") - files))
 print(json.dumps(peaks[1:]))
 """
 
@@ -284,8 +285,7 @@ def test_memory_of_a_real_run() -> None:
     fixed = memory.states(config, CPU_FLOAT32, "one", accumulate=True).total
     for peak, checkpointing in zip(json.loads(run.stdout.splitlines()[-1]), (True, False), strict=True):
         needed = fixed + memory.microbatch_bytes(config, CPU_FLOAT32, 256, 4, checkpointing=checkpointing)
-        # Resident memory also holds what no model says, 19 MB more in one run of many: 2.6 % of this half of a model.
-        assert 0.96 < needed / peak < 1.12, (needed, peak, checkpointing)
+        assert 0.98 < needed / peak < 1.12, (needed, peak, checkpointing)
 
 
 # Weights, gradients, optimizer --------------------------------------------------------------------------
