@@ -87,6 +87,17 @@ def pytest_configure(config: pytest.Config) -> None:
             one_compiler.install()
 
 
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Have the processes of pytest-xdist start as forks of one that has imported what tests import."""
+    options = session.config.option
+    if not hasattr(session.config, "workerinput") and getattr(options, "numprocesses", None):
+        import forked
+
+        if forked.forks_as_workers():
+            forked.shared_folder = session.config._tmp_path_factory.getbasetemp()
+            options.tx = [f"popen//python={forked.server().worker_python}"] * len(options.tx)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     order = {str(REPO_ROOT / "tests" / name): place for place, name in enumerate(LONG_FILES)}
     items.sort(key=lambda item: order.get(str(item.path), len(order)))

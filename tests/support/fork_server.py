@@ -49,6 +49,7 @@ LIBRARIES = [
     "sklearn.linear_model",
     "sklearn.metrics",
     "tensorboard",
+    "torch._inductor.compile_fx",
     "torch.distributed.checkpoint",
     "torch.distributed.fsdp",
     "torch.utils.tensorboard",
@@ -121,8 +122,8 @@ def run_command(request: dict[str, Any], files: list[int]) -> int:
     """Become the process that `python SCRIPT ARGUMENTS` or `python -c CODE ARGUMENTS` would be; return its status."""
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    os.dup2(files[0], 1)
-    os.dup2(files[1], 2)
+    for file, own in zip(files, (1, 2, 0), strict=False):
+        os.dup2(file, own)
     os.environ.clear()
     os.environ.update(request["environment"])
     if any(name.startswith("HF_") for name in request["environment"]):
@@ -167,9 +168,10 @@ def child(request: dict[str, Any], files: list[int]) -> None:
         os._exit(status & 0xFF)
 
 
-def refusal(environment: dict[str, str]) -> str:
+def refusal(environment: dict[str, str], unchecked: list[str]) -> str:
     """Name the variables that the imports have read and that have other values in a command's environment."""
-    names = {name for name in {*environment, *os.environ} if name.startswith(READ_AT_IMPORT)} - SET_BY_LAUNCHERS
+    names = {name for name in {*environment, *os.environ} if name.startswith(READ_AT_IMPORT)}
+    names -= {*SET_BY_LAUNCHERS, *unchecked}
     return ", ".join(sorted(name for name in names if environment.get(name) != os.environ.get(name)))
 
 
@@ -252,9 +254,9 @@ class Server:
     def start(self) -> None:
         """Fork a child for a command and answer with its number, or say why not."""
         answer, _ = self.listener.accept()
-        message, files, _, _ = socket.recv_fds(answer, 1 << 20, 2)
+        message, files, _, _ = socket.recv_fds(answer, 1 << 20, 3)
         request = json.loads(message)
-        if refused := refusal(request["environment"]):
+        if refused := refusal(request["environment"], request["unchecked"]):
             answer.send(f"{refused}: other than the fork server's; start a process with subprocess".encode())
             answer.close()
         else:

@@ -56,13 +56,19 @@ class ForkServer:
             self.control = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             self.control.connect(os.path.join(folder, "tests"))
         self.python = Path(self.folder, "python")
+        self.worker_python = Path(self.folder, "worker_python")
         atexit.register(self.stop)
 
     def start(self) -> socket.socket:
         """Start the processes; return the socket whose end ends them."""
-        python = Path(self.folder, "python")
-        python.write_text(f'#!/bin/sh\nexec "{sys.executable}" -S -E "{SUPPORT / "forked_python.py"}" "$@"\n')
-        python.chmod(0o755)
+        stand_in = f'"{sys.executable}" -S -E "{SUPPORT / "forked_python.py"}"'
+        for name, command in {
+            "python": f'exec {stand_in} "$@"',
+            "worker_python": f'FORK_SERVER="{self.path(package=True)}" exec {stand_in} --worker "$@"',
+        }.items():
+            script = Path(self.folder, name)
+            script.write_text(f"#!/bin/sh\n{command}\n")
+            script.chmod(0o755)
         control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs, tempfile.TemporaryFile() as log:
             command = [sys.executable, str(SUPPORT / "fork_server.py"), str(theirs.fileno()), self.folder]
@@ -123,14 +129,37 @@ def server() -> ForkServer:
     return _server
 
 
+def forks_as_workers() -> bool:
+    """Return whether processes of pytest-xdist can be forks: whether the server's imports read what theirs would.
+
+    Where modules are found does not count: pytest-xdist hands its own `sys.path` on.
+    """
+    read = {name: value for name, value in SERVER_ENVIRONMENT.items() if name != "PYTHONPATH"}
+    return sys.platform == "linux" and all(os.environ.get(name) == value for name, value in read.items())
+
+
 def ask(
-    path: str, arguments: list[str], env: Mapping[str, str], folder: str, outputs: list[int]
+    path: str,
+    arguments: list[str],
+    env: Mapping[str, str],
+    folder: str,
+    files: list[int],
+    unchecked: Sequence[str] = (),
 ) -> tuple[socket.socket, int]:
-    """Have a command started; return the connection on which its end will be reported, and its process number."""
+    """Have a command started; return the connection on which its end will be reported, and its process number.
+
+    Args:
+        path: Path of the server's socket.
+        arguments: The command, without Python.
+        env: Its environment.
+        folder: Where it runs.
+        files: Descriptors of its standard output, its standard error and, where it reads one, its standard input.
+        unchecked: Variables that may have other values than when the server imported.
+    """
     request = {"arguments": arguments, "environment": dict(env), "folder": folder, "asker": asker()}
     answer = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     answer.connect(path)
-    socket.send_fds(answer, [json.dumps(request).encode()], outputs)
+    socket.send_fds(answer, [json.dumps({**request, "unchecked": list(unchecked)}).encode()], files)
     number = answer.recv(1 << 12).decode()
     if not number.isdecimal():
         raise ValueError(number)

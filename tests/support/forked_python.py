@@ -14,7 +14,11 @@ from forked import ask
 
 def main() -> None:
     """Start the command, hand signals on to it, and end as it ends."""
-    answer, number = ask(os.environ["FORK_SERVER"], sys.argv[1:], os.environ, os.getcwd(), [1, 2])
+    path, arguments, environment, unchecked = os.environ["FORK_SERVER"], sys.argv[1:], dict(os.environ), []
+    if arguments[0] == "--worker":  # a process of pytest-xdist, which replaces `sys.path`
+        del arguments[0], environment["FORK_SERVER"]
+        unchecked = ["PYTHONPATH"]
+    answer, number = ask(path, arguments, environment, os.getcwd(), [1, 2, 0], unchecked)
 
     def hand_on(received: int, _: Any) -> None:
         with contextlib.suppress(ProcessLookupError):
