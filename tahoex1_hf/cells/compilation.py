@@ -1,7 +1,7 @@
 # Copyright 2026 The tahoex1_hf authors. Licensed under the Apache License, Version 2.0.
 """Decide whether this process encodes cells with compiled loops; the results are the same either way.
 
-Compiling takes about 10 CPU seconds, once per installation: numba keeps the loops on disk, from where they are loaded
+Compiling takes about 4 CPU seconds, once per installation: numba keeps the loops on disk, from where they are loaded
 in half a second. Embedding therefore loads them in the background if there are enough cells, and for very many has
 another process compile them: compiling in a thread of this one would hold Python's lock, and a GPU would wait (on an
 H100, 20,000 cells were embedded at 46 % of the model's rate). They need numba, which the extra "data" installs.
@@ -20,9 +20,10 @@ import numpy as np
 from tahoex1_hf.common.free_memory import give_back_memory
 from tahoex1_hf.encoding_tahoe_x1 import GeneMatch
 
-# Numbers of cells from which on it saves more time than it costs: to compile the loops (a cell of 2,500 genes takes
-# 141 us in numpy and 17 compiled; one of 800, 24 and 4), and to load those that an earlier process has compiled.
-COMPILE_FROM_CELLS = 100_000
+# Numbers of cells from which on it saves more time than it costs: to compile the loops (6 s in another process; a cell
+# of 2,500 genes takes 141 us in numpy and 17 compiled, one of 800 takes 24 and 4), and to load those that an earlier
+# process has compiled.
+COMPILE_FROM_CELLS = 50_000
 LOAD_FROM_CELLS = 5_000
 
 _ready, _lock = threading.Event(), threading.Lock()

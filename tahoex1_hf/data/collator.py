@@ -39,7 +39,7 @@ def share_room(room: int, absent_targets: float) -> tuple[int, float]:
 
 
 def _as_compiled(values: np.ndarray) -> np.ndarray:
-    """Return tokens or counts in a form for which the loops are compiled: numba takes 5 s for each.
+    """Return tokens or counts in a form for which the loops are compiled: numba takes 2 to 5 s for each.
 
     Arrays that can be written to, such as those of lists, and those of files, which cannot, are types of their own.
     """

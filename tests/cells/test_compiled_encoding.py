@@ -227,3 +227,18 @@ def test_real_cells(shared_data: Any, watched: list[int]) -> None:
     fast = encode_chunk(ours, matrix, genes, seed=3)
     assert not watched
     assert_same(fast, ours.encode_counts(matrix, genes, seed=3))
+
+
+def test_the_lowest_scores_are_found() -> None:
+    """Of random scores, which differ in the first bits, and of those of counts, which begin with the same ones."""
+    from tahoex1_hf.cells.kernels import _lowest
+
+    random = np.random.default_rng(0)
+    for number in (1, 2, 255, 3000):
+        spread = random.integers(0, 2**64, number, dtype=np.uint64)
+        counts = ~random.geometric(0.7, number).astype(np.float32).view(np.uint32)
+        alike = counts.astype(np.uint64) << np.uint64(32) | random.permutation(number).astype(np.uint64)
+        for scores in (spread, alike, alike // np.uint64(2**34)):  # of the last, many are equal
+            for room in {1, number // 2 + 1, number}:
+                found = _lowest(scores, number, room, np.empty(256, np.int32), np.empty(number, np.uint64))
+                assert found == np.sort(scores)[room - 1]
