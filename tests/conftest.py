@@ -104,14 +104,15 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
-    """Have the processes of pytest-xdist start as forks of one that has imported what tests import."""
+    """Have the processes of pytest-xdist start as forks of one that has collected the tests and what they import."""
     options = session.config.option
     if not hasattr(session.config, "workerinput") and getattr(options, "numprocesses", None):
         import forked
 
         if forked.forks_as_workers():
             forked.shared_folder = session.config._tmp_path_factory.getbasetemp()
-            options.tx = [f"popen//python={forked.server().worker_python}"] * len(options.tx)
+            server = forked.server(collected=session.config.invocation_params.args)
+            options.tx = [f"popen//python={server.worker_python}"] * len(options.tx)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

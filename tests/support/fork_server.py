@@ -2,9 +2,11 @@
 
 `forked.py` starts it, and `forked_python.py` stands for Python where a launcher starts processes. Both connect to
 the socket `package` in the folder argv[2] for each command, or to `libraries`, where a second server listens, forked
-before the package was imported. Importing torch, transformers and the package takes 8 CPU seconds, the fork some
-milliseconds. All processes of pytest-xdist share the servers, which end when the last of them closes its connection:
-the first has the socket whose descriptor is argv[1], the others connect to the socket `tests`.
+before the package was imported. Processes of pytest-xdist connect to `workers`: if argv has pytest's arguments after
+the folder, a third server listens there, which has collected the tests. Importing torch, transformers and the package
+takes 8 CPU seconds, the fork some milliseconds. All processes of pytest-xdist share the servers, which end when the
+last of them closes its connection: the first has the socket whose descriptor is argv[1], the others connect to the
+socket `tests`.
 
 A fork keeps only the thread that called it. The server therefore never starts a thread, nor a parallel region of
 OpenMP, after which a child of libgomp's would wait for threads that are not there: it imports, and nothing else.
@@ -24,6 +26,7 @@ import socket
 import sys
 import traceback
 import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +101,11 @@ def import_everything(names: list[str]) -> None:
     """Import libraries, and make sure that this started no thread."""
     for name in names:
         importlib.import_module(name)
+    check_threads()
+
+
+def check_threads() -> None:
+    """Raise RuntimeError if this process has more threads than its first."""
     threads = {path.read_text().strip() for path in Path("/proc/self/task").glob("[0-9]*/comm")}
     own = Path("/proc/self/comm").read_text().strip() if threads else ""
     if left := threads - {own, "jemalloc_bg_thd"}:  # jemalloc, which pyarrow brings, knows of forks
@@ -294,32 +302,48 @@ def freeze() -> None:
     gc.freeze()
 
 
-def fork_libraries(path: str) -> socket.socket:
-    """Fork a server that has the libraries alone; it ends when the returned socket is closed."""
+def fork_server(path: str, prepare: Callable[[], object] = lambda: None) -> socket.socket:
+    """Fork a server, which first calls `prepare`; it ends when the returned socket is closed."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     if os.fork() == 0:
         ours.close()
-        Server(listen(path), theirs).serve()
+        prepare()
+        server = Server(listen(path), theirs)
+        theirs.send(b"ready")
+        server.serve()
         os._exit(0)
     theirs.close()
+    if ours.recv(16) != b"ready":
+        raise RuntimeError(f"{path}: the server could not be prepared")
     return ours
+
+
+def collect(arguments: list[str]) -> None:
+    """Collect tests as pytest does, so that processes of pytest-xdist find them imported; they report errors."""
+    import pytest
+
+    pytest.main([*arguments, "-n0", "--collect-only", "-qq", "-p", "no:cacheprovider"])
+    check_threads()
 
 
 def main() -> None:
     """Import, and serve until the tests end."""
-    folder = Path(sys.argv[2])
-    with socket.socket(fileno=int(sys.argv[1])) as tests:
+    folder, arguments = Path(sys.argv[2]), sys.argv[3:]
+    with contextlib.ExitStack() as stack:
+        tests = stack.enter_context(socket.socket(fileno=int(sys.argv[1])))
         os.fsync = lambda handle: None  # as in conftest.py
         import_everything(LIBRARIES_OF_REMOTE_CODE)
         freeze()
-        with fork_libraries(str(folder / "libraries")) as libraries:
-            import_package()
-            fill_numba()
-            import_everything(LIBRARIES)
-            freeze()
-            server = Server(listen(str(folder / "package")), tests, listen(str(folder / "tests")), libraries)
-            tests.send(b"ready")
-            server.serve()
+        libraries = stack.enter_context(fork_server(str(folder / "libraries")))
+        import_package()
+        fill_numba()
+        import_everything(LIBRARIES)
+        freeze()
+        if arguments:
+            stack.enter_context(fork_server(str(folder / "workers"), lambda: collect(arguments)))
+        server = Server(listen(str(folder / "package")), tests, listen(str(folder / "tests")), libraries)
+        tests.send(b"ready")
+        server.serve()
 
 
 if __name__ == "__main__":

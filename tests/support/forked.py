@@ -43,14 +43,15 @@ class ForkServer:
 
     Args:
         folder: Folder of their sockets; None to start them.
+        collected: Arguments of pytest whose tests the forks that run tests find collected; empty for no such forks.
     """
 
-    def __init__(self, folder: str | None = None) -> None:
+    def __init__(self, folder: str | None = None, collected: Sequence[str] = ()) -> None:
         self.process: subprocess.Popen[bytes] | None = None
         if folder is None:
             self.own_folder = tempfile.TemporaryDirectory()
             self.folder = self.own_folder.name
-            self.control = self.start()
+            self.control = self.start(collected)
         else:
             self.folder = folder
             self.control = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -59,19 +60,19 @@ class ForkServer:
         self.worker_python = Path(self.folder, "worker_python")
         atexit.register(self.stop)
 
-    def start(self) -> socket.socket:
+    def start(self, collected: Sequence[str]) -> socket.socket:
         """Start the processes; return the socket whose end ends them."""
         stand_in = f'"{sys.executable}" -S -E "{SUPPORT / "forked_python.py"}"'
         for name, command in {
             "python": f'exec {stand_in} "$@"',
-            "worker_python": f'FORK_SERVER="{self.path(package=True)}" exec {stand_in} --worker "$@"',
+            "worker_python": f'FORK_SERVER="{self.folder}/workers" exec {stand_in} --worker "$@"',
         }.items():
             script = Path(self.folder, name)
             script.write_text(f"#!/bin/sh\n{command}\n")
             script.chmod(0o755)
         control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs, tempfile.TemporaryFile() as log:
-            command = [sys.executable, str(SUPPORT / "fork_server.py"), str(theirs.fileno()), self.folder]
+            command = [sys.executable, str(SUPPORT / "fork_server.py"), str(theirs.fileno()), self.folder, *collected]
             self.process = subprocess.Popen(
                 command, env=FIRST_ENVIRONMENT, pass_fds=[theirs.fileno()], stdout=log, stderr=log
             )
@@ -111,8 +112,8 @@ shared_folder: Path | None = None
 """Folder that all processes of pytest-xdist have, in which the first to need a server says where it is."""
 
 
-def server() -> ForkServer:
-    """Return the fork server, which the first call of all processes of pytest-xdist starts."""
+def server(collected: Sequence[str] = ()) -> ForkServer:
+    """Return the fork server, which the first call of all processes of pytest-xdist starts (`ForkServer`)."""
     global _server
     if _server is None and shared_folder is None:
         _server = ForkServer()
@@ -124,7 +125,7 @@ def server() -> ForkServer:
             try:
                 _server = ForkServer(place.read_text())
             except OSError:  # there is none, or it has ended
-                _server = ForkServer()
+                _server = ForkServer(collected=collected)
                 place.write_text(_server.folder)
     return _server
 
