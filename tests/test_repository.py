@@ -1,10 +1,12 @@
-"""What stands around the package agrees: versions, addresses, commands of workflows, what the Dockerfile copies."""
+"""What stands around the package agrees: versions, addresses, commands of workflows, Dockerfile, the tests' forks."""
 
 import configparser
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import yaml
 from check_docker import instructions, is_ignored
@@ -99,3 +101,17 @@ def test_what_extras_name_is_pinned() -> None:
             assert name is not None
             if name[0] and name[0] != "tahoex1_hf":
                 assert name[0].lower() in pins, f"{extra}: {name[0]}"
+
+
+def test_workers_import_what_failed_or_was_skipped_anew(tmp_path: Path) -> None:
+    """Where tests are collected for forks, half made modules would lack their tests, and nobody would be told."""
+    (tmp_path / "test_good.py").write_text("def test_it(): pass\n")
+    (tmp_path / "test_failing.py").write_text("def test_it(): pass\nimport nothing_there\n")
+    (tmp_path / "test_skipped.py").write_text("import pytest\npytest.importorskip('nothing_there')\n")
+    code = (
+        "import fork_server, sys\n"
+        "fork_server.collect([sys.argv[1], '--import-mode=importlib', '-c', '/dev/null', '--rootdir', sys.argv[1]])\n"
+        "print([name for name in sys.modules if name.startswith('test_')])"
+    )
+    done = forked.run([sys.executable, "-c", code, tmp_path], cwd=tmp_path)
+    assert done.stdout.splitlines()[-1] == "['test_good']", done.stdout + done.stderr

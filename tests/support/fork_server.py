@@ -106,10 +106,10 @@ def import_everything(names: list[str]) -> None:
 
 def check_threads() -> None:
     """Raise RuntimeError if this process has more threads than its first."""
-    threads = {path.read_text().strip() for path in Path("/proc/self/task").glob("[0-9]*/comm")}
-    own = Path("/proc/self/comm").read_text().strip() if threads else ""
-    if left := threads - {own, "jemalloc_bg_thd"}:  # jemalloc, which pyarrow brings, knows of forks
-        raise RuntimeError(f"importing started threads, which children of this process would lack: {sorted(left)}")
+    names = [path.read_text().strip() for path in Path("/proc/self/task").glob("[0-9]*/comm")]
+    names = [name for name in names if name != "jemalloc_bg_thd"]  # jemalloc, which pyarrow brings, knows of forks
+    if len(names) > 1:
+        raise RuntimeError(f"importing started threads, which children of this process would lack: {sorted(names)}")
 
 
 def read_hub_variables() -> None:
@@ -318,11 +318,28 @@ def fork_server(path: str, prepare: Callable[[], object] = lambda: None) -> sock
     return ours
 
 
+class FailedImports:
+    """A plugin of pytest that forgets the test modules that failed or were skipped: pytest leaves them half made."""
+
+    def pytest_sessionstart(self, session: Any) -> None:
+        """Note the folder from which the reports name files."""
+        self.root = session.config.rootpath
+
+    def pytest_collectreport(self, report: Any) -> None:
+        """Forget the module of such a report, so that a worker imports it, and fails or skips it, once more."""
+        if not report.passed:
+            path = self.root / report.nodeid.partition("::")[0]
+            for name, module in list(sys.modules.items()):
+                if (file := getattr(module, "__file__", None)) and Path(file) == path:
+                    del sys.modules[name]
+
+
 def collect(arguments: list[str]) -> None:
     """Collect tests as pytest does, so that processes of pytest-xdist find them imported; they report errors."""
     import pytest
 
-    pytest.main([*arguments, "-n0", "--collect-only", "-qq", "-p", "no:cacheprovider"])
+    quiet = ["-n0", "--collect-only", "-qq", "-p", "no:cacheprovider"]
+    pytest.main([*arguments, *quiet], plugins=[FailedImports()])
     check_threads()
 
 
