@@ -96,7 +96,7 @@ def check_contents(wheel: Path) -> None:
 
 
 def take_over_compiled(target: Path) -> None:
-    """Copy the loops that numba has compiled in the clone, if any: at a new place it would compile for 8 CPU seconds.
+    """Copy the loops that numba has compiled in the clone, if any: at a new place it would compile for 4 CPU seconds.
 
     numba takes them for those of files that are as old and as large as the ones that it compiled.
     """

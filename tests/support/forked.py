@@ -62,10 +62,10 @@ class ForkServer:
 
     def start(self, collected: Sequence[str]) -> socket.socket:
         """Start the processes; return the socket whose end ends them."""
-        stand_in = f'"{sys.executable}" -S -E "{SUPPORT / "forked_python.py"}"'
+        client = f'"{sys.executable}" -S -E "{SUPPORT / "forked_python.py"}"'
         for name, command in {
-            "python": f'exec {stand_in} "$@"',
-            "worker_python": f'FORK_SERVER="{self.folder}/workers" exec {stand_in} --worker "$@"',
+            "python": f'exec {client} "$@"',
+            "worker_python": f'FORK_SERVER="{self.folder}/workers" exec {client} --worker "$@"',
         }.items():
             script = Path(self.folder, name)
             script.write_text(f"#!/bin/sh\n{command}\n")
@@ -135,8 +135,9 @@ def forks_as_workers() -> bool:
 
     Where modules are found does not count: pytest-xdist hands its own `sys.path` on.
     """
-    read = {name: value for name, value in SERVER_ENVIRONMENT.items() if name != "PYTHONPATH"}
-    return sys.platform == "linux" and all(os.environ.get(name) == value for name, value in read.items())
+    return sys.platform == "linux" and all(
+        os.environ.get(name) == value for name, value in SERVER_ENVIRONMENT.items() if name != "PYTHONPATH"
+    )
 
 
 def ask(
@@ -158,9 +159,10 @@ def ask(
         unchecked: Variables that may have other values than when the server imported.
     """
     request = {"arguments": arguments, "environment": dict(env), "folder": folder, "asker": asker()}
+    request["unchecked"] = list(unchecked)
     answer = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     answer.connect(path)
-    socket.send_fds(answer, [json.dumps({**request, "unchecked": list(unchecked)}).encode()], files)
+    socket.send_fds(answer, [json.dumps(request).encode()], files)
     number = answer.recv(1 << 12).decode()
     if not number.isdecimal():
         raise ValueError(number)
