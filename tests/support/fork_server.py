@@ -24,6 +24,7 @@ import selectors
 import signal
 import socket
 import sys
+import threading
 import traceback
 import types
 from collections.abc import Callable
@@ -105,11 +106,15 @@ def import_everything(names: list[str]) -> None:
 
 
 def check_threads() -> None:
-    """Raise RuntimeError if this process has more threads than its first."""
-    names = [path.read_text().strip() for path in Path("/proc/self/task").glob("[0-9]*/comm")]
-    names = [name for name in names if name != "jemalloc_bg_thd"]  # jemalloc, which pyarrow brings, knows of forks
-    if len(names) > 1:
-        raise RuntimeError(f"importing started threads, which children of this process would lack: {sorted(names)}")
+    """Raise RuntimeError if there are threads that a fork would lack, of Python or with a name of their own.
+
+    Those of NumPy's OpenBLAS, which it has where it may use two cores, are named like the process, and know of forks.
+    """
+    threads = {path.read_text().strip() for path in Path("/proc/self/task").glob("[0-9]*/comm")}
+    own = Path("/proc/self/comm").read_text().strip() if threads else ""
+    threads |= {thread.name for thread in threading.enumerate() if thread is not threading.main_thread()}
+    if left := threads - {own, "jemalloc_bg_thd"}:  # jemalloc, which pyarrow brings, knows of forks
+        raise RuntimeError(f"importing started threads, which children of this process would lack: {sorted(left)}")
 
 
 def read_hub_variables() -> None:
