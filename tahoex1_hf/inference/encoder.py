@@ -2,7 +2,7 @@
 
 import copy
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, Literal, cast, get_args
@@ -18,13 +18,8 @@ from tahoex1_hf.common.dtypes import dtype_name
 from tahoex1_hf.configuration_tahoe_x1 import TahoeX1Config
 from tahoex1_hf.encoding_tahoe_x1 import GeneMatch
 from tahoex1_hf.inference.compiled_attention import compiled_attention
-from tahoex1_hf.inference.prepared_layers import (
-    KeptLayers,
-    PreparedLayer,
-    can_attend_compiled,
-    packs_weights,
-    round_layers,
-)
+from tahoex1_hf.inference.kept_layers import KeptLayers, ReadyLayer, can_attend_compiled
+from tahoex1_hf.inference.prepared_layers import packs_weights, round_layers
 from tahoex1_hf.inference.quantization import quantised_by, with_int8_weights
 from tahoex1_hf.inference.ragged import can_run_ragged, ragged_forward
 from tahoex1_hf.modeling_tahoe_x1 import TahoeX1Model, TahoeX1PreTrainedModel
@@ -206,8 +201,8 @@ class CellEncoder:
             are taken as they are, without the final norm.
         sole_user: Whether nothing else uses the model. On a GPU, in bfloat16, its layers are then rounded before they
             are moved, and not copied there: less memory, the same results.
-        compile_attention: Whether attention may be compiled where that serves: in bfloat16 on CPUs with matrix tiles
-            (see `inference/compiled_attention.py`). It changes last digits.
+        compile_attention: Whether attention may be compiled where that serves, on some CPUs (see
+            `inference/compiled_attention.py`). It changes last digits.
 
     Attributes:
         hidden_layer: Number of the layer whose output is taken, from 0 to the number of layers.
@@ -266,8 +261,9 @@ class CellEncoder:
         elif self.dtype != torch.float32 and quantised_by(self.model) == "torch":
             self.dtype, self.dtype_name = torch.float32, "int8 weights, float32"  # its layers take no other type
         self.tokenizer = tokenizer
-        may_compile = compile_attention and self._packs and can_run_ragged(self.model, self.device)
-        compiled = compiled_attention() if may_compile and can_attend_compiled(self.model) else None
+        serves = compile_attention and self._prepares and can_run_ragged(self.model, self.device)
+        on_cpu = self.device.type == "cpu"
+        compiled = compiled_attention(self.dtype) if serves and on_cpu and can_attend_compiled(self.model) else None
         self.attention = str(self.config._attn_implementation) if compiled is None else "compiled"
         self._kept_layers = KeptLayers(self.model, self.dtype, compiled)
         usual = _PACKED_BATCH_TOKENS if self._packs else _DEFAULT_BATCH_TOKENS.get(self.device.type, 16384)
@@ -383,12 +379,18 @@ class CellEncoder:
     def _packs(self) -> bool:
         return self.device.type == "cpu" and packs_weights(self.dtype)
 
-    def _prepared(self) -> list[PreparedLayer] | None:
+    @property
+    def _prepares(self) -> bool:
+        """Whether layers are made ready: where that gains, for the attention of torch or a compiled one."""
+        in_float32 = self.dtype == torch.float32
+        gains = (
+            (self._packs or in_float32) if self.device.type == "cpu" else self.device.type == "cuda" and not in_float32
+        )
+        return gains and not is_flash_attention_requested(self.config)
+
+    def _prepared(self) -> Sequence[ReadyLayer] | None:
         """Return the layers made ready for many batches; None where the model's own are to be run."""
-        serves = self._packs or (self.device.type == "cuda" and self.dtype != torch.float32)
-        if not serves or is_flash_attention_requested(self.config):
-            return None
-        return self._kept_layers.current()
+        return self._kept_layers.current() if self._prepares else None
 
     def _embed_padded(
         self, cells: EncodedCells, rows: np.ndarray, all_tokens: bool
@@ -406,7 +408,7 @@ class CellEncoder:
         cells: EncodedCells,
         rows: np.ndarray,
         all_tokens: bool,
-        prepared: list[PreparedLayer] | None = None,
+        prepared: Sequence[ReadyLayer] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         lengths = cells.lengths[rows]
         offsets = np.concatenate([[0], np.cumsum(lengths)])

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
-from tahoex1_hf.inference.compiled_attention import CompiledAttention, serves_heads
+from tahoex1_hf.inference.compiled_attention import CompiledAttention
 from tahoex1_hf.inference.fused_norm import add_and_norm
 from tahoex1_hf.modeling_tahoe_x1 import TahoeX1Layer, TahoeX1Model
 
@@ -200,58 +200,6 @@ class PreparedLayer:
         return self.down(self.up.relu(inputs) if type(act) is nn.ReLU else act(self.up(inputs)))
 
 
-def can_attend_compiled(model: TahoeX1Model) -> bool:
-    """Return whether compiled attention, where there is some, computes all layers but perhaps the last."""
-    config = model.config
-    heads, key_heads = config.num_attention_heads, config.num_key_value_heads or config.num_attention_heads
-    return serves_heads(heads, key_heads, config.hidden_size // heads) and _can_all_be_prepared(model)
-
-
-def prepare_layers(
-    model: TahoeX1Model, dtype: torch.dtype, attention: CompiledAttention | None = None
-) -> list[PreparedLayer] | None:
-    """Prepare all layers of a float32 model for products in `dtype`; None where one of them cannot be."""
-    if model.dtype != torch.float32:
-        return None
-    prepared = [PreparedLayer.make(cast(TahoeX1Layer, layer), dtype, attention) for layer in model.layers]
-    made = [layer for layer in prepared if layer is not None]
-    return made if len(made) == len(prepared) else None
-
-
-class KeptLayers:
-    """The prepared layers of a model, which are made again when its weights have changed.
-
-    For the 70M model, making them takes as long as embedding some cells. A change of a weight's values, another tensor
-    in its place and another module around it are noticed. What is written through `tensor.data` is not: PyTorch does
-    not count it.
-
-    Args:
-        model: Model whose layers are prepared.
-        dtype: Type of the products.
-        attention: Compiled attention, for models that it serves; None for torch's.
-    """
-
-    def __init__(self, model: TahoeX1Model, dtype: torch.dtype, attention: CompiledAttention | None = None):
-        self.model, self.dtype, self.attention = model, dtype, attention
-        self._layers: list[PreparedLayer] | None = None
-        self._state: list[tuple[int, int, int]] = []
-        self._held: list[tuple[nn.Linear, torch.Tensor]] = []
-
-    def current(self) -> list[PreparedLayer] | None:
-        """Return the prepared layers; None where one of them cannot be prepared."""
-        linears = [linear for layer in self.model.layers for linear in linears_of(cast(TahoeX1Layer, layer))]
-        weights = [(one, tensor) for one in linears if is_plain(one) for tensor in one.parameters()]
-        if any(tensor.is_inference() for _, tensor in weights):  # which have no count of their changes
-            return prepare_layers(self.model, self.dtype, self.attention)
-        state = [(id(one), tensor.data_ptr(), tensor._version) for one, tensor in weights]
-        if self._layers is None or state != self._state:
-            self._layers = None  # so that old copies and new ones are never in memory together
-            self._layers = prepare_layers(self.model, self.dtype, self.attention)
-            # What the state was taken of is held, so that its addresses are not given to others.
-            self._state, self._held = state, [(one, tensor.detach()) for one, tensor in weights]
-        return self._layers
-
-
 def linears_of(layer: TahoeX1Layer) -> list[nn.Linear]:
     """Return the linear layers of a transformer layer: queries, keys, values, output, up, down, and a gate."""
     attention, mlp = layer.self_attn, layer.mlp
@@ -264,12 +212,13 @@ def round_layers(model: TahoeX1Model, dtype: torch.dtype) -> None:
 
     Under autocast, results stay the same. Layers that `PreparedLayer` cannot take are left as they are.
     """
-    if _can_all_be_prepared(model):
+    if can_all_be_prepared(model):
         for module in (module for layer in model.layers for module in linears_of(cast(TahoeX1Layer, layer))):
             module.to(dtype)
 
 
-def _can_all_be_prepared(model: TahoeX1Model) -> bool:
+def can_all_be_prepared(model: TahoeX1Model) -> bool:
+    """Return whether `PreparedLayer` takes all layers of a model, which is in float32."""
     return model.dtype == torch.float32 and all(_can_be_prepared(cast(TahoeX1Layer, layer)) for layer in model.layers)
 
 

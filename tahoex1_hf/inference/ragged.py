@@ -11,7 +11,7 @@ the other; attention runs within each cell. Three steps are left out or replaced
 Numbers are those of the padded forward pass, up to the rounding of sums in another order.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import is_flash_attention_requested
 
 from tahoex1_hf.common.cuda_memory import sent
+from tahoex1_hf.inference.in_place import Room
+from tahoex1_hf.inference.kept_layers import ReadyLayer
 from tahoex1_hf.inference.prepared_layers import PreparedLayer, blocks_on_cpu, is_plain
 from tahoex1_hf.modeling_tahoe_x1 import TahoeX1Attention, TahoeX1Layer, TahoeX1Model
 from tahoex1_hf.observed_attention_tahoe_x1 import PackedAttention, equal_runs, flash_attention, flash_serves
@@ -44,7 +46,7 @@ def ragged_forward(
     offsets: np.ndarray,
     drug_ids: torch.Tensor | None = None,
     all_tokens: bool = False,
-    prepared: list[PreparedLayer] | None = None,
+    prepared: Sequence[ReadyLayer] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Embed cells whose tokens follow one another.
 
@@ -69,7 +71,7 @@ def ragged_forward(
     hidden_states = _embeddings(model, input_ids, expression_values, drug_ids, layout)
     dtype = prepared[0].dtype if prepared else multiplied_as(hidden_states)
     cells = _Layout(model, boundaries, lengths, dtype)
-    layers: list[Any] = prepared or list(model.layers)
+    layers: Sequence[Any] = prepared or list(model.layers)
     shorten = bool(layers) and not all_tokens and model.config.cell_pooling == "cls"
     for layer in layers[:-1] if shorten else layers:
         hidden_states = _whole_layer(layer, hidden_states, cells)
@@ -115,7 +117,7 @@ class _Layout:
         self.longest, self.runs = max(self.lengths), equal_runs(self.lengths)
         # Flash attention reads the boundaries itself. It has no float32.
         self.flash = is_flash_attention_requested(model.config) and (self.on_cpu or dtype != torch.float32)
-        self.mask, self.dtype = None, dtype
+        self.mask, self.dtype, self.room = None, dtype, Room()
         if not self.flash:
             width = model.config.hidden_size // model.config.num_attention_heads
             serves = flash_serves(boundaries.device, dtype, width)
@@ -233,9 +235,9 @@ def _embeddings(
     return model.embeddings.combine(input_ids.unsqueeze(0), values[places].unsqueeze(0), drug_ids, layout)[0][0]
 
 
-def _whole_layer(layer: TahoeX1Layer | PreparedLayer, states: torch.Tensor, cells: _Layout) -> torch.Tensor:
+def _whole_layer(layer: TahoeX1Layer | ReadyLayer, states: torch.Tensor, cells: _Layout) -> torch.Tensor:
     """Run one layer on all tokens. `states` is overwritten."""
-    if isinstance(layer, PreparedLayer):
+    if isinstance(layer, ReadyLayer):
         return layer.all_tokens(states, cells)
     attended, _ = layer.self_attn(layer.before_attention(states).unsqueeze(0), cells.mask, **cells.flash_arguments)
     parts = blocks_on_cpu(states, layer.mlp.up_proj.out_features)
@@ -244,11 +246,11 @@ def _whole_layer(layer: TahoeX1Layer | PreparedLayer, states: torch.Tensor, cell
     return states
 
 
-def _cls_layer(layer: TahoeX1Layer | PreparedLayer, states: torch.Tensor, cells: _Layout) -> torch.Tensor:
+def _cls_layer(layer: TahoeX1Layer | ReadyLayer, states: torch.Tensor, cells: _Layout) -> torch.Tensor:
     """Run one layer for each cell's first token alone: `(cells, hidden_size)`."""
     if isinstance(layer, PreparedLayer) and not layer.packed:
         return layer.first_tokens(states, cells)
-    if isinstance(layer, PreparedLayer):  # no key or value is projected, which saves more than packed weights do
+    if isinstance(layer, ReadyLayer):  # no key or value is projected, which saves more than the layer would
         layer = layer.layer
     attended = cells.attend_from_cls(layer.self_attn, layer.before_attention(states))
     return layer.after_attention(states[cells.boundaries[:-1]], layer.self_attn.o_proj(attended))

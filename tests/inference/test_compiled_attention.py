@@ -4,6 +4,7 @@ import ctypes
 import json
 import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from cells import NUM_GENES, make_cells, write_cells, write_vocab
+from encoder_parts import Tokens
 from helpers import tiny_config, tiny_model
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -31,26 +33,40 @@ def anew() -> Iterator[None]:
     program._loaded.cache_clear()
 
 
-@pytest.fixture
-def attention() -> CompiledAttention:
-    """Return the program, or skip the test with the reason."""
-    found = compiled_attention()
+EVERY_PROGRAM = {dtype: list(programs) for dtype, programs in program._PROGRAMS.items()}
+# The programs: the number of each among those of its type.
+PROGRAMS = [(torch.bfloat16, 0), (torch.float32, 0), (torch.float32, 1)]
+
+
+@pytest.fixture(params=PROGRAMS, ids=["bfloat16", "float32-avx512", "float32-avx2"])
+def attention(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> CompiledAttention:
+    """Return a program, or skip the test with the reason."""
+    dtype, number = request.param
+    monkeypatch.setitem(program._PROGRAMS, dtype, [program._PROGRAMS[dtype][number]])
+    found = compiled_attention(dtype)
     if found is None:
-        pytest.skip(
-            "attention is not compiled: it needs matrix tiles (AMX), a C compiler, and no variable against them"
-        )
+        needed = ", ".join(program._PROGRAMS[dtype][0].instructions)
+        pytest.skip(f"attention is not compiled: it needs Linux, {needed}, a C compiler, and no variable against them")
     return found
 
 
-def projected(tokens: int, heads: int, key_heads: int, width: int, seed: int = 0) -> torch.Tensor:
+# Errors by type, relative to the norm. In bfloat16 the weights and the result are rounded to 8 bits: 2^-9 of each at
+# most, half of that on average. In float32 sums of 256 products and 700 weights are rounded at each step, by 2^-24 at
+# most; random errors add up to their square roots, 1e-6 and 1.6e-6 (measured: up to 1.3e-6, torch's own 1.26e-6).
+ERRORS = {torch.bfloat16: 2**-8, torch.float32: 2e-6}
+
+
+def projected(
+    tokens: int, heads: int, key_heads: int, width: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0
+) -> torch.Tensor:
     random = torch.Generator().manual_seed(seed)
-    return (1.5 * torch.randn(tokens, (heads + 2 * key_heads) * width, generator=random)).bfloat16()
+    return (1.5 * torch.randn(tokens, (heads + 2 * key_heads) * width, generator=random)).to(dtype)
 
 
 def by_torch(states: torch.Tensor, lengths: list[int], heads: int, key_heads: int, width: int) -> torch.Tensor:
-    """Attend in float32, cell by cell."""
+    """Attend in float64, cell by cell."""
     cells = []
-    for cell in states.float().split(lengths):
+    for cell in states.double().split(lengths):
         parts = cell.unflatten(1, (-1, width)).transpose(0, 1).unsqueeze(0).split([heads, key_heads, key_heads], dim=1)
         query, key, value = parts
         groups = heads // key_heads
@@ -66,31 +82,65 @@ def bounds(lengths: list[int]) -> torch.Tensor:
 # The program itself -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("lengths", [[1], [2, 31, 32, 33, 64, 65], [127, 1, 700, 0, 513]])
+@pytest.mark.parametrize("lengths", [[1], [2, 11, 13, 31, 32, 33, 64, 65], [127, 1, 700, 0, 513]])
 @pytest.mark.parametrize(
     ("heads", "key_heads", "width"), [(8, 8, 64), (4, 2, 32), (2, 2, 128), (3, 1, 96), (1, 1, 256)]
 )
 def test_results_are_torchs(
     attention: CompiledAttention, heads: int, key_heads: int, width: int, lengths: list[int]
 ) -> None:
-    states = projected(sum(lengths), heads, key_heads, width)
-    ours = attention(states, bounds(lengths), heads, key_heads, width**-0.5).float()
+    states = projected(sum(lengths), heads, key_heads, width, attention.dtype)
+    ours = attention(states, bounds(lengths), heads, key_heads, width**-0.5)
     exact = by_torch(states, [length for length in lengths if length], heads, key_heads, width)
-    # The weights and the result are rounded to 8 bits: 2^-9 of each at most, half of that on average.
-    assert float((ours - exact).norm() / exact.norm()) < 2**-8
+    assert ours.dtype == attention.dtype
+    assert float((ours - exact).norm() / exact.norm()) < ERRORS[attention.dtype]
 
 
-def test_sharp_attention_takes_the_largest(attention: CompiledAttention) -> None:
-    states = projected(300, 1, 1, 64)
-    ours = attention(states, bounds([300]), 1, 1, 50.0).float()
-    query, key, value = states.float().split(64, dim=1)
+@pytest.mark.parametrize("tokens", [300, 1500])
+def test_sharp_attention_takes_the_largest(attention: CompiledAttention, tokens: int) -> None:
+    states = projected(tokens, 1, 1, 64, attention.dtype)
+    ours = attention(states, bounds([tokens]), 1, 1, 50.0)
+    query, key, value = states.double().split(64, dim=1)
     weights = (query @ key.t() * 50).softmax(-1)
     assert torch.isfinite(ours).all()
+    # Scores are up to 10^4: in float32 they, and so the weights, have an error of 10^-3 where two are nearly the same.
     assert float((ours - weights @ value).norm() / value.norm()) < 2**-8
 
 
+def test_the_largest_score_may_come_late(attention: CompiledAttention) -> None:
+    # Keys are read in parts; a larger score in a later part makes what was seen before count less.
+    random = torch.Generator().manual_seed(0)
+    states = torch.randn(1300, 3 * 64, generator=random)
+    states[:, 64:128] *= torch.linspace(0, 6, 1300).unsqueeze(1)
+    states = states.to(attention.dtype)
+    ours, exact = attention(states, bounds([1300]), 1, 1, 0.125), by_torch(states, [1300], 1, 1, 64)
+    assert float((ours - exact).norm() / exact.norm()) < 3 * ERRORS[attention.dtype]
+
+
+def test_both_programs_in_float32_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    states, outputs = projected(1400, 2, 1, 64, torch.float32), []
+    for each in EVERY_PROGRAM[torch.float32]:
+        program._loaded.cache_clear()
+        monkeypatch.setitem(program._PROGRAMS, torch.float32, [each])
+        attention = compiled_attention(torch.float32)
+        if attention is None:
+            pytest.skip("not both are compiled: they need Linux, AVX-512 and AVX2, and a C compiler")
+        outputs.append(attention(states, bounds([700, 13, 0, 687]), 2, 1, 0.125))
+    assert torch.equal(*outputs)
+
+
+def test_the_result_is_written_where_it_is_asked_for(attention: CompiledAttention) -> None:
+    states = projected(50, 2, 2, 64, attention.dtype)
+    out = torch.full((50, 128), 7.0, dtype=attention.dtype)
+    assert attention(states, bounds([20, 30]), 2, 2, 0.125, out) is out
+    assert torch.equal(out, attention(states, bounds([20, 30]), 2, 2, 0.125))
+    for wrong in (out[:49], out.double(), torch.empty(128, 50, dtype=attention.dtype).t()):
+        with pytest.raises(ValueError, match="out must be"):
+            attention(states, bounds([20, 30]), 2, 2, 0.125, wrong)
+
+
 def test_a_cell_depends_on_nothing_but_itself(attention: CompiledAttention) -> None:
-    lengths, states = [70, 9, 133, 400, 2], projected(614, 4, 4, 64)
+    lengths, states = [70, 9, 133, 600, 2], projected(814, 4, 4, 64, attention.dtype)
     together = attention(states, bounds(lengths), 4, 4, 0.125).split(lengths)
     before = torch.get_num_threads()
     try:
@@ -104,7 +154,7 @@ def test_a_cell_depends_on_nothing_but_itself(attention: CompiledAttention) -> N
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_is_not_finite_stays_so_in_its_cell_alone(attention: CompiledAttention, value: float) -> None:
-    states = projected(100, 2, 2, 64)
+    states = projected(100, 2, 2, 64, attention.dtype)
     states[40, 7] = value
     finite = attention(states, bounds([30, 50, 20]), 2, 2, 0.125).isfinite().all(1)
     assert not finite[40]
@@ -113,9 +163,9 @@ def test_what_is_not_finite_stays_so_in_its_cell_alone(attention: CompiledAttent
 
 
 def test_arguments_that_do_not_fit_are_refused(attention: CompiledAttention) -> None:
-    states = projected(10, 2, 2, 64)
+    states = projected(10, 2, 2, 64, attention.dtype)
     for wrong, where, heads in (
-        (states.float(), [0, 10], 2),
+        (states.double(), [0, 10], 2),
         (states, [0, 11], 2),
         (states, [0, 6, 4, 10], 2),
         (states, [0, 10], 7),
@@ -133,18 +183,29 @@ class Plain(CompiledAttention):
     calls = 0
 
     def __call__(
-        self, states: torch.Tensor, boundaries: torch.Tensor, heads: int, key_heads: int, scaling: float
+        self,
+        states: torch.Tensor,
+        boundaries: torch.Tensor,
+        heads: int,
+        key_heads: int,
+        scaling: float,
+        out: Any = None,
     ) -> Any:
         Plain.calls += 1
         width = states.shape[1] // (heads + 2 * key_heads)
-        return by_torch(states, boundaries.diff().tolist(), heads, key_heads, width).to(states.dtype)
+        attended = by_torch(states, boundaries.diff().tolist(), heads, key_heads, width).to(states.dtype)
+        return attended if out is None else out.copy_(attended)
+
+
+def plain(dtype: torch.dtype) -> Plain:
+    return Plain(ctypes.CDLL(None), dtype)
 
 
 @pytest.fixture
 def everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have compiled attention, and packed weights, on any CPU."""
     Plain.calls = 0
-    monkeypatch.setattr(encoding, "compiled_attention", lambda: Plain(ctypes.CDLL(None)))
+    monkeypatch.setattr(encoding, "compiled_attention", plain)
     monkeypatch.setattr(encoding, "packs_weights", lambda dtype: dtype == torch.bfloat16)
     monkeypatch.delenv(SWITCH, raising=False)
 
@@ -156,16 +217,10 @@ def encoder_of(tokens: Any, dtype: str = "bfloat16", **settings: Any) -> CellEnc
     return CellEncoder(model, tokens, device="cpu", dtype=dtype)
 
 
-class Tokens(list):
-    """As much of a tokenizer as an encoder asks for."""
-
-    pad_token_id, pad_value = 0, -2.0
-
-
 def test_an_encoder_says_what_attends(everywhere: None) -> None:
-    tokens = Tokens(range(tiny_config().vocab_size))
+    tokens = Tokens(tiny_config().vocab_size)
     assert encoder_of(tokens).attention == "compiled"
-    assert encoder_of(tokens, dtype="float32").attention == "sdpa"
+    assert encoder_of(tokens, dtype="float32").attention == "compiled"
     assert encoder_of(tokens, attn_implementation="eager").attention == "eager"
     encoder = encoder_of(tokens)
     encoder.go_on_as(None)
@@ -174,8 +229,9 @@ def test_an_encoder_says_what_attends(everywhere: None) -> None:
     assert (encoder.attention, encoder._kept_layers.attention) == ("sdpa", None)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_a_run_goes_on_with_the_attention_it_began_with(
-    everywhere: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    everywhere: None, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shape = {"hidden_size": 64, "num_attention_heads": 2, "num_hidden_layers": 3, "vocab_size": NUM_GENES + 3}
     model, tokenizer = tiny_model(tiny_config(**shape), TahoeX1Model), TahoeX1Tokenizer(str(write_vocab(tmp_path)))
@@ -193,7 +249,7 @@ def test_a_run_goes_on_with_the_attention_it_began_with(
         if begun is not None:
             ShardFolder(f"{output}.shards").write_file("run.json", json.dumps(begun).encode())
         Plain.calls = 0
-        embed_files(cells, output, model, tokenizer, device="cpu", dtype="bfloat16", progress=False)
+        embed_files(cells, output, model, tokenizer, device="cpu", dtype=dtype, progress=False)
         return claimed[-1]["compiled_attention"], Plain.calls
 
     monkeypatch.setattr(ShardFolder, "claim", note)
@@ -203,7 +259,7 @@ def test_a_run_goes_on_with_the_attention_it_began_with(
     assert embed(record | {"compiled_attention": False}) == (False, 0)
     del record["compiled_attention"]  # as an earlier version's
     assert embed(record) == (False, 0)
-    monkeypatch.setattr(encoding, "compiled_attention", lambda: None)
+    monkeypatch.setattr(encoding, "compiled_attention", lambda dtype: None)
     with pytest.raises(ValueError, match="compiled_attention"):
         embed(record | {"compiled_attention": True})
 
@@ -215,12 +271,30 @@ def test_a_run_goes_on_with_the_attention_it_began_with(
     ("name", "value"), [(SWITCH, "0"), ("ATEN_CPU_CAPABILITY", "avx2"), ("ONEDNN_MAX_CPU_ISA", "AVX2")]
 )
 def test_variables_switch_it_off(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(program, "_loaded", lambda: Plain(ctypes.CDLL(None)))
+    monkeypatch.setattr(program, "_loaded", plain)
     for other in (SWITCH, *program._LIMITS):
         monkeypatch.delenv(other, raising=False)
-    assert compiled_attention() is not None
+    assert compiled_attention(torch.float32) is not None
     monkeypatch.setenv(name, value)
-    assert compiled_attention() is None
+    assert compiled_attention(torch.float32) is None
+
+
+def test_types_that_no_program_computes_with_are_torchs() -> None:
+    assert compiled_attention(torch.float16) is None
+
+
+def test_a_processor_with_avx2_alone_has_the_program_for_it(
+    attention: CompiledAttention, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if attention.dtype != torch.float32:
+        pytest.skip("there is no program for bfloat16 without matrix tiles")
+    program._loaded.cache_clear()
+    monkeypatch.setitem(program._PROGRAMS, torch.float32, EVERY_PROGRAM[torch.float32])
+    monkeypatch.setattr(program, "_instructions", lambda: {"avx2", "fma", "sse4_2"})
+    chosen: list[Any] = []
+    monkeypatch.setattr(program, "_compiled", lambda each: chosen.append(each) or tmp_path / "none")
+    assert compiled_attention(torch.float32) is None
+    assert set(chosen[0].instructions) == {"avx2", "fma"}
 
 
 @pytest.mark.parametrize("lacking", ["instructions", "compiler", "folder", "agreement"])
@@ -230,14 +304,15 @@ def test_torch_attends_where_something_is_missing(
     program._loaded.cache_clear()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     if lacking == "instructions":
-        monkeypatch.setattr(program, "_INSTRUCTIONS", {"no_such_instruction": ""})
+        monkeypatch.setattr(program, "_instructions", set)
     elif lacking == "compiler":
         monkeypatch.setenv("PATH", str(tmp_path))
     elif lacking == "folder":
         (tmp_path / "cache").write_text("a file")
     else:
-        monkeypatch.setattr(program, "_TOLERANCE", 0.0)
-    assert compiled_attention() is None
+        (only,) = program._PROGRAMS[attention.dtype]
+        monkeypatch.setitem(program._PROGRAMS, attention.dtype, [replace(only, tolerance=0.0)])
+    assert compiled_attention(attention.dtype) is None
 
 
 def test_the_program_is_compiled_once(
@@ -245,9 +320,9 @@ def test_the_program_is_compiled_once(
 ) -> None:
     program._loaded.cache_clear()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert compiled_attention() is not None
+    assert compiled_attention(attention.dtype) is not None
     program._loaded.cache_clear()
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("it is compiled again"))
-    assert compiled_attention() is not None
+    assert compiled_attention(attention.dtype) is not None
     (library,) = (tmp_path / "tahoex1_hf").iterdir()
     assert library.suffix == ".so"
