@@ -181,7 +181,7 @@ lint: .venv/.installed ## ruff (rules and format) and mypy
 	"$(BIN)/python" -m ruff format --check .
 	"$(BIN)/python" -m mypy tahoex1_hf benchmarks
 
-benchmark: .venv/.installed .venv/.int8 ## measure speed and memory, write the results
+benchmark: .venv/.installed .venv/.int8 .venv/.loaders ## measure speed and memory (on Python 3.12 also beside annbatch)
 	"$(BIN)/python" -m benchmarks
 
 clean: ## remove .venv, caches and build output
@@ -204,4 +204,8 @@ clean: ## remove .venv, caches and build output
 # in the demo too.
 .venv/.int8: .venv/.installed
 	$(call install,--no-build-isolation -e '.[int8]')
+	@touch $@
+
+.venv/.loaders: .venv/.installed
+	$(call install,--no-build-isolation -e '.[loaders]')
 	@touch $@
