@@ -8,11 +8,12 @@ from benchmarks.cells import ensembl_ids, synthetic_counts, tokenizer_for
 from benchmarks.embedding import COLUMNS, CONTEXT, random_model
 from benchmarks.measuring import Row, Series, Suite, progress
 from tahoex1_hf import TahoeX1Model
+from tahoex1_hf.inference import compiled_attention
 from tahoex1_hf.inference.encoder import CellEncoder
 
 KINDS = {
-    "matrix products": ("aten::addmm", "aten::mm", "aten::bmm"),
-    "attention": ("aten::_scaled_dot_product_flash_attention_for_cpu",),
+    "matrix products": ("aten::addmm", "aten::addmm_", "aten::mm", "aten::bmm"),
+    "attention": ("aten::_scaled_dot_product_flash_attention_for_cpu", compiled_attention.NAME),
     "layer norms": ("aten::native_layer_norm",),
 }
 

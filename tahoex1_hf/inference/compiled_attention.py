@@ -24,10 +24,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.nn.functional import scaled_dot_product_attention
+from torch.profiler import record_function
 
 logger = logging.getLogger(__name__)
 
 SWITCH = "TAHOEX1_COMPILED_ATTENTION"
+NAME = "tahoex1_hf::compiled_attention"  # as torch's profiler shows it
 _SOURCE = Path(__file__).with_name("cells_attention.c")
 _SOURCES = [_SOURCE, *(_SOURCE.with_name(f"attention_{dtype}.h") for dtype in ("bfloat16", "float32"))]
 
@@ -124,11 +126,12 @@ class CompiledAttention:
             raise ValueError(
                 f"out must be {shape} {self.dtype} without gaps, not {tuple(output.shape)} {output.dtype}."
             )
-        failed = self.library.tahoex1_attend(
-            *(ctypes.c_void_p(array) for array in (projected.data_ptr(), output.data_ptr(), bounds.data_ptr())),
-            *(ctypes.c_int64(number) for number in (len(lengths), heads, key_heads, width)),
-            ctypes.c_float(scaling), ctypes.c_int64(torch.get_num_threads()), self.parallel or ctypes.c_void_p(),
-        )  # fmt: skip
+        with record_function(NAME):
+            failed = self.library.tahoex1_attend(
+                *(ctypes.c_void_p(array) for array in (projected.data_ptr(), output.data_ptr(), bounds.data_ptr())),
+                *(ctypes.c_int64(number) for number in (len(lengths), heads, key_heads, width)),
+                ctypes.c_float(scaling), ctypes.c_int64(torch.get_num_threads()), self.parallel or ctypes.c_void_p(),
+            )  # fmt: skip
         if failed:
             raise MemoryError(f"There is no memory for attention within a cell of {lengths.max()} tokens.")
         return output

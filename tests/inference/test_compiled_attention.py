@@ -15,6 +15,7 @@ from cells import NUM_GENES, make_cells, write_cells, write_vocab
 from encoder_parts import Tokens
 from helpers import tiny_config, tiny_model
 from torch.nn.functional import scaled_dot_product_attention
+from torch.profiler import ProfilerActivity, profile
 
 from tahoex1_hf import TahoeX1Model, TahoeX1Tokenizer
 from tahoex1_hf.embedding.files import embed_files
@@ -160,6 +161,14 @@ def test_what_is_not_finite_stays_so_in_its_cell_alone(attention: CompiledAttent
     assert not finite[40]
     assert finite[:30].all()
     assert finite[80:].all()
+
+
+def test_a_profile_shows_it(attention: CompiledAttention) -> None:
+    states = projected(50, 2, 2, 64, attention.dtype)
+    with profile(activities=[ProfilerActivity.CPU], acc_events=True) as run:
+        attention(states, bounds([50]), 2, 2, 0.125)
+    (event,) = (event for event in run.key_averages() if event.key == program.NAME)
+    assert event.count == 1
 
 
 def test_arguments_that_do_not_fit_are_refused(attention: CompiledAttention) -> None:
