@@ -1,4 +1,5 @@
-/* Attention in bfloat16, on x86 processors with matrix tiles (AMX) and AVX-512. Scores and softmax are float32. */
+/* Attention in bfloat16, on x86 processors with matrix tiles (AMX) and AVX-512. Scores and softmax are float32. No
+   bias is added: it is part of the product before. */
 
 enum { ROWS = 64, TILE = 16 };  /* queries at a time; rows of a tile, of 64 bytes each */
 

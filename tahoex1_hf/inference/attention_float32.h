@@ -82,13 +82,17 @@ INLINED void turn(Vector r[LANES]) {
 #endif
 }
 
-/* Scale queries, and write them feature by feature; those from `inside` on are 0. */
-static void turn_queries(const float *queries, int64_t row, int64_t inside, int64_t width, float factor, float *turned) {
+INLINED Vector load_or_zero(const float *place, int64_t f) { return place == NULL ? ALL(0.0f) : LOAD(place + f); }
+
+/* Add the bias, scale, and write queries feature by feature; those from `inside` on are 0. */
+static void turn_queries(const float *queries, const float *bias, int64_t row, int64_t inside, int64_t width,
+                         float factor, float *turned) {
   for (int64_t i = 0; i < QUERIES; i += LANES)
     for (int64_t f = 0; f < width; f += LANES) {
+      const Vector added = load_or_zero(bias, f);
       Vector lines[LANES];
       UNROLLED for (int r = 0; r < LANES; r++)
-        lines[r] = i + r < inside ? MULTIPLY(LOAD(queries + (i + r) * row + f), ALL(factor)) : ALL(0.0f);
+        lines[r] = i + r < inside ? MULTIPLY(ADD(LOAD(queries + (i + r) * row + f), added), ALL(factor)) : ALL(0.0f);
       turn(lines);
       UNROLLED for (int r = 0; r < LANES; r++) STORE(turned + (f + r) * QUERIES + i, lines[r]);
     }
@@ -181,6 +185,9 @@ static void attend_head(const Work *w, int64_t cell, int64_t head, char *room) {
   float *scores = (float *)room, *factors = scores + NEAR_KEYS * QUERIES, *queries = factors + QUERIES;
   float *results = queries + GROUP * size, *keys = results + GROUP * size, *values = keys + num_keys * width;
   const float factor = w->scaling * 1.44269504f;  /* softmax to base 2 */
+  /* The keys' bias adds the same to all scores of a query, which softmax takes away; the values' adds itself. */
+  const float *of_query = w->bias == NULL ? NULL : w->bias + head * width;
+  const float *of_value = w->bias == NULL ? NULL : w->bias + (w->heads + w->key_heads + of_keys) * width;
   Seen seen[GROUP];
 
   for (int64_t j = 0; j < num_keys; j++) {  /* beside each other: in the batch, a whole token lies between two keys */
@@ -190,7 +197,7 @@ static void attend_head(const Work *w, int64_t cell, int64_t head, char *room) {
   for (int64_t i0 = 0; i0 < num_keys; i0 += GROUP * QUERIES) {
     for (int64_t b = 0; b < GROUP && i0 + b * QUERIES < num_keys; b++) {
       const int64_t first = i0 + b * QUERIES;
-      turn_queries(query + first * row, row, num_keys - first, width, factor, queries + b * size);
+      turn_queries(query + first * row, of_query, row, num_keys - first, width, factor, queries + b * size);
       seen[b].most[0] = seen[b].most[1] = ALL(-__builtin_inff());
       seen[b].sums[0] = seen[b].sums[1] = ALL(0.0f);
       seen[b].result = memset(results + b * size, 0, (size_t)size * sizeof(float));
@@ -214,7 +221,7 @@ static void attend_head(const Work *w, int64_t cell, int64_t head, char *room) {
       for (int64_t i = 0; i < QUERIES && i0 + b * QUERIES + i < num_keys; i++) {
         float *out = w->out + (start + i0 + b * QUERIES + i) * out_row + head * width;
         for (int64_t f = 0; f < width; f += LANES)
-          STORE(out + f, MULTIPLY(LOAD(seen[b].result + i * width + f), ALL(1.0f / factors[i])));
+          STORE(out + f, MULTIPLY_ADD(LOAD(seen[b].result + i * width + f), ALL(1.0f / factors[i]), load_or_zero(of_value, f)));
       }
     }
   }

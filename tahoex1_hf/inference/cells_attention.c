@@ -18,6 +18,7 @@ typedef float Number;
 
 typedef struct {
   const Number *qkv;      /* (tokens, (heads + 2 * key_heads) * width): queries, keys and values of a token */
+  const Number *bias;     /* ((heads + 2 * key_heads) * width): what is still to be added to each token's; NULL for 0 */
   Number *out;            /* (tokens, heads * width) */
   const int64_t *bounds;  /* (cells + 1): where cells begin and end */
   int64_t heads, key_heads, width, longest;
@@ -61,10 +62,10 @@ int tahoex1_may_compute(void) { return may_compute(); }
 
 /* Attend, in `threads` threads of `parallel`: GOMP_parallel of the library that torch computes with, whose threads wait by
    spinning, and would be in the way of others. NULL for one thread. Return 0, or 1 if memory lacks. */
-int tahoex1_attend(const Number *qkv, Number *out, const int64_t *bounds, int64_t cells, int64_t heads,
+int tahoex1_attend(const Number *qkv, const Number *bias, Number *out, const int64_t *bounds, int64_t cells, int64_t heads,
                    int64_t key_heads, int64_t width, float scaling, int64_t threads,
                    void (*parallel)(void (*)(void *), void *, unsigned, unsigned)) {
-  Work work = {qkv, out, bounds, heads, key_heads, width, 0, scaling};
+  Work work = {qkv, bias, out, bounds, heads, key_heads, width, 0, scaling};
   Task task = {&work, 0, cells * heads, 0};
   for (int64_t cell = 0; cell < cells; cell++)
     if (bounds[cell + 1] - bounds[cell] > work.longest) work.longest = bounds[cell + 1] - bounds[cell];

@@ -93,6 +93,7 @@ class CompiledAttention:
         key_heads: int,
         scaling: float,
         out: torch.Tensor | None = None,
+        bias: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Let the tokens of each cell attend to one another.
 
@@ -103,6 +104,8 @@ class CompiledAttention:
             key_heads: Number of heads of keys and values, each for as many of the queries'.
             scaling: Factor of the scores.
             out: Where to write the result, without gaps; None for new memory.
+            bias: `((heads + 2 * key_heads) * width,)` float32 that is to be added to each token's queries, keys and
+                values, in float32 alone; None for nothing.
 
         Returns:
             `(tokens, heads * width)`.
@@ -126,9 +129,19 @@ class CompiledAttention:
             raise ValueError(
                 f"out must be {shape} {self.dtype} without gaps, not {tuple(output.shape)} {output.dtype}."
             )
+        if bias is not None and (self.dtype, bias.dtype, bias.shape) != (
+            torch.float32,
+            torch.float32,
+            projected.shape[1:],
+        ):
+            raise ValueError(f"bias must be {tuple(projected.shape[1:])} float32, for a program in float32.")
+        biases = None if bias is None else bias.contiguous()
         with record_function(NAME):
             failed = self.library.tahoex1_attend(
-                *(ctypes.c_void_p(array) for array in (projected.data_ptr(), output.data_ptr(), bounds.data_ptr())),
+                *(
+                    ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+                    for tensor in (projected, biases, output, bounds)
+                ),
                 *(ctypes.c_int64(number) for number in (len(lengths), heads, key_heads, width)),
                 ctypes.c_float(scaling), ctypes.c_int64(torch.get_num_threads()), self.parallel or ctypes.c_void_p(),
             )  # fmt: skip

@@ -84,25 +84,29 @@ class InPlaceLayer:
         heads, key_heads, _ = (width // attention.head_dim for width in widths)
         if self.attention is not None:
             together = room.array("projected", tokens, sum(widths))
-            self._project(states, linears, together.split(widths, dim=1))
+            self._project(states, linears, together.split(widths, dim=1), with_bias=False)
             out = room.array("attended", tokens, widths[0])
-            return self.attention(together, cells.boundaries, heads, key_heads, attention.scaling, out)
+            given = (linear.bias if linear.bias is not None else linear.weight.new_zeros(()) for linear in linears)
+            bias = torch.cat([each.expand(width) for each, width in zip(given, widths, strict=True)])
+            return self.attention(together, cells.boundaries, heads, key_heads, attention.scaling, out, bias)
         apart = [room.array(name, tokens, width) for name, width in zip(("q", "k", "v"), widths, strict=True)]
-        self._project(states, linears, apart)
+        self._project(states, linears, apart, with_bias=True)
         query, key, value = (
             each.unflatten(1, (-1, attention.head_dim)).transpose(0, 1).unsqueeze(0) for each in apart
         )
         attended: torch.Tensor = cells.mask(query, key, value, attention.scaling)[0][0]
         return attended.flatten(1)
 
-    def _project(self, states: torch.Tensor, linears: Sequence[nn.Linear], outs: Sequence[torch.Tensor]) -> None:
+    def _project(
+        self, states: torch.Tensor, linears: Sequence[nn.Linear], outs: Sequence[torch.Tensor], with_bias: bool
+    ) -> None:
         """Write queries, keys and values."""
         parts = blocks_on_cpu(states, sum(out.shape[1] for out in outs))
         sizes = [len(part) for part in parts]
         for part, *written in zip(parts, *(out.split(sizes) for out in outs), strict=True):
             inputs = self.layer.before_attention(part)
             for linear, out in zip(linears, written, strict=True):
-                _multiply(linear, inputs, out)
+                _multiply(linear, inputs, out, with_bias)
 
     def _add_feed_forward(self, inputs: torch.Tensor, states: torch.Tensor, room: Room) -> None:
         """Add the feed-forward block's output to `states`, which may be its inputs: both `(tokens, hidden_size)`."""
@@ -118,8 +122,8 @@ class InPlaceLayer:
         _add(mlp.down_proj, inner, states)
 
 
-def _multiply(linear: nn.Linear, inputs: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    if linear.bias is None:
+def _multiply(linear: nn.Linear, inputs: torch.Tensor, out: torch.Tensor, with_bias: bool = True) -> torch.Tensor:
+    if linear.bias is None or not with_bias:
         return torch.mm(inputs, linear.weight.t(), out=out)
     return torch.addmm(linear.bias, inputs, linear.weight.t(), out=out)
 

@@ -163,6 +163,23 @@ def test_what_is_not_finite_stays_so_in_its_cell_alone(attention: CompiledAttent
     assert finite[80:].all()
 
 
+def test_a_bias_is_added_in_float32(attention: CompiledAttention) -> None:
+    states, lengths = projected(363, 4, 2, 64, attention.dtype), [350, 13]
+    bias = torch.randn(8 * 64, generator=torch.Generator().manual_seed(1))
+    if attention.dtype != torch.float32:
+        with pytest.raises(ValueError, match="float32"):
+            attention(states, bounds(lengths), 4, 2, 0.125, bias=bias)
+        return
+    ours, exact = (
+        attention(states, bounds(lengths), 4, 2, 0.125, bias=bias),
+        by_torch(states + bias, lengths, 4, 2, 64),
+    )
+    assert float((ours - exact).norm() / exact.norm()) < ERRORS[attention.dtype]
+    for wrong in (bias[1:], bias.double()):
+        with pytest.raises(ValueError, match="bias must be"):
+            attention(states, bounds(lengths), 4, 2, 0.125, bias=wrong)
+
+
 def test_a_profile_shows_it(attention: CompiledAttention) -> None:
     states = projected(50, 2, 2, 64, attention.dtype)
     with profile(activities=[ProfilerActivity.CPU], acc_events=True) as run:
@@ -199,8 +216,10 @@ class Plain(CompiledAttention):
         key_heads: int,
         scaling: float,
         out: Any = None,
+        bias: Any = None,
     ) -> Any:
         Plain.calls += 1
+        states = states if bias is None else states + bias
         width = states.shape[1] // (heads + 2 * key_heads)
         attended = by_torch(states, boundaries.diff().tolist(), heads, key_heads, width).to(states.dtype)
         return attended if out is None else out.copy_(attended)
