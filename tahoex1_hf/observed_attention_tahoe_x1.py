@@ -23,8 +23,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 logger = logging.getLogger(__name__)
 
-# Below this, gathering the observed keys costs more than it saves (benchmarks/attention.py).
-SHORTEST_WITH_OBSERVED_KEYS = 256
+# Below this, gathering the observed keys takes longer than a mask: 1.4 to 1.7 times at 256 tokens (docs/speed.md).
+SHORTEST_WITH_OBSERVED_KEYS = 512
 # Wider heads have no backward pass on some cards (sdp_utils.cpp in torch); the released models' have 64 or 128.
 _WIDEST_HEAD = 192
 _WIDEST_OF_CUDNN = 128

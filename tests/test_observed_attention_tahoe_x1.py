@@ -107,7 +107,8 @@ def test_long_rows_choose_this_attention(heads: int, monkeypatch: pytest.MonkeyP
         assert largest_difference(mine, theirs) < 1e-12
 
 
-def test_a_cell_without_observed_tokens_is_masked() -> None:
+def test_a_cell_without_observed_tokens_is_masked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(observed_attention_tahoe_x1, "SHORTEST_WITH_OBSERVED_KEYS", 256)
     lengths = [300, 260]
     observed = some_observed(lengths)
     observed[300:] = False
