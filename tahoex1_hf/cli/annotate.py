@@ -8,7 +8,7 @@ import typer
 
 from tahoex1_hf.cli import options
 from tahoex1_hf.cli.options import Dtype
-from tahoex1_hf.cli.running import command
+from tahoex1_hf.cli.running import command, quick_imports
 
 
 @command(extra="data,train")
@@ -107,8 +107,9 @@ def annotate(
     Nothing is trained. Writes obs["tahoex1_<label>"] (the label, or "unknown" far from the reference), its
     _probability, _distance and _nearest, and a report that compares with PCA and with logistic regression.
     """
-    from tahoex1_hf.annotation.annotating import annotate_files, check_files
-    from tahoex1_hf.inference.encoder import choose_device
+    with quick_imports():
+        from tahoex1_hf.annotation.annotating import annotate_files, check_files
+        from tahoex1_hf.inference.encoder import choose_device
 
     if (reference is None) == (index is None):
         raise ValueError("Name a reference (--reference) or an index (--index), one of the two.")

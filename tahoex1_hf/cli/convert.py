@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from tahoex1_hf.cli import options
-from tahoex1_hf.cli.running import NOTHING_WRITTEN, command
+from tahoex1_hf.cli.running import NOTHING_WRITTEN, command, quick_imports
 
 
 class WeightDtype(StrEnum):
@@ -40,10 +40,11 @@ def convert(
 
     The result is verified; DST/conversion.json records which files were read, written and compared.
     """
-    import torch
+    with quick_imports():
+        import torch
 
-    from tahoex1_hf.hub.sources import convert_checkpoint
-    from tahoex1_hf.original.restore import restore_original_folder
+        from tahoex1_hf.hub.sources import convert_checkpoint
+        from tahoex1_hf.original.restore import restore_original_folder
 
     torch_dtype = None if dtype is None else getattr(torch, dtype.value)
     if to_original:

@@ -7,7 +7,7 @@ import typer
 
 from tahoex1_hf.cli import options
 from tahoex1_hf.cli.options import Dtype, UnknownDrugsRule
-from tahoex1_hf.cli.running import command
+from tahoex1_hf.cli.running import command, quick_imports
 
 
 @command()
@@ -114,26 +114,26 @@ def embed(
     The same command resumes a run that was stopped. With `accelerate launch -m tahoex1_hf embed ...` several
     processes, or machines, share the work; with --ray, the machines of a Ray cluster, some of which may be lost.
     """
-    from tahoex1_hf.common.cuda_start import start_cuda
+    with quick_imports():
+        from tahoex1_hf.common.cuda_start import start_cuda
 
-    start_cuda("cpu" if ray else device)  # beside the imports
-    from tahoex1_hf.cells.opening import check_paths
-    from tahoex1_hf.common.cluster import cluster_options, import_ray
-    from tahoex1_hf.embedding.files import embed_files
-    from tahoex1_hf.embedding.obs_columns import split_columns
-    from tahoex1_hf.embedding.outputs import OutputOptions
-    from tahoex1_hf.inference.encoder import choose_device
-    from tahoex1_hf.inference.gene_embeddings import gene_kinds as kinds_of
-    from tahoex1_hf.inference.scoring import num_masks
+        start_cuda("cpu" if ray else device)  # beside the imports
+        from tahoex1_hf.cells.opening import check_paths
+        from tahoex1_hf.common.cluster import cluster_options, import_ray
+        from tahoex1_hf.embedding.files import embed_files
+        from tahoex1_hf.embedding.obs_columns import split_columns
+        from tahoex1_hf.embedding.outputs import OutputOptions
+        from tahoex1_hf.inference.encoder import choose_device
+        from tahoex1_hf.inference.gene_embeddings import gene_kinds as kinds_of
+        from tahoex1_hf.inference.scoring import num_masks
 
     kinds = kinds_of([*(["EA"] if gene_embeddings else []), *(gene_kinds.split(",") if gene_kinds else [])] or False)
     if score_masks is not None and not score:
         raise ValueError(f"score_masks={score_masks} (--score-masks) goes with --score: pass both, or leave it out.")
     masks = num_masks(score_masks or score)
-    wanted = OutputOptions(
+    OutputOptions(
         output, key_added, kinds, draws, split_columns(obs), wide, cell_gene_embeddings, score_masks=masks
-    )
-    wanted.check()
+    ).check()
     check_paths(sources)
     cluster = cluster_options(ray, min_workers, max_workers)
     if cluster is None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tahoex1_hf.cli import options
-from tahoex1_hf.cli.running import command
+from tahoex1_hf.cli.running import command, quick_imports
 
 if TYPE_CHECKING:
     from tahoex1_hf.benchmarking.cell_embeddings import Computing
@@ -142,8 +142,9 @@ def evaluate(
     The same command resumes a run that was stopped. It writes report.md, report.json, scores.csv, scores.png, and
     model-index.yaml with the entries for a model card.
     """
-    from tahoex1_hf.benchmarking.cell_embeddings import Computing
-    from tahoex1_hf.benchmarking.running import run_benchmark
+    with quick_imports():
+        from tahoex1_hf.benchmarking.cell_embeddings import Computing
+        from tahoex1_hf.benchmarking.running import run_benchmark
 
     given: dict[str, Any] = {
         "--label": label,

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from tahoex1_hf.cli import options
-from tahoex1_hf.cli.running import command
+from tahoex1_hf.cli.running import command, quick_imports
 
 
 @command(extra="cards", errors=(RuntimeError,))
@@ -35,7 +35,8 @@ def export(
 
     Without --push, the files that would be uploaded are listed and nothing leaves the machine.
     """
-    from tahoex1_hf.hub.export import export_repository, push_repository
+    with quick_imports():
+        from tahoex1_hf.hub.export import export_repository, push_repository
 
     exported = export_repository(converted, repo_dir, default=default, card=card, repo_id=push)
     for name, difference in exported.differences.items():

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from tahoex1_hf.cli import options
-from tahoex1_hf.cli.running import command
+from tahoex1_hf.cli.running import command, quick_imports
 from tahoex1_hf.common.recipes import packaged_recipes
 
 
@@ -32,7 +32,8 @@ def finetune(
     The same command resumes a run that was stopped. The exit code is 0 for a finished run, 75 where SIGTERM ended it
     after a checkpoint, and 2 for settings or data that cannot be used. tahoex1 predict applies the trained model.
     """
-    from tahoex1_hf.finetuning.config import read_finetune_config
+    with quick_imports():
+        from tahoex1_hf.finetuning.config import read_finetune_config
 
     config = read_finetune_config(recipe, overrides or [])
 

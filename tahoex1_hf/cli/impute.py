@@ -9,7 +9,7 @@ import typer
 
 from tahoex1_hf.cli import options
 from tahoex1_hf.cli.options import Dtype, UnknownDrugsRule
-from tahoex1_hf.cli.running import command
+from tahoex1_hf.cli.running import command, quick_imports
 
 
 class Unit(StrEnum):
@@ -68,9 +68,10 @@ def impute(
     A gene is hidden from the model while it is predicted. A report says whether the model beats each gene's mean and
     kNN smoothing on these cells. The same command resumes a run that was stopped.
     """
-    from tahoex1_hf.cli.perturb import read_genes
-    from tahoex1_hf.imputation.running import check_files, impute_file
-    from tahoex1_hf.inference.encoder import choose_device
+    with quick_imports():
+        from tahoex1_hf.cli.perturb import read_genes
+        from tahoex1_hf.imputation.running import check_files, impute_file
+        from tahoex1_hf.inference.encoder import choose_device
 
     check_files(cells, output, layer_added)
     choose_device(device)

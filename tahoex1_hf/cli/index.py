@@ -8,7 +8,7 @@ import typer
 
 from tahoex1_hf.cli import options
 from tahoex1_hf.cli.options import Dtype
-from tahoex1_hf.cli.running import NOTHING_WRITTEN, command
+from tahoex1_hf.cli.running import NOTHING_WRITTEN, command, quick_imports
 
 index = typer.Typer(
     help="Index embeddings on disk, and find the cells that are nearest to others.", no_args_is_help=True
@@ -37,7 +37,8 @@ def build(
     The index is a LanceDB table with the cells' columns. Embeddings of another model, other settings or another number
     of dimensions are refused.
     """
-    from tahoex1_hf.indexing.building import build_index
+    with quick_imports():
+        from tahoex1_hf.indexing.building import build_index
 
     return f"{output}: {build_index(list(embeddings), output, key=key, recall=recall)}"
 
@@ -89,7 +90,8 @@ def query(
     Writes a table (query cell, rank, distance, neighbour, the index's columns) and OUT.parquet.md, a summary of each
     column.
     """
-    from tahoex1_hf.indexing.querying import query_index
+    with quick_imports():
+        from tahoex1_hf.indexing.querying import query_index
 
     found = query_index(
         cells,

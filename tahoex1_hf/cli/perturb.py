@@ -9,7 +9,7 @@ import typer
 
 from tahoex1_hf.cli import options
 from tahoex1_hf.cli.options import Dtype, UnknownDrugsRule
-from tahoex1_hf.cli.running import command
+from tahoex1_hf.cli.running import command, quick_imports
 
 
 class Mode(StrEnum):
@@ -132,12 +132,13 @@ def perturb(
 
     Finished genes are kept in OUT.partial, from which the same command resumes after a stop.
     """
-    from tahoex1_hf.hub.models import model_and_tokenizer
-    from tahoex1_hf.inference.encoder import choose_device
-    from tahoex1_hf.perturbation.heat_map import plot_heat_map
-    from tahoex1_hf.perturbation.plot import check_plot, plot_ranking
-    from tahoex1_hf.perturbation.run import perturb_genes
-    from tahoex1_hf.perturbation.tables import check_table, write_table
+    with quick_imports():
+        from tahoex1_hf.hub.models import model_and_tokenizer
+        from tahoex1_hf.inference.encoder import choose_device
+        from tahoex1_hf.perturbation.heat_map import plot_heat_map
+        from tahoex1_hf.perturbation.plot import check_plot, plot_ranking
+        from tahoex1_hf.perturbation.run import perturb_genes
+        from tahoex1_hf.perturbation.tables import check_table, write_table
 
     partial = output.with_name(f"{output.name}.partial")
     for table in filter(None, (output, affected, pairs)):

@@ -8,7 +8,7 @@ import typer
 
 from tahoex1_hf.cli import options
 from tahoex1_hf.cli.options import FloatDtype, UnknownDrugsRule
-from tahoex1_hf.cli.running import NOTHING_WRITTEN, command
+from tahoex1_hf.cli.running import NOTHING_WRITTEN, command, quick_imports
 
 
 @command(extra="data,train", interrupted=NOTHING_WRITTEN)
@@ -70,8 +70,9 @@ def predict(
         raise ValueError("pass --adapter, or --model for a model that was fine-tuned as a whole.")
     if base is not None and adapter is None:
         raise ValueError("--base goes with --adapter.")
-    from tahoex1_hf.finetuning.cells.predicting import check_files, predict_files
-    from tahoex1_hf.inference.encoder import choose_device
+    with quick_imports():
+        from tahoex1_hf.finetuning.cells.predicting import check_files, predict_files
+        from tahoex1_hf.inference.encoder import choose_device
 
     check_files(source, output)
     choose_device(device)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from tahoex1_hf.cli import options
-from tahoex1_hf.cli.running import command
+from tahoex1_hf.cli.running import command, quick_imports
 
 
 class Format(StrEnum):
@@ -63,9 +63,10 @@ def prepare(
 
     The same command resumes a run that was stopped. With --ray, the machines of a Ray cluster do the work.
     """
-    from tahoex1_hf.common.cluster import cluster_options
-    from tahoex1_hf.data.config import parse_config, read_config
-    from tahoex1_hf.data.preparation import prepare as prepare_dataset
+    with quick_imports():
+        from tahoex1_hf.common.cluster import cluster_options
+        from tahoex1_hf.data.config import parse_config, read_config
+        from tahoex1_hf.data.preparation import prepare as prepare_dataset
 
     simple: dict[str, Any] = {
         "metadata": metadata,

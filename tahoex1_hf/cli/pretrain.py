@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from tahoex1_hf.cli import options
-from tahoex1_hf.cli.running import command, fail
+from tahoex1_hf.cli.running import command, fail, quick_imports
 from tahoex1_hf.common.recipes import packaged_recipes
 
 CONFIGURATION_ERROR = 2
@@ -39,7 +39,8 @@ def pretrain(
     The same command resumes a run that was stopped. The exit code is 0 for a finished run, 75 where SIGTERM ended it
     after a checkpoint, and 2 for a recipe that cannot be used.
     """
-    from tahoex1_hf.training.config import read_pretrain_config
+    with quick_imports():
+        from tahoex1_hf.training.config import read_pretrain_config
 
     try:
         config = read_pretrain_config(recipe, overrides or [])

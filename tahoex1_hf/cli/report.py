@@ -8,7 +8,7 @@ import typer
 
 from tahoex1_hf.cli import options
 from tahoex1_hf.cli.options import Dtype
-from tahoex1_hf.cli.running import command
+from tahoex1_hf.cli.running import command, quick_imports
 
 
 @command(extra="data,report")
@@ -59,8 +59,9 @@ def report(
     sampling noise, and how to repeat it. The page has no scripts and loads nothing. The same command resumes a run
     that was stopped.
     """
-    from tahoex1_hf.inference.encoder import choose_device
-    from tahoex1_hf.reporting.making import Request, write_page
+    with quick_imports():
+        from tahoex1_hf.inference.encoder import choose_device
+        from tahoex1_hf.reporting.making import Request, write_page
 
     Request(cells, output, reference, label, color, max_cells, markers).check()
     choose_device(device)

@@ -9,7 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from tahoex1_hf.cli import options
-from tahoex1_hf.cli.running import command
+from tahoex1_hf.cli.running import command, quick_imports
 
 
 class _BuildByDefault(TyperGroup):
@@ -92,7 +92,8 @@ def build(
     needed, the drugs that are alike, and a map. The same command resumes a run that was stopped. The word build may be
     left out.
     """
-    from tahoex1_hf.signatures.building import make_signatures
+    with quick_imports():
+        from tahoex1_hf.signatures.building import make_signatures
 
     made = make_signatures(
         cells,
@@ -146,7 +147,8 @@ def query(
     restart: options.Restart = False,
 ) -> str:
     """Find the signatures that new cells are like, with permutation q values and enriched mechanisms."""
-    from tahoex1_hf.signatures.querying import query_signatures
+    with quick_imports():
+        from tahoex1_hf.signatures.querying import query_signatures
 
     answer = query_signatures(
         cells,

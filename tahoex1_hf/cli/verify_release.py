@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from tahoex1_hf.cli import options
-from tahoex1_hf.cli.running import command
+from tahoex1_hf.cli.running import command, quick_imports
 
 
 @command(extra="data,train")
@@ -49,9 +49,10 @@ def verify_release(
     the best known reproduction, or farther; then it tries causes and ranks them. The same command resumes a run that
     was stopped. Without a network, it works on what is in the Hub's cache, or in folders.
     """
-    from tahoex1_hf.cells.genes import TAHOE_100M_GENES
-    from tahoex1_hf.embedding.release.running import verify_release as verify
-    from tahoex1_hf.embedding.release.sources import PublicData
+    with quick_imports():
+        from tahoex1_hf.cells.genes import TAHOE_100M_GENES
+        from tahoex1_hf.embedding.release.running import verify_release as verify
+        from tahoex1_hf.embedding.release.sources import PublicData
 
     data = PublicData(cells, embeddings, column, key, gene_metadata or TAHOE_100M_GENES, drugs)
     verdict = verify(

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from tahoex1_hf.cli import options
-from tahoex1_hf.cli.running import NOTHING_WRITTEN, command
+from tahoex1_hf.cli.running import NOTHING_WRITTEN, command, quick_imports
 
 
 @command(interrupted=NOTHING_WRITTEN)
@@ -32,7 +32,8 @@ def build_vocab(
     overwrite: options.Overwrite = False,
 ) -> str:
     """Make a vocabulary from the genes of a reference file."""
-    from tahoex1_hf.data.vocabulary import SPECIAL_TOKENS, build_vocabulary
+    with quick_imports():
+        from tahoex1_hf.data.vocabulary import SPECIAL_TOKENS, build_vocabulary
 
     vocabulary = build_vocabulary(
         reference,
@@ -59,7 +60,8 @@ def drug_fingerprints(
     overwrite: options.Overwrite = False,
 ) -> str:
     """Make the drug table of a model: ids and Morgan fingerprints of the drugs."""
-    from tahoex1_hf.data.fingerprints import drug_fingerprints as make_table
+    with quick_imports():
+        from tahoex1_hf.data.fingerprints import drug_fingerprints as make_table
 
     table_written = make_table(
         table,

@@ -203,3 +203,24 @@ def test_a_missing_device_is_reported_in_a_sentence(tmp_path: Path) -> None:
         message = " ".join(result.output.split())
         assert "device='cuda' cannot be used" in message
         assert "pass cpu, or leave the device out" in message
+
+
+def test_no_garbage_is_looked_for_while_modules_are_imported() -> None:
+    code = """
+import gc, sys
+searches = []
+gc.callbacks.append(lambda phase, info: searches.append(phase))
+from tahoex1_hf.cli.running import quick_imports
+gc.collect()
+searches.clear()
+with quick_imports():
+    import xml.dom.minidom, tahoex1_hf.encoding_tahoe_x1
+    assert not searches, searches
+assert gc.isenabled() and gc.get_freeze_count() > 1000, gc.get_freeze_count()
+gc.unfreeze()
+gc.disable()
+with quick_imports():
+    import xml.dom.minidom
+assert not gc.isenabled() and gc.get_freeze_count() == 0, gc.get_freeze_count()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
