@@ -37,6 +37,7 @@ def finetune(
 
     config = read_finetune_config(recipe, overrides or [])
 
-    from tahoex1_hf.finetuning.running import finetune as run
+    with quick_imports():
+        from tahoex1_hf.finetuning.running import finetune as run
 
     raise typer.Exit(run(config))

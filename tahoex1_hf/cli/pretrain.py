@@ -47,9 +47,10 @@ def pretrain(
     except (OSError, ValueError) as error:
         fail(error, CONFIGURATION_ERROR)
 
-    from accelerate import PartialState
+    with quick_imports():
+        from accelerate import PartialState
 
-    from tahoex1_hf.training.pretraining import pretrain as run
+        from tahoex1_hf.training.pretraining import pretrain as run
 
     code = run(config)
     if push_to_hub is not None and code == 0 and PartialState().is_main_process:

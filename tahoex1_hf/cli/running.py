@@ -93,7 +93,7 @@ def command(
 
 @contextmanager
 def quick_imports() -> Iterator[None]:
-    """Import modules without looking for garbage meanwhile, which takes 15 to 19 % of the time of importing the model.
+    """Import modules without looking for garbage meanwhile, which takes 10 to 20 % of the time of importing the model.
 
     What is there afterwards is not looked through again, unless it was there before.
     """

@@ -1,9 +1,8 @@
 """Layers made ready for inference compute what the model's own compute."""
 
-import numpy as np
 import pytest
 import torch
-from encoder_parts import Tokens, dense
+from encoder_parts import Tokens, dense, embedded
 from helpers import SHAPES, largest_difference, make_batch, tiny_config, tiny_model
 from torch import nn
 
@@ -11,31 +10,23 @@ from tahoex1_hf import TahoeX1Model
 from tahoex1_hf.inference import encoder, prepared_layers
 from tahoex1_hf.inference.kept_layers import prepare_layers
 from tahoex1_hf.inference.prepared_layers import PreparedLayer, blocks_on_cpu, packs_weights, round_layers
-from tahoex1_hf.inference.ragged import ragged_forward
 
 LENGTHS = (14, 14, 9, 3)
 
 
-def embedded(model: TahoeX1Model, all_tokens: bool, dtype: torch.dtype, ready: bool) -> list[torch.Tensor]:
-    batch = make_batch(model.config, LENGTHS, targets=False)
-    valid = batch["attention_mask"].bool()
-    offsets = np.concatenate([[0], np.cumsum(LENGTHS)])
+def outputs(model: TahoeX1Model, all_tokens: bool, dtype: torch.dtype, ready: bool) -> list[torch.Tensor]:
     layers = [PreparedLayer.make(layer, dtype) for layer in model.layers] if ready else None
     assert layers is None or None not in layers
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-        outputs = ragged_forward(
-            model, batch["input_ids"][valid], batch["expression_values"][valid], offsets, batch.get("drug_ids"),
-            all_tokens, layers,
-        )  # fmt: skip
-    return [output for output in outputs if output is not None]
+        return embedded(model, LENGTHS, all_tokens, layers)
 
 
 @pytest.mark.parametrize("all_tokens", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_equal_to_the_layers_of_the_model(shape: str, all_tokens: bool) -> None:
     model = tiny_model(tiny_config(**SHAPES[shape]), TahoeX1Model)
-    expected = embedded(model, all_tokens, torch.float32, ready=False)
-    ours = embedded(model, all_tokens, torch.float32, ready=True)
+    expected = outputs(model, all_tokens, torch.float32, ready=False)
+    ours = outputs(model, all_tokens, torch.float32, ready=True)
     for mine, theirs in zip(ours, expected, strict=True):
         assert largest_difference(mine, theirs) < 1e-5
 
@@ -54,8 +45,8 @@ def weights(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_as_precise_as_autocast(shape: str, all_tokens: bool, weights: str) -> None:
     model = tiny_model(tiny_config(**SHAPES[shape]), TahoeX1Model)
-    exact = embedded(model, all_tokens, torch.float32, ready=False)
-    automatic, ours = (embedded(model, all_tokens, torch.bfloat16, ready) for ready in (False, True))
+    exact = outputs(model, all_tokens, torch.float32, ready=False)
+    automatic, ours = (outputs(model, all_tokens, torch.bfloat16, ready) for ready in (False, True))
     for mine, theirs, value in zip(ours, automatic, exact, strict=True):
         assert mine.dtype == theirs.dtype
         errors = [float((tensor.float() - value).norm() / value.norm()) for tensor in (mine, theirs)]
