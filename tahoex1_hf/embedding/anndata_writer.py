@@ -2,7 +2,6 @@
 """Writers of AnnData outputs: `.h5ad` files and `.zarr` stores with the same elements."""
 
 import logging
-import shutil
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
@@ -16,6 +15,7 @@ from tahoex1_hf.cells.readers.stores import writable_group, zarr_for_writing
 from tahoex1_hf.common.files import WholeFile, WholeFolder
 from tahoex1_hf.embedding.obs_columns import free_name
 from tahoex1_hf.embedding.shards import Shard
+from tahoex1_hf.embedding.source_copy import SourceCopy
 from tahoex1_hf.embedding.writers import EmbeddingWriter, Layout
 from tahoex1_hf.inference.h5ad_columns import add_to_column_order, make_array, make_names, set_column_order
 from tahoex1_hf.inference.provenance import provenance_key
@@ -32,19 +32,24 @@ class AnnDataWriter(EmbeddingWriter):
     Args:
         output: Path of the output.
         layout: Layout of the output.
-        copied: Path of the source to copy; None for cells without counts.
+        copied: Copy of the source; None for cells without counts.
         obs: Column of obs -> function that returns its values, or None to leave the column out; only used for cells
             without counts.
     """
 
-    def __init__(self, output: str, layout: Layout, copied: str | None, obs: Mapping[str, Callable[[], Any]]):
+    def __init__(self, output: str, layout: Layout, copied: SourceCopy | None, obs: Mapping[str, Callable[[], Any]]):
         self.output, self.layout, self.copied, self.done = output, layout, copied, 0
+        self.whole = self._place() if copied is None else copied.wait()
         try:
             self.file: Any = self._open()
             self._make_slots(obs)
         except BaseException:
             self.abandon()
             raise
+
+    @abstractmethod
+    def _place(self) -> WholeFile | WholeFolder:
+        """Return the output's place, with nothing in it."""
 
     @abstractmethod
     def _open(self) -> Any:
@@ -122,12 +127,12 @@ class AnnDataWriter(EmbeddingWriter):
 class H5adWriter(AnnDataWriter):
     """Writer of an `.h5ad` file."""
 
+    def _place(self) -> WholeFile:
+        return WholeFile(self.output)
+
     def _open(self) -> Any:
         import h5py
 
-        self.whole = WholeFile(self.output)
-        if self.copied is not None:
-            shutil.copyfile(self.copied, self.whole.partial)
         return h5py.File(self.whole.partial, "w" if self.copied is None else "r+")
 
     def finish(self) -> None:
@@ -145,10 +150,10 @@ class H5adWriter(AnnDataWriter):
 class ZarrWriter(AnnDataWriter):
     """Writer of a `.zarr` store, which replaces an existing store."""
 
+    def _place(self) -> WholeFolder:
+        return WholeFolder(Path(self.output), replace=True)
+
     def _open(self) -> Any:
-        self.whole = WholeFolder(Path(self.output), replace=True)
-        if self.copied is not None:
-            shutil.copytree(self.copied, self.whole.partial, dirs_exist_ok=True)
         return zarr_for_writing(self.whole.partial, new=self.copied is None)
 
     def finish(self) -> None:

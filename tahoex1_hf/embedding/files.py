@@ -294,11 +294,15 @@ class _Run:
         progress: bool,
     ) -> None:
         """Embed this process's chunks; the first process then writes the output when all processes are done."""
+        first = processes.index == 0
         try:
+            if first:
+                self.output.begin()
             self.embed(todo, progress, processes)
             processes.wait()
-            if processes.index == 0:
+            if first:
                 self._check_unchanged()
+                self.output.wait()
                 with reading(*(each.path for each in self.plan.inputs)):  # one of them may be copied
                     writer = self.output.open()
                 with naming(self.output.options.path):
@@ -306,6 +310,7 @@ class _Run:
                 self.shards.remove()
             processes.wait()
         except BaseException:
+            self.output.abandon()
             if processes.count == 1 and not self.shards.finished():
                 self.shards.remove()  # it is empty
             raise
@@ -326,7 +331,7 @@ class _Run:
             progress, total=cells, unit="cell", desc=title, position=processes.index, smoothing=0.05
         ) as bar:
             for _ in prefetch_calls(self._writes(ranges, bar.update), ahead=1, num_threads=1, name="write"):
-                pass  # a shard is written by a thread while the next is computed
+                self.output.check()  # a shard is written by a thread while the next is computed
         report_unknown_drugs([each for each in self._drug_ids() if not each.is_counted])
 
     def _writes(

@@ -16,6 +16,7 @@ from tahoex1_hf.embedding.anndata_writer import H5adWriter, ZarrWriter
 from tahoex1_hf.embedding.cell_genes import CellGenes, check_cell_gene_output
 from tahoex1_hf.embedding.obs_columns import choose_columns, common_types, joined_column
 from tahoex1_hf.embedding.shards import ShardFolder
+from tahoex1_hf.embedding.source_copy import SourceCopy
 from tahoex1_hf.embedding.writers import EmbeddingWriter, Layout, NpyWriter, ParquetWriter, check_output
 from tahoex1_hf.inference.provenance import number_columns
 from tahoex1_hf.tokenization_tahoe_x1 import TahoeX1Tokenizer
@@ -78,7 +79,7 @@ class Output:
 
     Attributes:
         source_names: Names of the sources in the output.
-        copied: Path of the source that is copied to the output; None for cells without counts.
+        copied: Copy of the source, to which the embeddings are added; None for cells without counts.
         names: Whether the names of the cells are needed.
         shard_columns: Columns of obs that the shards must hold.
         cell_genes: Writer of every cell's gene embeddings; None if they are not requested.
@@ -133,8 +134,8 @@ class Output:
             "full_paths": options.full_paths and self.cell_genes is not None,
         }
 
-    def _find_copied(self) -> str | None:
-        """Return the path of the only source if it has the format of the output; otherwise None."""
+    def _find_copied(self) -> SourceCopy | None:
+        """Return a copy of the only source, not begun, if it has the format of the output; otherwise None."""
         output = Path(self.options.path)
         local = [Path(cells.path) for cells in self.inputs]
         if output.suffix == ".zarr" and any(path.resolve() == output.resolve() for path in local):
@@ -142,7 +143,7 @@ class Output:
         if len(local) > 1:
             return None
         is_same = {".h5ad": local[0].suffix == ".h5ad" and local[0].is_file(), ".zarr": is_zarr_store(local[0])}
-        return self.inputs[0].path if is_same.get(output.suffix, False) else None
+        return SourceCopy(self.inputs[0].path, self.options.path) if is_same.get(output.suffix, False) else None
 
     def _check_genes(self) -> None:
         """Raise ValueError if the output has no place for gene embeddings."""
@@ -152,6 +153,26 @@ class Output:
                 "their varm holds the result."
             )
         self.inputs[0].check_gene_slots()
+
+    def begin(self) -> None:
+        """Begin, in a thread, what needs no embeddings: to copy the source."""
+        if self.copied is not None:
+            self.copied.begin()
+
+    def check(self) -> None:
+        """Raise the error with which that has ended, if it has, since no output can come of the run."""
+        if self.copied is not None:
+            self.copied.check()
+
+    def wait(self) -> None:
+        """Wait until that is done."""
+        if self.copied is not None:
+            self.copied.wait()
+
+    def abandon(self) -> None:
+        """Remove what was begun; a finished output stays."""
+        if self.copied is not None:
+            self.copied.abandon()
 
     def open(self) -> EmbeddingWriter:
         """Open the writer; the shards must hold all cells."""
