@@ -2,7 +2,7 @@
 """Attention within cells, by a small C program that is compiled where it serves.
 
 In bfloat16, on processors with matrix tiles (AMX), torch's attention takes twice as long (700 tokens, two cores of a
-Xeon). In float32, with AVX-512, it takes 1.2 to 1.5 times as long, with AVX2 1.1 to 1.3 times (300 to 4,096 tokens).
+Xeon). In float32, with AVX-512, it takes 1.2 to 1.5 times as long, with AVX2 1.1 to 1.4 times (300 to 4,096 tokens).
 The program needs Linux, such a processor and a C compiler, takes half a second to compile, and is kept in the user's
 cache. Where anything is missing, torch attends. Results differ in last digits, so a run says with which it began.
 `TAHOEX1_COMPILED_ATTENTION=0` switches it off.

@@ -382,11 +382,11 @@ class CellEncoder:
     @property
     def _prepares(self) -> bool:
         """Whether layers are made ready: where that gains, for the attention of torch or a compiled one."""
-        in_float32 = self.dtype == torch.float32
-        gains = (
-            (self._packs or in_float32) if self.device.type == "cpu" else self.device.type == "cuda" and not in_float32
-        )
-        return gains and not is_flash_attention_requested(self.config)
+        if is_flash_attention_requested(self.config):
+            return False
+        if self.device.type == "cpu":
+            return self._packs or self.dtype == torch.float32
+        return self.device.type == "cuda" and self.dtype != torch.float32
 
     def _prepared(self) -> Sequence[ReadyLayer] | None:
         """Return the layers made ready for many batches; None where the model's own are to be run."""
