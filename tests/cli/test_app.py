@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import json
 import logging
 import os
 import subprocess
@@ -9,6 +10,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import anndata
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 import typer
@@ -188,6 +192,23 @@ def test_quiet_and_verbose(caplog: pytest.LogCaptureFixture) -> None:
     assert CliRunner().invoke(command_that(ValueError("wrong")), ["--verbose"]).exit_code == 1
     (record,) = [record for record in caplog.records if record.exc_info]
     assert isinstance(record.exc_info[1], ValueError)  # type: ignore[index]
+
+
+def test_a_quiet_command_shows_no_bar_of_any_library(tmp_path: Path) -> None:
+    """tqdm reads its variable when it is imported, which must not come before `--quiet` has set it."""
+    genes = [name for name in json.loads((MODEL / "vocab.json").read_text()) if name.startswith("ENSG")][:50]
+    anndata.AnnData(np.ones((4, 50), np.float32), var=pd.DataFrame(index=genes)).write_h5ad(tmp_path / "cells.h5ad")
+    environment = {name: value for name, value in os.environ.items() if name != "TQDM_DISABLE"}
+    cells, said = tmp_path / "cells.h5ad", []
+    for more in ([], ["--quiet"]):
+        command = [sys.executable, "-m", "tahoex1_hf", "embed", cells, tmp_path / "out.npy", "--model", MODEL, *more]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        said.append(done.stdout + done.stderr)
+    shown, quiet = said
+    assert "Loading weights" in shown  # a bar of transformers'
+    assert "Embedding" in shown
+    assert "Wrote" in shown
+    assert not any(part in quiet for part in ("Loading weights", "Embedding", "it/s", "Wrote")), quiet
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
