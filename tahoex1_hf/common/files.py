@@ -35,15 +35,17 @@ class WholeFile:
 
     Args:
         path: Place of the file; its folder must exist.
+        partial: Path to write to, on the same disk, which is the caller's own; None for a hidden file in the same
+            folder.
 
     Attributes:
         path: Place of the file.
-        partial: Path to write to, a hidden file in the same folder.
+        partial: Path to write to.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, partial: Path | None = None):
         self.path = Path(path)
-        self.partial = partial_path(self.path)
+        self.partial = partial_path(self.path) if partial is None else partial
 
     def finish(self) -> None:
         """Move the file, which must be closed, into place, and wait until the disk has it."""
@@ -91,15 +93,19 @@ class WholeFolder:
     Args:
         path: Place of the folder; its parent must exist.
         replace: Whether to replace a folder that is there already; otherwise only an empty one is replaced.
+        partial: Folder to write to, on the same disk, which is the caller's own and is emptied; None for a hidden one
+            beside the place.
 
     Attributes:
-        partial: Folder to write to, a hidden one beside the place.
+        partial: Folder to write to.
     """
 
-    def __init__(self, path: Path, replace: bool = False):
+    def __init__(self, path: Path, replace: bool = False, partial: Path | None = None):
         self.path, self.replace = path, replace
         put_back(path)
-        self.partial = partial_path(path)
+        self.partial = partial_path(path) if partial is None else partial
+        if partial is not None:
+            shutil.rmtree(partial, ignore_errors=True)
         self.partial.mkdir(parents=True)
 
     def finish(self) -> None:

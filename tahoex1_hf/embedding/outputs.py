@@ -143,7 +143,9 @@ class Output:
         if len(local) > 1:
             return None
         is_same = {".h5ad": local[0].suffix == ".h5ad" and local[0].is_file(), ".zarr": is_zarr_store(local[0])}
-        return SourceCopy(self.inputs[0].path, self.options.path) if is_same.get(output.suffix, False) else None
+        if not is_same.get(output.suffix, False):
+            return None
+        return SourceCopy(self.inputs[0].path, self.options.path, Path(self.shards.location, "copy.partial"))
 
     def _check_genes(self) -> None:
         """Raise ValueError if the output has no place for gene embeddings."""

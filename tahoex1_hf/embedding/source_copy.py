@@ -21,17 +21,24 @@ class SourceCopy:
     Args:
         source: Path of an `.h5ad` file, or of a `.zarr` store.
         output: Path of the output, of the same kind. What is there stays until the output is finished.
+        place: Path of the copy until then, on the same disk. It is in a folder of this run, so that whoever goes on
+            with a run that was killed, on whatever machine, writes over what is left of it.
     """
 
-    def __init__(self, source: str, output: str):
-        self.source, self.output = Path(source), Path(output)
+    def __init__(self, source: str, output: str, place: Path):
+        self.source, self.output, self.place = Path(source), Path(output), place
         self._whole: WholeFile | WholeFolder | None = None
         self._stopped = Event()
         self._done: Future[None] = Future()
 
     def begin(self) -> None:
         """Begin to copy, in a thread."""
-        whole = WholeFolder(self.output, replace=True) if self.source.is_dir() else WholeFile(self.output)
+        self.place.parent.mkdir(exist_ok=True)
+        whole = (
+            WholeFolder(self.output, replace=True, partial=self.place)
+            if self.source.is_dir()
+            else WholeFile(self.output, self.place)
+        )
         thread = ThreadPoolExecutor(1, thread_name_prefix="copy")
         self._done, self._whole = thread.submit(self._copy, whole), whole
         thread.shutdown(wait=False)  # it ends with the copy

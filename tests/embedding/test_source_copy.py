@@ -36,7 +36,7 @@ def test_a_file(tmp_path: Path, small_pieces: None, size: int) -> None:
     source, output = tmp_path / "cells.h5ad", tmp_path / "out.h5ad"
     source.write_bytes(np.random.default_rng(0).bytes(size))
     output.write_bytes(b"earlier")
-    copy = SourceCopy(str(source), str(output))
+    copy = SourceCopy(str(source), str(output), tmp_path / "run" / "copy.partial")
     assert len(list(tmp_path.iterdir())) == 2  # nothing is done before it is asked for
     copy.begin()
     whole = copy.wait()
@@ -46,7 +46,7 @@ def test_a_file(tmp_path: Path, small_pieces: None, size: int) -> None:
     whole.finish()
     copy.abandon()
     assert output.read_bytes() == source.read_bytes()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["cells.h5ad", "out.h5ad"]
+    assert files_of(tmp_path).keys() == {"cells.h5ad", "out.h5ad", "run"}
 
 
 def test_a_store_that_may_only_be_read(tmp_path: Path, small_pieces: None) -> None:
@@ -55,7 +55,7 @@ def test_a_store_that_may_only_be_read(tmp_path: Path, small_pieces: None) -> No
     (source / "empty").mkdir()
     for path in [source, *source.rglob("*")]:
         path.chmod(0o555 if path.is_dir() else 0o444)
-    whole = SourceCopy(str(source), str(tmp_path / "out.zarr")).wait()
+    whole = SourceCopy(str(source), str(tmp_path / "out.zarr"), tmp_path / "run" / "copy.partial").wait()
     assert files_of(whole.partial) == files_of(source)
     assert len(files_of(source)) > 20
     assert all(path.stat().st_mode & 0o200 for path in [whole.partial, *whole.partial.rglob("*")])
@@ -82,7 +82,7 @@ def test_a_copy_that_is_abandoned_stops(
         source.mkdir()
     for number in range(5):
         (source / str(number) if kind == "store" else source).write_bytes(bytes(5000))
-    copy = SourceCopy(str(source), str(tmp_path / "out"))
+    copy = SourceCopy(str(source), str(tmp_path / "out"), tmp_path / "run" / "copy.partial")
     copy.begin()
     assert written.acquire(timeout=60)
     copy.check()  # no error so far
@@ -90,7 +90,22 @@ def test_a_copy_that_is_abandoned_stops(
     going_on.set()
     copy.abandon()
     assert not written.acquire(blocking=False)  # nothing was written after the stop
-    assert [path.name for path in tmp_path.iterdir()] == ["cells"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cells", "run"]
+    assert not list((tmp_path / "run").iterdir())
+
+
+@pytest.mark.parametrize("kind", ["file", "store"])
+def test_what_a_kill_has_left_is_written_over(tmp_path: Path, kind: str) -> None:
+    source, place = tmp_path / "cells", tmp_path / "run" / "copy.partial"
+    given, left = (source / "part", place / "old") if kind == "store" else (source, place)
+    for path, content in ((given, b"cells"), (left, b"longer than the cells")):
+        path.parent.mkdir(exist_ok=True, parents=True)
+        path.write_bytes(content)
+    whole = SourceCopy(str(source), str(tmp_path / "out"), place).wait()
+    assert whole.partial == place  # in the folder of the run, which whoever goes on with it knows
+    whole.finish()
+    found = files_of(tmp_path / "out") if kind == "store" else (tmp_path / "out").read_bytes()
+    assert found == ({"part": b"cells"} if kind == "store" else b"cells")
 
 
 def full(*arguments: Any) -> None:
@@ -100,13 +115,13 @@ def full(*arguments: Any) -> None:
 def test_errors_name_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, output = tmp_path / "cells.h5ad", tmp_path / "out.h5ad"
     with pytest.raises(FileNotFoundError, match=r"cells\.h5ad"):
-        SourceCopy(str(source), str(output)).wait()
+        SourceCopy(str(source), str(output), tmp_path / "run" / "copy.partial").wait()
     source.write_bytes(b"cells")
     monkeypatch.setattr(source_copy, "_write", full)
-    copy = SourceCopy(str(source), str(output))
+    copy = SourceCopy(str(source), str(output), tmp_path / "run" / "copy.partial")
     with pytest.raises(OSError, match=r"make room, and give the command again: '.*out\.h5ad'"):
         copy.wait()
-    assert [path.name for path in tmp_path.iterdir()] == ["cells.h5ad"]  # what is left of the disk is free again
+    assert files_of(tmp_path).keys() == {"cells.h5ad", "run"}  # what is left of the disk is free again
     with pytest.raises(OSError, match="make room"):
         copy.check()
     copy.abandon()
