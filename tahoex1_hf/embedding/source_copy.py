@@ -21,8 +21,9 @@ class SourceCopy:
     Args:
         source: Path of an `.h5ad` file, or of a `.zarr` store.
         output: Path of the output, of the same kind. What is there stays until the output is finished.
-        place: Path of the copy until then, on the same disk. It is in a folder of this run, so that whoever goes on
-            with a run that was killed, on whatever machine, writes over what is left of it.
+        place: Path of the copy until then, in a folder of this run: whoever goes on with a run that was killed, on
+            whatever machine, writes over what is left of it. If that folder is on another disk, the copy is a hidden
+            one beside the output.
     """
 
     def __init__(self, source: str, output: str, place: Path):
@@ -34,11 +35,9 @@ class SourceCopy:
     def begin(self) -> None:
         """Begin to copy, in a thread."""
         self.place.parent.mkdir(exist_ok=True)
-        whole = (
-            WholeFolder(self.output, replace=True, partial=self.place)
-            if self.source.is_dir()
-            else WholeFile(self.output, self.place)
-        )
+        same_disk = self.place.parent.stat().st_dev == self.output.parent.stat().st_dev  # not through a link elsewhere
+        place = self.place if same_disk else None
+        whole = WholeFolder(self.output, True, place) if self.source.is_dir() else WholeFile(self.output, place)
         thread = ThreadPoolExecutor(1, thread_name_prefix="copy")
         self._done, self._whole = thread.submit(self._copy, whole), whole
         thread.shutdown(wait=False)  # it ends with the copy
@@ -68,9 +67,10 @@ class SourceCopy:
             self._whole.discard()
 
     def _copy(self, whole: WholeFile | WholeFolder) -> None:
+        piece = memoryview(bytearray(_PIECE_BYTES))
         try:
             if self.source.is_file():
-                self._copy_file(self.source, whole.partial)
+                self._copy_file(self.source, whole.partial, piece)
                 return
             # With the rights of new files: a store that may only be read gives one that can be added to.
             for folder, _, names in os.walk(self.source, onerror=_raise, followlinks=True):
@@ -79,13 +79,12 @@ class SourceCopy:
                 for name in names:
                     if self._stopped.is_set():
                         return
-                    self._copy_file(Path(folder, name), to / name)
+                    self._copy_file(Path(folder, name), to / name, piece)
         except BaseException:
             whole.discard()  # a disk that is full must have room for the shards
             raise
 
-    def _copy_file(self, source: Path, to: Path) -> None:
-        piece = memoryview(bytearray(_PIECE_BYTES))
+    def _copy_file(self, source: Path, to: Path, piece: memoryview) -> None:
         with source.open("rb", buffering=0) as given, to.open("wb", buffering=0) as copied:
             while not self._stopped.is_set():
                 with reading(source):

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import tempfile
 import threading
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,20 @@ def test_what_a_kill_has_left_is_written_over(tmp_path: Path, kind: str) -> None
     whole.finish()
     found = files_of(tmp_path / "out") if kind == "store" else (tmp_path / "out").read_bytes()
     assert found == ({"part": b"cells"} if kind == "store" else b"cells")
+
+
+def test_another_disk(tmp_path: Path) -> None:
+    """A file cannot be moved to another disk at once, so the copy is beside the output."""
+    memory = Path("/dev/shm")
+    if not memory.is_dir() or memory.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("there is no second disk at /dev/shm")
+    source, output = tmp_path / "cells", tmp_path / "out"
+    source.write_bytes(b"cells")
+    with tempfile.TemporaryDirectory(dir=memory) as elsewhere:
+        (tmp_path / "run").symlink_to(elsewhere)
+        SourceCopy(str(source), str(output), tmp_path / "run" / "copy.partial").wait().finish()
+    assert output.read_bytes() == b"cells"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cells", "out", "run"]
 
 
 def full(*arguments: Any) -> None:
