@@ -131,6 +131,16 @@ def read_hub_variables() -> None:
         module.HF_MODULES_CACHE = os.environ.get("HF_MODULES_CACHE", modules)
 
 
+def renew_thread_pool() -> None:
+    """Have torch make anew its pool of threads, which a fork has lost.
+
+    The first thread that asks for it does so otherwise. With torch 2.15 eight threads of autograd ask at the same time
+    when a compiled model is traced; one of them found none, which ended the process ("Invalid thread pool!").
+    """
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(torch.get_num_threads())  # type: ignore[attr-defined]
+
+
 def run_command(request: dict[str, Any], files: list[int]) -> int:
     """Become the process that `python SCRIPT ARGUMENTS` or `python -c CODE ARGUMENTS` would be; return its status."""
     signal.set_wakeup_fd(-1)
@@ -144,6 +154,7 @@ def run_command(request: dict[str, Any], files: list[int]) -> int:
     os.chdir(request["folder"])
     random.seed()
     sys.modules["numpy"].random.seed()  # type: ignore[attr-defined]
+    renew_thread_pool()
     option, *arguments = request["arguments"]
     if option == "-u":  # launchers ask for it: output without a delay
         option, *arguments = arguments
