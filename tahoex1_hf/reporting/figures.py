@@ -98,7 +98,7 @@ def _write_names(axes: Any, places: np.ndarray, labels: np.ndarray, classes: Seq
     """
     extent = np.maximum(np.ptp(places, axis=0), 1e-9)
     sizes = np.bincount(labels, minlength=len(classes))
-    ground = {"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": "none", "alpha": 0.8}
+    ground = {"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": "none", "alpha": 0.95}
     written: list[Any] = []
     for number in np.argsort(-sizes, kind="stable"):
         if sizes[number] < max(_NAMED * len(labels), 1):
